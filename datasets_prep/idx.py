@@ -1,0 +1,118 @@
+"""MNIST and Fashion-MNIST as IDX files: finding them, fetching them, reading them.
+
+The files are looked for in the data directory, then where Debian's package puts them; else torchvision downloads them;
+else Debian's package is fetched with apt-get and unpacked below the data directory, which needs no root.
+"""
+
+import gzip
+import shutil
+import socket
+import subprocess
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torchvision
+
+from options import UsageError
+
+__all__ = ["find_idx_folder", "read_idx"]
+
+DEBIAN_PACKAGES = {"fashion_mnist": "dataset-fashion-mnist"}
+TORCHVISION_CLASSES = {"fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
+IDX_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+DOWNLOAD_TIMEOUT_S = 10
+IDX_UINT8 = 0x08
+
+
+def read_idx(folder: Path, name: str) -> np.ndarray:
+    """The uint8 array of the IDX file `name`, plain or gzipped.
+
+    Raises:
+        UsageError: the file is missing, torn, or no IDX file of bytes.
+    """
+    path = _idx_file(folder, name)
+    if path is None:
+        raise UsageError(f"expected the IDX file {name} or {name}.gz in {folder}, but found neither")
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    axes = data[3] if len(data) > 4 else 0
+    shape = np.frombuffer(data, ">u4", count=axes, offset=4) if len(data) >= 4 + 4 * axes else np.zeros(0)
+    if data[:3] != bytes([0, 0, IDX_UINT8]) or len(data) != 4 + 4 * axes + int(np.prod(shape, dtype=np.int64)):
+        raise UsageError(f"{path} is no complete IDX file of bytes (damaged? delete it to have it fetched again)")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape.astype(int))
+
+
+def find_idx_folder(name: str, datadir: Path) -> Path:
+    """The folder with the four IDX files of `name` ("mnist" or "fashion_mnist"), fetched if need be.
+
+    Raises:
+        UsageError: they are nowhere and cannot be fetched; the message lists what was tried.
+    """
+    package = DEBIAN_PACKAGES.get(name)
+    raw = Path(TORCHVISION_CLASSES[name]) / "raw"
+    unpacked = Path("usr/share/datasets") / name.replace("_", "-")
+    places = [datadir, datadir / name, datadir / raw, datadir / unpacked, Path("/") / unpacked]
+    if (found := _complete_folder(places)) is not None:
+        return found
+    attempts = [f"no IDX files in {datadir}"]
+    fetchers = [("torchvision's download", _download)] + ([(f"apt-get download {package}", _fetch_deb)] if package else [])
+    for label, fetch in fetchers:
+        print(f"{name}: trying {label} into {datadir} ...", flush=True)
+        try:
+            datadir.mkdir(parents=True, exist_ok=True)
+            fetch(name, datadir)
+        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+            attempts.append(f"{label}: {_last_line(error)}")
+        if (found := _complete_folder(places)) is not None:
+            return found
+    raise UsageError(
+        f"cannot find {name}: {'; '.join(attempts)}. Put {', '.join(IDX_FILES)} (or .gz) into {datadir}, "
+        "or name their folder with --datadir"
+    )
+
+
+def _idx_file(folder: Path, name: str) -> Path | None:
+    return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+
+
+def _complete_folder(places: list[Path]) -> Path | None:
+    return next((place for place in places if all(_idx_file(place, name) for name in IDX_FILES)), None)
+
+
+def _download(name: str, datadir: Path) -> None:
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    try:
+        getattr(torchvision.datasets, TORCHVISION_CLASSES[name])(datadir, download=True)
+    finally:
+        socket.setdefaulttimeout(previous)
+
+
+def _fetch_deb(name: str, datadir: Path) -> None:
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        raise OSError("this machine has no apt-get or dpkg-deb")
+    with tempfile.TemporaryDirectory(dir=datadir) as temporary:
+        private = ["-o", f"Dir::State::Lists={temporary}/lists", "-o", f"Dir::Cache={temporary}/cache"]
+        private += ["-o", "APT::Sandbox::User="]
+        for step in ("lists", "cache"):
+            (Path(temporary) / step / "partial").mkdir(parents=True)
+        for command in (["update"], ["download", DEBIAN_PACKAGES[name]]):
+            subprocess.run(
+                ["apt-get", "-qq", *private, *command], cwd=temporary, check=True, capture_output=True, timeout=300
+            )
+        package = next(Path(temporary).glob("*.deb"))
+        subprocess.run(["dpkg-deb", "-x", str(package), str(datadir)], check=True, capture_output=True, timeout=60)
+
+
+def _last_line(error: Exception) -> str:
+    text = error.stderr.decode(errors="replace") if isinstance(error, subprocess.CalledProcessError) else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[-1]

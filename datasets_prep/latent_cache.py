@@ -1,0 +1,207 @@
+"""The latent cache: every image encoded once, its posterior moments in float16 shards that are memory-mapped.
+
+A folder holds `manifest.json` (what was encoded, with which autoencoder, and each shard's CRC-32) and shards
+`moments_00000.npy` of shape [n, orientations, 2 c, h, w]; orientation 1 is the mirror image, stored where the dataset
+flips, since encode(flip(x)) is not flip(encode(x)). Building goes on where it was interrupted.
+"""
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+
+from datasets_prep.datasets import ImageDataset
+from models.autoencoder import Autoencoder
+from options import UsageError, option
+from runtime.distributed import Processes
+from runtime.files import atomic_path, read_json, write_json
+from runtime.precision import Machine
+from runtime.progress import progress_bar
+
+__all__ = ["LatentCache", "LatentCacheOptions", "build_latent_cache", "cache_folder", "open_latent_cache"]
+
+FORMAT = "latent-cache-1"
+SHARD_BYTES = 1 << 26
+IMAGES_PER_BATCH = 256
+
+
+@dataclass(frozen=True)
+class LatentCacheOptions:
+    """Latent cache."""
+
+    no_latent_cache: bool = option(False, "encode images at every step instead of caching their latents")
+    latent_cache_dir: str = option("", "folder of the caches; default: latent_cache below --datadir")
+    num_workers: int = option(0, "processes that read images while the cache is built", minimum=0)
+
+
+class LatentCache:
+    """Moments of every image of a split, read by index without touching a pixel."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], labels: torch.Tensor) -> None:
+        self.folder = folder
+        self.labels = labels
+        self.orientations: int = manifest["orientations"]
+        self.shard_size: int = manifest["shard_size"]
+        self.shards = [np.load(folder / entry["file"], mmap_mode="r") for entry in manifest["shards"]]
+        self.moment_shape: tuple[int, ...] = tuple(manifest["moment_shape"])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def moments(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+        """float16 moments [B, 2 c, h, w] of images `indices` [B], of the mirror image where `mirrored` [B]."""
+        rows = np.empty((len(indices), *self.moment_shape), np.float16)
+        positions, orientations = indices.numpy(), mirrored.numpy().astype(int) % self.orientations
+        shard_of, row_of = np.divmod(positions, self.shard_size)
+        for shard in np.unique(shard_of):
+            chosen = np.flatnonzero(shard_of == shard)
+            rows[chosen] = self.shards[shard][row_of[chosen], orientations[chosen]]
+        return torch.from_numpy(rows)
+
+
+def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> Path:
+    """The folder of one dataset, size, split and autoencoder below `root`."""
+    facts = dataset.facts
+    return root / f"{facts.name}_{facts.image_size}_{dataset.split}_{autoencoder.sha256[:8]}"
+
+
+def open_latent_cache(folder: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> LatentCache:
+    """Open a finished cache after checking that it fits and that no shard is damaged.
+
+    Raises:
+        UsageError: another dataset, size or autoencoder (both values named), an unfinished cache, a damaged shard.
+    """
+    manifest = read_json(folder / "manifest.json")
+    _check_fits(folder, manifest, _identity(dataset, autoencoder))
+    if "shards" not in manifest:
+        raise UsageError(f"the latent cache {folder} is unfinished: start the training again to complete it")
+    for entry in progress_bar(manifest["shards"], desc="checking the latent cache", unit="shard", leave=False):
+        if _checksum(folder / entry["file"]) != entry["crc32"]:
+            raise UsageError(
+                f"the shard {folder / entry['file']} is damaged (its checksum differs from the manifest's): "
+                f"delete the folder {folder}, and it is built anew"
+            )
+    return LatentCache(folder, manifest, dataset.labels)
+
+
+def build_latent_cache(
+    folder: Path,
+    dataset: ImageDataset,
+    autoencoder: Autoencoder,
+    machine: Machine,
+    processes: Processes = Processes(),  # noqa: B008
+    num_workers: int = 0,
+) -> None:
+    """Encode what is missing in `folder`; processes share the shards. A finished cache is left as it is.
+
+    Raises:
+        UsageError: the folder holds a cache of something else.
+    """
+    identity = _identity(dataset, autoencoder)
+    if (folder / "manifest.json").exists():
+        manifest = read_json(folder / "manifest.json")
+        _check_fits(folder, manifest, identity)
+        if "shards" in manifest:
+            return
+    elif processes.is_main:
+        write_json(folder / "manifest.json", identity)
+    processes.barrier()
+    starts = range(0, len(dataset), identity["shard_size"])
+    mine = [number for number in range(len(starts)) if number % processes.count == processes.rank]
+    progress = progress_bar(total=len(dataset) // processes.count, desc="encoding latents", unit="image")
+    for number in mine:
+        entry_file = folder / f"moments_{number:05d}.json"
+        images = range(starts[number], min(starts[number] + identity["shard_size"], len(dataset)))
+        if not entry_file.exists():
+            _write_shard(folder / f"moments_{number:05d}.npy", entry_file, dataset, images, autoencoder, machine, progress, num_workers)
+        else:
+            progress.update(len(images))
+    progress.close()
+    processes.barrier()
+    if processes.is_main:
+        _finish(folder, identity, len(starts))
+    processes.barrier()
+
+
+def _write_shard(
+    path: Path,
+    entry_file: Path,
+    dataset: ImageDataset,
+    images: Iterable[int],
+    autoencoder: Autoencoder,
+    machine: Machine,
+    progress: tqdm,
+    num_workers: int,
+) -> None:
+    rows = []
+    loader = DataLoader(Subset(dataset, list(images)), IMAGES_PER_BATCH, num_workers=num_workers)  # type: ignore[arg-type]
+    for batch in loader:
+        views = [batch, batch.flip(3)] if dataset.facts.flips else [batch]
+        with machine.autocast():
+            moments = [autoencoder.encode(view.to(machine.device)).float().cpu() for view in views]
+        rows.append(torch.stack(moments, dim=1))
+        progress.update(len(batch))
+    moments = torch.cat(rows)
+    mean, logvar = moments.double().chunk(2, dim=2)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, moments.half().numpy())
+    entry = {
+        "file": path.name,
+        "crc32": _checksum(path),
+        "count": mean.numel() // mean.shape[2],
+        "sum": mean.sum((0, 1, 3, 4)).tolist(),
+        "sum_of_squares": (mean.square() + logvar.exp()).sum((0, 1, 3, 4)).tolist(),
+    }
+    write_json(entry_file, entry)
+
+
+def _finish(folder: Path, identity: dict[str, Any], shards: int) -> None:
+    """Write the manifest with all shards and the per-channel statistics of (unscaled) posterior samples."""
+    entries = [read_json(folder / f"moments_{number:05d}.json") for number in range(shards)]
+    count = sum(entry["count"] for entry in entries)
+    mean = np.sum([entry["sum"] for entry in entries], axis=0) / count
+    square = np.sum([entry["sum_of_squares"] for entry in entries], axis=0) / count
+    statistics = {"mean": mean.tolist(), "std": np.sqrt(square - mean**2).tolist()}
+    listed = [{"file": entry["file"], "crc32": entry["crc32"]} for entry in entries]
+    write_json(folder / "manifest.json", identity | {"statistics": statistics, "shards": listed})
+
+
+def _identity(dataset: ImageDataset, autoencoder: Autoencoder) -> dict[str, Any]:
+    facts = dataset.facts
+    side = facts.image_size // autoencoder.factor
+    shape = (autoencoder.moment_channels, side, side)
+    orientations = 2 if facts.flips else 1
+    return {
+        "format": FORMAT,
+        "dataset": facts.name,
+        "split": dataset.split,
+        "dataset_fingerprint": dataset.fingerprint,
+        "count": len(dataset),
+        "image_size": facts.image_size,
+        "autoencoder_sha256": autoencoder.sha256,
+        "orientations": orientations,
+        "moment_shape": list(shape),
+        "shard_size": max(1, SHARD_BYTES // (orientations * int(np.prod(shape)) * 2)),
+    }
+
+
+def _check_fits(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
+    for key, expected in identity.items():
+        if manifest.get(key) != expected:
+            raise UsageError(
+                f"the latent cache {folder} was made for another {key}: it has {manifest.get(key)}, this run needs "
+                f"{expected}. Name another folder with --latent_cache_dir, or delete this one"
+            )
+
+
+def _checksum(path: Path) -> int:
+    try:
+        return zlib.crc32(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read the latent cache's shard {path}: {error}") from error

@@ -1,0 +1,68 @@
+"""Where a training step gets its posterior moments: the latent cache, or images encoded on the fly."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from datasets_prep.datasets import DatasetOptions, ImageDataset
+from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder, open_latent_cache
+from models.autoencoder import Autoencoder, PixelSpace
+from runtime.distributed import Processes
+from runtime.precision import Machine
+
+__all__ = ["MomentSource", "open_moments"]
+
+
+class MomentSource(Protocol):
+    """Moments of a dataset's images by index."""
+
+    labels: torch.Tensor
+
+    def __len__(self) -> int: ...
+
+    def moments(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+        """Moments [B, 2 c, h, w] of images `indices` [B], of the mirror image where `mirrored` [B]."""
+        ...
+
+
+class EncodedImages:
+    """Moments of images that are read by `workers` threads and encoded at every call."""
+
+    def __init__(
+        self, dataset: ImageDataset, encode: Callable[[torch.Tensor], torch.Tensor], machine: Machine, workers: int
+    ) -> None:
+        self.labels = dataset.labels
+        self._dataset = dataset
+        self._encode = encode
+        self._machine = machine
+        self._readers = ThreadPoolExecutor(max(1, workers))
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def moments(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+        """Moments [B, 2 c, h, w] on the machine's device."""
+        images = torch.stack(list(self._readers.map(self._dataset.__getitem__, indices.tolist())))
+        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
+        with self._machine.autocast():
+            return self._encode(images.to(self._machine.device))
+
+
+def open_moments(
+    dataset: ImageDataset,
+    autoencoder: Autoencoder | PixelSpace,
+    data: DatasetOptions,
+    cache: LatentCacheOptions,
+    machine: Machine,
+    processes: Processes = Processes(),  # noqa: B008
+) -> MomentSource:
+    """The latent cache of `dataset`, built if need be; encoding on the fly in pixel space or with --no_latent_cache."""
+    if cache.no_latent_cache or isinstance(autoencoder, PixelSpace):
+        return EncodedImages(dataset, autoencoder.encode, machine, cache.num_workers)
+    root = Path(cache.latent_cache_dir or Path(data.datadir) / "latent_cache")
+    folder = cache_folder(root, dataset, autoencoder)
+    build_latent_cache(folder, dataset, autoencoder, machine, processes, cache.num_workers)
+    return open_latent_cache(folder, dataset, autoencoder)

@@ -1,0 +1,1 @@
+"""Scoring: feature networks, their statistics over images, and the metrics between them."""

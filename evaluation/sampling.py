@@ -1,0 +1,192 @@
+"""The work of the test scripts: find a checkpoint, draw samples, show, keep and score them, and say how."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from datasets_prep.datasets import DatasetFacts, DatasetOptions, open_dataset
+from evaluation.features import FeatureOptions, choose_features
+from evaluation.generate import GeneratedBatch, check_guidance, generate
+from evaluation.pictures import save_grid
+from evaluation.score import reference_statistics, score_samples
+from evaluation.writer import FORMATS, SampleWriter
+from flow.guidance import GuidanceOptions
+from flow.solvers import ADAPTIVE, SolverOptions
+from models.autoencoder import AutoencoderOptions
+from models.dit import DiTOptions
+from models.registry import NetworkOptions
+from options import Options, UsageError, as_json, option
+from runtime.checkpoints import LoadedModel, load_model, newest_model
+from runtime.files import write_json
+from runtime.precision import Machine, MachineOptions, choose_machine
+from runtime.progress import progress_bar
+
+__all__ = ["SAMPLING_GROUPS", "SamplingOptions", "sample_and_score"]
+
+GRID_ROWS = 8
+SMALLEST_TILE = 56  # pixels; smaller images are enlarged in the grid
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Sampling."""
+
+    checkpoint: str = option("", "checkpoint file; default: the newest of the experiment", flags=("--model_ckpt",))
+    exp: str = option("experiment", "name of the experiment")
+    save_root: str = option("saved_info", "folder of all experiments")
+    epoch_id: int | None = option(None, "epoch of the experiment's checkpoint; default: the newest")
+    n_sample: int = option(50000, "number of samples", minimum=1)
+    batch_size: int = option(200, "samples drawn at a time; does not change them", minimum=1)
+    seed: int = option(42, "seed of the noise; sample i depends on (seed, i) alone", minimum=0)
+    compute_fid: bool = option(False, "score the samples against the dataset's training images")
+    output_dir: str = option("", "folder for the grid and samples; default: samples/ in the experiment's folder")
+    save_images: str | None = option(None, "also write every sample, in this format", choices=FORMATS)
+    output_json: str = option("", "file for the result; default: beside the grid")
+
+
+SAMPLING_GROUPS = (
+    SamplingOptions,
+    SolverOptions,
+    GuidanceOptions,
+    FeatureOptions,
+    DatasetOptions,
+    AutoencoderOptions,
+    NetworkOptions,
+    DiTOptions,
+    MachineOptions,
+)
+
+
+def sample_and_score(options: Options) -> dict[str, Any]:
+    """Draw the samples that the options describe; returns the result that is also written as JSON.
+
+    Raises:
+        UsageError: no such checkpoint, or flags that contradict it.
+    """
+    sampling, solver, guidance = options[SamplingOptions], options[SolverOptions], options[GuidanceOptions]
+    machine = choose_machine(options[MachineOptions])
+    path = _checkpoint_path(sampling, options[DatasetOptions].dataset)
+    given = options.given(AutoencoderOptions)
+    model = load_model(path, machine.device, options[AutoencoderOptions] if "pretrained_autoencoder_ckpt" in given else None)
+    _refuse_contradictions(options, model.header, path)
+    check_guidance(model.header["network"], guidance.cfg_scale)
+    if solver.method in ADAPTIVE and "num_steps" in options.explicit:
+        print(f"note: --num_steps has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol")
+
+    folder = Path(sampling.output_dir) if sampling.output_dir else path.parent / "samples"
+    stem = f"{path.stem}_{solver.method}_cfg{guidance.cfg_scale:g}_seed{sampling.seed}"
+    keeper = _Keeper(model.header["num_classes"])
+    writer = SampleWriter(folder, sampling.save_images) if sampling.save_images else None
+    started = time.perf_counter()
+    batches = keeper.watch(_batches(model, options, machine), writer)
+    if sampling.compute_fid:
+        score = _score(batches, options, model, machine)
+    else:
+        score = {}
+        for _ in batches:
+            pass
+    seconds = time.perf_counter() - started
+    if writer is not None:
+        writer.close()
+    grid = folder / f"{stem}.png"
+    save_grid(keeper.images(), grid, keeper.columns, enlarge=-(-SMALLEST_TILE // keeper.images().shape[-1]))
+    result = {
+        "checkpoint": str(path),
+        "weights_sha256": model.header["weights_sha256"],
+        "step": model.header["step"],
+        **score,
+        "samples": sampling.n_sample,
+        "nfe": keeper.evaluations / sampling.n_sample,
+        "guided_evaluations": guidance.cfg_scale != 1,
+        "seed": sampling.seed,
+        "solver": as_json(solver),
+        "cfg_scale": guidance.cfg_scale,
+        "precision": machine.precision,
+        "batch_size": sampling.batch_size,
+        "seconds": round(seconds, 1),
+        "grid": str(grid),
+    }
+    write_json(sampling.output_json or folder / f"{stem}.json", result)
+    return result
+
+
+class _Keeper:
+    """Watches a stream of batches: keeps the first samples for the grid and counts evaluations."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.columns = min(10, num_classes) if num_classes > 1 else GRID_ROWS
+        self.evaluations = 0
+        self._kept: list[torch.Tensor] = []
+        self._missing = GRID_ROWS * self.columns
+
+    def watch(self, batches: Any, writer: SampleWriter | None) -> Any:
+        """The same batches."""
+        for batch in batches:
+            self.evaluations += batch.evaluations * len(batch.indices)
+            self._kept.append(batch.images[: self._missing])
+            self._missing -= len(self._kept[-1])
+            if writer is not None:
+                writer.add(batch)
+            yield batch
+
+    def images(self) -> torch.Tensor:
+        """The first samples, at most a gridful."""
+        return torch.cat(self._kept)
+
+
+def _batches(model: LoadedModel, options: Options, machine: Machine) -> Any:
+    sampling, header = options[SamplingOptions], model.header
+    stored = header["dataset"]
+    network = torch.compile(model.network) if options[MachineOptions].compile else model.network
+    stream = generate(
+        network,
+        model.autoencoder,
+        DatasetFacts(**stored | {"class_names": tuple(stored["class_names"])}),
+        (header["latent_channels"], header["latent_size"], header["latent_size"]),
+        header["num_classes"],
+        range(sampling.n_sample),
+        options[SolverOptions],
+        machine,
+        seed=sampling.seed,
+        cfg_scale=options[GuidanceOptions].cfg_scale,
+        batch_size=sampling.batch_size,
+    )
+    with progress_bar(total=sampling.n_sample, desc="sampling", unit="image") as bar:
+        for batch in stream:
+            bar.update(len(batch.indices))
+            yield batch
+
+
+def _score(batches: Any, options: Options, model: LoadedModel, machine: Machine) -> dict[str, Any]:
+    stored = model.header["dataset"]
+    data = DatasetOptions(stored["name"], options[DatasetOptions].datadir, stored["image_size"])
+    features = choose_features(options[FeatureOptions], data.dataset, machine)
+    reference = reference_statistics(open_dataset(data, "train"), features, data.datadir)
+    return score_samples(batches, features, reference)
+
+
+def _checkpoint_path(sampling: SamplingOptions, dataset: str) -> Path:
+    if sampling.checkpoint:
+        return Path(sampling.checkpoint)
+    return newest_model(Path(sampling.save_root) / "latent_flow" / dataset / sampling.exp, sampling.epoch_id)
+
+
+def _refuse_contradictions(options: Options, header: Mapping[str, Any], path: Path) -> None:
+    """An explicitly given flag must say what the checkpoint says."""
+    stored = {
+        "model_type": header["model_type"],
+        "dataset": header["dataset"]["name"],
+        "image_size": header["dataset"]["image_size"],
+        **header["network"],
+    }
+    for group in (NetworkOptions, DiTOptions, DatasetOptions):
+        for name in (f.name for f in fields(group) if f.name in options.explicit and f.name in stored):
+            if as_json(options.values[name]) != stored[name]:
+                raise UsageError(
+                    f"--{name} {options.values[name]} contradicts the checkpoint {path}, which says {stored[name]}: "
+                    "leave the flag out, or choose another checkpoint"
+                )

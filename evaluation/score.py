@@ -1,0 +1,59 @@
+"""Scoring a stream of samples: Frechet distance to a dataset's training images, and how often a classifier agrees."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from datasets_prep.datasets import ImageDataset
+from evaluation.features import FeatureNetwork
+from evaluation.generate import GeneratedBatch
+from evaluation.metrics import frechet_distance
+from evaluation.statistics import RunningMoments, Statistics, dataset_statistics
+
+__all__ = ["reference_statistics", "score_samples"]
+
+
+def reference_statistics(dataset: ImageDataset, features: FeatureNetwork, datadir: str | Path) -> Statistics:
+    """Statistics of a split's features, cached in `statistics` below the data directory."""
+    return dataset_statistics(dataset, features, Path(datadir) / "statistics")
+
+
+def score_samples(
+    batches: Iterable[GeneratedBatch],
+    features: FeatureNetwork,
+    reference: Statistics,
+    show: Callable[[GeneratedBatch], None] | None = None,
+) -> dict[str, Any]:
+    """Consume `batches` and score them against `reference`.
+
+    Args:
+        batches: samples; each is seen once.
+        features: the feature network that `reference` was made with.
+        reference: statistics of the real images.
+        show: called with every batch, for pictures and files.
+
+    Returns:
+        "metric" (its label), "value", "samples", "reference_samples", "features", "features_sha256", and, where the
+        feature network is a classifier, "recognised": the share of samples it takes for the class asked for.
+    """
+    moments = RunningMoments(features.dims)
+    recognised, classified = 0, 0
+    for batch in batches:
+        if show is not None:
+            show(batch)
+        moments.update(features(batch.images))
+        probabilities = getattr(features, "probabilities", None)
+        if probabilities is not None:
+            recognised += int((probabilities(batch.images).argmax(1).cpu() == batch.labels).sum())
+            classified += len(batch.labels)
+    result: dict[str, Any] = {
+        "metric": features.label,
+        "value": frechet_distance(moments.statistics(), reference),
+        "samples": moments.count,
+        "reference_samples": reference.count,
+        "features": features.name,
+        "features_sha256": features.sha256,
+    }
+    if classified:
+        result["recognised"] = recognised / classified
+    return result

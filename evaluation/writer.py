@@ -1,0 +1,42 @@
+"""Samples on the disk, when asked: one image file each, or all in one npz."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.transforms.functional import to_pil_image
+
+from evaluation.generate import GeneratedBatch
+from runtime.files import atomic_path
+
+__all__ = ["FORMATS", "SampleWriter"]
+
+FORMATS = ("png", "jpg", "npz")
+
+
+class SampleWriter:
+    """Writes batches to `folder` as 000000.png, ..., or as samples.npz (`images` uint8 [N, H, W, C], `labels` [N])."""
+
+    def __init__(self, folder: Path, kind: str) -> None:
+        self.folder = folder
+        self.kind = kind
+        self._batches: list[GeneratedBatch] = []
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, batch: GeneratedBatch) -> None:
+        """Write a batch, or keep it for the npz."""
+        if self.kind == "npz":
+            self._batches.append(batch)
+            return
+        encoding = {"png": "PNG", "jpg": "JPEG"}[self.kind]
+        for index, image in zip(batch.indices, batch.images, strict=True):
+            with atomic_path(self.folder / f"{index:06d}.{self.kind}") as temporary:
+                to_pil_image(image).save(temporary, format=encoding)
+
+    def close(self) -> None:
+        """Write the npz, if that is the format."""
+        if self.kind == "npz":
+            images = torch.cat([batch.images for batch in self._batches]).permute(0, 2, 3, 1).numpy()
+            labels = torch.cat([batch.labels for batch in self._batches]).numpy()
+            with atomic_path(self.folder / "samples.npz") as temporary, temporary.open("wb") as file:
+                np.savez_compressed(file, images=images, labels=labels)

@@ -1,0 +1,1 @@
+"""Velocity networks, the autoencoder and the conditions."""

@@ -1,0 +1,261 @@
+"""Images to latents and back, with any diffusers AutoencoderKL or none.
+
+An image uint8 [B, C, H, W] becomes `moments` (posterior mean and log-variance, [B, 2 c, h, w]), a sample z of that
+posterior becomes a latent (z - mean) / std, per channel, so that latents have about unit scale. The scale is, in this order,
+an explicit `--scale_factor` s (mean 0, std 1 / s), the autoencoder's own `latents_mean` and `latents_std`, or its
+`scaling_factor`. `none` stands for pixel space: the latents are the pixels in [-1, 1].
+"""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from options import UsageError, option
+
+__all__ = [
+    "Autoencoder",
+    "AutoencoderOptions",
+    "PixelSpace",
+    "images_to_pixels",
+    "load_autoencoder",
+    "new_autoencoder_kl",
+    "pixels_to_images",
+]
+
+PIXELS_PER_CHUNK = 1 << 19  # pixels that pass through the autoencoder at a time: 8 images of 256 x 256
+LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
+REPOSITORY = Path(__file__).resolve().parent.parent  # relative folders are also looked for here
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class AutoencoderOptions:
+    """Autoencoder."""
+
+    pretrained_autoencoder_ckpt: str = option(
+        "stabilityai/sd-vae-ft-mse", "diffusers AutoencoderKL: a hub id, a local folder, or none for pixel space"
+    )
+    scale_factor: float | None = option(
+        None, "factor on the latents; default: the autoencoder's own statistics (Stable Diffusion: 0.18215)"
+    )
+    f: int | None = option(None, "how many times smaller latents are than images; default: the autoencoder's own factor")
+
+
+def images_to_pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 images to float32 pixels in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def pixels_to_images(pixels: torch.Tensor) -> torch.Tensor:
+    """Float pixels to uint8 images: round(127.5 x + 127.5), clamped to 0..255. The only quantisation there is."""
+    return (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+class PixelSpace:
+    """The autoencoder `none`: moments and latents are the pixels themselves."""
+
+    factor = 1
+
+    def __init__(self, channels: int) -> None:
+        self.latent_channels = self.moment_channels = channels
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint and a cache remember."""
+        return {"id": "none", "sha256": "none"}
+
+    def to(self, device: torch.device | str) -> "PixelSpace":
+        """Nothing to move."""
+        return self
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images [B, C, H, W] to pixels [B, C, H, W]."""
+        return images_to_pixels(images)
+
+    def sample(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """The pixels, unchanged: there is no posterior to sample."""
+        return moments
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, C, H, W] to uint8 images."""
+        return pixels_to_images(latents)
+
+
+class Autoencoder:
+    """A diffusers AutoencoderKL with the scale of its latents.
+
+    Args:
+        network: the autoencoder, in evaluation mode.
+        identity: hub id or folder, kept for checkpoints.
+        scale_factor: overrides the autoencoder's own statistics.
+    """
+
+    def __init__(self, network: nn.Module, identity: str, scale_factor: float | None = None) -> None:
+        self.network = network.eval().requires_grad_(False)
+        config = network.config  # type: ignore[union-attr]
+        self.identity = identity
+        self.scale_factor = scale_factor
+        self.image_channels: int = config.in_channels
+        self.latent_channels: int = config.latent_channels
+        self.moment_channels = 2 * self.latent_channels
+        self.factor = 2 ** (len(config.block_out_channels) - 1)
+        mean, std = _latent_scale(config, scale_factor)
+        self.mean = torch.tensor(mean).view(1, -1, 1, 1)
+        self.std = torch.tensor(std).view(1, -1, 1, 1)
+        self.sha256 = weights_hash(network.state_dict())
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint and a cache remember: where it came from, its weights' hash, the latents' scale."""
+        return {
+            "id": self.identity,
+            "sha256": self.sha256,
+            "scale_factor": self.scale_factor,
+            "latents_mean": self.mean.flatten().tolist(),
+            "latents_std": self.std.flatten().tolist(),
+        }
+
+    def to(self, device: torch.device | str) -> "Autoencoder":
+        """Move weights and statistics to `device`."""
+        self.network.to(device)
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """uint8 images [B, C, H, W] to posterior moments [B, 2 c, h, w], float32; the log-variance is clamped.
+
+        Grey images are repeated for an autoencoder of colour images.
+
+        Raises:
+            UsageError: channels or sides that the autoencoder does not admit.
+        """
+        if images.shape[1] == 1 and self.image_channels == 3:
+            images = images.expand(-1, 3, -1, -1)
+        if images.shape[1] != self.image_channels:
+            raise UsageError(
+                f"the autoencoder {self.identity} expects images of {self.image_channels} channels, "
+                f"but the dataset has {images.shape[1]}"
+            )
+        if images.shape[2] % self.factor or images.shape[3] % self.factor:
+            raise UsageError(
+                f"the image size must be a multiple of {self.factor} for the autoencoder {self.identity}, "
+                f"but it is {images.shape[3]} (--image_size)"
+            )
+        chunks = images.split(_chunk(images.shape[2] * images.shape[3]))
+        moments = torch.cat([self.network_moments(images_to_pixels(chunk)) for chunk in chunks])
+        mean, logvar = moments.chunk(2, dim=1)
+        return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=1)
+
+    def network_moments(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Raw moments of pixels [B, C, H, W], with gradients where the caller wants them."""
+        return encode_moments(self.network, pixels)
+
+    def sample(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Scaled latents [B, c, h, w] of moments and standard normal noise; the posterior mean without noise."""
+        mean, logvar = moments.float().chunk(2, dim=1)
+        z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
+        return (z - self.mean) / self.std
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Scaled latents [B, c, h, w] to uint8 images [B, C, H, W], in chunks that fit the memory."""
+        z = latents.float() * self.std + self.mean
+        chunk = _chunk(latents.shape[2] * latents.shape[3] * self.factor**2)
+        return torch.cat([pixels_to_images(decode_pixels(self.network, part)) for part in z.split(chunk)])
+
+
+def encode_moments(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
+    """Moments [B, 2 c, h, w] of an AutoencoderKL for pixels in [-1, 1]."""
+    hidden = network.encoder(pixels)  # type: ignore[operator]
+    return network.quant_conv(hidden) if network.quant_conv is not None else hidden  # type: ignore[operator]
+
+
+def decode_pixels(network: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    """Pixels, about [-1, 1], of an AutoencoderKL for unscaled latents z."""
+    hidden = network.post_quant_conv(z) if network.post_quant_conv is not None else z  # type: ignore[operator]
+    return network.decoder(hidden)  # type: ignore[operator]
+
+
+def new_autoencoder_kl(
+    channels: int, widths: tuple[int, ...], latent_channels: int, image_size: int, statistics: Mapping[str, Any]
+) -> Any:
+    """An untrained AutoencoderKL that halves the image len(widths) - 1 times.
+
+    Args:
+        channels: of the image, 1 or 3.
+        widths: channels of each level, multiples of 8.
+        latent_channels: c.
+        image_size: recorded in its configuration.
+        statistics: further entries of its configuration, such as latents_mean.
+    """
+    return diffusers.AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=image_size,
+        mid_block_add_attention=False,
+        **statistics,
+    )
+
+
+def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder | PixelSpace:
+    """Load the autoencoder that `options` names; `channels` is that of the images, for pixel space.
+
+    Raises:
+        UsageError: a missing folder, an unreachable hub, or files that are no AutoencoderKL in safetensors format.
+    """
+    name = options.pretrained_autoencoder_ckpt
+    if name == "none":
+        return PixelSpace(channels)
+    folder = next((path for path in (Path(name), REPOSITORY / name) if path.is_dir()), None)
+    local = folder is not None
+    if not local and not HUB_ID.fullmatch(name):
+        raise UsageError(
+            f"--pretrained_autoencoder_ckpt {name}: no such folder (and no hub id of the form owner/name either)"
+        )
+    try:
+        with contextlib.redirect_stderr(None):
+            network = diffusers.AutoencoderKL.from_pretrained(
+                folder or name, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True, local_files_only=local
+            )
+    except Exception as error:  # diffusers raises many kinds for one thing: it cannot be loaded
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        hint = "" if local else "; without a network, name a local folder in diffusers format"
+        raise UsageError(f"cannot load the autoencoder {name}: {reason}{hint}") from error
+    autoencoder = Autoencoder(network, name, options.scale_factor)
+    if options.f not in (None, autoencoder.factor):
+        raise UsageError(f"--f {options.f} contradicts the autoencoder {name}, whose factor is {autoencoder.factor}")
+    return autoencoder
+
+
+def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the names and values of a state dict."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _latent_scale(config: Any, scale_factor: float | None) -> tuple[list[float], list[float]]:
+    channels = config.latent_channels
+    if scale_factor is None and config.latents_mean is not None and config.latents_std is not None:
+        return list(config.latents_mean), list(config.latents_std)
+    shift = 0.0 if scale_factor is not None else (config.shift_factor or 0.0)
+    return [shift] * channels, [1 / (scale_factor or config.scaling_factor)] * channels
+
+
+def _chunk(pixels: int) -> int:
+    return max(1, PIXELS_PER_CHUNK // pixels)

@@ -1,0 +1,222 @@
+"""DiT, the diffusion transformer with adaptive layer norm (Peebles & Xie 2022, arXiv:2212.09748).
+
+Names and shapes of the state dict are those of the published LFM checkpoints.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models.attention import attention
+from models.conditions import Condition
+from options import UsageError, option
+
+__all__ = ["DIT_SIZES", "DiT", "DiTOptions"]
+
+# Hidden width, depth, heads. Ti and Mi are this project's own, for small images and small machines.
+DIT_SIZES = {
+    "Mi": (128, 6, 4),
+    "Ti": (192, 8, 4),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+FREQUENCIES = 128  # of the time embedding
+LONGEST_PERIOD = 10000.0
+
+
+@dataclass(frozen=True)
+class DiTOptions:
+    """DiT."""
+
+    num_in_channels: int = option(4, "channels of the network's input", minimum=1)
+    num_out_channels: int = option(4, "channels of the velocity", minimum=1)
+    num_classes: int = option(1, "number of classes; 1: unconditional", minimum=1)
+    label_dropout: float = option(0.0, "probability of dropping a label in training; above 0 adds the null class", minimum=0)
+    use_grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+
+
+class DiT(nn.Module):
+    """Velocity network on patches of the latents.
+
+    Args:
+        size: latents' side h = w.
+        patch_size: side of a patch; must divide `size`.
+        hidden_size, depth, num_heads: width D, blocks, attention heads.
+        options: channels, classes and label dropout.
+
+    Raises:
+        UsageError: the latents' side is no multiple of the patch.
+    """
+
+    def __init__(
+        self, size: int, patch_size: int, hidden_size: int, depth: int, num_heads: int, options: DiTOptions
+    ) -> None:
+        super().__init__()
+        if size % patch_size:
+            raise UsageError(
+                f"latents of side {size} cannot be cut into patches of {patch_size}: choose another --image_size, "
+                "or a DiT with another patch size"
+            )
+        self.options = options
+        self.patch_size = patch_size
+        rows = options.num_classes + (options.label_dropout > 0)
+        positions = _sincos_table(size // patch_size, hidden_size)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.x_embedder = PatchEmbed(None, patch_size, options.num_in_channels, hidden_size, strict_img_size=False)
+        self.t_embedder = TimeEmbedding(hidden_size)
+        self.y_embedder = LabelEmbedding(rows, hidden_size)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * options.num_out_channels)
+        self._initialise()
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
+        """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
+
+        Without labels every sample uses the last row of the label table (the null class, where there is one).
+        """
+        embedding = self.t_embedder(t.expand(x.shape[0])) + self.y_embedder(condition.labels)  # [B, D] or broadcast
+        embedding = embedding.expand(x.shape[0], -1)
+        tokens = self.x_embedder(x) + self.pos_embed  # [B, L, D]
+        for block in self.blocks:
+            if self.options.use_grad_checkpointing and self.training:
+                tokens = checkpoint(block, tokens, embedding, use_reentrant=False)
+            else:
+                tokens = block(tokens, embedding)
+        return self._unpatchify(self.final_layer(tokens, embedding), x.shape[2], x.shape[3])
+
+    def _unpatchify(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        p = self.patch_size
+        rows, columns = height // p, width // p
+        patches = patches.view(len(patches), rows, columns, p, p, -1)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height, width)
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        projection = self.x_embedder.proj
+        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+        nn.init.zeros_(projection.bias)
+        for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):
+            nn.init.normal_(weight, std=0.02)
+        for modulation in (*(block.adaLN_modulation for block in self.blocks), self.final_layer.adaLN_modulation):
+            nn.init.zeros_(modulation[1].weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+
+class TimeEmbedding(nn.Module):
+    """[cos(t f), sin(t f)] of times t [B], through two linear layers, to [B, D]."""
+
+    frequencies: torch.Tensor
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(2 * FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        exponents = torch.arange(FREQUENCIES, dtype=torch.float32) / FREQUENCIES
+        self.register_buffer("frequencies", torch.exp(-math.log(LONGEST_PERIOD) * exponents), persistent=False)
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """Embed t [B]."""
+        angles = t.float()[:, None] * self.frequencies
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
+
+
+class LabelEmbedding(nn.Module):
+    """One row per class, and one more for the null class where labels are dropped in training."""
+
+    def __init__(self, rows: int, hidden_size: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, hidden_size)
+
+    def forward(self, labels: torch.Tensor | None) -> torch.Tensor:
+        """Rows [B, D] of labels [B]; the last row [D] for None."""
+        return self.embedding_table.weight[-1] if labels is None else self.embedding_table(labels)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on tokens [B, L, D]."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Attend among the tokens."""
+        batch, length, width = tokens.shape
+        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = attention(*qkv.unbind(0))  # [B, heads, L, D / heads]
+        return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each modulated and gated by the embedding (adaLN-Zero, section 3.2)."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.attn = SelfAttention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(hidden_size, 4 * hidden_size, act_layer=_tanh_gelu)
+        self.adaLN_modulation = _modulation(hidden_size, 6)
+
+    def forward(self, tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """Tokens [B, L, D] under the embedding [B, D]."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(embedding)[:, None].chunk(6, dim=-1)
+        tokens = tokens + gate1 * self.attn(_modulate(self.norm1(tokens), shift1, scale1))
+        return tokens + gate2 * self.mlp(_modulate(self.norm2(tokens), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm and a linear map from tokens to patches."""
+
+    def __init__(self, hidden_size: int, patch_values: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(hidden_size, patch_values)
+        self.adaLN_modulation = _modulation(hidden_size, 2)
+
+    def forward(self, tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """Patches [B, L, p p C] of tokens [B, L, D]."""
+        shift, scale = self.adaLN_modulation(embedding)[:, None].chunk(2, dim=-1)
+        return self.linear(_modulate(self.norm_final(tokens), shift, scale))
+
+
+def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
+    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, parts * hidden_size))
+
+
+def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return x * (1 + scale) + shift
+
+
+def _tanh_gelu() -> nn.Module:
+    return nn.GELU(approximate="tanh")
+
+
+def _sincos_table(side: int, hidden_size: int) -> torch.Tensor:
+    """2-D sine-cosine table [1, side^2, D]: columns in the first half of the channels, rows in the second."""
+    frequencies = LONGEST_PERIOD ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
+    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # [side, D / 4]
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D / 2]
+    columns, rows = waves[None].expand(side, -1, -1), waves[:, None].expand(-1, side, -1)
+    return torch.cat([columns, rows], dim=-1).reshape(1, side**2, hidden_size).float()
+
+
+def dit_builders() -> dict[str, Callable[[int, Any], DiT]]:
+    """Constructors by model type, DiT-{size}/{patch}, each called with (latent side, DiTOptions)."""
+
+    def builder(sizes: tuple[int, int, int], patch: int) -> Callable[[int, Any], DiT]:
+        return lambda size, options: DiT(size, patch, *sizes, options)
+
+    return {f"DiT-{name}/{patch}": builder(sizes, patch) for name, sizes in DIT_SIZES.items() for patch in (1, 2, 4, 8)}

@@ -1,0 +1,255 @@
+"""Options declared once: the fields of frozen dataclasses become argparse flags and keys of KEY=VALUE files.
+
+Every component owns one dataclass whose fields are made by `option(default, help)`; the scripts hand the classes they use
+to `parse_options`, and give each component its own instance back. The first line of a class's docstring is the title of
+its group in `--help`. Classes may share a field (network families do): it is one flag.
+"""
+
+import argparse
+import dataclasses
+import errno
+import re
+import shlex
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+__all__ = [
+    "Options",
+    "UsageError",
+    "as_json",
+    "exit_cleanly",
+    "option",
+    "parse_options",
+    "read_arguments_file",
+]
+
+T = TypeVar("T")
+
+# Short keys of the published test_args files; every other key is a flag's name in capitals.
+PUBLISHED_KEYS = {
+    "STEPS": "num_steps",
+    "IMG_SIZE": "image_size",
+    "CFG": "cfg_scale",
+    "ATTN_RES": "attn_resolutions",
+    "BASE_CH": "nf",
+    "Bs": "batch_size",
+}
+
+
+class UsageError(ValueError):
+    """Input that a user can mend. The message says what was expected, what came and what to do."""
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] | None = None,
+    flags: tuple[str, ...] = (),
+    minimum: float | None = None,
+) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    Args:
+        default: value when the flag is not given.
+        help: one sentence for `--help`, with the unit.
+        choices: the values allowed, where they are few.
+        flags: other spellings, such as "--attn_resolution".
+        minimum: the smallest value allowed, for numbers.
+    """
+    metadata = {"help": help, "choices": choices, "flags": flags, "minimum": minimum}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The values of all flags, and which of them the user gave.
+
+    `options[GroupClass]` is the instance of one component's dataclass.
+    """
+
+    values: Mapping[str, Any]
+    explicit: frozenset[str]
+
+    def __getitem__(self, group: type[T]) -> T:
+        names = [field.name for field in dataclasses.fields(group)]  # type: ignore[arg-type]
+        return group(**{name: self.values[name] for name in names if name in self.values})
+
+    def given(self, group: type) -> dict[str, Any]:
+        """The options of `group` that the user gave, on the command line or in the arguments file."""
+        return {f.name: self.values[f.name] for f in dataclasses.fields(group) if f.name in self.explicit}
+
+
+def as_json(value: Any) -> Any:
+    """`value` (a dataclass, mapping, sequence or scalar) in JSON's types, so that a round trip compares equal."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): as_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def parse_options(
+    description: str,
+    groups: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    ignored: Mapping[str, str] | None = None,
+) -> Options:
+    """Parse the command line into the options of `groups`.
+
+    Args:
+        description: first paragraph of `--help`.
+        groups: option dataclasses, in the order of `--help`.
+        argv: command line without the program's name; sys.argv[1:] when None.
+        defaults: this script's own defaults, by option name, where they differ from the dataclass's.
+        ignored: flags accepted for compatibility, with the reason why they do nothing; each says so once.
+
+    Raises:
+        UsageError: an unknown key, a missing arguments file or a value below its minimum.
+        SystemExit: argparse's own errors and `--help`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter
+    )
+    parser.add_argument("--args_file", metavar="FILE", help="KEY=VALUE lines read before the flags; later flags win")
+    fields = _add_groups(parser, groups, defaults or {})
+    for flag in ignored or {}:
+        parser.add_argument(f"--{flag}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--args_file")
+    arguments_file, remaining = finder.parse_known_args(argv)
+    if arguments_file.args_file:
+        remaining = read_arguments_file(arguments_file.args_file, {*fields, *(ignored or {})}) + remaining
+    given = vars(parser.parse_args(remaining))
+    given.pop("args_file", None)
+
+    for flag, reason in (ignored or {}).items():
+        if given.pop(flag, None) is not None:
+            print(f"note: --{flag} has no effect here: {reason}", file=sys.stderr)
+    for name, value in given.items():
+        minimum = fields[name].metadata["minimum"]
+        numbers = value if isinstance(value, tuple) else (value,)
+        if minimum is not None and any(number is not None and number < minimum for number in numbers):
+            raise UsageError(f"--{name} must be at least {minimum}, but {value} was given")
+    values = {name: field.default for name, field in fields.items()} | dict(defaults or {}) | given
+    return Options(values=values, explicit=frozenset(given))
+
+
+def read_arguments_file(path: str | Path, known: Iterable[str] | None = None) -> list[str]:
+    """Flags from a file of KEY=VALUE lines (parsed, never executed; `#` starts a comment).
+
+    Args:
+        path: the file. Values may be quoted, lists are separated by spaces.
+        known: names of the flags that exist; None admits any.
+
+    Raises:
+        UsageError: a missing file, a line without "=", or an unknown key.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the arguments file {path}: {error}") from error
+    known = None if known is None else set(known)
+    flags: list[str] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UsageError(f"{path}, line {number}: {error}: {line!r}") from error
+        if not words:
+            continue
+        key, equals, first = words[0].partition("=")
+        name = PUBLISHED_KEYS.get(key, key.lower())
+        if not equals or not re.fullmatch(r"[A-Za-z]\w*", key):
+            raise UsageError(f"{path}, line {number}: expected KEY=VALUE, but found {line!r}")
+        if known is not None and name not in known:
+            raise UsageError(f"{path}, line {number}: unknown key {key} (there is no flag --{name})")
+        flags += [f"--{name}", *(value for word in [first, *words[1:]] for value in word.split())]
+    return flags
+
+
+def exit_cleanly(main: Callable[[], int | None]) -> None:
+    """Run a script's main function; a user's error becomes one line on stderr and exit code 2."""
+    try:
+        sys.exit(main() or 0)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT):
+            raise
+        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _add_groups(
+    parser: argparse.ArgumentParser, groups: Sequence[type], defaults: Mapping[str, Any]
+) -> dict[str, dataclasses.Field]:
+    fields: dict[str, dataclasses.Field] = {}
+    for group in groups:
+        title = (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
+        section = parser.add_argument_group(title)
+        hints = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            if field.name in fields:
+                continue  # shared by two families of networks
+            fields[field.name] = field
+            default = defaults.get(field.name, field.default)
+            _add_flag(section, field, hints[field.name], default)
+    return fields
+
+
+def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -> None:
+    kind, many = _argument_type(hint)
+    names = [f"--{field.name}", *field.metadata["flags"]]
+    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    explained = field.metadata["help"] + ("" if default in (None, "", ()) else f" [{shown}]")
+    common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": explained.replace("%", "%%")}
+    if kind is bool:
+        section.add_argument(*names, action=_BooleanAction, **common)
+    elif many:
+        section.add_argument(*names, type=kind, nargs="+", action=_TupleAction, metavar=kind.__name__.upper(), **common)
+    else:
+        choices = field.metadata["choices"]
+        section.add_argument(
+            *names, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), **common
+        )
+
+
+def _argument_type(hint: Any) -> tuple[type, bool]:
+    """(scalar type, whether a tuple of them) of an annotation such as `int | None` or `tuple[int, ...]`."""
+    if isinstance(hint, types.UnionType):
+        hint = next(item for item in typing.get_args(hint) if item is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+class _TupleAction(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        setattr(namespace, self.dest, tuple(values))
+
+
+class _BooleanAction(argparse.Action):
+    """`--flag`, `--flag true|false` and `--no-flag`."""
+
+    words: typing.ClassVar = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+    def __init__(self, option_strings, dest, **arguments):  # type: ignore[no-untyped-def]
+        negative = [f"--no-{name[2:]}" for name in option_strings]
+        super().__init__([*option_strings, *negative], dest, nargs="?", metavar="BOOL", **arguments)
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        value = True if values is None else self.words.get(str(values).lower())
+        if value is None:
+            parser.error(f"argument {option_string}: expected true or false, but {values!r} was given")
+        setattr(namespace, self.dest, value != (option_string or "").startswith("--no-"))

@@ -1,0 +1,41 @@
+#!/usr/bin/env python
+"""Write the feature statistics of a dataset, for fid_score.py and others that read `mu` and `sigma`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from datasets_prep.datasets import DatasetOptions, open_dataset
+from evaluation.features import FeatureOptions, choose_features
+from evaluation.statistics import dataset_statistics, save_statistics
+from options import exit_cleanly, option, parse_options
+from runtime.precision import MachineOptions, choose_machine
+
+
+@dataclass(frozen=True)
+class StatisticsOptions:
+    """Statistics."""
+
+    output: str | None = option(None, "file to write; default: pytorch_fid/<dataset>_<split>_<features>_stat.npz")
+    split: str = option("train", "which images", choices=("train", "validation"))
+    batch_size: int = option(50, "images at a time", minimum=1)
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
+
+
+def main() -> None:
+    """Parse the flags, compute, write."""
+    options = parse_options(str(__doc__), [StatisticsOptions, DatasetOptions, FeatureOptions])
+    settings, data = options[StatisticsOptions], options[DatasetOptions]
+    machine = choose_machine(MachineOptions(device=settings.device))
+    dataset = open_dataset(data, "train" if settings.split == "train" else "validation")
+    features = choose_features(options[FeatureOptions], data.dataset, machine)
+    output = settings.output or Path(__file__).parent / f"{data.dataset}_{settings.split}_{features.name}_stat.npz"
+    statistics = dataset_statistics(dataset, features, None, settings.batch_size)
+    save_statistics(output, statistics)
+    print(f"saved the {features.name} statistics of {statistics.count} images to {output}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

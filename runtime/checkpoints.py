@@ -1,0 +1,136 @@
+"""Checkpoints that describe themselves: safetensors weights with everything in the header that rebuilds the network.
+
+The header (one JSON object) holds `model_type`, `network` (the family's own options), `latent_size`, `autoencoder`,
+`dataset`, `path`, `step`, `epoch`, and the SHA-256 of the weights. `content.pth` holds what an exact resume needs and
+is read with weights_only=True.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, load_autoencoder, weights_hash
+from models.registry import build_network, options_from_header
+from options import UsageError, as_json
+from runtime.files import atomic_path
+
+__all__ = [
+    "LoadedModel",
+    "load_content",
+    "load_model",
+    "newest_model",
+    "read_weights",
+    "save_content",
+    "save_weights",
+]
+
+FORMAT = "latent-flow-1"
+
+
+class LoadedModel(NamedTuple):
+    """A network in evaluation mode, its autoencoder, and the checkpoint's header."""
+
+    network: nn.Module
+    autoencoder: Autoencoder | PixelSpace
+    header: dict[str, Any]
+
+
+def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], header: Mapping[str, Any]) -> None:
+    """Write a state dict and its header, atomically."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    full = {"format": FORMAT, **as_json(header), "weights_sha256": weights_hash(weights)}
+    with atomic_path(path) as temporary:
+        save_file(weights, temporary, metadata={"header": json.dumps(full)})
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The state dict and header that `save_weights` wrote.
+
+    Raises:
+        UsageError: a missing, torn or altered file, or one of another kind.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = json.loads((file.metadata() or {}).get("header", "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise UsageError(f"{path} is no checkpoint of this project: its header does not say {FORMAT}")
+    if weights_hash(weights) != header["weights_sha256"]:
+        raise UsageError(f"the checkpoint {path} is damaged: its weights do not have the checksum in its header")
+    return weights, header
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    autoencoder: AutoencoderOptions | None = None,
+) -> LoadedModel:
+    """Rebuild network and autoencoder from a checkpoint alone.
+
+    Args:
+        path: a `model_*.safetensors` file.
+        device: where both go.
+        autoencoder: where to load the autoencoder from, when it has moved since; its weights must be the same.
+
+    Raises:
+        UsageError: an unreadable checkpoint, or an autoencoder that is not the one it was trained with.
+    """
+    weights, header = read_weights(path)
+    options = options_from_header(header["model_type"], header["network"])
+    network = build_network(header["model_type"], header["latent_size"], options)
+    network.load_state_dict(weights)
+    stored = header["autoencoder"]
+    source = autoencoder or AutoencoderOptions(stored["id"])
+    source = replace(source, scale_factor=stored.get("scale_factor"))
+    loaded = load_autoencoder(source, header["dataset"]["channels"])
+    if loaded.describe()["sha256"] != stored["sha256"]:
+        raise UsageError(
+            f"the checkpoint {path} was trained with the autoencoder {stored['id']} (SHA-256 {stored['sha256'][:12]}), "
+            f"but {source.pretrained_autoencoder_ckpt} has other weights ({loaded.describe()['sha256'][:12]})"
+        )
+    return LoadedModel(network.eval().requires_grad_(False).to(device), loaded.to(device), header)
+
+
+def newest_model(folder: Path, epoch: int | None = None) -> Path:
+    """The checkpoint of `epoch` in a run's folder, or the newest one.
+
+    Raises:
+        UsageError: there is none; the message lists what the folder has.
+    """
+    found = {int(m[1]): p for p in folder.glob("model_*.safetensors") if (m := re.fullmatch(r"model_(\d+)", p.stem))}
+    if not found or (epoch is not None and epoch not in found):
+        wanted = "model_<epoch>.safetensors" if epoch is None else f"model_{epoch}.safetensors"
+        raise UsageError(
+            f"no {wanted} in {folder} (it has: {', '.join(p.name for p in sorted(found.values())) or 'no checkpoints'}); "
+            "train first with run.sh, or name a file with --checkpoint"
+        )
+    return found[max(found) if epoch is None else epoch]
+
+
+def save_content(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write tensors, numbers, strings and containers of them, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(dict(content), temporary)
+
+
+def load_content(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `save_content` wrote; nothing in the file is ever executed.
+
+    Raises:
+        UsageError: a torn file, or one that holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for one thing: it cannot be read
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"cannot read {path}: {reason}") from error

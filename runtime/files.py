@@ -1,0 +1,86 @@
+"""Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from options import UsageError, as_json
+
+__all__ = ["atomic_path", "move_aside", "read_json", "replace_folder", "write_json"]
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes `path`'s place once the block ends without an error.
+
+    A reader sees the old file or the new one, never half of one. On an error the temporary file is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        _flush(temporary)
+        os.replace(temporary, path)
+        _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` (dataclasses and tuples allowed) as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(as_json(value), indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON value in `path`.
+
+    Raises:
+        UsageError: the file cannot be read or holds no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+
+
+@contextmanager
+def replace_folder(folder: str | Path) -> Iterator[Path]:
+    """A new folder to fill; it takes `folder`'s place once the block ends without an error.
+
+    The old folder is renamed first and removed last, so that no crash costs both.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of the same number
+    temporary.mkdir()
+    try:
+        yield temporary
+        old = move_aside(folder) if folder.exists() else None
+        os.replace(temporary, folder)
+        if old is not None:
+            shutil.rmtree(old)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def move_aside(path: Path) -> Path:
+    """Rename `path` to the first free `<name>.old-<number>` and return the new name."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
+        number += 1
+    return path.rename(target)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

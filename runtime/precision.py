@@ -1,0 +1,69 @@
+"""Device and floating-point precision of a run."""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from options import UsageError, option
+
+__all__ = ["Machine", "MachineOptions", "choose_machine"]
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """Machine."""
+
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
+    precision: str = option(
+        "auto",
+        "fp32, bf16 (autocast), or auto: bf16 where the processor multiplies it natively (GPUs since 2020, CPUs with AMX)",
+        choices=("auto", "fp32", "bf16"),
+    )
+    compile: bool = option(False, "compile the network with torch.compile (the first step takes a minute)")
+    num_threads: int = option(0, "CPU threads, 0: torch's choice; results are bit-identical for one number", minimum=0)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device and the precision used on it: "fp32" or "bf16"."""
+
+    device: torch.device
+    precision: str
+
+    def autocast(self) -> AbstractContextManager:
+        """The context in which networks run; weights and losses stay in float32."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def choose_machine(options: MachineOptions, local_rank: int = 0) -> Machine:
+    """Resolve "auto" and set the number of threads.
+
+    Raises:
+        UsageError: a device that torch does not know or does not have.
+    """
+    name = options.device
+    if name == "auto":
+        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {options.device}: expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"--device {options.device}: this torch sees no CUDA GPU; use --device cpu")
+    if options.num_threads:
+        torch.set_num_threads(options.num_threads)
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    precision = options.precision
+    if precision == "auto":
+        precision = "bf16" if _multiplies_bfloat16(device) else "fp32"
+    return Machine(device, precision)
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()

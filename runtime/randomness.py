@@ -1,0 +1,25 @@
+"""Random streams by name: every draw is a function of a seed and of what it is for, never of what was drawn before."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["generator_for", "noise_for_indices", "seed_for"]
+
+
+def seed_for(*keys: int | str) -> int:
+    """A 63-bit seed that depends on all `keys`, for instance (seed, "noise", step)."""
+    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def generator_for(*keys: int | str, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator on `device`, seeded by `seed_for(*keys)`."""
+    return torch.Generator(device).manual_seed(seed_for(*keys))
+
+
+def noise_for_indices(seed: int, indices: Sequence[int], shape: Sequence[int], stream: str = "noise") -> torch.Tensor:
+    """Standard normal float32 [len(indices), *shape] on the CPU; row i depends on (seed, stream, indices[i]) alone."""
+    rows = [torch.randn(*shape, generator=generator_for(seed, stream, int(index))) for index in indices]
+    return torch.stack(rows) if rows else torch.empty(0, *shape)

@@ -1,0 +1,43 @@
+"""Data that several tests share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from datasets_prep.idx import find_idx_folder
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist_dir() -> Path:
+    """A data directory with the Fashion-MNIST files; fetched once into the repository's `data/` if need be."""
+    find_idx_folder("fashion_mnist", ROOT / "data")
+    return ROOT / "data"
+
+
+@pytest.fixture
+def photo_dir(tmp_path: Path) -> Path:
+    """Two class folders, `cat` with 14 JPEG and `dog` with 11 PNG files, of smooth images of several sizes."""
+    folder = tmp_path / "photos"
+    for label, (name, suffix, count) in enumerate([("cat", "jpg", 14), ("dog", "png", 11)]):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            width, height = 40 + 5 * index, 60 - 2 * index
+            Image.fromarray(smooth_image(width, height, seed=100 * label + index)).save(
+                folder / name / f"{index:02d}.{suffix}"
+            )
+    return folder
+
+
+def smooth_image(width: int, height: int, seed: int) -> np.ndarray:
+    """A colourful image uint8 [height, width, 3] of a few low frequencies."""
+    generator = np.random.default_rng(seed)
+    y, x = np.mgrid[0:1 : height * 1j, 0:1 : width * 1j]
+    waves = [
+        np.cos(2 * np.pi * (x * generator.uniform(0, 2) + y * generator.uniform(0, 2) + generator.uniform()))
+        for _ in range(3)
+    ]
+    return (127.5 + 127.5 * np.stack(waves, axis=2)).round().astype(np.uint8)

@@ -1,0 +1,72 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datasets_prep.datasets import DatasetFacts, ImageDataset
+from evaluation import reconstruction
+from evaluation.reconstruction import measure_reconstruction
+from models.autoencoder import Autoencoder, PixelSpace, new_autoencoder_kl
+
+
+class Rows:
+    label, name, dims, sha256 = "FD (rows)", "rows", 28, "0" * 64
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        return images.float().mean((1, 3))
+
+
+class Brighter(PixelSpace):
+    """Adds two grey levels everywhere."""
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return super().decode(latents) + 2
+
+
+def padded_dataset() -> ImageDataset:
+    images = torch.zeros(9, 1, 32, 32, dtype=torch.uint8)
+    images[:, :, 2:-2, 2:-2] = torch.randint(200, (9, 1, 28, 28), generator=torch.Generator().manual_seed(0))
+    facts = DatasetFacts("toy", 32, 1, 28, False, ())
+    return ImageDataset(facts, "validation", np.zeros(9), images.__getitem__, "f")
+
+
+def test_pixel_space_reconstructs_exactly():
+    ratio, statistics = measure_reconstruction(PixelSpace(1), padded_dataset(), Rows(), "cpu", batch_size=4)
+    assert ratio == math.inf
+    assert statistics.count == 9
+
+
+def test_psnr_is_that_of_the_pixels_in_minus_one_to_one():
+    ratio, _ = measure_reconstruction(Brighter(1), padded_dataset(), Rows(), "cpu", batch_size=4)
+    assert ratio == pytest.approx(20 * math.log10(255 / 2), abs=1e-4)
+
+
+def test_a_colour_autoencoder_is_measured_on_grey_images():
+    network = new_autoencoder_kl(3, (8, 8), 2, 32, {})
+    ratio, statistics = measure_reconstruction(Autoencoder(network, "toy"), padded_dataset(), Rows(), "cpu", 4)
+    assert math.isfinite(ratio)
+    assert statistics.count == 9
+
+
+def test_the_command_end_to_end(tmp_path, monkeypatch, capsys):
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 6), ("validation", 4)):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for index in range(count):
+            pixels = generator.integers(0, 255, (28, 28, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / split / f"{index}.png")
+    output, picture = tmp_path / "result.json", tmp_path / "picture.png"
+    flags = f"--dataset folder --datadir {tmp_path / 'data'} --image_size 28 --pretrained_autoencoder_ckpt none"
+    flags += f" --features fashion_mnist --device cpu --output_json {output} --picture {picture}"
+    monkeypatch.setattr("sys.argv", ["reconstruction", *flags.split()])
+    reconstruction.main()
+    result = json.loads(output.read_text())
+    assert (result["images"], result["reference_images"]) == (4, 6)
+    assert result["frechet_distance"] == pytest.approx(result["frechet_distance_real"], rel=1e-6)
+    assert result["features"]["label"] == "FD (fashion-mnist features)"
+    assert Image.open(picture).size == (4 * 28, 2 * 28)
+    assert "FD (fashion-mnist features)" in capsys.readouterr().out
+    assert len(list((tmp_path / "data" / "statistics").iterdir())) == 2

@@ -1,0 +1,120 @@
+"""The plan of the house (docs: layers, one owner per heavy dependency, thin scripts), read from the source code."""
+
+import ast
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# Imports point from a higher level to a lower one, or stay within a folder; models and flow do not know each other.
+LEVELS = {"options": 0, "models": 1, "flow": 1, "runtime": 2, "datasets_prep": 3, "evaluation": 4, "training": 5}
+SCRIPTS = 6
+OWNERS = {
+    "torchdiffeq": {"flow"},
+    "diffusers": {"models/autoencoder.py"},
+    "pytorch_fid": {"evaluation/features.py"},
+}
+
+
+def library_files() -> list[Path]:
+    return [ROOT / "options.py", *(path for name in LEVELS for path in sorted((ROOT / name).rglob("*.py")))]
+
+
+def script_files() -> list[Path]:
+    scripts = [*ROOT.glob("*.py"), *(ROOT / "pytorch_fid").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    return sorted(path for path in scripts if path.name != "options.py")
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def imported_modules(source: str, package: str) -> set[str]:
+    """The dotted names that `source`, a module of `package` ("" for a script), imports anywhere."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            names.add(".".join([*parents, *([node.module] if node.module else [])]))
+    return names
+
+
+def imports_of(path: Path) -> set[str]:
+    return imported_modules(path.read_text(encoding="utf-8"), ".".join(path.relative_to(ROOT).parts[:-1]))
+
+
+def forbidden_imports(own: str, level: int, imported: set[str]) -> set[str]:
+    """Those of `imported` that a module of the folder `own` on `level` must not import."""
+    folders = {name: name.partition(".")[0] for name in imported}
+    return {name for name, top in folders.items() if top in LEVELS and top != own and LEVELS[top] >= level}
+
+
+def string_constants(source: str) -> set[str]:
+    """All strings in `source` but its docstrings and other bare strings."""
+    tree = ast.parse(source)
+    bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in bare)
+    return {node.value for node in constants if isinstance(node.value, str)}
+
+
+def test_every_layer_has_modules():
+    assert {relative(path).partition("/")[0].removesuffix(".py") for path in library_files()} == set(LEVELS)
+    assert "train_flow_latent.py" in {path.name for path in script_files()}
+
+
+@pytest.mark.parametrize("path", library_files(), ids=relative)
+def test_imports_point_downwards(path):
+    own = relative(path).partition("/")[0].removesuffix(".py")
+    assert forbidden_imports(own, LEVELS[own], imports_of(path)) == set()
+
+
+def test_nothing_imports_a_script():
+    scripts = {path.stem for path in ROOT.glob("*.py")} - {"options"}
+    for path in [*library_files(), *script_files()]:
+        assert not imports_of(path) & scripts, relative(path)
+
+
+def test_an_upward_or_sideways_import_is_found():
+    source = "def f():\n    from training.ema import Ema\nimport flow.paths\nfrom . import dit\nimport options, models.dit"
+    imported = imported_modules(source, "models")
+    assert imported == {"training.ema", "flow.paths", "models", "options", "models.dit"}
+    assert forbidden_imports("models", LEVELS["models"], imported) == {"training.ema", "flow.paths"}
+    assert imported_modules("from ..flow import paths\nfrom .. import x", "a.models") == {"a.flow", "a"}
+
+
+@pytest.mark.parametrize("dependency", OWNERS)
+def test_one_module_touches_a_heavy_dependency(dependency):
+    users = {
+        relative(path)
+        for path in [*library_files(), *script_files()]
+        if any(name.partition(".")[0] == dependency for name in imports_of(path))
+    }
+    assert len(users) == 1, users
+    assert {user if "/" in owner else user.partition("/")[0] for user in users for owner in OWNERS[dependency]} == (
+        OWNERS[dependency]
+    )
+
+
+def test_pytorch_fid_is_the_pip_package():
+    assert not (ROOT / "pytorch_fid" / "__init__.py").exists()
+    found = importlib.util.find_spec("pytorch_fid.inception")
+    assert found is not None
+    assert ROOT / "pytorch_fid" not in Path(found.origin).parents
+    assert Path(found.origin).parts[-3:-1] == ("site-packages", "pytorch_fid")
+
+
+def test_no_device_is_named_below_the_scripts():
+    allowed = ROOT / "runtime" / "precision.py"
+    for path in library_files():
+        found = [text for text in string_constants(path.read_text(encoding="utf-8")) if "cuda" in text]
+        assert bool(found) == (path == allowed), f"{relative(path)}: {found}"
+
+
+def test_scripts_are_thin():
+    for path in script_files():
+        if path.parent == ROOT:
+            assert len(path.read_text(encoding="utf-8").splitlines()) < 120, relative(path)

@@ -1,0 +1,224 @@
+import errno
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from options import UsageError, as_json, exit_cleanly, option, parse_options, read_arguments_file
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Sampler.
+
+    More words.
+    """
+
+    method: str = option("euler", "the solver", choices=("euler", "heun"))
+    num_steps: int = option(50, "steps, 100 % of them", minimum=1)
+    cfg_scale: float | None = option(None, "guidance scale", flags=("--cfg",))
+    seed: int = option(0, "seed of the noise")
+
+
+@dataclass(frozen=True)
+class Network:
+    """Network."""
+
+    widths: tuple[int, ...] = option((16, 32), "channels", minimum=8)
+    use_ema: bool = option(True, "average the weights")
+    flip: bool = option(False, "mirror")
+    seed: int = option(0, "seed of the weights")
+
+
+def parse(*argv, **settings):
+    return parse_options("A description.", [Sampler, Network], [str(word) for word in argv], **settings)
+
+
+def test_defaults():
+    options = parse()
+    assert options[Sampler] == Sampler()
+    assert options[Network] == Network()
+    assert options.explicit == frozenset()
+
+
+def test_values_have_the_declared_types():
+    options = parse("--num_steps", 7, "--cfg", 2, "--widths", 8, 24, 64, "--method", "heun")
+    assert options[Sampler] == Sampler(method="heun", num_steps=7, cfg_scale=2.0)
+    assert isinstance(options[Sampler].cfg_scale, float)
+    assert options[Network].widths == (8, 24, 64)
+    assert options.explicit == {"num_steps", "cfg_scale", "widths", "method"}
+    assert options.given(Network) == {"widths": (8, 24, 64)}
+
+
+def test_a_shared_field_is_one_flag():
+    options = parse("--seed", 5)
+    assert (options[Sampler].seed, options[Network].seed) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], (True, False)),
+        (["--no-use_ema", "--flip"], (False, True)),
+        (["--use_ema", "false", "--flip", "true"], (False, True)),
+        (["--use_ema", "No", "--flip", "1"], (False, True)),
+        (["--flip", "--no-flip"], (True, False)),
+    ],
+)
+def test_booleans(words, expected):
+    network = parse(*words)[Network]
+    assert (network.use_ema, network.flip) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--use_ema", "maybe"], "expected true or false"),
+        (["--method", "rk99"], "invalid choice"),
+        (["--num_steps", "many"], "invalid int"),
+        (["--num_step", "3"], "unrecognized arguments"),  # no abbreviations
+    ],
+)
+def test_unusable_flags_exit_with_code_2(words, message, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse(*words)
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num_steps", "0"], "--num_steps must be at least 1, but 0 was given"),
+        (["--widths", "16", "7"], r"--widths must be at least 8, but \(16, 7\) was given"),
+    ],
+)
+def test_values_below_their_minimum(words, message):
+    with pytest.raises(UsageError, match=message):
+        parse(*words)
+
+
+def test_help_names_groups_defaults_and_descriptions(capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse("--help")
+    text = capsys.readouterr().out
+    assert raised.value.code == 0
+    for expected in ["A description.", "Sampler:", "Network:", "steps, 100 % of them [50]", "[16 32]", "{euler,heun}"]:
+        assert expected in text
+    assert "More words" not in text
+
+
+def test_script_defaults_are_no_explicit_values(capsys):
+    options = parse(defaults={"num_steps": 3})
+    assert options[Sampler].num_steps == 3
+    assert options.explicit == frozenset()
+    assert parse("--num_steps", 4, defaults={"num_steps": 3})[Sampler].num_steps == 4
+    with pytest.raises(SystemExit):
+        parse("--help", defaults={"num_steps": 3})
+    assert "[3]" in capsys.readouterr().out
+
+
+def test_ignored_flags_say_so_once(capsys):
+    options = parse("--local_rank", 0, "--num_steps", 2, ignored={"local_rank": "one process", "amp": "always on"})
+    assert capsys.readouterr().err == "note: --local_rank has no effect here: one process\n"
+    assert options[Sampler].num_steps == 2
+    assert options.explicit == {"num_steps"}
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "args.txt"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_arguments_file(tmp_path):
+    path = write(tmp_path, '# a comment\n\nMETHOD=heun  # the solver\nWIDTHS="8 16"\n USE_EMA=false\nCFG=1.5\n')
+    options = parse("--args_file", path)
+    assert options[Sampler] == Sampler(method="heun", cfg_scale=1.5)
+    assert options[Network] == Network(widths=(8, 16), use_ema=False)
+    assert options.explicit == {"method", "widths", "use_ema", "cfg_scale"}
+
+
+def test_later_flags_win_wherever_the_file_stands(tmp_path):
+    path = write(tmp_path, "NUM_STEPS=10\nWIDTHS=8 16 32\nFLIP=true\n")
+    for words in (["--args_file", path, "--num_steps", 4], ["--num_steps", 4, f"--args_file={path}"]):
+        options = parse(*words, "--widths", 64, "--no-flip")
+        assert options[Sampler].num_steps == 4
+        assert options[Network] == Network(widths=(64,), flip=False)
+
+
+def test_published_keys(tmp_path):
+    path = write(tmp_path, "STEPS=1\nIMG_SIZE=2\nCFG=3\nATTN_RES=16 8\nBASE_CH=4\nBs=5\nEPOCH_ID=475\n")
+    assert read_arguments_file(path) == (
+        "--num_steps 1 --image_size 2 --cfg_scale 3 --attn_resolutions 16 8 --nf 4 --batch_size 5 --epoch_id 475".split()
+    )
+
+
+def test_arguments_file_is_never_executed(tmp_path):
+    path = write(tmp_path, f"METHOD=$(touch {tmp_path}/executed)\n")
+    with pytest.raises(SystemExit):
+        parse("--args_file", path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["args.txt"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("NUM_STEPS=1\nnum steps", r"args\.txt, line 2: expected KEY=VALUE, but found 'num steps'"),
+        ("--num_steps=3", r"line 1: expected KEY=VALUE"),
+        ("\nSTEPZ=3", r"line 2: unknown key STEPZ \(there is no flag --stepz\)"),
+        ('METHOD="heun', r"line 1: No closing quotation"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, text, message):
+    with pytest.raises(UsageError, match=message):
+        parse("--args_file", write(tmp_path, text))
+
+
+def test_missing_arguments_file(tmp_path):
+    with pytest.raises(UsageError, match=r"cannot read the arguments file .*none\.txt"):
+        parse("--args_file", tmp_path / "none.txt")
+
+
+def test_as_json_of_nested_values():
+    assert as_json({"a": Network(), 2: [Path("x"), (1, None)]}) == {
+        "a": {"widths": [16, 32], "use_ema": True, "flip": False, "seed": 0},
+        "2": ["x", [1, None]],
+    }
+
+
+def failing(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UsageError("no such dataset"), "error: no such dataset\n"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "error: No space left on device: a/b\n"),
+        (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "c"), "error: No such file or directory: c\n"),
+    ],
+)
+def test_users_errors_are_one_line_and_exit_code_2(error, line, capsys):
+    with pytest.raises(SystemExit) as raised:
+        exit_cleanly(failing(error))
+    assert raised.value.code == 2
+    assert capsys.readouterr().err == line
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(ZeroDivisionError):
+        exit_cleanly(failing(ZeroDivisionError()))
+    with pytest.raises(ConnectionResetError):
+        exit_cleanly(failing(ConnectionResetError(errno.ECONNRESET, "reset")))
+
+
+@pytest.mark.parametrize(("value", "code"), [(None, 0), (0, 0), (3, 3)])
+def test_the_script_s_own_exit_code(value, code):
+    with pytest.raises(SystemExit) as raised:
+        exit_cleanly(lambda: value)
+    assert raised.value.code == code

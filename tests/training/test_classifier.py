@@ -1,0 +1,33 @@
+import torch
+
+from evaluation.classifier import load_classifier, save_classifier
+from runtime.precision import Machine
+from training.classifier import ClassifierTrainingOptions, accuracy, train_classifier
+
+MACHINE = Machine(torch.device("cpu"), "fp32")
+OPTIONS = ClassifierTrainingOptions(widths=(8, 8), batch_size=16, max_steps=40, lr=1e-2, max_shift=1)
+
+
+def stripes(count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+    """Horizontal and vertical stripes, which shifts and mirrors leave apart."""
+    labels = torch.arange(count) % 2
+    horizontal = (torch.arange(28) // 2 % 2 * 255).to(torch.uint8)[:, None].expand(28, 28)
+    return torch.where(labels[:, None, None, None] == 0, horizontal, horizontal.T), labels
+
+
+def test_training_learns_and_repeats_bit_for_bit(tmp_path):
+    images, labels = stripes()
+    first, second = (train_classifier(images, labels, ("rows", "columns"), OPTIONS, MACHINE) for _ in range(2))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    assert accuracy(first, images, labels, MACHINE) == 1
+
+
+def test_the_stored_file_classifies_as_the_network_does(tmp_path):
+    images, labels = stripes()
+    network = train_classifier(images, labels, ("rows", "columns"), OPTIONS, MACHINE)
+    save_classifier(network, tmp_path / "c.safetensors", {})
+    loaded = load_classifier(tmp_path / "c.safetensors")
+    pixels = torch.randn(3, 1, 28, 28)
+    assert torch.equal(loaded(pixels), network.to(memory_format=torch.contiguous_format)(pixels))

@@ -1,0 +1,27 @@
+#!/usr/bin/env python
+"""Train a small KL autoencoder for a dataset that has none, and save it in diffusers format."""
+
+from datasets_prep.datasets import DatasetOptions, open_dataset
+from options import exit_cleanly, parse_options
+from runtime.precision import MachineOptions, choose_machine
+from training.autoencoder import (
+    AutoencoderTrainingOptions,
+    posterior_statistics,
+    save_autoencoder,
+    train_autoencoder,
+)
+
+
+def main() -> None:
+    """Parse the flags, train, measure the latents' scale, save."""
+    options = parse_options(str(__doc__), [AutoencoderTrainingOptions, DatasetOptions, MachineOptions])
+    settings = options[AutoencoderTrainingOptions]
+    machine = choose_machine(options[MachineOptions])
+    dataset = open_dataset(options[DatasetOptions], "train")
+    network = train_autoencoder(dataset, settings, machine)
+    save_autoencoder(network, settings.output, posterior_statistics(network, dataset, machine), settings)
+    print(f"saved to {settings.output}; measure it with: python -m evaluation.reconstruction ...")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,26 @@
+#!/usr/bin/env python
+"""Train the small classifier of Fashion-MNIST whose features score the embedded default, and measure it once."""
+
+from datasets_prep.datasets import DatasetOptions, open_dataset
+from evaluation.classifier import load_classifier, save_classifier
+from options import exit_cleanly, parse_options
+from runtime.precision import MachineOptions, choose_machine
+from training.classifier import ClassifierTrainingOptions, accuracy, gather_images, train_classifier
+
+
+def main() -> None:
+    """Parse the flags, train on the training images, save with the accuracy on the test images."""
+    options = parse_options(str(__doc__), [ClassifierTrainingOptions, DatasetOptions, MachineOptions])
+    settings = options[ClassifierTrainingOptions]
+    machine = choose_machine(options[MachineOptions])
+    train, test = (open_dataset(options[DatasetOptions], split) for split in ("train", "validation"))
+    network = train_classifier(gather_images(train), train.labels, train.facts.class_names, settings, machine)
+    facts = {"dataset": train.facts.name, "fingerprint": train.fingerprint, "training": settings}
+    facts["test_accuracy"] = accuracy(network, gather_images(test), test.labels, machine)
+    save_classifier(network, settings.output, facts)
+    measured = accuracy(load_classifier(settings.output).to(machine.device), gather_images(test), test.labels, machine)
+    print(f"saved to {settings.output}; accuracy on {len(test)} test images: {100 * measured:.2f} %")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

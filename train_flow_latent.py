@@ -1,0 +1,40 @@
+#!/usr/bin/env python
+"""Train latent flow matching (LFM, arXiv:2307.08698): unconditional or class-conditional generation."""
+
+from options import exit_cleanly, parse_options
+from runtime.distributed import start_processes
+from training.loop import train
+from training.setup import TRAINING_GROUPS, prepare
+
+# Published flags without an effect, here or there.
+IGNORED = {
+    "beta1": "the published trainer never used it (AdamW's betas were 0.9 and 0.999); see --adam_betas",
+    "beta2": "the published trainer never used it (AdamW's betas were 0.9 and 0.999); see --adam_betas",
+    "num_timesteps": "flow matching has continuous time",
+    "centered": "pixels always lie in [-1, 1]",
+    "augment_dim": "it was always 0",
+    "layout": "it never ran",
+}
+INTERRUPTED = 130
+
+
+def main() -> int:
+    """Parse the flags, train, and say how to go on."""
+    options = parse_options(str(__doc__), TRAINING_GROUPS, ignored=IGNORED)
+    processes = start_processes()
+    try:
+        job, resume = prepare(options, processes)
+        if processes.is_main:
+            parameters = sum(p.numel() for p in job.network.parameters())
+            print(f"{job.header['model_type']}, {parameters / 1e6:.1f} M parameters, {len(job.source)} images; {job.folder}")
+        complete = train(job, resume)
+        if processes.is_main:
+            next_step = "sample with test_flow_latent.py" if complete else "interrupted: the same command continues it"
+            print(f"{job.folder}: {next_step}")
+        return 0 if complete else INTERRUPTED
+    finally:
+        processes.stop()
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

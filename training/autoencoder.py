@@ -1,0 +1,158 @@
+"""Training of a small AutoencoderKL (Kingma & Welling 2014; Rombach et al. 2022) for a dataset that has none.
+
+Loss: mean squared error of the decoded posterior sample, plus a small weight times the Kullback-Leibler divergence of the
+posterior from the standard normal.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from runtime.progress import progress_bar
+
+from datasets_prep.datasets import ImageDataset
+from models.autoencoder import (
+    LOGVAR_RANGE,
+    Autoencoder,
+    decode_pixels,
+    encode_moments,
+    images_to_pixels,
+    new_autoencoder_kl,
+)
+from options import UsageError, as_json, option
+from runtime.files import replace_folder
+from runtime.precision import Machine
+from runtime.randomness import generator_for
+from training.ema import Ema
+from training.schedules import SCHEDULES, learning_rate
+
+__all__ = ["AutoencoderTrainingOptions", "posterior_statistics", "save_autoencoder", "train_autoencoder"]
+
+
+@dataclass(frozen=True)
+class AutoencoderTrainingOptions:
+    """Autoencoder training."""
+
+    output: str = option("autoencoder", "folder to save to, in diffusers format")
+    widths: tuple[int, ...] = option((16, 32, 64), "channels of each level (multiples of 8); each further level halves")
+    latent_channels: int = option(4, "channels of the latents", minimum=1)
+    kl_weight: float = option(1e-6, "weight of the KL divergence, per image, beside the mean squared error", minimum=0)
+    batch_size: int = option(32, "images per step", minimum=1)
+    max_steps: int = option(10000, "optimizer steps", minimum=1)
+    lr: float = option(2e-3, "learning rate", minimum=0)
+    lr_schedule: str = option("trapezoid", "course of the learning rate", choices=tuple(SCHEDULES))
+    ema_decay: float = option(0.999, "decay of the average of the weights that is saved", minimum=0)
+    seed: int = option(0, "seed of the initial weights, the data order and the posterior samples")
+    half_weights: bool = option(True, "store the weights as float16, which halves the file")
+
+
+def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions, machine: Machine) -> Any:
+    """Train on all images of `dataset` and return the AutoencoderKL with its averaged weights."""
+    facts = dataset.facts
+    if facts.image_size % 2 ** (len(options.widths) - 1):
+        raise UsageError(
+            f"--image_size {facts.image_size} cannot be halved {len(options.widths) - 1} times, as the "
+            f"{len(options.widths)} --widths ask for"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        network = new_autoencoder_kl(facts.channels, options.widths, options.latent_channels, facts.image_size, {})
+    network = network.to(machine.device, memory_format=torch.channels_last)
+    ema = Ema(network, options.ema_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    border = 0 if facts.crop is None else (facts.image_size - facts.crop) // 2
+    noise_source = generator_for(options.seed, "posterior", device=machine.device)
+    batches = _shuffled_batches(dataset, options.batch_size, options.seed, machine.device)
+
+    progress = progress_bar(range(options.max_steps), desc="autoencoder", unit="step")
+    started = time.perf_counter()
+    for step in progress:
+        rate = learning_rate(options.lr_schedule, options.lr, step, options.max_steps, warmup=100)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        with machine.autocast():
+            error, divergence = _losses(network, next(batches), border, noise_source)
+        loss = error + options.kl_weight * divergence
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        ema.update(network)
+        if step % 100 == 0:
+            psnr = 10 * torch.log10(4 / error.detach()).item()
+            progress.set_postfix(psnr=f"{psnr:.1f} dB", kl=f"{divergence.item():.0f}", refresh=False)
+    network.load_state_dict(ema.weights)
+    seconds = time.perf_counter() - started
+    print(f"trained {options.max_steps} steps of {options.batch_size} images in {seconds / 60:.1f} min")
+    return network.eval()
+
+
+def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Machine) -> dict[str, list[float]]:
+    """Mean and standard deviation of posterior *samples*, per channel: latents_mean and latents_std.
+
+    The variance of a sample is the variance of the posterior's mean plus the mean of its variance, so a channel that the
+    autoencoder does not use (mean 0, variance 1) is not blown up.
+    """
+    autoencoder = Autoencoder(network, "unsaved", scale_factor=1.0).to(machine.device)
+    count, total, square, variance = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for start in progress_bar(range(0, len(dataset), 512), desc="latent statistics", unit="batch"):
+        images = torch.stack([dataset[i] for i in range(start, min(start + 512, len(dataset)))])
+        mean, logvar = autoencoder.encode(images.to(machine.device)).cpu().double().chunk(2, dim=1)
+        count += mean.shape[0] * mean.shape[2] * mean.shape[3]
+        total = total + mean.sum((0, 2, 3))
+        square = square + mean.square().sum((0, 2, 3))
+        variance = variance + logvar.exp().sum((0, 2, 3))
+    center = total / count
+    spread = (square / count - center.square() + variance / count).sqrt()
+    return {"latents_mean": center.tolist(), "latents_std": spread.tolist()}
+
+
+def save_autoencoder(
+    network: Any, folder: str | Path, statistics: dict[str, list[float]], options: AutoencoderTrainingOptions
+) -> None:
+    """Save in diffusers format (`save_pretrained`), whole or not at all, with the options that it was trained with."""
+    network.register_to_config(**statistics)
+    if options.half_weights:
+        network.half()
+    with replace_folder(folder) as temporary:
+        network.to(memory_format=torch.contiguous_format).save_pretrained(temporary)
+        (temporary / "training.json").write_text(json.dumps(as_json(options), indent=2) + "\n", encoding="utf-8")
+
+
+def _losses(
+    network: nn.Module, pixels: torch.Tensor, border: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean squared error inside the padding, and the KL divergence per image."""
+    mean, logvar = encode_moments(network, pixels).float().chunk(2, dim=1)
+    logvar = logvar.clamp(*LOGVAR_RANGE)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    decoded = decode_pixels(network, mean + (0.5 * logvar).exp() * noise).float()
+    height, width = pixels.shape[2] - border, pixels.shape[3] - border
+    inside = (slice(None), slice(None), slice(border, height), slice(border, width))
+    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+    return functional.mse_loss(decoded[inside], pixels[inside]), divergence
+
+
+def _shuffled_batches(
+    dataset: ImageDataset, batch_size: int, seed: int, device: torch.device
+) -> Iterator[torch.Tensor]:
+    """Endless batches of pixels; every epoch is a new permutation, mirrored at random where the dataset flips."""
+    if len(dataset) < batch_size:
+        raise UsageError(f"--batch_size {batch_size} is larger than the dataset of {len(dataset)} images")
+    epoch = 0
+    while True:
+        generator = generator_for(seed, "order", epoch)
+        order = torch.randperm(len(dataset), generator=generator)
+        for chosen in order[: len(order) // batch_size * batch_size].split(batch_size):
+            images = torch.stack([dataset[int(i)] for i in chosen])
+            if dataset.facts.flips:
+                mirrored = torch.rand(batch_size, 1, 1, 1, generator=generator) < 0.5
+                images = torch.where(mirrored, images.flip(3), images)
+            yield images_to_pixels(images).to(device, memory_format=torch.channels_last)
+        epoch += 1

@@ -1,0 +1,125 @@
+"""Training of the small classifier whose features score the embedded default, on training images only.
+
+Cross-entropy with label smoothing, random shifts and mirror images; the averaged weights are what is kept.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from datasets_prep.datasets import ImageDataset, crop_padding
+from evaluation.classifier import SIDE, FashionClassifier
+from models.autoencoder import images_to_pixels
+from options import UsageError, option
+from runtime.precision import Machine
+from runtime.randomness import generator_for
+from training.ema import Ema
+from training.schedules import SCHEDULES, learning_rate
+
+__all__ = ["ClassifierTrainingOptions", "accuracy", "gather_images", "train_classifier"]
+
+
+@dataclass(frozen=True)
+class ClassifierTrainingOptions:
+    """Classifier training."""
+
+    output: str = option("classifier.safetensors", "file to save to")
+    widths: tuple[int, ...] = option((16, 32, 64, 128), "channels of the stem and of each level; each level halves")
+    batch_size: int = option(128, "images per step", minimum=2)
+    max_steps: int = option(6000, "optimizer steps", minimum=1)
+    lr: float = option(4e-3, "learning rate", minimum=0)
+    lr_schedule: str = option("cosine", "course of the learning rate", choices=tuple(SCHEDULES))
+    weight_decay: float = option(0.05, "decay of the weights, relative to the learning rate", minimum=0)
+    label_smoothing: float = option(0.1, "probability spread over all classes", minimum=0)
+    max_shift: int = option(2, "largest random shift, pixels", minimum=0)
+    mirror: bool = option(True, "mirror half of the images")
+    ema_decay: float = option(0.998, "decay of the average of the weights that is saved", minimum=0)
+    seed: int = option(0, "seed of the initial weights, the data order and the augmentation")
+
+
+def gather_images(dataset: ImageDataset) -> torch.Tensor:
+    """All images of a grey 28 x 28 dataset, without padding, as one uint8 tensor [N, 1, 28, 28].
+
+    Raises:
+        UsageError: images of another size or in colour.
+    """
+    images = crop_padding(torch.stack([dataset[i] for i in range(len(dataset))]), dataset.facts)
+    if images.shape[1:] != (1, SIDE, SIDE):
+        raise UsageError(f"the classifier is for 1 x {SIDE} x {SIDE} images, but these are {tuple(images.shape[1:])}")
+    return images
+
+
+def train_classifier(
+    images: torch.Tensor,
+    labels: torch.Tensor,
+    classes: tuple[str, ...],
+    options: ClassifierTrainingOptions,
+    machine: Machine,
+) -> FashionClassifier:
+    """Train on images uint8 [N, 1, 28, 28] with labels [N]; the averaged weights, rounded to float16."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        network = FashionClassifier(options.widths, classes)
+    network = network.to(machine.device, memory_format=torch.channels_last)
+    ema = Ema(network, options.ema_decay)
+    optimizer = torch.optim.AdamW(network.parameters(), options.lr, weight_decay=options.weight_decay, fused=True)
+    batches = _augmented_batches(images, labels, options)
+
+    progress = tqdm(range(options.max_steps), desc="classifier", unit="step", disable=None)
+    started = time.perf_counter()
+    for step in progress:
+        rate = learning_rate(options.lr_schedule, options.lr, step, options.max_steps, warmup=200)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        chosen, targets = next(batches)
+        pixels = images_to_pixels(chosen.to(machine.device, memory_format=torch.channels_last))
+        with machine.autocast():
+            logits = network(pixels)
+        targets = targets.to(machine.device)
+        loss = functional.cross_entropy(logits.float(), targets, label_smoothing=options.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        ema.update(network)
+        if step % 100 == 0:
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+    network.load_state_dict(ema.weights)
+    seconds = time.perf_counter() - started
+    print(f"trained {options.max_steps} steps of {options.batch_size} images in {seconds / 60:.1f} min")
+    return network.half().float().eval()
+
+
+@torch.no_grad()
+def accuracy(network: FashionClassifier, images: torch.Tensor, labels: torch.Tensor, machine: Machine) -> float:
+    """Share of images uint8 [N, 1, 28, 28] whose most probable class is their label, in float32."""
+    hits = 0
+    for part, truth in zip(images.split(500), labels.split(500), strict=True):
+        hits += int((network(images_to_pixels(part).to(machine.device)).argmax(1).cpu() == truth).sum())
+    return hits / len(labels)
+
+
+def _augmented_batches(
+    images: torch.Tensor, labels: torch.Tensor, options: ClassifierTrainingOptions
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches of shifted and mirrored images; every epoch is a new permutation."""
+    count, size, shift = len(images), options.batch_size, options.max_shift
+    if count < size:
+        raise UsageError(f"--batch_size {size} is larger than the dataset of {count} images")
+    padded = functional.pad(images[:, 0], [shift] * 4)
+    side = torch.arange(SIDE)
+    epoch = 0
+    while True:
+        generator = generator_for(options.seed, "order", epoch)
+        for chosen in torch.randperm(count, generator=generator)[: count // size * size].split(size):
+            down, right = torch.randint(2 * shift + 1, (2, size, 1), generator=generator)
+            mirrored = torch.rand(size, 1, generator=generator) < (0.5 if options.mirror else 0)
+            rows = down + side
+            columns = right + torch.where(mirrored, side.flip(0), side)
+            yield padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]][:, None], labels[chosen]
+        epoch += 1

@@ -1,0 +1,104 @@
+"""The folder of a run: where it lies, whether a start continues it, and what it keeps.
+
+    <save_root>/latent_flow/<dataset>/<exp>/  config.json  model_<epoch>.safetensors  best.safetensors
+                                              content.pth  metrics.jsonl  tensorboard/  samples/
+"""
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from options import UsageError, as_json, option
+from runtime.files import move_aside, read_json, write_json
+
+__all__ = ["ExperimentOptions", "experiment_folder", "open_experiment"]
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+# A run may go on under other values of these: they change when things are shown and kept, not what is learnt.
+HARMLESS = frozenset(
+    "args_file resume overwrite save_root datadir latent_cache_dir num_workers device save_content save_content_every "
+    "save_content_every_steps save_ckpt_every plot_every eval_every eval_samples log_every max_minutes skip_bad_images "
+    "method num_steps step_size time_shift atol rtol cfg_scale feature_weights".split()
+)
+# With --resume these may change too: the run goes on, but is no longer the one that its first options describe.
+ADJUSTABLE = frozenset("max_steps num_epoch lr lr_schedule no_lr_decay warmup_steps grad_clip precision compile num_threads".split())
+
+
+@dataclass(frozen=True)
+class ExperimentOptions:
+    """Run."""
+
+    exp: str = option("experiment", "name of the experiment, its folder's name")
+    save_root: str = option("saved_info", "folder of all experiments")
+    resume: bool = option(False, "continue the experiment even if its length or learning rate was changed")
+    overwrite: bool = option(False, "start anew; an existing run of this name is moved aside")
+    init_from: str = option("", "start from the weights of this checkpoint (what fits is loaded, the rest is listed)")
+    save_content: bool = option(True, "keep content.pth, all that an exact resume needs")
+    save_content_every: int = option(10, "epochs between savings of content.pth", minimum=1)
+    save_content_every_steps: int = option(0, "steps between savings of content.pth; 0: by epochs", minimum=0)
+    save_ckpt_every: int = option(25, "epochs between checkpoints model_<epoch>", minimum=1)
+    plot_every: int = option(5, "epochs between sample grids", minimum=1)
+    eval_every: int = option(5, "epochs between validations on held-out images", minimum=1)
+    eval_samples: int = option(0, "samples scored at every validation; 0: validation loss only", minimum=0)
+    log_every: int = option(50, "steps between lines of metrics.jsonl", minimum=1)
+
+
+def experiment_folder(save_root: str, dataset: str, exp: str) -> Path:
+    """The folder of an experiment.
+
+    Raises:
+        UsageError: a name that is not a plain folder name.
+    """
+    if not re.fullmatch(r"\w[\w.+-]*", exp):
+        raise UsageError(f"--exp {exp!r}: expected a plain name of letters, digits, '_', '-', '.' and '+'")
+    return Path(save_root) / "latent_flow" / dataset / exp
+
+
+def open_experiment(folder: Path, values: Mapping[str, Any], options: ExperimentOptions) -> bool:
+    """Prepare the folder and write config.json; returns whether an existing run is continued.
+
+    Raises:
+        UsageError: the folder holds a run with other options; the message names them.
+    """
+    config_path = folder / "config.json"
+    current = as_json(values)
+    if config_path.exists() and options.overwrite:
+        print(f"--overwrite: the existing run is now {move_aside(folder)}")
+    if not config_path.exists():
+        write_json(config_path, {"options": current, **provenance()})
+        return False
+    previous = read_json(config_path).get("options", {})
+    changed = {
+        name: (previous.get(name), value)
+        for name, value in current.items()
+        if name not in HARMLESS and previous.get(name) != value
+    }
+    refused = {name: pair for name, pair in changed.items() if not (options.resume and name in ADJUSTABLE)}
+    if refused:
+        listed = ", ".join(f"--{name} was {old}, now {new}" for name, (old, new) in sorted(refused.items()))
+        way_out = "" if set(refused) - ADJUSTABLE else "--resume to go on with the change, "
+        raise UsageError(
+            f"{folder} holds a run with other options: {listed}. Choose {way_out}another --exp, "
+            "or --overwrite to start anew (the old run is moved aside)"
+        )
+    if changed:
+        listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
+        print(f"--resume: the run goes on with changed options: {listed}")
+        write_json(config_path, {"options": current, **provenance()})
+    return True
+
+
+def provenance() -> dict[str, Any]:
+    """Git commit and library versions, for config.json and checkpoints."""
+    packages = ("torch", "torchvision", "diffusers", "torchdiffeq", "timm", "numpy")
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {"git": git.stdout.strip() or "unknown", "versions": {"python": platform.python_version(), **versions}}

@@ -1,0 +1,232 @@
+"""The training loop of LFM (Dao et al. 2023, algorithm 1): one read from top to bottom."""
+
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from datasets_prep.moments import MomentSource
+from flow.paths import PathOptions
+from models.autoencoder import Autoencoder, PixelSpace
+from options import option
+from runtime.checkpoints import load_content, save_content, save_weights
+from runtime.distributed import Processes
+from runtime.precision import Machine
+from runtime.progress import progress_bar
+from runtime.randomness import seed_for
+from training.data import Batch, batches, steps_per_epoch
+from training.experiment import ExperimentOptions
+from training.journal import Journal
+from training.review import Review
+from training.schedules import SCHEDULES, learning_rate
+from training.state import TrainingState
+
+__all__ = ["Job", "TrainingOptions", "train"]
+
+FINAL_LEARNING_RATE = 1e-5
+STEPS_BETWEEN_POLLS = 10  # at which several processes ask each other whether to stop
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Training."""
+
+    seed: int = option(1024, "seed of the initial weights and of every draw")
+    batch_size: int = option(128, "images per process and step", minimum=1)
+    num_epoch: int = option(1200, "passes over the training images", minimum=1)
+    max_steps: int = option(0, "optimizer steps, instead of num_epoch; 0: by epochs", minimum=0)
+    max_minutes: float = option(0.0, "stop after so many minutes (not reproducible); 0: never", minimum=0)
+    lr: float = option(5e-4, "learning rate", minimum=0)
+    lr_schedule: str = option(
+        "cosine", "its course down to 1e-5; trapezoid falls over the last 40 %%", choices=tuple(SCHEDULES)
+    )
+    no_lr_decay: bool = option(False, "constant learning rate")
+    warmup_steps: int = option(0, "steps of linear warm-up", minimum=0)
+    adam_betas: tuple[float, ...] = option((0.9, 0.999), "AdamW's two decay rates", minimum=0)
+    weight_decay: float = option(0.0, "AdamW's weight decay", minimum=0)
+    grad_clip: float = option(0.0, "largest gradient norm; 0: no clipping", minimum=0)
+    use_ema: bool = option(True, "sample and save the moving average of the weights")
+    ema_decay: float = option(0.9999, "decay of the moving average per step, after a warm-up", minimum=0)
+
+
+@dataclass
+class Job:
+    """What `train` works on."""
+
+    folder: Path
+    network: nn.Module
+    source: MomentSource
+    autoencoder: Autoencoder | PixelSpace
+    header: dict[str, Any]
+    path: PathOptions
+    training: TrainingOptions
+    experiment: ExperimentOptions
+    machine: Machine
+    processes: Processes
+    review: Review
+    compile: bool = False
+
+
+def train(job: Job, resume: bool) -> bool:
+    """Train to the last step, or until interrupted; returns whether the run is complete.
+
+    Args:
+        job: network, data, options, and what to call now and then.
+        resume: continue from the folder's content.pth, where there is one.
+    """
+    options, experiment, is_main = job.training, job.experiment, job.processes.is_main
+    whole_batch = options.batch_size * job.processes.count
+    per_epoch = steps_per_epoch(len(job.source), whole_batch)
+    last_step = options.max_steps or options.num_epoch * per_epoch
+
+    # Where the run stands.
+    beta1, beta2 = options.adam_betas
+    decay = options.ema_decay if options.use_ema else 0.0
+    state = TrainingState(job.network.to(job.machine.device), job.machine, decay, (beta1, beta2), options.weight_decay)
+    content_path = job.folder / "content.pth"
+    if resume and content_path.exists():
+        state.restore(load_content(content_path, job.machine.device))
+        _say(job, f"continuing at step {state.step} of {last_step}")
+    velocity = _wrap(state.network, job)
+    journal = Journal(job.folder, state.step) if is_main else None
+    bar = progress_bar(total=last_step, initial=state.step, desc="training", unit="step", disable=not is_main)
+    clock = _Clock(state)
+    stop = StopSignals()
+
+    # The steps.
+    schedule = "constant" if options.no_lr_decay else options.lr_schedule
+    ended = interrupted = False
+    for batch in _batches(job, state.step, last_step):
+        torch.manual_seed(seed_for(options.seed, "dropout", state.step, job.processes.rank))
+        rate = learning_rate(schedule, options.lr, state.step, last_step, options.warmup_steps, FINAL_LEARNING_RATE)
+        state.advance(velocity, batch, job.path.sigma_min, rate, options.grad_clip)
+        bar.update()
+
+        if state.step % experiment.log_every == 0:
+            values = clock.lap(experiment.log_every, whole_batch) | {"lr": rate, "epoch": state.step / per_epoch}
+            bar.set_postfix(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_s']:.0f}", refresh=False)
+            if journal:
+                journal.write(state.step, "train", values)
+        interrupted, out_of_time = _must_stop(job, state.step, stop, clock)
+        ended = state.step == last_step or out_of_time
+        state.seconds = clock.total()
+        if journal:
+            _keep(job, state, journal, per_epoch, ended, interrupted)
+        if ended or interrupted:
+            break
+
+    # The end.
+    bar.close()
+    if journal:
+        journal.close()
+    job.processes.barrier()
+    if ended and state.step < last_step:
+        _say(job, f"--max_minutes ended the run at step {state.step} of {last_step}: it is not reproducible")
+    return ended or state.step >= last_step
+
+
+def _keep(job: Job, state: TrainingState, journal: Journal, per_epoch: int, ended: bool, interrupted: bool) -> None:
+    """Validate, draw and save what is due after this step, at the ends of epochs and of the run."""
+    experiment = job.experiment
+    epoch, position = divmod(state.step, per_epoch)
+
+    def due(every: int) -> bool:
+        return ended or (position == 0 and epoch % every == 0)
+
+    if due(experiment.eval_every):
+        values = job.review.evaluate(state.ema.network)
+        journal.write(state.step, "validation", values)
+        if values["objective"] < state.best:
+            state.best = values["objective"]
+            _save_model(job, state, "best", per_epoch)
+    if due(experiment.plot_every):
+        job.review.preview(state.ema.network, job.folder / "samples" / f"step_{state.step:07d}.png")
+    if due(experiment.save_ckpt_every):
+        _save_model(job, state, f"model_{-(-state.step // per_epoch)}", per_epoch)
+    every_steps = experiment.save_content_every_steps
+    content_due = ended or (state.step % every_steps == 0 if every_steps else due(experiment.save_content_every))
+    if interrupted or (experiment.save_content and content_due):
+        save_content(job.folder / "content.pth", state.content())
+
+
+class StopSignals:
+    """Whether Ctrl-C, SIGTERM or SIGUSR1 has asked the run to save and stop; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._request)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL if number != signal.SIGINT else signal.default_int_handler)
+
+
+class _Clock:
+    """Seconds and throughput of a run, across its resumptions."""
+
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
+        self._offset = state.seconds
+        self._started = self._lap = time.monotonic()
+
+    def total(self) -> float:
+        """Seconds of training so far."""
+        return self._offset + time.monotonic() - self._started
+
+    def lap(self, steps: int, images_per_step: int) -> dict[str, float]:
+        """Means since the last call, read from the device, which are then set to zero."""
+        loss, norm, skipped = self._state.sums.tolist()
+        self._state.sums.zero_()
+        now = time.monotonic()
+        elapsed, self._lap = max(now - self._lap, 1e-9), now
+        good = max(1.0, steps - skipped)
+        values = {"loss": loss / good, "grad_norm": norm / good, "skipped": skipped}
+        return values | {"images_per_s": steps * images_per_step / elapsed, "seconds": self.total()}
+
+
+def _wrap(network: nn.Module, job: Job) -> nn.Module:
+    parallel = DistributedDataParallel(network) if job.processes.count > 1 else network
+    return torch.compile(parallel) if job.compile else parallel  # type: ignore[return-value]
+
+
+def _batches(job: Job, first_step: int, last_step: int) -> Iterator[Batch]:
+    return batches(
+        job.source,
+        job.autoencoder,
+        job.path,
+        batch_size=job.training.batch_size,
+        first_step=first_step,
+        last_step=last_step,
+        seed=job.training.seed,
+        flips=job.header["dataset"]["flips"],
+        num_classes=job.header["num_classes"],
+        label_dropout=job.header["network"].get("label_dropout", 0.0),
+        device=job.machine.device,
+        processes=job.processes,
+    )
+
+
+def _must_stop(job: Job, step: int, stop: StopSignals, clock: _Clock) -> tuple[bool, bool]:
+    """Whether any process was interrupted, and whether the time is up for any."""
+    if job.processes.count > 1 and step % STEPS_BETWEEN_POLLS:
+        return False, False
+    out_of_time = 0 < job.training.max_minutes * 60 <= clock.total()
+    return job.processes.any(stop.requested), job.processes.any(out_of_time)
+
+
+def _save_model(job: Job, state: TrainingState, name: str, per_epoch: int) -> None:
+    position = {"step": state.step, "epoch": -(-state.step // per_epoch)}
+    save_weights(job.folder / f"{name}.safetensors", state.ema.weights, {**job.header, **position})
+
+
+def _say(job: Job, text: str) -> None:
+    if job.processes.is_main:
+        print(text, flush=True)

@@ -1,0 +1,74 @@
+"""How a run looks at itself: validation loss, score and sample grid of the averaged network."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from datasets_prep.datasets import ImageDataset
+from datasets_prep.moments import MomentSource
+from evaluation.features import FeatureNetwork
+from evaluation.generate import GeneratedBatch, generate
+from evaluation.pictures import save_grid
+from evaluation.score import reference_statistics, score_samples
+from flow.solvers import SolverOptions
+from models.autoencoder import Autoencoder, PixelSpace
+from runtime.precision import Machine
+from training.validation import validation_loss
+
+__all__ = ["Review"]
+
+PREVIEW_ROWS = 8
+LARGEST_ROW = 10
+SMALLEST_TILE = 56  # pixels; smaller images are enlarged
+
+
+@dataclass(frozen=True)
+class Review:
+    """What is needed to judge a network: held-out moments, real images, a solver, and the scoring network if any."""
+
+    dataset: ImageDataset
+    held_out: MomentSource
+    autoencoder: Autoencoder | PixelSpace
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    solver: SolverOptions
+    cfg_scale: float
+    seed: int
+    machine: Machine
+    sigma_min: float
+    datadir: str
+    samples: int
+    features: FeatureNetwork | None
+
+    def evaluate(self, network: nn.Module) -> dict[str, float]:
+        """Values to record; "objective" is the score where samples are scored, else the validation loss."""
+        values = validation_loss(network, self.held_out, self.autoencoder, self.machine, self.sigma_min)
+        values["objective"] = values["loss"]
+        if self.samples and self.features is not None:
+            reference = reference_statistics(self.dataset, self.features, self.datadir)
+            result = score_samples(self._draw(network, self.samples), self.features, reference)
+            values |= {"objective": result["value"], result["metric"]: result["value"]}
+        return values
+
+    def preview(self, network: nn.Module, path: Path) -> None:
+        """Draw a grid of samples with fixed noise and labels, one class a column."""
+        columns = min(LARGEST_ROW, self.num_classes) if self.num_classes > 1 else PREVIEW_ROWS
+        images = torch.cat([batch.images for batch in self._draw(network, PREVIEW_ROWS * columns)])
+        save_grid(images, path, columns, enlarge=-(-SMALLEST_TILE // images.shape[-1]))
+
+    def _draw(self, network: nn.Module, count: int) -> Iterator[GeneratedBatch]:
+        return generate(
+            network,
+            self.autoencoder,
+            self.dataset.facts,
+            self.latent_shape,
+            self.num_classes,
+            range(count),
+            self.solver,
+            self.machine,
+            seed=self.seed,
+            cfg_scale=self.cfg_scale,
+        )

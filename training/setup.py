@@ -1,0 +1,164 @@
+"""From options to a `Job`: data, autoencoder, network, and how the run looks at itself."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from datasets_prep.datasets import DatasetOptions, ImageDataset, open_dataset
+from datasets_prep.latent_cache import LatentCacheOptions
+from datasets_prep.moments import open_moments
+from evaluation.features import FeatureOptions, choose_features
+from evaluation.generate import check_guidance
+from flow.guidance import GuidanceOptions
+from flow.paths import PathOptions
+from flow.solvers import SolverOptions
+from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, load_autoencoder
+from models.dit import DiTOptions
+from models.registry import NetworkOptions, build_network, family_of
+from options import Options, UsageError, as_json
+from runtime.checkpoints import read_weights
+from runtime.distributed import Processes
+from runtime.precision import MachineOptions, choose_machine
+from runtime.randomness import seed_for
+from training.experiment import ExperimentOptions, experiment_folder, open_experiment, provenance
+from training.loop import Job, TrainingOptions
+from training.review import Review
+from training.validation import LARGEST_SET
+
+__all__ = ["TRAINING_GROUPS", "load_what_fits", "prepare"]
+
+TRAINING_GROUPS = (
+    ExperimentOptions,
+    DatasetOptions,
+    LatentCacheOptions,
+    AutoencoderOptions,
+    NetworkOptions,
+    DiTOptions,
+    PathOptions,
+    TrainingOptions,
+    SolverOptions,
+    GuidanceOptions,
+    FeatureOptions,
+    MachineOptions,
+)
+LISTED_NAMES = 10
+
+
+def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
+    """The job that the options describe, and whether it continues an existing run.
+
+    Raises:
+        UsageError: options that do not fit each other, the data, or the existing run.
+    """
+    machine = choose_machine(options[MachineOptions], processes.local_rank)
+    data, experiment, training = options[DatasetOptions], options[ExperimentOptions], options[TrainingOptions]
+    dataset = open_dataset(data, "train")
+    held_out = open_dataset(data, "validation").head(LARGEST_SET)
+    autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels)
+    network_options = _network_options(options, autoencoder, (dataset, held_out))
+    latent_size = data.image_size // autoencoder.factor
+    network = _network(options, latent_size, network_options)
+
+    folder = experiment_folder(experiment.save_root, data.dataset, experiment.exp)
+    resume = open_experiment(folder, options.values, experiment) if processes.is_main else True
+    processes.barrier()
+    autoencoder = autoencoder.to(machine.device)
+    caches = options[LatentCacheOptions]
+    source, held_out_source = (
+        open_moments(split, autoencoder, data, caches, machine, processes) for split in (dataset, held_out)
+    )
+    review = Review(
+        dataset=dataset,
+        held_out=held_out_source,
+        autoencoder=autoencoder,
+        latent_shape=(autoencoder.latent_channels, latent_size, latent_size),
+        num_classes=network_options.num_classes,
+        solver=options[SolverOptions],
+        cfg_scale=options[GuidanceOptions].cfg_scale,
+        seed=training.seed,
+        machine=machine,
+        sigma_min=options[PathOptions].sigma_min,
+        datadir=data.datadir,
+        samples=experiment.eval_samples,
+        features=choose_features(options[FeatureOptions], data.dataset, machine) if experiment.eval_samples else None,
+    )
+    header = {
+        "model_type": options[NetworkOptions].model_type,
+        "network": network_options,
+        "latent_size": latent_size,
+        "latent_channels": autoencoder.latent_channels,
+        "num_classes": network_options.num_classes,
+        "autoencoder": autoencoder.describe(),
+        "dataset": dataset.facts,
+        "path": options[PathOptions],
+        "training": training,
+        "precision": machine.precision,
+        **provenance(),
+    }
+    job = Job(
+        folder=folder,
+        network=network,
+        source=source,
+        autoencoder=autoencoder,
+        header=as_json(header),
+        path=options[PathOptions],
+        training=training,
+        experiment=experiment,
+        machine=machine,
+        processes=processes,
+        review=review,
+        compile=options[MachineOptions].compile,
+    )
+    return job, resume
+
+
+def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Load the weights whose name and shape fit, and list the rest.
+
+    Raises:
+        UsageError: not one weight fits.
+    """
+    own = network.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise UsageError("--init_from: not one weight of that checkpoint has the name and shape of this network's")
+    network.load_state_dict(fitting, strict=False)
+    left_out = sorted({*own, *weights} - {*fitting})
+    more = f" and {len(left_out) - LISTED_NAMES} more" if len(left_out) > LISTED_NAMES else ""
+    listed = f"; left as initialised or unused: {', '.join(left_out[:LISTED_NAMES])}{more}" if left_out else ""
+    print(f"--init_from: loaded {len(fitting)} of {len(own)} weights{listed}")
+
+
+def _network(options: Options, latent_size: int, network_options: Any) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(options[TrainingOptions].seed, "weights"))
+        network = build_network(options[NetworkOptions].model_type, latent_size, network_options)
+    if options[ExperimentOptions].init_from:
+        load_what_fits(network, read_weights(options[ExperimentOptions].init_from)[0])
+    return network
+
+
+def _network_options(
+    options: Options, autoencoder: Autoencoder | PixelSpace, splits: tuple[ImageDataset, ...]
+) -> Any:
+    """The family's options, its channels those of the latents; refuses labels that the network has no room for."""
+    family = family_of(options[NetworkOptions].model_type)
+    chosen = options[family.options]
+    channels = autoencoder.latent_channels
+    for name in ("num_in_channels", "num_out_channels"):
+        if name in options.explicit and getattr(chosen, name) != channels:
+            raise UsageError(
+                f"--{name} {getattr(chosen, name)} contradicts the autoencoder, whose latents have {channels} channels"
+            )
+    for split in splits:
+        if chosen.num_classes == 1:
+            split.labels.zero_()  # unconditional: all images are of one class
+        elif split.labels.max() >= chosen.num_classes:
+            raise UsageError(
+                f"the dataset has labels up to {int(split.labels.max())}, out of range for --num_classes "
+                f"{chosen.num_classes}: labels must lie in 0..{chosen.num_classes - 1}"
+            )
+    check_guidance(as_json(chosen), options[GuidanceOptions].cfg_scale)
+    return replace(chosen, num_in_channels=channels, num_out_channels=channels)

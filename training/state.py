@@ -1,0 +1,89 @@
+"""What changes during training, the one optimizer step that changes it, and its way to content.pth and back."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from flow.paths import straight_path
+from models.conditions import Condition
+from runtime.precision import Machine
+from training.data import Batch
+from training.ema import Ema
+
+__all__ = ["TrainingState"]
+
+
+class TrainingState:
+    """Network, average, optimizer and position of a run.
+
+    Args:
+        network: the velocity network, on the machine's device.
+        machine: device and precision.
+        ema_decay: decay of the average; 0: none.
+        betas: AdamW's.
+        weight_decay: AdamW's.
+    """
+
+    def __init__(
+        self, network: nn.Module, machine: Machine, ema_decay: float, betas: tuple[float, float], weight_decay: float
+    ) -> None:
+        self.network = network
+        self.machine = machine
+        self.ema = Ema(network, ema_decay)
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, betas=betas, weight_decay=weight_decay, fused=True)
+        self.step = 0
+        self.seconds = 0.0
+        self.best = math.inf
+        # Sums since the last line of the journal, kept on the device: loss, gradient norm, skipped steps.
+        self.sums = torch.zeros(3, device=machine.device)
+        self._one_skipped = torch.tensor([0.0, 0.0, 1.0], device=machine.device)
+
+    def advance(self, velocity: nn.Module, batch: Batch, sigma_min: float, rate: float, grad_clip: float) -> None:
+        """One optimizer step on the flow matching loss (Dao et al. 2023, eq. 6) at learning rate `rate`.
+
+        `velocity` is the network, perhaps compiled or wrapped for several processes. A step whose gradient is not finite
+        changes neither weights nor moments nor the average, and is counted, without the host waiting for the device.
+        """
+        x_t, target = straight_path(batch.t, batch.data, batch.noise, sigma_min)
+        with self.machine.autocast():
+            predicted = velocity(batch.t, x_t, Condition(batch.labels))
+        loss = functional.mse_loss(predicted.float(), target)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if grad_clip:
+            clip_grads_with_norm_(self.parameters, grad_clip, norm)
+        bad = (~torch.isfinite(norm)).float()
+        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernel's own switch to skip the step
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.ema.update(self.network, 1 - bad)
+        self.sums += torch.where(bad > 0, self._one_skipped, torch.stack([loss.detach(), norm, torch.zeros_like(bad)]))
+        self.step += 1
+
+    def content(self) -> dict[str, Any]:
+        """All that an exact resume needs; random streams are functions of the step and need no saving."""
+        return {
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+            "sums": self.sums,
+            "network": self.network.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def restore(self, content: Mapping[str, Any]) -> None:
+        """Continue from `content()`'s value."""
+        self.step, self.seconds, self.best = content["step"], content["seconds"], content["best"]
+        self.sums.copy_(content["sums"])
+        self.network.load_state_dict(content["network"])
+        self.ema.load_state_dict(content["ema"])
+        self.optimizer.load_state_dict(content["optimizer"])
