@@ -14,4 +14,4 @@ lint:
 	$(python) -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy
 
 bench:
-	$(python) -c '' && for file in benchmarks/*.py; do name=$${file##*/}; "$$python" -m "benchmarks.$${name%.py}" || exit; done
+	$(python) -c '' && for file in benchmarks/[^_]*.py; do name=$${file##*/}; "$$python" -m "benchmarks.$${name%.py}" || exit; done

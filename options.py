@@ -117,7 +117,11 @@ def parse_options(
         SystemExit: argparse's own errors and `--help`.
     """
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.HelpFormatter
+        usage="%(prog)s [--args_file FILE] [flags]",
+        description=description,
+        epilog="A switch --x may also be written --x true, --x false or --no-x. Defaults stand in brackets.",
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
     )
     parser.add_argument("--args_file", metavar="FILE", help="KEY=VALUE lines read before the flags; later flags win")
     fields = _add_groups(parser, groups, defaults or {})
@@ -212,6 +216,7 @@ def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -
     kind, many = _argument_type(hint)
     names = [f"--{field.name}", *field.metadata["flags"]]
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
+    shown = {True: "on", False: "off"}[shown] if kind is bool else shown
     explained = field.metadata["help"] + ("" if default in (None, "", ()) else f" [{shown}]")
     common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": explained.replace("%", "%%")}
     if kind is bool:
@@ -234,6 +239,18 @@ def _argument_type(hint: Any) -> tuple[type, bool]:
     return hint, False
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    """Wide, and one name for a switch instead of three spellings."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32, width=118)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if isinstance(action, _BooleanAction):
+            return action.option_strings[0]
+        return super()._format_action_invocation(action)
+
+
 class _TupleAction(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
         setattr(namespace, self.dest, tuple(values))
@@ -245,7 +262,7 @@ class _BooleanAction(argparse.Action):
     words: typing.ClassVar = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
     def __init__(self, option_strings, dest, **arguments):  # type: ignore[no-untyped-def]
-        negative = [f"--no-{name[2:]}" for name in option_strings]
+        negative = [f"--no-{name[2:]}" for name in option_strings if not name.startswith("--no_")]
         super().__init__([*option_strings, *negative], dest, nargs="?", metavar="BOOL", **arguments)
 
     def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]

@@ -1,5 +1,6 @@
 """Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,12 +13,17 @@ from options import UsageError, as_json
 
 __all__ = ["atomic_path", "move_aside", "read_json", "replace_folder", "write_json"]
 
+FULL_BYTES = 1 << 16  # with less free space than this, a failed write is blamed on the full disk
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes `path`'s place once the block ends without an error.
 
     A reader sees the old file or the new one, never half of one. On an error the temporary file is removed.
+
+    Raises:
+        OSError: ENOSPC where the disk is full, whatever the writing library made of it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,6 +33,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
+    except Exception as error:
+        if shutil.disk_usage(path.parent).free < FULL_BYTES:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

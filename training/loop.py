@@ -45,7 +45,7 @@ class TrainingOptions:
     max_minutes: float = option(0.0, "stop after so many minutes (not reproducible); 0: never", minimum=0)
     lr: float = option(5e-4, "learning rate", minimum=0)
     lr_schedule: str = option(
-        "cosine", "its course down to 1e-5; trapezoid falls over the last 40 %%", choices=tuple(SCHEDULES)
+        "cosine", "its course down to 1e-5; trapezoid falls over the last 40 %", choices=tuple(SCHEDULES)
     )
     no_lr_decay: bool = option(False, "constant learning rate")
     warmup_steps: int = option(0, "steps of linear warm-up", minimum=0)
@@ -143,6 +143,7 @@ def _keep(job: Job, state: TrainingState, journal: Journal, per_epoch: int, ende
     if due(experiment.eval_every):
         values = job.review.evaluate(state.ema.network)
         journal.write(state.step, "validation", values)
+        _say(job, f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
         if values["objective"] < state.best:
             state.best = values["objective"]
             _save_model(job, state, "best", per_epoch)

@@ -95,6 +95,7 @@ def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
         "path": options[PathOptions],
         "training": training,
         "precision": machine.precision,
+        "reproducible": training.max_minutes == 0,
         **provenance(),
     }
     job = Job(

@@ -1,0 +1,26 @@
+"""Alternating timings: noise that drifts over minutes hits all sides alike."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+__all__ = ["compare", "markdown_table"]
+
+
+def compare(sides: Mapping[str, Callable[[], object]], rounds: int = 7) -> dict[str, float]:
+    """Median seconds of each side over `rounds` alternating rounds, after one warm-up call each."""
+    for run in sides.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            started = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
