@@ -19,6 +19,7 @@ def main() -> None:
     machine = choose_machine(options[MachineOptions])
     dataset = open_dataset(options[DatasetOptions], "train")
     network = train_autoencoder(dataset, settings, machine)
+    save_autoencoder(network, settings.output, {}, settings)
     save_autoencoder(network, settings.output, posterior_statistics(network, dataset, machine), settings)
     print(f"saved to {settings.output}; measure it with: python -m evaluation.reconstruction ...")
 

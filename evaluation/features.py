@@ -70,7 +70,7 @@ class InceptionFeatures:
     def __init__(self, weights_file: str | None, device: torch.device | str) -> None:
         self.device = device
         self.network = _build_inception(weights_file).to(device, memory_format=torch.channels_last)
-        self.sha256 = _hash(self.network)
+        self.sha256 = weights_hash(self.network.state_dict())
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -88,7 +88,7 @@ class FashionFeatures:
         self.device = device
         self.network = load_classifier(weights_file or FASHION_WEIGHTS).to(device, memory_format=torch.channels_last)
         self.dims, self.classes = self.network.dims, self.network.classes
-        self.sha256 = _hash(self.network)
+        self.sha256 = weights_hash(self.network.state_dict())
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -176,8 +176,3 @@ def _read_state_dict(path: str) -> dict[str, Any]:
     if not isinstance(weights, dict):
         raise UsageError(f"--feature_weights {path}: expected a state dict, but found {type(weights).__name__}")
     return weights
-
-
-def _hash(network: torch.nn.Module) -> str:
-    """Over parameters and running statistics; the batch counters, scalars, are no part of the function."""
-    return weights_hash({name: value for name, value in network.state_dict().items() if value.ndim})

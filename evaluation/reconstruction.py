@@ -32,7 +32,7 @@ class ReconstructionOptions:
     """Measuring reconstructions."""
 
     batch_size: int = option(200, "images at a time", minimum=1)
-    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
+    device: str = option("auto", "auto (a GPU if there is one), or a device's name in torch")
     output_json: str | None = option(None, "file to write the result to")
     picture: str | None = option(None, "PNG file to draw to: originals above reconstructions")
 

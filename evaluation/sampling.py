@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,7 @@ from evaluation.writer import FORMATS, SampleWriter
 from flow.guidance import GuidanceOptions
 from flow.solvers import ADAPTIVE, SolverOptions
 from models.autoencoder import AutoencoderOptions
-from models.dit import DiTOptions
-from models.registry import NetworkOptions
+from models.registry import FAMILY_OPTIONS, NetworkOptions
 from options import Options, UsageError, as_json, option
 from runtime.checkpoints import LoadedModel, load_model, newest_model
 from runtime.files import write_json
@@ -56,7 +55,7 @@ SAMPLING_GROUPS = (
     DatasetOptions,
     AutoencoderOptions,
     NetworkOptions,
-    DiTOptions,
+    *FAMILY_OPTIONS,
     MachineOptions,
 )
 
@@ -177,16 +176,13 @@ def _checkpoint_path(sampling: SamplingOptions, dataset: str) -> Path:
 
 def _refuse_contradictions(options: Options, header: Mapping[str, Any], path: Path) -> None:
     """An explicitly given flag must say what the checkpoint says."""
-    stored = {
-        "model_type": header["model_type"],
-        "dataset": header["dataset"]["name"],
-        "image_size": header["dataset"]["image_size"],
-        **header["network"],
-    }
-    for group in (NetworkOptions, DiTOptions, DatasetOptions):
-        for name in (f.name for f in fields(group) if f.name in options.explicit and f.name in stored):
-            if as_json(options.values[name]) != stored[name]:
-                raise UsageError(
-                    f"--{name} {options.values[name]} contradicts the checkpoint {path}, which says {stored[name]}: "
-                    "leave the flag out, or choose another checkpoint"
-                )
+    stored = {"dataset": header["dataset"]["name"], "image_size": header["dataset"]["image_size"], **header["network"]}
+    given = {name: as_json(options.values[name]) for name in options.explicit if name in stored}
+    if {"model_type", "use_origin_adm"} & options.explicit:
+        stored["model_type"], given["model_type"] = header["model_type"], options[NetworkOptions].resolve()
+    for name, value in given.items():
+        if value != stored[name]:
+            raise UsageError(
+                f"--{name} {value} contradicts the checkpoint {path}, which says {stored[name]}: "
+                "leave the flag out, or choose another checkpoint"
+            )

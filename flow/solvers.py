@@ -60,7 +60,7 @@ def time_grid(options: SolverOptions) -> torch.Tensor:
     """Times [num_steps + 1] from 1 down to 0, float64, shifted by `time_shift` (Esser et al. 2024, section 5.3.2)."""
     steps = options.num_steps if options.step_size is None else max(1, round(1 / options.step_size))
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return options.time_shift * t / (1 + (options.time_shift - 1) * t)
+    return options.time_shift * t / (1 - t + options.time_shift * t)  # exactly 1 and 0 at the ends
 
 
 @torch.no_grad()

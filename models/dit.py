@@ -4,9 +4,7 @@ Names and shapes of the state dict are those of the published LFM checkpoints.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from timm.layers import Mlp, PatchEmbed
@@ -15,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention
 from models.conditions import Condition
+from models.family import FamilyOptions
 from options import UsageError, option
 
-__all__ = ["DIT_SIZES", "DiT", "DiTOptions"]
+__all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit"]
 
 # Hidden width, depth, heads. Ti and Mi are this project's own, for small images and small machines.
 DIT_SIZES = {
@@ -33,14 +32,15 @@ LONGEST_PERIOD = 10000.0
 
 
 @dataclass(frozen=True)
-class DiTOptions:
+class DiTOptions(FamilyOptions):
     """DiT."""
 
-    num_in_channels: int = option(4, "channels of the network's input", minimum=1)
-    num_out_channels: int = option(4, "channels of the velocity", minimum=1)
-    num_classes: int = option(1, "number of classes; 1: unconditional", minimum=1)
-    label_dropout: float = option(0.0, "probability of dropping a label in training; above 0 adds the null class", minimum=0)
-    use_grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    num_classes: int | None = option(None, "number of classes; default: unconditional", minimum=1)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.num_classes or 1
 
 
 class DiT(nn.Module):
@@ -67,7 +67,7 @@ class DiT(nn.Module):
             )
         self.options = options
         self.patch_size = patch_size
-        rows = options.num_classes + (options.label_dropout > 0)
+        rows = options.classes + (options.label_dropout > 0)
         positions = _sincos_table(size // patch_size, hidden_size)
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.x_embedder = PatchEmbed(None, patch_size, options.num_in_channels, hidden_size, strict_img_size=False)
@@ -213,10 +213,6 @@ def _sincos_table(side: int, hidden_size: int) -> torch.Tensor:
     return torch.cat([columns, rows], dim=-1).reshape(1, side**2, hidden_size).float()
 
 
-def dit_builders() -> dict[str, Callable[[int, Any], DiT]]:
-    """Constructors by model type, DiT-{size}/{patch}, each called with (latent side, DiTOptions)."""
-
-    def builder(sizes: tuple[int, int, int], patch: int) -> Callable[[int, Any], DiT]:
-        return lambda size, options: DiT(size, patch, *sizes, options)
-
-    return {f"DiT-{name}/{patch}": builder(sizes, patch) for name, sizes in DIT_SIZES.items() for patch in (1, 2, 4, 8)}
+def build_dit(name: str, patch: int, size: int, options: DiTOptions) -> DiT:
+    """DiT-{name}/{patch} for latents of side `size`."""
+    return DiT(size, patch, *DIT_SIZES[name], options)

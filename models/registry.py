@@ -2,53 +2,73 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from models.dit import DiTOptions, dit_builders
+from models.dit import DIT_SIZES, DiTOptions, build_dit
+from models.edm_unet import STYLES, EdmUNet, EdmUNetOptions
+from models.family import FamilyOptions
+from models.guided_unet import GuidedUNet, GuidedUNetOptions
 from options import UsageError, option
 
-__all__ = ["NETWORKS", "NetworkOptions", "build_network"]
+__all__ = ["FAMILY_OPTIONS", "NETWORKS", "Family", "NetworkOptions", "build_network", "options_from_header"]
+
+ORIGIN_ADM = "origin_adm"  # the model type that --use_origin_adm stands for
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
     """Network."""
 
-    model_type: str = option("DiT-L/2", "DiT-{Mi,Ti,S,B,L,XL}/{1,2,4,8}")
+    model_type: str = option("adm", "DiT-{Mi,Ti,S,B,L,XL}/{1,2,4,8}, adm, ddpm++ or ncsn++")
+    use_origin_adm: bool = option(False, "the U-Net in guided-diffusion's form, whatever --model_type says")
+
+    def resolve(self) -> str:
+        """The key in NETWORKS.
+
+        Raises:
+            UsageError: an unknown model type.
+        """
+        name = ORIGIN_ADM if self.use_origin_adm else self.model_type
+        if name not in NETWORKS:
+            raise UsageError(f"unknown --model_type {name!r}: expected one of {', '.join(NETWORKS)}")
+        return name
 
 
 class Family(NamedTuple):
     """A model type: the dataclass of its options and its constructor, called with (latent side, options)."""
 
-    options: type
+    options: type[FamilyOptions]
     build: Callable[[int, Any], nn.Module]
 
 
-NETWORKS: dict[str, Family] = {name: Family(DiTOptions, build) for name, build in dit_builders().items()}
+def _edm_unet(kind: str, size: int, options: EdmUNetOptions) -> EdmUNet:
+    return EdmUNet(size, kind, options)
 
 
-def family_of(model_type: str) -> Family:
-    """The family of a model type.
+NETWORKS: dict[str, Family] = {
+    **{f"DiT-{name}/{p}": Family(DiTOptions, partial(build_dit, name, p)) for name in DIT_SIZES for p in (1, 2, 4, 8)},
+    **{kind: Family(EdmUNetOptions, partial(_edm_unet, kind)) for kind in STYLES},
+    ORIGIN_ADM: Family(GuidedUNetOptions, GuidedUNet),
+}
+FAMILY_OPTIONS = (DiTOptions, EdmUNetOptions, GuidedUNetOptions)
+
+
+def build_network(model_type: str, latent_size: int, options: FamilyOptions) -> nn.Module:
+    """A network with fresh weights for latents of side `latent_size`; `options` is of the family's own dataclass."""
+    return NETWORKS[model_type].build(latent_size, options)
+
+
+def options_from_header(model_type: str, stored: Mapping[str, Any]) -> FamilyOptions:
+    """The family's options from a checkpoint's header; lists become tuples.
 
     Raises:
-        UsageError: an unknown model type.
+        UsageError: a model type or an option that this version does not know.
     """
-    if model_type not in NETWORKS:
-        raise UsageError(f"unknown --model_type {model_type!r}: expected one of {', '.join(NETWORKS)}")
-    return NETWORKS[model_type]
-
-
-def build_network(model_type: str, latent_size: int, options: Any) -> nn.Module:
-    """A network with fresh weights for latents of side `latent_size`; `options` is of the family's own dataclass."""
-    return family_of(model_type).build(latent_size, options)
-
-
-def options_from_header(model_type: str, stored: Mapping[str, Any]) -> Any:
-    """The family's options from a checkpoint's header (lists become tuples, unknown names are refused)."""
-    family = family_of(model_type)
     try:
-        return family.options(**{k: tuple(v) if isinstance(v, list) else v for k, v in stored.items()})
-    except TypeError as error:
-        raise UsageError(f"the checkpoint's network options do not fit {model_type}: {error}") from error
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        return NETWORKS[model_type].options(**values)
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"the checkpoint's network {model_type} is unknown to this version: {error}") from error

@@ -21,7 +21,7 @@ class StatisticsOptions:
     output: str | None = option(None, "file to write; default: pytorch_fid/<dataset>_<split>_<features>_stat.npz")
     split: str = option("train", "which images", choices=("train", "validation"))
     batch_size: int = option(50, "images at a time", minimum=1)
-    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
+    device: str = option("auto", "auto (a GPU if there is one), or a device's name in torch")
 
 
 def main() -> None:

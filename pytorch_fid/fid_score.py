@@ -19,7 +19,7 @@ class ScoreOptions:
     """Scoring."""
 
     batch_size: int = option(50, "images at a time", minimum=1)
-    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
+    device: str = option("auto", "auto (a GPU if there is one), or a device's name in torch")
 
 
 def main() -> None:

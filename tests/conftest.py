@@ -35,7 +35,7 @@ def photo_dir(tmp_path: Path) -> Path:
 def smooth_image(width: int, height: int, seed: int) -> np.ndarray:
     """A colourful image uint8 [height, width, 3] of a few low frequencies."""
     generator = np.random.default_rng(seed)
-    y, x = np.mgrid[0:1 : height * 1j, 0:1 : width * 1j]
+    y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     waves = [
         np.cos(2 * np.pi * (x * generator.uniform(0, 2) + y * generator.uniform(0, 2) + generator.uniform()))
         for _ in range(3)

@@ -75,7 +75,9 @@ def test_nothing_imports_a_script():
 
 
 def test_an_upward_or_sideways_import_is_found():
-    source = "def f():\n    from training.ema import Ema\nimport flow.paths\nfrom . import dit\nimport options, models.dit"
+    source = (
+        "def f():\n    from training.ema import Ema\nimport flow.paths\nfrom . import dit\nimport options, models.dit"
+    )
     imported = imported_modules(source, "models")
     assert imported == {"training.ema", "flow.paths", "models", "options", "models.dit"}
     assert forbidden_imports("models", LEVELS["models"], imported) == {"training.ema", "flow.paths"}

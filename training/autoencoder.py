@@ -4,7 +4,7 @@ Loss: mean squared error of the decoded posterior sample, plus a small weight ti
 posterior from the standard normal.
 """
 
-import json
+import copy
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,14 +25,16 @@ from models.autoencoder import (
     images_to_pixels,
     new_autoencoder_kl,
 )
-from options import UsageError, as_json, option
-from runtime.files import replace_folder
+from options import UsageError, option
+from runtime.files import replace_folder, write_json
 from runtime.precision import Machine
 from runtime.randomness import generator_for
 from training.ema import Ema
 from training.schedules import SCHEDULES, learning_rate
 
 __all__ = ["AutoencoderTrainingOptions", "posterior_statistics", "save_autoencoder", "train_autoencoder"]
+
+SAVE_EVERY = 1000  # steps
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class AutoencoderTrainingOptions:
     half_weights: bool = option(True, "store the weights as float16, which halves the file")
 
 
-def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions, machine: Machine) -> Any:
-    """Train on all images of `dataset` and return the AutoencoderKL with its averaged weights."""
+def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions, machine: Machine) -> nn.Module:
+    """Train on all images of `dataset`; the AutoencoderKL with its averaged weights, rounded as they are stored."""
     facts = dataset.facts
     if facts.image_size % 2 ** (len(options.widths) - 1):
         raise UsageError(
@@ -84,13 +86,14 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         ema.update(network)
+        if (step + 1) % SAVE_EVERY == 0:
+            save_autoencoder(ema.network, options.output, {}, options)  # a crash costs little
         if step % 100 == 0:
             psnr = 10 * torch.log10(4 / error.detach()).item()
             progress.set_postfix(psnr=f"{psnr:.1f} dB", kl=f"{divergence.item():.0f}", refresh=False)
-    network.load_state_dict(ema.weights)
     seconds = time.perf_counter() - started
     print(f"trained {options.max_steps} steps of {options.batch_size} images in {seconds / 60:.1f} min")
-    return network.eval()
+    return ema.network.half().float() if options.half_weights else ema.network
 
 
 def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Machine) -> dict[str, list[float]]:
@@ -114,15 +117,16 @@ def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Mac
 
 
 def save_autoencoder(
-    network: Any, folder: str | Path, statistics: dict[str, list[float]], options: AutoencoderTrainingOptions
+    network: nn.Module, folder: str | Path, statistics: dict[str, list[float]], options: AutoencoderTrainingOptions
 ) -> None:
     """Save in diffusers format (`save_pretrained`), whole or not at all, with the options that it was trained with."""
-    network.register_to_config(**statistics)
+    stored: Any = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
+    stored.register_to_config(**statistics)
     if options.half_weights:
-        network.half()
+        stored.half()
     with replace_folder(folder) as temporary:
-        network.to(memory_format=torch.contiguous_format).save_pretrained(temporary)
-        (temporary / "training.json").write_text(json.dumps(as_json(options), indent=2) + "\n", encoding="utf-8")
+        stored.save_pretrained(temporary)
+        write_json(temporary / "training.json", options)
 
 
 def _losses(

@@ -1,7 +1,6 @@
 """From options to a `Job`: data, autoencoder, network, and how the run looks at itself."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +14,8 @@ from flow.guidance import GuidanceOptions
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, load_autoencoder
-from models.dit import DiTOptions
-from models.registry import NetworkOptions, build_network, family_of
+from models.family import FamilyOptions
+from models.registry import FAMILY_OPTIONS, NETWORKS, NetworkOptions, build_network
 from options import Options, UsageError, as_json
 from runtime.checkpoints import read_weights
 from runtime.distributed import Processes
@@ -35,7 +34,7 @@ TRAINING_GROUPS = (
     LatentCacheOptions,
     AutoencoderOptions,
     NetworkOptions,
-    DiTOptions,
+    *FAMILY_OPTIONS,
     PathOptions,
     TrainingOptions,
     SolverOptions,
@@ -74,7 +73,7 @@ def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
         held_out=held_out_source,
         autoencoder=autoencoder,
         latent_shape=(autoencoder.latent_channels, latent_size, latent_size),
-        num_classes=network_options.num_classes,
+        num_classes=network_options.classes,
         solver=options[SolverOptions],
         cfg_scale=options[GuidanceOptions].cfg_scale,
         seed=training.seed,
@@ -85,11 +84,11 @@ def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
         features=choose_features(options[FeatureOptions], data.dataset, machine) if experiment.eval_samples else None,
     )
     header = {
-        "model_type": options[NetworkOptions].model_type,
+        "model_type": options[NetworkOptions].resolve(),
         "network": network_options,
         "latent_size": latent_size,
         "latent_channels": autoencoder.latent_channels,
-        "num_classes": network_options.num_classes,
+        "num_classes": network_options.classes,
         "autoencoder": autoencoder.describe(),
         "dataset": dataset.facts,
         "path": options[PathOptions],
@@ -132,10 +131,10 @@ def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None
     print(f"--init_from: loaded {len(fitting)} of {len(own)} weights{listed}")
 
 
-def _network(options: Options, latent_size: int, network_options: Any) -> nn.Module:
+def _network(options: Options, latent_size: int, network_options: FamilyOptions) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(options[TrainingOptions].seed, "weights"))
-        network = build_network(options[NetworkOptions].model_type, latent_size, network_options)
+        network = build_network(options[NetworkOptions].resolve(), latent_size, network_options)
     if options[ExperimentOptions].init_from:
         load_what_fits(network, read_weights(options[ExperimentOptions].init_from)[0])
     return network
@@ -143,10 +142,9 @@ def _network(options: Options, latent_size: int, network_options: Any) -> nn.Mod
 
 def _network_options(
     options: Options, autoencoder: Autoencoder | PixelSpace, splits: tuple[ImageDataset, ...]
-) -> Any:
+) -> FamilyOptions:
     """The family's options, its channels those of the latents; refuses labels that the network has no room for."""
-    family = family_of(options[NetworkOptions].model_type)
-    chosen = options[family.options]
+    chosen = options[NETWORKS[options[NetworkOptions].resolve()].options]
     channels = autoencoder.latent_channels
     for name in ("num_in_channels", "num_out_channels"):
         if name in options.explicit and getattr(chosen, name) != channels:
@@ -154,12 +152,12 @@ def _network_options(
                 f"--{name} {getattr(chosen, name)} contradicts the autoencoder, whose latents have {channels} channels"
             )
     for split in splits:
-        if chosen.num_classes == 1:
+        if chosen.classes == 1:
             split.labels.zero_()  # unconditional: all images are of one class
-        elif split.labels.max() >= chosen.num_classes:
+        elif split.labels.max() >= chosen.classes:
             raise UsageError(
-                f"the dataset has labels up to {int(split.labels.max())}, out of range for --num_classes "
-                f"{chosen.num_classes}: labels must lie in 0..{chosen.num_classes - 1}"
+                f"the dataset has labels up to {int(split.labels.max())}, out of range for a network of "
+                f"{chosen.classes} classes (--num_classes, --label_dim): labels must lie in 0..{chosen.classes - 1}"
             )
     check_guidance(as_json(chosen), options[GuidanceOptions].cfg_scale)
     return replace(chosen, num_in_channels=channels, num_out_channels=channels)

@@ -39,7 +39,7 @@ def test_crop_is_the_centre(width, height):
 def test_halving_is_a_box_filter():
     values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     means = values.reshape(32, 2, 32, 2, 3).astype(float).mean((1, 3))
-    assert np.abs(center_crop(Image.fromarray(values), 32) - means).max() <= 0.5
+    assert np.abs(center_crop(Image.fromarray(values), 32) - means).max() <= 1  # rounded per axis
 
 
 def test_same_pixels_as_adm():
@@ -102,7 +102,9 @@ def test_sixteen_bit_grey_is_scaled(tmp_path, brightest):
 def test_other_modes_become_the_same_colours(tmp_path, mode):
     grey = Image.fromarray(np.repeat(np.repeat([[0, 255], [255, 0]], 4, 0), 4, 1).astype(np.uint8))
     suffix = "jpg" if mode in ("CMYK", "YCbCr") else "png"
-    path = save(tmp_path, grey.convert("RGB").convert(mode), f"image.{suffix}", **({"quality": 100} if suffix == "jpg" else {}))
+    path = save(
+        tmp_path, grey.convert("RGB").convert(mode), f"image.{suffix}", **({"quality": 100} if suffix == "jpg" else {})
+    )
     found = read_image(path, 8).float()
     assert (found - torch.from_numpy(np.array(grey)).float()).abs().max() <= 3
 

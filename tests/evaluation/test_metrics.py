@@ -1,4 +1,3 @@
-import importlib.util
 import math
 
 import numpy as np
@@ -60,10 +59,3 @@ def test_psnr():
     assert psnr(0.04) == pytest.approx(20)
     assert psnr(1.0, value_range=1) == 0
     assert psnr(0.0) == math.inf
-
-
-def test_the_pip_package_wins_over_the_folder():
-    """A folder pytorch_fid/ with an __init__.py would shadow it."""
-    found = importlib.util.find_spec("pytorch_fid.inception")
-    assert found is not None
-    assert "site-packages" in str(found.origin) or "dist-packages" in str(found.origin)

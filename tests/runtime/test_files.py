@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 from dataclasses import dataclass
 
 import pytest
@@ -120,3 +121,13 @@ def test_move_aside_takes_the_first_free_number(tmp_path):
     assert [path.name for path in moved] == ["run.old-1", "run.old-2", "run.old-3"]
     assert [names(path) for path in moved] == [["a"], ["b"], ["c"]]
     assert names(tmp_path) == ["run.old-1", "run.old-2", "run.old-3"]
+
+
+def test_failure_on_a_full_disk_is_blamed_on_the_disk(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=0))
+    with pytest.raises(OSError, match="No space left on device") as raised, atomic_path(path):
+        raise RuntimeError("PytorchStreamWriter failed")
+    assert raised.value.errno == errno.ENOSPC
+    assert raised.value.filename == str(path)

@@ -1,0 +1,360 @@
+"""The U-Nets adm, ddpm++ and ncsn++ in EDM's form (Karras et al. 2022, arXiv:2206.00364, appendix F).
+
+Names, shapes and order of the state dict are those of the published LFM checkpoints. `attn_resolutions` are spatial sizes
+of the feature maps here.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from models.attention import attention
+from models.conditions import Condition
+from models.family import FamilyOptions
+from options import option
+
+__all__ = ["EdmUNet", "EdmUNetOptions", "UNetOptions"]
+
+LONGEST_PERIOD = 10000.0
+CHANNELS_PER_HEAD = 64
+
+
+@dataclass(frozen=True)
+class UNetOptions(FamilyOptions):
+    """U-Nets."""
+
+    nf: int = option(256, "U-Nets: base number of channels", minimum=4)
+    ch_mult: tuple[int, ...] = option((1, 1, 2, 2, 4, 4), "U-Nets: channels of each level, in units of nf", minimum=1)
+    num_res_blocks: int = option(2, "U-Nets: residual blocks per level", minimum=1)
+    attn_resolutions: tuple[int, ...] = option(
+        (16,),
+        "U-Nets: levels with attention, by the side of the feature map; with --use_origin_adm by downsampling factor",
+        flags=("--attn_resolution",),
+    )
+    dropout: float = option(0.0, "U-Nets: dropout in the residual blocks", minimum=0)
+
+
+@dataclass(frozen=True)
+class EdmUNetOptions(UNetOptions):
+    """adm, ddpm++, ncsn++."""
+
+    label_dim: int = option(0, "number of classes of adm, ddpm++ and ncsn++; 0: unconditional", minimum=0)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.label_dim or 1
+
+
+class Style(NamedTuple):
+    """How the three networks differ."""
+
+    adaptive_scale: bool  # the embedding scales and shifts (adm), or only shifts
+    eps: float
+    skip_scale: float
+    filter: tuple[int, ...]
+    always_project: bool  # a resampling skip has its own 1x1 convolution
+    heads: Callable[[int], int]
+    pyramid: bool  # ncsn++: the input, downsampled step by step, is added to every level
+    init: str
+
+
+SQRT_HALF = math.sqrt(0.5)
+STYLES = {
+    "adm": Style(True, 1e-5, 1.0, (1, 1), False, lambda channels: channels // CHANNELS_PER_HEAD, False, "kaiming"),
+    "ddpm++": Style(False, 1e-6, SQRT_HALF, (1, 1), True, lambda channels: 1, False, "xavier"),
+    "ncsn++": Style(False, 1e-6, SQRT_HALF, (1, 3, 3, 1), True, lambda channels: 1, True, "xavier"),
+}
+
+
+class Convolution(nn.Module):
+    """A convolution that may resample first, by a fixed filter; kernel 0 only resamples.
+
+    `fused`: the downsampling filter comes after the weight (the residual pyramid of ncsn++).
+    """
+
+    resample_filter: torch.Tensor | None
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        *,
+        up: bool = False,
+        down: bool = False,
+        filter: tuple[int, ...] = (1, 1),
+        fused: bool = False,
+    ) -> None:
+        super().__init__()
+        self.outputs, self.up, self.down, self.fused = outputs, up, down, fused
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, kernel, kernel)) if kernel else None
+        self.bias = nn.Parameter(torch.empty(outputs)) if kernel else None
+        taps = torch.tensor(filter, dtype=torch.float32)
+        table = torch.outer(taps, taps)[None, None] / taps.sum().square()
+        self.register_buffer("resample_filter", table if up or down else None)
+        self.filter_padding = (len(filter) - 1) // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Resample and convolve x [B, C, H, W]."""
+        padding = self.weight.shape[-1] // 2 if self.weight is not None else 0
+        if self.fused:
+            x = functional.conv2d(x, self.weight.to(x.dtype), padding=padding + self.filter_padding)
+            bias = self.bias.to(x.dtype)[:, None, None]
+            return self._resample(x, padding=0) + bias
+        if self.up or self.down:
+            x = self._resample(x, self.filter_padding)
+        if self.weight is None:
+            return x
+        return functional.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
+
+    def _resample(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        channels = x.shape[1]
+        filters = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
+        if self.up:
+            return functional.conv_transpose2d(x, 4 * filters, stride=2, padding=padding, groups=channels)
+        return functional.conv2d(x, filters, stride=2, padding=padding, groups=channels)
+
+
+class Norm(nn.GroupNorm):
+    """Group norm with min(32, C // 4) groups."""
+
+    def __init__(self, channels: int, eps: float) -> None:
+        super().__init__(min(32, channels // 4), channels, eps)
+
+
+class Block(nn.Module):
+    """Residual block under an embedding, with optional resampling and attention."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        embedding: int,
+        style: Style,
+        dropout: float,
+        *,
+        up: bool = False,
+        down: bool = False,
+        attend: bool = False,
+    ) -> None:
+        super().__init__()
+        self.inputs, self.outputs, self.style = inputs, outputs, style
+        self.heads = style.heads(outputs) if attend else 0
+        self.dropout = nn.Dropout(dropout)
+        resample: dict[str, Any] = {"up": up, "down": down, "filter": style.filter}
+        self.norm0 = Norm(inputs, style.eps)
+        self.conv0 = Convolution(inputs, outputs, 3, **resample)
+        self.affine = nn.Linear(embedding, outputs * (2 if style.adaptive_scale else 1))
+        self.norm1 = Norm(outputs, style.eps)
+        self.conv1 = Convolution(outputs, outputs, 3)
+        self.skip: Convolution | None = None
+        if outputs != inputs or up or down:
+            kernel = 1 if style.always_project or outputs != inputs else 0
+            self.skip = Convolution(inputs, outputs, kernel, **resample)
+        if self.heads:
+            self.norm2 = Norm(outputs, style.eps)
+            self.qkv = Convolution(outputs, 3 * outputs, 1)
+            self.proj = Convolution(outputs, outputs, 1)
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """x [B, C, H, W] under the embedding [B, E]."""
+        h = self.conv0(functional.silu(self.norm0(x)))
+        affine = self.affine(embedding)[:, :, None, None]
+        if self.style.adaptive_scale:
+            scale, shift = affine.chunk(2, dim=1)
+            h = functional.silu(self.norm1(h) * (1 + scale) + shift)
+        else:
+            h = functional.silu(self.norm1(h + affine))
+        h = self.conv1(self.dropout(h))
+        x = (h + (x if self.skip is None else self.skip(x))) * self.style.skip_scale
+        if self.heads:
+            x = (x + self.proj(self._attend(x))) * self.style.skip_scale
+        return x
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        batch, channels, height, width = x.shape
+        qkv = self.qkv(self.norm2(x)).view(batch, self.heads, channels // self.heads, 3, height * width)
+        query, key, value = qkv.permute(3, 0, 1, 4, 2)  # each [B, heads, L, width of a head]
+        return attention(query, key, value).transpose(2, 3).reshape(batch, channels, height, width)
+
+
+class EdmUNet(nn.Module):
+    """adm, ddpm++ or ncsn++ for latents of side `size`."""
+
+    def __init__(self, size: int, kind: str, options: EdmUNetOptions) -> None:
+        super().__init__()
+        self.options, self.kind, self.style = options, kind, STYLES[kind]
+        width, embedding = options.nf, 4 * options.nf
+        noise_width = 2 * width if kind == "ncsn++" else width
+        if kind == "adm":
+            self.map_layer0, self.map_layer1 = nn.Linear(noise_width, embedding), nn.Linear(embedding, embedding)
+            self.map_label = nn.Linear(options.label_dim, embedding, bias=False) if options.label_dim else None
+        else:
+            self.map_noise = RandomFrequencies(width) if kind == "ncsn++" else None
+            self.map_label = nn.Linear(options.label_dim, noise_width) if options.label_dim else None
+            self.map_layer0, self.map_layer1 = nn.Linear(noise_width, embedding), nn.Linear(embedding, embedding)
+        self.enc, skips = self._encoder(size)
+        self.dec = self._decoder(size, skips)
+        if kind == "adm":
+            self.out_norm = Norm(width * options.ch_mult[0], self.style.eps)
+            self.out_conv = Convolution(width * options.ch_mult[0], options.num_out_channels, 3)
+        self._initialise()
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
+        """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w]."""
+        embedding = self._embed(t.expand(x.shape[0]), condition.labels)
+        skips: list[torch.Tensor] = []
+        pyramid = x
+        for name, module in self.enc.items():
+            if name.endswith("aux_residual"):
+                pyramid = (x + module(pyramid)) * SQRT_HALF
+                x = skips[-1] = pyramid
+                continue
+            x = self._run(module, x, embedding)
+            skips.append(x)
+        for name, module in self.dec.items():
+            if name.endswith("aux_norm"):
+                x = functional.silu(module(x))
+            elif name.endswith("aux_conv"):
+                return module(x)
+            else:
+                if x.shape[1] != module.inputs:
+                    x = torch.cat([x, skips.pop()], dim=1)
+                x = self._run(module, x, embedding)
+        return self.out_conv(functional.silu(self.out_norm(x)))
+
+    def _run(self, module: nn.Module, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        if not isinstance(module, Block):
+            return module(x)
+        if self.options.use_grad_checkpointing and self.training:
+            return checkpoint(module, x, embedding, use_reentrant=False)
+        return module(x, embedding)
+
+    def _block(self, inputs: int, outputs: int, **arguments: bool) -> Block:
+        return Block(inputs, outputs, 4 * self.options.nf, self.style, self.options.dropout, **arguments)
+
+    def _encoder(self, size: int) -> tuple[nn.ModuleDict, list[int]]:
+        options, modules, skips = self.options, nn.ModuleDict(), []
+        channels = options.nf * (options.ch_mult[0] if self.kind == "adm" else 1)
+        pyramid = options.num_in_channels
+        for level, multiple in enumerate(options.ch_mult):
+            side = size >> level
+            if level == 0:
+                modules[f"{side}x{side}_conv"] = Convolution(options.num_in_channels, channels, 3)
+            else:
+                modules[f"{side}x{side}_down"] = self._block(channels, channels, down=True)
+                if self.style.pyramid:
+                    modules[f"{side}x{side}_aux_residual"] = Convolution(
+                        pyramid, channels, 3, down=True, filter=self.style.filter, fused=True
+                    )
+                    pyramid = channels
+            skips.append(channels)
+            for index in range(options.num_res_blocks):
+                attend = side in options.attn_resolutions
+                modules[f"{side}x{side}_block{index}"] = self._block(channels, options.nf * multiple, attend=attend)
+                channels = options.nf * multiple
+                skips.append(channels)
+        return modules, skips
+
+    def _decoder(self, size: int, skips: list[int]) -> nn.ModuleDict:
+        options, modules = self.options, nn.ModuleDict()
+        channels = skips[-1]
+        deepest = len(options.ch_mult) - 1
+        for level, multiple in reversed(list(enumerate(options.ch_mult))):
+            side = size >> level
+            if level == deepest:
+                modules[f"{side}x{side}_in0"] = self._block(channels, channels, attend=True)
+                modules[f"{side}x{side}_in1"] = self._block(channels, channels)
+            else:
+                modules[f"{side}x{side}_up"] = self._block(channels, channels, up=True)
+            for index in range(options.num_res_blocks + 1):
+                last = self.kind == "adm" or index == options.num_res_blocks
+                attend = last and side in options.attn_resolutions
+                inputs = channels + skips.pop()
+                channels = options.nf * multiple
+                modules[f"{side}x{side}_block{index}"] = self._block(inputs, channels, attend=attend)
+        if self.kind != "adm":
+            modules[f"{size}x{size}_aux_norm"] = Norm(channels, self.style.eps)
+            modules[f"{size}x{size}_aux_conv"] = Convolution(channels, options.num_out_channels, 3)
+        return modules
+
+    def _embed(self, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        half = self.options.nf // 2
+        if self.kind == "ncsn++":
+            angles = 2 * math.pi * t[:, None] * self.map_noise.freqs
+        else:
+            steps = half if self.kind == "adm" else half - 1
+            exponents = torch.arange(half, device=t.device, dtype=torch.float32) / steps
+            angles = t.float()[:, None] * LONGEST_PERIOD**-exponents
+        waves = (angles.cos(), angles.sin()) if self.kind == "adm" else (angles.sin(), angles.cos())
+        embedding = torch.cat(waves, dim=1)
+        if self.kind == "adm":
+            embedding = self.map_layer1(functional.silu(self.map_layer0(embedding)))
+            if self.map_label is not None and labels is not None:
+                embedding = embedding + self.map_label(self._one_hot(labels))
+            return functional.silu(embedding)
+        if self.map_label is not None:
+            hot = self._one_hot(labels) if labels is not None else t.new_zeros(len(t), self.options.label_dim)
+            embedding = embedding + self.map_label(hot * math.sqrt(self.options.label_dim))
+        return functional.silu(self.map_layer1(functional.silu(self.map_layer0(embedding))))
+
+    def _one_hot(self, labels: torch.Tensor) -> torch.Tensor:
+        """One-hot rows [B, K] of labels [B]; the null class K is a row of zeros."""
+        return functional.one_hot(labels, self.options.label_dim + 1)[:, :-1].float()
+
+    def _initialise(self) -> None:
+        draw = _kaiming if self.style.init == "kaiming" else _xavier
+        for module in self.modules():
+            if isinstance(module, nn.Linear | Convolution) and module.weight is not None:
+                draw(module)
+        small = 0.0 if self.kind == "adm" else 1e-5
+        for module in self.modules():
+            if isinstance(module, Block):
+                rescaled = [(module.conv1, small)]
+                if module.heads:
+                    rescaled += [(module.proj, small)] + ([] if self.kind == "adm" else [(module.qkv, math.sqrt(0.2))])
+                for convolution, factor in rescaled:
+                    _scale(convolution, factor)
+        output = self.out_conv if self.kind == "adm" else list(self.dec.values())[-1]
+        _scale(output, small)
+        if self.kind == "adm" and self.map_label is not None:
+            nn.init.normal_(self.map_label.weight)
+
+
+class RandomFrequencies(nn.Module):
+    """Random Fourier frequencies of time, fixed at the start."""
+
+    freqs: torch.Tensor
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.register_buffer("freqs", 16 * torch.randn(count))
+
+
+@torch.no_grad()
+def _kaiming(module: Any) -> None:
+    fan_in = module.weight[0].numel()
+    bound = math.sqrt(3 / fan_in) * math.sqrt(1 / 3)
+    nn.init.uniform_(module.weight, -bound, bound)
+    if module.bias is not None:
+        nn.init.uniform_(module.bias, -bound, bound)
+
+
+@torch.no_grad()
+def _xavier(module: Any) -> None:
+    nn.init.xavier_uniform_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+@torch.no_grad()
+def _scale(convolution: Any, factor: float) -> None:
+    convolution.weight.mul_(factor)
+    convolution.bias.mul_(factor)

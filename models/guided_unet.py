@@ -1,0 +1,240 @@
+"""ADM's U-Net in guided-diffusion's form (Dhariwal & Nichol 2021, arXiv:2105.05233), `--use_origin_adm`.
+
+Names, shapes and order of the state dict are those of the published LFM checkpoints. `attn_resolutions` are downsampling
+factors (1, 2, 4, ...) here, unlike in EDM's form; the published checkpoints depend on it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from models.attention import attention
+from models.conditions import Condition
+from models.edm_unet import UNetOptions
+from options import option
+
+__all__ = ["GuidedUNet", "GuidedUNetOptions"]
+
+LONGEST_PERIOD = 10000.0
+
+
+@dataclass(frozen=True)
+class GuidedUNetOptions(UNetOptions):
+    """adm with --use_origin_adm."""
+
+    num_classes: int | None = option(None, "number of classes; default: unconditional", minimum=1)
+    use_scale_shift_norm: bool = option(True, "the embedding scales and shifts; off: it is added")
+    resblock_updown: bool = option(False, "residual blocks between levels, instead of convolutions or pooling")
+    resamp_with_conv: bool = option(True, "convolve between levels")
+    use_new_attention_order: bool = option(False, "split queries, keys and values before heads")
+    num_heads: int = option(4, "attention heads", minimum=1)
+    num_head_upsample: int = option(-1, "attention heads in the decoder; -1: num_heads")
+    num_head_channels: int = option(-1, "channels per head, which then decide on the number of heads; -1: num_heads does")
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.num_classes or 1
+
+
+class GuidedUNet(nn.Module):
+    """The network for latents of side `size`, or of any other side that its levels divide."""
+
+    def __init__(self, size: int, options: GuidedUNetOptions) -> None:
+        super().__init__()
+        self.options = options
+        width, embedding = options.nf, 4 * options.nf
+        self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
+        if options.num_classes:
+            rows = options.num_classes + (options.label_dropout > 0)
+            self.label_emb = nn.Embedding(rows, embedding)
+        channels = width * options.ch_mult[0]
+        self.input_blocks = nn.ModuleList([Entry(nn.Conv2d(options.num_in_channels, channels, 3, padding=1))])
+        skips, factor, deepest = [channels], 1, len(options.ch_mult) - 1
+        for level, multiple in enumerate(options.ch_mult):
+            for _ in range(options.num_res_blocks):
+                self.input_blocks.append(self._entry(channels, width * multiple, factor, encoder=True))
+                channels = width * multiple
+                skips.append(channels)
+            if level != deepest:
+                self.input_blocks.append(Entry(self._resample(channels, "down")))
+                skips.append(channels)
+                factor *= 2
+        block = {"embedding": embedding, "dropout": options.dropout, "film": options.use_scale_shift_norm}
+        self.middle_block = Entry(
+            ResBlock(channels, channels, **block),
+            AttentionBlock(channels, self._heads(channels, True), options.use_new_attention_order),
+            ResBlock(channels, channels, **block),
+        )
+        self.output_blocks = nn.ModuleList()
+        for level, multiple in reversed(list(enumerate(options.ch_mult))):
+            for index in range(options.num_res_blocks + 1):
+                entry = self._entry(channels + skips.pop(), width * multiple, factor, encoder=False)
+                channels = width * multiple
+                if level and index == options.num_res_blocks:
+                    entry.append(self._resample(channels, "up"))
+                    factor //= 2
+                self.output_blocks.append(entry)
+        last = nn.Conv2d(channels, options.num_out_channels, 3, padding=1)
+        self.out = nn.Sequential(Norm(channels), nn.SiLU(), _zeroed(last))
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
+        """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w]."""
+        half = self.options.nf // 2
+        exponents = torch.arange(half, device=x.device, dtype=torch.float32) / half
+        angles = t.expand(x.shape[0]).float()[:, None] * LONGEST_PERIOD**-exponents
+        embedding = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))
+        if self.options.num_classes:
+            labels = condition.labels
+            rows = self.label_emb.weight[-1] if labels is None else self.label_emb(labels)
+            embedding = embedding + rows
+        skips = []
+        for entry in self.input_blocks:
+            x = self._run(entry, x, embedding)
+            skips.append(x)
+        x = self._run(self.middle_block, x, embedding)
+        for entry in self.output_blocks:
+            x = self._run(entry, torch.cat([x, skips.pop()], dim=1), embedding)
+        return self.out(x)
+
+    def _run(self, entry: nn.Module, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        if self.options.use_grad_checkpointing and self.training:
+            return checkpoint(entry, x, embedding, use_reentrant=False)
+        return entry(x, embedding)
+
+    def _entry(self, inputs: int, outputs: int, factor: int, encoder: bool) -> "Entry":
+        options = self.options
+        entry = Entry(ResBlock(inputs, outputs, 4 * options.nf, options.dropout, options.use_scale_shift_norm))
+        if factor in options.attn_resolutions:
+            heads = self._heads(outputs, encoder)
+            entry.append(AttentionBlock(outputs, heads, options.use_new_attention_order))
+        return entry
+
+    def _heads(self, channels: int, encoder: bool) -> int:
+        options = self.options
+        if options.num_head_channels != -1:
+            return channels // options.num_head_channels
+        return options.num_heads if encoder or options.num_head_upsample == -1 else options.num_head_upsample
+
+    def _resample(self, channels: int, way: str) -> nn.Module:
+        options = self.options
+        if options.resblock_updown:
+            film = options.use_scale_shift_norm
+            return ResBlock(channels, channels, 4 * options.nf, options.dropout, film, way=way)
+        return (Upsample if way == "up" else Downsample)(channels, options.resamp_with_conv)
+
+
+class Norm(nn.GroupNorm):
+    """Group norm of 32 groups, computed in float32."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(32, channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise x [B, C, ...]."""
+        return super().forward(x.float()).to(x.dtype)
+
+
+class Entry(nn.Sequential):
+    """Modules in a row, of which residual blocks also get the embedding."""
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """x [B, C, H, W] under the embedding [B, E]."""
+        for module in self:
+            x = module(x, embedding) if isinstance(module, ResBlock) else module(x)
+        return x
+
+
+class ResBlock(nn.Module):
+    """Residual block under an embedding; `way` "up" or "down" resamples both paths."""
+
+    def __init__(
+        self, inputs: int, outputs: int, embedding: int, dropout: float, film: bool, way: str | None = None
+    ) -> None:
+        super().__init__()
+        self.film, self.way = film, way
+        self.in_layers = nn.Sequential(Norm(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (2 if film else 1) * outputs))
+        last = _zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
+        self.out_layers = nn.Sequential(Norm(outputs), nn.SiLU(), nn.Dropout(dropout), last)
+        self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """x [B, C, H, W] under the embedding [B, E]."""
+        norm, silu, convolution = self.in_layers
+        h = silu(norm(x))
+        if self.way is not None:
+            h, x = _resize(h, self.way), _resize(x, self.way)
+        h = convolution(h)
+        affine = self.emb_layers(embedding)[:, :, None, None]
+        if self.film:
+            scale, shift = affine.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + affine)
+        return self.skip_connection(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over the positions of x [B, C, H, W], added to x."""
+
+    def __init__(self, channels: int, heads: int, new_order: bool) -> None:
+        super().__init__()
+        self.heads, self.new_order = heads, new_order
+        self.norm = Norm(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend."""
+        batch, channels, height, width = x.shape
+        flat = x.flatten(2)
+        qkv = self.qkv(self.norm(flat))
+        order = (3, self.heads) if self.new_order else (self.heads, 3)
+        parts = qkv.view(batch, *order, channels // self.heads, height * width)
+        if self.new_order:
+            parts = parts.transpose(1, 2)
+        query, key, value = parts.permute(2, 0, 1, 4, 3)  # each [B, heads, L, width of a head]
+        mixed = attention(query, key, value).transpose(2, 3).reshape(batch, channels, -1)
+        return (flat + self.proj_out(mixed)).view_as(x)
+
+
+class Upsample(nn.Module):
+    """Nearest neighbour times 2, then a convolution."""
+
+    def __init__(self, channels: int, convolve: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if convolve else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, C, H, W] to [B, C, 2 H, 2 W]."""
+        return self.conv(_resize(x, "up"))
+
+
+class Downsample(nn.Module):
+    """A convolution of stride 2, or 2 x 2 average pooling."""
+
+    def __init__(self, channels: int, convolve: bool) -> None:
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if convolve else nn.AvgPool2d(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [B, C, H, W] to [B, C, H / 2, W / 2]."""
+        return self.op(x)
+
+
+def _resize(x: torch.Tensor, way: str) -> torch.Tensor:
+    if way == "up":
+        return functional.interpolate(x, scale_factor=2, mode="nearest")
+    return functional.avg_pool2d(x, 2)
+
+
+def _zeroed(module: Any) -> Any:
+    for parameter in module.parameters():
+        nn.init.zeros_(parameter)
+    return module

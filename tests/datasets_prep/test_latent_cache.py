@@ -1,0 +1,197 @@
+"""Every image is encoded once, as it would be directly, in shards that are resumed, checked and refused by name."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from datasets_prep import latent_cache
+from datasets_prep.datasets import DatasetFacts, ImageDataset
+from datasets_prep.latent_cache import build_latent_cache, cache_folder, open_latent_cache
+from models.autoencoder import Autoencoder, new_autoencoder_kl
+from options import UsageError
+from runtime.distributed import Processes
+from runtime.precision import Machine
+
+MACHINE = Machine(torch.device("cpu"), "fp32")
+COUNT, SHARD = 23, 5  # images, and images a shard where they are not mirrored: shards of 5, 5, 5, 5, 3
+
+
+def tiny_autoencoder(seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Autoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), f"tiny-{seed}")
+
+
+def tiny_dataset(flips=False, count=COUNT, image_size=8, fingerprint="f"):
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(0, 256, (count, 1, image_size, image_size), generator=generator, dtype=torch.uint8)
+    facts = DatasetFacts("tiny", image_size, 1, None, flips, ("a", "b"))
+    return ImageDataset(facts, "train", np.arange(count) % 2, images.__getitem__, fingerprint)
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    """Shards of 5 images of 4 x 4 x 4 moments, in batches of 2."""
+    monkeypatch.setattr(latent_cache, "SHARD_BYTES", SHARD * 4 * 4 * 4 * 2)
+    monkeypatch.setattr(latent_cache, "IMAGES_PER_BATCH", 2)
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    return tiny_autoencoder()
+
+
+def build(folder, dataset, autoencoder, **settings):
+    build_latent_cache(folder, dataset, autoencoder, MACHINE, **settings)
+    return open_latent_cache(folder, dataset, autoencoder)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def all_images(dataset):
+    return torch.stack([dataset[i] for i in range(len(dataset))])
+
+
+def stop_after(monkeypatch, images):
+    """Interrupt the encoder once it has seen so many images; returns the list of those it saw, by batch."""
+    seen = []
+    encode = Autoencoder.encode
+
+    def limited(self, batch):
+        if sum(seen) >= images:
+            raise KeyboardInterrupt
+        seen.append(len(batch))
+        return encode(self, batch)
+
+    monkeypatch.setattr(Autoencoder, "encode", limited)
+    return seen
+
+
+def test_cache_is_the_direct_encoding_in_half_precision(tmp_path, autoencoder):
+    dataset = tiny_dataset()
+    cache = build(tmp_path / "cache", dataset, autoencoder)
+    direct = autoencoder.encode(all_images(dataset))
+    indices = torch.tensor([22, 0, 7, 7, 4, 5, 19])  # from every shard, in no order
+    found = cache.moments(indices, torch.zeros(7, dtype=torch.bool))
+    assert found.dtype == torch.float16
+    # One unit in the last place of float16; encoding in other batches rounds differently.
+    torch.testing.assert_close(found.float(), direct[indices], rtol=2**-10, atol=1e-5)
+    assert len(cache) == COUNT
+    assert torch.equal(cache.labels, dataset.labels)
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 5
+
+
+def test_both_orientations_where_the_dataset_flips(tmp_path, autoencoder):
+    dataset = tiny_dataset(flips=True)
+    cache = build(tmp_path / "cache", dataset, autoencoder)
+    images = all_images(dataset)
+    upright, mirrored = autoencoder.encode(images), autoencoder.encode(images.flip(3))
+    assert (mirrored - upright.flip(3)).abs().max() > 0.01  # why both are stored
+    turned = torch.arange(COUNT) % 3 == 0
+    expected = torch.where(turned.view(-1, 1, 1, 1), mirrored, upright)
+    torch.testing.assert_close(cache.moments(torch.arange(COUNT), turned).float(), expected, rtol=2**-10, atol=1e-5)
+
+
+def test_statistics_are_those_of_posterior_samples(tmp_path, autoencoder):
+    dataset = tiny_dataset(flips=True)
+    cache = build(tmp_path / "cache", dataset, autoencoder)
+    found = json.loads((tmp_path / "cache" / "manifest.json").read_text())["statistics"]
+    moments = torch.cat([cache.moments(torch.arange(COUNT), torch.full((COUNT,), turned)) for turned in (False, True)])
+    mean, logvar = moments.double().repeat(100, 1, 1, 1).chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    samples = (mean + (0.5 * logvar).exp() * noise).transpose(0, 1).flatten(1)  # [c, 73600]
+    # Four standard errors of a mean and of a standard deviation, for the noise alone.
+    error = 4 * (0.5 * logvar).exp().max().item() / samples.shape[1] ** 0.5
+    assert found["mean"] == pytest.approx(samples.mean(1).tolist(), abs=error + 1e-3)
+    assert found["std"] == pytest.approx(samples.std(1).tolist(), abs=error + 1e-3)
+    assert min(found["std"]) > 1.5 * mean.std((0, 2, 3)).max().item()  # the posterior's own variance counts here
+
+
+@pytest.mark.parametrize("images", [1, 6, 15, 22])
+def test_interrupted_build_goes_on_without_encoding_anything_twice(tmp_path, autoencoder, monkeypatch, images):
+    dataset = tiny_dataset()
+    build(tmp_path / "whole", dataset, autoencoder)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        seen = stop_after(patch, images)
+        build(tmp_path / "cache", dataset, autoencoder)
+    with pytest.raises(UsageError, match="is unfinished: start the training again to complete it"):
+        open_latent_cache(tmp_path / "cache", dataset, autoencoder)
+    finished = sum(seen) // SHARD * SHARD
+    with monkeypatch.context() as patch:
+        seen = stop_after(patch, COUNT)
+        build(tmp_path / "cache", dataset, autoencoder)
+    assert sum(seen) == COUNT - finished
+    assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
+
+
+def test_finished_cache_is_left_alone(tmp_path, autoencoder, monkeypatch):
+    dataset = tiny_dataset()
+    build(tmp_path / "cache", dataset, autoencoder)
+    before = files_of(tmp_path / "cache")
+    stop_after(monkeypatch, 0)
+    build(tmp_path / "cache", dataset, autoencoder)
+    assert files_of(tmp_path / "cache") == before
+
+
+def test_processes_share_the_shards(tmp_path, autoencoder, monkeypatch):
+    dataset = tiny_dataset()
+    build(tmp_path / "alone", dataset, autoencoder)
+    folder = tmp_path / "shared"
+    monkeypatch.setattr(Processes, "barrier", lambda self: None)
+    with pytest.raises(UsageError, match="moments_00001"):  # the main process came too early: the second's are missing
+        build_latent_cache(folder, dataset, autoencoder, MACHINE, Processes(0, 2))
+    assert [path.name for path in sorted(folder.glob("*.npy"))] == [f"moments_0000{i}.npy" for i in (0, 2, 4)]
+    build_latent_cache(folder, dataset, autoencoder, MACHINE, Processes(1, 2))
+    build_latent_cache(folder, dataset, autoencoder, MACHINE, Processes(0, 2))
+    assert files_of(folder) == files_of(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(
+    ("change", "key", "values"),
+    [
+        ({"image_size": 16}, "image_size", ("8", "16")),
+        ({"count": 24}, "count", ("23", "24")),
+        ({"fingerprint": "g"}, "dataset_fingerprint", ("f", "g")),
+        ({"flips": True}, "orientations", ("1", "2")),
+    ],
+)
+def test_cache_of_other_data_is_refused_with_both_values(tmp_path, autoencoder, change, key, values):
+    folder = tmp_path / "cache"
+    build(folder, tiny_dataset(), autoencoder)
+    message = f"made for another {key}: it has {values[0]}, this run needs {values[1]}"
+    for use in (open_latent_cache, lambda *arguments: build_latent_cache(*arguments, MACHINE)):
+        with pytest.raises(UsageError, match=message):
+            use(folder, tiny_dataset(**change), autoencoder)
+
+
+def test_cache_of_another_autoencoder_is_refused_with_both_hashes(tmp_path, autoencoder):
+    folder, other = tmp_path / "cache", tiny_autoencoder(seed=1)
+    build(folder, tiny_dataset(), autoencoder)
+    before = files_of(folder)
+    with pytest.raises(UsageError, match=f"autoencoder_sha256: it has {autoencoder.sha256}.* needs {other.sha256}"):
+        build(folder, tiny_dataset(), other)
+    assert files_of(folder) == before
+    assert cache_folder(tmp_path, tiny_dataset(), autoencoder) != cache_folder(tmp_path, tiny_dataset(), other)
+
+
+@pytest.mark.parametrize("position", [0, 200, -1])
+def test_a_flipped_byte_in_a_shard_is_found_and_named(tmp_path, autoencoder, position):
+    folder, dataset = tmp_path / "cache", tiny_dataset()
+    build(folder, dataset, autoencoder)
+    data = bytearray((folder / "moments_00003.npy").read_bytes())
+    data[position] ^= 1
+    (folder / "moments_00003.npy").write_bytes(data)
+    with pytest.raises(UsageError, match=r"moments_00003\.npy is damaged"):
+        open_latent_cache(folder, dataset, autoencoder)
+
+
+def test_a_missing_shard_is_named(tmp_path, autoencoder):
+    folder, dataset = tmp_path / "cache", tiny_dataset()
+    build(folder, dataset, autoencoder)
+    (folder / "moments_00001.npy").unlink()
+    with pytest.raises(UsageError, match=r"moments_00001\.npy"):
+        open_latent_cache(folder, dataset, autoencoder)
