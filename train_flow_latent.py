@@ -26,7 +26,9 @@ def main() -> int:
         job, resume = prepare(options, processes)
         if processes.is_main:
             parameters = sum(p.numel() for p in job.network.parameters())
-            print(f"{job.header['model_type']}, {parameters / 1e6:.1f} M parameters, {len(job.source)} images; {job.folder}")
+            print(
+                f"{job.header['model_type']}, {parameters / 1e6:.1f} M parameters, {len(job.source)} images; {job.folder}"
+            )
         complete = train(job, resume)
         if processes.is_main:
             next_step = "sample with test_flow_latent.py" if complete else "interrupted: the same command continues it"

@@ -1,7 +1,6 @@
 """The datasets by name: images uint8 [C, H, W], labels, and the facts about them that training and scoring need."""
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,7 +111,9 @@ def _open_idx(options: DatasetOptions, split: Split) -> ImageDataset:
     prefix = "train" if split == "train" else "t10k"
     images, labels = read_idx(folder, f"{prefix}-images-idx3-ubyte"), read_idx(folder, f"{prefix}-labels-idx1-ubyte")
     if images.shape[1:] != (IDX_SIDE, IDX_SIDE) or labels.shape != images.shape[:1]:
-        raise UsageError(f"{folder}: expected [N, 28, 28] images with N labels, found {images.shape} and {labels.shape}")
+        raise UsageError(
+            f"{folder}: expected [N, 28, 28] images with N labels, found {images.shape} and {labels.shape}"
+        )
     if labels.max() > 9:
         raise UsageError(f"{folder}: labels must lie in 0..9, but {labels.max()} was found")
     names = FASHION_CLASSES if options.dataset == "fashion_mnist" else tuple("0123456789")
@@ -140,7 +141,7 @@ def _open_folder(options: DatasetOptions, split: Split) -> ImageDataset:
     if options.skip_bad_images:
         paths = _readable(paths, options.image_size)
     labels = np.array([_label(path, base, classes) for path in paths])
-    state = "\n".join(f"{path.relative_to(root)} {os.stat(path).st_size} {os.stat(path).st_mtime_ns}" for path in paths)
+    state = "\n".join(f"{path.relative_to(root)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
     facts = DatasetFacts("folder", options.image_size, 3, None, True, tuple(classes))
     return ImageDataset(
         facts,

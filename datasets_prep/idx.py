@@ -64,7 +64,9 @@ def find_idx_folder(name: str, datadir: Path) -> Path:
     if (found := _complete_folder(places)) is not None:
         return found
     attempts = [f"no IDX files in {datadir}"]
-    fetchers = [("torchvision's download", _download)] + ([(f"apt-get download {package}", _fetch_deb)] if package else [])
+    fetchers = [("torchvision's download", _download)] + (
+        [(f"apt-get download {package}", _fetch_deb)] if package else []
+    )
     for label, fetch in fetchers:
         print(f"{name}: trying {label} into {datadir} ...", flush=True)
         try:

@@ -119,7 +119,16 @@ def build_latent_cache(
         entry_file = folder / f"moments_{number:05d}.json"
         images = range(starts[number], min(starts[number] + identity["shard_size"], len(dataset)))
         if not entry_file.exists():
-            _write_shard(folder / f"moments_{number:05d}.npy", entry_file, dataset, images, autoencoder, machine, progress, num_workers)
+            _write_shard(
+                folder / f"moments_{number:05d}.npy",
+                entry_file,
+                dataset,
+                images,
+                autoencoder,
+                machine,
+                progress,
+                num_workers,
+            )
         else:
             progress.update(len(images))
     progress.close()

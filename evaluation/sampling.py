@@ -1,7 +1,8 @@
 """The work of the test scripts: find a checkpoint, draw samples, show, keep and score them, and say how."""
 
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from datasets_prep.datasets import DatasetFacts, DatasetOptions, open_dataset
 from evaluation.features import FeatureOptions, choose_features
 from evaluation.generate import GeneratedBatch, check_guidance, generate
-from evaluation.pictures import save_grid
+from evaluation.pictures import grid_count, save_grid
 from evaluation.score import reference_statistics, score_samples
 from evaluation.writer import FORMATS, SampleWriter
 from flow.guidance import GuidanceOptions
@@ -25,9 +26,6 @@ from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.progress import progress_bar
 
 __all__ = ["SAMPLING_GROUPS", "SamplingOptions", "sample_and_score"]
-
-GRID_ROWS = 8
-SMALLEST_TILE = 56  # pixels; smaller images are enlarged in the grid
 
 
 @dataclass(frozen=True)
@@ -70,29 +68,32 @@ def sample_and_score(options: Options) -> dict[str, Any]:
     machine = choose_machine(options[MachineOptions])
     path = _checkpoint_path(sampling, options[DatasetOptions].dataset)
     given = options.given(AutoencoderOptions)
-    model = load_model(path, machine.device, options[AutoencoderOptions] if "pretrained_autoencoder_ckpt" in given else None)
+    model = load_model(
+        path, machine.device, options[AutoencoderOptions] if "pretrained_autoencoder_ckpt" in given else None
+    )
     _refuse_contradictions(options, model.header, path)
     check_guidance(model.header["network"], guidance.cfg_scale)
     if solver.method in ADAPTIVE and "num_steps" in options.explicit:
-        print(f"note: --num_steps has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol")
+        print(
+            f"note: --num_steps has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol"
+        )
 
     folder = Path(sampling.output_dir) if sampling.output_dir else path.parent / "samples"
     stem = f"{path.stem}_{solver.method}_cfg{guidance.cfg_scale:g}_seed{sampling.seed}"
-    keeper = _Keeper(model.header["num_classes"])
     writer = SampleWriter(folder, sampling.save_images) if sampling.save_images else None
+    keeper = _Keeper(grid_count(model.header["num_classes"]), writer)
     started = time.perf_counter()
-    batches = keeper.watch(_batches(model, options, machine), writer)
+    batches = keeper.watch(_batches(model, options, machine))
     if sampling.compute_fid:
         score = _score(batches, options, model, machine)
     else:
         score = {}
-        for _ in batches:
-            pass
+        deque(batches, maxlen=0)
     seconds = time.perf_counter() - started
     if writer is not None:
         writer.close()
     grid = folder / f"{stem}.png"
-    save_grid(keeper.images(), grid, keeper.columns, enlarge=-(-SMALLEST_TILE // keeper.images().shape[-1]))
+    save_grid(torch.cat(keeper.images), grid, model.header["num_classes"])
     result = {
         "checkpoint": str(path),
         "weights_sha256": model.header["weights_sha256"],
@@ -114,30 +115,27 @@ def sample_and_score(options: Options) -> dict[str, Any]:
 
 
 class _Keeper:
-    """Watches a stream of batches: keeps the first samples for the grid and counts evaluations."""
+    """Watches a stream of batches: keeps the first samples for the grid, counts evaluations, writes files."""
 
-    def __init__(self, num_classes: int) -> None:
-        self.columns = min(10, num_classes) if num_classes > 1 else GRID_ROWS
+    def __init__(self, count: int, writer: SampleWriter | None) -> None:
         self.evaluations = 0
-        self._kept: list[torch.Tensor] = []
-        self._missing = GRID_ROWS * self.columns
+        self.images: list[torch.Tensor] = []
+        self._missing = count
+        self._writer = writer
 
-    def watch(self, batches: Any, writer: SampleWriter | None) -> Any:
+    def watch(self, batches: Iterable[GeneratedBatch]) -> Iterator[GeneratedBatch]:
         """The same batches."""
         for batch in batches:
             self.evaluations += batch.evaluations * len(batch.indices)
-            self._kept.append(batch.images[: self._missing])
-            self._missing -= len(self._kept[-1])
-            if writer is not None:
-                writer.add(batch)
+            if self._missing > 0:
+                self.images.append(batch.images[: self._missing])
+                self._missing -= len(self.images[-1])
+            if self._writer is not None:
+                self._writer.add(batch)
             yield batch
 
-    def images(self) -> torch.Tensor:
-        """The first samples, at most a gridful."""
-        return torch.cat(self._kept)
 
-
-def _batches(model: LoadedModel, options: Options, machine: Machine) -> Any:
+def _batches(model: LoadedModel, options: Options, machine: Machine) -> Iterator[GeneratedBatch]:
     sampling, header = options[SamplingOptions], model.header
     stored = header["dataset"]
     network = torch.compile(model.network) if options[MachineOptions].compile else model.network
@@ -160,7 +158,7 @@ def _batches(model: LoadedModel, options: Options, machine: Machine) -> Any:
             yield batch
 
 
-def _score(batches: Any, options: Options, model: LoadedModel, machine: Machine) -> dict[str, Any]:
+def _score(batches: Iterable[GeneratedBatch], options: Options, model: LoadedModel, machine: Machine) -> dict[str, Any]:
     stored = model.header["dataset"]
     data = DatasetOptions(stored["name"], options[DatasetOptions].datadir, stored["image_size"])
     features = choose_features(options[FeatureOptions], data.dataset, machine)

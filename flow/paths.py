@@ -22,7 +22,9 @@ class PathOptions:
 
     sigma_min: float = option(1e-5, "share of noise that remains at the data's end of the path", minimum=0)
     time_sampling: str = option(
-        "uniform", "distribution of training times: uniform, logit_normal, stratified", choices=("uniform", "logit_normal", "stratified")
+        "uniform",
+        "distribution of training times: uniform, logit_normal, stratified",
+        choices=("uniform", "logit_normal", "stratified"),
     )
     time_location: float = option(0.0, "location of logit_normal times; above 0 means more noise")
     time_scale: float = option(1.0, "scale of logit_normal times", minimum=0)
@@ -35,9 +37,7 @@ class PathSample(NamedTuple):
     velocity: torch.Tensor
 
 
-def straight_path(
-    t: torch.Tensor, data: torch.Tensor, noise: torch.Tensor, sigma_min: float = 1e-5
-) -> PathSample:
+def straight_path(t: torch.Tensor, data: torch.Tensor, noise: torch.Tensor, sigma_min: float = 1e-5) -> PathSample:
     """LFM's path at times t [B] between data and noise [B, C, h, w]."""
     t = t.view(-1, *[1] * (data.ndim - 1))
     x_t = (1 - t) * data + (sigma_min + (1 - sigma_min) * t) * noise

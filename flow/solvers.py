@@ -7,6 +7,7 @@ All stand in one dictionary and take (velocity, noise, options).
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -24,8 +25,12 @@ class SolverOptions:
 
     method: str = option("dopri5", "ODE solver: euler, midpoint, heun, rk4, dopri5, dopri8, adaptive_heun, bosh3")
     num_steps: int = option(40, "intervals of the fixed-step solvers (euler, midpoint, heun, rk4)", minimum=1)
-    step_size: float | None = option(None, "fixed-step solvers: length h of an interval, meaning 1/h of them", minimum=0)
-    time_shift: float = option(1.0, "fixed-step solvers: grid t' = s t / (1 + (s - 1) t); below 1, shorter steps near data", minimum=0)
+    step_size: float | None = option(
+        None, "fixed-step solvers: length h of an interval, meaning 1/h of them", minimum=0
+    )
+    time_shift: float = option(
+        1.0, "fixed-step solvers: grid t' = s t / (1 + (s - 1) t); below 1, shorter steps near data", minimum=0
+    )
     atol: float = option(1e-5, "absolute tolerance of the adaptive solvers", minimum=0)
     rtol: float = option(1e-5, "relative tolerance of the adaptive solvers", minimum=0)
 
@@ -79,7 +84,7 @@ def runge_kutta(tableau: Tableau, velocity: Velocity, noise: torch.Tensor, optio
     """Any explicit Runge-Kutta method on the time grid (Hairer, Norsett & Wanner 1993, section II.1)."""
     x, evaluations = noise, 0
     grid = time_grid(options).tolist()
-    for start, end in zip(grid, grid[1:], strict=False):
+    for start, end in pairwise(grid):
         step = end - start
         slopes: list[torch.Tensor] = []
         for node, row in zip(tableau.nodes, tableau.stages, strict=True):

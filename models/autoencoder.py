@@ -46,7 +46,9 @@ class AutoencoderOptions:
     scale_factor: float | None = option(
         None, "factor on the latents; default: the autoencoder's own statistics (Stable Diffusion: 0.18215)"
     )
-    f: int | None = option(None, "how many times smaller latents are than images; default: the autoencoder's own factor")
+    f: int | None = option(
+        None, "how many times smaller latents are than images; default: the autoencoder's own factor"
+    )
 
 
 def images_to_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -228,7 +230,11 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder 
     try:
         with contextlib.redirect_stderr(None):
             network = diffusers.AutoencoderKL.from_pretrained(
-                folder or name, torch_dtype=torch.float32, low_cpu_mem_usage=False, use_safetensors=True, local_files_only=local
+                folder or name,
+                torch_dtype=torch.float32,
+                low_cpu_mem_usage=False,
+                use_safetensors=True,
+                local_files_only=local,
             )
     except Exception as error:  # diffusers raises many kinds for one thing: it cannot be loaded
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

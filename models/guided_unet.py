@@ -4,7 +4,6 @@ Names, shapes and order of the state dict are those of the published LFM checkpo
 factors (1, 2, 4, ...) here, unlike in EDM's form; the published checkpoints depend on it.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,9 @@ class GuidedUNetOptions(UNetOptions):
     use_new_attention_order: bool = option(False, "split queries, keys and values before heads")
     num_heads: int = option(4, "attention heads", minimum=1)
     num_head_upsample: int = option(-1, "attention heads in the decoder; -1: num_heads")
-    num_head_channels: int = option(-1, "channels per head, which then decide on the number of heads; -1: num_heads does")
+    num_head_channels: int = option(
+        -1, "channels per head, which then decide on the number of heads; -1: num_heads does"
+    )
 
     @property
     def classes(self) -> int:

@@ -7,6 +7,7 @@ is read with weights_only=True.
 
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 from torch import nn
 
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, load_autoencoder, weights_hash
@@ -48,7 +49,8 @@ def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], header: 
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     full = {"format": FORMAT, **as_json(header), "weights_sha256": weights_hash(weights)}
     with atomic_path(path) as temporary:
-        save_file(weights, temporary, metadata={"header": json.dumps(full)})
+        # Not save_file, which reports a full disk as an error of its own kind and gives the file to its owner alone.
+        temporary.write_bytes(serialize(weights, metadata={"header": json.dumps(full)}))
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -65,7 +67,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
         raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UsageError(f"{path} is no checkpoint of this project: its header does not say {FORMAT}")
-    if weights_hash(weights) != header["weights_sha256"]:
+    if weights_hash(weights) != header.get("weights_sha256"):
         raise UsageError(f"the checkpoint {path} is damaged: its weights do not have the checksum in its header")
     return weights, header
 
@@ -119,17 +121,20 @@ def newest_model(folder: Path, epoch: int | None = None) -> Path:
 
 def save_content(path: str | Path, content: Mapping[str, Any]) -> None:
     """Write tensors, numbers, strings and containers of them, atomically."""
-    with atomic_path(path) as temporary:
-        torch.save(dict(content), temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:  # a path would hide the kind of an OSError
+        torch.save(dict(content), file)
 
 
 def load_content(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     """What `save_content` wrote; nothing in the file is ever executed.
 
     Raises:
-        UsageError: a torn file, or one that holds more than tensors and plain values.
+        UsageError: a torn or altered file, or one that holds more than tensors and plain values.
     """
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
+            if (damaged := archive.testzip()) is not None:
+                raise ValueError(f"{damaged} does not have its checksum")
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for one thing: it cannot be read
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

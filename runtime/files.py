@@ -31,7 +31,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         _flush(temporary)
-        os.replace(temporary, path)
+        temporary.replace(path)
         _flush(path.parent)
     except Exception as error:
         if shutil.disk_usage(path.parent).free < FULL_BYTES:
@@ -73,7 +73,7 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
     try:
         yield temporary
         old = move_aside(folder) if folder.exists() else None
-        os.replace(temporary, folder)
+        temporary.replace(folder)
         if old is not None:
             shutil.rmtree(old)
     finally:

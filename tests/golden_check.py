@@ -65,7 +65,9 @@ def build_case(case: GoldenCase) -> nn.Module:
     own = {name: list(value.shape) for name, value in network.state_dict().items()}
     if list(own.items()) != [tuple(entry) for entry in case.weights]:
         differing = [pair for pair in zip(own.items(), case.weights, strict=False) if list(pair[0]) != list(pair[1])]
-        raise ValueError(f"the state dict differs: {len(own)} against {len(case.weights)} entries, first {differing[:1]}")
+        raise ValueError(
+            f"the state dict differs: {len(own)} against {len(case.weights)} entries, first {differing[:1]}"
+        )
     for name, value in network.state_dict().items():
         if name not in case.constant_weights:
             value.copy_(torch.from_numpy(_fill_weight(name, tuple(value.shape))))
@@ -108,7 +110,8 @@ def _options(kind: type, arguments: dict[str, Any]) -> Any:
 
 def _fill_weight(name: str, shape: tuple[int, ...]) -> Any:
     spec = importlib.util.spec_from_file_location("fill_weights", ROOT / "tests" / "golden" / "fill_weights.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.fill_weight(name, shape)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from runtime.progress import progress_bar
 
 from datasets_prep.datasets import ImageDataset
 from models.autoencoder import (
@@ -28,6 +27,7 @@ from models.autoencoder import (
 from options import UsageError, option
 from runtime.files import replace_folder, write_json
 from runtime.precision import Machine
+from runtime.progress import progress_bar
 from runtime.randomness import generator_for
 from training.ema import Ema
 from training.schedules import SCHEDULES, learning_rate

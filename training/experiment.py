@@ -1,7 +1,7 @@
 """The folder of a run: where it lies, whether a start continues it, and what it keeps.
 
-    <save_root>/latent_flow/<dataset>/<exp>/  config.json  model_<epoch>.safetensors  best.safetensors
-                                              content.pth  metrics.jsonl  tensorboard/  samples/
+<save_root>/latent_flow/<dataset>/<exp>/  config.json  model_<epoch>.safetensors  best.safetensors
+content.pth  metrics.jsonl  tensorboard/  samples/
 """
 
 import importlib.metadata
@@ -26,7 +26,9 @@ HARMLESS = frozenset(
     "method num_steps step_size time_shift atol rtol cfg_scale feature_weights".split()
 )
 # With --resume these may change too: the run goes on, but is no longer the one that its first options describe.
-ADJUSTABLE = frozenset("max_steps num_epoch lr lr_schedule no_lr_decay warmup_steps grad_clip precision compile num_threads".split())
+ADJUSTABLE = frozenset(
+    "max_steps num_epoch lr lr_schedule no_lr_decay warmup_steps grad_clip precision compile num_threads".split()
+)
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def provenance() -> dict[str, Any]:
     """Git commit and library versions, for config.json and checkpoints."""
     packages = ("torch", "torchvision", "diffusers", "torchdiffeq", "timm", "numpy")
     git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],  # noqa: S607
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=REPOSITORY, capture_output=True, text=True, check=False,
     )  # fmt: skip
     versions = {name: importlib.metadata.version(name) for name in packages}

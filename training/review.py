@@ -11,7 +11,7 @@ from datasets_prep.datasets import ImageDataset
 from datasets_prep.moments import MomentSource
 from evaluation.features import FeatureNetwork
 from evaluation.generate import GeneratedBatch, generate
-from evaluation.pictures import save_grid
+from evaluation.pictures import grid_count, save_grid
 from evaluation.score import reference_statistics, score_samples
 from flow.solvers import SolverOptions
 from models.autoencoder import Autoencoder, PixelSpace
@@ -19,10 +19,6 @@ from runtime.precision import Machine
 from training.validation import validation_loss
 
 __all__ = ["Review"]
-
-PREVIEW_ROWS = 8
-LARGEST_ROW = 10
-SMALLEST_TILE = 56  # pixels; smaller images are enlarged
 
 
 @dataclass(frozen=True)
@@ -55,9 +51,8 @@ class Review:
 
     def preview(self, network: nn.Module, path: Path) -> None:
         """Draw a grid of samples with fixed noise and labels, one class a column."""
-        columns = min(LARGEST_ROW, self.num_classes) if self.num_classes > 1 else PREVIEW_ROWS
-        images = torch.cat([batch.images for batch in self._draw(network, PREVIEW_ROWS * columns)])
-        save_grid(images, path, columns, enlarge=-(-SMALLEST_TILE // images.shape[-1]))
+        images = torch.cat([batch.images for batch in self._draw(network, grid_count(self.num_classes))])
+        save_grid(images, path, self.num_classes)
 
     def _draw(self, network: nn.Module, count: int) -> Iterator[GeneratedBatch]:
         return generate(

@@ -45,7 +45,10 @@ def test_cache_and_encoding_on_the_fly_agree(tmp_path, autoencoder, flips, monke
 
 
 def test_cache_lies_below_the_data_or_where_it_is_asked_for(tmp_path, autoencoder):
-    for cache, place in [(LatentCacheOptions(), "data/latent_cache"), (LatentCacheOptions(False, str(tmp_path / "c")), "c")]:
+    for cache, place in [
+        (LatentCacheOptions(), "data/latent_cache"),
+        (LatentCacheOptions(False, str(tmp_path / "c")), "c"),
+    ]:
         opened = open_moments(dataset(), autoencoder, DatasetOptions(datadir=str(tmp_path / "data")), cache, MACHINE)
         assert opened.folder.parent == tmp_path / place
 

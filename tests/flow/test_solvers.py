@@ -46,17 +46,25 @@ def test_every_solver_is_tested():
 
 @pytest.mark.parametrize("method", FIXED)
 def test_error_falls_with_the_order_of_the_method(method):
-    order = FIXED[method][0]
-    coarse, fine = error_of(method, 32), error_of(method, 64)
-    assert abs(math.log2(coarse / fine) - order) < 0.3
-    assert error_of(method, 64) < {1: 3e-2, 2: 2e-3, 4: 1e-6}[order]
+    """dx/dt = x cos 3t, where x(0) = x(1) exp(-sin(3) / 3); on Gaussian data midpoint is of order 3 by a coincidence."""
+    exact = NOISE * math.exp(-math.sin(3) / 3)
+    coarse, fine = (
+        (solve(lambda t, x: x * torch.cos(3 * t), NOISE, SolverOptions(method, steps)).x - exact).abs().max().item()
+        for steps in (32, 64)
+    )
+    assert abs(math.log2(coarse / fine) - FIXED[method][0]) < 0.15
+
+
+@pytest.mark.parametrize(("method", "most"), [("euler", 3e-2), ("midpoint", 2e-6), ("heun", 2e-4), ("rk4", 4e-9)])
+def test_exact_velocity_of_gaussian_data_leads_to_that_gaussian(method, most):
+    assert error_of(method, 64) < most
 
 
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_adaptive_solvers_reach_the_closed_form_within_their_tolerance(method):
     loose, tight = (error_of(method, 1, atol=tolerance, rtol=tolerance) for tolerance in (1e-3, 1e-6))
-    assert tight < 2e-5
-    assert tight < loose < 2e-2
+    assert tight < 2e-4
+    assert tight < loose < 3e-2
 
 
 def test_adaptive_solvers_work_harder_for_a_tighter_tolerance():
@@ -141,5 +149,7 @@ def test_no_gradients_are_kept():
 
 
 def test_unknown_method_lists_the_known_ones():
-    with pytest.raises(UsageError, match="unknown --method 'eular': expected one of euler, midpoint, heun, rk4, dopri5"):
+    with pytest.raises(
+        UsageError, match="unknown --method 'eular': expected one of euler, midpoint, heun, rk4, dopri5"
+    ):
         solve(gaussian_velocity, NOISE, SolverOptions("eular"))

@@ -38,8 +38,18 @@ PUBLISHED_MILLIONS = {
     "celeb_f8_dit": ("DiT-L/2", DiTOptions(num_classes=1), 32, 457.1),
     "imnet_f8_ditb2": ("DiT-B/2", DiTOptions(num_classes=1000, label_dropout=0.1), 32, 130.5),
     "ffhq_f8_adm": ("adm", EdmUNetOptions(**UNET, attn_resolutions=(16, 8, 4)), 32, 406.4),
-    "celeba_f8_adm": ("origin_adm", GuidedUNetOptions(nf=256, ch_mult=(1, 2, 2, 2), attn_resolutions=(16, 8)), 32, 153.1),
-    "celeb512_f8_adm": ("origin_adm", GuidedUNetOptions(nf=256, ch_mult=(1, 2, 2, 2, 4), attn_resolutions=(16, 8)), 64, 352.2),
+    "celeba_f8_adm": (
+        "origin_adm",
+        GuidedUNetOptions(nf=256, ch_mult=(1, 2, 2, 2), attn_resolutions=(16, 8)),
+        32,
+        153.1,
+    ),
+    "celeb512_f8_adm": (
+        "origin_adm",
+        GuidedUNetOptions(nf=256, ch_mult=(1, 2, 2, 2, 4), attn_resolutions=(16, 8)),
+        64,
+        352.2,
+    ),
     "inpainting_kl": ("origin_adm", GuidedUNetOptions(**UNET, attn_resolutions=(16, 8), num_in_channels=9), 32, 356.1),
 }
 

@@ -1,6 +1,7 @@
 """A checkpoint is whole, its own description, and never executed."""
 
 import json
+import os
 import pickle
 from dataclasses import dataclass
 
@@ -167,7 +168,9 @@ def test_newest_model_is_that_of_the_largest_number(tmp_path):
     (tmp_path / "model_400.safetensors.tmp-12").touch()
     assert newest_model(tmp_path).name == "model_100.safetensors"
     assert newest_model(tmp_path, 9).name == "model_9.safetensors"
-    with pytest.raises(UsageError, match=r"no model_11\.safetensors in .*has: model_10\.safe.*model_9\.saf.*--checkpoint"):
+    with pytest.raises(
+        UsageError, match=r"no model_11\.safetensors in .*has: model_10\.safe.*model_9\.saf.*--checkpoint"
+    ):
         newest_model(tmp_path, 11)
 
 
@@ -175,6 +178,27 @@ def test_run_without_checkpoints_says_what_to_do(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UsageError, match=rf"no model_<epoch>\.safetensors in {folder} .*no checkpoints.*run\.sh"):
             newest_model(folder)
+
+
+def test_a_full_disk_is_an_os_error_and_costs_nothing(tmp_path):
+    """exit_cleanly turns it into one line; libraries that write to paths hide it in errors of their own."""
+    weights, content = tmp_path / "model_1.safetensors", tmp_path / "content.pth"
+    for path, save in [
+        (weights, lambda p: save_weights(p, WEIGHTS, HEADER)),
+        (content, lambda p: save_content(p, WEIGHTS)),
+    ]:
+        save(path)
+        before = path.read_bytes()
+        path.with_name(f"{path.name}.tmp-{os.getpid()}").symlink_to("/dev/full")
+        with pytest.raises(OSError, match="No space left on device"):
+            save(path)
+        assert path.read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["content.pth", "model_1.safetensors"]
+
+
+def test_checkpoints_have_the_permissions_of_any_new_file(file):
+    (file.parent / "ordinary").touch()
+    assert file.stat().st_mode == (file.parent / "ordinary").stat().st_mode
 
 
 CONTENT = {
@@ -189,7 +213,11 @@ CONTENT = {
 def test_content_comes_back_bit_for_bit(tmp_path):
     save_content(tmp_path / "content.pth", CONTENT)
     found = load_content(tmp_path / "content.pth")
-    assert {name: found[name] for name in ("step", "seconds", "best")} == {"step": 3, "seconds": 0.1, "best": float("inf")}
+    assert {name: found[name] for name in ("step", "seconds", "best")} == {
+        "step": 3,
+        "seconds": 0.1,
+        "best": float("inf"),
+    }
     assert found["optimizer"]["param_groups"] == CONTENT["optimizer"]["param_groups"]
     for name, value in WEIGHTS.items():
         assert bits(found["network"][name]) == bits(value)
@@ -199,7 +227,7 @@ def test_damaged_content_is_named(tmp_path):
     path = tmp_path / "content.pth"
     save_content(path, {"weights": torch.full((1000,), 0.5)})
     data = path.read_bytes()
-    inside = data.index(torch.full((8,), 0.5).numpy().tobytes()) + 100
+    inside = data.index(torch.full((8,), 0.5).numpy().tobytes()) + 100  # of the numbers: only a checksum can tell
     flipped = bytearray(data)
     flipped[inside] ^= 1
     for damaged in (b"", data[:100], data[: len(data) // 2], data[:-1], b"no checkpoint", bytes(flipped)):
@@ -227,5 +255,5 @@ def test_a_pickle_with_code_is_refused_and_never_executed(tmp_path, save):
     with pytest.raises(UsageError, match=r"cannot read .*content\.pth"):
         load_content(path)
     assert not marker.exists()
-    torch.load(path, weights_only=False) if save is torch.save else pickle.loads(path.read_bytes())  # noqa: S301
+    torch.load(path, weights_only=False) if save is torch.save else pickle.loads(path.read_bytes())
     assert marker.exists()  # the trap works
