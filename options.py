@@ -216,7 +216,7 @@ def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -
     kind, many = _argument_type(hint)
     names = [f"--{field.name}", *field.metadata["flags"]]
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    shown = {True: "on", False: "off"}[shown] if kind is bool else shown
+    shown = ("on" if default else "off") if kind is bool else shown
     explained = field.metadata["help"] + ("" if default in (None, "", ()) else f" [{shown}]")
     common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": explained.replace("%", "%%")}
     if kind is bool:

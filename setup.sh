@@ -73,7 +73,7 @@ install() {  # install REQUIREMENTS; prints the path of .venv's Python
     echo "installing $1 into .venv (once, about 3 minutes and 6 GB) ..." >&2
     if ! "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off \
         -r "$repository/$1" -c "$repository/constraints.txt" >"$log" 2>&1; then
-        grep -E '^ *ERROR|^error' "$log" | tail -n 5 >&2 || tail -n 5 "$log" >&2
+        { grep -E '^ *ERROR|^error' "$log" || cat "$log"; } | tail -n 5 | cut -c 1-300 >&2
         fail 1 "pip could not install $1 (whole log: .venv/install.log); the next start tries again" \
             "Without a network: activate a Python >= 3.11 that has these packages, or download them elsewhere with" \
             "'pip download -r $1 -c constraints.txt -d DIR' and set PIP_NO_INDEX=1 PIP_FIND_LINKS=DIR."

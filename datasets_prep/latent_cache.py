@@ -149,12 +149,13 @@ def _write_shard(
     num_workers: int,
 ) -> None:
     rows = []
-    loader = DataLoader(Subset(dataset, list(images)), IMAGES_PER_BATCH, num_workers=num_workers)  # type: ignore[arg-type]
+    subset: Any = Subset(dataset, list(images))  # type: ignore[arg-type]
+    loader: DataLoader[torch.Tensor] = DataLoader(subset, IMAGES_PER_BATCH, num_workers=num_workers)
     for batch in loader:
         views = [batch, batch.flip(3)] if dataset.facts.flips else [batch]
         with machine.autocast():
-            moments = [autoencoder.encode(view.to(machine.device)).float().cpu() for view in views]
-        rows.append(torch.stack(moments, dim=1))
+            encoded = [autoencoder.encode(view.to(machine.device)).float().cpu() for view in views]
+        rows.append(torch.stack(encoded, dim=1))
         progress.update(len(batch))
     moments = torch.cat(rows)
     mean, logvar = moments.double().chunk(2, dim=2)

@@ -69,7 +69,7 @@ class InceptionFeatures:
 
     def __init__(self, weights_file: str | None, device: torch.device | str) -> None:
         self.device = device
-        self.network = _build_inception(weights_file).to(device, memory_format=torch.channels_last)
+        self.network = _build_inception(weights_file).to(device).to(memory_format=torch.channels_last)
         self.sha256 = weights_hash(self.network.state_dict())
 
     @torch.inference_mode()
@@ -86,7 +86,7 @@ class FashionFeatures:
 
     def __init__(self, weights_file: str | None, device: torch.device | str) -> None:
         self.device = device
-        self.network = load_classifier(weights_file or FASHION_WEIGHTS).to(device, memory_format=torch.channels_last)
+        self.network = load_classifier(weights_file or FASHION_WEIGHTS).to(device).to(memory_format=torch.channels_last)
         self.dims, self.classes = self.network.dims, self.network.classes
         self.sha256 = weights_hash(self.network.state_dict())
 
@@ -141,7 +141,7 @@ def load_features(name: str, weights_file: str | None, device: torch.device | st
 
 
 def _build_inception(weights_file: str | None) -> torch.nn.Module:
-    from pytorch_fid import inception  # type: ignore[import-untyped]  # pip's: it imports all of torchvision
+    from pytorch_fid import inception  # pip's: it imports all of torchvision
 
     url = inception.FID_WEIGHTS_URL
     weights = _download(url) if weights_file is None else _read_state_dict(weights_file)

@@ -101,7 +101,7 @@ class Autoencoder:
 
     def __init__(self, network: nn.Module, identity: str, scale_factor: float | None = None) -> None:
         self.network = network.eval().requires_grad_(False)
-        config = network.config  # type: ignore[union-attr]
+        config: Any = network.config
         self.identity = identity
         self.scale_factor = scale_factor
         self.image_channels: int = config.in_channels

@@ -106,10 +106,10 @@ class DiT(nn.Module):
         projection = self.x_embedder.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
         nn.init.zeros_(projection.bias)
-        for weight in (self.y_embedder.embedding_table.weight, *(self.t_embedder.mlp[i].weight for i in (0, 2))):
-            nn.init.normal_(weight, std=0.02)
-        for modulation in (*(block.adaLN_modulation for block in self.blocks), self.final_layer.adaLN_modulation):
-            nn.init.zeros_(modulation[1].weight)
+        for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(embedding.weight, std=0.02)  # type: ignore[arg-type]
+        for layer in (*self.blocks, self.final_layer):
+            nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
 
 

@@ -79,7 +79,9 @@ class Convolution(nn.Module):
     `fused`: the downsampling filter comes after the weight (the residual pyramid of ncsn++).
     """
 
-    resample_filter: torch.Tensor | None
+    resample_filter: torch.Tensor
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
 
     def __init__(
         self,
@@ -103,16 +105,16 @@ class Convolution(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Resample and convolve x [B, C, H, W]."""
-        padding = self.weight.shape[-1] // 2 if self.weight is not None else 0
+        if self.weight is None or self.bias is None:
+            return self._resample(x, self.filter_padding) if self.up or self.down else x
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        padding = weight.shape[-1] // 2
         if self.fused:
-            x = functional.conv2d(x, self.weight.to(x.dtype), padding=padding + self.filter_padding)
-            bias = self.bias.to(x.dtype)[:, None, None]
-            return self._resample(x, padding=0) + bias
+            x = functional.conv2d(x, weight, padding=padding + self.filter_padding)
+            return self._resample(x, padding=0) + bias[:, None, None]
         if self.up or self.down:
             x = self._resample(x, self.filter_padding)
-        if self.weight is None:
-            return x
-        return functional.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), padding=padding)
+        return functional.conv2d(x, weight, bias, padding=padding)
 
     def _resample(self, x: torch.Tensor, padding: int) -> torch.Tensor:
         channels = x.shape[1]
@@ -288,7 +290,7 @@ class EdmUNet(nn.Module):
     def _embed(self, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         half = self.options.nf // 2
         if self.kind == "ncsn++":
-            angles = 2 * math.pi * t[:, None] * self.map_noise.freqs
+            angles = 2 * math.pi * t[:, None] * self.map_noise.freqs  # type: ignore[union-attr]
         else:
             steps = half if self.kind == "adm" else half - 1
             exponents = torch.arange(half, device=t.device, dtype=torch.float32) / steps

@@ -66,11 +66,11 @@ class GuidedUNet(nn.Module):
                 self.input_blocks.append(Entry(self._resample(channels, "down")))
                 skips.append(channels)
                 factor *= 2
-        block = {"embedding": embedding, "dropout": options.dropout, "film": options.use_scale_shift_norm}
+        film = options.use_scale_shift_norm
         self.middle_block = Entry(
-            ResBlock(channels, channels, **block),
+            ResBlock(channels, channels, embedding, options.dropout, film),
             AttentionBlock(channels, self._heads(channels, True), options.use_new_attention_order),
-            ResBlock(channels, channels, **block),
+            ResBlock(channels, channels, embedding, options.dropout, film),
         )
         self.output_blocks = nn.ModuleList()
         for level, multiple in reversed(list(enumerate(options.ch_mult))):

@@ -68,7 +68,7 @@ def options_from_header(model_type: str, stored: Mapping[str, Any]) -> FamilyOpt
         UsageError: a model type or an option that this version does not know.
     """
     try:
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
+        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         return NETWORKS[model_type].options(**values)
     except (KeyError, TypeError) as error:
         raise UsageError(f"the checkpoint's network {model_type} is unknown to this version: {error}") from error

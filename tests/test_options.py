@@ -149,9 +149,9 @@ def test_later_flags_win_wherever_the_file_stands(tmp_path):
 
 
 def test_published_keys(tmp_path):
-    path = write(tmp_path, "STEPS=1\nIMG_SIZE=2\nCFG=3\nATTN_RES=16 8\nBASE_CH=4\nBs=5\nEPOCH_ID=475\n")
+    path = write(tmp_path, "STEPS=1\nIMG_SIZE=2\nCFG=3\nATTN_RES=16 8\nBASE_CH=4\nBs=5\nSEED=9\n")
     assert read_arguments_file(path) == (
-        "--num_steps 1 --image_size 2 --cfg_scale 3 --attn_resolutions 16 8 --nf 4 --batch_size 5 --epoch_id 475".split()
+        "--num_steps 1 --image_size 2 --cfg_scale 3 --attn_resolutions 16 8 --nf 4 --batch_size 5 --seed 9".split()
     )
 
 

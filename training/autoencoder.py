@@ -65,7 +65,7 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         network = new_autoencoder_kl(facts.channels, options.widths, options.latent_channels, facts.image_size, {})
-    network = network.to(machine.device, memory_format=torch.channels_last)
+    network = network.to(machine.device).to(memory_format=torch.channels_last)
     ema = Ema(network, options.ema_decay)
     optimizer = torch.optim.AdamW(network.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     border = 0 if facts.crop is None else (facts.image_size - facts.crop) // 2

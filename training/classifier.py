@@ -65,7 +65,7 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         network = FashionClassifier(options.widths, classes)
-    network = network.to(machine.device, memory_format=torch.channels_last)
+    network = network.to(machine.device).to(memory_format=torch.channels_last)
     ema = Ema(network, options.ema_decay)
     optimizer = torch.optim.AdamW(network.parameters(), options.lr, weight_decay=options.weight_decay, fused=True)
     batches = _augmented_batches(images, labels, options)

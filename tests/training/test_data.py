@@ -1,0 +1,141 @@
+"""What a step sees is a function of (seed, step, global sample index): of no process, order of calls or restart."""
+
+import pytest
+import torch
+
+from flow.paths import PathOptions
+from models.autoencoder import Autoencoder, PixelSpace, new_autoencoder_kl
+from options import UsageError
+from runtime.distributed import Processes
+from training.data import Batch, batches, epoch_indices, steps_per_epoch
+
+COUNT, CLASSES = 23, 5
+
+
+class Numbered:
+    """Moments whose upper left value is the image's number, its upper right value too where it is mirrored."""
+
+    def __init__(self, channels=1, count=COUNT):
+        self.channels = channels
+        self.labels = torch.arange(count) % CLASSES
+
+    def __len__(self):
+        return len(self.labels)
+
+    def moments(self, indices, mirrored):
+        moments = torch.zeros(len(indices), self.channels, 2, 2)
+        moments[:, :, 0, 0] = indices[:, None].float()
+        moments[:, :, 0, 1] = mirrored[:, None].float()
+        return moments
+
+
+def draw(first, last, *, source=None, processes=Processes(), batch_size=6, seed=3, **changes):  # noqa: B008
+    settings = {"flips": True, "num_classes": CLASSES, "label_dropout": 0.2, "device": torch.device("cpu")} | changes
+    autoencoder = settings.pop("autoencoder", PixelSpace(1))
+    path = settings.pop("path", PathOptions())
+    limits = {"batch_size": batch_size, "first_step": first, "last_step": last, "seed": seed, "processes": processes}
+    return list(batches(source or Numbered(), autoencoder, path, **limits, **settings))
+
+
+def images_of(batch):
+    return batch.data[:, 0, 0, 0].long().tolist()
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "stratified"])
+def test_processes_see_the_slices_of_what_one_would_see(sampling):
+    path = PathOptions(time_sampling=sampling)
+    alone = draw(2, 9, path=path)
+    for count in (2, 3):
+        shares = [draw(2, 9, path=path, processes=Processes(r, count), batch_size=6 // count) for r in range(count)]
+        for step, whole in enumerate(alone):
+            together = Batch(*(torch.cat(parts) for parts in zip(*(share[step] for share in shares), strict=True)))
+            assert same(together, whole)
+
+
+def test_posterior_samples_are_shared_out_alike():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        autoencoder = Autoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), "tiny")
+    settings = {"source": Numbered(channels=4), "autoencoder": autoencoder}
+    (whole,) = draw(0, 1, **settings)
+    (first,), (second,) = (draw(0, 1, **settings, processes=Processes(r, 2), batch_size=3) for r in (0, 1))
+    assert torch.equal(torch.cat([first.data, second.data]), whole.data)
+    assert whole.data.shape == (6, 2, 2, 2)
+    (again,) = draw(1, 2, **settings)
+    assert not torch.equal(again.noise, whole.noise)
+
+
+def test_starting_at_a_step_equals_skipping_the_steps_before_it():
+    whole = draw(0, 10)
+    for first in (1, 3, 4, 9):  # an epoch has 3 steps
+        assert all(same(a, b) for a, b in zip(draw(first, 10), whole[first:], strict=True))
+    assert draw(10, 10) == []
+
+
+def test_every_epoch_visits_each_image_once_in_an_order_of_its_own():
+    epochs = [draw(4 * epoch, 4 * epoch + 4, source=Numbered(count=20), batch_size=5) for epoch in range(3)]
+    orders = [[number for batch in epoch for number in images_of(batch)] for epoch in epochs]
+    assert [sorted(order) for order in orders] == [list(range(20))] * 3
+    assert orders[0] != orders[1] != orders[2]
+    assert orders[1] == epoch_indices(3, 1, 20).tolist()
+
+
+def test_images_that_fill_no_batch_wait_for_another_epoch():
+    assert steps_per_epoch(COUNT, 6) == 3
+    seen = [number for batch in draw(0, 3) for number in images_of(batch)]
+    assert len(set(seen)) == len(seen) == 18
+    later = {number for batch in draw(3, 60) for number in images_of(batch)}
+    assert later == set(range(COUNT))
+
+
+def test_labels_belong_to_their_images_and_are_dropped_as_often_as_asked():
+    drawn = draw(0, 300)
+    numbers = torch.tensor([number for batch in drawn for number in images_of(batch)])
+    labels = torch.cat([batch.labels for batch in drawn])
+    kept = labels != CLASSES
+    assert torch.equal(labels[kept], numbers[kept] % CLASSES)
+    dropped = (~kept).double().mean().item()
+    assert abs(dropped - 0.2) < 4 * (0.2 * 0.8 / len(labels)) ** 0.5
+    assert all((batch.labels != CLASSES).all() for batch in draw(0, 50, label_dropout=0.0))
+
+
+def test_half_of_the_images_are_mirrored_where_the_dataset_flips():
+    mirrored = torch.cat([batch.data[:, 0, 0, 1] for batch in draw(0, 300)])
+    assert abs(mirrored.mean().item() - 0.5) < 4 * 0.5 / len(mirrored) ** 0.5
+    assert not any(batch.data[:, 0, 0, 1].any() for batch in draw(0, 50, flips=False))
+
+
+def test_noise_is_standard_normal_and_times_uniform():
+    drawn = draw(0, 300)
+    noise = torch.cat([batch.noise for batch in drawn]).flatten()
+    assert abs(noise.mean()) < 4 / len(noise) ** 0.5
+    assert abs(noise.var() - 1) < 4 * (2 / len(noise)) ** 0.5
+    t = torch.cat([batch.t for batch in drawn]).sort().values
+    assert (t - torch.linspace(0, 1, len(t))).abs().max() < 2 / len(t) ** 0.5  # Kolmogorov-Smirnov
+    neighbours = torch.stack([noise[:-1], noise[1:]])
+    assert abs(torch.corrcoef(neighbours)[0, 1]) < 4 / len(noise) ** 0.5
+
+
+def test_another_seed_changes_every_draw():
+    one, other = draw(0, 1)[0], draw(0, 1, seed=4)[0]
+    assert images_of(one) != images_of(other)
+    assert not torch.equal(one.noise, other.noise)
+    assert not torch.equal(one.t, other.t)
+
+
+def test_a_dataset_smaller_than_a_batch_says_so():
+    with pytest.raises(UsageError, match="has 23 images, fewer than one batch of 24: lower --batch_size"):
+        draw(0, 1, processes=Processes(0, 2), batch_size=12)
+
+
+def test_errors_of_the_reader_arrive():
+    class Broken(Numbered):
+        def moments(self, indices, mirrored):
+            raise UsageError("cannot read the image 7")
+
+    with pytest.raises(UsageError, match="image 7"):
+        draw(0, 5, source=Broken())

@@ -1,0 +1,113 @@
+import json
+import subprocess
+from dataclasses import fields
+
+import pytest
+
+from options import UsageError
+from training.experiment import ADJUSTABLE, HARMLESS, REPOSITORY, ExperimentOptions, experiment_folder, open_experiment
+from training.setup import TRAINING_GROUPS
+
+VALUES = {"lr": 1e-3, "max_steps": 10, "dataset": "mnist", "adam_betas": (0.9, 0.999), "log_every": 50, "seed": 1}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    assert not open_experiment(tmp_path / "run", VALUES, ExperimentOptions())
+    (tmp_path / "run" / "content.pth").write_text("trained for days")
+    return tmp_path / "run"
+
+
+def stored_options(folder):
+    return json.loads((folder / "config.json").read_text())["options"]
+
+
+def test_config_holds_options_commit_and_versions(folder):
+    config = json.loads((folder / "config.json").read_text())
+    assert config["options"] == VALUES | {"adam_betas": [0.9, 0.999]}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    if commit.returncode == 0:  # else a copy without its history
+        assert commit.stdout.startswith(config["git"].removesuffix("-dirty"))
+    import torch
+
+    assert config["versions"]["torch"] == torch.__version__
+
+
+def test_the_same_options_continue(folder):
+    assert open_experiment(folder, VALUES, ExperimentOptions())
+    assert stored_options(folder)["max_steps"] == 10
+
+
+def test_options_that_change_nothing_learnt_may_change(folder):
+    assert open_experiment(folder, VALUES | {"log_every": 7}, ExperimentOptions())
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_other_options_are_refused_by_name(folder, resume):
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(UsageError) as raised:
+        open_experiment(folder, VALUES | {"seed": 2, "adam_betas": (0.9, 0.95)}, ExperimentOptions(resume=resume))
+    message = str(raised.value)
+    assert "--adam_betas was [0.9, 0.999], now [0.9, 0.95], --seed was 1, now 2" in message
+    assert "--overwrite" in message
+    assert "--resume" not in message  # it would not help
+    assert "--lr" not in message
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_longer_training_needs_resume_and_is_remembered(folder, capsys):
+    longer = VALUES | {"max_steps": 20}
+    with pytest.raises(UsageError, match="--max_steps was 10, now 20.*--resume to go on with the change"):
+        open_experiment(folder, longer, ExperimentOptions())
+    assert open_experiment(folder, longer, ExperimentOptions(resume=True))
+    assert "max_steps 10 -> 20" in capsys.readouterr().out
+    assert stored_options(folder)["max_steps"] == 20
+    assert open_experiment(folder, longer, ExperimentOptions())
+    with pytest.raises(UsageError, match="--seed was 1, now 2"):
+        open_experiment(folder, longer | {"lr": 1.0, "seed": 2}, ExperimentOptions(resume=True))
+
+
+def test_an_option_that_the_run_did_not_know_is_a_change(folder):
+    with pytest.raises(UsageError, match="--time_scale was None, now 2.0"):
+        open_experiment(folder, VALUES | {"time_scale": 2.0}, ExperimentOptions())
+
+
+def test_overwrite_moves_the_old_run_aside(folder, capsys):
+    assert not open_experiment(folder, VALUES | {"seed": 2}, ExperimentOptions(overwrite=True))
+    moved = folder.with_name("run.old-1")
+    assert (moved / "content.pth").read_text() == "trained for days"
+    assert str(moved) in capsys.readouterr().out
+    assert stored_options(folder)["seed"] == 2
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
+    assert not open_experiment(folder, VALUES, ExperimentOptions(overwrite=True))
+    assert stored_options(folder.with_name("run.old-2"))["seed"] == 2
+
+
+def test_overwrite_of_nothing_is_a_start(tmp_path):
+    assert not open_experiment(tmp_path / "run", VALUES, ExperimentOptions(overwrite=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_damaged_config_is_named(folder):
+    (folder / "config.json").write_text('{"options": ')
+    with pytest.raises(UsageError, match=r"cannot read .*config\.json"):
+        open_experiment(folder, VALUES, ExperimentOptions())
+
+
+@pytest.mark.parametrize("name", ["a", "run-1.5_b+c", "2024", "größe"])
+def test_plain_names(name, tmp_path):
+    assert experiment_folder(str(tmp_path), "mnist", name) == tmp_path / "latent_flow" / "mnist" / name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/a", "-a", ".hidden", "a b", "a\n", "a\\b"])
+def test_names_that_are_no_plain_folder_are_refused(name, tmp_path):
+    with pytest.raises(UsageError, match="--exp .*expected a plain name"):
+        experiment_folder(str(tmp_path), "mnist", name)
+
+
+def test_lists_of_options_name_real_ones():
+    """A renamed option must not silently become one that forbids to continue."""
+    known = {field.name for group in TRAINING_GROUPS for field in fields(group)} | {"args_file"}
+    assert known >= HARMLESS
+    assert known >= ADJUSTABLE
+    assert not HARMLESS & ADJUSTABLE

@@ -1,0 +1,135 @@
+import copy
+
+import pytest
+import torch
+from torch.nn import functional
+
+from flow.paths import straight_path
+from models.conditions import Condition
+from models.dit import DiT, DiTOptions
+from runtime.precision import Machine
+from training.data import Batch
+from training.state import TrainingState
+
+MACHINE = Machine(torch.device("cpu"), "fp32")
+
+
+def tiny_network():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return DiT(4, 2, 16, 1, 2, DiTOptions(2, 2, num_classes=3, label_dropout=0.1))
+
+
+def new_state(weight_decay=0.01):
+    return TrainingState(tiny_network(), MACHINE, 0.99, (0.9, 0.999), weight_decay)
+
+
+def batch_of(seed, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    data, noise = torch.randn(2, 4, 2, 4, 4, generator=generator)
+    return Batch(data * scale, noise, torch.rand(4, generator=generator), torch.tensor([0, 1, 2, 3]))
+
+
+def advance(state, batch, grad_clip=0.0, rate=1e-2):
+    state.advance(state.network, batch, 1e-5, rate, grad_clip)
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value.clone()]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    return [tensor for item in items for tensor in tensors(item)]
+
+
+def learnt(state):
+    """Weights, the optimizer's moments and step counts, and the average, copied."""
+    return {
+        "network": tensors(state.network.state_dict()),
+        "optimizer": tensors(state.optimizer.state_dict()["state"]),
+        "ema": tensors(state.ema.weights),
+    }
+
+
+def differing(one, other):
+    return {name for name in one if not all(torch.equal(a, b) for a, b in zip(one[name], other[name], strict=True))}
+
+
+@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 1e25])  # the last: a finite prediction, an infinite square
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(scale, grad_clip, at):
+    state = new_state()
+    for seed in range(at):
+        advance(state, batch_of(seed), grad_clip)
+    before, sums = learnt(state), state.sums.clone()
+    advance(state, batch_of(99, scale), grad_clip)
+    after = learnt(state)
+    if at == 0:  # the optimizer's state did not exist; now it is as if nothing had ever been seen
+        assert not any(tensor.any() for tensor in after.pop("optimizer"))
+        before.pop("optimizer")
+    assert differing(before, after) == set()
+    assert state.step == at + 1
+    assert torch.equal(state.sums, sums + torch.tensor([0.0, 0.0, 1.0]))
+    advance(state, batch_of(5), grad_clip)  # and the run goes on
+    assert differing(after, {name: learnt(state)[name] for name in after}) == set(after)
+    assert torch.isfinite(torch.cat([tensor.flatten().float() for tensor in learnt(state)["network"]])).all()
+
+
+def test_the_step_after_a_skipped_one_is_the_one_that_would_have_come():
+    state, undisturbed = new_state(), new_state()
+    for seed in range(3):
+        advance(state, batch_of(seed))
+        advance(undisturbed, batch_of(seed))
+        if seed == 1:
+            advance(state, batch_of(99, float("nan")))
+    assert differing(learnt(state), learnt(undisturbed)) <= {"ema"}  # whose warm-up counts attempts
+    assert (state.step, undisturbed.step) == (4, 3)
+
+
+def test_sums_are_those_of_losses_and_gradient_norms():
+    state, batch = new_state(), batch_of(0)
+    network = copy.deepcopy(state.network)
+    x_t, target = straight_path(batch.t, batch.data, batch.noise, 1e-5)
+    loss = functional.mse_loss(network(batch.t, x_t, Condition(batch.labels)), target)
+    loss.backward()
+    gradients = [p.grad for p in network.parameters() if p.grad is not None]
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    advance(state, batch, grad_clip=norm.item() / 2)
+    assert state.sums.tolist() == pytest.approx([loss.item(), norm.item(), 0.0], rel=1e-5)
+    clipped = torch.cat([p.grad.flatten() for p in state.parameters if p.grad is not None]).norm()
+    assert clipped.item() == pytest.approx(norm.item() / 2, rel=1e-4)
+
+
+def test_the_rate_is_the_one_of_the_step():
+    """Adam's first step has the length of the rate, whatever the gradient; there is no weight decay here."""
+    for rate in (1e-3, 1e-2):
+        state = new_state(weight_decay=0.0)
+        before = state.network.final_layer.linear.weight.detach().clone()
+        advance(state, batch_of(0), rate=rate)
+        moved = (state.network.final_layer.linear.weight - before).abs()
+        assert moved.max().item() == pytest.approx(rate, rel=1e-3)
+
+
+def test_restored_state_continues_bit_for_bit():
+    state = new_state()
+    for seed in range(3):
+        advance(state, batch_of(seed), 0.5)
+    state.seconds, state.best = 12.5, 0.25
+    content = copy.deepcopy(state.content())
+    other = new_state()
+    advance(other, batch_of(50))  # must not matter
+    other.restore(content)
+    assert (other.step, other.seconds, other.best) == (3, 12.5, 0.25)
+    for one in (state, other):
+        for seed in range(3, 6):
+            advance(one, batch_of(seed), 0.5)
+    assert differing(learnt(state), learnt(other)) == set()
+    assert torch.equal(state.sums, other.sums)
+
+
+def test_fixed_position_table_is_not_trained():
+    state = new_state()
+    before = state.network.pos_embed.clone()
+    advance(state, batch_of(0))
+    assert torch.equal(state.network.pos_embed, before)
+    assert all(parameter is not state.network.pos_embed for parameter in state.parameters)
