@@ -31,7 +31,11 @@ def main() -> int:
             )
         complete = train(job, resume)
         if processes.is_main:
-            next_step = "sample with test_flow_latent.py" if complete else "interrupted: the same command continues it"
+            next_step = (
+                "complete; sample with test_flow_latent.py"
+                if complete
+                else "interrupted: the same command continues it"
+            )
             print(f"{job.folder}: {next_step}")
         return 0 if complete else INTERRUPTED
     finally:

@@ -16,7 +16,7 @@ import torchdiffeq
 from flow.guidance import Velocity
 from options import UsageError, option
 
-__all__ = ["ADAPTIVE", "SOLVERS", "Solution", "SolverOptions", "solve"]
+__all__ = ["ADAPTIVE", "SOLVERS", "Solution", "SolverOptions", "check_method", "solve"]
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class SolverOptions:
     method: str = option("dopri5", "ODE solver: euler, midpoint, heun, rk4, dopri5, dopri8, adaptive_heun, bosh3")
     num_steps: int = option(40, "intervals of the fixed-step solvers (euler, midpoint, heun, rk4)", minimum=1)
     step_size: float | None = option(
-        None, "fixed-step solvers: length h of an interval, meaning 1/h of them", minimum=0
+        None, "fixed-step solvers: length h of an interval, meaning 1/h of them", minimum=1e-6
     )
     time_shift: float = option(
-        1.0, "fixed-step solvers: grid t' = s t / (1 + (s - 1) t); below 1, shorter steps near data", minimum=0
+        1.0, "fixed-step solvers: grid t' = s t / (1 + (s - 1) t); below 1, shorter steps near data", minimum=1e-6
     )
     atol: float = option(1e-5, "absolute tolerance of the adaptive solvers", minimum=0)
     rtol: float = option(1e-5, "relative tolerance of the adaptive solvers", minimum=0)
@@ -68,6 +68,16 @@ def time_grid(options: SolverOptions) -> torch.Tensor:
     return options.time_shift * t / (1 - t + options.time_shift * t)  # exactly 1 and 0 at the ends
 
 
+def check_method(options: SolverOptions) -> None:
+    """Refuse a method that there is not.
+
+    Raises:
+        UsageError: an unknown method; the message lists the known ones.
+    """
+    if options.method not in SOLVERS:
+        raise UsageError(f"unknown --method {options.method!r}: expected one of {', '.join(SOLVERS)}")
+
+
 @torch.no_grad()
 def solve(velocity: Velocity, noise: torch.Tensor, options: SolverOptions) -> Solution:
     """Integrate from noise [B, C, h, w] at t = 1 to t = 0.
@@ -75,8 +85,7 @@ def solve(velocity: Velocity, noise: torch.Tensor, options: SolverOptions) -> So
     Raises:
         UsageError: an unknown method.
     """
-    if options.method not in SOLVERS:
-        raise UsageError(f"unknown --method {options.method!r}: expected one of {', '.join(SOLVERS)}")
+    check_method(options)
     return SOLVERS[options.method](velocity, noise, options)
 
 

@@ -100,6 +100,11 @@ def load_model(
             f"the checkpoint {path} was trained with the autoencoder {stored['id']} (SHA-256 {stored['sha256'][:12]}), "
             f"but {source.pretrained_autoencoder_ckpt} has other weights ({loaded.describe()['sha256'][:12]})"
         )
+    if isinstance(
+        loaded, Autoencoder
+    ):  # the scale of training, though the folder's configuration may have changed since
+        mean, std = (torch.tensor(stored[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+        loaded.mean, loaded.std = mean, std
     return LoadedModel(network.eval().requires_grad_(False).to(device), loaded.to(device), header)
 
 

@@ -71,7 +71,8 @@ def open_experiment(folder: Path, values: Mapping[str, Any], options: Experiment
     current = as_json(values)
     if config_path.exists() and options.overwrite:
         print(f"--overwrite: the existing run is now {move_aside(folder)}")
-    if not config_path.exists():
+    begun = any((folder / name).exists() for name in ("metrics.jsonl", "content.pth"))
+    if not (config_path.exists() and begun):  # a start that failed before its first step does not count
         write_json(config_path, {"options": current, **provenance()})
         return False
     previous = read_json(config_path).get("options", {})

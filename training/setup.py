@@ -12,7 +12,7 @@ from evaluation.features import FeatureOptions, choose_features
 from evaluation.generate import check_guidance
 from flow.guidance import GuidanceOptions
 from flow.paths import PathOptions
-from flow.solvers import SolverOptions
+from flow.solvers import SolverOptions, check_method
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, load_autoencoder
 from models.family import FamilyOptions
 from models.registry import FAMILY_OPTIONS, NETWORKS, NetworkOptions, build_network
@@ -53,6 +53,9 @@ def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
     """
     machine = choose_machine(options[MachineOptions], processes.local_rank)
     data, experiment, training = options[DatasetOptions], options[ExperimentOptions], options[TrainingOptions]
+    check_method(options[SolverOptions])
+    if len(training.adam_betas) != 2 or max(training.adam_betas) >= 1:
+        raise UsageError(f"--adam_betas: expected two numbers below 1, but {training.adam_betas} was given")
     dataset = open_dataset(data, "train")
     held_out = open_dataset(data, "validation").head(LARGEST_SET)
     autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels)

@@ -108,6 +108,16 @@ def test_scale_factor_of_training_is_that_of_sampling(tmp_path):
         assert model.autoencoder.mean.flatten().tolist() == [0.0, 0.0]
 
 
+def test_scale_of_training_outlives_a_change_of_the_autoencoders_configuration(tmp_path):
+    source = save_tiny_autoencoder(tmp_path / "ae", latents_mean=[0.5, -1.0], latents_std=[2.0, 0.3])
+    trained = load_autoencoder(source, 1)
+    save_model(tmp_path / "m", trained)
+    config = tmp_path / "ae" / "config.json"
+    config.write_text(config.read_text().replace("0.3", "0.7"))
+    assert load_autoencoder(source, 1).describe() != trained.describe()
+    assert load_model(tmp_path / "m").autoencoder.describe() == trained.describe()
+
+
 def test_pixel_space_model(tmp_path):
     options = DiTOptions(num_in_channels=1, num_out_channels=1)
     network = build_network("DiT-Mi/4", 8, options)

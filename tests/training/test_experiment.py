@@ -88,6 +88,13 @@ def test_overwrite_of_nothing_is_a_start(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_start_that_failed_before_its_first_step_binds_nobody(tmp_path):
+    """For instance one with a batch larger than the dataset."""
+    open_experiment(tmp_path / "run", VALUES, ExperimentOptions())
+    assert not open_experiment(tmp_path / "run", VALUES | {"seed": 2}, ExperimentOptions())
+    assert stored_options(tmp_path / "run")["seed"] == 2
+
+
 def test_damaged_config_is_named(folder):
     (folder / "config.json").write_text('{"options": ')
     with pytest.raises(UsageError, match=r"cannot read .*config\.json"):

@@ -54,7 +54,9 @@ def differing(one, other):
     return {name for name in one if not all(torch.equal(a, b) for a, b in zip(one[name], other[name], strict=True))}
 
 
-@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 1e25])  # the last: a finite prediction, an infinite square
+@pytest.mark.parametrize(
+    "scale", [float("inf"), float("nan"), 1e25]
+)  # the last: a finite prediction, an infinite square
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
 @pytest.mark.parametrize("at", [0, 3])
 def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(scale, grad_clip, at):

@@ -1,0 +1,506 @@
+"""The scripts as a user runs them, on small files in the real formats, with a tiny autoencoder and network.
+
+Most runs are in this process (importing torch and diffusers takes seconds); one of each kind is a process of its own.
+"""
+
+import gzip
+import json
+import os
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluation.features import FASHION_WEIGHTS
+from models.autoencoder import AutoencoderOptions, load_autoencoder, new_autoencoder_kl
+from runtime.checkpoints import load_content, load_model, newest_model, read_weights, save_weights
+
+ROOT = Path(__file__).parents[1]
+TRAIN, TEST, AUTOENCODER = "train_flow_latent.py", "test_flow_latent.py", "train_autoencoder.py"
+COUNTS = {"train": 300, "t10k": 60}
+SOLVER = ["--method", "euler", "--num_steps", "3", "--precision", "fp32"]
+NETWORK = ["--model_type", "DiT-Mi/4", "--num_classes", "10", "--label_dropout", "0.1", "--batch_size", "32"]
+
+
+def write_idx(folder):
+    """Bright rectangles on black, whose place and size tell the class, in gzipped IDX files."""
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for prefix, count in COUNTS.items():
+        labels = np.arange(count, dtype=np.uint8) % 10
+        images = np.zeros((count, 28, 28), np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            top, left = generator.integers(2, 5, 2)
+            image[top : top + 4 + 2 * label, left : left + 22 - 2 * label] = generator.integers(150, 256)
+        for name, array in [("images-idx3", images), ("labels-idx1", labels)]:
+            head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+            (folder / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with data/ (IDX files) and ae/ (an autoencoder: factor 4, two latent channels)."""
+    place = tmp_path_factory.mktemp("scripts")
+    write_idx(place / "data")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        statistics = {"latents_mean": [0.0, 0.1], "latents_std": [0.5, 0.5]}
+        network = new_autoencoder_kl(1, (8, 8, 8), 2, 32, statistics)
+    network.decoder.conv_out.weight.data *= 5  # images of some contrast
+    network.save_pretrained(place / "ae")
+    return place
+
+
+def data_flags(place):
+    return ["--dataset", "fashion_mnist", "--datadir", str(place / "data")]
+
+
+def train_flags(place, exp="run", steps=4):
+    source = [*data_flags(place), "--pretrained_autoencoder_ckpt", str(place / "ae")]
+    run = ["--save_root", str(place / "saved"), "--exp", exp, "--max_steps", str(steps), "--log_every", "1"]
+    return [*source, *NETWORK, *SOLVER, *run]
+
+
+def folder_of(place, exp="run"):
+    return place / "saved" / "latent_flow" / "fashion_mnist" / exp
+
+
+def as_process(script, flags):
+    return subprocess.run(
+        [sys.executable, script, *flags], cwd=ROOT, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+@pytest.fixture(autouse=True)
+def process_restored():
+    """The scripts set signal handlers and the number of threads."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers, threads = [signal.getsignal(number) for number in numbers], torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """call(script, flags) runs a script in this process and gives (exit code, stdout, stderr)."""
+
+    def run(script, flags):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        return (ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(place):
+    """The finished process of a short training, its folder being folder_of(place)."""
+    finished = as_process(TRAIN, train_flags(place))
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def sample_flags(place, output, count=20, batch_size=20):
+    chosen = [*data_flags(place), "--save_root", str(place / "saved"), "--exp", "run", *SOLVER]
+    return [*chosen, "--n_sample", count, "--batch_size", batch_size, "--output_dir", output]
+
+
+@pytest.fixture
+def checkpoint(place, trained):
+    return newest_model(folder_of(place))
+
+
+def test_training_leaves_checkpoint_picture_and_record(place, trained, checkpoint):
+    folder = folder_of(place)
+    assert checkpoint.name == "model_1.safetensors"
+    assert "complete" in trained.stdout.splitlines()[-1]
+    assert str(folder) in trained.stdout.splitlines()[-1]
+    with Image.open(folder / "samples" / "step_0000004.png") as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape[0] > 8 * 56
+    assert pixels.shape[1] > 10 * 56
+    assert pixels.std() > 1
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries if entry["kind"] == "train"] == [1, 2, 3, 4]
+    assert [entry["step"] for entry in entries if entry["kind"] == "validation"] == [4]
+    options = json.loads((folder / "config.json").read_text())["options"]
+    assert (options["max_steps"], options["datadir"]) == (4, str(place / "data"))
+    assert load_content(folder / "content.pth")["step"] == 4
+    header = read_weights(checkpoint)[1]
+    assert (header["step"], header["dataset"]["crop"], header["autoencoder"]["id"]) == (4, 28, str(place / "ae"))
+    assert list((place / "data" / "latent_cache").glob("*/manifest.json"))
+
+
+def test_training_again_says_that_it_is_complete(place, trained, checkpoint, call):
+    before = {path: path.read_bytes() for path in folder_of(place).rglob("*") if path.is_file()}
+    code, out, _ = call(TRAIN, train_flags(place))
+    assert code == 0
+    assert re.search(r"complete", out.splitlines()[-1])
+    assert {path: path.read_bytes() for path in before if path.exists()} == before
+
+
+def test_trained_weights_differ_from_the_initial_ones(place, trained, checkpoint):
+    """And the average of four steps lies between them."""
+    content = load_content(folder_of(place) / "content.pth")
+    average, _ = read_weights(checkpoint)
+    name = "final_layer.linear.weight"  # starts at zero
+    assert 0 < average[name].abs().mean() < content["network"][name].abs().mean()
+
+
+def test_samples_do_not_depend_on_the_batch_size(place, trained, checkpoint, call, tmp_path):
+    kept = ["--save_images", "npz", "--cfg_scale", "1.5", "--output_json"]
+    finished = as_process(
+        TEST, [*map(str, sample_flags(place, tmp_path / "a", batch_size=7)), *kept, str(tmp_path / "a.json")]
+    )
+    assert finished.returncode == 0, finished.stderr
+    code, out, _ = call(TEST, [*sample_flags(place, tmp_path / "b"), *kept, tmp_path / "b.json"])
+    assert code == 0
+    a, b = (np.load(tmp_path / name / "samples.npz") for name in "ab")
+    assert set(a.files) == {"images", "labels"}
+    assert a["images"].shape == (20, 28, 28, 1)
+    assert a["images"].dtype == np.uint8
+    np.testing.assert_array_equal(a["labels"], np.arange(20) % 10)
+    np.testing.assert_array_equal(a["labels"], b["labels"])
+    images = a["images"].astype(int)
+    assert np.abs(images - b["images"]).max() <= 1
+    assert np.abs(images[0] - images[10]).max() > 10  # of one class, but of other noise
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert (result["samples"], result["nfe"], result["step"], result["seed"]) == (20, 3, 4, 42)
+    assert result["checkpoint"] == str(checkpoint)
+    assert len(out.strip().splitlines()) == 1
+    assert result["grid"] in out
+    assert Path(result["grid"]).is_file()
+
+
+def test_samples_as_files_and_of_another_seed(place, trained, call, tmp_path):
+    code, _, _ = call(TEST, [*sample_flags(place, tmp_path / "png", count=3), "--save_images", "png"])
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "png").glob("0*")) == ["000000.png", "000001.png", "000002.png"]
+    code, _, _ = call(TEST, [*sample_flags(place, tmp_path / "npz", count=5), "--save_images", "npz"])
+    assert code == 0
+    images = np.load(tmp_path / "npz" / "samples.npz")["images"]
+    for index in range(3):  # the same samples, of more
+        with Image.open(tmp_path / "png" / f"00000{index}.png") as picture:
+            assert np.abs(np.asarray(picture).astype(int) - images[index, :, :, 0]).max() <= 1
+    call(TEST, [*sample_flags(place, tmp_path / "seed", count=5), "--save_images", "npz", "--seed", "43"])
+    assert np.abs(np.load(tmp_path / "seed" / "samples.npz")["images"].astype(int) - images).max() > 10
+
+
+@pytest.mark.skipif(not FASHION_WEIGHTS.is_file(), reason="the classifier is not trained yet")
+def test_score_with_the_bundled_classifier(place, trained, call, tmp_path):
+    code, out, err = call(
+        TEST, [*sample_flags(place, tmp_path, count=100), "--compute_fid", "--output_json", tmp_path / "r"]
+    )
+    assert code == 0, err
+    result = json.loads((tmp_path / "r").read_text())
+    assert result["metric"] == "FD (fashion-mnist features)"
+    assert (result["samples"], result["reference_samples"]) == (100, COUNTS["train"])
+    assert result["value"] > 1  # noise is far from rectangles
+    assert 0 <= result["recognised"] <= 1
+    assert f"{result['metric']} {result['value']:.3f}" in out
+    assert "FID" not in out
+
+
+def test_autoencoder_is_trained_and_loaded_as_any_other(place, call, tmp_path):
+    flags = [
+        "--output",
+        tmp_path / "ae",
+        "--widths",
+        8,
+        16,
+        "--latent_channels",
+        3,
+        "--max_steps",
+        5,
+        "--batch_size",
+        16,
+    ]
+    code, out, err = call(AUTOENCODER, [*data_flags(place), *flags, "--precision", "fp32"])
+    assert code == 0, err
+    assert str(tmp_path / "ae") in out
+    autoencoder = load_autoencoder(AutoencoderOptions(str(tmp_path / "ae")), 1)
+    assert (autoencoder.factor, autoencoder.latent_channels) == (2, 3)
+    images = torch.randint(0, 256, (2, 1, 32, 32), dtype=torch.uint8)
+    latents = autoencoder.sample(autoencoder.encode(images))
+    assert latents.shape == (2, 3, 16, 16)
+    assert autoencoder.decode(latents).shape == images.shape
+    assert autoencoder.std.unique().numel() == 3  # measured, per channel
+
+
+def test_own_photos_in_pixel_space(photo_dir, call, tmp_path):
+    data = ["--dataset", "folder", "--datadir", photo_dir, "--image_size", 16]
+    run = ["--save_root", tmp_path / "saved", "--exp", "photos", *SOLVER]
+    network = ["--pretrained_autoencoder_ckpt", "none", "--model_type", "DiT-Mi/8", "--num_classes", 2]
+    code, _, err = call(TRAIN, [*data, *run, *network, "--batch_size", 8, "--max_steps", 4])
+    assert code == 0, err
+    folder = tmp_path / "saved" / "latent_flow" / "folder" / "photos"
+    header = read_weights(newest_model(folder))[1]
+    assert header["dataset"]["class_names"] == ["cat", "dog"]
+    assert newest_model(folder).name == "model_2.safetensors"  # 24 images: three steps an epoch
+    code, _, err = call(TEST, [*data, *run, "--n_sample", 5, "--save_images", "npz", "--output_dir", tmp_path])
+    assert code == 0, err
+    samples = np.load(tmp_path / "samples.npz")
+    assert samples["images"].shape == (5, 16, 16, 3)
+    assert samples["labels"].tolist() == [0, 1, 0, 1, 0]
+
+
+def test_start_from_other_weights(place, checkpoint, call):
+    """Fewer classes and no null class: the label table does not fit, everything else is loaded."""
+    flags = [*train_flags(place, "fine"), "--init_from", checkpoint, "--label_dropout", 0, "--lr", 0, "--no-use_ema"]
+    code, out, _ = call(TRAIN, flags)
+    assert code == 0
+    assert re.search(
+        r"--init_from: loaded (\d+) of .*left as initialised or unused: y_embedder\.embedding_table\.weight\b", out
+    )
+    weights, loaded = read_weights(checkpoint)[0], read_weights(newest_model(folder_of(place, "fine")))[0]
+    differing = {
+        name for name in loaded if loaded[name].shape != weights[name].shape or (loaded[name] != weights[name]).any()
+    }
+    assert differing == {"y_embedder.embedding_table.weight"}
+
+
+def wait_for_lines(path, count, process):
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        if path.exists() and path.read_text().count("\n") >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no {count} lines in {path}")
+
+
+def test_interrupted_training_continues_bit_for_bit(place, trained, call):
+    """Ctrl-C on the real script: it saves, says how to go on, and the same command completes the same run."""
+    flags = [*train_flags(place, "stopped", steps=150), "--batch_size", "8", "--num_threads", "1"]
+    process = subprocess.Popen(
+        [sys.executable, TRAIN, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_lines(folder_of(place, "stopped") / "metrics.jsonl", 3, process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "the same command continues it" in out.splitlines()[-1]
+    assert "Traceback" not in err
+    stopped_at = load_content(folder_of(place, "stopped") / "content.pth")["step"]
+    assert 3 <= stopped_at < 150
+    code, out, _ = call(TRAIN, flags)
+    assert code == 0
+    assert f"continuing at step {stopped_at} of 150" in out
+    code, _, _ = call(TRAIN, [*train_flags(place, "steady", steps=150), "--batch_size", "8", "--num_threads", "1"])
+    assert code == 0
+    stopped, steady = (folder_of(place, exp) for exp in ("stopped", "steady"))
+    one, other = (read_weights(newest_model(folder))[0] for folder in (stopped, steady))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    one, other = (load_content(folder / "content.pth")["network"] for folder in (stopped, steady))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    losses = [
+        [
+            (entry["step"], entry["loss"])
+            for entry in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        ]
+        for folder in (stopped, steady)
+    ]
+    assert losses[0] == losses[1]
+
+
+def assert_one_line(code, err, message):
+    """One line `error: ...` at the end of stderr, exit code 2, no traceback."""
+    lines = err.splitlines()
+    assert code == 2, err
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:], err
+    assert "Traceback" not in err
+    assert re.search(message, lines[-1]), lines[-1]
+
+
+TRAINING_MISTAKES = {
+    "unknown dataset": (["--dataset", "cats"], "unknown dataset 'cats': expected one of fashion_mnist, mnist, folder"),
+    "missing folder": (["--dataset", "folder", "--datadir", "{tmp}/absent"], "{tmp}/absent is no directory"),
+    "empty folder": (["--dataset", "folder", "--datadir", "{tmp}"], "no images in {tmp}: expected files ending in"),
+    "odd image size": (["--image_size", "33"], "28 x 28 .*but --image_size 33 was given"),
+    "size for the patches": (["--image_size", "40"], "latents of side 10 cannot be cut into patches of 4"),
+    "size for the autoencoder": (["--image_size", "30", "--model_type", "DiT-Mi/1"], "multiple of 4 .*but it is 30"),
+    "label out of range": (["--num_classes", "5"], "labels up to 9, out of range for --num_classes 5"),
+    "batch too large": (["--batch_size", "301"], "has 300 images, fewer than one batch of 301: lower --batch_size"),
+    "unknown key": (["--args_file", "{tmp}/typo.txt"], r"typo\.txt, line 2: unknown key IMAGE_SIZ "),
+    "missing arguments file": (["--args_file", "{tmp}/absent.txt"], r"cannot read the arguments file .*absent\.txt"),
+    "unknown method": (["--method", "eular"], "unknown --method 'eular': expected one of euler, midpoint"),
+    "no step": (["--step_size", "0"], "--step_size must be at least 1e-06, but 0.0 was given"),
+    "one beta": (["--adam_betas", "0.9"], "--adam_betas: expected two numbers below 1"),
+    "unknown network": (["--model_type", "DiT-Q/2"], "unknown --model_type 'DiT-Q/2': expected one of"),
+    "no null class": (
+        ["--cfg_scale", "2", "--label_dropout", "0"],
+        "--cfg_scale 2.0 needs a network with a null class",
+    ),
+    "wrong channels": (["--num_in_channels", "4"], "--num_in_channels 4 contradicts the autoencoder.* 2 channels"),
+    "wrong factor": (["--f", "8"], "--f 8 contradicts the autoencoder .*whose factor is 4"),
+    "no autoencoder": (["--pretrained_autoencoder_ckpt", "{tmp}/none"], "{tmp}/none: no such folder"),
+    "empty autoencoder": (["--pretrained_autoencoder_ckpt", "{tmp}"], "cannot load the autoencoder {tmp}: "),
+    "name of a path": (["--exp", "../x"], r"--exp '\.\./x': expected a plain name"),
+    "no such GPU": (["--device", "gpu"], "--device gpu: expected auto, cpu, cuda or cuda:N"),
+    "missing start": (["--init_from", "{tmp}/absent"], "cannot read the checkpoint {tmp}/absent"),
+    "negative": (["--lr", "-1"], "--lr must be at least 0, but -1.0 was given"),
+}
+
+
+@pytest.mark.parametrize("mistake", TRAINING_MISTAKES)
+def test_training_mistakes(mistake, place, call, tmp_path):
+    flags, message = TRAINING_MISTAKES[mistake]
+    (tmp_path / "typo.txt").write_text("IMAGE_SIZE=32\nIMAGE_SIZ=32\n")
+    flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+    code, _, err = call(TRAIN, [*train_flags(place, "mistake"), *flags])
+    assert_one_line(code, err, message.replace("{tmp}", str(tmp_path)))
+
+
+def test_a_mended_mistake_needs_no_other_name(place, call):
+    """The failed starts of the test above have left nothing that would have to be overwritten."""
+    call(TRAIN, [*train_flags(place, "mistake"), "--batch_size", "301"])
+    code, _, err = call(TRAIN, [*train_flags(place, "mistake", steps=1)])
+    assert code == 0, err
+
+
+def test_mistake_of_a_real_process(place):
+    finished = as_process(TRAIN, [*train_flags(place, "mistake"), "--dataset", "cats"])
+    assert_one_line(finished.returncode, finished.stderr, "unknown dataset 'cats'")
+    assert len(finished.stderr.splitlines()) == 1
+
+
+def test_other_options_under_the_same_name(place, trained, call):
+    code, _, err = call(TRAIN, [*train_flags(place), "--seed", "7"])
+    assert_one_line(code, err, "holds a run with other options: --seed was 1024, now 7.*--overwrite")
+
+
+def test_damaged_content(place, trained, call):
+    shutil.copytree(folder_of(place), folder_of(place, "torn"))
+    content = folder_of(place, "torn") / "content.pth"
+    content.write_bytes(content.read_bytes()[:-1000])
+    config = content.with_name("config.json")
+    config.write_text(config.read_text().replace('"exp": "run"', '"exp": "torn"'))
+    code, _, err = call(TRAIN, train_flags(place, "torn"))
+    assert_one_line(code, err, r"cannot read .*torn/content\.pth")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "missing", "manifest"])
+def test_corrupt_cache(damage, place, trained, call, tmp_path):
+    shutil.copytree(place / "data" / "latent_cache", tmp_path / "cache")
+    shard = next((tmp_path / "cache").glob("*_train_*/moments_00000.npy"))
+    if damage == "flipped":
+        data = bytearray(shard.read_bytes())
+        data[-100] ^= 4
+        shard.write_bytes(data)
+        message = rf"the shard {shard} is damaged .*delete the folder {shard.parent}"
+    elif damage == "missing":
+        shard.unlink()
+        message = rf"cannot read the latent cache's shard {shard}"
+    else:
+        manifest = shard.with_name("manifest.json")
+        manifest.write_text(manifest.read_text().replace('"image_size": 32', '"image_size": 64'))
+        message = "made for another image_size: it has 64, this run needs 32"
+    code, _, err = call(TRAIN, [*train_flags(place, "damaged"), "--latent_cache_dir", tmp_path / "cache"])
+    assert_one_line(code, err, message)
+
+
+FULL = {
+    "content.pth": "{folder}/content.pth",
+    "model_1.safetensors": "{folder}/model_1.safetensors",
+    "config.json": "{folder}/config.json",
+    "step_0000004.png": "{folder}/samples/step_0000004.png",
+    "moments_00000.npy": "{cache}/moments_00000.npy",
+}
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_no_space_left(name, place, trained, call, tmp_path):
+    """The temporary file that precedes each file is a link to the device that is always full."""
+    cache = next((place / "data" / "latent_cache").glob("*_train_*")).name
+    places = {"folder": tmp_path / "saved/latent_flow/fashion_mnist/full", "cache": tmp_path / "cache" / cache}
+    path = Path(FULL[name].format(**places))
+    path.parent.mkdir(parents=True)
+    path.with_name(f"{path.name}.tmp-{os.getpid()}").symlink_to("/dev/full")
+    flags = ["--save_root", tmp_path / "saved", "--latent_cache_dir", tmp_path / "cache"]
+    code, _, err = call(TRAIN, [*train_flags(place, "full"), *flags])
+    assert_one_line(code, err, "No space left on device")
+    assert not path.exists()
+
+
+SAMPLING_MISTAKES = {
+    "other network": (["--model_type", "DiT-S/2"], "--model_type DiT-S/2 contradicts the checkpoint .*says DiT-Mi/4"),
+    "other classes": (["--num_classes", "7"], "--num_classes 7 contradicts the checkpoint .*says 10"),
+    "other size": (["--image_size", "64"], "--image_size 64 contradicts the checkpoint .*says 32"),
+    "other dropout": (["--label_dropout", "0.2"], "--label_dropout 0.2 contradicts the checkpoint .*says 0.1"),
+    "unknown method": (["--method", "karras"], "unknown --method 'karras': expected one of euler, midpoint"),
+    "no such experiment": (
+        ["--exp", "absent"],
+        r"no model_<epoch>\.safetensors in .*absent .*no checkpoints.*--checkpoint",
+    ),
+    "no such epoch": (["--epoch_id", "9"], r"no model_9\.safetensors in .*it has: model_1\.safetensors"),
+    "missing file": (["--checkpoint", "{tmp}/absent"], "cannot read the checkpoint {tmp}/absent"),
+    "another kind of file": (["--checkpoint", "{tmp}/notes.txt"], r"cannot read the checkpoint {tmp}/notes\.txt"),
+    "unknown key": (["--args_file", "{tmp}/typo.txt"], r"typo\.txt, line 1: unknown key N_SAMPEL "),
+    "no sample": (["--n_sample", "0"], "--n_sample must be at least 1, but 0 was given"),
+    "wrong weights": (["--compute_fid", "--feature_weights", "{tmp}/notes.txt"], r"notes\.txt"),
+}
+
+
+@pytest.mark.parametrize("mistake", SAMPLING_MISTAKES)
+def test_sampling_mistakes(mistake, place, trained, call, tmp_path):
+    flags, message = SAMPLING_MISTAKES[mistake]
+    (tmp_path / "typo.txt").write_text("N_SAMPEL=20\n")
+    (tmp_path / "notes.txt").write_text("no checkpoint")
+    flags = [flag.replace("{tmp}", str(tmp_path)) for flag in flags]
+    code, _, err = call(TEST, [*sample_flags(place, tmp_path / "out"), *flags])
+    assert_one_line(code, err, message.replace("{tmp}", str(tmp_path)))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped"])
+def test_corrupt_checkpoint(damage, place, checkpoint, call, tmp_path):
+    data = bytearray(checkpoint.read_bytes())
+    data[-1000] ^= 1
+    (tmp_path / "bad.safetensors").write_bytes(data[:-5000] if damage == "truncated" else data)
+    flags = [*sample_flags(place, tmp_path), "--checkpoint", tmp_path / "bad.safetensors"]
+    code, _, err = call(TEST, flags)
+    assert_one_line(code, err, r"the checkpoint .*bad\.safetensors")
+
+
+def test_guidance_of_a_network_without_null_class(place, checkpoint, call, tmp_path):
+    weights, header = read_weights(checkpoint)
+    weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"][:10]
+    header["network"]["label_dropout"] = 0.0
+    save_weights(tmp_path / "m", weights, header)
+    flags = [*sample_flags(place, tmp_path), "--checkpoint", tmp_path / "m"]
+    code, _, err = call(TEST, [*flags, "--cfg_scale", "2"])
+    assert_one_line(code, err, "--cfg_scale 2.0 needs a network with a null class")
+    assert call(TEST, [*flags, "--n_sample", "2"])[0] == 0
+
+
+def test_sampling_onto_a_full_disk(place, trained, call, tmp_path):
+    (tmp_path / f"samples.npz.tmp-{os.getpid()}").symlink_to("/dev/full")
+    code, _, err = call(TEST, [*sample_flags(place, tmp_path), "--save_images", "npz"])
+    assert_one_line(code, err, "No space left on device")
+
+
+def test_five_lines_of_python(checkpoint):
+    """Load a checkpoint, sample, look: what the README shows."""
+    from datasets_prep.datasets import DatasetFacts
+    from evaluation.generate import generate
+    from flow.solvers import SolverOptions
+    from runtime.precision import Machine
+
+    model = load_model(checkpoint)
+    shape = (model.header["latent_channels"], model.header["latent_size"], model.header["latent_size"])
+    facts = DatasetFacts(**model.header["dataset"])
+    machine, solver = Machine(torch.device("cpu"), "fp32"), SolverOptions("heun", 2)
+    (batch,) = generate(model.network, model.autoencoder, facts, shape, 10, range(4), solver, machine, seed=0)
+    assert batch.images.shape == (4, 1, 28, 28)
+    assert batch.evaluations == 4

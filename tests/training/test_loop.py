@@ -1,0 +1,276 @@
+"""Training twice, or with interruptions, is training once: weights, average, optimizer and record, bit for bit."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from datasets_prep.datasets import DatasetFacts, ImageDataset
+from datasets_prep.moments import EncodedImages
+from flow.paths import PathOptions
+from flow.solvers import SolverOptions
+from models.autoencoder import PixelSpace
+from models.dit import DiT, DiTOptions
+from options import as_json
+from runtime.checkpoints import load_content, read_weights
+from runtime.distributed import Processes
+from runtime.precision import Machine
+from training.experiment import ExperimentOptions
+from training.loop import Job, StopSignals, TrainingOptions, train
+from training.review import Review
+
+MACHINE = Machine(torch.device("cpu"), "fp32")
+COUNT, BATCH, STEPS = 40, 8, 14  # five steps an epoch, and a last epoch that is not whole
+FACTS = DatasetFacts("stripes", 4, 1, None, True, ("rows", "columns"))
+NETWORK = DiTOptions(1, 1, num_classes=2, label_dropout=0.2)
+
+
+class Source(EncodedImages):
+    """Encodes on the fly, and does something before a given call."""
+
+    event = None
+    calls = 0
+
+    def moments(self, indices, mirrored):
+        self.calls += 1
+        if self.event and self.calls == self.event[0]:
+            self.event[1]()
+        return super().moments(indices, mirrored)
+
+
+@pytest.fixture(autouse=True)
+def signals_restored():
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def stripes():
+    rows = (torch.arange(4) % 2 * 255).to(torch.uint8)[:, None].expand(4, 4)
+    images = torch.stack([rows, rows.T])[torch.arange(COUNT) % 2][:, None]
+    return ImageDataset(FACTS, "train", np.arange(COUNT) % 2, images.__getitem__, "f")
+
+
+def new_job(folder, event=None, experiment=None, **training):
+    """A tiny network on stripes in pixel space; `event` (n, action) happens at the n-th fetch of a batch."""
+    dataset = stripes()
+    source, held_out = (Source(dataset, PixelSpace(1).encode, MACHINE, 1) for _ in range(2))
+    source.event = event
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = DiT(4, 2, 16, 1, 2, NETWORK)
+    review = Review(
+        dataset=dataset,
+        held_out=held_out,
+        autoencoder=PixelSpace(1),
+        latent_shape=(1, 4, 4),
+        num_classes=2,
+        solver=SolverOptions("euler", 2),
+        cfg_scale=1.5,
+        seed=1,
+        machine=MACHINE,
+        sigma_min=1e-5,
+        datadir="",
+        samples=0,
+        features=None,
+    )
+    header = {"dataset": FACTS, "num_classes": 2, "network": NETWORK}
+    training = {"batch_size": BATCH, "max_steps": STEPS, "lr": 1e-2, "grad_clip": 1.0, "ema_decay": 0.9} | training
+    shown = {"log_every": 4, "eval_every": 1, "plot_every": 2, "save_ckpt_every": 1} | (experiment or {})
+    folder.mkdir(exist_ok=True)
+    return Job(
+        folder=folder,
+        network=network,
+        source=source,
+        autoencoder=PixelSpace(1),
+        header=as_json(header),
+        path=PathOptions(),
+        training=TrainingOptions(**training),
+        experiment=ExperimentOptions(**shown),
+        machine=MACHINE,
+        processes=Processes(),
+        review=review,
+    )
+
+
+def signalled(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+def record_of(folder):
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in entry.items() if k not in ("seconds", "images_per_s")} for entry in entries]
+
+
+def state_of(folder):
+    """content.pth as bytes and numbers that compare, without the seconds."""
+
+    def comparable(value):
+        if isinstance(value, torch.Tensor):
+            return value.numpy().tobytes()
+        if isinstance(value, dict):
+            return {key: comparable(item) for key, item in value.items()}
+        return value
+
+    content = load_content(folder / "content.pth")
+    assert content.pop("seconds") > 0
+    return comparable(content)
+
+
+def assert_same_run(one, other):
+    files = [
+        {path.relative_to(run) for kind in ("*.safetensors", "*.png") for path in run.rglob(kind)}
+        for run in (one, other)
+    ]
+    assert files[0] == files[1]
+    for path in files[0]:
+        assert (one / path).read_bytes() == (other / path).read_bytes(), path
+    assert record_of(one) == record_of(other)
+    assert state_of(one) == state_of(other)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("loop") / "whole"
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    assert train(new_job(folder), resume=False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    return folder
+
+
+def test_training_again_gives_the_same_run_bit_for_bit(whole_run, tmp_path):
+    torch.manual_seed(7)  # the global state must not matter
+    assert train(new_job(tmp_path / "run"), resume=False)
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+def test_another_seed_gives_another_run(whole_run, tmp_path):
+    train(new_job(tmp_path / "run", seed=5), resume=False)
+    assert record_of(tmp_path / "run")[0]["loss"] != record_of(whole_run)[0]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("fetch", "number"), [(2, signal.SIGINT), (7, signal.SIGINT), (11, signal.SIGTERM), (STEPS, signal.SIGUSR1)]
+)
+def test_interrupted_run_resumes_bit_for_bit(whole_run, tmp_path, fetch, number):
+    folder = tmp_path / "run"
+    assert not train(new_job(folder, event=(fetch, signalled(number))), resume=False)
+    step = load_content(folder / "content.pth")["step"]
+    assert fetch - 1 <= step <= fetch  # it stops with the step in hand; batches are fetched one step ahead
+    assert train(new_job(folder), resume=True)
+    assert_same_run(folder, whole_run)
+
+
+def test_run_interrupted_again_and_again(whole_run, tmp_path):
+    folder, starts = tmp_path / "run", 1
+    while not train(new_job(folder, event=(3, signalled(signal.SIGINT))), resume=True):
+        starts += 1
+        assert starts < STEPS
+    assert starts > 3
+    assert_same_run(folder, whole_run)
+
+
+def test_run_that_crashed_goes_on_from_its_last_content(whole_run, tmp_path):
+    def crash():
+        raise RuntimeError("power cut")
+
+    folder, often = tmp_path / "run", {"save_content_every_steps": 3}
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(new_job(folder, event=(12, crash), experiment=often), resume=False)
+    assert load_content(folder / "content.pth")["step"] == 9
+    assert record_of(folder)[-1]["step"] > 9  # to be recorded again
+    assert train(new_job(folder, experiment=often), resume=True)
+    assert_same_run(folder, whole_run)
+
+
+def test_second_interrupt_stops_at_once():
+    stop = StopSignals()
+    signal.raise_signal(signal.SIGINT)
+    assert stop.requested
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_complete_run_is_left_as_it_is(whole_run):
+    before = {path: path.read_bytes() for path in whole_run.rglob("*") if path.is_file()}
+    assert train(new_job(whole_run), resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_files_of_a_run(whole_run):
+    assert {path.name for path in whole_run.glob("*.safetensors")} == {
+        *(f"model_{epoch}.safetensors" for epoch in (1, 2, 3)),
+        "best.safetensors",
+    }
+    assert {path.name for path in (whole_run / "samples").iterdir()} == {"step_0000010.png", "step_0000014.png"}
+    for epoch, step in [(1, 5), (2, 10), (3, STEPS)]:
+        weights, header = read_weights(whole_run / f"model_{epoch}.safetensors")
+        assert (header["epoch"], header["step"]) == (epoch, step)
+        assert header["network"] == as_json(NETWORK)
+    average = load_content(whole_run / "content.pth")["ema"]["weights"]
+    assert all(torch.equal(weights[name], value) for name, value in average.items())
+
+
+def test_best_is_that_of_the_lowest_validation_loss(whole_run):
+    losses = {entry["step"]: entry["loss"] for entry in record_of(whole_run) if entry["kind"] == "validation"}
+    assert list(losses) == [5, 10, STEPS]
+    _, header = read_weights(whole_run / "best.safetensors")
+    assert losses[header["step"]] == min(losses.values()) == load_content(whole_run / "content.pth")["best"]
+
+
+def test_record_has_the_mean_loss_of_each_interval(whole_run, tmp_path):
+    train(new_job(tmp_path / "run", experiment={"log_every": 1}), resume=False)
+    each = [entry["loss"] for entry in record_of(tmp_path / "run") if entry["kind"] == "train"]
+    entries = [entry for entry in record_of(whole_run) if entry["kind"] == "train"]
+    assert [entry["step"] for entry in entries] == [4, 8, 12]
+    assert len(each) == STEPS
+    for entry in entries:
+        assert entry["loss"] == pytest.approx(np.mean(each[entry["step"] - 4 : entry["step"]]), rel=1e-5)
+        assert entry["skipped"] == 0
+
+
+def test_loss_falls(tmp_path):
+    """From that of the zero velocity, E noise^2 + E data^2 = 2, for data of -1 and 1."""
+    quiet = {"log_every": 20, "eval_every": 100, "plot_every": 100}
+    train(new_job(tmp_path / "run", experiment=quiet, max_steps=160, lr_schedule="trapezoid"), resume=False)
+    losses = [entry["loss"] for entry in record_of(tmp_path / "run") if entry["kind"] == "train"]
+    assert 1 < losses[0] < 2.2
+    assert losses[-1] < 0.6 * losses[0]
+    rates = [entry["lr"] for entry in record_of(tmp_path / "run") if entry["kind"] == "train"]
+    assert rates[0] == 1e-2 > rates[-1]
+
+
+def test_epochs_count_where_no_steps_are_asked_for(tmp_path):
+    assert train(new_job(tmp_path / "run", max_steps=0, num_epoch=2), resume=False)
+    assert load_content(tmp_path / "run" / "content.pth")["step"] == 10
+
+
+def test_max_minutes_ends_the_run_and_says_so(tmp_path, capsys):
+    assert train(new_job(tmp_path / "run", max_minutes=1e-9), resume=False)
+    assert "--max_minutes ended the run at step 1 of 14: it is not reproducible" in capsys.readouterr().out
+    assert read_weights(tmp_path / "run" / "model_1.safetensors")[1]["step"] == 1
+    assert load_content(tmp_path / "run" / "content.pth")["step"] == 1
+    assert (tmp_path / "run" / "samples" / "step_0000001.png").exists()
+
+
+def test_without_average_the_weights_themselves_are_saved(tmp_path):
+    train(new_job(tmp_path / "run", use_ema=False, max_steps=3), resume=False)
+    network = load_content(tmp_path / "run" / "content.pth")["network"]
+    weights, _ = read_weights(tmp_path / "run" / "model_1.safetensors")
+    assert all(torch.equal(weights[name], value) for name, value in network.items())
+
+
+def test_content_is_kept_only_when_wanted_or_needed(tmp_path):
+    never = {"save_content": False}
+    train(new_job(tmp_path / "run", experiment=never, max_steps=3), resume=False)
+    assert not (tmp_path / "run" / "content.pth").exists()
+    job = new_job(tmp_path / "other", event=(2, signalled(signal.SIGINT)), experiment=never)
+    assert not train(job, resume=False)
+    assert (tmp_path / "other" / "content.pth").exists()
