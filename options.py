@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 __all__ = [
+    "INTERRUPTED",
     "Options",
     "UsageError",
     "as_json",
@@ -38,6 +39,11 @@ PUBLISHED_KEYS = {
     "BASE_CH": "nf",
     "Bs": "batch_size",
 }
+
+INTERRUPTED = 130  # exit code after Ctrl-C
+ENVIRONMENT_ERRORS = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+)
 
 
 class UsageError(ValueError):
@@ -113,10 +119,10 @@ def parse_options(
         ignored: flags accepted for compatibility, with the reason why they do nothing; each says so once.
 
     Raises:
-        UsageError: an unknown key, a missing arguments file or a value below its minimum.
-        SystemExit: argparse's own errors and `--help`.
+        UsageError: an unknown flag or key, a missing arguments file, or a value that does not fit.
+        SystemExit: `--help`.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         usage="%(prog)s [--args_file FILE] [flags]",
         description=description,
         epilog="A switch --x may also be written --x true, --x false or --no-x. Defaults stand in brackets.",
@@ -129,11 +135,11 @@ def parse_options(
         parser.add_argument(f"--{flag}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
     argv = list(sys.argv[1:] if argv is None else argv)
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder = _Parser(add_help=False, allow_abbrev=False)
     finder.add_argument("--args_file")
     arguments_file, remaining = finder.parse_known_args(argv)
     if arguments_file.args_file:
-        remaining = read_arguments_file(arguments_file.args_file, {*fields, *(ignored or {})}) + remaining
+        remaining = read_arguments_file(arguments_file.args_file, fields, ignored or {}) + remaining
     given = vars(parser.parse_args(remaining))
     given.pop("args_file", None)
 
@@ -149,36 +155,46 @@ def parse_options(
     return Options(values=values, explicit=frozenset(given))
 
 
-def read_arguments_file(path: str | Path, known: Iterable[str] | None = None) -> list[str]:
+def read_arguments_file(
+    path: str | Path, fields: Mapping[str, dataclasses.Field], ignored: Iterable[str] = ()
+) -> list[str]:
     """Flags from a file of KEY=VALUE lines (parsed, never executed; `#` starts a comment).
 
     Args:
-        path: the file. Values may be quoted, lists are separated by spaces.
-        known: names of the flags that exist; None admits any.
+        path: the file. Values may be quoted; those of options that are tuples are separated by spaces. The key TASK,
+            which chooses the script, belongs to run.sh and run_test.sh.
+        fields: the options that exist, by name.
+        ignored: further names that are accepted.
 
     Raises:
-        UsageError: a missing file, a line without "=", or an unknown key.
+        UsageError: a missing file, a line without "=", an unknown key, or a key without a value.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the arguments file {path}: {error}") from error
-    known = None if known is None else set(known)
     flags: list[str] = []
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         try:
             words = shlex.split(line, comments=True)
         except ValueError as error:
-            raise UsageError(f"{path}, line {number}: {error}: {line!r}") from error
+            raise UsageError(f"{where}: {error}: {line!r}") from error
         if not words:
             continue
         key, equals, first = words[0].partition("=")
         name = PUBLISHED_KEYS.get(key, key.lower())
         if not equals or not re.fullmatch(r"[A-Za-z]\w*", key):
-            raise UsageError(f"{path}, line {number}: expected KEY=VALUE, but found {line!r}")
-        if known is not None and name not in known:
-            raise UsageError(f"{path}, line {number}: unknown key {key} (there is no flag --{name})")
-        flags += [f"--{name}", *(value for word in [first, *words[1:]] for value in word.split())]
+            raise UsageError(f"{where}: expected KEY=VALUE, but found {line!r}")
+        if key == "TASK":
+            continue
+        if name not in fields and name not in ignored:
+            raise UsageError(f"{where}: unknown key {key} (there is no flag --{name})")
+        value = " ".join([first, *words[1:]])
+        if not value:
+            raise UsageError(f"{where}: {key} has no value")
+        several = name in ignored or isinstance(fields[name].default, tuple)
+        flags += [f"--{name}", *(value.split() if several else [value])]
     return flags
 
 
@@ -188,8 +204,11 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
         sys.exit(main() or 0)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT):
+        if error.errno not in ENVIRONMENT_ERRORS:
             raise
         print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
     sys.exit(2)
@@ -237,6 +256,11 @@ def _argument_type(hint: Any) -> tuple[type, bool]:
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     return hint, False
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(f"{message} (see --help)")
 
 
 class _HelpFormatter(argparse.HelpFormatter):

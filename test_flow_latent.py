@@ -8,6 +8,11 @@ IGNORED = {
     "use_karras_samplers": "choose a solver with --method",
     "num_timesteps": "flow matching has continuous time",
     "perturb": "it changed nothing that is sampled here",
+    "generator": "sample i always has a stream of its own, as with determ-indiv",
+    "compute_nfe": "the number of evaluations is always reported",
+    "measure_time": "the time is always reported",
+    "output_log": "see --output_json",
+    "real_img_dir": "samples are scored against the dataset's training images",
 }
 
 

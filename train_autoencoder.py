@@ -6,6 +6,7 @@ from options import exit_cleanly, parse_options
 from runtime.precision import MachineOptions, choose_machine
 from training.autoencoder import (
     AutoencoderTrainingOptions,
+    check_output,
     posterior_statistics,
     save_autoencoder,
     train_autoencoder,
@@ -16,10 +17,10 @@ def main() -> None:
     """Parse the flags, train, measure the latents' scale, save."""
     options = parse_options(str(__doc__), [AutoencoderTrainingOptions, DatasetOptions, MachineOptions])
     settings = options[AutoencoderTrainingOptions]
+    check_output(settings.output)
     machine = choose_machine(options[MachineOptions])
     dataset = open_dataset(options[DatasetOptions], "train")
     network = train_autoencoder(dataset, settings, machine)
-    save_autoencoder(network, settings.output, {}, settings)
     save_autoencoder(network, settings.output, posterior_statistics(network, dataset, machine), settings)
     print(f"saved to {settings.output}; measure it with: python -m evaluation.reconstruction ...")
 

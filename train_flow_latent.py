@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train latent flow matching (LFM, arXiv:2307.08698): unconditional or class-conditional generation."""
 
-from options import exit_cleanly, parse_options
+from options import INTERRUPTED, exit_cleanly, parse_options
 from runtime.distributed import start_processes
 from training.loop import train
 from training.setup import TRAINING_GROUPS, prepare
@@ -14,8 +14,13 @@ IGNORED = {
     "centered": "pixels always lie in [-1, 1]",
     "augment_dim": "it was always 0",
     "layout": "it never ran",
+    "num_proc_node": "start several processes with torchrun --nnodes",
+    "num_process_per_node": "start several processes with torchrun --nproc_per_node",
+    "node_rank": "torchrun tells each process its rank",
+    "local_rank": "torchrun tells each process its rank",
+    "master_address": "torchrun has --master_addr",
+    "master_port": "torchrun has --master_port",
 }
-INTERRUPTED = 130
 
 
 def main() -> int:
@@ -34,7 +39,7 @@ def main() -> int:
             next_step = (
                 "complete; sample with test_flow_latent.py"
                 if complete
-                else "interrupted: the same command continues it"
+                else "interrupted; the same command (without --overwrite) continues it"
             )
             print(f"{job.folder}: {next_step}")
         return 0 if complete else INTERRUPTED

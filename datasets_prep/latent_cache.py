@@ -6,14 +6,13 @@ flips, since encode(flip(x)) is not flip(encode(x)). Building goes on where it w
 """
 
 import zlib
-from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from datasets_prep.datasets import ImageDataset
@@ -37,7 +36,7 @@ class LatentCacheOptions:
 
     no_latent_cache: bool = option(False, "encode images at every step instead of caching their latents")
     latent_cache_dir: str = option("", "folder of the caches; default: latent_cache below --datadir")
-    num_workers: int = option(0, "processes that read images while the cache is built", minimum=0)
+    num_workers: int = option(0, "threads that read image files", minimum=0)
 
 
 class LatentCache:
@@ -142,21 +141,20 @@ def _write_shard(
     path: Path,
     entry_file: Path,
     dataset: ImageDataset,
-    images: Iterable[int],
+    images: range,
     autoencoder: Autoencoder,
     machine: Machine,
     progress: tqdm,
     num_workers: int,
 ) -> None:
     rows = []
-    subset: Any = Subset(dataset, list(images))  # type: ignore[arg-type]
-    loader: DataLoader[torch.Tensor] = DataLoader(subset, IMAGES_PER_BATCH, num_workers=num_workers)
-    for batch in loader:
-        views = [batch, batch.flip(3)] if dataset.facts.flips else [batch]
-        with machine.autocast():
-            encoded = [autoencoder.encode(view.to(machine.device)).float().cpu() for view in views]
-        rows.append(torch.stack(encoded, dim=1))
-        progress.update(len(batch))
+    with ThreadPoolExecutor(max(1, num_workers)) as readers:
+        for chosen in (images[i : i + IMAGES_PER_BATCH] for i in range(0, len(images), IMAGES_PER_BATCH)):
+            batch = torch.stack(list(readers.map(dataset.__getitem__, chosen)))
+            views = [batch, batch.flip(3)] if dataset.facts.flips else [batch]
+            encoded = [autoencoder.encode(view.to(machine.device)).cpu() for view in views]
+            rows.append(torch.stack(encoded, dim=1))
+            progress.update(len(batch))
     moments = torch.cat(rows)
     mean, logvar = moments.double().chunk(2, dim=2)
     with atomic_path(path) as temporary, temporary.open("wb") as file:

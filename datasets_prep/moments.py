@@ -47,8 +47,7 @@ class EncodedImages:
         """Moments [B, 2 c, h, w] on the machine's device."""
         images = torch.stack(list(self._readers.map(self._dataset.__getitem__, indices.tolist())))
         images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-        with self._machine.autocast():
-            return self._encode(images.to(self._machine.device))
+        return self._encode(images.to(self._machine.device))
 
 
 def open_moments(

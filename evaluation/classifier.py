@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 from torch.nn import functional
 
@@ -70,8 +70,9 @@ def save_classifier(network: FashionClassifier, path: str | Path, facts: Mapping
         for name, value in network.state_dict().items()
     }
     description = {"widths": network.widths, "classes": network.classes, **facts}
+    header = {key: json.dumps(as_json(value)) for key, value in description.items()}
     with atomic_path(path) as temporary:
-        save_file(weights, temporary, {key: json.dumps(as_json(value)) for key, value in description.items()})
+        temporary.write_bytes(save(weights, header))
 
 
 def load_classifier(path: str | Path) -> FashionClassifier:

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from flow.solvers import ADAPTIVE, SolverOptions
 from models.autoencoder import AutoencoderOptions
 from models.registry import FAMILY_OPTIONS, NetworkOptions
 from options import Options, UsageError, as_json, option
-from runtime.checkpoints import LoadedModel, load_model, newest_model
+from runtime.checkpoints import LoadedModel, experiment_folder, load_model, newest_model
 from runtime.files import write_json
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.progress import progress_bar
@@ -37,10 +37,12 @@ class SamplingOptions:
     save_root: str = option("saved_info", "folder of all experiments")
     epoch_id: int | None = option(None, "epoch of the experiment's checkpoint; default: the newest")
     n_sample: int = option(50000, "number of samples", minimum=1)
-    batch_size: int = option(200, "samples drawn at a time; does not change them", minimum=1)
+    batch_size: int = option(200, "samples drawn at a time; only torchdiffeq's adaptive solvers see it", minimum=1)
     seed: int = option(42, "seed of the noise; sample i depends on (seed, i) alone", minimum=0)
     compute_fid: bool = option(False, "score the samples against the dataset's training images")
-    output_dir: str = option("", "folder for the grid and samples; default: samples/ in the experiment's folder")
+    output_dir: str = option(
+        "", "folder for samples (and the grid, unless they are png or jpg); default: samples/ beside the checkpoint"
+    )
     save_images: str | None = option(None, "also write every sample, in this format", choices=FORMATS)
     output_json: str = option("", "file for the result; default: beside the grid")
 
@@ -78,9 +80,9 @@ def sample_and_score(options: Options) -> dict[str, Any]:
             f"note: --num_steps has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol"
         )
 
-    folder = Path(sampling.output_dir) if sampling.output_dir else path.parent / "samples"
     stem = f"{path.stem}_{solver.method}_cfg{guidance.cfg_scale:g}_seed{sampling.seed}"
-    writer = SampleWriter(folder, sampling.save_images) if sampling.save_images else None
+    folder, samples_folder = _output_folders(sampling, path, stem)
+    writer = SampleWriter(samples_folder, sampling.save_images) if sampling.save_images else None
     keeper = _Keeper(grid_count(model.header["num_classes"]), writer)
     started = time.perf_counter()
     batches = keeper.watch(_batches(model, options, machine))
@@ -160,21 +162,33 @@ def _batches(model: LoadedModel, options: Options, machine: Machine) -> Iterator
 
 def _score(batches: Iterable[GeneratedBatch], options: Options, model: LoadedModel, machine: Machine) -> dict[str, Any]:
     stored = model.header["dataset"]
-    data = DatasetOptions(stored["name"], options[DatasetOptions].datadir, stored["image_size"])
+    data = replace(options[DatasetOptions], dataset=stored["name"], image_size=stored["image_size"])
     features = choose_features(options[FeatureOptions], data.dataset, machine)
     reference = reference_statistics(open_dataset(data, "train"), features, data.datadir)
-    return score_samples(batches, features, reference)
+    names = stored["class_names"] if model.header["num_classes"] == len(stored["class_names"]) else ()
+    return score_samples(batches, features, reference, names)
+
+
+def _output_folders(sampling: SamplingOptions, checkpoint: Path, stem: str) -> tuple[Path, Path]:
+    """Where the grid and the samples go: never together where samples are image files, which get scored as a folder."""
+    beside = checkpoint.parent / "samples"
+    if not sampling.output_dir:
+        return beside, beside / stem
+    chosen = Path(sampling.output_dir)
+    return (beside if sampling.save_images in ("png", "jpg") else chosen), chosen
 
 
 def _checkpoint_path(sampling: SamplingOptions, dataset: str) -> Path:
     if sampling.checkpoint:
         return Path(sampling.checkpoint)
-    return newest_model(Path(sampling.save_root) / "latent_flow" / dataset / sampling.exp, sampling.epoch_id)
+    return newest_model(experiment_folder(sampling.save_root, dataset, sampling.exp), sampling.epoch_id)
 
 
 def _refuse_contradictions(options: Options, header: Mapping[str, Any], path: Path) -> None:
     """An explicitly given flag must say what the checkpoint says."""
-    stored = {"dataset": header["dataset"]["name"], "image_size": header["dataset"]["image_size"], **header["network"]}
+    image_size, autoencoder = header["dataset"]["image_size"], header["autoencoder"]
+    stored = {"dataset": header["dataset"]["name"], "image_size": image_size, **header["network"]}
+    stored |= {"f": image_size // header["latent_size"], "scale_factor": autoencoder.get("scale_factor")}
     given = {name: as_json(options.values[name]) for name in options.explicit if name in stored}
     if {"model_type", "use_origin_adm"} & options.explicit:
         stored["model_type"], given["model_type"] = header["model_type"], options[NetworkOptions].resolve()

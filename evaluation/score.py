@@ -1,6 +1,6 @@
 """Scoring a stream of samples: Frechet distance to a dataset's training images, and how often a classifier agrees."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def score_samples(
     batches: Iterable[GeneratedBatch],
     features: FeatureNetwork,
     reference: Statistics,
-    show: Callable[[GeneratedBatch], None] | None = None,
+    class_names: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Consume `batches` and score them against `reference`.
 
@@ -30,22 +30,21 @@ def score_samples(
         batches: samples; each is seen once.
         features: the feature network that `reference` was made with.
         reference: statistics of the real images.
-        show: called with every batch, for pictures and files.
+        class_names: of the samples' labels, where they were asked for.
 
     Returns:
         "metric" (its label), "value", "samples", "reference_samples", "features", "features_sha256", and, where the
-        feature network is a classifier, "recognised": the share of samples it takes for the class asked for.
+        feature network is a classifier of just these classes, "recognised": the share of samples it takes for the class
+        asked for.
     """
     moments = RunningMoments(features.dims)
-    recognised, classified = 0, 0
+    classifies = bool(class_names) and tuple(class_names) == tuple(getattr(features, "classes", ()))
+    recognised = 0
     for batch in batches:
-        if show is not None:
-            show(batch)
         moments.update(features(batch.images))
-        probabilities = getattr(features, "probabilities", None)
-        if probabilities is not None:
-            recognised += int((probabilities(batch.images).argmax(1).cpu() == batch.labels).sum())
-            classified += len(batch.labels)
+        if classifies:
+            predicted = features.probabilities(batch.images).argmax(1)  # type: ignore[attr-defined]
+            recognised += int((predicted.cpu() == batch.labels).sum())
     result: dict[str, Any] = {
         "metric": features.label,
         "value": frechet_distance(moments.statistics(), reference),
@@ -54,6 +53,6 @@ def score_samples(
         "features": features.name,
         "features_sha256": features.sha256,
     }
-    if classified:
-        result["recognised"] = recognised / classified
+    if classifies:
+        result["recognised"] = recognised / moments.count
     return result

@@ -16,13 +16,13 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from datasets_prep.datasets import ImageDataset, crop_padding
 from datasets_prep.images import IMAGE_SUFFIXES, read_image
 from evaluation.features import FeatureNetwork
 from options import UsageError, as_json
 from runtime.files import atomic_path
+from runtime.progress import progress_bar
 
 __all__ = [
     "RunningMoments",
@@ -114,7 +114,7 @@ def describe_features(features: FeatureNetwork) -> dict[str, str]:
 def image_batches(dataset: ImageDataset, batch_size: int) -> Iterator[torch.Tensor]:
     """All images of a split in order, uint8 [B, C, H, W], padding included, with a progress bar."""
     description = f"{dataset.facts.name} {dataset.split}"
-    with tqdm(total=len(dataset), desc=description, unit="image", disable=None) as progress:
+    with progress_bar(total=len(dataset), desc=description, unit="image") as progress:
         for start in range(0, len(dataset), batch_size):
             images = torch.stack([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
             yield images
@@ -188,7 +188,7 @@ def load_statistics(path: str | Path) -> Statistics:
 def _read_batches(paths: list[Path], batch_size: int) -> Iterator[torch.Tensor]:
     """Batches of equally large images; Inception resizes, so a folder may mix sizes."""
     batch: list[torch.Tensor] = []
-    for path in tqdm(paths, desc=paths[0].parent.name, unit="image", disable=None):
+    for path in progress_bar(paths, desc=paths[0].parent.name, unit="image"):
         try:
             with Image.open(path) as file:
                 side = min(file.size)

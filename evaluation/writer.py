@@ -7,6 +7,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from evaluation.generate import GeneratedBatch
+from options import UsageError
 from runtime.files import atomic_path
 
 __all__ = ["FORMATS", "SampleWriter"]
@@ -15,13 +16,20 @@ FORMATS = ("png", "jpg", "npz")
 
 
 class SampleWriter:
-    """Writes batches to `folder` as 000000.png, ..., or as samples.npz (`images` uint8 [N, H, W, C], `labels` [N])."""
+    """Writes batches to a folder without such files: 000000.png, ..., or samples.npz.
+
+    The npz holds `images` uint8 [N, H, W, C] and `labels` [N].
+    """
 
     def __init__(self, folder: Path, kind: str) -> None:
         self.folder = folder
         self.kind = kind
         self._batches: list[GeneratedBatch] = []
         folder.mkdir(parents=True, exist_ok=True)
+        if kind != "npz" and any(folder.glob(f"*.{kind}")):
+            raise UsageError(
+                f"{folder} already holds {kind} files, which would be scored with these samples: empty it first"
+            )
 
     def add(self, batch: GeneratedBatch) -> None:
         """Write a batch, or keep it for the npz."""
@@ -30,7 +38,7 @@ class SampleWriter:
             return
         encoding = {"png": "PNG", "jpg": "JPEG"}[self.kind]
         for index, image in zip(batch.indices, batch.images, strict=True):
-            with atomic_path(self.folder / f"{index:06d}.{self.kind}") as temporary:
+            with atomic_path(self.folder / f"{index:06d}.{self.kind}", durable=False) as temporary:
                 to_pil_image(image).save(temporary, format=encoding)
 
     def close(self) -> None:

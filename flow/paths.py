@@ -5,7 +5,6 @@ The straight path of LFM (Dao et al. 2023, eq. 3) with a remainder s of noise at
     x_t = (1 - t) data + (s + (1 - s) t) noise,      velocity = d x_t / dt = (1 - s) noise - data.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 
 from options import option
 
-__all__ = ["PATHS", "PathOptions", "PathSample", "straight_path"]
+__all__ = ["PathOptions", "PathSample", "straight_path"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,3 @@ def straight_path(t: torch.Tensor, data: torch.Tensor, noise: torch.Tensor, sigm
     t = t.view(-1, *[1] * (data.ndim - 1))
     x_t = (1 - t) * data + (sigma_min + (1 - sigma_min) * t) * noise
     return PathSample(x_t, (1 - sigma_min) * noise - data)
-
-
-PATHS: dict[str, Callable[..., PathSample]] = {"straight": straight_path}

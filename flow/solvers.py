@@ -24,7 +24,7 @@ class SolverOptions:
     """Solver."""
 
     method: str = option("dopri5", "ODE solver: euler, midpoint, heun, rk4, dopri5, dopri8, adaptive_heun, bosh3")
-    num_steps: int = option(40, "intervals of the fixed-step solvers (euler, midpoint, heun, rk4)", minimum=1)
+    num_steps: int = option(40, "intervals of the fixed-step solvers (euler, midpoint, heun, rk4)", minimum=0)
     step_size: float | None = option(
         None, "fixed-step solvers: length h of an interval, meaning 1/h of them", minimum=1e-6
     )
@@ -64,6 +64,8 @@ ADAPTIVE = ("dopri5", "dopri8", "adaptive_heun", "bosh3")
 def time_grid(options: SolverOptions) -> torch.Tensor:
     """Times [num_steps + 1] from 1 down to 0, float64, shifted by `time_shift` (Esser et al. 2024, section 5.3.2)."""
     steps = options.num_steps if options.step_size is None else max(1, round(1 / options.step_size))
+    if steps < 1:
+        raise UsageError(f"--method {options.method} needs --num_steps of at least 1, but {steps} was given")
     t = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
     return options.time_shift * t / (1 - t + options.time_shift * t)  # exactly 1 and 0 at the ends
 

@@ -151,13 +151,9 @@ class Autoencoder:
                 f"but it is {images.shape[3]} (--image_size)"
             )
         chunks = images.split(_chunk(images.shape[2] * images.shape[3]))
-        moments = torch.cat([self.network_moments(images_to_pixels(chunk)) for chunk in chunks])
+        moments = torch.cat([encode_moments(self.network, images_to_pixels(chunk)) for chunk in chunks])
         mean, logvar = moments.chunk(2, dim=1)
         return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=1)
-
-    def network_moments(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Raw moments of pixels [B, C, H, W], with gradients where the caller wants them."""
-        return encode_moments(self.network, pixels)
 
     def sample(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Scaled latents [B, c, h, w] of moments and standard normal noise; the posterior mean without noise."""

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from models.attention import attention
 from models.conditions import Condition
 from models.family import FamilyOptions
-from options import option
+from options import UsageError, option
 
 __all__ = ["EdmUNet", "EdmUNetOptions", "UNetOptions"]
 
@@ -124,6 +124,22 @@ class Convolution(nn.Module):
         return functional.conv2d(x, filters, stride=2, padding=padding, groups=channels)
 
 
+def check_levels(size: int, options: UNetOptions, groups: int) -> None:
+    """Refuse latents that cannot be halved once per level, and channels that group norm cannot divide.
+
+    Raises:
+        UsageError: either.
+    """
+    halvings = len(options.ch_mult) - 1
+    if size % 2**halvings:
+        raise UsageError(
+            f"latents of side {size} cannot be halved {halvings} times, as the {halvings + 1} levels of --ch_mult ask for: "
+            "choose a larger --image_size or fewer levels"
+        )
+    if options.nf % groups:
+        raise UsageError(f"--nf {options.nf} must be a multiple of {groups}, for group norm")
+
+
 class Norm(nn.GroupNorm):
     """Group norm with min(32, C // 4) groups."""
 
@@ -192,6 +208,7 @@ class EdmUNet(nn.Module):
 
     def __init__(self, size: int, kind: str, options: EdmUNetOptions) -> None:
         super().__init__()
+        check_levels(size, options, groups=32)
         self.options, self.kind, self.style = options, kind, STYLES[kind]
         width, embedding = options.nf, 4 * options.nf
         noise_width = 2 * width if kind == "ncsn++" else width

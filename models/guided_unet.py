@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention
 from models.conditions import Condition
-from models.edm_unet import UNetOptions
+from models.edm_unet import UNetOptions, check_levels
 from options import option
 
 __all__ = ["GuidedUNet", "GuidedUNetOptions"]
@@ -48,6 +48,7 @@ class GuidedUNet(nn.Module):
 
     def __init__(self, size: int, options: GuidedUNetOptions) -> None:
         super().__init__()
+        check_levels(size, options, groups=32)
         self.options = options
         width, embedding = options.nf, 4 * options.nf
         self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))

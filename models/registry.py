@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from models.dit import DIT_SIZES, DiTOptions, build_dit
-from models.edm_unet import STYLES, EdmUNet, EdmUNetOptions
+from models.edm_unet import STYLES, EdmUNet, EdmUNetOptions, UNetOptions
 from models.family import FamilyOptions
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
 from options import UsageError, option
@@ -53,7 +53,7 @@ NETWORKS: dict[str, Family] = {
     **{kind: Family(EdmUNetOptions, partial(_edm_unet, kind)) for kind in STYLES},
     ORIGIN_ADM: Family(GuidedUNetOptions, GuidedUNet),
 }
-FAMILY_OPTIONS = (DiTOptions, EdmUNetOptions, GuidedUNetOptions)
+FAMILY_OPTIONS = (FamilyOptions, DiTOptions, UNetOptions, EdmUNetOptions, GuidedUNetOptions)
 
 
 def build_network(model_type: str, latent_size: int, options: FamilyOptions) -> nn.Module:

@@ -25,6 +25,7 @@ from runtime.files import atomic_path
 
 __all__ = [
     "LoadedModel",
+    "experiment_folder",
     "load_content",
     "load_model",
     "newest_model",
@@ -106,6 +107,17 @@ def load_model(
         mean, std = (torch.tensor(stored[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
         loaded.mean, loaded.std = mean, std
     return LoadedModel(network.eval().requires_grad_(False).to(device), loaded.to(device), header)
+
+
+def experiment_folder(save_root: str, dataset: str, exp: str) -> Path:
+    """The folder of an experiment.
+
+    Raises:
+        UsageError: a name that is not a plain folder name.
+    """
+    if not re.fullmatch(r"\w[\w.+-]*", exp):
+        raise UsageError(f"--exp {exp!r}: expected a plain name of letters, digits, '_', '-', '.' and '+'")
+    return Path(save_root) / "latent_flow" / dataset / exp
 
 
 def newest_model(folder: Path, epoch: int | None = None) -> Path:

@@ -1,7 +1,10 @@
 """Processes of one run: started by torchrun (all of its variables present together), else a single one."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -9,6 +12,7 @@ import torch.distributed as dist
 __all__ = ["Processes", "start_processes"]
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LONGEST_WAIT = timedelta(hours=6)  # of the others, while the main process scores or builds statistics
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,18 @@ class Processes:
         """Whether `flag` is true in any process."""
         if self.count == 1:
             return flag
-        verdict = torch.tensor(float(flag), device=_collective_device())
+        verdict = torch.tensor(float(flag))
         dist.all_reduce(verdict)
         return bool(verdict > 0)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Let the main process run the block before the others do: it fetches, they find."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
 
     def stop(self) -> None:
         """Leave the process group."""
@@ -57,9 +70,5 @@ def start_processes() -> Processes:
     local_rank = int(os.environ["LOCAL_RANK"])
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
-    dist.init_process_group()
+    dist.init_process_group(timeout=LONGEST_WAIT)  # gloo for tensors on the CPU, the GPU's own backend for others
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank)
-
-
-def _collective_device() -> str:
-    return "cpu" if dist.get_backend() == "gloo" else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]

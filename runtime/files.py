@@ -17,10 +17,11 @@ FULL_BYTES = 1 << 16  # with less free space than this, a failed write is blamed
 
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes `path`'s place once the block ends without an error.
 
-    A reader sees the old file or the new one, never half of one. On an error the temporary file is removed.
+    A reader sees the old file or the new one, never half of one; if `durable`, after a power loss
+    too. On an error the temporary file is removed.
 
     Raises:
         OSError: ENOSPC where the disk is full, whatever the writing library made of it.
@@ -30,9 +31,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         yield temporary
-        _flush(temporary)
+        if durable:
+            _flush(temporary)
         temporary.replace(path)
-        _flush(path.parent)
+        if durable:
+            _flush(path.parent)
     except Exception as error:
         if shutil.disk_usage(path.parent).free < FULL_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

@@ -56,7 +56,7 @@ def choose_machine(options: MachineOptions, local_rank: int = 0) -> Machine:
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
     precision = options.precision
     if precision == "auto":
         precision = "bf16" if _multiplies_bfloat16(device) else "fp32"

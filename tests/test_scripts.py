@@ -20,7 +20,6 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.features import FASHION_WEIGHTS
 from models.autoencoder import AutoencoderOptions, load_autoencoder, new_autoencoder_kl
 from runtime.checkpoints import load_content, load_model, newest_model, read_weights, save_weights
 
@@ -199,7 +198,6 @@ def test_samples_as_files_and_of_another_seed(place, trained, call, tmp_path):
     assert np.abs(np.load(tmp_path / "seed" / "samples.npz")["images"].astype(int) - images).max() > 10
 
 
-@pytest.mark.skipif(not FASHION_WEIGHTS.is_file(), reason="the classifier is not trained yet")
 def test_score_with_the_bundled_classifier(place, trained, call, tmp_path):
     code, out, err = call(
         TEST, [*sample_flags(place, tmp_path, count=100), "--compute_fid", "--output_json", tmp_path / "r"]
@@ -291,7 +289,7 @@ def test_interrupted_training_continues_bit_for_bit(place, trained, call):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "the same command continues it" in out.splitlines()[-1]
+    assert "the same command (without --overwrite) continues it" in out.splitlines()[-1]
     assert "Traceback" not in err
     stopped_at = load_content(folder_of(place, "stopped") / "content.pth")["step"]
     assert 3 <= stopped_at < 150

@@ -32,7 +32,13 @@ from runtime.randomness import generator_for
 from training.ema import Ema
 from training.schedules import SCHEDULES, learning_rate
 
-__all__ = ["AutoencoderTrainingOptions", "posterior_statistics", "save_autoencoder", "train_autoencoder"]
+__all__ = [
+    "AutoencoderTrainingOptions",
+    "check_output",
+    "posterior_statistics",
+    "save_autoencoder",
+    "train_autoencoder",
+]
 
 SAVE_EVERY = 1000  # steps
 
@@ -86,8 +92,8 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         ema.update(network)
-        if (step + 1) % SAVE_EVERY == 0:
-            save_autoencoder(ema.network, options.output, {}, options)  # a crash costs little
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == options.max_steps:
+            save_autoencoder(ema.network, f"{options.output}.snapshot", {}, options)  # a crash costs little
         if step % 100 == 0:
             psnr = 10 * torch.log10(4 / error.detach()).item()
             progress.set_postfix(psnr=f"{psnr:.1f} dB", kl=f"{divergence.item():.0f}", refresh=False)
@@ -114,6 +120,16 @@ def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Mac
     center = total / count
     spread = (square / count - center.square() + variance / count).sqrt()
     return {"latents_mean": center.tolist(), "latents_std": spread.tolist()}
+
+
+def check_output(folder: str | Path) -> None:
+    """Refuse to replace a folder that holds anything but an autoencoder.
+
+    Raises:
+        UsageError: such a folder.
+    """
+    if Path(folder).exists() and not (Path(folder) / "diffusion_pytorch_model.safetensors").is_file():
+        raise UsageError(f"--output {folder} exists and is no autoencoder: name a new folder")
 
 
 def save_autoencoder(

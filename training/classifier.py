@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from datasets_prep.datasets import ImageDataset, crop_padding
 from evaluation.classifier import SIDE, FashionClassifier
 from models.autoencoder import images_to_pixels
 from options import UsageError, option
 from runtime.precision import Machine
+from runtime.progress import progress_bar
 from runtime.randomness import generator_for
 from training.ema import Ema
 from training.schedules import SCHEDULES, learning_rate
@@ -70,7 +70,7 @@ def train_classifier(
     optimizer = torch.optim.AdamW(network.parameters(), options.lr, weight_decay=options.weight_decay, fused=True)
     batches = _augmented_batches(images, labels, options)
 
-    progress = tqdm(range(options.max_steps), desc="classifier", unit="step", disable=None)
+    progress = progress_bar(range(options.max_steps), desc="classifier", unit="step")
     started = time.perf_counter()
     for step in progress:
         rate = learning_rate(options.lr_schedule, options.lr, step, options.max_steps, warmup=200)

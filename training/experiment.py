@@ -6,7 +6,6 @@ content.pth  metrics.jsonl  tensorboard/  samples/
 
 import importlib.metadata
 import platform
-import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,18 +15,18 @@ from typing import Any
 from options import UsageError, as_json, option
 from runtime.files import move_aside, read_json, write_json
 
-__all__ = ["ExperimentOptions", "experiment_folder", "open_experiment"]
+__all__ = ["ExperimentOptions", "open_experiment"]
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A run may go on under other values of these: they change when things are shown and kept, not what is learnt.
 HARMLESS = frozenset(
-    "args_file resume overwrite save_root datadir latent_cache_dir num_workers device save_content save_content_every "
+    "resume overwrite save_root datadir latent_cache_dir num_workers device save_content save_content_every "
     "save_content_every_steps save_ckpt_every plot_every eval_every eval_samples log_every max_minutes skip_bad_images "
-    "method num_steps step_size time_shift atol rtol cfg_scale feature_weights".split()
+    "method num_steps step_size time_shift atol rtol cfg_scale features feature_weights".split()
 )
 # With --resume these may change too: the run goes on, but is no longer the one that its first options describe.
 ADJUSTABLE = frozenset(
-    "max_steps num_epoch lr lr_schedule no_lr_decay warmup_steps grad_clip precision compile num_threads".split()
+    "max_steps num_epoch lr lr_schedule no_lr_decay warmup_steps grad_clip precision compile num_threads processes".split()
 )
 
 
@@ -48,17 +47,6 @@ class ExperimentOptions:
     eval_every: int = option(5, "epochs between validations on held-out images", minimum=1)
     eval_samples: int = option(0, "samples scored at every validation; 0: validation loss only", minimum=0)
     log_every: int = option(50, "steps between lines of metrics.jsonl", minimum=1)
-
-
-def experiment_folder(save_root: str, dataset: str, exp: str) -> Path:
-    """The folder of an experiment.
-
-    Raises:
-        UsageError: a name that is not a plain folder name.
-    """
-    if not re.fullmatch(r"\w[\w.+-]*", exp):
-        raise UsageError(f"--exp {exp!r}: expected a plain name of letters, digits, '_', '-', '.' and '+'")
-    return Path(save_root) / "latent_flow" / dataset / exp
 
 
 def open_experiment(folder: Path, values: Mapping[str, Any], options: ExperimentOptions) -> bool:

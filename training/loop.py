@@ -1,5 +1,6 @@
 """The training loop of LFM (Dao et al. 2023, algorithm 1): one read from top to bottom."""
 
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -103,27 +104,27 @@ def train(job: Job, resume: bool) -> bool:
     # The steps.
     schedule = "constant" if options.no_lr_decay else options.lr_schedule
     ended = interrupted = False
-    for batch in _batches(job, state.step, last_step):
-        torch.manual_seed(seed_for(options.seed, "dropout", state.step, job.processes.rank))
-        rate = learning_rate(schedule, options.lr, state.step, last_step, options.warmup_steps, FINAL_LEARNING_RATE)
-        state.advance(velocity, batch, job.path.sigma_min, rate, options.grad_clip)
-        bar.update()
+    with bar:
+        for batch in _batches(job, state.step, last_step):
+            torch.manual_seed(seed_for(options.seed, "dropout", state.step, job.processes.rank))
+            rate = learning_rate(schedule, options.lr, state.step, last_step, options.warmup_steps, FINAL_LEARNING_RATE)
+            state.advance(velocity, batch, job.path.sigma_min, rate, options.grad_clip)
+            bar.update()
 
-        if state.step % experiment.log_every == 0:
-            values = clock.lap(experiment.log_every, whole_batch) | {"lr": rate, "epoch": state.step / per_epoch}
-            bar.set_postfix(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_s']:.0f}", refresh=False)
+            if state.step % experiment.log_every == 0:
+                values = clock.lap(whole_batch, job.processes) | {"lr": rate, "epoch": state.step / per_epoch}
+                bar.set_postfix(loss=f"{values['loss']:.4f}", img_s=f"{values['images_per_s']:.0f}", refresh=False)
+                if journal:
+                    journal.write(state.step, "train", values)
+            interrupted, out_of_time = _must_stop(job, state.step, stop, clock)
+            ended = state.step == last_step or out_of_time
+            state.seconds = clock.total()
             if journal:
-                journal.write(state.step, "train", values)
-        interrupted, out_of_time = _must_stop(job, state.step, stop, clock)
-        ended = state.step == last_step or out_of_time
-        state.seconds = clock.total()
-        if journal:
-            _keep(job, state, journal, per_epoch, ended, interrupted)
-        if ended or interrupted:
-            break
+                _keep(job, state, journal, per_epoch, ended, interrupted)
+            if ended or interrupted:
+                break
 
     # The end.
-    bar.close()
     if journal:
         journal.close()
     job.processes.barrier()
@@ -144,6 +145,8 @@ def _keep(job: Job, state: TrainingState, journal: Journal, per_epoch: int, ende
         values = job.review.evaluate(state.ema.network)
         journal.write(state.step, "validation", values)
         _say(job, f"step {state.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in values.items()))
+        if job.review.objective != state.best_of:
+            state.best, state.best_of = math.inf, job.review.objective
         if values["objective"] < state.best:
             state.best = values["objective"]
             _save_model(job, state, "best", per_epoch)
@@ -182,9 +185,9 @@ class _Clock:
         """Seconds of training so far."""
         return self._offset + time.monotonic() - self._started
 
-    def lap(self, steps: int, images_per_step: int) -> dict[str, float]:
-        """Means since the last call, read from the device, which are then set to zero."""
-        loss, norm, skipped = self._state.sums.tolist()
+    def lap(self, images_per_step: int, processes: Processes) -> dict[str, float]:
+        """Means over steps and processes since the last call, read from the device; the sums begin anew."""
+        loss, norm, skipped, steps = processes.mean(self._state.sums.clone()).tolist()
         self._state.sums.zero_()
         now = time.monotonic()
         elapsed, self._lap = max(now - self._lap, 1e-9), now

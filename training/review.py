@@ -39,11 +39,18 @@ class Review:
     samples: int
     features: FeatureNetwork | None
 
+    @property
+    def objective(self) -> str:
+        """What the objective is, with all that its value depends on."""
+        if self.features is None:
+            return "validation loss"
+        return f"{self.features.label} of {self.samples} samples, {self.solver}, guidance {self.cfg_scale}"
+
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """Values to record; "objective" is the score where samples are scored, else the validation loss."""
         values = validation_loss(network, self.held_out, self.autoencoder, self.machine, self.sigma_min)
         values["objective"] = values["loss"]
-        if self.samples and self.features is not None:
+        if self.features is not None:
             reference = reference_statistics(self.dataset, self.features, self.datadir)
             result = score_samples(self._draw(network, self.samples), self.features, reference)
             values |= {"objective": result["value"], result["metric"]: result["value"]}

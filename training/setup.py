@@ -14,14 +14,15 @@ from flow.guidance import GuidanceOptions
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions, check_method
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, load_autoencoder
+from models.edm_unet import EdmUNetOptions
 from models.family import FamilyOptions
 from models.registry import FAMILY_OPTIONS, NETWORKS, NetworkOptions, build_network
 from options import Options, UsageError, as_json
-from runtime.checkpoints import read_weights
+from runtime.checkpoints import experiment_folder, read_weights
 from runtime.distributed import Processes
 from runtime.precision import MachineOptions, choose_machine
 from runtime.randomness import seed_for
-from training.experiment import ExperimentOptions, experiment_folder, open_experiment, provenance
+from training.experiment import ExperimentOptions, open_experiment, provenance
 from training.loop import Job, TrainingOptions
 from training.review import Review
 from training.validation import LARGEST_SET
@@ -56,15 +57,22 @@ def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
     check_method(options[SolverOptions])
     if len(training.adam_betas) != 2 or max(training.adam_betas) >= 1:
         raise UsageError(f"--adam_betas: expected two numbers below 1, but {training.adam_betas} was given")
-    dataset = open_dataset(data, "train")
-    held_out = open_dataset(data, "validation").head(LARGEST_SET)
+    with processes.main_first():
+        dataset = open_dataset(data, "train")
+        held_out = open_dataset(data, "validation").head(LARGEST_SET)
     autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels)
     network_options = _network_options(options, autoencoder, (dataset, held_out))
-    latent_size = data.image_size // autoencoder.factor
+    latent_size, remainder = divmod(data.image_size, autoencoder.factor)
+    if remainder or not latent_size:
+        raise UsageError(
+            f"the image size must be a multiple of {autoencoder.factor} for this autoencoder, "
+            f"but it is {data.image_size} (--image_size)"
+        )
     network = _network(options, latent_size, network_options)
 
     folder = experiment_folder(experiment.save_root, data.dataset, experiment.exp)
-    resume = open_experiment(folder, options.values, experiment) if processes.is_main else True
+    resolved = {**options.values, "precision": machine.precision, "processes": processes.count}
+    resume = open_experiment(folder, resolved, experiment) if processes.is_main else True
     processes.barrier()
     autoencoder = autoencoder.to(machine.device)
     caches = options[LatentCacheOptions]
@@ -154,13 +162,19 @@ def _network_options(
             raise UsageError(
                 f"--{name} {getattr(chosen, name)} contradicts the autoencoder, whose latents have {channels} channels"
             )
+    flag = "label_dim" if isinstance(chosen, EdmUNetOptions) else "num_classes"
+    other = {"label_dim": "num_classes", "num_classes": "label_dim"}[flag]
+    if other in options.explicit and (options.values[other] or 0) > 1 and chosen.classes == 1:
+        raise UsageError(
+            f"--{other} {options.values[other]} is not for this network: its classes are given by --{flag}"
+        )
     for split in splits:
         if chosen.classes == 1:
             split.labels.zero_()  # unconditional: all images are of one class
         elif split.labels.max() >= chosen.classes:
             raise UsageError(
-                f"the dataset has labels up to {int(split.labels.max())}, out of range for a network of "
-                f"{chosen.classes} classes (--num_classes, --label_dim): labels must lie in 0..{chosen.classes - 1}"
+                f"the dataset has labels up to {int(split.labels.max())}, out of range for --{flag} "
+                f"{chosen.classes}: labels must lie in 0..{chosen.classes - 1}"
             )
     check_guidance(as_json(chosen), options[GuidanceOptions].cfg_scale)
     return replace(chosen, num_in_channels=channels, num_out_channels=channels)

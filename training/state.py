@@ -40,9 +40,10 @@ class TrainingState:
         self.step = 0
         self.seconds = 0.0
         self.best = math.inf
-        # Sums since the last line of the journal, kept on the device: loss, gradient norm, skipped steps.
-        self.sums = torch.zeros(3, device=machine.device)
-        self._one_skipped = torch.tensor([0.0, 0.0, 1.0], device=machine.device)
+        self.best_of = ""  # what `best` is a value of
+        # Sums since the last line of the journal, kept on the device: loss, gradient norm, skipped steps, steps.
+        self.sums = torch.zeros(4, device=machine.device)
+        self._good, self._skipped = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]], device=machine.device)
 
     def advance(self, velocity: nn.Module, batch: Batch, sigma_min: float, rate: float, grad_clip: float) -> None:
         """One optimizer step on the flow matching loss (Dao et al. 2023, eq. 6) at learning rate `rate`.
@@ -65,7 +66,9 @@ class TrainingState:
             group["lr"] = rate
         self.optimizer.step()
         self.ema.update(self.network, 1 - bad)
-        self.sums += torch.where(bad > 0, self._one_skipped, torch.stack([loss.detach(), norm, torch.zeros_like(bad)]))
+        zero = torch.zeros_like(norm)
+        good = self._good + torch.stack([loss.detach(), norm, zero, zero])
+        self.sums += torch.where(bad > 0, self._skipped, good)
         self.step += 1
 
     def content(self) -> dict[str, Any]:
@@ -74,6 +77,7 @@ class TrainingState:
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
+            "best_of": self.best_of,
             "sums": self.sums,
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
@@ -82,7 +86,8 @@ class TrainingState:
 
     def restore(self, content: Mapping[str, Any]) -> None:
         """Continue from `content()`'s value."""
-        self.step, self.seconds, self.best = content["step"], content["seconds"], content["best"]
+        self.step, self.seconds = content["step"], content["seconds"]
+        self.best, self.best_of = content["best"], content["best_of"]
         self.sums.copy_(content["sums"])
         self.network.load_state_dict(content["network"])
         self.ema.load_state_dict(content["ema"])

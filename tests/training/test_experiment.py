@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 
 from options import UsageError
-from training.experiment import ADJUSTABLE, HARMLESS, REPOSITORY, ExperimentOptions, experiment_folder, open_experiment
+from runtime.checkpoints import experiment_folder
+from training.experiment import ADJUSTABLE, HARMLESS, REPOSITORY, ExperimentOptions, open_experiment
 from training.setup import TRAINING_GROUPS
 
 VALUES = {"lr": 1e-3, "max_steps": 10, "dataset": "mnist", "adam_betas": (0.9, 0.999), "log_every": 50, "seed": 1}
@@ -30,7 +31,7 @@ def test_config_holds_options_commit_and_versions(folder):
         assert commit.stdout.startswith(config["git"].removesuffix("-dirty"))
     import torch
 
-    assert config["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(config["versions"]["torch"])
 
 
 def test_the_same_options_continue(folder):
@@ -57,7 +58,7 @@ def test_other_options_are_refused_by_name(folder, resume):
 
 def test_longer_training_needs_resume_and_is_remembered(folder, capsys):
     longer = VALUES | {"max_steps": 20}
-    with pytest.raises(UsageError, match="--max_steps was 10, now 20.*--resume to go on with the change"):
+    with pytest.raises(UsageError, match=r"--max_steps was 10, now 20.*--resume to go on with the change"):
         open_experiment(folder, longer, ExperimentOptions())
     assert open_experiment(folder, longer, ExperimentOptions(resume=True))
     assert "max_steps 10 -> 20" in capsys.readouterr().out
@@ -68,7 +69,7 @@ def test_longer_training_needs_resume_and_is_remembered(folder, capsys):
 
 
 def test_an_option_that_the_run_did_not_know_is_a_change(folder):
-    with pytest.raises(UsageError, match="--time_scale was None, now 2.0"):
+    with pytest.raises(UsageError, match=r"--time_scale was None, now 2\.0"):
         open_experiment(folder, VALUES | {"time_scale": 2.0}, ExperimentOptions())
 
 
@@ -108,13 +109,13 @@ def test_plain_names(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/a", "-a", ".hidden", "a b", "a\n", "a\\b"])
 def test_names_that_are_no_plain_folder_are_refused(name, tmp_path):
-    with pytest.raises(UsageError, match="--exp .*expected a plain name"):
+    with pytest.raises(UsageError, match=r"--exp .*expected a plain name"):
         experiment_folder(str(tmp_path), "mnist", name)
 
 
 def test_lists_of_options_name_real_ones():
     """A renamed option must not silently become one that forbids to continue."""
-    known = {field.name for group in TRAINING_GROUPS for field in fields(group)} | {"args_file"}
+    known = {field.name for group in TRAINING_GROUPS for field in fields(group)} | {"processes"}
     assert known >= HARMLESS
     assert known >= ADJUSTABLE
     assert not HARMLESS & ADJUSTABLE

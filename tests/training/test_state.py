@@ -71,7 +71,7 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(scale, 
         before.pop("optimizer")
     assert differing(before, after) == set()
     assert state.step == at + 1
-    assert torch.equal(state.sums, sums + torch.tensor([0.0, 0.0, 1.0]))
+    assert torch.equal(state.sums, sums + torch.tensor([0.0, 0.0, 1.0, 1.0]))
     advance(state, batch_of(5), grad_clip)  # and the run goes on
     assert differing(after, {name: learnt(state)[name] for name in after}) == set(after)
     assert torch.isfinite(torch.cat([tensor.flatten().float() for tensor in learnt(state)["network"]])).all()
@@ -97,7 +97,7 @@ def test_sums_are_those_of_losses_and_gradient_norms():
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     advance(state, batch, grad_clip=norm.item() / 2)
-    assert state.sums.tolist() == pytest.approx([loss.item(), norm.item(), 0.0], rel=1e-5)
+    assert state.sums.tolist() == pytest.approx([loss.item(), norm.item(), 0.0, 1.0], rel=1e-5)
     clipped = torch.cat([p.grad.flatten() for p in state.parameters if p.grad is not None]).norm()
     assert clipped.item() == pytest.approx(norm.item() / 2, rel=1e-4)
 
