@@ -111,7 +111,9 @@ def _fetch_deb(name: str, datadir: Path) -> None:
             subprocess.run(
                 ["apt-get", "-qq", *private, *command], cwd=temporary, check=True, capture_output=True, timeout=300
             )
-        package = next(Path(temporary).glob("*.deb"))
+        package = next(Path(temporary).glob("*.deb"), None)
+        if package is None:
+            raise OSError("apt-get downloaded no package")
         subprocess.run(["dpkg-deb", "-x", str(package), str(datadir)], check=True, capture_output=True, timeout=60)
 
 

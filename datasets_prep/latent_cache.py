@@ -113,24 +113,23 @@ def build_latent_cache(
     processes.barrier()
     starts = range(0, len(dataset), identity["shard_size"])
     mine = [number for number in range(len(starts)) if number % processes.count == processes.rank]
-    progress = progress_bar(total=len(dataset) // processes.count, desc="encoding latents", unit="image")
-    for number in mine:
-        entry_file = folder / f"moments_{number:05d}.json"
-        images = range(starts[number], min(starts[number] + identity["shard_size"], len(dataset)))
-        if not entry_file.exists():
-            _write_shard(
-                folder / f"moments_{number:05d}.npy",
-                entry_file,
-                dataset,
-                images,
-                autoencoder,
-                machine,
-                progress,
-                num_workers,
-            )
-        else:
-            progress.update(len(images))
-    progress.close()
+    with progress_bar(total=len(dataset) // processes.count, desc="encoding latents", unit="image") as progress:
+        for number in mine:
+            entry_file = folder / f"moments_{number:05d}.json"
+            images = range(starts[number], min(starts[number] + identity["shard_size"], len(dataset)))
+            if not entry_file.exists():
+                _write_shard(
+                    folder / f"moments_{number:05d}.npy",
+                    entry_file,
+                    dataset,
+                    images,
+                    autoencoder,
+                    machine,
+                    progress,
+                    num_workers,
+                )
+            else:
+                progress.update(len(images))
     processes.barrier()
     if processes.is_main:
         _finish(folder, identity, len(starts))

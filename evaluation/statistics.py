@@ -8,6 +8,7 @@ import hashlib
 import json
 import pickle
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,12 @@ __all__ = [
     "load_statistics",
     "save_statistics",
 ]
+
+
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError,
+    pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip  # what numpy, zipfile and json raise for one thing: a damaged file
 
 
 @dataclass(frozen=True)
@@ -142,7 +149,10 @@ def dataset_statistics(
         if known.meta == {**source, "features": describe_features(features)}:
             return known
     statistics = compute_statistics(cropped, features, source)
-    save_statistics(path, statistics)
+    try:
+        save_statistics(path, statistics)
+    except OSError as error:  # a read-only data directory is no reason to fail
+        print(f"note: the statistics are not kept: {error}")
     return statistics
 
 
@@ -176,7 +186,7 @@ def load_statistics(path: str | Path) -> Statistics:
             content = _read_npy(file) if Path(path).suffix == ".npy" else dict(np.load(file, allow_pickle=False))
         mean, covariance = (np.asarray(content[key], dtype=np.float64) for key in ("mu", "sigma"))
         meta = json.loads(str(content.get("metadata", "{}")))
-    except (OSError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise UsageError(f"cannot read statistics (arrays mu and sigma) from {path}: {error}") from error
     if mean.ndim != 1 or covariance.shape != mean.shape * 2 or not np.isfinite(covariance).all():
         raise UsageError(
