@@ -8,6 +8,7 @@ an explicit `--scale_factor` s (mean 0, std 1 / s), the autoencoder's own `laten
 
 import contextlib
 import hashlib
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -224,7 +225,7 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder 
             f"--pretrained_autoencoder_ckpt {name}: no such folder (and no hub id of the form owner/name either)"
         )
     try:
-        with contextlib.redirect_stderr(None):
+        with contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext():
             network = diffusers.AutoencoderKL.from_pretrained(
                 folder or name,
                 torch_dtype=torch.float32,

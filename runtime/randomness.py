@@ -10,7 +10,8 @@ __all__ = ["generator_for", "noise_for_indices", "seed_for"]
 
 def seed_for(*keys: int | str) -> int:
     """A 63-bit seed that depends on all `keys`, for instance (seed, "noise", step)."""
-    digest = hashlib.blake2b(repr(keys).encode(), digest_size=8).digest()
+    plain = tuple(key if isinstance(key, str) else int(key) for key in keys)
+    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

@@ -281,7 +281,7 @@ def wait_for_lines(path, count, process):
 
 def test_interrupted_training_continues_bit_for_bit(place, trained, call):
     """Ctrl-C on the real script: it saves, says how to go on, and the same command completes the same run."""
-    flags = [*train_flags(place, "stopped", steps=150), "--batch_size", "8", "--num_threads", "1"]
+    flags = [*train_flags(place, "stopped", steps=100), "--batch_size", "8", "--num_threads", "1"]
     process = subprocess.Popen(
         [sys.executable, TRAIN, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -292,11 +292,11 @@ def test_interrupted_training_continues_bit_for_bit(place, trained, call):
     assert "the same command (without --overwrite) continues it" in out.splitlines()[-1]
     assert "Traceback" not in err
     stopped_at = load_content(folder_of(place, "stopped") / "content.pth")["step"]
-    assert 3 <= stopped_at < 150
+    assert 3 <= stopped_at < 100
     code, out, _ = call(TRAIN, flags)
     assert code == 0
-    assert f"continuing at step {stopped_at} of 150" in out
-    code, _, _ = call(TRAIN, [*train_flags(place, "steady", steps=150), "--batch_size", "8", "--num_threads", "1"])
+    assert f"continuing at step {stopped_at} of 100" in out
+    code, _, _ = call(TRAIN, [*train_flags(place, "steady", steps=100), "--batch_size", "8", "--num_threads", "1"])
     assert code == 0
     stopped, steady = (folder_of(place, exp) for exp in ("stopped", "steady"))
     one, other = (read_weights(newest_model(folder))[0] for folder in (stopped, steady))
@@ -426,7 +426,8 @@ def test_no_space_left(name, place, trained, call, tmp_path):
     path = Path(FULL[name].format(**places))
     path.parent.mkdir(parents=True)
     path.with_name(f"{path.name}.tmp-{os.getpid()}").symlink_to("/dev/full")
-    flags = ["--save_root", tmp_path / "saved", "--latent_cache_dir", tmp_path / "cache"]
+    flags = ["--save_root", tmp_path / "saved"]
+    flags += ["--latent_cache_dir", tmp_path / "cache"] if "cache" in path.parts else []
     code, _, err = call(TRAIN, [*train_flags(place, "full"), *flags])
     assert_one_line(code, err, "No space left on device")
     assert not path.exists()
