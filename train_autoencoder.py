@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Train a small KL autoencoder for a dataset that has none, and save it in diffusers format."""
 
+import shutil
+
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from options import exit_cleanly, parse_options
 from runtime.precision import MachineOptions, choose_machine
@@ -9,6 +11,7 @@ from training.autoencoder import (
     check_output,
     posterior_statistics,
     save_autoencoder,
+    snapshot_folder,
     train_autoencoder,
 )
 
@@ -21,7 +24,9 @@ def main() -> None:
     machine = choose_machine(options[MachineOptions])
     dataset = open_dataset(options[DatasetOptions], "train")
     network = train_autoencoder(dataset, settings, machine)
+    save_autoencoder(network, snapshot_folder(settings), {}, settings)
     save_autoencoder(network, settings.output, posterior_statistics(network, dataset, machine), settings)
+    shutil.rmtree(snapshot_folder(settings))
     print(f"saved to {settings.output}; measure it with: python -m evaluation.reconstruction ...")
 
 

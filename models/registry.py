@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from models.dit import DIT_SIZES, DiTOptions, build_dit
-from models.edm_unet import STYLES, EdmUNet, EdmUNetOptions, UNetOptions
+from models.edm_layers import STYLES
+from models.edm_unet import EdmUNet, EdmUNetOptions, UNetOptions
 from models.family import FamilyOptions
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
 from options import UsageError, option

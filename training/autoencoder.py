@@ -37,6 +37,7 @@ __all__ = [
     "check_output",
     "posterior_statistics",
     "save_autoencoder",
+    "snapshot_folder",
     "train_autoencoder",
 ]
 
@@ -92,8 +93,8 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         ema.update(network)
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == options.max_steps:
-            save_autoencoder(ema.network, f"{options.output}.snapshot", {}, options)  # a crash costs little
+        if (step + 1) % SAVE_EVERY == 0:
+            save_autoencoder(ema.network, snapshot_folder(options), {}, options)  # a crash costs little
         if step % 100 == 0:
             psnr = 10 * torch.log10(4 / error.detach()).item()
             progress.set_postfix(psnr=f"{psnr:.1f} dB", kl=f"{divergence.item():.0f}", refresh=False)
@@ -120,6 +121,11 @@ def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Mac
     center = total / count
     spread = (square / count - center.square() + variance / count).sqrt()
     return {"latents_mean": center.tolist(), "latents_std": spread.tolist()}
+
+
+def snapshot_folder(options: AutoencoderTrainingOptions) -> Path:
+    """Where the weights are kept until the finished autoencoder is saved."""
+    return Path(f"{options.output}.snapshot")
 
 
 def check_output(folder: str | Path) -> None:

@@ -95,6 +95,8 @@ def train(job: Job, resume: bool) -> bool:
     if resume and content_path.exists():
         state.restore(load_content(content_path, job.machine.device))
         _say(job, f"continuing at step {state.step} of {last_step}")
+    if 0 < options.max_minutes * 60 <= state.seconds:
+        return True  # its time was up before
     velocity = _wrap(state.network, job)
     journal = Journal(job.folder, state.step) if is_main else None
     bar = progress_bar(total=last_step, initial=state.step, desc="training", unit="step", disable=not is_main)
