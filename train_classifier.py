@@ -3,7 +3,7 @@
 
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from evaluation.classifier import load_classifier, save_classifier
-from options import exit_cleanly, parse_options
+from options import as_json, exit_cleanly, parse_options
 from runtime.precision import MachineOptions, choose_machine
 from training.classifier import ClassifierTrainingOptions, accuracy, gather_images, train_classifier
 
@@ -15,7 +15,8 @@ def main() -> None:
     machine = choose_machine(options[MachineOptions])
     train, test = (open_dataset(options[DatasetOptions], split) for split in ("train", "validation"))
     network = train_classifier(gather_images(train), train.labels, train.facts.class_names, settings, machine)
-    facts = {"dataset": train.facts.name, "fingerprint": train.fingerprint, "training": settings}
+    kept = {name: value for name, value in as_json(settings).items() if name != "output"}
+    facts = {"dataset": train.facts.name, "fingerprint": train.fingerprint, "training": kept}
     facts["test_accuracy"] = accuracy(network, gather_images(test), test.labels, machine)
     save_classifier(network, settings.output, facts)
     measured = accuracy(load_classifier(settings.output).to(machine.device), gather_images(test), test.labels, machine)
