@@ -6,13 +6,12 @@ rows, the scatter matrices add up to S = S_n + S_m + d d^T n m / (n + m), which 
 
 import hashlib
 import json
-import pickle
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from evaluation.features import FeatureNetwork
 from options import UsageError, as_json
 from runtime.files import atomic_path
 from runtime.progress import progress_bar
+from runtime.unpickling import UNPICKLING_ERRORS, load_numpy_pickle
 
 __all__ = [
     "RunningMoments",
@@ -38,10 +38,8 @@ __all__ = [
 ]
 
 
-UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError,
-    pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip  # what numpy, zipfile and json raise for one thing: a damaged file
+# What numpy, zipfile and json raise for one thing: a damaged file.
+UNREADABLE = (OSError, *UNPICKLING_ERRORS, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -218,25 +216,8 @@ def _read_npy(file: BinaryIO) -> dict[str, Any]:
     _, _, dtype = np.lib.format.read_array_header_1_0(file)
     if not dtype.hasobject:
         raise ValueError("a plain array")
-    content = _ArrayUnpickler(file).load()
+    content = load_numpy_pickle(file)
     value = content.item() if isinstance(content, np.ndarray) and content.size == 1 else content
     if not isinstance(value, dict):
         raise ValueError(f"a pickled {type(value).__name__}")
     return value
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits numpy arrays, Python's own containers and numbers; anything else in the file is refused, not run."""
-
-    admitted: ClassVar = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("numpy.core.multiarray", "_reconstruct"): np.zeros(0).__reduce__()[0],
-        ("numpy.core.numeric", "_frombuffer"): np.zeros(0).__reduce_ex__(5)[0],
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        key = (module.replace("numpy._core", "numpy.core"), name)
-        if key not in self.admitted:
-            raise pickle.UnpicklingError(f"{module}.{name} is no numpy array")
-        return self.admitted[key]

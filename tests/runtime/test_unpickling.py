@@ -1,0 +1,122 @@
+"""Arrays come back whatever Python and numpy pickled them; nothing that a file says is run."""
+
+import io
+import os
+import pickle
+import struct
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from runtime.unpickling import UNPICKLING_ERRORS, load_numpy_pickle
+
+CONTENT = {
+    "bytes": np.arange(256, dtype=np.uint8).reshape(4, 64),
+    "big endian": np.array([1.5, -2.25], ">f8"),
+    "columns first": np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    "numbers": [1, 2.5, True, None],
+    "text": np.array(["a", "bc"]),
+}
+
+
+class Python2Pickler(pickle._Pickler):
+    """What Python 2 wrote: protocol 2, whose strings, text and bytes alike, are strings of bytes."""
+
+    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
+
+    def save_string(self, value):
+        data = value.encode("ascii") if isinstance(value, str) else value
+        self.write(b"T" + struct.pack("<i", len(data)) + data)
+        self.memoize(value)
+
+    dispatch[str] = dispatch[bytes] = save_string
+
+
+def python2_pickle(value):
+    file = io.BytesIO()
+    Python2Pickler(file, protocol=2).dump(value)
+    return file.getvalue().replace(b"numpy._core.", b"numpy.core.")
+
+
+def load(data):
+    return load_numpy_pickle(io.BytesIO(data))
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        if isinstance(value, np.ndarray):
+            assert found[key].dtype.str[1:] == value.dtype.str[1:]  # numpy may change the order of bytes
+            np.testing.assert_array_equal(found[key], value)
+        else:
+            assert found[key] == value
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("core", [b"numpy._core.", b"numpy.core."])
+def test_pickles_of_every_protocol(protocol, core):
+    data = pickle.dumps(CONTENT, protocol)
+    if protocol < 4:  # later protocols store the length of a name
+        data = data.replace(b"numpy._core.", core)
+    assert_same(load(data), CONTENT)
+
+
+def test_pickles_of_python_2():
+    content = {key: value for key, value in CONTENT.items() if key != "text"}
+    data = python2_pickle(content)
+    assert b"_codecs" not in data
+    assert_same(load(data), content)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_objects_within_an_array(protocol):
+    content = np.array({"mu": np.zeros(2)}, dtype=object)
+    assert_same(load(pickle.dumps(content, protocol)).item(), {"mu": np.zeros(2)})
+
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_a_malicious_pickle_does_not_run(tmp_path):
+    for function, argument in [(os.system, f"touch {tmp_path}/a"), (eval, f"open('{tmp_path}/b', 'w')")]:
+        with pytest.raises(pickle.UnpicklingError, match="is no numpy array"):
+            load(pickle.dumps({"data": np.zeros(2), "labels": Call(function, argument)}))
+    assert list(tmp_path.iterdir()) == []
+
+
+class State:
+    """An array whose pickled state is `state`."""
+
+    def __init__(self, *state):
+        self.state = state
+
+    def __reduce__(self):
+        return (*np.zeros(0).__reduce__()[:2], self.state)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        Call(np.ndarray, (1,), "O", b"A" * 8),
+        State(1, (1,), np.dtype("O"), False, b"A" * 8),
+        State(1, (2,), np.dtype("O"), False, [None]),
+        State(1, (1,), np.dtype([("a", "O")]), False, b"A" * 8),
+        State(1, (1000,), np.dtype("f8"), False, b"A" * 8),
+    ],
+    ids=["constructor", "objects", "too few objects", "records", "too few bytes"],
+)
+def test_no_object_is_made_of_bytes(value):
+    with pytest.raises(UNPICKLING_ERRORS):
+        load(pickle.dumps(value, protocol=2))
+
+
+@pytest.mark.parametrize("length", [0, 1, 40, -1])
+def test_a_cut_pickle_is_an_error(length):
+    with pytest.raises(UNPICKLING_ERRORS):
+        load(pickle.dumps(CONTENT)[:length])
