@@ -5,6 +5,7 @@ else Debian's package is fetched with apt-get and unpacked below the data direct
 """
 
 import gzip
+import hashlib
 import shutil
 import socket
 import subprocess
@@ -13,11 +14,22 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 import torchvision
+from torch.nn import functional
 
+from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
 from options import UsageError
 
-__all__ = ["find_idx_folder", "read_idx"]
+__all__ = ["find_idx_folder", "open_idx", "read_idx"]
+
+IDX_SIDE = 28
+CLASSES = {
+    "fashion_mnist": (
+        "T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    ),
+    "mnist": tuple("0123456789"),
+}  # fmt: skip
 
 DEBIAN_PACKAGES = {"fashion_mnist": "dataset-fashion-mnist"}
 TORCHVISION_CLASSES = {"fashion_mnist": "FashionMNIST", "mnist": "MNIST"}
@@ -29,6 +41,33 @@ IDX_FILES = (
 )
 DOWNLOAD_TIMEOUT_S = 10
 IDX_UINT8 = 0x08
+
+
+def open_idx(name: str, datadir: Path, split: Split, image_size: int) -> ImageDataset:
+    """MNIST or Fashion-MNIST, padded with black to `image_size`.
+
+    Raises:
+        UsageError: a size that padding cannot give, or files that are missing, torn or do not belong together.
+    """
+    border, odd = divmod(image_size - IDX_SIDE, 2)
+    if border < 0 or odd:
+        raise UsageError(
+            f"{name} has {IDX_SIDE} x {IDX_SIDE} images, padded to an even larger --image_size such as 32, "
+            f"but --image_size {image_size} was given"
+        )
+    folder = find_idx_folder(name, datadir)
+    prefix = "train" if split == "train" else "t10k"
+    images, labels = read_idx(folder, f"{prefix}-images-idx3-ubyte"), read_idx(folder, f"{prefix}-labels-idx1-ubyte")
+    if images.shape[1:] != (IDX_SIDE, IDX_SIDE) or labels.shape != images.shape[:1]:
+        raise UsageError(
+            f"{folder}: expected [N, 28, 28] images with N labels, found {images.shape} and {labels.shape}"
+        )
+    if labels.max() > 9:
+        raise UsageError(f"{folder}: labels must lie in 0..9, but {labels.max()} was found")
+    facts = DatasetFacts(name, image_size, 1, IDX_SIDE if border else None, False, CLASSES[name])
+    pixels = functional.pad(torch.from_numpy(images.copy())[:, None], [border] * 4)
+    fingerprint = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    return ImageDataset(facts, split, labels, pixels.__getitem__, fingerprint)
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:

@@ -1,6 +1,8 @@
 """Image files as uint8 tensors: decoding that names the bad file, and ADM's resize and centre crop."""
 
+import io
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -8,9 +10,18 @@ from PIL import Image, ImageOps
 
 from options import UsageError
 
-__all__ = ["IMAGE_SUFFIXES", "center_crop", "read_image"]
+__all__ = ["IMAGE_SUFFIXES", "BadImageError", "center_crop", "crop_array", "decode_image", "open_rgb", "read_image"]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+
+
+class BadImageError(UsageError):
+    """An image that cannot be decoded to its end: `image` names it, `reason` says why."""
+
+    def __init__(self, image: str, reason: object) -> None:
+        super().__init__(f"cannot read the image {image}: {reason} (mend or remove it, or pass --skip_bad_images)")
+        self.image = image
+        self.reason = reason
 
 
 def read_image(path: str | Path, size: int) -> torch.Tensor:
@@ -19,17 +30,34 @@ def read_image(path: str | Path, size: int) -> torch.Tensor:
     EXIF orientation is applied, transparency is laid on black, 16-bit grey is scaled to 8 bits.
 
     Raises:
-        UsageError: the file cannot be decoded to its end; the message names it.
+        BadImageError: the file cannot be decoded to its end.
+    """
+    return _channels_first(center_crop(open_rgb(path, str(path)), size))
+
+
+def decode_image(data: bytes, size: int, name: str) -> torch.Tensor:
+    """As `read_image`, from a file's bytes; `name` is told in an error."""
+    return _channels_first(center_crop(open_rgb(io.BytesIO(data), name), size))
+
+
+def crop_array(values: np.ndarray, size: int) -> torch.Tensor:
+    """An image uint8 [H, W, 3] as uint8 [3, size, size], by `center_crop` unless it has that size."""
+    fits = values.shape[:2] == (size, size)
+    return _channels_first(values.copy() if fits else center_crop(Image.fromarray(values), size))
+
+
+def open_rgb(source: str | Path | BinaryIO, name: str) -> Image.Image:
+    """Decode the whole image of a file into 8-bit RGB, as `read_image` says, in its own size.
+
+    Raises:
+        BadImageError: the image cannot be decoded to its end; the message tells `name`.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            return torch.from_numpy(center_crop(_to_rgb(upright), size)).permute(2, 0, 1).contiguous()
+            return _to_rgb(ImageOps.exif_transpose(image))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(
-            f"cannot read the image {path}: {error} (mend or remove it, or pass --skip_bad_images)"
-        ) from error
+        raise BadImageError(name, error) from error
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -46,6 +74,10 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return np.array(image.crop((left, top, left + size, top + size)))
+
+
+def _channels_first(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values).permute(2, 0, 1).contiguous()
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

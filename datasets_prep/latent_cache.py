@@ -2,7 +2,8 @@
 
 A folder holds `manifest.json` (what was encoded, with which autoencoder, and each shard's CRC-32) and shards
 `moments_00000.npy` of shape [n, orientations, 2 c, h, w]; orientation 1 is the mirror image, stored where the dataset
-flips, since encode(flip(x)) is not flip(encode(x)). Building goes on where it was interrupted.
+flips, since encode(flip(x)) is not flip(encode(x)); the images' labels are in `labels.npy`. Building goes on where it was
+interrupted.
 """
 
 import zlib
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets_prep.datasets import ImageDataset
+from datasets_prep.image_dataset import ImageDataset
 from models.autoencoder import Autoencoder
 from options import UsageError, option
 from runtime.distributed import Processes
@@ -23,9 +24,17 @@ from runtime.files import atomic_path, read_json, write_json
 from runtime.precision import Machine
 from runtime.progress import progress_bar
 
-__all__ = ["LatentCache", "LatentCacheOptions", "build_latent_cache", "cache_folder", "open_latent_cache"]
+__all__ = [
+    "LatentCache",
+    "LatentCacheOptions",
+    "build_latent_cache",
+    "cache_folder",
+    "open_latent_cache",
+    "open_standalone_cache",
+]
 
-FORMAT = "latent-cache-1"
+FORMAT = "latent-cache-2"
+LABELS = "labels.npy"
 SHARD_BYTES = 1 << 26
 IMAGES_PER_BATCH = 256
 
@@ -78,15 +87,32 @@ def open_latent_cache(folder: Path, dataset: ImageDataset, autoencoder: Autoenco
     """
     manifest = read_json(folder / "manifest.json")
     _check_fits(folder, manifest, _identity(dataset, autoencoder))
+    _check_files(folder, manifest)
+    return LatentCache(folder, manifest, dataset.labels)
+
+
+def open_standalone_cache(folder: Path) -> tuple[LatentCache, dict[str, Any]]:
+    """A finished cache without the images that it was made of, and its manifest.
+
+    Raises:
+        UsageError: a cache of an older format, an unfinished cache, a damaged file.
+    """
+    manifest = read_json(folder / "manifest.json")
+    _check_fits(folder, manifest, {"format": FORMAT})
+    _check_files(folder, manifest)
+    return LatentCache(folder, manifest, torch.from_numpy(np.load(folder / LABELS, allow_pickle=False))), manifest
+
+
+def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
     if "shards" not in manifest:
         raise UsageError(f"the latent cache {folder} is unfinished: start the training again to complete it")
-    for entry in progress_bar(manifest["shards"], desc="checking the latent cache", unit="shard", leave=False):
+    files = [manifest["labels"], *manifest["shards"]]
+    for entry in progress_bar(files, desc="checking the latent cache", unit="file", leave=False):
         if _checksum(folder / entry["file"]) != entry["crc32"]:
             raise UsageError(
-                f"the shard {folder / entry['file']} is damaged (its checksum differs from the manifest's): "
+                f"the file {folder / entry['file']} is damaged (its checksum differs from the manifest's): "
                 f"delete the folder {folder}, and it is built anew"
             )
-    return LatentCache(folder, manifest, dataset.labels)
 
 
 def build_latent_cache(
@@ -132,7 +158,7 @@ def build_latent_cache(
                 progress.update(len(images))
     processes.barrier()
     if processes.is_main:
-        _finish(folder, identity, len(starts))
+        _finish(folder, identity, len(starts), dataset.stored_labels)
     processes.barrier()
 
 
@@ -168,15 +194,18 @@ def _write_shard(
     write_json(entry_file, entry)
 
 
-def _finish(folder: Path, identity: dict[str, Any], shards: int) -> None:
-    """Write the manifest with all shards and the per-channel statistics of (unscaled) posterior samples."""
+def _finish(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndarray) -> None:
+    """Write the labels, and the manifest with all shards and the per-channel statistics of (unscaled) posterior samples."""
     entries = [read_json(folder / f"moments_{number:05d}.json") for number in range(shards)]
     count = sum(entry["count"] for entry in entries)
     mean = np.sum([entry["sum"] for entry in entries], axis=0) / count
     square = np.sum([entry["sum_of_squares"] for entry in entries], axis=0) / count
     statistics = {"mean": mean.tolist(), "std": np.sqrt(square - mean**2).tolist()}
     listed = [{"file": entry["file"], "crc32": entry["crc32"]} for entry in entries]
-    write_json(folder / "manifest.json", identity | {"statistics": statistics, "shards": listed})
+    with atomic_path(folder / LABELS) as temporary, temporary.open("wb") as file:
+        np.save(file, labels)
+    labelled = {"file": LABELS, "crc32": _checksum(folder / LABELS)}
+    write_json(folder / "manifest.json", identity | {"statistics": statistics, "labels": labelled, "shards": listed})
 
 
 def _identity(dataset: ImageDataset, autoencoder: Autoencoder) -> dict[str, Any]:
@@ -211,4 +240,4 @@ def _checksum(path: Path) -> int:
     try:
         return zlib.crc32(path.read_bytes())
     except OSError as error:
-        raise UsageError(f"cannot read the latent cache's shard {path}: {error}") from error
+        raise UsageError(f"cannot read the latent cache's file {path}: {error}") from error

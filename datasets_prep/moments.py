@@ -1,4 +1,4 @@
-"""Where a training step gets its posterior moments: the latent cache, or images encoded on the fly."""
+"""Where a training step gets its posterior moments: the latent cache, latents made beforehand, or images encoded then."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +9,7 @@ import torch
 
 from datasets_prep.datasets import DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder, open_latent_cache
+from datasets_prep.latents import LatentDataset, StoredMoments
 from models.autoencoder import Autoencoder, PixelSpace
 from runtime.distributed import Processes
 from runtime.precision import Machine
@@ -58,7 +59,12 @@ def open_moments(
     machine: Machine,
     processes: Processes = Processes(),  # noqa: B008
 ) -> MomentSource:
-    """The latent cache of `dataset`, built if need be; encoding on the fly in pixel space or with --no_latent_cache."""
+    """The latent cache of `dataset`, built if need be; encoding on the fly in pixel space or with --no_latent_cache.
+
+    A dataset of latents is read as it is.
+    """
+    if isinstance(dataset, LatentDataset):
+        return StoredMoments(dataset, autoencoder)
     if cache.no_latent_cache or isinstance(autoencoder, PixelSpace):
         return EncodedImages(dataset, autoencoder.encode, machine, cache.num_workers)
     root = Path(cache.latent_cache_dir or Path(data.datadir) / "latent_cache")

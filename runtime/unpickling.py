@@ -48,7 +48,7 @@ class _Dtype:
 class _Array(np.ndarray):
     """An array in the making, which checks its values before numpy takes them."""
 
-    def __setstate__(self, state: tuple[Any, ...]) -> None:  # type: ignore[override]
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, declared, fortran, values = state
         dtype = declared.dtype
         content = list if dtype.kind == "O" else (bytes, str)  # str: Python 2's bytes
@@ -56,7 +56,7 @@ class _Array(np.ndarray):
             raise pickle.UnpicklingError(f"an array of {dtype} is not admitted")
         if isinstance(values, list) and len(values) != math.prod(shape):
             raise pickle.UnpicklingError(f"{len(values)} objects do not fill an array of {shape}")
-        super().__setstate__((1, shape, dtype, fortran, values))
+        super().__setstate__((1, shape, dtype, fortran, values))  # type: ignore[arg-type] # str is admitted too
 
 
 def _dtype(code: str, align: bool, copy: bool) -> _Dtype:

@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import numpy as np
@@ -5,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets_prep import datasets
-from datasets_prep.datasets import FASHION_CLASSES, DatasetOptions, crop_padding, open_dataset
-from datasets_prep.idx import find_idx_folder, read_idx
+from datasets_prep import idx
+from datasets_prep.datasets import DATASETS, DatasetOptions, crop_padding, open_dataset
+from datasets_prep.idx import CLASSES, find_idx_folder, read_idx
 from datasets_prep.images import read_image
 from options import UsageError
 
@@ -29,7 +30,7 @@ def test_fashion_mnist_is_the_file_padded_with_black(fashion_mnist_dir, split, p
         np.testing.assert_array_equal(dataset[index].numpy(), padded)
     cropped = crop_padding(torch.stack([dataset[index] for index in range(8)]), dataset.facts)
     np.testing.assert_array_equal(cropped[:, 0].numpy(), images[:8])
-    assert (dataset.facts.crop, dataset.facts.flips, dataset.facts.class_names) == (28, False, FASHION_CLASSES)
+    assert (dataset.facts.crop, dataset.facts.flips, dataset.facts.class_names) == (28, False, CLASSES["fashion_mnist"])
 
 
 def test_splits_have_fingerprints_of_their_own(fashion_mnist_dir):
@@ -62,15 +63,33 @@ def test_idx_image_size_must_be_even_and_no_smaller(size):
 )
 def test_idx_files_that_do_not_fit(monkeypatch, tmp_path, images, labels, message):
     arrays = {"images": np.zeros(images, np.uint8), "labels": np.array(labels, np.uint8)}
-    monkeypatch.setattr(datasets, "find_idx_folder", lambda name, datadir: tmp_path)
-    monkeypatch.setattr(datasets, "read_idx", lambda folder, name: arrays[name.split("-")[1]])
+    monkeypatch.setattr(idx, "find_idx_folder", lambda name, datadir: tmp_path)
+    monkeypatch.setattr(idx, "read_idx", lambda folder, name: arrays[name.split("-")[1]])
     with pytest.raises(UsageError, match=message):
         open_dataset(DatasetOptions(), "train")
 
 
 def test_unknown_dataset_lists_the_known_ones():
-    with pytest.raises(UsageError, match="unknown dataset 'fashion': expected one of fashion_mnist, mnist, folder"):
+    with pytest.raises(
+        UsageError, match="unknown dataset 'fashion': expected one of fashion_mnist, mnist, cifar10, "
+    ) as raised:
         open_dataset(DatasetOptions(dataset="fashion"), "train")
+    explained = {field.name: field.metadata["help"] for field in dataclasses.fields(DatasetOptions)}["dataset"]
+    for name in DATASETS:
+        assert name in str(raised.value)
+        assert name in explained
+
+
+def test_idx_fingerprint_covers_the_labels(monkeypatch, tmp_path):
+    arrays = {"images": np.zeros((2, 28, 28), np.uint8), "labels": np.array([1, 2], np.uint8)}
+    monkeypatch.setattr(idx, "find_idx_folder", lambda name, datadir: tmp_path)
+    monkeypatch.setattr(idx, "read_idx", lambda folder, name: arrays[name.split("-")[1]])
+    fingerprints = {open_dataset(DatasetOptions(), "train").fingerprint}
+    for key in arrays:
+        arrays[key] = arrays[key].copy()
+        arrays[key].flat[0] = 3
+        fingerprints.add(open_dataset(DatasetOptions(), "train").fingerprint)
+    assert len(fingerprints) == 3
 
 
 def test_folder_splits_share_no_image_and_lose_none(photo_dir):

@@ -82,7 +82,7 @@ def test_cache_is_the_direct_encoding_in_half_precision(tmp_path, autoencoder):
     torch.testing.assert_close(found.float(), direct[indices], rtol=2**-10, atol=1e-5)
     assert len(cache) == COUNT
     assert torch.equal(cache.labels, dataset.labels)
-    assert len(list((tmp_path / "cache").glob("*.npy"))) == 5
+    assert len(list((tmp_path / "cache").glob("moments_*.npy"))) == 5
 
 
 def test_both_orientations_where_the_dataset_flips(tmp_path, autoencoder):

@@ -1,0 +1,113 @@
+"""CIFAR-10 (Krizhevsky 2009) from its Python batches, read without running what a pickle says.
+
+The batches are looked for in `cifar-10-batches-py`, then in the archive, which is otherwise downloaded from where
+torchvision has it.
+"""
+
+import hashlib
+import socket
+import tarfile
+import urllib.error
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.datasets import CIFAR10
+from torchvision.datasets.utils import download_url
+
+from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
+from datasets_prep.images import crop_array
+from options import UsageError
+from runtime.files import atomic_path
+from runtime.unpickling import UNPICKLING_ERRORS, load_numpy_pickle
+
+__all__ = ["open_cifar10"]
+
+SIDE = 32
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+FOLDER = "cifar-10-batches-py"
+ARCHIVE = "cifar-10-python.tar.gz"
+BATCHES: dict[Split, tuple[str, ...]] = {
+    "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
+    "validation": ("test_batch",),
+}
+DOWNLOAD_TIMEOUT_S = 10
+
+
+def open_cifar10(name: str, datadir: Path, split: Split, image_size: int) -> ImageDataset:
+    """The 50,000 training or 10,000 test images, 32 x 32, resized where another size is asked for.
+
+    Raises:
+        UsageError: the files are nowhere and cannot be downloaded, or are damaged.
+    """
+    folder = _find_batches(datadir)
+    batches = [_read_batch(folder / batch) for batch in BATCHES[split]]
+    images, labels = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    fingerprint = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+
+    def read(index: int) -> torch.Tensor:
+        return crop_array(images[index], image_size)
+
+    return ImageDataset(DatasetFacts(name, image_size, 3, None, True, CLASSES), split, labels, read, fingerprint)
+
+
+def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, 32, 32, 3] and labels int64 [N]."""
+    try:
+        with path.open("rb") as file:
+            content = load_numpy_pickle(file)
+        data, labels = np.asarray(content["data"]), np.asarray(content["labels"], dtype=np.int64)
+    except (OSError, *UNPICKLING_ERRORS) as error:
+        raise UsageError(f"cannot read {path}: {error} (damaged? delete it to have it unpacked again)") from error
+    if data.dtype != np.uint8 or data.shape != (len(labels), 3 * SIDE * SIDE) or labels.ndim != 1 or not len(labels):
+        raise UsageError(
+            f"{path}: expected uint8 data [N, 3072] with N labels, found {data.dtype} {data.shape} and {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() > 9:
+        raise UsageError(f"{path}: labels must lie in 0..9, but {labels.min()} to {labels.max()} were found")
+    return data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), labels
+
+
+def _find_batches(datadir: Path) -> Path:
+    names = [name for split in BATCHES.values() for name in split]
+    for folder in (datadir / FOLDER, datadir):
+        if all((folder / name).is_file() for name in names):
+            return folder
+    archive = datadir / ARCHIVE
+    if not archive.is_file():
+        _download(archive)
+    try:
+        with tarfile.open(archive) as tar:
+            for name in names:
+                _unpack(tar, name, datadir / FOLDER / name)
+    except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
+        raise UsageError(f"cannot unpack {archive}: {error} (damaged? delete it to have it fetched again)") from error
+    return datadir / FOLDER
+
+
+def _unpack(tar: tarfile.TarFile, name: str, path: Path) -> None:
+    """Write the one member that is wanted to a path of our own, whatever others the archive has."""
+    member: Any = tar.extractfile(f"{FOLDER}/{name}")
+    if member is None:
+        raise KeyError(f"{FOLDER}/{name} is no file")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(member.read())
+
+
+def _download(archive: Path) -> None:
+    print(f"cifar10: downloading {CIFAR10.url} into {archive.parent} ...", flush=True)
+    previous = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(archive) as temporary:
+            download_url(CIFAR10.url, str(archive.parent), temporary.name, CIFAR10.tgz_md5)
+    except (OSError, RuntimeError, urllib.error.URLError) as error:
+        raise UsageError(
+            f"cannot find cifar10: neither {FOLDER}/ nor {ARCHIVE} is in {archive.parent}, and the download failed "
+            f"({error}). Fetch {CIFAR10.url} elsewhere, and put it there"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(previous)

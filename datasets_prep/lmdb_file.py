@@ -1,0 +1,155 @@
+"""An LMDB read by any number of threads and processes.
+
+An environment must neither be used by a forked process nor be opened twice by one, so each file has one handle a process,
+which opens its environment anew in a forked child. Nothing is locked: the files are finished, and may lie on a read-only disk.
+"""
+
+import hashlib
+import os
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import lmdb
+import numpy as np
+
+from options import UsageError
+from runtime.files import atomic_path
+from runtime.progress import progress_bar
+
+__all__ = ["LmdbFile", "list_keys", "open_lmdb_file"]
+
+SAMPLED_VALUES = 16  # that enter the fingerprint
+_handles: "weakref.WeakValueDictionary[Path, LmdbFile]" = weakref.WeakValueDictionary()
+_opening = threading.Lock()
+
+
+class LmdbFile:
+    """Values by key; use `open_lmdb_file` to get one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._environment = _open(path)
+        self._process = os.getpid()
+        self._reopening = threading.Lock()
+
+    def __len__(self) -> int:
+        return self._current().stat()["entries"]
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value of `key`, or None.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        try:
+            with self._current().begin() as transaction:
+                return transaction.get(key)
+        except lmdb.Error as error:
+            raise UsageError(f"cannot read the LMDB {self.path}: {error}") from error
+
+    def keys(self) -> Iterator[bytes]:
+        """All keys in order."""
+        with self._current().begin() as transaction, transaction.cursor() as cursor:
+            yield from cursor.iternext(keys=True, values=False)
+
+    def ends(self) -> tuple[bytes, bytes]:
+        """The first and the last key.
+
+        Raises:
+            UsageError: the file is empty.
+        """
+        with self._current().begin() as transaction, transaction.cursor() as cursor:
+            if not cursor.first():
+                raise UsageError(f"the LMDB {self.path} is empty")
+            first = cursor.key()
+            cursor.last()
+            return first, cursor.key()
+
+    def fingerprint(self, keys: "np.ndarray | range") -> str:
+        """SHA-256 over the number of entries, the pages they take, and a sample of the values of `keys`, ends included.
+
+        It is the same for a copy of the file, and costs no more for a large one.
+        """
+        stat = self._current().stat()
+        digest = hashlib.sha256(f"{stat['entries']} {stat['overflow_pages']}".encode())
+        for index in np.linspace(0, len(keys) - 1, SAMPLED_VALUES).astype(int):
+            key = key_at(keys, int(index))
+            digest.update(key + b" " + (self.get(key) or b""))
+        return digest.hexdigest()
+
+    def _current(self) -> lmdb.Environment:
+        if self._process != os.getpid():
+            with self._reopening:
+                if self._process != os.getpid():
+                    self._environment.close()
+                    self._environment = _open(self.path)
+                    self._process = os.getpid()
+        return self._environment
+
+
+def open_lmdb_file(path: Path) -> LmdbFile:
+    """The handle of the LMDB at `path`, a folder with a `data.mdb` or a single file.
+
+    Raises:
+        UsageError: there is none, or it is damaged.
+    """
+    path = path.resolve()
+    with _opening:
+        handle = _handles.get(path)
+        if handle is None:
+            handle = _handles[path] = LmdbFile(path)
+        return handle
+
+
+def key_at(keys: "np.ndarray | range", index: int) -> bytes:
+    """The key of image `index`: numbers are written in decimal."""
+    return str(keys[index]).encode() if isinstance(keys, range) else bytes(keys[index])
+
+
+def list_keys(file: LmdbFile, cache: Path) -> np.ndarray:
+    """All keys of `file` in order, bytes [N] of fixed width; kept in `cache`, a .npy file, since listing takes minutes.
+
+    Raises:
+        UsageError: a key ends in a zero byte, which such an array cannot hold.
+    """
+    known = _read_keys(cache)
+    first, last = file.ends()
+    if known is not None and len(known) == len(file) and (known[0], known[-1]) == (first, last):
+        return known
+    found = list(progress_bar(file.keys(), total=len(file), desc=f"listing {file.path.name}", unit="key", leave=False))
+    if any(key.endswith(b"\0") for key in found):
+        raise UsageError(
+            f"the LMDB {file.path} has keys that end in a zero byte: it is no dataset of images known here"
+        )
+    keys = np.array(found)
+    try:
+        with atomic_path(cache) as temporary, temporary.open("wb") as output:
+            np.save(output, keys)
+    except OSError as error:  # a read-only data directory is no reason to fail
+        print(f"note: the list of keys is not kept: {error}")
+    return keys
+
+
+def _read_keys(path: Path) -> np.ndarray | None:
+    try:
+        keys = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return keys if keys.dtype.kind == "S" and keys.ndim == 1 and len(keys) else None
+
+
+def _open(path: Path) -> lmdb.Environment:
+    data = path / "data.mdb" if path.is_dir() else path
+    try:
+        environment = lmdb.open(
+            str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, create=False
+        )
+        needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        found = data.stat().st_size
+    except (lmdb.Error, OSError) as error:
+        raise UsageError(f"cannot open the LMDB {path}: {error}") from error
+    if found < needed:  # to read what is missing would end the process
+        raise UsageError(f"{data} is cut off: it has {found} bytes, but should have {needed}; fetch or make it again")
+    return environment
