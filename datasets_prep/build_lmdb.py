@@ -141,17 +141,16 @@ def _fill(environment: lmdb.Environment, paths: list[Path], options: BuildLmdbOp
         stored = transaction.get(PROGRESS)
     if stored is None and environment.stat()["entries"]:
         return  # all are there; only the new name was missing
-    progress = json.loads(stored) if stored else {"next": 0, "bad": []}
-    with progress_bar(total=len(paths), initial=progress["next"], desc=name, unit="image") as bar:
-        for values, names in _encoded(paths[progress["next"] :], options):
-            key = progress["next"] - len(progress["bad"])
-            progress = {"next": progress["next"] + len(values) + len(names), "bad": [*progress["bad"], *names]}
-            finished = progress["next"] == len(paths)
-            if finished and len(progress["bad"]) == len(paths):
-                raise UsageError(f"none of the {len(paths)} images can be read, the first is {progress['bad'][0]}")
-            _commit(environment, key, values, None if finished else json.dumps(progress).encode())
-            bar.update(len(values) + len(names))
-    if bad := progress["bad"]:
+    position, bad = json.loads(stored) if stored else (0, [])
+    with progress_bar(total=len(paths), initial=position, desc=name, unit="image") as bar:
+        for values, unreadable in _encoded(paths[position:], options):
+            first = position - len(bad)
+            position, bad = position + len(values) + len(unreadable), [*bad, *unreadable]
+            if len(bad) == len(paths):
+                raise UsageError(f"none of the {len(paths)} images can be read, the first is {bad[0]}")
+            _commit(environment, first, values, json.dumps([position, bad]) if position < len(paths) else None)
+            bar.update(len(values) + len(unreadable))
+    if bad:
         more = ", ..." if len(bad) > LISTED_BAD_IMAGES else ""
         listed = ", ".join(bad[:LISTED_BAD_IMAGES])
         print(f"--skip_bad_images: left out {len(bad)} of {len(paths)} images: {listed}{more}")
@@ -178,7 +177,7 @@ def _encoded(paths: list[Path], options: BuildLmdbOptions) -> Iterator[tuple[lis
             )
 
 
-def _commit(environment: lmdb.Environment, first: int, values: list[bytes], progress: bytes | None) -> None:
+def _commit(environment: lmdb.Environment, first: int, values: list[bytes], progress: str | None) -> None:
     """Images under the keys `first`, `first` + 1, ... and the progress (None: at the end), all or nothing."""
     while True:
         try:
@@ -188,7 +187,7 @@ def _commit(environment: lmdb.Environment, first: int, values: list[bytes], prog
                 if progress is None:
                     transaction.delete(PROGRESS)
                 else:
-                    transaction.put(PROGRESS, progress)
+                    transaction.put(PROGRESS, progress.encode())
             return
         except lmdb.MapFullError:
             environment.set_mapsize(2 * environment.info()["map_size"])

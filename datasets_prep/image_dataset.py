@@ -57,6 +57,13 @@ class ImageDataset:
     def __getitem__(self, index: int) -> torch.Tensor:
         return self._read(index)
 
+    def check_images(self, purpose: str) -> None:
+        """Nothing, unless this is a dataset without images, which `purpose` (a flag) needs.
+
+        Raises:
+            UsageError: there are no images.
+        """
+
     def head(self, count: int) -> "ImageDataset":
         """The first `count` images."""
         labels = self.stored_labels[:count]

@@ -55,12 +55,15 @@ class LatentDataset(ImageDataset):
         fingerprint = f"{self.fingerprint}[:{len(labels)}]"
         return LatentDataset(self.facts, self.split, labels, self.stored, fingerprint, self.autoencoder_sha256)
 
-    def _refuse(self, index: int) -> NoReturn:
+    def check_images(self, purpose: str) -> NoReturn:
+        """There are none."""
         raise UsageError(
-            f"{self.facts.name} holds latents, no images, so nothing can be measured on its images: leave --eval_samples "
-            "and --compute_fid out, write the samples with --save_images, and compare them with the images' statistics "
-            "(pytorch_fid/fid_score.py)"
+            f"{self.facts.name} holds latents and no images, which {purpose} needs: leave it out, write the samples with "
+            "--save_images, and compare them with statistics of the images (pytorch_fid/fid_score.py)"
         )
+
+    def _refuse(self, index: int) -> NoReturn:
+        self.check_images("scoring")
 
 
 class StoredMoments:

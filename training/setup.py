@@ -60,6 +60,8 @@ def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
     with processes.main_first():
         dataset = open_dataset(data, "train")
         held_out = open_dataset(data, "validation").head(LARGEST_SET)
+    if experiment.eval_samples:
+        dataset.check_images("--eval_samples")
     autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels)
     network_options = _network_options(options, autoencoder, (dataset, held_out))
     latent_size, remainder = divmod(data.image_size, autoencoder.factor)

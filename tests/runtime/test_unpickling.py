@@ -3,13 +3,12 @@
 import io
 import os
 import pickle
-import struct
-from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from runtime.unpickling import UNPICKLING_ERRORS, load_numpy_pickle
+from tests.python2_pickle import python2_pickle
 
 CONTENT = {
     "bytes": np.arange(256, dtype=np.uint8).reshape(4, 64),
@@ -18,25 +17,6 @@ CONTENT = {
     "numbers": [1, 2.5, True, None],
     "text": np.array(["a", "bc"]),
 }
-
-
-class Python2Pickler(pickle._Pickler):
-    """What Python 2 wrote: protocol 2, whose strings, text and bytes alike, are strings of bytes."""
-
-    dispatch: ClassVar = dict(pickle._Pickler.dispatch)
-
-    def save_string(self, value):
-        data = value.encode("ascii") if isinstance(value, str) else value
-        self.write(b"T" + struct.pack("<i", len(data)) + data)
-        self.memoize(value)
-
-    dispatch[str] = dispatch[bytes] = save_string
-
-
-def python2_pickle(value):
-    file = io.BytesIO()
-    Python2Pickler(file, protocol=2).dump(value)
-    return file.getvalue().replace(b"numpy._core.", b"numpy.core.")
 
 
 def load(data):
