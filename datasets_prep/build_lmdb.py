@@ -2,13 +2,15 @@
 
     python -m datasets_prep.build_lmdb --source IMAGES --datadir DIR --image_size 256
 
-writes `train.lmdb` and `validation.lmdb` below DIR, images under the keys "0", "1", ... in the order of the files' names. Each
+writes `train.lmdb` and `validation.lmdb` below DIR, images under the keys "0", "1", ... in the order of the files' names, with
+numbers in them taken as numbers: CelebA-HQ's are 0.jpg to 29999.jpg, and the last 3,000 of these are held out. Each LMDB
 grows under a temporary name; its last key, "progress", moves on in the same transaction as the images do, and is deleted in
 the last one. So the command continues after it was ended at any moment, and a finished LMDB holds nothing but images.
 """
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from options import UsageError, exit_cleanly, option, parse_options
 from runtime.files import read_json, write_json
 from runtime.progress import progress_bar
 
-__all__ = ["BuildLmdbOptions", "build_lmdb", "main", "split_files"]
+__all__ = ["BuildLmdbOptions", "build_lmdb", "list_in_order", "main", "split_files"]
 
 IMAGES_PER_COMMIT = 256
 PROGRESS = b"progress"
@@ -93,6 +95,20 @@ def build_lmdb(target: Path, paths: list[Path], root: Path, options: BuildLmdbOp
     return count
 
 
+def list_in_order(root: Path) -> list[Path]:
+    """The images below `root`, 2.jpg before 10.jpg.
+
+    Raises:
+        UsageError: there are none.
+    """
+
+    def words_and_numbers(path: Path) -> list[tuple[bool, int, str]]:
+        parts = re.split(r"([0-9]+)", path.relative_to(root).as_posix())
+        return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in parts]
+
+    return sorted(list_files(root, IMAGE_SUFFIXES), key=words_and_numbers)
+
+
 def split_files(paths: list[Path], root: Path, validation: str) -> dict[str, list[Path]]:
     """The files of each split: `validation` names those to hold out, or says how many of the last; "" is a tenth.
 
@@ -127,7 +143,7 @@ def main() -> None:
     root, datadir = Path(options.source), Path(options.datadir)
     if not root.is_dir():
         raise UsageError(f"--source {root} is no directory: name the folder that holds the images")
-    splits = split_files(list_files(root, IMAGE_SUFFIXES), root, options.validation)
+    splits = split_files(list_in_order(root), root, options.validation)
     for split, paths in splits.items():
         count = build_lmdb(datadir / f"{split}.lmdb", paths, root, options)
         print(

@@ -25,6 +25,7 @@ __all__ = ["DATASETS", "DatasetFacts", "DatasetOptions", "ImageDataset", "crop_p
 DATASETS: dict[str, Callable[[str, Path, Split, int], ImageDataset]] = {
     "fashion_mnist": open_idx,
     "mnist": open_idx,
+    "folder": open_folder,
     "cifar10": open_cifar10,
     "celeba_256": open_lmdb,
     "celeba_512": open_lmdb,
@@ -34,16 +35,19 @@ DATASETS: dict[str, Callable[[str, Path, Split, int], ImageDataset]] = {
     "lsun_bedroom": open_lsun,
     "imagenet_256": open_imagenet,
     "latent_imagenet_256": open_latents,
-    "folder": open_folder,
 }
 LISTED_BAD_IMAGES = 10
+IMAGES_PER_CHECK = 256
 
 
 @dataclass(frozen=True)
 class DatasetOptions:
     """Data."""
 
-    dataset: str = option("fashion_mnist", f"{', '.join(DATASETS)} (any directory of images); see docs/datasets.md")
+    dataset: str = option(
+        "fashion_mnist",
+        f"{', '.join(DATASETS)} (see docs/datasets.md; folder: any directory of images)",
+    )
     datadir: str = option("./data", "directory of the dataset's files; also holds the latent caches")
     image_size: int = option(32, "side of the square images in pixels", minimum=1)
     skip_bad_images: bool = option(False, "leave unreadable images out, with a count, instead of stopping")
@@ -71,19 +75,18 @@ def _leave_out_bad_images(dataset: ImageDataset) -> ImageDataset:
             return f"{error.image} ({error.reason})"
         return None
 
+    count, complaints = len(dataset), list[str | None]()
     with ThreadPoolExecutor(os.cpu_count()) as readers:
-        bar = progress_bar(readers.map(complaint, range(len(dataset))), total=len(dataset), desc="checking images")
-        complaints = list(bar)
+        for start in progress_bar(range(0, count, IMAGES_PER_CHECK), desc="checking images", unit="batch"):
+            complaints += readers.map(complaint, range(start, min(start + IMAGES_PER_CHECK, count)))
     bad = [text for text in complaints if text is not None]
     if not bad:
         return dataset
     kept = np.array([index for index, text in enumerate(complaints) if text is None], dtype=np.int64)
     if not len(kept):
-        raise UsageError(f"none of the {len(dataset)} images can be read, the first is {bad[0]}")
+        raise UsageError(f"none of the {count} images can be read, the first is {bad[0]}")
     more = f", and {len(bad) - LISTED_BAD_IMAGES} more" if len(bad) > LISTED_BAD_IMAGES else ""
-    print(
-        f"--skip_bad_images: left out {len(bad)} of {len(dataset)} images: {', '.join(bad[:LISTED_BAD_IMAGES])}{more}"
-    )
+    print(f"--skip_bad_images: left out {len(bad)} of {count} images: {', '.join(bad[:LISTED_BAD_IMAGES])}{more}")
     return ImageDataset(
         dataset.facts,
         dataset.split,

@@ -255,6 +255,28 @@ def test_own_photos_in_pixel_space(photo_dir, call, tmp_path):
     assert samples["labels"].tolist() == [0, 1, 0, 1, 0]
 
 
+def test_training_on_latents_made_beforehand(place, call, tmp_path):
+    """Moments [4, 8, 8] of images of 32 pixels; nothing but the scores needs an image."""
+    for index in range(40):
+        (tmp_path / "data" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
+        moments = np.random.default_rng(index).normal(size=(4, 8, 8)).astype(np.float32)
+        np.save(tmp_path / "data" / "ab"[index % 2] / f"{index}.npy", moments)
+    data = ["--dataset", "latent_imagenet_256", "--datadir", tmp_path / "data", "--image_size", 32]
+    run = ["--save_root", tmp_path / "saved", "--exp", "run", *SOLVER]
+    network = [*NETWORK, "--num_classes", 2, "--batch_size", 8, "--max_steps", 3, "--log_every", 1]
+    flags = [*data, *run, *network, "--pretrained_autoencoder_ckpt", place / "ae"]
+    code, out, err = call(TRAIN, flags)
+    assert code == 0, err
+    assert "38 images" in out
+    folder = tmp_path / "saved" / "latent_flow" / "latent_imagenet_256" / "run"
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(np.isfinite(entry["loss"]) for entry in entries if "loss" in entry)
+    code, _, err = call(TRAIN, [*flags, "--overwrite", "--eval_every", 1, "--eval_samples", 8])
+    assert_one_line(code, err, "latent_imagenet_256 holds latents and no images, which --eval_samples needs")
+    code, _, err = call(TEST, [*data, *run, "--n_sample", 4, "--output_dir", tmp_path])
+    assert code == 0, err
+
+
 def test_start_from_other_weights(place, checkpoint, call):
     """Fewer classes and no null class: the label table does not fit, everything else is loaded."""
     flags = [*train_flags(place, "fine"), "--init_from", checkpoint, "--label_dropout", 0, "--lr", 0, "--no-use_ema"]

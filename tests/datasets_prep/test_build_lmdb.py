@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from datasets_prep import build_lmdb as module
-from datasets_prep.build_lmdb import BuildLmdbOptions, build_lmdb, main, split_files
+from datasets_prep.build_lmdb import BuildLmdbOptions, build_lmdb, list_in_order, main, split_files
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from datasets_prep.folders import list_files
 from datasets_prep.images import IMAGE_SUFFIXES, center_crop
@@ -163,6 +163,14 @@ def test_official_splits(tmp_path):
         paths = [tmp_path / f"{index:05d}.png" for index in range(count)]
         splits = split_files(paths, tmp_path, "")
         assert splits == {"train": paths[: count - held_out], "validation": paths[count - held_out :]}
+
+
+def test_numbers_in_names_are_numbers(tmp_path):
+    names = ["0.jpg", "2.jpg", "9.png", "10.jpg", "100.jpg", "b/1.jpg", "b/02.jpg", "b/x3.jpg"]
+    for name in reversed(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.relative_to(tmp_path).as_posix() for path in list_in_order(tmp_path)] == names
 
 
 def test_chosen_validation_images(tmp_path, source):
