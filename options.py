@@ -40,6 +40,7 @@ PUBLISHED_KEYS = {
     "Bs": "batch_size",
 }
 
+ASSIGNMENT = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
 INTERRUPTED = 130  # exit code after Ctrl-C
 ENVIRONMENT_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
@@ -57,6 +58,7 @@ def option(
     choices: Iterable[str] | None = None,
     flags: tuple[str, ...] = (),
     minimum: float | None = None,
+    maximum: float | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
 
@@ -66,20 +68,22 @@ def option(
         choices: the values allowed, where they are few.
         flags: other spellings, such as "--attn_resolution".
         minimum: the smallest value allowed, for numbers.
+        maximum: the largest.
     """
-    metadata = {"help": help, "choices": choices, "flags": flags, "minimum": minimum}
+    metadata = {"help": help, "choices": choices, "flags": flags, "minimum": minimum, "maximum": maximum}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The values of all flags, and which of them the user gave.
+    """The values of all flags, which of them the user gave, and the components that they belong to.
 
     `options[GroupClass]` is the instance of one component's dataclass.
     """
 
     values: Mapping[str, Any]
     explicit: frozenset[str]
+    groups: tuple[type, ...] = ()
 
     def __getitem__(self, group: type[T]) -> T:
         names = [field.name for field in dataclasses.fields(group)]  # type: ignore[arg-type]
@@ -88,6 +92,20 @@ class Options:
     def given(self, group: type) -> dict[str, Any]:
         """The options of `group` that the user gave, on the command line or in the arguments file."""
         return {f.name: self.values[f.name] for f in dataclasses.fields(group) if f.name in self.explicit}
+
+    def describe(self, others: str) -> str:
+        """The options that differ from the dataclasses' defaults, a line for each component; `others` tells of the rest.
+
+        Values are written as an arguments file takes them.
+        """
+        lines, listed = [f"options ({others})"], set[str]()
+        for group in self.groups:
+            own = [field for field in dataclasses.fields(group) if field.name not in listed]
+            listed |= {field.name for field in own}
+            changed = [field.name for field in own if self.values[field.name] != field.default]
+            if changed:
+                lines.append(f"  {_title(group)}: " + " ".join(f"{n}={_written(self.values[n])}" for n in changed))
+        return "\n".join(lines)
 
 
 def as_json(value: Any) -> Any:
@@ -122,37 +140,22 @@ def parse_options(
         UsageError: an unknown flag or key, a missing arguments file, or a value that does not fit.
         SystemExit: `--help`.
     """
-    parser = _Parser(
-        usage="%(prog)s [--args_file FILE] [flags]",
-        description=description,
-        epilog="A switch --x may also be written --x true, --x false or --no-x. Defaults stand in brackets.",
-        allow_abbrev=False,
-        formatter_class=_HelpFormatter,
-    )
-    parser.add_argument("--args_file", metavar="FILE", help="KEY=VALUE lines read before the flags; later flags win")
-    fields = _add_groups(parser, groups, defaults or {})
-    for flag in ignored or {}:
-        parser.add_argument(f"--{flag}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-
-    argv = list(sys.argv[1:] if argv is None else argv)
+    defaults, ignored = defaults or {}, ignored or {}
+    parser, fields = _make_parser(description, groups, defaults, ignored)
     finder = _Parser(add_help=False, allow_abbrev=False)
     finder.add_argument("--args_file")
-    arguments_file, remaining = finder.parse_known_args(argv)
-    if arguments_file.args_file:
-        remaining = read_arguments_file(arguments_file.args_file, fields, ignored or {}) + remaining
-    given = vars(parser.parse_args(remaining))
-    given.pop("args_file", None)
+    found, words = finder.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    if found.args_file:
+        words = read_arguments_file(found.args_file, fields, ignored) + words
+    given = vars(parser.parse_args(words))
 
-    for flag, reason in (ignored or {}).items():
+    for flag, reason in ignored.items():
         if given.pop(flag, None) is not None:
             print(f"note: --{flag} has no effect here: {reason}", file=sys.stderr)
     for name, value in given.items():
-        minimum = fields[name].metadata["minimum"]
-        numbers = value if isinstance(value, tuple) else (value,)
-        if minimum is not None and any(number is not None and number < minimum for number in numbers):
-            raise UsageError(f"--{name} must be at least {minimum}, but {value} was given")
-    values = {name: field.default for name, field in fields.items()} | dict(defaults or {}) | given
-    return Options(values=values, explicit=frozenset(given))
+        _check_range(fields[name], value)
+    values = {name: field.default for name, field in fields.items()} | dict(defaults) | given
+    return Options(values=values, explicit=frozenset(given), groups=tuple(groups))
 
 
 def read_arguments_file(
@@ -161,8 +164,9 @@ def read_arguments_file(
     """Flags from a file of KEY=VALUE lines (parsed, never executed; `#` starts a comment).
 
     Args:
-        path: the file. Values may be quoted; those of options that are tuples are separated by spaces. The key TASK,
-            which chooses the script, belongs to run.sh and run_test.sh.
+        path: the file. A key is a flag's name in capitals or one of PUBLISHED_KEYS; several may share a line. Values may
+            be quoted; those of options that are tuples are separated by spaces. The key TASK, which chooses the script,
+            belongs to run.sh and run_test.sh.
         fields: the options that exist, by name.
         ignored: further names that are accepted.
 
@@ -173,28 +177,21 @@ def read_arguments_file(
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the arguments file {path}: {error}") from error
+    spellings = {flag[2:]: name for name, field in fields.items() for flag in field.metadata["flags"]}
     flags: list[str] = []
     for number, line in enumerate(lines, start=1):
         where = f"{path}, line {number}"
-        try:
-            words = shlex.split(line, comments=True)
-        except ValueError as error:
-            raise UsageError(f"{where}: {error}: {line!r}") from error
-        if not words:
-            continue
-        key, equals, first = words[0].partition("=")
-        name = PUBLISHED_KEYS.get(key, key.lower())
-        if not equals or not re.fullmatch(r"[A-Za-z]\w*", key):
-            raise UsageError(f"{where}: expected KEY=VALUE, but found {line!r}")
-        if key == "TASK":
-            continue
-        if name not in fields and name not in ignored:
-            raise UsageError(f"{where}: unknown key {key} (there is no flag --{name})")
-        value = " ".join([first, *words[1:]])
-        if not value:
-            raise UsageError(f"{where}: {key} has no value")
-        several = name in ignored or isinstance(fields[name].default, tuple)
-        flags += [f"--{name}", *(value.split() if several else [value])]
+        for key, value in _assignments(line, where):
+            name = PUBLISHED_KEYS.get(key, key.lower())
+            name = spellings.get(name, name)
+            if key == "TASK":
+                continue
+            if name not in fields and name not in ignored:
+                raise UsageError(f"{where}: unknown key {key} (there is no flag --{name})")
+            if not value:
+                raise UsageError(f"{where}: {key} has no value")
+            several = name in ignored or isinstance(fields[name].default, tuple)
+            flags += [f"--{name}", *(value.split() if several else [value])]
     return flags
 
 
@@ -214,13 +211,69 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
     sys.exit(2)
 
 
+def _assignments(line: str, where: str) -> list[tuple[str, str]]:
+    """The (key, value) pairs of a line; a word that is no KEY=VALUE of its own continues the value before it."""
+    try:
+        words = shlex.split(line, comments=True)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}: {line!r}") from error
+    pairs: list[tuple[str, str]] = []
+    for word in words:
+        if match := ASSIGNMENT.fullmatch(word):
+            pairs.append((match[1], match[2]))
+        elif pairs:
+            key, value = pairs[-1]
+            pairs[-1] = key, f"{value} {word}".strip()
+        else:
+            raise UsageError(f"{where}: expected KEY=VALUE, but found {line!r}")
+    return pairs
+
+
+def _check_range(field: dataclasses.Field, value: Any) -> None:
+    lowest, highest = field.metadata["minimum"], field.metadata["maximum"]
+    numbers = value if isinstance(value, tuple) else (value,)
+    # "not at least" where "less" would let nan pass
+    if lowest is not None and not all(number >= lowest for number in numbers):
+        raise UsageError(f"--{field.name} must be at least {lowest}, but {value} was given")
+    if highest is not None and not all(number <= highest for number in numbers):
+        raise UsageError(f"--{field.name} must be at most {highest}, but {value} was given")
+
+
+def _title(group: type) -> str:
+    return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
+
+
+def _written(value: Any) -> str:
+    """A value as an arguments file takes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return shlex.quote(" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
+
+
+def _make_parser(
+    description: str, groups: Sequence[type], defaults: Mapping[str, Any], ignored: Iterable[str]
+) -> tuple[argparse.ArgumentParser, dict[str, dataclasses.Field]]:
+    parser = _Parser(
+        usage="%(prog)s [--args_file FILE] [flags]",
+        description=description,
+        epilog="A switch --x may also be written --x true, --x false or --no-x. Defaults stand in brackets.",
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,
+    )
+    explained = "KEY=VALUE lines read before the flags; later flags win"
+    parser.add_argument("--args_file", metavar="FILE", default=argparse.SUPPRESS, help=explained)
+    fields = _add_groups(parser, groups, defaults)
+    for flag in ignored:
+        parser.add_argument(f"--{flag}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser, fields
+
+
 def _add_groups(
     parser: argparse.ArgumentParser, groups: Sequence[type], defaults: Mapping[str, Any]
 ) -> dict[str, dataclasses.Field]:
     fields: dict[str, dataclasses.Field] = {}
     for group in groups:
-        title = (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
-        section = parser.add_argument_group(title)
+        section = parser.add_argument_group(_title(group))
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             if field.name in fields:

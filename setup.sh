@@ -110,7 +110,7 @@ start() {  # start train|test [ARGUMENTS_FILE] [FLAGS...]
     fi
     [[ -f $file ]] || fail 2 "no arguments file $file" "There are: $(cd "$repository" && echo "$kind"_args/*.txt)"
 
-    task=$(sed -n "s/^[[:space:]]*TASK=[\"']\{0,1\}\([^\"'#[:space:]]*\).*/\1/p" "$file" | tail -n 1)
+    task=$(sed -n "s/^\([^#]*[[:space:]]\)\{0,1\}TASK=[\"']\{0,1\}\([^\"'#[:space:]]*\).*/\2/p" "$file" | tail -n 1)
     case ${task:-generate} in
         generate) suffix= ;;
         inpaint) suffix=_inpainting ;;

@@ -20,7 +20,7 @@ from evaluation.statistics import RunningMoments, Statistics, dataset_statistics
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, images_to_pixels, load_autoencoder
 from options import exit_cleanly, option, parse_options
 from runtime.files import atomic_path, write_json
-from runtime.precision import MachineOptions, choose_machine
+from runtime.precision import DeviceOptions, Machine, choose_device
 
 __all__ = ["ReconstructionOptions", "measure_reconstruction", "reconstruct"]
 
@@ -32,7 +32,6 @@ class ReconstructionOptions:
     """Measuring reconstructions."""
 
     batch_size: int = option(200, "images at a time", minimum=1)
-    device: str = option("auto", "auto (a GPU if there is one), or a device's name in torch")
     output_json: str | None = option(None, "file to write the result to")
     picture: str | None = option(None, "PNG file to draw to: originals above reconstructions")
 
@@ -63,14 +62,13 @@ def measure_reconstruction(
 
 def main() -> None:
     """Parse the flags, measure, print a line, write what was asked for."""
-    groups = [ReconstructionOptions, DatasetOptions, AutoencoderOptions, FeatureOptions]
+    groups = [ReconstructionOptions, DatasetOptions, AutoencoderOptions, FeatureOptions, DeviceOptions]
     options = parse_options(str(__doc__).splitlines()[0], groups)
     settings, data = options[ReconstructionOptions], options[DatasetOptions]
-    machine = choose_machine(MachineOptions(device=settings.device))
-    device = machine.device
+    device = choose_device(options[DeviceOptions])
     train, held_out = open_dataset(data, "train"), open_dataset(data, "validation")
     autoencoder = load_autoencoder(options[AutoencoderOptions], held_out.facts.channels).to(device)
-    features = choose_features(options[FeatureOptions], data.dataset, machine)
+    features = choose_features(options[FeatureOptions], data.dataset, Machine(device, "fp32"))
 
     if settings.picture:
         _draw(autoencoder, held_out, device, settings.picture)

@@ -19,7 +19,7 @@ __all__ = ["PathOptions", "PathSample", "straight_path"]
 class PathOptions:
     """Path and loss."""
 
-    sigma_min: float = option(1e-5, "share of noise that remains at the data's end of the path", minimum=0)
+    sigma_min: float = option(1e-5, "share of noise that remains at the data's end of the path", minimum=0, maximum=1)
     time_sampling: str = option(
         "uniform",
         "distribution of training times: uniform, logit_normal, stratified",

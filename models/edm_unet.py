@@ -35,7 +35,7 @@ class UNetOptions(FamilyOptions):
         "U-Nets: levels with attention, by the side of the feature map; with --use_origin_adm by downsampling factor",
         flags=("--attn_resolution",),
     )
-    dropout: float = option(0.0, "U-Nets: dropout in the residual blocks", minimum=0)
+    dropout: float = option(0.0, "U-Nets: dropout in the residual blocks", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True)

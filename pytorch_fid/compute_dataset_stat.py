@@ -11,7 +11,7 @@ from datasets_prep.datasets import DatasetOptions, open_dataset
 from evaluation.features import FeatureOptions, choose_features
 from evaluation.statistics import dataset_statistics, save_statistics
 from options import exit_cleanly, option, parse_options
-from runtime.precision import MachineOptions, choose_machine
+from runtime.precision import DeviceOptions, Machine, choose_device
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,13 @@ class StatisticsOptions:
     output: str | None = option(None, "file to write; default: pytorch_fid/<dataset>_<split>_<features>_stat.npz")
     split: str = option("train", "which images", choices=("train", "validation"))
     batch_size: int = option(50, "images at a time", minimum=1)
-    device: str = option("auto", "auto (a GPU if there is one), or a device's name in torch")
 
 
 def main() -> None:
     """Parse the flags, compute, write."""
-    options = parse_options(str(__doc__), [StatisticsOptions, DatasetOptions, FeatureOptions])
+    options = parse_options(str(__doc__), [StatisticsOptions, DatasetOptions, FeatureOptions, DeviceOptions])
     settings, data = options[StatisticsOptions], options[DatasetOptions]
-    machine = choose_machine(MachineOptions(device=settings.device))
+    machine = Machine(choose_device(options[DeviceOptions]), "fp32")
     dataset = open_dataset(data, "train" if settings.split == "train" else "validation")
     features = choose_features(options[FeatureOptions], data.dataset, machine)
     output = settings.output or Path(__file__).parent / f"{data.dataset}_{settings.split}_{features.name}_stat.npz"

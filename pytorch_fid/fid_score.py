@@ -10,8 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from evaluation.features import FeatureNetwork, FeatureOptions, load_features
 from evaluation.metrics import frechet_distance
 from evaluation.statistics import Statistics, folder_statistics, load_statistics
-from options import UsageError, exit_cleanly, option, parse_options
-from runtime.precision import MachineOptions, choose_machine
+from options import Options, UsageError, exit_cleanly, option, parse_options
+from runtime.precision import DeviceOptions, choose_device
 
 
 @dataclass(frozen=True)
@@ -19,17 +19,16 @@ class ScoreOptions:
     """Scoring."""
 
     batch_size: int = option(50, "images at a time", minimum=1)
-    device: str = option("auto", "auto (a GPU if there is one), or a device's name in torch")
 
 
 def main() -> None:
     """Take the two paths, before or after the flags, and print their distance."""
     paths, flags = _split_paths(sys.argv[1:])
-    options = parse_options(str(__doc__), [ScoreOptions, FeatureOptions], flags)
+    options = parse_options(str(__doc__), [ScoreOptions, FeatureOptions, DeviceOptions], flags)
     known = {path: load_statistics(path) for path in paths if not Path(path).is_dir()}
     features = None
     if len(known) < len(set(paths)):
-        features = _choose_features(list(known.values()), options[FeatureOptions], options[ScoreOptions].device)
+        features = _choose_features(list(known.values()), options)
     sets = []
     for path in paths:
         if path not in known:
@@ -50,11 +49,12 @@ def _split_paths(arguments: list[str]) -> tuple[list[str], list[str]]:
     return paths, flags
 
 
-def _choose_features(known: list[Statistics], options: FeatureOptions, device: str) -> FeatureNetwork:
+def _choose_features(known: list[Statistics], options: Options) -> FeatureNetwork:
     """Those asked for, else those of the statistics file, else Inception."""
     recorded = [s.meta["features"]["name"] for s in known if "features" in s.meta]
-    name = options.features or next(iter(recorded), "inception")
-    return load_features(name, options.feature_weights, choose_machine(MachineOptions(device=device)).device)
+    asked = options[FeatureOptions]
+    name = asked.features or next(iter(recorded), "inception")
+    return load_features(name, asked.feature_weights, choose_device(options[DeviceOptions]))
 
 
 if __name__ == "__main__":

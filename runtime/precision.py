@@ -7,21 +7,27 @@ import torch
 
 from options import UsageError, option
 
-__all__ = ["Machine", "MachineOptions", "choose_machine"]
+__all__ = ["DeviceOptions", "Machine", "MachineOptions", "choose_device", "choose_machine"]
 
 
 @dataclass(frozen=True)
-class MachineOptions:
-    """Machine."""
+class DeviceOptions:
+    """Device."""
 
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
+    num_threads: int = option(0, "CPU threads, 0: torch's choice; results are bit-identical for one number", minimum=0)
+
+
+@dataclass(frozen=True)
+class MachineOptions(DeviceOptions):
+    """Machine."""
+
     precision: str = option(
         "auto",
         "fp32, bf16 (autocast), or auto: bf16 where the processor multiplies it natively (GPUs since 2020, CPUs with AMX)",
         choices=("auto", "fp32", "bf16"),
     )
     compile: bool = option(False, "compile the network with torch.compile (the first step takes a minute)")
-    num_threads: int = option(0, "CPU threads, 0: torch's choice; results are bit-identical for one number", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -38,23 +44,29 @@ class Machine:
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def choose_machine(options: MachineOptions, local_rank: int = 0) -> Machine:
+def choose_device(options: DeviceOptions, local_rank: int = 0) -> torch.device:
     """Resolve "auto" and set the number of threads.
 
     Raises:
-        UsageError: a device that torch does not know or does not have.
+        UsageError: a device that torch does not know or cannot use here.
     """
     name = options.device
     if name == "auto":
         name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {options.device}: expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {options.device}: this torch sees no CUDA GPU; use --device cpu")
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a GPU, or a driver, that is not there
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N of this machine ({reason})") from error
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
+    return device
+
+
+def choose_machine(options: MachineOptions, local_rank: int = 0) -> Machine:
+    """The device, and the precision on it with "auto" resolved; errors as `choose_device`."""
+    device = choose_device(options, local_rank)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
     precision = options.precision

@@ -19,6 +19,7 @@ class Sampler:
     num_steps: int = option(50, "steps, 100 % of them", minimum=1)
     cfg_scale: float | None = option(None, "guidance scale", flags=("--cfg",))
     seed: int = option(0, "seed of the noise")
+    noise: float = option(0.5, "share of noise", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,11 @@ def test_unusable_flags_are_the_users_errors(words, message):
     [
         (["--num_steps", "0"], "--num_steps must be at least 1, but 0 was given"),
         (["--widths", "16", "7"], r"--widths must be at least 8, but \(16, 7\) was given"),
+        (["--noise", "2"], "--noise must be at most 1, but 2.0 was given"),
+        (["--noise", "nan"], "--noise must be at least 0, but nan was given"),
     ],
 )
-def test_values_below_their_minimum(words, message):
+def test_values_out_of_range(words, message):
     with pytest.raises(UsageError, match=message):
         parse(*words)
 
@@ -115,6 +118,20 @@ def test_script_defaults_are_no_explicit_values(capsys):
     with pytest.raises(SystemExit):
         parse("--help", defaults={"num_steps": 3})
     assert "[3]" in capsys.readouterr().out
+
+
+def test_description_lists_what_differs_from_the_defaults_in_the_form_of_an_arguments_file(tmp_path):
+    words = ["--cfg", 1.5, "--widths", 8, 24, "--no-use_ema", "--num_steps", 50, "--seed", 3]
+    options = parse(*words)
+    text = options.describe("the others: --help")
+    assert text.splitlines() == [
+        "options (the others: --help)",
+        "  Sampler: cfg_scale=1.5 seed=3",
+        "  Network: widths='8 24' use_ema=false",
+    ]
+    path = write(tmp_path, "\n".join(line.partition(": ")[2] for line in text.splitlines()[1:]))
+    assert parse("--args_file", path).values == options.values
+    assert parse().describe("none differs") == "options (none differs)"
 
 
 def test_ignored_flags_say_so_once(capsys):
@@ -155,6 +172,19 @@ def test_published_keys(tmp_path):
     )
 
 
+def test_several_keys_may_share_a_line(tmp_path):
+    path = write(tmp_path, 'METHOD=heun NUM_STEPS=0007 WIDTHS="8 16" USE_EMA=False  # four\nWIDTHS=8 24 32 CFG= 2\n')
+    options = parse("--args_file", path)
+    assert options[Sampler] == Sampler(method="heun", num_steps=7, cfg_scale=2.0)
+    assert options[Network] == Network(widths=(8, 24, 32), use_ema=False)
+
+
+def test_a_key_may_be_another_spelling_of_a_flag(tmp_path):
+    fields = {"attn_resolutions": option((1,), "", flags=("--attn_resolution",))}
+    path = write(tmp_path, "ATTN_RESOLUTION=16 8\n")
+    assert read_arguments_file(path, fields) == ["--attn_resolutions", "16", "8"]
+
+
 def test_quoted_values_keep_their_spaces_and_task_is_left_to_the_shell(tmp_path):
     path = write(tmp_path, 'TASK=generate\nDATADIR="my images"\n')
     assert read_arguments_file(path, {"datadir": option("data", "")}) == ["--datadir", "my images"]
@@ -175,6 +205,8 @@ def test_arguments_file_is_never_executed(tmp_path):
         ("\nSTEPZ=3", r"line 2: unknown key STEPZ \(there is no flag --stepz\)"),
         ('METHOD="heun', r"line 1: No closing quotation"),
         ("USE_EMA=", r"line 1: USE_EMA has no value"),
+        ("USE_EMA=true CFG=", r"line 1: CFG has no value"),
+        ("NUM_STEPS=3 STEPZ=4", r"line 1: unknown key STEPZ"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, text, message):

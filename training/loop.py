@@ -54,7 +54,7 @@ class TrainingOptions:
     weight_decay: float = option(0.0, "AdamW's weight decay", minimum=0)
     grad_clip: float = option(0.0, "largest gradient norm; 0: no clipping", minimum=0)
     use_ema: bool = option(True, "sample and save the moving average of the weights")
-    ema_decay: float = option(0.9999, "decay of the moving average per step, after a warm-up", minimum=0)
+    ema_decay: float = option(0.9999, "decay of the moving average per step, after a warm-up", minimum=0, maximum=1)
 
 
 @dataclass
