@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Train latent flow matching (LFM, arXiv:2307.08698): unconditional or class-conditional generation."""
 
+from models.registry import IGNORED_NETWORK_FLAGS
 from options import INTERRUPTED, exit_cleanly, parse_options
 from runtime.distributed import start_processes
 from training.loop import train
@@ -8,12 +9,9 @@ from training.setup import TRAINING_GROUPS, prepare
 
 # Published flags without an effect, here or there.
 IGNORED = {
+    **IGNORED_NETWORK_FLAGS,
     "beta1": "the published trainer never used it (AdamW's betas were 0.9 and 0.999); see --adam_betas",
     "beta2": "the published trainer never used it (AdamW's betas were 0.9 and 0.999); see --adam_betas",
-    "num_timesteps": "flow matching has continuous time",
-    "centered": "pixels always lie in [-1, 1]",
-    "augment_dim": "it was always 0",
-    "layout": "it never ran",
     "num_proc_node": "start several processes with torchrun --nnodes",
     "num_process_per_node": "start several processes with torchrun --nproc_per_node",
     "node_rank": "torchrun tells each process its rank",
@@ -28,6 +26,8 @@ def main() -> int:
     options = parse_options(str(__doc__), TRAINING_GROUPS, ignored=IGNORED)
     processes = start_processes()
     try:
+        if processes.is_main:
+            print(options.describe("those that differ from the defaults; all: config.json in the run's folder"))
         job, resume = prepare(options, processes)
         if processes.is_main:
             parameters = sum(p.numel() for p in job.network.parameters())

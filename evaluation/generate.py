@@ -16,7 +16,7 @@ from models.autoencoder import Autoencoder, PixelSpace
 from models.conditions import Condition
 from options import UsageError
 from runtime.precision import Machine
-from runtime.randomness import noise_for_indices
+from runtime.randomness import NOISE_SOURCES
 
 __all__ = ["GeneratedBatch", "balanced_labels", "check_guidance", "generate"]
 
@@ -61,6 +61,7 @@ def generate(
     seed: int,
     cfg_scale: float = 1.0,
     batch_size: int = 200,
+    generator: str = "determ-indiv",
     labels: Callable[[Sequence[int], int], torch.Tensor] = balanced_labels,
 ) -> Iterator[GeneratedBatch]:
     """Draw the samples `indices` in batches.
@@ -77,11 +78,13 @@ def generate(
         seed: of the noise.
         cfg_scale: guidance scale, 1: none.
         batch_size: samples drawn at a time.
+        generator: key of NOISE_SOURCES; by default every sample has a stream of its own.
         labels: class ids of given indices.
     """
+    noise_source = NOISE_SOURCES[generator](seed)
     for start in range(0, len(indices), batch_size):
         chosen = indices[start : start + batch_size]
-        noise = noise_for_indices(seed, chosen, latent_shape).to(machine.device)
+        noise = noise_source(chosen, latent_shape).to(machine.device)
         ids = labels(chosen, num_classes).to(machine.device)
         condition, null = Condition(ids), Condition(torch.full_like(ids, num_classes))
 

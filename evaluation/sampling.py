@@ -14,6 +14,7 @@ from evaluation.features import FeatureOptions, choose_features
 from evaluation.generate import GeneratedBatch, check_guidance, generate
 from evaluation.pictures import grid_count, save_grid
 from evaluation.score import reference_statistics, score_samples
+from evaluation.statistics import read_statistics
 from evaluation.writer import FORMATS, SampleWriter
 from flow.guidance import GuidanceOptions
 from flow.solvers import ADAPTIVE, SolverOptions
@@ -24,6 +25,7 @@ from runtime.checkpoints import LoadedModel, experiment_folder, load_model, newe
 from runtime.files import write_json
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.progress import progress_bar
+from runtime.randomness import NOISE_SOURCES
 
 __all__ = ["SAMPLING_GROUPS", "SamplingOptions", "sample_and_score"]
 
@@ -39,12 +41,19 @@ class SamplingOptions:
     n_sample: int = option(50000, "number of samples", minimum=1)
     batch_size: int = option(200, "samples drawn at a time; only torchdiffeq's adaptive solvers see it", minimum=1)
     seed: int = option(42, "seed of the noise; sample i depends on (seed, i) alone", minimum=0)
+    generator: str = option(
+        "determ-indiv",
+        "source of the noise: a stream per sample (determ, determ-indiv), or torch's global generator (dummy)",
+        choices=tuple(NOISE_SOURCES),
+    )
     compute_fid: bool = option(False, "score the samples against the dataset's training images")
+    real_img_dir: str = option("", "score against these images, or this statistics file (.npz, .npy), instead")
     output_dir: str = option(
         "", "folder for samples (and the grid, unless they are png or jpg); default: samples/ beside the checkpoint"
     )
     save_images: str | None = option(None, "also write every sample, in this format", choices=FORMATS)
     output_json: str = option("", "file for the result; default: beside the grid")
+    output_log: str = option("", "also append the result's line to this file")
 
 
 SAMPLING_GROUPS = (
@@ -75,10 +84,7 @@ def sample_and_score(options: Options) -> dict[str, Any]:
     )
     _refuse_contradictions(options, model.header, path)
     check_guidance(model.header["network"], guidance.cfg_scale)
-    if solver.method in ADAPTIVE and "num_steps" in options.explicit:
-        print(
-            f"note: --num_steps has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol"
-        )
+    _note_unused(options)
 
     stem = f"{path.stem}_{solver.method}_cfg{guidance.cfg_scale:g}_seed{sampling.seed}"
     folder, samples_folder = _output_folders(sampling, path, stem)
@@ -105,6 +111,7 @@ def sample_and_score(options: Options) -> dict[str, Any]:
         "nfe": keeper.evaluations / sampling.n_sample,
         "guided_evaluations": guidance.cfg_scale != 1,
         "seed": sampling.seed,
+        "generator": sampling.generator,
         "solver": as_json(solver),
         "cfg_scale": guidance.cfg_scale,
         "precision": machine.precision,
@@ -114,6 +121,14 @@ def sample_and_score(options: Options) -> dict[str, Any]:
     }
     write_json(sampling.output_json or folder / f"{stem}.json", result)
     return result
+
+
+def _note_unused(options: Options) -> None:
+    method, sampling = options[SolverOptions].method, options[SamplingOptions]
+    if method in ADAPTIVE and "num_steps" in options.explicit:
+        print(f"note: --num_steps has no effect on the adaptive solver {method}, which follows --atol and --rtol")
+    if sampling.real_img_dir and not sampling.compute_fid:
+        print("note: --real_img_dir has no effect without --compute_fid")
 
 
 class _Keeper:
@@ -153,6 +168,7 @@ def _batches(model: LoadedModel, options: Options, machine: Machine) -> Iterator
         seed=sampling.seed,
         cfg_scale=options[GuidanceOptions].cfg_scale,
         batch_size=sampling.batch_size,
+        generator=sampling.generator,
     )
     with progress_bar(total=sampling.n_sample, desc="sampling", unit="image") as bar:
         for batch in stream:
@@ -161,12 +177,16 @@ def _batches(model: LoadedModel, options: Options, machine: Machine) -> Iterator
 
 
 def _score(batches: Iterable[GeneratedBatch], options: Options, model: LoadedModel, machine: Machine) -> dict[str, Any]:
-    stored = model.header["dataset"]
+    sampling, stored = options[SamplingOptions], model.header["dataset"]
     data = replace(options[DatasetOptions], dataset=stored["name"], image_size=stored["image_size"])
     features = choose_features(options[FeatureOptions], data.dataset, machine)
-    reference = reference_statistics(open_dataset(data, "train"), features, data.datadir)
+    if sampling.real_img_dir:
+        reference = read_statistics(sampling.real_img_dir, features, sampling.batch_size)
+    else:
+        reference = reference_statistics(open_dataset(data, "train"), features, data.datadir)
     names = stored["class_names"] if model.header["num_classes"] == len(stored["class_names"]) else ()
-    return score_samples(batches, features, reference, names)
+    score = score_samples(batches, features, reference, names)
+    return score | {"reference": sampling.real_img_dir or f"{data.dataset}, training images"}
 
 
 def _output_folders(sampling: SamplingOptions, checkpoint: Path, stem: str) -> tuple[Path, Path]:
@@ -186,11 +206,11 @@ def _checkpoint_path(sampling: SamplingOptions, dataset: str) -> Path:
 
 def _refuse_contradictions(options: Options, header: Mapping[str, Any], path: Path) -> None:
     """An explicitly given flag must say what the checkpoint says."""
-    image_size, autoencoder = header["dataset"]["image_size"], header["autoencoder"]
+    image_size = header["dataset"]["image_size"]
     stored = {"dataset": header["dataset"]["name"], "image_size": image_size, **header["network"]}
-    stored |= {"f": image_size // header["latent_size"], "scale_factor": autoencoder.get("scale_factor")}
+    stored |= {"f": image_size // header["latent_size"], "scale_factor": _scale_factor(header["autoencoder"])}
     given = {name: as_json(options.values[name]) for name in options.explicit if name in stored}
-    if {"model_type", "use_origin_adm"} & options.explicit:
+    if "model_type" in options.explicit or options[NetworkOptions].use_origin_adm:
         stored["model_type"], given["model_type"] = header["model_type"], options[NetworkOptions].resolve()
     for name, value in given.items():
         if value != stored[name]:
@@ -198,3 +218,9 @@ def _refuse_contradictions(options: Options, header: Mapping[str, Any], path: Pa
                 f"--{name} {value} contradicts the checkpoint {path}, which says {stored[name]}: "
                 "leave the flag out, or choose another checkpoint"
             )
+
+
+def _scale_factor(autoencoder: Mapping[str, Any]) -> float | None:
+    """The factor that an autoencoder's statistics amount to; None where one number does not tell."""
+    means, stds = autoencoder.get("latents_mean", ()), autoencoder.get("latents_std", ())
+    return round(1 / stds[0], 6) if not any(means) and len(set(stds)) == 1 else None

@@ -34,6 +34,7 @@ __all__ = [
     "folder_statistics",
     "image_batches",
     "load_statistics",
+    "read_statistics",
     "save_statistics",
 ]
 
@@ -191,6 +192,11 @@ def load_statistics(path: str | Path) -> Statistics:
             f"{path}: expected finite mu [D] and sigma [D, D], but found {mean.shape} and {covariance.shape}"
         )
     return Statistics(mean, covariance, meta.pop("count", None), meta)
+
+
+def read_statistics(path: str | Path, features: FeatureNetwork, batch_size: int) -> Statistics:
+    """Statistics of a folder of images, or of a statistics file; errors as `folder_statistics` and `load_statistics`."""
+    return folder_statistics(path, features, batch_size) if Path(path).is_dir() else load_statistics(path)
 
 
 def _read_batches(paths: list[Path], batch_size: int) -> Iterator[torch.Tensor]:

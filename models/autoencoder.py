@@ -45,7 +45,9 @@ class AutoencoderOptions:
         "stabilityai/sd-vae-ft-mse", "diffusers AutoencoderKL: a hub id, a local folder, or none for pixel space"
     )
     scale_factor: float | None = option(
-        None, "factor on the latents; default: the autoencoder's own statistics (Stable Diffusion: 0.18215)"
+        None,
+        "factor on the latents; default: the autoencoder's own statistics (Stable Diffusion: 0.18215)",
+        minimum=1e-6,
     )
     f: int | None = option(
         None, "how many times smaller latents are than images; default: the autoencoder's own factor"
@@ -217,7 +219,7 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder 
     """
     name = options.pretrained_autoencoder_ckpt
     if name == "none":
-        return PixelSpace(channels)
+        return _checked_factor(PixelSpace(channels), options)
     folder = next((path for path in (Path(name), REPOSITORY / name) if path.is_dir()), None)
     local = folder is not None
     if not local and not HUB_ID.fullmatch(name):
@@ -237,10 +239,7 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder 
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = "" if local else "; without a network, name a local folder in diffusers format"
         raise UsageError(f"cannot load the autoencoder {name}: {reason}{hint}") from error
-    autoencoder = Autoencoder(network, name, options.scale_factor)
-    if options.f not in (None, autoencoder.factor):
-        raise UsageError(f"--f {options.f} contradicts the autoencoder {name}, whose factor is {autoencoder.factor}")
-    return autoencoder
+    return _checked_factor(Autoencoder(network, name, options.scale_factor), options)
 
 
 def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
@@ -250,6 +249,15 @@ def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
         digest.update(name.encode())
         digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _checked_factor(autoencoder: Autoencoder | PixelSpace, options: AutoencoderOptions) -> Autoencoder | PixelSpace:
+    if options.f not in (None, autoencoder.factor):
+        raise UsageError(
+            f"--f {options.f} contradicts the autoencoder {options.pretrained_autoencoder_ckpt}, "
+            f"whose factor is {autoencoder.factor}"
+        )
+    return autoencoder
 
 
 def _latent_scale(config: Any, scale_factor: float | None) -> tuple[list[float], list[float]]:

@@ -14,8 +14,23 @@ from models.family import FamilyOptions
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
 from options import UsageError, option
 
-__all__ = ["FAMILY_OPTIONS", "NETWORKS", "Family", "NetworkOptions", "build_network", "options_from_header"]
+__all__ = [
+    "FAMILY_OPTIONS",
+    "IGNORED_NETWORK_FLAGS",
+    "NETWORKS",
+    "Family",
+    "NetworkOptions",
+    "build_network",
+    "options_from_header",
+]
 
+# Published flags of the networks that had no effect, and have none here.
+IGNORED_NETWORK_FLAGS = {
+    "augment_dim": "it was always 0",
+    "centered": "pixels always lie in [-1, 1]",
+    "layout": "it never ran",
+    "num_timesteps": "flow matching has continuous time",
+}
 ORIGIN_ADM = "origin_adm"  # the model type that --use_origin_adm stands for
 
 

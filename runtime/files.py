@@ -11,7 +11,7 @@ from typing import Any
 
 from options import UsageError, as_json
 
-__all__ = ["atomic_path", "move_aside", "read_json", "replace_folder", "write_json"]
+__all__ = ["append_line", "atomic_path", "move_aside", "read_json", "replace_folder", "write_json"]
 
 FULL_BYTES = 1 << 16  # with less free space than this, a failed write is blamed on the full disk
 
@@ -48,6 +48,14 @@ def write_json(path: str | Path, value: Any) -> None:
     """Write `value` (dataclasses and tuples allowed) as indented JSON, atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(as_json(value), indent=2) + "\n", encoding="utf-8")
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Add a line to a log, which may not exist yet; it is written in one piece."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{line}\n")
 
 
 def read_json(path: str | Path) -> Any:

@@ -38,7 +38,11 @@ class ExperimentOptions:
     save_root: str = option("saved_info", "folder of all experiments")
     resume: bool = option(False, "continue the experiment even if its length or learning rate was changed")
     overwrite: bool = option(False, "start anew; an existing run of this name is moved aside")
-    init_from: str = option("", "start from the weights of this checkpoint (what fits is loaded, the rest is listed)")
+    init_from: str = option(
+        "",
+        "start from the weights of this checkpoint (what fits is loaded, the rest is listed)",
+        flags=("--model_ckpt",),
+    )
     save_content: bool = option(True, "keep content.pth, all that an exact resume needs")
     save_content_every: int = option(10, "epochs between savings of content.pth", minimum=1)
     save_content_every_steps: int = option(0, "steps between savings of content.pth; 0: by epochs", minimum=0)

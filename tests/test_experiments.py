@@ -1,0 +1,265 @@
+"""The files of train_args/ and test_args/ through the scripts' own parsers, and the published flags with their defaults."""
+
+import re
+import runpy
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from datasets_prep.datasets import DatasetOptions
+from evaluation.sampling import SamplingOptions
+from flow.guidance import GuidanceOptions
+from flow.solvers import SolverOptions
+from models.autoencoder import AutoencoderOptions
+from models.registry import NETWORKS, NetworkOptions, build_network
+from options import parse_options
+from runtime.precision import MachineOptions
+from training.experiment import ExperimentOptions
+from training.loop import TrainingOptions
+
+ROOT = Path(__file__).parents[1]
+GROUPS = {"train": "TRAINING_GROUPS", "test": "SAMPLING_GROUPS"}
+
+
+class Experiment(NamedTuple):
+    """What a published experiment is: recipe, checkpoint, and millions of parameters."""
+
+    exp: str
+    dataset: str
+    gpus: int
+    batch_size: int
+    lr: float
+    num_epoch: int
+    no_lr_decay: bool
+    epoch_id: int | None
+    parameters: float
+    cfg_scale: float = 1.0
+
+
+EXPERIMENTS = {
+    "celeb256_dit": Experiment("celeb_f8_dit", "celeba_256", 1, 32, 2e-4, 500, True, 475, 457.1),
+    "ffhq_dit": Experiment("ffhq_f8_dit", "ffhq_256", 1, 32, 2e-4, 500, False, 475, 457.1),
+    "bed_dit": Experiment("bed_f8_dit", "lsun_bedroom", 1, 32, 1e-4, 600, True, 550, 457.1),
+    "church_dit": Experiment("church_f8_dit", "lsun_church", 2, 48, 1e-4, 600, True, 575, 457.1),
+    "imnet_dit": Experiment("imnet_f8_ditb2", "imagenet_256", 8, 160, 1e-4, 1000, True, 875, 130.5, 1.5),
+    "imnet_adm": Experiment("imnet_f8_adm", "imagenet_256", 8, 96, 1e-4, 1200, True, 1125, 407.4, 1.25),
+    "celeb256_adm": Experiment("celeba_f8_adm", "celeba_256", 1, 112, 2e-5, 500, False, 480, 153.1),
+    "celeb512_adm": Experiment("celeb512_f8_adm", "celeba_512", 8, 6, 2e-5, 1000, True, 425, 352.2),
+    "ffhq_adm": Experiment("ffhq_f8_adm", "ffhq_256", 1, 128, 2e-5, 500, False, 325, 406.4),
+    "bed_adm": Experiment("bed_f8_adm", "lsun_bedroom", 1, 128, 1e-5, 500, True, 425, 406.4),
+    "church_adm": Experiment("church_f8_adm", "lsun_church", 1, 128, 1e-5, 500, True, 425, 406.4),
+    "celeb1024_adm": Experiment("celeb1024_f8_adm", "celeba_1024", 8, 6, 2e-5, 1000, True, None, 531.8),
+    "inpainting_kl": Experiment("inpainting_kl", "celeba_256", 2, 64, 5e-5, 500, False, None, 356.1),
+    "semantic_kl": Experiment("semantic_kl", "celeba_256", 2, 64, 5e-5, 175, False, None, 356.1),
+}
+OWN = {"fashion_mnist_dit": 1.9}  # millions of parameters of this repository's own experiments
+HALF_PRECISION = {"celeb512_adm", "celeb1024_adm"}
+
+
+@cache
+def names_of(script):
+    """The global names of a script, whose main function is not run."""
+    return runpy.run_path(str(ROOT / script))
+
+
+def parse(kind, *flags):
+    names = names_of(f"{kind}_flow_latent.py")
+    ignored = names["IGNORED"] | {"num_process_per_node": "the start of the processes reads it"}
+    return parse_options("", names[GROUPS[kind]], [str(flag) for flag in flags], ignored=ignored)
+
+
+def path_of(kind, name):
+    return ROOT / f"{kind}_args" / f"{name}.txt"
+
+
+def parse_file(kind, name):
+    return parse(kind, "--args_file", path_of(kind, name))
+
+
+def network_of(options):
+    """(model type, the options of its family) of a network in evaluation."""
+    model_type = options[NetworkOptions].resolve()
+    return model_type, replace(options[NETWORKS[model_type].options], use_grad_checkpointing=False)
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_every_file_is_one_of_the_experiments(kind):
+    assert {path.stem for path in (ROOT / f"{kind}_args").iterdir()} == EXPERIMENTS.keys() | OWN
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_published_recipe(name):
+    expected, options = EXPERIMENTS[name], parse_file("train", name)
+    training, data = options[TrainingOptions], options[DatasetOptions]
+    assert (
+        Experiment(
+            options[ExperimentOptions].exp,
+            data.dataset,
+            int((re.findall(r"^NUM_PROCESS_PER_NODE=(\d+)$", path_of("train", name).read_text(), re.M) or [1])[0]),
+            training.batch_size,
+            training.lr,
+            training.num_epoch,
+            training.no_lr_decay,
+            expected.epoch_id,
+            expected.parameters,
+            expected.cfg_scale,
+        )
+        == expected
+    )
+    assert training.lr_schedule == "cosine"
+    assert options[AutoencoderOptions] == AutoencoderOptions(scale_factor=0.18215, f=8)
+    assert (options[MachineOptions].precision == "bf16") == (name in HALF_PRECISION)
+    assert network_of(options)[1].num_out_channels == 4
+    checkpointed = options[NETWORKS[options[NetworkOptions].resolve()].options].use_grad_checkpointing
+    assert checkpointed == (name == "imnet_dit")
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_published_sampling(name):
+    expected, options = EXPERIMENTS[name], parse_file("test", name)
+    sampling, solver = options[SamplingOptions], options[SolverOptions]
+    assert (sampling.exp, sampling.epoch_id) == (expected.exp, expected.epoch_id)
+    assert (solver.method, solver.num_steps) == ("dopri5", 0)
+    assert options[GuidanceOptions].cfg_scale == expected.cfg_scale
+    assert options[DatasetOptions].dataset == expected.dataset
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *OWN])
+def test_parameter_count(name):
+    options = parse_file("train", name)
+    size = options[DatasetOptions].image_size // (options[AutoencoderOptions].f or 4)
+    with torch.device("meta"):
+        network = build_network(*network_of(options)[:1], size, network_of(options)[1])
+    assert all(parameter.is_meta for parameter in network.parameters())
+    expected = OWN[name] if name in OWN else EXPERIMENTS[name].parameters
+    assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1) == expected
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_test_file_alone_describes_the_network(name):
+    """As the published checkpoints need it, which have no header."""
+    train, test = parse_file("train", name), parse_file("test", name)
+    assert network_of(test) == network_of(train)
+    assert test[DatasetOptions] == train[DatasetOptions]
+
+
+@pytest.mark.parametrize("name", [*EXPERIMENTS, *OWN])
+def test_the_two_files_belong_together(name):
+    train, test = parse_file("train", name), parse_file("test", name)
+    assert test[SamplingOptions].exp == train[ExperimentOptions].exp
+    task = [re.findall(r"^TASK=.*", path_of(kind, name).read_text(), re.M) for kind in GROUPS]
+    assert task[0] == task[1]
+    epoch = test[SamplingOptions].epoch_id
+    if epoch is not None:
+        assert epoch % train[ExperimentOptions].save_ckpt_every == 0, "training never keeps this epoch"
+        assert epoch <= train[TrainingOptions].num_epoch
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_the_first_line_tells_what_it_is(kind, name):
+    first, *others = path_of(kind, name).read_text().splitlines()
+    gpus, batch_size = EXPERIMENTS[name].gpus, EXPERIMENTS[name].batch_size
+    assert first.startswith(f"# {EXPERIMENTS[name].exp}")
+    assert first.endswith(f"{gpus} GPU{'s' if gpus > 1 else ''} x {batch_size}.")
+    assert not any(line.startswith("#") for line in others)
+
+
+def test_a_published_file_on_one_line(tmp_path):
+    path = tmp_path / "celeb256_dit.txt"
+    path.write_text(
+        "MODEL_TYPE=DiT-L/2 EPOCH_ID=475 DATASET=celeba_256 EXP=celeb_f8_dit METHOD=dopri5 STEPS=0 "
+        "USE_ORIGIN_ADM=False IMG_SIZE=256\n"
+    )
+    assert parse("test", "--args_file", path).explicit == {
+        "model_type", "epoch_id", "dataset", "exp", "method", "num_steps", "use_origin_adm", "image_size",
+    }  # fmt: skip
+
+
+PUBLISHED_DEFAULTS = {  # of the network, in both scripts
+    "model_type": "adm", "image_size": 32, "nf": 256, "num_res_blocks": 2, "attn_resolutions": (16,),
+    "ch_mult": (1, 1, 2, 2, 4, 4), "dropout": 0, "label_dim": 0, "num_classes": None, "label_dropout": 0,
+    "use_origin_adm": False, "use_scale_shift_norm": True, "resblock_updown": False, "use_new_attention_order": False,
+    "resamp_with_conv": True, "num_heads": 4, "num_head_upsample": -1, "num_head_channels": -1,
+    "pretrained_autoencoder_ckpt": "stabilityai/sd-vae-ft-mse", "datadir": "./data",
+}  # fmt: skip
+TRAINING_DEFAULTS = PUBLISHED_DEFAULTS | {
+    "seed": 1024, "resume": False, "use_grad_checkpointing": False, "batch_size": 128, "num_epoch": 1200, "lr": 5e-4,
+    "adam_betas": (0.9, 0.999), "no_lr_decay": False, "ema_decay": 0.9999, "save_content_every": 10,
+    "save_ckpt_every": 25, "plot_every": 5,
+}  # fmt: skip
+SAMPLING_DEFAULTS = PUBLISHED_DEFAULTS | {
+    "seed": 42, "compute_fid": False, "n_sample": 50000, "cfg_scale": 1.0, "num_steps": 40, "batch_size": 200,
+    "atol": 1e-5, "rtol": 1e-5, "method": "dopri5",
+}  # fmt: skip
+# Deliberately other than published, see docs/experiments.md: the autoencoder tells f, scale_factor and the channels.
+OWN_DEFAULTS = {
+    "dataset": "fashion_mnist",
+    "f": None,
+    "scale_factor": None,
+    "num_in_channels": 4,
+    "num_out_channels": 4,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("train", TRAINING_DEFAULTS | OWN_DEFAULTS | {"use_ema": True, "save_content": True}),
+        ("test", SAMPLING_DEFAULTS | OWN_DEFAULTS | {"step_size": None}),
+    ],
+)
+def test_defaults(kind, expected):
+    values = parse(kind).values
+    assert {name: values[name] for name in expected} == expected
+
+
+NETWORK_FLAGS = (
+    "--image_size 32 --f 8 --scale_factor 0.18215 --num_in_channels 3 --num_out_channels 3 --nf 256 --num_res_blocks 2 "
+    "--attn_resolution 16 8 --ch_mult 1 1 2 2 4 4 --dropout 0.1 --label_dim 10 --augment_dim 0 --num_classes 10 "
+    "--label_dropout 0.1 --layout --use_origin_adm --use_scale_shift_norm True --resblock_updown False "
+    "--use_new_attention_order False --centered False --resamp_with_conv True --num_heads 4 --num_head_upsample -1 "
+    "--num_head_channels -1 --pretrained_autoencoder_ckpt stabilityai/sd-vae-ft-mse --exp x --dataset cifar10 "
+    "--datadir ./data --num_timesteps 200 --model_type ddpm++"
+).split()
+TRAINING_FLAGS = (
+    "--seed 1 --resume --model_ckpt model_475.pth --use_grad_checkpointing --batch_size 64 --num_epoch 12 --lr 5e-4 "
+    "--beta1 0.5 --beta2 0.9 --no_lr_decay --use_ema --ema_decay 0.99 --save_content --save_content_every 1 "
+    "--save_ckpt_every 2 --plot_every 5"
+).split()
+SAMPLING_FLAGS = (
+    "--generator determ --seed 42 --compute_fid --compute_nfe --measure_time --epoch_id 475 --n_sample 100 --cfg_scale 1 "
+    "--output_log x.log --real_img_dir real --num_steps 40 --batch_size 20 --use_karras_samplers --atol 1e-4 --rtol 1e-4 "
+    "--method heun --step_size 0.01 --perturb"
+).split()
+# Flags that have no effect say so; all others must become options.
+WITHOUT_EFFECT = {"augment_dim", "layout", "centered", "num_timesteps"}
+
+
+def test_published_training_flags(capsys):
+    options = parse("train", *NETWORK_FLAGS, *TRAINING_FLAGS)
+    assert notes(capsys) == WITHOUT_EFFECT | {"beta1", "beta2"}
+    assert (options[ExperimentOptions].init_from, options[ExperimentOptions].save_ckpt_every) == ("model_475.pth", 2)
+    assert options.values["attn_resolutions"] == (16, 8)
+    assert options[NetworkOptions].resolve() == "origin_adm"
+
+
+def test_published_sampling_flags(capsys):
+    options = parse("test", *NETWORK_FLAGS, *SAMPLING_FLAGS)
+    assert WITHOUT_EFFECT <= notes(capsys) <= WITHOUT_EFFECT | {
+        "use_karras_samplers", "perturb", "compute_nfe", "measure_time",
+    }  # fmt: skip
+    sampling = options[SamplingOptions]
+    assert (sampling.output_log, sampling.real_img_dir, sampling.generator) == ("x.log", "real", "determ")
+    assert options[SolverOptions].step_size == 0.01
+
+
+def notes(capsys):
+    """The flags that were said to have no effect, each once."""
+    found = re.findall(r"^note: --(\w+) has no effect here: .+$", capsys.readouterr().err, re.M)
+    assert len(found) == len(set(found))
+    return set(found)
