@@ -1,9 +1,13 @@
 """Data that several tests share."""
 
+import runpy
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from datasets_prep.idx import find_idx_folder
@@ -30,6 +34,31 @@ def photo_dir(tmp_path: Path) -> Path:
                 folder / name / f"{index:02d}.{suffix}"
             )
     return folder
+
+
+@pytest.fixture
+def process_restored():
+    """The scripts set signal handlers and the number of threads."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    handlers, threads = [signal.getsignal(number) for number in numbers], torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def call(process_restored, monkeypatch, capsys):
+    """call(script, flags) runs a script in this process and gives (exit code, stdout, stderr)."""
+
+    def run(script, flags):
+        monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        return (ended.value.code, *capsys.readouterr())
+
+    return run
 
 
 def smooth_image(width: int, height: int, seed: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from options import UsageError
-from runtime.files import atomic_path, move_aside, read_json, replace_folder, write_json
+from runtime.files import append_line, atomic_path, move_aside, read_json, replace_folder, write_json
 
 
 @dataclass(frozen=True)
@@ -131,3 +131,9 @@ def test_failure_on_a_full_disk_is_blamed_on_the_disk(tmp_path, monkeypatch):
         raise RuntimeError("PytorchStreamWriter failed")
     assert raised.value.errno == errno.ENOSPC
     assert raised.value.filename == str(path)
+
+
+def test_lines_are_appended(tmp_path):
+    for line in ("FID 5.26", "FID 5.27"):
+        append_line(tmp_path / "logs" / "x.log", line)
+    assert (tmp_path / "logs" / "x.log").read_text() == "FID 5.26\nFID 5.27\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.randomness import generator_for, noise_for_indices, seed_for
+from runtime.randomness import NOISE_SOURCES, generator_for, noise_for_indices, seed_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,3 +62,18 @@ def test_seed_is_the_same_in_another_process_and_admissible():
     assert 2**62 < max(seeds) < 2**63
     assert min(seeds) >= 0
     assert generator_for(7, "noise", 3).initial_seed() == seed_for(7, "noise", 3)
+
+
+@pytest.mark.parametrize("name", ["determ", "determ-indiv"])
+def test_a_stream_per_sample(name):
+    assert torch.equal(NOISE_SOURCES[name](3)([5, 2], (4,)), noise_for_indices(3, [5, 2], (4,)))
+
+
+def test_noise_of_the_global_generator():
+    source = NOISE_SOURCES["dummy"](42)
+    drawn = [source([0, 1], (3,)), source([2, 3], (3,))]
+    other = NOISE_SOURCES["dummy"](42)([5], (3,))  # of a process whose share begins at sample 5
+    torch.manual_seed(42)
+    assert all(torch.equal(noise, torch.randn(2, 3)) for noise in drawn)
+    torch.manual_seed(47)
+    assert torch.equal(other, torch.randn(1, 3))

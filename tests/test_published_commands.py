@@ -1,0 +1,193 @@
+"""Every published experiment from its files, on small data in the dataset's real layout: train, continue, sample, score.
+
+Networks, images and batches are smaller than published and the features that are compared are mean colours; everything
+else is as the files say.
+"""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluation import features
+from models.autoencoder import new_autoencoder_kl
+from runtime.checkpoints import load_content, read_weights
+
+ROOT = Path(__file__).parents[1]
+COUNTS = {"train": 4, "validation": 2}
+
+# The network's smaller options, and the side of the images that the levels of its U-Net ask for at f = 8.
+DIT = (["--model_type", "DiT-Mi/2"], 64)
+ADM = (["--nf", "32", "--num_res_blocks", "1"], 64)
+SMALL = {
+    "celeb256_dit": DIT, "ffhq_dit": DIT, "bed_dit": DIT, "church_dit": DIT, "imnet_dit": DIT,
+    "imnet_adm": ADM, "celeb256_adm": ADM, "ffhq_adm": ADM, "bed_adm": ADM, "church_adm": ADM,
+    "celeb512_adm": (ADM[0], 128), "celeb1024_adm": (ADM[0], 256),
+}  # fmt: skip
+QUICK = {"celeb256_dit", "bed_adm", "celeb256_adm", "imnet_adm"}  # each layout of data and each family of networks
+
+
+def picture(seed, side):
+    """Two random colours, one above the other, uint8 [side, side, 3]."""
+    colours = np.random.default_rng(seed).integers(0, 256, (2, 1, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(colours, side // 2, axis=0), side, axis=1)
+
+
+def encoded(image, kind):
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, kind)
+    return stream.getvalue()
+
+
+def write_lmdb(path, items):
+    with lmdb.open(str(path), map_size=1 << 24) as database, database.begin(write=True) as transaction:
+        for key, value in items:
+            transaction.put(key.encode(), value)
+
+
+def write_raw_lmdb(folder, side):
+    for split, count in COUNTS.items():
+        write_lmdb(folder / f"{split}.lmdb", [(str(i), picture(i, side).tobytes()) for i in range(count)])
+
+
+def write_encoded_lmdb(folder, side):
+    for split, count in COUNTS.items():
+        write_lmdb(folder / f"{split}.lmdb", [(str(i), encoded(picture(i, side), "JPEG")) for i in range(count)])
+
+
+def write_lsun(folder, side):
+    for category in ("church_outdoor", "bedroom"):
+        for split, count in zip(("train", "val"), COUNTS.values(), strict=True):
+            items = [(f"{i:040x}", encoded(picture(i, side), "WEBP")) for i in range(count)]
+            write_lmdb(folder / f"{category}_{split}_lmdb", items)
+
+
+def write_imagenet(folder, side):
+    for split, count in zip(("train", "val"), COUNTS.values(), strict=True):
+        for i in range(count):
+            place = folder / split / f"n0144076{i % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{i}.JPEG").write_bytes(encoded(picture(i, side), "JPEG"))
+
+
+LAYOUTS = {
+    "celeba_256": write_raw_lmdb, "ffhq_256": write_raw_lmdb, "celeba_512": write_encoded_lmdb,
+    "celeba_1024": write_encoded_lmdb, "lsun_church": write_lsun, "lsun_bedroom": write_lsun,
+    "imagenet_256": write_imagenet,
+}  # fmt: skip
+
+
+class MeanColours:
+    """In the place of Inception."""
+
+    label, name, dims, sha256 = "FID", "inception", 3, "0" * 64
+
+    def __init__(self, weights_file, device):
+        pass
+
+    def __call__(self, images):
+        return images.float().mean((2, 3))
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """An autoencoder in the shape of Stable Diffusion's: f = 8, 4 latent channels, but 8 wide."""
+    folder = tmp_path_factory.mktemp("autoencoder")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        new_autoencoder_kl(3, (8, 8, 8, 8), 4, 64, {"scaling_factor": 0.18215}).save_pretrained(folder)
+    return folder
+
+
+def value_of(file, key):
+    return re.findall(rf"^{key}=(.*)$", file.read_text(), re.MULTILINE)[0]
+
+
+def prepare(name, autoencoder, place):
+    """Write the data; the flags of training and of sampling."""
+    network, side = SMALL[name]
+    train_file, test_file = (ROOT / f"{kind}_args" / f"{name}.txt" for kind in ("train", "test"))
+    (place / "data").mkdir()
+    LAYOUTS[value_of(train_file, "DATASET")](place / "data", side)
+    both = ["--datadir", place / "data", "--save_root", place / "saved", *network, "--image_size", side]
+    both += ["--pretrained_autoencoder_ckpt", autoencoder]
+    train = [train_file, *both, "--batch_size", 2, "--num_process_per_node", 1, "--method", "euler", "--num_steps", 1]
+    test = [
+        test_file,
+        *both,
+        "--f",
+        8,
+        "--scale_factor",
+        0.18215,
+        "--n_sample",
+        4,
+        "--batch_size",
+        4,
+        "--atol",
+        0.1,
+        "--rtol",
+        0.1,
+    ]
+    return train, [*test, "--output_json", place / "result.json", "--output_log", place / "log"]
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SMALL])
+def test_train_continue_sample_score(name, autoencoder, call, monkeypatch, tmp_path):
+    monkeypatch.setitem(features.FEATURES, "inception", MeanColours)
+    train, test = prepare(name, autoencoder, tmp_path)
+    exp, dataset = (value_of(train[0], key) for key in ("EXP", "DATASET"))
+    folder = tmp_path / "saved" / "latent_flow" / dataset / exp
+
+    code, out, err = call("train_flow_latent.py", ["--args_file", *train, "--max_steps", 2])
+    assert code == 0, err
+    assert out.startswith("options (")
+    assert f"  Run: exp={exp} " in out
+    header = read_weights(folder / "model_1.safetensors")[1]
+    assert (header["step"], header["dataset"]["name"], header["latent_size"]) == (2, dataset, SMALL[name][1] // 8)
+    assert header["autoencoder"]["scale_factor"] == 0.18215
+
+    code, out, err = call("train_flow_latent.py", ["--args_file", *train, "--max_steps", 4, "--resume"])
+    assert code == 0, err
+    assert "continuing at step 2 of 4" in out
+    assert load_content(folder / "content.pth")["step"] == 4
+
+    code, out, err = call("test_flow_latent.py", ["--args_file", *test, "--epoch_id", 2])
+    assert code == 0, err
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["checkpoint"] == str(folder / "model_2.safetensors")
+    assert (result["metric"], result["samples"], result["reference_samples"]) == ("FID", 4, COUNTS["train"])
+    assert result["value"] > 0
+    assert result["nfe"] >= 6
+    assert (tmp_path / "log").read_text() == out.splitlines()[-1] + "\n"
+
+
+@pytest.mark.slow
+def test_through_the_shell(autoencoder, tmp_path):
+    """As a user types it; relative paths of files are those of the repository, from wherever the command is given."""
+    train, test = prepare("celeb256_dit", autoencoder, tmp_path)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+
+    def run(script, file, *flags):
+        words = ["bash", ROOT / script, file.relative_to(ROOT), *flags]
+        return subprocess.run(
+            [str(word) for word in words], cwd=tmp_path, env={**os.environ, "PATH": path}, text=True,
+            capture_output=True, timeout=600, check=False,
+        )  # fmt: skip
+
+    finished = run("run.sh", *train, "--max_steps", 2)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("options (")
+    assert "complete" in finished.stdout.splitlines()[-1]
+    finished = run("run_test.sh", *test, "--epoch_id", 1, "--no-compute_fid")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("options (")
+    assert finished.stdout.splitlines()[-1].startswith("4 samples, ")
