@@ -170,6 +170,14 @@ def test_train_continue_sample_score(name, autoencoder, call, monkeypatch, tmp_p
     assert (tmp_path / "log").read_text() == out.splitlines()[-1] + "\n"
 
 
+def test_the_task_may_stand_anywhere_in_the_file(tmp_path):
+    (tmp_path / "x.txt").write_text('# TASK=none\nEXP=x TASK="dance"  # TASK=other\n')
+    words = ["bash", str(ROOT / "run.sh"), "x.txt"]
+    finished = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert finished.returncode == 2
+    assert "expected TASK=generate, inpaint or semantic, but found TASK=dance" in finished.stderr
+
+
 @pytest.mark.slow
 def test_through_the_shell(autoencoder, tmp_path):
     """As a user types it; relative paths of files are those of the repository, from wherever the command is given."""
