@@ -194,7 +194,8 @@ def lsun(tmp_path, photographs):
 
 @pytest.mark.parametrize(("name", "category"), LSUN_LAYOUT)
 @pytest.mark.parametrize(("split", "part"), [("train", "train"), ("validation", "val")])
-def test_lsun_is_what_torchvision_reads(lsun, tmp_path, name, category, split, part):
+def test_lsun_is_what_torchvision_reads(lsun, tmp_path, monkeypatch, name, category, split, part):
+    monkeypatch.chdir(tmp_path)  # torchvision keeps its list of keys in the current directory
     copy = tmp_path / "copy"
     shutil.copytree(lsun / f"{category}_{part}_lmdb", copy / f"{category}_{part}_lmdb")
     expected = torchvision.datasets.LSUN(str(copy), classes=[f"{category}_{part}"])
