@@ -107,6 +107,11 @@ class Options:
                 lines.append(f"  {_title(group)}: " + " ".join(f"{n}={_written(self.values[n])}" for n in changed))
         return "\n".join(lines)
 
+    def completed(self, values: Mapping[str, Any]) -> "Options":
+        """These options with `values` where the user gave none, as if an arguments file had held them."""
+        added = {name: value for name, value in values.items() if name in self.values and name not in self.explicit}
+        return dataclasses.replace(self, values={**self.values, **added}, explicit=self.explicit | added.keys())
+
 
 def as_json(value: Any) -> Any:
     """`value` (a dataclass, mapping, sequence or scalar) in JSON's types, so that a round trip compares equal."""

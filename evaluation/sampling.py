@@ -13,6 +13,7 @@ from datasets_prep.datasets import DatasetFacts, DatasetOptions, open_dataset
 from evaluation.features import FeatureOptions, choose_features
 from evaluation.generate import GeneratedBatch, check_guidance, generate
 from evaluation.pictures import grid_count, save_grid
+from evaluation.published import open_published
 from evaluation.score import reference_statistics, score_samples
 from evaluation.statistics import read_statistics
 from evaluation.writer import FORMATS, SampleWriter
@@ -21,11 +22,12 @@ from flow.solvers import ADAPTIVE, SolverOptions
 from models.autoencoder import AutoencoderOptions
 from models.registry import FAMILY_OPTIONS, NetworkOptions
 from options import Options, UsageError, as_json, option
-from runtime.checkpoints import LoadedModel, experiment_folder, load_model, newest_model
+from runtime.checkpoints import LoadedModel, experiment_folder, find_checkpoint, load_model, newest_model
 from runtime.files import write_json
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.progress import progress_bar
 from runtime.randomness import NOISE_SOURCES
+from runtime.torch_files import is_torch_file
 
 __all__ = ["SAMPLING_GROUPS", "SamplingOptions", "sample_and_score"]
 
@@ -34,7 +36,9 @@ __all__ = ["SAMPLING_GROUPS", "SamplingOptions", "sample_and_score"]
 class SamplingOptions:
     """Sampling."""
 
-    checkpoint: str = option("", "checkpoint file; default: the newest of the experiment", flags=("--model_ckpt",))
+    checkpoint: str = option(
+        "", "checkpoint, ours or a published .pth; default: the newest of the experiment", flags=("--model_ckpt",)
+    )
     exp: str = option("experiment", "name of the experiment")
     save_root: str = option("saved_info", "folder of all experiments")
     epoch_id: int | None = option(None, "epoch of the experiment's checkpoint; default: the newest")
@@ -78,11 +82,13 @@ def sample_and_score(options: Options) -> dict[str, Any]:
     sampling, solver, guidance = options[SamplingOptions], options[SolverOptions], options[GuidanceOptions]
     machine = choose_machine(options[MachineOptions])
     path = _checkpoint_path(sampling, options[DatasetOptions].dataset)
-    given = options.given(AutoencoderOptions)
-    model = load_model(
-        path, machine.device, options[AutoencoderOptions] if "pretrained_autoencoder_ckpt" in given else None
-    )
-    _refuse_contradictions(options, model.header, path)
+    if is_torch_file(path):
+        model = open_published(path, options, machine.device)
+    else:
+        given = options.given(AutoencoderOptions)
+        moved = options[AutoencoderOptions] if "pretrained_autoencoder_ckpt" in given else None
+        model = load_model(path, machine.device, moved)
+        _refuse_contradictions(options, model.header, path)
     check_guidance(model.header["network"], guidance.cfg_scale)
     _note_unused(options)
 
@@ -199,9 +205,10 @@ def _output_folders(sampling: SamplingOptions, checkpoint: Path, stem: str) -> t
 
 
 def _checkpoint_path(sampling: SamplingOptions, dataset: str) -> Path:
+    folder = experiment_folder(sampling.save_root, dataset, sampling.exp)
     if sampling.checkpoint:
-        return Path(sampling.checkpoint)
-    return newest_model(experiment_folder(sampling.save_root, dataset, sampling.exp), sampling.epoch_id)
+        return find_checkpoint(sampling.checkpoint, folder)
+    return newest_model(folder, sampling.epoch_id)
 
 
 def _refuse_contradictions(options: Options, header: Mapping[str, Any], path: Path) -> None:

@@ -26,6 +26,7 @@ __all__ = [
     "AutoencoderOptions",
     "PixelSpace",
     "images_to_pixels",
+    "is_hub_id",
     "load_autoencoder",
     "new_autoencoder_kl",
     "pixels_to_images",
@@ -220,9 +221,9 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder 
     name = options.pretrained_autoencoder_ckpt
     if name == "none":
         return _checked_factor(PixelSpace(channels), options)
-    folder = next((path for path in (Path(name), REPOSITORY / name) if path.is_dir()), None)
+    folder = _local_folder(name)
     local = folder is not None
-    if not local and not HUB_ID.fullmatch(name):
+    if not local and not is_hub_id(name):
         raise UsageError(
             f"--pretrained_autoencoder_ckpt {name}: no such folder (and no hub id of the form owner/name either)"
         )
@@ -242,6 +243,11 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder 
     return _checked_factor(Autoencoder(network, name, options.scale_factor), options)
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether `name` stands for an autoencoder on the hub, not for a local folder or pixel space."""
+    return _local_folder(name) is None and HUB_ID.fullmatch(name) is not None
+
+
 def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 over the names and values of a state dict."""
     digest = hashlib.sha256()
@@ -258,6 +264,10 @@ def _checked_factor(autoencoder: Autoencoder | PixelSpace, options: AutoencoderO
             f"whose factor is {autoencoder.factor}"
         )
     return autoencoder
+
+
+def _local_folder(name: str) -> Path | None:
+    return next((path for path in (Path(name), REPOSITORY / name) if path.is_dir()), None)
 
 
 def _latent_scale(config: Any, scale_factor: float | None) -> tuple[list[float], list[float]]:

@@ -4,6 +4,8 @@ Names and shapes of the state dict are those of the published LFM checkpoints.
 """
 
 import math
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +18,7 @@ from models.conditions import Condition
 from models.family import FamilyOptions
 from options import UsageError, option
 
-__all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit"]
+__all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "with_own_positions"]
 
 # Hidden width, depth, heads. Ti and Mi are this project's own, for small images and small machines.
 DIT_SIZES = {
@@ -42,12 +44,20 @@ class DiTOptions(FamilyOptions):
         """Number of classes."""
         return self.num_classes or 1
 
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table: one per class, and the null class where labels are dropped."""
+        return self.classes + (self.label_dropout > 0)
+
 
 class DiT(nn.Module):
     """Velocity network on patches of the latents.
 
+    Latents of any other sides that the patch divides pass as well: the table of positions, a formula, is then made for
+    their grid, with a note.
+
     Args:
-        size: latents' side h = w.
+        size: latents' side h = w, for which the table of positions is stored.
         patch_size: side of a patch; must divide `size`.
         hidden_size, depth, num_heads: width D, blocks, attention heads.
         options: channels, classes and label dropout.
@@ -60,19 +70,15 @@ class DiT(nn.Module):
         self, size: int, patch_size: int, hidden_size: int, depth: int, num_heads: int, options: DiTOptions
     ) -> None:
         super().__init__()
-        if size % patch_size:
-            raise UsageError(
-                f"latents of side {size} cannot be cut into patches of {patch_size}: choose another --image_size, "
-                "or a DiT with another patch size"
-            )
+        _check_sides(size, size, patch_size)
         self.options = options
         self.patch_size = patch_size
-        rows = options.classes + (options.label_dropout > 0)
-        positions = _sincos_table(size // patch_size, hidden_size)
-        self.pos_embed = nn.Parameter(positions, requires_grad=False)
+        self.grid = size // patch_size
+        self.pos_embed = nn.Parameter(_sincos_table(self.grid, self.grid, hidden_size), requires_grad=False)
+        self._other_grids: dict[tuple[int, int], torch.Tensor] = {}
         self.x_embedder = PatchEmbed(None, patch_size, options.num_in_channels, hidden_size, strict_img_size=False)
         self.t_embedder = TimeEmbedding(hidden_size)
-        self.y_embedder = LabelEmbedding(rows, hidden_size)
+        self.y_embedder = LabelEmbedding(options.label_rows, hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * options.num_out_channels)
         self._initialise()
@@ -81,16 +87,32 @@ class DiT(nn.Module):
         """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
 
         Without labels every sample uses the last row of the label table (the null class, where there is one).
+
+        Raises:
+            UsageError: sides h, w that are no multiples of the patch.
         """
+        height, width = x.shape[2:]
+        _check_sides(height, width, self.patch_size)
         embedding = self.t_embedder(t.expand(x.shape[0])) + self.y_embedder(condition.labels)  # [B, D] or broadcast
         embedding = embedding.expand(x.shape[0], -1)
-        tokens = self.x_embedder(x) + self.pos_embed  # [B, L, D]
+        positions = self._positions(height // self.patch_size, width // self.patch_size)
+        tokens = self.x_embedder(x) + positions  # [B, L, D]
         for block in self.blocks:
             if self.options.use_grad_checkpointing and self.training:
                 tokens = checkpoint(block, tokens, embedding, use_reentrant=False)
             else:
                 tokens = block(tokens, embedding)
-        return self._unpatchify(self.final_layer(tokens, embedding), x.shape[2], x.shape[3])
+        return self._unpatchify(self.final_layer(tokens, embedding), height, width)
+
+    def _positions(self, rows: int, columns: int) -> torch.Tensor:
+        """The table [1, rows x columns, D]: the stored one, or for another grid one by the same formula."""
+        if rows == columns == self.grid:
+            return self.pos_embed
+        if (rows, columns) not in self._other_grids:
+            _note(f"positions rebuilt for a grid of {rows} x {columns} patches (stored: {self.grid} x {self.grid})")
+            self._other_grids[rows, columns] = _sincos_table(rows, columns, self.pos_embed.shape[-1])
+        table = self._other_grids[rows, columns] = self._other_grids[rows, columns].to(self.pos_embed.device)
+        return table
 
     def _unpatchify(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
         p = self.patch_size
@@ -206,13 +228,42 @@ def _tanh_gelu() -> nn.Module:
     return nn.GELU(approximate="tanh")
 
 
-def _sincos_table(side: int, hidden_size: int) -> torch.Tensor:
-    """2-D sine-cosine table [1, side^2, D]: columns in the first half of the channels, rows in the second."""
+def _check_sides(height: int, width: int, patch: int) -> None:
+    if height % patch or width % patch:
+        side = height if height % patch else width
+        raise UsageError(
+            f"latents of side {side} cannot be cut into patches of {patch}: choose another --image_size, "
+            "or a DiT with another patch size"
+        )
+
+
+def _sincos_table(rows: int, columns: int, hidden_size: int) -> torch.Tensor:
+    """2-D sine-cosine table [1, rows x columns, D]: columns in the first half of the channels, rows in the second."""
     frequencies = LONGEST_PERIOD ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies  # [side, D / 4]
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D / 2]
-    columns, rows = waves[None].expand(side, -1, -1), waves[:, None].expand(-1, side, -1)
-    return torch.cat([columns, rows], dim=-1).reshape(1, side**2, hidden_size).float()
+
+    def waves(count: int) -> torch.Tensor:  # [count, D / 2]
+        angles = torch.arange(count, dtype=torch.float64)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    across, down = waves(columns)[None].expand(rows, -1, -1), waves(rows)[:, None].expand(-1, columns, -1)
+    return torch.cat([across, down], dim=-1).reshape(1, rows * columns, hidden_size).float()
+
+
+def with_own_positions(
+    own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """`weights` for a DiT whose state dict is `own`: a table of positions for another grid is replaced by its own.
+
+    Everything else is left as it is; without such a table, `weights` itself comes back.
+    """
+    mine, stored = own.get("pos_embed"), weights.get("pos_embed")
+    if mine is None or stored is None or mine.shape == stored.shape or mine.shape[2:] != stored.shape[2:]:
+        return weights
+    return {**weights, "pos_embed": mine}
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def build_dit(name: str, patch: int, size: int, options: DiTOptions) -> DiT:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from models.attention import attention
+from options import UsageError
 
 __all__ = ["SQRT_HALF", "STYLES", "Block", "Convolution", "Norm", "Style"]
 
@@ -88,10 +89,20 @@ class Convolution(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """Group norm with min(32, C // 4) groups."""
+    """Group norm with min(32, C // 4) groups.
+
+    Raises:
+        UsageError: channels that these groups do not divide.
+    """
 
     def __init__(self, channels: int, eps: float) -> None:
-        super().__init__(min(32, channels // 4), channels, eps)
+        groups = min(32, channels // 4)
+        if not groups or channels % groups:
+            raise UsageError(
+                f"group norm cannot divide a layer of {channels} channels into {groups} groups: choose an --nf that is a "
+                "multiple of 32, or another --ch_mult"
+            )
+        super().__init__(groups, channels, eps)
 
 
 class Block(nn.Module):
@@ -112,6 +123,10 @@ class Block(nn.Module):
         super().__init__()
         self.inputs, self.outputs, self.style = inputs, outputs, style
         self.heads = style.heads(outputs) if attend else 0
+        if self.heads and outputs % self.heads:
+            raise UsageError(
+                f"{outputs} channels cannot be shared by {self.heads} attention heads: choose another --nf or --ch_mult"
+            )
         self.dropout = nn.Dropout(dropout)
         resample: dict[str, Any] = {"up": up, "down": down, "filter": style.filter}
         self.norm0 = Norm(inputs, style.eps)

@@ -50,28 +50,30 @@ class EdmUNetOptions(UNetOptions):
         return self.label_dim or 1
 
 
-def check_levels(size: int, options: UNetOptions, groups: int) -> None:
-    """Refuse latents that cannot be halved once per level, and channels that group norm cannot divide.
+def check_sides(height: int, width: int, options: UNetOptions) -> None:
+    """Refuse latents that cannot be halved once per level.
 
     Raises:
-        UsageError: either.
+        UsageError: that.
     """
     halvings = len(options.ch_mult) - 1
-    if size % 2**halvings:
-        raise UsageError(
-            f"latents of side {size} cannot be halved {halvings} times, as the {halvings + 1} levels of --ch_mult ask for: "
-            "choose a larger --image_size or fewer levels"
-        )
-    if options.nf % groups:
-        raise UsageError(f"--nf {options.nf} must be a multiple of {groups}, for group norm")
+    for side in (height, width):
+        if side % 2**halvings:
+            raise UsageError(
+                f"latents of side {side} cannot be halved {halvings} times, as the {halvings + 1} levels of --ch_mult ask "
+                "for: choose an --image_size that fits, or fewer levels"
+            )
 
 
 class EdmUNet(nn.Module):
-    """adm, ddpm++ or ncsn++ for latents of side `size`."""
+    """adm, ddpm++ or ncsn++ for latents of side `size`.
+
+    Latents of any other sides that its levels can halve pass as well; attention stays on the levels that have it at `size`.
+    """
 
     def __init__(self, size: int, kind: str, options: EdmUNetOptions) -> None:
         super().__init__()
-        check_levels(size, options, groups=32)
+        check_sides(size, size, options)
         self.options, self.kind, self.style = options, kind, STYLES[kind]
         width, embedding = options.nf, 4 * options.nf
         noise_width = 2 * width if kind == "ncsn++" else width
@@ -90,7 +92,14 @@ class EdmUNet(nn.Module):
         self._initialise()
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
-        """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w]."""
+        """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
+
+        Without labels nothing is added to the embedding of time.
+
+        Raises:
+            UsageError: sides h, w that cannot be halved once per level.
+        """
+        check_sides(x.shape[2], x.shape[3], self.options)
         embedding = self._embed(t.expand(x.shape[0]), condition.labels)
         skips: list[torch.Tensor] = []
         pyramid = x
@@ -170,7 +179,7 @@ class EdmUNet(nn.Module):
     def _embed(self, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         half = self.options.nf // 2
         if self.kind == "ncsn++":
-            angles = 2 * math.pi * t[:, None] * self.map_noise.freqs  # type: ignore[union-attr]
+            angles = 2 * math.pi * t.float()[:, None] * self.map_noise.freqs  # type: ignore[union-attr]
         else:
             steps = half if self.kind == "adm" else half - 1
             exponents = torch.arange(half, device=t.device, dtype=torch.float32) / steps
@@ -183,7 +192,7 @@ class EdmUNet(nn.Module):
                 embedding = embedding + self.map_label(self._one_hot(labels))
             return functional.silu(embedding)
         if self.map_label is not None:
-            hot = self._one_hot(labels) if labels is not None else t.new_zeros(len(t), self.options.label_dim)
+            hot = self._one_hot(labels) if labels is not None else embedding.new_zeros(len(t), self.options.label_dim)
             embedding = embedding + self.map_label(hot * math.sqrt(self.options.label_dim))
         return functional.silu(self.map_layer1(functional.silu(self.map_layer0(embedding))))
 

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention
 from models.conditions import Condition
-from models.edm_unet import UNetOptions, check_levels
-from options import option
+from models.edm_unet import UNetOptions, check_sides
+from options import UsageError, option
 
 __all__ = ["GuidedUNet", "GuidedUNetOptions"]
 
@@ -42,19 +42,23 @@ class GuidedUNetOptions(UNetOptions):
         """Number of classes."""
         return self.num_classes or 1
 
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table (0: none): one per class, and the null class where labels are dropped."""
+        return self.num_classes + (self.label_dropout > 0) if self.num_classes else 0
+
 
 class GuidedUNet(nn.Module):
     """The network for latents of side `size`, or of any other side that its levels divide."""
 
     def __init__(self, size: int, options: GuidedUNetOptions) -> None:
         super().__init__()
-        check_levels(size, options, groups=32)
+        check_sides(size, size, options)
         self.options = options
         width, embedding = options.nf, 4 * options.nf
         self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
-        if options.num_classes:
-            rows = options.num_classes + (options.label_dropout > 0)
-            self.label_emb = nn.Embedding(rows, embedding)
+        if options.label_rows:
+            self.label_emb = nn.Embedding(options.label_rows, embedding)
         channels = width * options.ch_mult[0]
         self.input_blocks = nn.ModuleList([Entry(nn.Conv2d(options.num_in_channels, channels, 3, padding=1))])
         skips, factor, deepest = [channels], 1, len(options.ch_mult) - 1
@@ -86,15 +90,20 @@ class GuidedUNet(nn.Module):
         self.out = nn.Sequential(Norm(channels), nn.SiLU(), _zeroed(last))
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
-        """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w]."""
+        """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
+
+        Without labels every sample is of the null class.
+
+        Raises:
+            UsageError: sides h, w that cannot be halved once per level, or no labels where there is no null class.
+        """
+        check_sides(x.shape[2], x.shape[3], self.options)
         half = self.options.nf // 2
         exponents = torch.arange(half, device=x.device, dtype=torch.float32) / half
         angles = t.expand(x.shape[0]).float()[:, None] * LONGEST_PERIOD**-exponents
         embedding = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))
-        if self.options.num_classes:
-            labels = condition.labels
-            rows = self.label_emb.weight[-1] if labels is None else self.label_emb(labels)
-            embedding = embedding + rows
+        if self.options.label_rows:
+            embedding = embedding + self._embed_labels(condition.labels)
         skips = []
         for entry in self.input_blocks:
             x = self._run(entry, x, embedding)
@@ -103,6 +112,13 @@ class GuidedUNet(nn.Module):
         for entry in self.output_blocks:
             x = self._run(entry, torch.cat([x, skips.pop()], dim=1), embedding)
         return self.out(x)
+
+    def _embed_labels(self, labels: torch.Tensor | None) -> torch.Tensor:
+        if labels is not None:
+            return self.label_emb(labels)
+        if not self.options.label_dropout:
+            raise UsageError("this network needs labels: it has classes, but no null class (--label_dropout above 0)")
+        return self.label_emb.weight[-1]
 
     def _run(self, entry: nn.Module, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         if self.options.use_grad_checkpointing and self.training:
@@ -132,9 +148,18 @@ class GuidedUNet(nn.Module):
 
 
 class Norm(nn.GroupNorm):
-    """Group norm of 32 groups, computed in float32."""
+    """Group norm of 32 groups, computed in float32.
+
+    Raises:
+        UsageError: channels that these groups do not divide.
+    """
 
     def __init__(self, channels: int) -> None:
+        if channels % 32:
+            raise UsageError(
+                f"group norm cannot divide a layer of {channels} channels into 32 groups: choose an --nf that is a "
+                "multiple of 32, or another --ch_mult"
+            )
         super().__init__(32, channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -183,10 +208,19 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention over the positions of x [B, C, H, W], added to x."""
+    """Self-attention over the positions of x [B, C, H, W], added to x.
+
+    Raises:
+        UsageError: heads that do not divide the channels.
+    """
 
     def __init__(self, channels: int, heads: int, new_order: bool) -> None:
         super().__init__()
+        if heads < 1 or channels % heads:
+            raise UsageError(
+                f"{channels} channels cannot be shared by {heads} attention heads: choose another --num_heads, "
+                "--num_head_upsample or --num_head_channels"
+            )
         self.heads, self.new_order = heads, new_order
         self.norm = Norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)

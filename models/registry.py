@@ -18,6 +18,8 @@ __all__ = [
     "FAMILY_OPTIONS",
     "IGNORED_NETWORK_FLAGS",
     "NETWORKS",
+    "ORIGIN_ADM",
+    "Architecture",
     "Family",
     "NetworkOptions",
     "build_network",
@@ -58,6 +60,14 @@ class Family(NamedTuple):
 
     options: type[FamilyOptions]
     build: Callable[[int, Any], nn.Module]
+
+
+class Architecture(NamedTuple):
+    """The arguments of `build_network`, which decide on a network's names and shapes."""
+
+    model_type: str
+    latent_size: int
+    options: FamilyOptions
 
 
 def _edm_unet(kind: str, size: int, options: EdmUNetOptions) -> EdmUNet:

@@ -1,13 +1,12 @@
 """Checkpoints that describe themselves: safetensors weights with everything in the header that rebuilds the network.
 
 The header (one JSON object) holds `model_type`, `network` (the family's own options), `latent_size`, `autoencoder`,
-`dataset`, `path`, `step`, `epoch`, and the SHA-256 of the weights. `content.pth` holds what an exact resume needs and
-is read with weights_only=True.
+`dataset`, `path`, `step`, `epoch`, and the SHA-256 of the weights. Files of the published code are in runtime/published.py,
+content.pth in runtime/torch_files.py.
 """
 
 import json
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,17 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, load_autoencoder, weights_hash
-from models.registry import build_network, options_from_header
+from models.loading import load_weights
+from models.registry import Architecture, build_network, options_from_header
 from options import UsageError, as_json
 from runtime.files import atomic_path
+from runtime.torch_files import is_torch_file, load_content, save_content
 
 __all__ = [
     "LoadedModel",
+    "architecture_of",
     "experiment_folder",
+    "find_checkpoint",
     "load_content",
     "load_model",
     "newest_model",
@@ -60,6 +63,10 @@ def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, A
     Raises:
         UsageError: a missing, torn or altered file, or one of another kind.
     """
+    if is_torch_file(path):
+        raise UsageError(
+            f"{path} is a file of torch.save, which does not describe itself: see python -m models.convert"
+        )
     try:
         with safe_open(str(path), framework="pt") as file:
             header = json.loads((file.metadata() or {}).get("header", "null"))
@@ -89,14 +96,14 @@ def load_model(
         UsageError: an unreadable checkpoint, or an autoencoder that is not the one it was trained with.
     """
     weights, header = read_weights(path)
-    options = options_from_header(header["model_type"], header["network"])
-    network = build_network(header["model_type"], header["latent_size"], options)
-    network.load_state_dict(weights)
+    architecture = architecture_of(header)
+    network = build_network(*architecture)
+    load_weights(network, weights, str(path), architecture)
     stored = header["autoencoder"]
     source = autoencoder or AutoencoderOptions(stored["id"])
     source = replace(source, scale_factor=stored.get("scale_factor"))
     loaded = load_autoencoder(source, header["dataset"]["channels"])
-    if loaded.describe()["sha256"] != stored["sha256"]:
+    if stored["sha256"] not in (None, loaded.describe()["sha256"]):  # None: converted where it was not at hand
         raise UsageError(
             f"the checkpoint {path} was trained with the autoencoder {stored['id']} (SHA-256 {stored['sha256'][:12]}), "
             f"but {source.pretrained_autoencoder_ckpt} has other weights ({loaded.describe()['sha256'][:12]})"
@@ -107,6 +114,16 @@ def load_model(
         mean, std = (torch.tensor(stored[name]).view(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
         loaded.mean, loaded.std = mean, std
     return LoadedModel(network.eval().requires_grad_(False).to(device), loaded.to(device), header)
+
+
+def architecture_of(header: Mapping[str, Any]) -> Architecture:
+    """The architecture that a header describes.
+
+    Raises:
+        UsageError: one that this version does not know.
+    """
+    options = options_from_header(header["model_type"], header["network"])
+    return Architecture(header["model_type"], header["latent_size"], options)
 
 
 def experiment_folder(save_root: str, dataset: str, exp: str) -> Path:
@@ -120,39 +137,27 @@ def experiment_folder(save_root: str, dataset: str, exp: str) -> Path:
     return Path(save_root) / "latent_flow" / dataset / exp
 
 
+def find_checkpoint(name: str, folder: Path) -> Path:
+    """The file of that name: as it stands, or else in an experiment's folder, as the published scripts looked for it."""
+    inside = folder / name
+    return inside if inside.exists() and not Path(name).exists() else Path(name)
+
+
 def newest_model(folder: Path, epoch: int | None = None) -> Path:
-    """The checkpoint of `epoch` in a run's folder, or the newest one.
+    """The checkpoint of `epoch` in a run's folder, or the newest one; ours before a published one of the same epoch.
 
     Raises:
         UsageError: there is none; the message lists what the folder has.
     """
-    found = {int(m[1]): p for p in folder.glob("model_*.safetensors") if (m := re.fullmatch(r"model_(\d+)", p.stem))}
+    found: dict[int, Path] = {}
+    for suffix in (".pth", ".safetensors"):
+        paths = sorted(folder.glob(f"model_*{suffix}"))
+        found |= {int(match[1]): path for path in paths if (match := re.fullmatch(r"model_(\d+)", path.stem))}
     if not found or (epoch is not None and epoch not in found):
-        wanted = "model_<epoch>.safetensors" if epoch is None else f"model_{epoch}.safetensors"
+        wanted = f"model_{'<epoch>' if epoch is None else epoch}"
         raise UsageError(
-            f"no {wanted} in {folder} (it has: {', '.join(p.name for p in sorted(found.values())) or 'no checkpoints'}); "
+            f"no {wanted}.safetensors or {wanted}.pth in {folder} "
+            f"(it has: {', '.join(p.name for p in sorted(found.values())) or 'no checkpoints'}); "
             "train first with run.sh, or name a file with --checkpoint"
         )
     return found[max(found) if epoch is None else epoch]
-
-
-def save_content(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write tensors, numbers, strings and containers of them, atomically."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:  # a path would hide the kind of an OSError
-        torch.save(dict(content), file)
-
-
-def load_content(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `save_content` wrote; nothing in the file is ever executed.
-
-    Raises:
-        UsageError: a torn or altered file, or one that holds more than tensors and plain values.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
-            if (damaged := archive.testzip()) is not None:
-                raise ValueError(f"{damaged} does not have its checksum")
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # torch raises many kinds for one thing: it cannot be read
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"cannot read {path}: {reason}") from error

@@ -2,7 +2,8 @@
 """Check networks against golden cases: `python tests/golden_check.py FILE...`.
 
 A case's header alone builds the network; its weights are filled by the rule of tests/golden/fill_weights.py. Prints the
-largest absolute error of velocity, guided velocity and dopri5 sample per file; exits with 1 past 1e-5, 2e-5 or 1e-3.
+largest absolute errors of velocity, guided velocity and dopri5 sample of each file. Exit code 0: all within 1e-5, 2e-5 and
+1e-3; 1: some are not, or a network has other names, shapes or order; 2: a file is no golden case.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,8 +25,10 @@ from flow.solvers import SolverOptions, solve  # noqa: E402
 from models.conditions import Condition  # noqa: E402
 from models.dit import DiT, DiTOptions  # noqa: E402
 from models.registry import NETWORKS, NetworkOptions, build_network  # noqa: E402
+from options import UsageError  # noqa: E402
 
 LIMITS = {"velocity": 1e-5, "velocity_cfg": 2e-5, "sample_dopri5": 1e-3}
+GOOD, DIFFERS, NO_CASE = 0, 1, 2  # exit codes
 
 
 class GoldenCase(NamedTuple):
@@ -39,13 +42,25 @@ class GoldenCase(NamedTuple):
 
 
 def read_case(path: str | Path) -> GoldenCase:
-    """Read a golden case."""
-    with safe_open(str(path), framework="pt") as file:
-        header = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    scale = None if header["cfg_scale"] == "None" else float(header["cfg_scale"])
-    weights, constant = json.loads(header["weights"]), set(json.loads(header["constant_weights"]))
-    return GoldenCase(json.loads(header["arguments"]), weights, constant, scale, tensors)
+    """Read a golden case.
+
+    Raises:
+        UsageError: the file cannot be read, or lacks an entry.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        scale = None if header["cfg_scale"] == "None" else float(header["cfg_scale"])
+        weights, constant = json.loads(header["weights"]), set(json.loads(header["constant_weights"]))
+        case = GoldenCase(json.loads(header["arguments"]), [(n, list(s)) for n, s in weights], constant, scale, tensors)
+        for name in ("in.x", "in.t", "out.velocity"):
+            tensors[name]
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
+        raise UsageError(f"cannot be read: {error}") from error
+    except KeyError as error:
+        raise UsageError(f"is no golden case: it has no {error}") from error
+    return case
 
 
 def build_case(case: GoldenCase) -> nn.Module:
@@ -60,13 +75,15 @@ def build_case(case: GoldenCase) -> nn.Module:
         sizes = [arguments[name] for name in ("patch_size", "hidden_size", "depth", "num_heads")]
         network: nn.Module = DiT(side, *sizes, _options(DiTOptions, arguments))
     else:
-        name = NetworkOptions(arguments["model_type"], arguments["use_origin_adm"]).resolve()
+        name = NetworkOptions(arguments["model_type"], arguments.get("use_origin_adm", False)).resolve()
         network = build_network(name, side, _options(NETWORKS[name].options, arguments))
-    own = {name: list(value.shape) for name, value in network.state_dict().items()}
-    if list(own.items()) != [tuple(entry) for entry in case.weights]:
-        differing = [pair for pair in zip(own.items(), case.weights, strict=False) if list(pair[0]) != list(pair[1])]
+    own = [(name, list(value.shape)) for name, value in network.state_dict().items()]
+    if own != case.weights:
+        ours, theirs = next(
+            ((a, b) for a, b in zip(own, case.weights, strict=False) if a != b), (own[-1], case.weights[-1])
+        )
         raise ValueError(
-            f"the state dict differs: {len(own)} against {len(case.weights)} entries, first {differing[:1]}"
+            f"the state dict has {len(own)} entries instead of {len(case.weights)}; first difference: {ours} for {theirs}"
         )
     for name, value in network.state_dict().items():
         if name not in case.constant_weights:
@@ -76,31 +93,47 @@ def build_case(case: GoldenCase) -> nn.Module:
 
 @torch.no_grad()
 def check_case(path: str | Path) -> dict[str, float]:
-    """Largest absolute error of each output that the case has."""
+    """Largest absolute error of each output that the case has; infinite for one of another shape."""
     case = read_case(path)
     network, tensors = build_case(case), case.tensors
-    condition = Condition(tensors.get("in.y"))
+    condition = Condition(tensors["in.y"].long() if "in.y" in tensors else None)
     results = {"velocity": network(tensors["in.t"], tensors["in.x"], condition)}
     if "out.velocity_cfg" in tensors and case.cfg_scale is not None:
-        null = Condition(torch.full_like(tensors["in.y"], network.options.classes))  # type: ignore[union-attr]
+        null = Condition(torch.full_like(tensors["in.y"].long(), network.options.classes))  # type: ignore[union-attr]
         guided = guided_velocity(network, condition, null, case.cfg_scale)
-        results["velocity_cfg"] = guided(tensors["in.t_cfg"][0], tensors["in.x"])
+        results["velocity_cfg"] = guided(tensors["in.t_cfg"].flatten()[0], tensors["in.x"])
     if "out.sample_dopri5" in tensors:
         plain = guided_velocity(network, condition, condition, 1.0)
         results["sample_dopri5"] = solve(plain, tensors["in.x"], SolverOptions(method="dopri5")).x
-    return {name: (value - tensors[f"out.{name}"]).abs().max().item() for name, value in results.items()}
+    return {name: _error(value, tensors[f"out.{name}"]) for name, value in results.items()}
 
 
 def main(paths: list[str]) -> int:
     """Check all files and print a line for each."""
-    failed = False
+    if not paths:
+        print(f"error: expected golden cases; {str(__doc__).splitlines()[0]}", file=sys.stderr)
+        return NO_CASE
+    codes = set()
     for path in paths:
+        code, text = _judge(path)
+        codes.add(code)
+        print(f"{'ok  ' if code == GOOD else 'FAIL'} {Path(path).stem}: {text}", flush=True)
+    return max(codes)
+
+
+def _judge(path: str) -> tuple[int, str]:
+    try:
         errors = check_case(path)
-        good = all(error <= LIMITS[name] for name, error in errors.items())
-        failed |= not good
-        listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-        print(f"{'ok  ' if good else 'FAIL'} {Path(path).stem}: {listed}")
-    return int(failed)
+    except UsageError as error:
+        return NO_CASE, str(error)
+    except (KeyError, ValueError, RuntimeError) as error:
+        return DIFFERS, f"{type(error).__name__}: {error}"
+    good = all(error <= LIMITS[name] for name, error in errors.items())
+    return GOOD if good else DIFFERS, ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+
+
+def _error(value: torch.Tensor, expected: torch.Tensor) -> float:
+    return (value - expected).abs().max().item() if value.shape == expected.shape else float("inf")
 
 
 def _options(kind: type, arguments: dict[str, Any]) -> Any:

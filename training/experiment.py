@@ -17,6 +17,7 @@ from runtime.files import move_aside, read_json, write_json
 
 __all__ = ["ExperimentOptions", "open_experiment"]
 
+TAKES_OVER = "takes_over"  # entry of config.json: the run began with a content.pth of the published code
 REPOSITORY = Path(__file__).resolve().parent.parent
 # A run may go on under other values of these: they change when things are shown and kept, not what is learnt.
 HARMLESS = frozenset(
@@ -36,11 +37,13 @@ class ExperimentOptions:
 
     exp: str = option("experiment", "name of the experiment, its folder's name")
     save_root: str = option("saved_info", "folder of all experiments")
-    resume: bool = option(False, "continue the experiment even if its length or learning rate was changed")
+    resume: bool = option(
+        False, "continue even if the length or learning rate was changed, or from a content.pth of the published code"
+    )
     overwrite: bool = option(False, "start anew; an existing run of this name is moved aside")
     init_from: str = option(
         "",
-        "start from the weights of this checkpoint (what fits is loaded, the rest is listed)",
+        "start from the weights of this checkpoint, ours or a published .pth (what fits is loaded, the rest is listed)",
         flags=("--model_ckpt",),
     )
     save_content: bool = option(True, "keep content.pth, all that an exact resume needs")
@@ -57,17 +60,20 @@ def open_experiment(folder: Path, values: Mapping[str, Any], options: Experiment
     """Prepare the folder and write config.json; returns whether an existing run is continued.
 
     Raises:
-        UsageError: the folder holds a run with other options; the message names them.
+        UsageError: the folder holds a run with other options (the message names them), or one of the published code
+            that --resume was not given for.
     """
-    config_path = folder / "config.json"
+    config_path, content_path = folder / "config.json", folder / "content.pth"
     current = as_json(values)
-    if config_path.exists() and options.overwrite:
+    if options.overwrite and (config_path.exists() or content_path.exists()):
         print(f"--overwrite: the existing run is now {move_aside(folder)}")
-    begun = any((folder / name).exists() for name in ("metrics.jsonl", "content.pth"))
-    if not (config_path.exists() and begun):  # a start that failed before its first step does not count
-        write_json(config_path, {"options": current, **provenance()})
-        return False
-    previous = read_json(config_path).get("options", {})
+    config: dict[str, Any] = read_json(config_path) if config_path.exists() else {TAKES_OVER: True}
+    content_is_ours = content_path.exists() and not config.get(TAKES_OVER)
+    if not (
+        content_is_ours or (folder / "metrics.jsonl").exists()
+    ):  # a start that failed before its first step does not count
+        return _begin(config_path, current, content_path.exists(), options.resume)
+    previous = config.get("options", {})
     changed = {
         name: (previous.get(name), value)
         for name, value in current.items()
@@ -86,6 +92,17 @@ def open_experiment(folder: Path, values: Mapping[str, Any], options: Experiment
         print(f"--resume: the run goes on with changed options: {listed}")
         write_json(config_path, {"options": current, **provenance()})
     return True
+
+
+def _begin(config_path: Path, current: Mapping[str, Any], published: bool, resume: bool) -> bool:
+    """A first start; `published`: from a content.pth that is not ours. Returns whether that is continued."""
+    if published and not resume:
+        raise UsageError(
+            f"{config_path.parent} holds a content.pth that no run here has written: choose --resume to continue it (files of "
+            "the published code serve), another --exp, or --overwrite to start anew (the old folder is moved aside)"
+        )
+    write_json(config_path, {"options": current, **provenance(), TAKES_OVER: published})
+    return published
 
 
 def provenance() -> dict[str, Any]:

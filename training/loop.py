@@ -17,11 +17,12 @@ from datasets_prep.moments import MomentSource
 from flow.paths import PathOptions
 from models.autoencoder import Autoencoder, PixelSpace
 from options import option
-from runtime.checkpoints import load_content, save_content, save_weights
+from runtime.checkpoints import save_content, save_weights
 from runtime.distributed import Processes
 from runtime.precision import Machine
 from runtime.progress import progress_bar
 from runtime.randomness import seed_for
+from training.continuation import continue_run
 from training.data import Batch, batches, steps_per_epoch
 from training.experiment import ExperimentOptions
 from training.journal import Journal
@@ -93,7 +94,7 @@ def train(job: Job, resume: bool) -> bool:
     state = TrainingState(job.network.to(job.machine.device), job.machine, decay, (beta1, beta2), options.weight_decay)
     content_path = job.folder / "content.pth"
     if resume and content_path.exists():
-        state.restore(load_content(content_path, job.machine.device))
+        _say(job, continue_run(state, content_path, per_epoch, job.header))
         _say(job, f"continuing at step {state.step} of {last_step}")
     if 0 < options.max_minutes * 60 <= state.seconds:
         return True  # its time was up before

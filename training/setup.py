@@ -1,6 +1,7 @@
 """From options to a `Job`: data, autoencoder, network, and how the run looks at itself."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,10 +19,12 @@ from models.edm_unet import EdmUNetOptions
 from models.family import FamilyOptions
 from models.registry import FAMILY_OPTIONS, NETWORKS, NetworkOptions, build_network
 from options import Options, UsageError, as_json
-from runtime.checkpoints import experiment_folder, read_weights
+from runtime.checkpoints import experiment_folder, find_checkpoint, read_weights
 from runtime.distributed import Processes
 from runtime.precision import MachineOptions, choose_machine
+from runtime.published import read_published
 from runtime.randomness import seed_for
+from runtime.torch_files import is_torch_file
 from training.experiment import ExperimentOptions, open_experiment, provenance
 from training.loop import Job, TrainingOptions
 from training.review import Review
@@ -70,9 +73,9 @@ def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
             f"the image size must be a multiple of {autoencoder.factor} for this autoencoder, "
             f"but it is {data.image_size} (--image_size)"
         )
-    network = _network(options, latent_size, network_options)
-
     folder = experiment_folder(experiment.save_root, data.dataset, experiment.exp)
+    network = _network(options, latent_size, network_options, folder)
+
     resolved = {**options.values, "precision": machine.precision, "processes": processes.count}
     resume = open_experiment(folder, resolved, experiment) if processes.is_main else True
     processes.barrier()
@@ -144,12 +147,13 @@ def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None
     print(f"--init_from: loaded {len(fitting)} of {len(own)} weights{listed}")
 
 
-def _network(options: Options, latent_size: int, network_options: FamilyOptions) -> nn.Module:
+def _network(options: Options, latent_size: int, network_options: FamilyOptions, folder: Path) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(options[TrainingOptions].seed, "weights"))
         network = build_network(options[NetworkOptions].resolve(), latent_size, network_options)
-    if options[ExperimentOptions].init_from:
-        load_what_fits(network, read_weights(options[ExperimentOptions].init_from)[0])
+    if name := options[ExperimentOptions].init_from:
+        start = find_checkpoint(name, folder)
+        load_what_fits(network, read_published(start).sampled if is_torch_file(start) else read_weights(start)[0])
     return network
 
 

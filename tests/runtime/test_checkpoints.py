@@ -179,14 +179,18 @@ def test_newest_model_is_that_of_the_largest_number(tmp_path):
     assert newest_model(tmp_path).name == "model_100.safetensors"
     assert newest_model(tmp_path, 9).name == "model_9.safetensors"
     with pytest.raises(
-        UsageError, match=r"no model_11\.safetensors in .*has: model_10\.safe.*model_9\.saf.*--checkpoint"
+        UsageError,
+        match=r"no model_11\.safetensors or model_11\.pth in .*has: model_10\.safe.*model_9\.saf.*--checkpoint",
     ):
         newest_model(tmp_path, 11)
 
 
 def test_run_without_checkpoints_says_what_to_do(tmp_path):
     for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(UsageError, match=rf"no model_<epoch>\.safetensors in {folder} .*no checkpoints.*run\.sh"):
+        with pytest.raises(
+            UsageError,
+            match=rf"no model_<epoch>\.safetensors or model_<epoch>\.pth in {folder} .*no checkpoints.*run\.sh",
+        ):
             newest_model(folder)
 
 

@@ -1,0 +1,37 @@
+"""Published files opened by flags: the network that they describe, its autoencoder, and the header that is missing."""
+
+from pathlib import Path
+
+import torch
+
+from datasets_prep.datasets import DatasetFacts, DatasetOptions
+from models.autoencoder import load_autoencoder
+from options import Options, as_json
+from runtime.checkpoints import LoadedModel
+from runtime.published import autoencoder_options, build_published, read_published, with_arguments
+
+__all__ = ["open_published", "plain_facts"]
+
+# The only datasets that are grey: the side of their images without padding.
+GREY_SIDES = {"mnist": 28, "fashion_mnist": 28}
+
+
+def open_published(path: Path, options: Options, device: torch.device | str) -> LoadedModel:
+    """What `load_model` gives for our own files, of a published one.
+
+    Raises:
+        UsageError: an unreadable file, or a network that its weights do not fit.
+    """
+    published = read_published(path)
+    options = with_arguments(options, published)
+    facts = plain_facts(options[DatasetOptions])
+    autoencoder = load_autoencoder(autoencoder_options(options), facts.channels)
+    network, header = build_published(published, path, options, autoencoder, as_json(facts))
+    return LoadedModel(network.eval().requires_grad_(False).to(device), autoencoder.to(device), header)
+
+
+def plain_facts(data: DatasetOptions) -> DatasetFacts:
+    """What a dataset's name and image size say of its samples, without its files."""
+    side = GREY_SIDES.get(data.dataset)
+    crop = side if side and side < data.image_size else None
+    return DatasetFacts(data.dataset, data.image_size, 1 if side else 3, crop, not side, ())

@@ -1,0 +1,86 @@
+"""Turn a published file into one that describes itself, and back.
+
+    python -m models.convert model_475.pth model.safetensors --args_file test_args/celeb256_dit.txt [flags]
+    python -m models.convert model.safetensors model_475.pth [--module_prefix]
+
+Of content.pth the moving averages are taken. A command like the scripts at the root: it lies here for its name.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets_prep.datasets import DatasetOptions
+from evaluation.published import plain_facts
+from evaluation.sampling import SAMPLING_GROUPS
+from models.autoencoder import Autoencoder, PixelSpace, is_hub_id, load_autoencoder
+from options import Options, UsageError, as_json, exit_cleanly, option, parse_options
+from runtime.checkpoints import read_weights, save_weights
+from runtime.published import PREFIX, autoencoder_options, build_published, read_published, with_arguments
+from runtime.torch_files import is_torch_file, save_content
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """Conversion. The flags below that do not describe network, autoencoder or data have no effect."""
+
+    module_prefix: bool = option(False, "to .pth: names behind 'module.', as data parallelism writes them")
+
+
+def main() -> None:
+    """Take the two paths, before or after the flags, and convert the way that the first one's kind asks for."""
+    (source, target), flags = _split_paths(sys.argv[1:])
+    options = parse_options(str(__doc__).splitlines()[0], [ConversionOptions, *SAMPLING_GROUPS], flags)
+    if is_torch_file(source):
+        _from_published(source, target, options)
+    else:
+        _to_published(source, target, options[ConversionOptions].module_prefix)
+    print(f"{source} -> {target}")
+
+
+def _from_published(source: Path, target: Path, options: Options) -> None:
+    _check_suffix(target, ".safetensors", f"{source} is a file of torch.save")
+    published = read_published(source)
+    options = with_arguments(options, published)
+    facts = plain_facts(options[DatasetOptions])
+    chosen = autoencoder_options(options)
+    autoencoder: Autoencoder | PixelSpace | None = None
+    if is_hub_id(chosen.pretrained_autoencoder_ckpt):
+        print(
+            f"note: {chosen.pretrained_autoencoder_ckpt} is not fetched: {target} knows its id and scale, not its hash"
+        )
+    else:
+        autoencoder = load_autoencoder(chosen, facts.channels)
+    network, header = build_published(published, source, options, autoencoder, as_json(facts))
+    save_weights(target, network.state_dict(), header)
+
+
+def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
+    _check_suffix(target, ".pth", f"{source} is no file of torch.save")
+    weights, header = read_weights(source)
+    prefix = PREFIX if module_prefix else ""
+    save_content(target, {prefix + name: value for name, value in weights.items()})
+    autoencoder = header["autoencoder"]
+    if "latents_std" in autoencoder and autoencoder["scale_factor"] is None:
+        print(
+            "note: statistics of the autoencoder scale these latents, which a published file's --scale_factor cannot say"
+        )
+
+
+def _check_suffix(target: Path, suffix: str, reason: str) -> None:
+    if target.suffix != suffix:
+        raise UsageError(f"{target}: expected a name ending in {suffix}, since {reason}")
+
+
+def _split_paths(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    if "-h" in arguments or "--help" in arguments:
+        return [], ["--help"]
+    first = bool(arguments) and not arguments[0].startswith("-")
+    paths, flags = (arguments[:2], arguments[2:]) if first else (arguments[-2:], arguments[:-2])
+    if len(paths) < 2 or any(path.startswith("-") for path in paths):
+        raise UsageError("expected two paths, IN and OUT: a .pth file and a .safetensors file, or the other way round")
+    return [Path(path) for path in paths], flags
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

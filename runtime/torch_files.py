@@ -1,0 +1,60 @@
+"""Files of torch.save: written atomically, read without ever executing what is in them."""
+
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from options import UsageError
+from runtime.files import atomic_path
+
+__all__ = ["is_torch_file", "load_content", "read_torch_file", "save_content"]
+
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin, those since version 1.6 and the older ones
+
+
+def is_torch_file(path: str | Path) -> bool:
+    """Whether a file begins as those of torch.save do; False where it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(len(ZIP)).startswith((ZIP, PICKLE))
+    except OSError:
+        return False
+
+
+def read_torch_file(path: str | Path, device: torch.device | str = "cpu", allowed: tuple[type, ...] = ()) -> Any:
+    """What torch.save wrote, read with weights_only=True: tensors, plain values, and objects of the classes `allowed`.
+
+    Raises:
+        UsageError: a torn or altered file, or one that holds more.
+    """
+    try:
+        if zipfile.is_zipfile(path):  # torch does not look at the checksums
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise ValueError(f"{damaged} does not have its checksum")
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for one thing: it cannot be read
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if match := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own advice is to trust the file
+            reason = f"it holds more than tensors and plain values ({match[1]}), which is never executed"
+        raise UsageError(f"cannot read {path}: {reason}") from error
+
+
+def save_content(path: str | Path, content: Mapping[str, Any]) -> None:
+    """Write tensors, numbers, strings and containers of them, atomically."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:  # a path would hide the kind of an OSError
+        torch.save(dict(content), file)
+
+
+def load_content(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What `save_content` wrote; nothing in the file is ever executed.
+
+    Raises:
+        UsageError: a torn or altered file, or one that holds more than tensors and plain values.
+    """
+    return read_torch_file(path, device)

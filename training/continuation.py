@@ -1,0 +1,66 @@
+"""A run goes on where content.pth says: exactly, if it is ours, or with all that one of the published code holds."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.loading import load_weights
+from options import UsageError
+from runtime.checkpoints import architecture_of
+from runtime.published import ALLOWED_CLASSES, Published, is_published_content, parse_published
+from runtime.torch_files import read_torch_file
+from training.state import TrainingState
+
+__all__ = ["continue_run"]
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
+
+
+def continue_run(state: TrainingState, path: Path, per_epoch: int, header: Mapping[str, Any]) -> str:
+    """Bring `state` to where a content.pth stands; returns a line that says what was taken over.
+
+    Args:
+        state: a fresh one.
+        path: the file.
+        per_epoch: steps in an epoch, since the published code counts in epochs.
+        header: of the run's checkpoints, whose architecture explains a mismatch.
+
+    Raises:
+        UsageError: an unreadable file, or one of another network.
+    """
+    content = read_torch_file(path, state.machine.device, ALLOWED_CLASSES)
+    if is_published_content(content):
+        return _take_over(state, parse_published(content, path), path, per_epoch, header)
+    state.restore(content)
+    return f"{path}: the whole state of the run"
+
+
+def _take_over(
+    state: TrainingState, published: Published, path: Path, per_epoch: int, header: Mapping[str, Any]
+) -> str:
+    if published.epoch is None:
+        raise UsageError(
+            f"{path} does not say its epoch, so the run cannot go on; start from its weights with --init_from"
+        )
+    architecture = architecture_of(header)
+    load_weights(state.network, published.weights, str(path), architecture)
+    load_weights(state.ema.network, published.sampled, str(path), architecture)
+    names = [name for name, parameter in state.network.named_parameters() if parameter.requires_grad]
+    moments = {
+        index: {key: torch.as_tensor(published.states[name][key]) for key in MOMENTS}
+        for index, name in enumerate(names)
+        if published.states.get(name, {}).keys() >= set(MOMENTS)
+    }
+    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+    state.step = published.epoch * per_epoch
+    state.ema.updates = state.step  # its warm-up is over
+    averages = (
+        f"{len(published.averages)} moving averages" if published.averages else "no moving average (it begins anew)"
+    )
+    return (
+        f"{path}, of the published code: took over {len(published.weights)} weights, {averages}, the moments of "
+        f"{len(moments)} of {len(names)} trained parameters, and epoch {published.epoch}; the learning rate is a function of "
+        "the step"
+    )
