@@ -1,9 +1,12 @@
 """Data that several tests share."""
 
+import importlib.util
 import runpy
 import signal
 import sys
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ import torch
 from PIL import Image
 
 from datasets_prep.idx import find_idx_folder
+from models.dit import DIT_SIZES, DiTOptions, build_dit
+from models.registry import NETWORKS, Family
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,3 +75,16 @@ def smooth_image(width: int, height: int, seed: int) -> np.ndarray:
         for _ in range(3)
     ]
     return (127.5 + 127.5 * np.stack(waves, axis=2)).round().astype(np.uint8)
+
+
+@pytest.fixture
+def golden(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module tests/golden_check.py; the size of its DiT cases has a name, DiT-Golden/2."""
+    spec = importlib.util.spec_from_file_location("golden_check", ROOT / "tests" / "golden_check.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setitem(DIT_SIZES, "Golden", (48, 2, 3))
+    monkeypatch.setitem(NETWORKS, "DiT-Golden/2", Family(DiTOptions, partial(build_dit, "Golden", 2)))
+    return module

@@ -474,9 +474,12 @@ SAMPLING_MISTAKES = {
     "unknown method": (["--method", "karras"], "unknown --method 'karras': expected one of euler, midpoint"),
     "no such experiment": (
         ["--exp", "absent"],
-        r"no model_<epoch>\.safetensors in .*absent .*no checkpoints.*--checkpoint",
+        r"no model_<epoch>\.safetensors or model_<epoch>\.pth in .*absent .*no checkpoints.*--checkpoint",
     ),
-    "no such epoch": (["--epoch_id", "9"], r"no model_9\.safetensors in .*it has: model_1\.safetensors"),
+    "no such epoch": (
+        ["--epoch_id", "9"],
+        r"no model_9\.safetensors or model_9\.pth in .*it has: model_1\.safetensors",
+    ),
     "missing file": (["--checkpoint", "{tmp}/absent"], "cannot read the checkpoint {tmp}/absent"),
     "another kind of file": (["--checkpoint", "{tmp}/notes.txt"], r"cannot read the checkpoint {tmp}/notes\.txt"),
     "unknown key": (["--args_file", "{tmp}/typo.txt"], r"typo\.txt, line 1: unknown key N_SAMPEL "),
