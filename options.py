@@ -15,7 +15,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 __all__ = [
     "INTERRUPTED",
@@ -23,6 +23,7 @@ __all__ = [
     "UsageError",
     "as_json",
     "exit_cleanly",
+    "explain",
     "option",
     "parse_options",
     "read_arguments_file",
@@ -200,20 +201,33 @@ def read_arguments_file(
     return flags
 
 
+class Explanation(NamedTuple):
+    """How a script ends after an error that is not the program's: its exit code, and the line on stderr."""
+
+    exit_code: int
+    line: str
+
+
+def explain(error: BaseException) -> Explanation | None:
+    """The explanation of a user's error, an interruption or a full disk; None for a defect, which needs its traceback."""
+    if isinstance(error, UsageError):
+        return Explanation(2, f"error: {error}")
+    if isinstance(error, KeyboardInterrupt):
+        return Explanation(INTERRUPTED, "interrupted")
+    if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
+        return Explanation(2, f"error: {error.strerror}: {error.filename or 'while writing'}")
+    return None
+
+
 def exit_cleanly(main: Callable[[], int | None]) -> None:
     """Run a script's main function; a user's error becomes one line on stderr and exit code 2."""
     try:
         sys.exit(main() or 0)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except OSError as error:
-        if error.errno not in ENVIRONMENT_ERRORS:
+    except (Exception, KeyboardInterrupt) as error:
+        if (reason := explain(error)) is None:
             raise
-        print(f"error: {error.strerror}: {error.filename or 'while writing'}", file=sys.stderr)
-    sys.exit(2)
+        print(reason.line, file=sys.stderr)
+        sys.exit(reason.exit_code)
 
 
 def _assignments(line: str, where: str) -> list[tuple[str, str]]:

@@ -3,8 +3,10 @@
 
 from evaluation.sampling import SAMPLING_GROUPS, SamplingOptions, sample_and_score
 from models.registry import IGNORED_NETWORK_FLAGS
-from options import exit_cleanly, parse_options
+from options import Options
+from runtime.distributed import Processes
 from runtime.files import append_line
+from runtime.launch import run_script
 
 # Published flags without an effect, here or there.
 IGNORED = {
@@ -16,11 +18,10 @@ IGNORED = {
 }
 
 
-def main() -> None:
-    """Parse the flags, sample, and print the result in one line."""
-    options = parse_options(str(__doc__), SAMPLING_GROUPS, ignored=IGNORED)
+def main(options: Options, processes: Processes) -> None:
+    """Sample, and print the result in one line."""
     print(options.describe("those that differ from the defaults; the others: --help"))
-    result = sample_and_score(options)
+    result = sample_and_score(options, processes)
     score = f"{result['metric']} {result['value']:.3f}, " if "value" in result else ""
     recognised = f"{100 * result['recognised']:.1f} % recognised as their class, " if "recognised" in result else ""
     line = (
@@ -28,9 +29,9 @@ def main() -> None:
         f"{result['seconds']:g} s; grid: {result['grid']}"
     )
     print(line)
-    if options[SamplingOptions].output_log:
+    if options[SamplingOptions].output_log and processes.is_main:
         append_line(options[SamplingOptions].output_log, line)
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    run_script(main, str(__doc__), SAMPLING_GROUPS, ignored=IGNORED)

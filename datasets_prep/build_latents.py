@@ -2,7 +2,7 @@
 
     python -m datasets_prep.build_latents --dataset imagenet_256 --datadir DIR --image_size 256 --num_workers 8
 
-Start it with torchrun to share the work between GPUs, and again after an interruption to go on.
+With --num_process_per_node N the GPUs share the work; started again after an interruption it goes on.
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from pathlib import Path
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder
 from models.autoencoder import AutoencoderOptions, PixelSpace, load_autoencoder
-from options import UsageError, exit_cleanly, option, parse_options
-from runtime.distributed import start_processes
+from options import Options, UsageError, option
+from runtime.distributed import Processes
+from runtime.launch import run_script
 from runtime.precision import MachineOptions, choose_machine
 
 __all__ = ["BuildLatentsOptions", "main"]
@@ -25,13 +26,10 @@ class BuildLatentsOptions:
     validation_images: int = option(2048, "the first so many validation images: a training looks at 2048", minimum=1)
 
 
-def main() -> None:
-    """Parse the flags and build the cache of each split."""
-    groups = [BuildLatentsOptions, DatasetOptions, LatentCacheOptions, AutoencoderOptions, MachineOptions]
-    options = parse_options(str(__doc__).splitlines()[0], groups)
+def main(options: Options, processes: Processes) -> None:
+    """Build the cache of each split."""
     data, caches = options[DatasetOptions], options[LatentCacheOptions]
-    processes = start_processes()
-    machine = choose_machine(options[MachineOptions], processes.local_rank)
+    machine = choose_machine(options[MachineOptions], processes)
     with processes.main_first():
         train = open_dataset(data, "train")
         held_out = open_dataset(data, "validation").head(options[BuildLatentsOptions].validation_images)
@@ -43,10 +41,9 @@ def main() -> None:
     for dataset in (train, held_out):
         folder = cache_folder(root, dataset, autoencoder)
         build_latent_cache(folder, dataset, autoencoder, machine, processes, caches.num_workers)
-        if processes.is_main:
-            print(f"{folder}: {len(dataset)} {dataset.split} images of {data.dataset}")
-    processes.stop()
+        print(f"{folder}: {len(dataset)} {dataset.split} images of {data.dataset}")
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    groups = [BuildLatentsOptions, DatasetOptions, LatentCacheOptions, AutoencoderOptions, MachineOptions]
+    run_script(main, str(__doc__).splitlines()[0], groups)

@@ -129,12 +129,12 @@ def build_latent_cache(
         UsageError: the folder holds a cache of something else.
     """
     identity = _identity(dataset, autoencoder)
-    if (folder / "manifest.json").exists():
-        manifest = read_json(folder / "manifest.json")
+    manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
+    if manifest:
         _check_fits(folder, manifest, identity)
-        if "shards" in manifest:
-            return
-    elif processes.is_main:
+    if not processes.any("shards" not in manifest):
+        return
+    if processes.is_main and not manifest:
         write_json(folder / "manifest.json", identity)
     processes.barrier()
     starts = range(0, len(dataset), identity["shard_size"])

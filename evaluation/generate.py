@@ -1,9 +1,10 @@
 """Samples of a trained network as a stream of batches: nothing passes through the disk.
 
 Sample i is a function of (seed, i), the label and the solver; the batch size only decides how many are drawn at a time.
+Several processes draw whole batches in turn, so that each batch is what it would be in one process.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +16,11 @@ from flow.solvers import SolverOptions, solve
 from models.autoencoder import Autoencoder, PixelSpace
 from models.conditions import Condition
 from options import UsageError
+from runtime.distributed import Processes
 from runtime.precision import Machine
 from runtime.randomness import NOISE_SOURCES
 
-__all__ = ["GeneratedBatch", "balanced_labels", "check_guidance", "generate"]
+__all__ = ["GeneratedBatch", "balanced_labels", "check_guidance", "first_images", "generate"]
 
 
 class GeneratedBatch(NamedTuple):
@@ -63,6 +65,7 @@ def generate(
     batch_size: int = 200,
     generator: str = "determ-indiv",
     labels: Callable[[Sequence[int], int], torch.Tensor] = balanced_labels,
+    processes: Processes = Processes(),  # noqa: B008
 ) -> Iterator[GeneratedBatch]:
     """Draw the samples `indices` in batches.
 
@@ -80,9 +83,10 @@ def generate(
         batch_size: samples drawn at a time.
         generator: key of NOISE_SOURCES; by default every sample has a stream of its own.
         labels: class ids of given indices.
+        processes: this process draws its share of the batches.
     """
     noise_source = NOISE_SOURCES[generator](seed)
-    for start in range(0, len(indices), batch_size):
+    for start in processes.share(range(0, len(indices), batch_size)):
         chosen = indices[start : start + batch_size]
         noise = noise_source(chosen, latent_shape).to(machine.device)
         ids = labels(chosen, num_classes).to(machine.device)
@@ -95,3 +99,18 @@ def generate(
         solution = solve(guided_velocity(evaluate, condition, null, cfg_scale), noise, solver)
         images = crop_padding(autoencoder.decode(solution.x), facts)
         yield GeneratedBatch(chosen, images.cpu(), ids.cpu(), solution.evaluations)
+
+
+def first_images(batches: Iterable[GeneratedBatch], count: int, processes: Processes) -> torch.Tensor:
+    """Consume `batches`; images uint8 [N, C, H, W] of the `count` lowest indices that any process drew, in order.
+
+    They come to the main process; elsewhere the result is empty.
+    """
+    images = {
+        index: image
+        for batch in batches
+        for index, image in zip(batch.indices, batch.images, strict=True)
+        if index < count
+    }
+    drawn = {index: image for part in processes.gather(images) for index, image in part.items()}
+    return torch.stack([drawn[index] for index in sorted(drawn)]) if drawn else torch.empty(0)

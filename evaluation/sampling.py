@@ -11,7 +11,7 @@ import torch
 
 from datasets_prep.datasets import DatasetFacts, DatasetOptions, open_dataset
 from evaluation.features import FeatureOptions, choose_features
-from evaluation.generate import GeneratedBatch, check_guidance, generate
+from evaluation.generate import GeneratedBatch, check_guidance, first_images, generate
 from evaluation.pictures import grid_count, save_grid
 from evaluation.published import open_published
 from evaluation.score import reference_statistics, score_samples
@@ -23,6 +23,7 @@ from models.autoencoder import AutoencoderOptions
 from models.registry import FAMILY_OPTIONS, NetworkOptions
 from options import Options, UsageError, as_json, option
 from runtime.checkpoints import LoadedModel, experiment_folder, find_checkpoint, load_model, newest_model
+from runtime.distributed import Processes
 from runtime.files import write_json
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.progress import progress_bar
@@ -73,48 +74,45 @@ SAMPLING_GROUPS = (
 )
 
 
-def sample_and_score(options: Options) -> dict[str, Any]:
+def sample_and_score(options: Options, processes: Processes = Processes()) -> dict[str, Any]:  # noqa: B008
     """Draw the samples that the options describe; returns the result that is also written as JSON.
+
+    Several processes share the batches; the main one writes the grid and the result, which all return.
 
     Raises:
         UsageError: no such checkpoint, or flags that contradict it.
     """
     sampling, solver, guidance = options[SamplingOptions], options[SolverOptions], options[GuidanceOptions]
-    machine = choose_machine(options[MachineOptions])
+    machine = choose_machine(options[MachineOptions], processes)
     path = _checkpoint_path(sampling, options[DatasetOptions].dataset)
-    if is_torch_file(path):
-        model = open_published(path, options, machine.device)
-    else:
-        given = options.given(AutoencoderOptions)
-        moved = options[AutoencoderOptions] if "pretrained_autoencoder_ckpt" in given else None
-        model = load_model(path, machine.device, moved)
-        _refuse_contradictions(options, model.header, path)
-    check_guidance(model.header["network"], guidance.cfg_scale)
+    model = _load(path, options, machine, processes)
     _note_unused(options)
-
     stem = f"{path.stem}_{solver.method}_cfg{guidance.cfg_scale:g}_seed{sampling.seed}"
     folder, samples_folder = _output_folders(sampling, path, stem)
-    writer = SampleWriter(samples_folder, sampling.save_images) if sampling.save_images else None
+    writer = SampleWriter(samples_folder, sampling.save_images, processes) if sampling.save_images else None
     keeper = _Keeper(grid_count(model.header["num_classes"]), writer)
     started = time.perf_counter()
-    batches = keeper.watch(_batches(model, options, machine))
+    batches = keeper.watch(_batches(model, options, machine, processes))
     if sampling.compute_fid:
-        score = _score(batches, options, model, machine)
+        score = _score(batches, options, model, machine, processes)
     else:
         score = {}
         deque(batches, maxlen=0)
+    evaluations = processes.sum(torch.tensor(keeper.evaluations)).item()
     seconds = time.perf_counter() - started
     if writer is not None:
         writer.close()
     grid = folder / f"{stem}.png"
-    save_grid(torch.cat(keeper.images), grid, model.header["num_classes"])
+    first = first_images(keeper.batches, grid_count(model.header["num_classes"]), processes)
+    if processes.is_main:
+        save_grid(first, grid, model.header["num_classes"])
     result = {
         "checkpoint": str(path),
         "weights_sha256": model.header["weights_sha256"],
         "step": model.header["step"],
         **score,
         "samples": sampling.n_sample,
-        "nfe": keeper.evaluations / sampling.n_sample,
+        "nfe": evaluations / sampling.n_sample,
         "guided_evaluations": guidance.cfg_scale != 1,
         "seed": sampling.seed,
         "generator": sampling.generator,
@@ -122,10 +120,12 @@ def sample_and_score(options: Options) -> dict[str, Any]:
         "cfg_scale": guidance.cfg_scale,
         "precision": machine.precision,
         "batch_size": sampling.batch_size,
+        "processes": processes.count,
         "seconds": round(seconds, 1),
         "grid": str(grid),
     }
-    write_json(sampling.output_json or folder / f"{stem}.json", result)
+    if processes.is_main:
+        write_json(sampling.output_json or folder / f"{stem}.json", result)
     return result
 
 
@@ -137,28 +137,40 @@ def _note_unused(options: Options) -> None:
         print("note: --real_img_dir has no effect without --compute_fid")
 
 
+def _load(path: Path, options: Options, machine: Machine, processes: Processes) -> LoadedModel:
+    """The checkpoint's model, which the flags must fit."""
+    moved = "pretrained_autoencoder_ckpt" in options.given(AutoencoderOptions)
+    with processes.main_first():  # the others find the autoencoder that it may have downloaded
+        if is_torch_file(path):
+            model = open_published(path, options, machine.device)
+        else:
+            model = load_model(path, machine.device, options[AutoencoderOptions] if moved else None)
+            _refuse_contradictions(options, model.header, path)
+    check_guidance(model.header["network"], options[GuidanceOptions].cfg_scale)
+    return model
+
+
 class _Keeper:
-    """Watches a stream of batches: keeps the first samples for the grid, counts evaluations, writes files."""
+    """Watches a stream of batches: keeps those with samples of the grid, counts evaluations, writes files."""
 
     def __init__(self, count: int, writer: SampleWriter | None) -> None:
         self.evaluations = 0
-        self.images: list[torch.Tensor] = []
-        self._missing = count
+        self.batches: list[GeneratedBatch] = []
+        self._count = count
         self._writer = writer
 
     def watch(self, batches: Iterable[GeneratedBatch]) -> Iterator[GeneratedBatch]:
         """The same batches."""
         for batch in batches:
             self.evaluations += batch.evaluations * len(batch.indices)
-            if self._missing > 0:
-                self.images.append(batch.images[: self._missing])
-                self._missing -= len(self.images[-1])
+            if batch.indices[0] < self._count:
+                self.batches.append(batch)
             if self._writer is not None:
                 self._writer.add(batch)
             yield batch
 
 
-def _batches(model: LoadedModel, options: Options, machine: Machine) -> Iterator[GeneratedBatch]:
+def _batches(model: LoadedModel, options: Options, machine: Machine, processes: Processes) -> Iterator[GeneratedBatch]:
     sampling, header = options[SamplingOptions], model.header
     stored = header["dataset"]
     network = torch.compile(model.network) if options[MachineOptions].compile else model.network
@@ -176,22 +188,26 @@ def _batches(model: LoadedModel, options: Options, machine: Machine) -> Iterator
         batch_size=sampling.batch_size,
         generator=sampling.generator,
     )
-    with progress_bar(total=sampling.n_sample, desc="sampling", unit="image") as bar:
+    with progress_bar(total=sampling.n_sample // processes.count, desc="sampling", unit="image") as bar:
         for batch in stream:
             bar.update(len(batch.indices))
             yield batch
 
 
-def _score(batches: Iterable[GeneratedBatch], options: Options, model: LoadedModel, machine: Machine) -> dict[str, Any]:
+def _score(
+    batches: Iterable[GeneratedBatch], options: Options, model: LoadedModel, machine: Machine, processes: Processes
+) -> dict[str, Any]:
     sampling, stored = options[SamplingOptions], model.header["dataset"]
     data = replace(options[DatasetOptions], dataset=stored["name"], image_size=stored["image_size"])
-    features = choose_features(options[FeatureOptions], data.dataset, machine)
-    if sampling.real_img_dir:
+    with processes.main_first():
+        features = choose_features(options[FeatureOptions], data.dataset, machine)
+        dataset = None if sampling.real_img_dir else open_dataset(data, "train")
+    if dataset is None:
         reference = read_statistics(sampling.real_img_dir, features, sampling.batch_size)
     else:
-        reference = reference_statistics(open_dataset(data, "train"), features, data.datadir)
+        reference = reference_statistics(dataset, features, data.datadir, processes)
     names = stored["class_names"] if model.header["num_classes"] == len(stored["class_names"]) else ()
-    score = score_samples(batches, features, reference, names)
+    score = score_samples(batches, features, reference, names, processes)
     return score | {"reference": sampling.real_img_dir or f"{data.dataset}, training images"}
 
 

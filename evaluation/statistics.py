@@ -21,6 +21,7 @@ from datasets_prep.datasets import ImageDataset, crop_padding
 from datasets_prep.images import IMAGE_SUFFIXES, read_image
 from evaluation.features import FeatureNetwork
 from options import UsageError, as_json
+from runtime.distributed import Processes
 from runtime.files import atomic_path
 from runtime.progress import progress_bar
 from runtime.unpickling import UNPICKLING_ERRORS, load_numpy_pickle
@@ -74,6 +75,13 @@ class RunningMoments:
         if other.count:
             self._add(other.count, other._mean, other._scatter)
 
+    def of_all(self, processes: Processes) -> "RunningMoments":
+        """The moments of the rows of all processes, in each of them."""
+        merged = RunningMoments(len(self._mean))
+        for part in processes.gather(self):
+            merged.merge(part)
+        return processes.from_main(merged)
+
     @property
     def mean(self) -> np.ndarray:
         """Mean float64 [dims]."""
@@ -117,41 +125,58 @@ def describe_features(features: FeatureNetwork) -> dict[str, str]:
     return {"name": features.name, "label": features.label, "sha256": features.sha256}
 
 
-def image_batches(dataset: ImageDataset, batch_size: int) -> Iterator[torch.Tensor]:
-    """All images of a split in order, uint8 [B, C, H, W], padding included, with a progress bar."""
+def image_batches(
+    dataset: ImageDataset,
+    batch_size: int,
+    processes: Processes = Processes(),  # noqa: B008
+) -> Iterator[torch.Tensor]:
+    """All images of a split in order, uint8 [B, C, H, W], padding included, with a progress bar.
+
+    Of several processes, each gets its share of the batches.
+    """
     description = f"{dataset.facts.name} {dataset.split}"
-    with progress_bar(total=len(dataset), desc=description, unit="image") as progress:
-        for start in range(0, len(dataset), batch_size):
+    with progress_bar(total=len(dataset) // processes.count, desc=description, unit="image") as progress:
+        for start in processes.share(range(0, len(dataset), batch_size)):
             images = torch.stack([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
             yield images
             progress.update(len(images))
 
 
 def dataset_statistics(
-    dataset: ImageDataset, features: FeatureNetwork, cache_dir: str | Path | None, batch_size: int = 200
+    dataset: ImageDataset,
+    features: FeatureNetwork,
+    cache_dir: str | Path | None,
+    batch_size: int = 200,
+    processes: Processes = Processes(),  # noqa: B008
 ) -> Statistics:
     """Statistics of all images of a split, without their padding; kept in `cache_dir` unless that is None.
+
+    Several processes share the images, and all get the result.
 
     Raises:
         UsageError: a cached file that cannot be read.
     """
     facts = dataset.facts
     source = {"dataset": facts.name, "split": dataset.split, "image_size": facts.image_size}
-    source |= {"fingerprint": dataset.fingerprint}
-    cropped = (crop_padding(images, facts) for images in image_batches(dataset, batch_size))
-    if cache_dir is None:
-        return compute_statistics(cropped, features, source)
+    meta = {**source, "fingerprint": dataset.fingerprint, "features": describe_features(features)}
     key = hashlib.sha256(f"{features.sha256} {dataset.fingerprint}".encode()).hexdigest()[:8]
-    path = Path(cache_dir) / f"{facts.name}_{dataset.split}_{facts.image_size}_{features.name}_{key}.npz"
-    if path.exists():
-        known = load_statistics(path)
-        if known.meta == {**source, "features": describe_features(features)}:
-            return known
-    statistics = compute_statistics(cropped, features, source)
-    try:
-        save_statistics(path, statistics)
-    except OSError as error:  # a read-only data directory is no reason to fail
-        print(f"note: the statistics are not kept: {error}")
+    name = f"{facts.name}_{dataset.split}_{facts.image_size}_{features.name}_{key}.npz"
+    path = None if cache_dir is None else Path(cache_dir) / name
+    known = load_statistics(path) if path and path.exists() else None
+    known = known if known and known.meta == meta else None
+    missing = processes.any(known is None)  # for one is missing for all: they compute it together
+    if known is not None and not missing:
+        return known
+
+    moments = RunningMoments(features.dims)
+    for images in image_batches(dataset, batch_size, processes):
+        moments.update(features(crop_padding(images, facts)))
+    statistics = moments.of_all(processes).statistics(meta)
+    if path and processes.is_main:
+        try:
+            save_statistics(path, statistics)
+        except OSError as error:  # a read-only data directory is no reason to fail
+            print(f"note: the statistics are not kept: {error}")
     return statistics
 
 

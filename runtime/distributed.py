@@ -1,52 +1,90 @@
-"""Processes of one run: started by torchrun (all of its variables present together), else a single one."""
+"""The processes of one run: what each of them knows of the others, and how they work together.
+
+A launcher (torchrun, `accelerate launch`, or runtime/launch.py) describes them in the environment by variables that are
+set together, else there is a single one. Values travel between them through the hosts' memory; only the gradients take
+the devices' own way.
+"""
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-__all__ = ["Processes", "start_processes"]
+from options import explain
+
+__all__ = ["Processes", "join_processes", "launched"]
+
+T = TypeVar("T")
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-LONGEST_WAIT = timedelta(hours=6)  # of the others, while the main process scores or builds statistics
+LONGEST_WAIT = timedelta(hours=6)  # of the others, while the main process downloads or compares statistics
+DEFECT = 1  # exit code of an error that is not the user's
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all: `rank` of `count`, `local_rank` on its machine."""
+    """This process among all: `rank` of `count`, `local_rank` of the `local_count` on its machine.
+
+    All methods that exchange something must be called by every process, in the same order.
+    """
 
     rank: int = 0
     count: int = 1
     local_rank: int = 0
+    local_count: int = 1
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes the files."""
         return self.rank == 0
 
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Every `count`-th item, from number `rank` on: together the processes have each item once."""
+        return items[self.rank :: self.count]
+
     def barrier(self) -> None:
         """Wait for all processes."""
-        if self.count > 1:
-            dist.barrier()
+        self.any(False)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Sum of a tensor over all processes, on the tensor's device."""
+        if self.count == 1:
+            return value
+        total = value.detach().to("cpu", copy=True)
+        dist.all_reduce(total)
+        return total.to(value.device)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Mean of a tensor over all processes."""
-        if self.count > 1:
-            dist.all_reduce(value)
-            value = value / self.count
-        return value
+        return self.sum(value) / self.count
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true in any process."""
+        return bool(self.sum(torch.tensor(float(flag))) > 0)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all processes in the order of their ranks, in the main process; elsewhere an empty list."""
         if self.count == 1:
-            return flag
-        verdict = torch.tensor(float(flag))
-        dist.all_reduce(verdict)
-        return bool(verdict > 0)
+            return [value]
+        values: list[Any] = [None] * self.count
+        dist.gather_object(value, values if self.is_main else None)
+        return values if self.is_main else []
+
+    def from_main(self, value: T) -> T:
+        """The main process's value, in every process."""
+        values = [value]
+        if self.count > 1:
+            dist.broadcast_object_list(values)
+        return values[0]
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
@@ -57,18 +95,57 @@ class Processes:
         if self.is_main:
             self.barrier()
 
-    def stop(self) -> None:
-        """Leave the process group."""
-        if self.count > 1:
-            dist.destroy_process_group()
+
+def launched() -> bool:
+    """Whether a launcher started this process: all of its variables are there, not MASTER_PORT or another alone."""
+    return all(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
-def start_processes() -> Processes:
-    """Join the process group that torchrun (or accelerate launch) describes in the environment, if there is one."""
-    if not all(name in os.environ for name in LAUNCHER_VARIABLES) or int(os.environ["WORLD_SIZE"]) == 1:
-        return Processes()
+@contextmanager
+def join_processes() -> Iterator[Processes]:
+    """Join the processes that a launcher describes in the environment, if it does, for the length of the block.
+
+    Only the main process prints. An error in one process ends them all, and is reported by the first that meets it: what
+    the others then meet (the same mistake, a broken connection) is no news, and ends them with the same exit code.
+    """
+    if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield Processes()
+        return
     local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
+    if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    dist.init_process_group(timeout=LONGEST_WAIT)  # gloo for tensors on the CPU, the GPU's own backend for others
-    return Processes(dist.get_rank(), dist.get_world_size(), local_rank)
+    store, rank, count = next(rendezvous("env://"))
+    # The default backend: gloo for tensors on the CPU, the GPUs' own for those on GPUs.
+    dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=count, timeout=LONGEST_WAIT)
+    processes = Processes(rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
+    try:
+        with _silence(not processes.is_main):
+            yield processes
+            sys.stdout.flush()
+            processes.barrier()  # the launcher stops the rest as soon as one process ends with a code other than 0
+    except (Exception, KeyboardInterrupt) as error:
+        if (code := _code_of_first_failure(store, error)) is not None:
+            raise SystemExit(code) from None
+        raise
+    dist.destroy_process_group()
+
+
+def _code_of_first_failure(store: Store, error: BaseException) -> int | None:
+    """The exit code of the process that failed first; None where it is this one."""
+    try:
+        if store.add("failures", 1) == 1:
+            reason = explain(error)
+            store.set("exit_code", str(reason.exit_code if reason else DEFECT))
+            return None
+        return int(store.get("exit_code"))
+    except (RuntimeError, ValueError):
+        return None  # the store went down with the process that held it
+
+
+@contextmanager
+def _silence(silent: bool) -> Iterator[None]:
+    if not silent:
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield

@@ -1,11 +1,13 @@
 """Device and floating-point precision of a run."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from options import UsageError, option
+from runtime.distributed import Processes
 
 __all__ = ["DeviceOptions", "Machine", "MachineOptions", "choose_device", "choose_machine"]
 
@@ -15,7 +17,11 @@ class DeviceOptions:
     """Device."""
 
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
-    num_threads: int = option(0, "CPU threads, 0: torch's choice; results are bit-identical for one number", minimum=0)
+    num_threads: int = option(
+        0,
+        "CPU threads, 0: the machine's, shared among its processes; results are bit-identical for one number",
+        minimum=0,
+    )
 
 
 @dataclass(frozen=True)
@@ -44,15 +50,22 @@ class Machine:
         return torch.autocast(self.device.type, torch.bfloat16)
 
 
-def choose_device(options: DeviceOptions, local_rank: int = 0) -> torch.device:
-    """Resolve "auto" and set the number of threads.
+def choose_device(options: DeviceOptions, processes: Processes = Processes()) -> torch.device:  # noqa: B008
+    """Resolve "auto" and set the number of threads; every process of a machine gets a GPU and its share of the cores.
 
     Raises:
-        UsageError: a device that torch does not know or cannot use here.
+        UsageError: a device that torch does not know or cannot use here, or more processes than GPUs.
     """
     name = options.device
-    if name == "auto":
-        name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{processes.local_rank}"
+        if processes.local_count > torch.cuda.device_count():
+            raise UsageError(
+                f"{processes.local_count} processes on a machine with {torch.cuda.device_count()} GPUs: "
+                "start one per GPU, or use --device cpu"
+            )
+    elif name == "auto":
+        name = "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
@@ -61,12 +74,14 @@ def choose_device(options: DeviceOptions, local_rank: int = 0) -> torch.device:
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N of this machine ({reason})") from error
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
+    elif processes.local_count > 1 and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // processes.local_count))
     return device
 
 
-def choose_machine(options: MachineOptions, local_rank: int = 0) -> Machine:
+def choose_machine(options: MachineOptions, processes: Processes = Processes()) -> Machine:  # noqa: B008
     """The device, and the precision on it with "auto" resolved; errors as `choose_device`."""
-    device = choose_device(options, local_rank)
+    device = choose_device(options, processes)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
     precision = options.precision

@@ -25,8 +25,12 @@ def is_torch_file(path: str | Path) -> bool:
         return False
 
 
-def read_torch_file(path: str | Path, device: torch.device | str = "cpu", allowed: tuple[type, ...] = ()) -> Any:
+def read_torch_file(
+    path: str | Path, device: torch.device | str = "cpu", allowed: tuple[type, ...] = (), mmap: bool = False
+) -> Any:
     """What torch.save wrote, read with weights_only=True: tensors, plain values, and objects of the classes `allowed`.
+
+    With `mmap` tensors stay in the file until they are used, so that many processes on a machine hold them once.
 
     Raises:
         UsageError: a torn or altered file, or one that holds more.
@@ -37,7 +41,7 @@ def read_torch_file(path: str | Path, device: torch.device | str = "cpu", allowe
                 if (damaged := archive.testzip()) is not None:
                     raise ValueError(f"{damaged} does not have its checksum")
         with torch.serialization.safe_globals(list(allowed)):
-            return torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except Exception as error:  # torch raises many kinds for one thing: it cannot be read
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if match := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own advice is to trust the file

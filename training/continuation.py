@@ -9,8 +9,10 @@ import torch
 from models.loading import load_weights
 from options import UsageError
 from runtime.checkpoints import architecture_of
+from runtime.distributed import Processes
 from runtime.published import ALLOWED_CLASSES, Published, is_published_content, parse_published
 from runtime.torch_files import read_torch_file
+from training.parallel import is_shared_out
 from training.state import TrainingState
 
 __all__ = ["continue_run"]
@@ -18,7 +20,9 @@ __all__ = ["continue_run"]
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
 
 
-def continue_run(state: TrainingState, path: Path, per_epoch: int, header: Mapping[str, Any]) -> str:
+def continue_run(
+    state: TrainingState, path: Path, per_epoch: int, header: Mapping[str, Any], processes: Processes
+) -> str:
     """Bring `state` to where a content.pth stands; returns a line that says what was taken over.
 
     Args:
@@ -26,14 +30,21 @@ def continue_run(state: TrainingState, path: Path, per_epoch: int, header: Mappi
         path: the file.
         per_epoch: steps in an epoch, since the published code counts in epochs.
         header: of the run's checkpoints, whose architecture explains a mismatch.
+        processes: those of the run.
 
     Raises:
-        UsageError: an unreadable file, or one of another network.
+        UsageError: an unreadable file, one of another network, or a published one for weights that are shared out.
     """
-    content = read_torch_file(path, state.machine.device, ALLOWED_CLASSES)
+    shared_out = is_shared_out(state.network)
+    device = "cpu" if shared_out else state.machine.device
+    content = read_torch_file(path, device, ALLOWED_CLASSES, mmap=shared_out)
     if is_published_content(content):
+        if shared_out:
+            raise UsageError(
+                f"{path} is of the published code, and continues without --fsdp only; --init_from takes its weights"
+            )
         return _take_over(state, parse_published(content, path), path, per_epoch, header)
-    state.restore(content)
+    state.restore(content, processes)
     return f"{path}: the whole state of the run"
 
 
@@ -55,7 +66,7 @@ def _take_over(
     }
     state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
     state.step = published.epoch * per_epoch
-    state.ema.updates = state.step  # its warm-up is over
+    state.ema.updates.fill_(state.step)  # its warm-up is over
     averages = (
         f"{len(published.averages)} moving averages" if published.averages else "no moving average (it begins anew)"
     )

@@ -4,7 +4,7 @@ The draws of a step are made for the whole batch of all processes, and each proc
 what one would, and a resumed run sees what an uninterrupted one would, without any random state to save.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -29,6 +29,16 @@ class Batch(NamedTuple):
     noise: torch.Tensor
     t: torch.Tensor
     labels: torch.Tensor
+
+    def split(self, count: int) -> "list[Batch]":
+        """The batch in `count` equal parts.
+
+        Raises:
+            ValueError: it cannot be cut so.
+        """
+        if len(self.t) % count:
+            raise ValueError(f"a batch of {len(self.t)} cannot be cut into {count} equal parts")
+        return [Batch(*parts) for parts in zip(*(tensor.chunk(count) for tensor in self), strict=True)]
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -80,6 +90,26 @@ def batches(
     """
     whole = batch_size * processes.count
     share = slice(processes.rank * batch_size, (processes.rank + 1) * batch_size)
+    fetch = _reader(source, seed, whole, share, flips)
+    for step, moments, labels in _one_ahead(fetch, first_step, last_step):
+        moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        generator = generator_for(seed, "step", step, device=device)
+        uniform, dropout = torch.rand(2, whole, generator=generator, device=device)
+        shape = (whole, autoencoder.latent_channels, *moments.shape[2:])
+        posterior, noise = (torch.randn(shape, generator=generator, device=device)[share] for _ in range(2))
+        yield Batch(
+            data=autoencoder.sample(moments, posterior),
+            noise=noise,
+            t=training_times(uniform, path)[share],
+            labels=drop_labels(labels, dropout[share], label_dropout, num_classes),
+        )
+
+
+Fetch = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+
+
+def _reader(source: MomentSource, seed: int, whole: int, share: slice, flips: bool) -> Fetch:
+    """A function from a step to the moments and labels of this process's `share` of its `whole` batch."""
     per_epoch = steps_per_epoch(len(source), whole)
     order_of: dict[int, torch.Tensor] = {}
 
@@ -92,22 +122,15 @@ def batches(
         mirrored = torch.rand(whole, generator=generator_for(seed, "flip", step)) < (0.5 if flips else 0)
         return source.moments(chosen[share], mirrored[share]), source.labels[chosen[share]]
 
-    if first_step >= last_step:
-        return
-    with ThreadPoolExecutor(1) as reader:
-        upcoming = reader.submit(fetch, first_step)
-        for step in range(first_step, last_step):
-            moments, labels = upcoming.result()
-            if step + 1 < last_step:
-                upcoming = reader.submit(fetch, step + 1)
-            moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-            generator = generator_for(seed, "step", step, device=device)
-            uniform, dropout = torch.rand(2, whole, generator=generator, device=device)
-            shape = (whole, autoencoder.latent_channels, *moments.shape[2:])
-            posterior, noise = (torch.randn(shape, generator=generator, device=device)[share] for _ in range(2))
-            yield Batch(
-                data=autoencoder.sample(moments, posterior),
-                noise=noise,
-                t=training_times(uniform, path)[share],
-                labels=drop_labels(labels, dropout[share], label_dropout, num_classes),
-            )
+    return fetch
+
+
+def _one_ahead(fetch: Fetch, first: int, last: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Steps first .. last - 1 with what `fetch` gives for them, each fetched in a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = [thread.submit(fetch, step) for step in range(first, min(first + 1, last))]
+        for step in range(first, last):
+            moments, labels = upcoming.pop().result()
+            if step + 1 < last:
+                upcoming.append(thread.submit(fetch, step + 1))
+            yield step, moments, labels

@@ -1,11 +1,12 @@
 """Exponential moving average of a network's weights: the network that is sampled and saved."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 __all__ = ["Ema"]
 
@@ -15,43 +16,56 @@ class Ema:
 
     After update number n the decay is min(decay, (1 + n) / (10 + n)), so the average forgets its random initial value at
     once. `network` is a copy of the network that always has the averaged weights; buffers that are no floats are copied.
+    Where weights are shared out among processes, each process averages its part, so both networks must be shared out alike.
 
     Args:
         network: the network to follow, without any parallel wrapper.
         decay: the final decay per step, in [0, 1); 0 follows the network exactly.
+        place: brings the copy to where it is to be, in place; None: it stays where `network` is.
     """
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
+    def __init__(self, network: nn.Module, decay: float, place: Callable[[nn.Module], object] | None = None) -> None:
         self.decay = decay
-        self.updates = 0
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        self.weights = self.network.state_dict()
+        if place:
+            place(self.network)
+        self.updates = torch.zeros((), dtype=torch.float64, device=next(self.network.parameters()).device)
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The state dict of the averaged network."""
+        return self.network.state_dict()
 
     @torch.no_grad()
     def update(self, network: nn.Module, keep: torch.Tensor | None = None) -> None:
         """Move the average towards the network's weights as they are now.
 
-        `keep`, a 0-d tensor of 1 or 0 on the weights' device, decides without a word to the host whether it moves at all.
+        `keep`, a 0-d tensor of 1 or 0 on the weights' device, decides without a word to the host whether it moves at all
+        and whether the update counts.
         """
-        self.updates += 1
-        rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        keep = torch.ones_like(self.updates) if keep is None else keep.to(self.updates)
+        self.updates += keep
+        decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
+        rate = (keep * (1 - decay)).float()
         averages, currents = [], []
-        for name, value in network.state_dict().items():
+        for average, value in zip(self.weights.values(), network.state_dict().values(), strict=True):
             if value.is_floating_point():
-                averages.append(self.weights[name])
-                currents.append(value)
+                averages.append(_own_part(average))
+                currents.append(_own_part(value))
             else:
-                self.weights[name].copy_(value)
-        if keep is None:
-            torch._foreach_lerp_(averages, currents, rate)
-        else:
-            torch._foreach_lerp_(averages, currents, [rate * keep] * len(averages))
+                average.copy_(value)
+        torch._foreach_lerp_(averages, currents, [rate] * len(averages))
 
     def state_dict(self) -> dict[str, Any]:
         """All that `load_state_dict` needs, tensors and numbers only."""
-        return {"updates": self.updates, "weights": dict(self.weights)}
+        return {"updates": self.updates, "weights": self.weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict()`'s value; names and shapes must fit."""
-        self.updates = state["updates"]
+        self.updates.fill_(state["updates"])
         self.network.load_state_dict(state["weights"])
+
+
+def _own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds, in place."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from options import UsageError, as_json, option
+from runtime.checkpoints import newest_model, read_weights
 from runtime.files import move_aside, read_json, write_json
 
-__all__ = ["ExperimentOptions", "open_experiment"]
+__all__ = ["ExperimentOptions", "has_content", "has_ended", "open_experiment", "provenance"]
 
 TAKES_OVER = "takes_over"  # entry of config.json: the run began with a content.pth of the published code
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -23,12 +24,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 HARMLESS = frozenset(
     "resume overwrite save_root datadir latent_cache_dir num_workers device save_content save_content_every "
     "save_content_every_steps save_ckpt_every plot_every eval_every eval_samples log_every max_minutes skip_bad_images "
-    "method num_steps step_size time_shift atol rtol cfg_scale features feature_weights".split()
+    "method num_steps step_size time_shift atol rtol cfg_scale features feature_weights "
+    "num_process_per_node num_proc_node node_rank master_address master_port local_rank".split()
 )
+# These change the order in which numbers are added, and with it the last bits: the run goes on and says so.
+ROUNDING = frozenset("processes grad_accumulation fsdp num_threads threads compile".split())
 # With --resume these may change too: the run goes on, but is no longer the one that its first options describe.
-ADJUSTABLE = frozenset(
-    "max_steps num_epoch lr lr_schedule no_lr_decay warmup_steps grad_clip precision compile num_threads processes".split()
-)
+ADJUSTABLE = frozenset("max_steps num_epoch lr lr_schedule no_lr_decay warmup_steps grad_clip precision".split())
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,9 @@ def open_experiment(folder: Path, values: Mapping[str, Any], options: Experiment
     ):  # a start that failed before its first step does not count
         return _begin(config_path, current, content_path.exists(), options.resume)
     previous = config.get("options", {})
-    changed = {
-        name: (previous.get(name), value)
-        for name, value in current.items()
-        if name not in HARMLESS and previous.get(name) != value
-    }
+    changed = _changed(previous, current)
     refused = {name: pair for name, pair in changed.items() if not (options.resume and name in ADJUSTABLE)}
+    refused = {name: pair for name, pair in refused.items() if name not in ROUNDING}
     if refused:
         listed = ", ".join(f"--{name} was {old}, now {new}" for name, (old, new) in sorted(refused.items()))
         way_out = "" if set(refused) - ADJUSTABLE else "--resume to go on with the change, "
@@ -89,7 +88,8 @@ def open_experiment(folder: Path, values: Mapping[str, Any], options: Experiment
         )
     if changed:
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
-        print(f"--resume: the run goes on with changed options: {listed}")
+        exact = " and not bit for bit as it would have" if set(changed) <= ROUNDING else ""
+        print(f"note: the run goes on with changed options{exact}: {listed}")
         write_json(config_path, {"options": current, **provenance()})
     return True
 
@@ -103,6 +103,41 @@ def _begin(config_path: Path, current: Mapping[str, Any], published: bool, resum
         )
     write_json(config_path, {"options": current, **provenance(), TAKES_OVER: published})
     return published
+
+
+def has_content(folder: Path, options: ExperimentOptions) -> bool:
+    """Whether a start goes on from the folder's content.pth, which replaces whatever the weights are before."""
+    return not options.overwrite and (folder / "content.pth").exists()
+
+
+def has_ended(folder: Path, last_step: int) -> bool:
+    """Whether a run without content.pth was trained to its end, as its newest checkpoint says.
+
+    Raises:
+        UsageError: to an end that is no longer the run's.
+    """
+    if not any(folder.glob("model_*.safetensors")):
+        return False
+    newest = newest_model(folder)
+    header = read_weights(newest)[1]
+    if header.get("ended") and header["step"] < last_step and not header["training"]["max_minutes"]:
+        raise UsageError(
+            f"{folder} ended at step {header['step']} and kept no content.pth to go on from: use --init_from {newest} "
+            "with another --exp, or --overwrite to start anew (the old run is moved aside)"
+        )
+    return bool(header.get("ended"))
+
+
+def _changed(previous: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Old and new values of the options that matter; another batch per process does not if the whole one is the same."""
+    wholes = [values.get("batch_size", 0) * values.get("processes", 1) for values in (previous, current)]
+    changed = {
+        name: (previous.get(name), value)
+        for name, value in current.items()
+        if name not in HARMLESS and previous.get(name) != value
+    }
+    changed.pop("batch_size", None)
+    return changed | ({"batch_size times processes": (wholes[0], wholes[1])} if wholes[0] != wholes[1] else {})
 
 
 def provenance() -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -10,11 +9,12 @@ from torch import nn
 from datasets_prep.datasets import ImageDataset
 from datasets_prep.moments import MomentSource
 from evaluation.features import FeatureNetwork
-from evaluation.generate import GeneratedBatch, generate
-from evaluation.pictures import grid_count, save_grid
+from evaluation.generate import GeneratedBatch, first_images, generate
+from evaluation.pictures import grid_count
 from evaluation.score import reference_statistics, score_samples
 from flow.solvers import SolverOptions
 from models.autoencoder import Autoencoder, PixelSpace
+from runtime.distributed import Processes
 from runtime.precision import Machine
 from training.validation import validation_loss
 
@@ -23,7 +23,10 @@ __all__ = ["Review"]
 
 @dataclass(frozen=True)
 class Review:
-    """What is needed to judge a network: held-out moments, real images, a solver, and the scoring network if any."""
+    """What is needed to judge a network: held-out moments, real images, a solver, and the scoring network if any.
+
+    The `processes` share the work, and all get the result; each must call the methods.
+    """
 
     dataset: ImageDataset
     held_out: MomentSource
@@ -38,6 +41,7 @@ class Review:
     datadir: str
     samples: int
     features: FeatureNetwork | None
+    processes: Processes = Processes()  # noqa: RUF009
 
     @property
     def objective(self) -> str:
@@ -48,18 +52,19 @@ class Review:
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """Values to record; "objective" is the score where samples are scored, else the validation loss."""
-        values = validation_loss(network, self.held_out, self.autoencoder, self.machine, self.sigma_min)
+        values = validation_loss(network, self.held_out, self.autoencoder, self.machine, self.sigma_min, self.processes)
         values["objective"] = values["loss"]
         if self.features is not None:
-            reference = reference_statistics(self.dataset, self.features, self.datadir)
-            result = score_samples(self._draw(network, self.samples), self.features, reference)
+            reference = reference_statistics(self.dataset, self.features, self.datadir, self.processes)
+            samples = self._draw(network, self.samples)
+            result = score_samples(samples, self.features, reference, processes=self.processes)
             values |= {"objective": result["value"], result["metric"]: result["value"]}
         return values
 
-    def preview(self, network: nn.Module, path: Path) -> None:
-        """Draw a grid of samples with fixed noise and labels, one class a column."""
-        images = torch.cat([batch.images for batch in self._draw(network, grid_count(self.num_classes))])
-        save_grid(images, path, self.num_classes)
+    def preview(self, network: nn.Module) -> torch.Tensor:
+        """Samples uint8 [B, C, H, W] with fixed noise and labels, for a sheet with one class a column."""
+        batches = self._draw(network, grid_count(self.num_classes))
+        return first_images(batches, grid_count(self.num_classes), self.processes)
 
     def _draw(self, network: nn.Module, count: int) -> Iterator[GeneratedBatch]:
         return generate(
@@ -73,4 +78,5 @@ class Review:
             self.machine,
             seed=self.seed,
             cfg_scale=self.cfg_scale,
+            processes=self.processes,
         )

@@ -1,7 +1,8 @@
 """What changes during training, the one optimizer step that changes it, and its way to content.pth and back."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from models.conditions import Condition
 from runtime.precision import Machine
 from training.data import Batch
 from training.ema import Ema
+from training.parallel import full, like_part_of, local_gradients, whole
 
 __all__ = ["TrainingState"]
 
@@ -22,19 +24,28 @@ class TrainingState:
     """Network, average, optimizer and position of a run.
 
     Args:
-        network: the velocity network, on the machine's device.
+        network: the velocity network, anywhere.
         machine: device and precision.
         ema_decay: decay of the average; 0: none.
         betas: AdamW's.
         weight_decay: AdamW's.
+        place: brings a network to where it is trained, in place; None: to the machine's device.
     """
 
     def __init__(
-        self, network: nn.Module, machine: Machine, ema_decay: float, betas: tuple[float, float], weight_decay: float
+        self,
+        network: nn.Module,
+        machine: Machine,
+        ema_decay: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+        place: Callable[[nn.Module], object] | None = None,
     ) -> None:
+        place = place or (lambda module: module.to(machine.device))
         self.network = network
         self.machine = machine
-        self.ema = Ema(network, ema_decay)
+        self.ema = Ema(network, ema_decay, place)
+        place(network)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, betas=betas, weight_decay=weight_decay, fused=True)
         self.step = 0
@@ -45,19 +56,29 @@ class TrainingState:
         self.sums = torch.zeros(4, device=machine.device)
         self._good, self._skipped = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]], device=machine.device)
 
-    def advance(self, velocity: nn.Module, batch: Batch, sigma_min: float, rate: float, grad_clip: float) -> None:
+    def advance(
+        self,
+        velocity: nn.Module,
+        batch: Batch,
+        sigma_min: float,
+        rate: float,
+        grad_clip: float,
+        accumulation: int = 1,
+    ) -> None:
         """One optimizer step on the flow matching loss (Dao et al. 2023, eq. 6) at learning rate `rate`.
 
-        `velocity` is the network, perhaps compiled or wrapped for several processes. A step whose gradient is not finite
+        `velocity` is the network, perhaps compiled or wrapped for several processes. The batch goes through it in
+        `accumulation` equal parts, whose gradients add up to that of the whole. A step whose gradient is not finite
         changes neither weights nor moments nor the average, and is counted, without the host waiting for the device.
         """
-        x_t, target = straight_path(batch.t, batch.data, batch.noise, sigma_min)
-        with self.machine.autocast():
-            predicted = velocity(batch.t, x_t, Condition(batch.labels))
-        loss = functional.mse_loss(predicted.float(), target)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        *first, last = batch.split(accumulation)
+        loss = torch.zeros((), device=self.machine.device)
+        with local_gradients(velocity) if first else nullcontext():
+            for part in first:
+                loss += self._backward(velocity, part, sigma_min, accumulation)
+        loss += self._backward(velocity, last, sigma_min, accumulation)
+        norm = full(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if grad_clip:
             clip_grads_with_norm_(self.parameters, grad_clip, norm)
         bad = (~torch.isfinite(norm)).float()
@@ -67,13 +88,26 @@ class TrainingState:
         self.optimizer.step()
         self.ema.update(self.network, 1 - bad)
         zero = torch.zeros_like(norm)
-        good = self._good + torch.stack([loss.detach(), norm, zero, zero])
+        good = self._good + torch.stack([loss, norm, zero, zero])
         self.sums += torch.where(bad > 0, self._skipped, good)
         self.step += 1
 
-    def content(self) -> dict[str, Any]:
-        """All that an exact resume needs; random streams are functions of the step and need no saving."""
-        return {
+    def _backward(self, velocity: nn.Module, part: Batch, sigma_min: float, parts: int) -> torch.Tensor:
+        """Add the gradient of a part's loss, divided by the number of `parts`; returns that loss."""
+        x_t, target = straight_path(part.t, part.data, part.noise, sigma_min)
+        with self.machine.autocast():
+            predicted = velocity(part.t, x_t, Condition(part.labels))
+        loss = functional.mse_loss(predicted.float(), target) / parts
+        loss.backward()
+        return loss.detach()
+
+    def content(self, keep: bool = True) -> dict[str, Any]:
+        """All that an exact resume needs; random streams are functions of the step and need no saving.
+
+        The same whether the weights are shared out among processes or not; if they are, every process must call it, and
+        says whether it will `keep` the result.
+        """
+        content = {
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
@@ -83,12 +117,24 @@ class TrainingState:
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
+        return whole(content, keep)
 
     def restore(self, content: Mapping[str, Any]) -> None:
         """Continue from `content()`'s value."""
         self.step, self.seconds = content["step"], content["seconds"]
         self.best, self.best_of = content["best"], content["best_of"]
         self.sums.copy_(content["sums"])
-        self.network.load_state_dict(content["network"])
-        self.ema.load_state_dict(content["ema"])
-        self.optimizer.load_state_dict(content["optimizer"])
+        self.network.load_state_dict(_parts(content["network"], self.network.state_dict()))
+        average = content["ema"] | {"weights": _parts(content["ema"]["weights"], self.ema.weights)}
+        self.ema.load_state_dict(average)
+        optimizer = content["optimizer"]
+        state = {
+            number: {name: like_part_of(value, self.parameters[number]) for name, value in values.items()}
+            for number, values in optimizer["state"].items()
+        }
+        self.optimizer.load_state_dict(optimizer | {"state": state})
+
+
+def _parts(weights: Mapping[str, torch.Tensor], models: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, those shared out that are so in `models`."""
+    return {name: like_part_of(value, models[name]) if name in models else value for name, value in weights.items()}

@@ -7,6 +7,7 @@ from datasets_prep.moments import MomentSource
 from flow.paths import straight_path
 from models.autoencoder import Autoencoder, PixelSpace
 from models.conditions import Condition
+from runtime.distributed import Processes
 from runtime.precision import Machine
 from runtime.randomness import generator_for
 
@@ -19,9 +20,14 @@ QUARTERS = 4
 
 @torch.no_grad()
 def validation_loss(
-    network: nn.Module, source: MomentSource, autoencoder: Autoencoder | PixelSpace, machine: Machine, sigma_min: float
+    network: nn.Module,
+    source: MomentSource,
+    autoencoder: Autoencoder | PixelSpace,
+    machine: Machine,
+    sigma_min: float,
+    processes: Processes = Processes(),  # noqa: B008
 ) -> dict[str, float]:
-    """Mean squared velocity error of the first images of `source`, the same at every call.
+    """Mean squared velocity error of the first images of `source`, the same at every call and in all `processes`.
 
     Returns:
         "loss", and "loss_q1" .. "loss_q4" for t in [0, 1/4), ..., [3/4, 1].
@@ -29,16 +35,20 @@ def validation_loss(
     count = min(len(source), LARGEST_SET)
     generator = generator_for(0, "validation")
     times = (torch.randperm(count, generator=generator) + 0.5) / count
-    errors = []
-    for chosen in torch.arange(count).split(IMAGES_PER_BATCH):
-        moments = source.moments(chosen, torch.zeros(len(chosen), dtype=torch.bool)).to(machine.device)
-        shape = (len(chosen), autoencoder.latent_channels, *moments.shape[2:])
+    unmirrored = torch.zeros(count, dtype=torch.bool)
+    sides = source.moments(torch.tensor([0]), unmirrored[:1]).shape[2:]
+    own = torch.zeros(count)  # errors of this process's batches
+    for number, chosen in enumerate(torch.arange(count).split(IMAGES_PER_BATCH)):
+        shape = (len(chosen), autoencoder.latent_channels, *sides)
         posterior, noise = (torch.randn(shape, generator=generator).to(machine.device) for _ in range(2))
+        if number % processes.count != processes.rank:
+            continue
+        moments = source.moments(chosen, unmirrored[chosen]).to(machine.device)
         t = times[chosen].to(machine.device)
         x_t, velocity = straight_path(t, autoencoder.sample(moments, posterior), noise, sigma_min)
         with machine.autocast():
             predicted = network(t, x_t, Condition(source.labels[chosen].to(machine.device)))
-        errors.append((predicted.float() - velocity).square().mean((1, 2, 3)).cpu())
-    error, quarter = torch.cat(errors), (times * QUARTERS).long().clamp(max=QUARTERS - 1)
+        own[chosen] = (predicted.float() - velocity).square().mean((1, 2, 3)).cpu()
+    error, quarter = processes.sum(own), (times * QUARTERS).long().clamp(max=QUARTERS - 1)
     by_quarter = {f"loss_q{q + 1}": error[quarter == q].mean().item() for q in range(QUARTERS) if (quarter == q).any()}
     return {"loss": error.mean().item(), **by_quarter}

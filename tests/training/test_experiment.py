@@ -6,7 +6,8 @@ import pytest
 
 from options import UsageError
 from runtime.checkpoints import experiment_folder
-from training.experiment import ADJUSTABLE, HARMLESS, REPOSITORY, ExperimentOptions, open_experiment
+from runtime.launch import LaunchOptions
+from training.experiment import ADJUSTABLE, HARMLESS, REPOSITORY, ROUNDING, ExperimentOptions, open_experiment
 from training.setup import TRAINING_GROUPS
 
 VALUES = {"lr": 1e-3, "max_steps": 10, "dataset": "mnist", "adam_betas": (0.9, 0.999), "log_every": 50, "seed": 1}
@@ -115,7 +116,8 @@ def test_names_that_are_no_plain_folder_are_refused(name, tmp_path):
 
 def test_lists_of_options_name_real_ones():
     """A renamed option must not silently become one that forbids to continue."""
-    known = {field.name for group in TRAINING_GROUPS for field in fields(group)} | {"processes"}
-    assert known >= HARMLESS
-    assert known >= ADJUSTABLE
+    groups = (*TRAINING_GROUPS, LaunchOptions)
+    known = {field.name for group in groups for field in fields(group)} | {"processes", "threads"}
+    assert known >= HARMLESS | ROUNDING | ADJUSTABLE
     assert not HARMLESS & ADJUSTABLE
+    assert not ROUNDING & (HARMLESS | ADJUSTABLE)

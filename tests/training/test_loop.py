@@ -14,12 +14,12 @@ from flow.paths import PathOptions
 from flow.solvers import SolverOptions
 from models.autoencoder import PixelSpace
 from models.dit import DiT, DiTOptions
-from options import as_json
+from options import UsageError, as_json
 from runtime.checkpoints import load_content, read_weights
 from runtime.distributed import Processes
 from runtime.precision import Machine
 from training.experiment import ExperimentOptions
-from training.loop import Job, StopSignals, TrainingOptions, train
+from training.loop import Job, TrainingOptions, train
 from training.review import Review
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
@@ -41,22 +41,13 @@ class Source(EncodedImages):
         return super().moments(indices, mirrored)
 
 
-@pytest.fixture(autouse=True)
-def signals_restored():
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
-
-
 def stripes():
     rows = (torch.arange(4) % 2 * 255).to(torch.uint8)[:, None].expand(4, 4)
     images = torch.stack([rows, rows.T])[torch.arange(COUNT) % 2][:, None]
     return ImageDataset(FACTS, "train", np.arange(COUNT) % 2, images.__getitem__, "f")
 
 
-def new_job(folder, event=None, experiment=None, **training):
+def new_job(folder, event=None, experiment=None, processes=Processes(), **training):  # noqa: B008
     """A tiny network on stripes in pixel space; `event` (n, action) happens at the n-th fetch of a batch."""
     dataset = stripes()
     source, held_out = (Source(dataset, PixelSpace(1).encode, MACHINE, 1) for _ in range(2))
@@ -78,11 +69,18 @@ def new_job(folder, event=None, experiment=None, **training):
         datadir="",
         samples=0,
         features=None,
+        processes=Processes() if training.get("fsdp") else processes,
     )
-    header = {"dataset": FACTS, "num_classes": 2, "network": NETWORK}
-    training = {"batch_size": BATCH, "max_steps": STEPS, "lr": 1e-2, "grad_clip": 1.0, "ema_decay": 0.9} | training
+    training = {
+        "batch_size": BATCH // processes.count,
+        "max_steps": STEPS,
+        "lr": 1e-2,
+        "grad_clip": 1.0,
+        "ema_decay": 0.9,
+    } | training
     shown = {"log_every": 4, "eval_every": 1, "plot_every": 2, "save_ckpt_every": 1} | (experiment or {})
-    folder.mkdir(exist_ok=True)
+    header = {"dataset": FACTS, "num_classes": 2, "network": NETWORK, "training": TrainingOptions(**training)}
+    folder.mkdir(exist_ok=True, parents=True)
     return Job(
         folder=folder,
         network=network,
@@ -93,7 +91,7 @@ def new_job(folder, event=None, experiment=None, **training):
         training=TrainingOptions(**training),
         experiment=ExperimentOptions(**shown),
         machine=MACHINE,
-        processes=Processes(),
+        processes=processes,
         review=review,
     )
 
@@ -138,10 +136,7 @@ def assert_same_run(one, other):
 def whole_run(tmp_path_factory):
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("loop") / "whole"
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     assert train(new_job(folder), resume=False)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     return folder
 
 
@@ -188,14 +183,6 @@ def test_run_that_crashed_goes_on_from_its_last_content(whole_run, tmp_path):
     assert record_of(folder)[-1]["step"] > 9  # to be recorded again
     assert train(new_job(folder, experiment=often), resume=True)
     assert_same_run(folder, whole_run)
-
-
-def test_second_interrupt_stops_at_once():
-    stop = StopSignals()
-    signal.raise_signal(signal.SIGINT)
-    assert stop.requested
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
 
 
 def test_complete_run_is_left_as_it_is(whole_run):
@@ -265,6 +252,41 @@ def test_without_average_the_weights_themselves_are_saved(tmp_path):
     network = load_content(tmp_path / "run" / "content.pth")["network"]
     weights, _ = read_weights(tmp_path / "run" / "model_1.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in network.items())
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_gives_the_same_run_up_to_rounding(whole_run, tmp_path, parts):
+    train(new_job(tmp_path / "run", grad_accumulation=parts), resume=False)
+    for one, other in zip(record_of(tmp_path / "run"), record_of(whole_run), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_finished_run_without_content_is_complete(tmp_path, capsys):
+    never = {"save_content": False}
+    train(new_job(tmp_path / "run", experiment=never, max_steps=6), resume=False)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert train(new_job(tmp_path / "run", experiment=never, max_steps=6), resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    with pytest.raises(UsageError, match=r"ended at step 6 and kept no content\.pth .*--init_from .*model_2"):
+        train(new_job(tmp_path / "run", experiment=never, max_steps=9), resume=True)
+
+
+def test_run_that_crashed_without_content_starts_over_and_says_so(whole_run, tmp_path, capsys):
+    def crash():
+        raise RuntimeError("power cut")
+
+    never = {"save_content": False}
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(new_job(tmp_path / "run", event=(12, crash), experiment=never), resume=False)
+    assert train(new_job(tmp_path / "run", experiment=never), resume=True)
+    assert "no content.pth to continue from: the run starts at its first step" in capsys.readouterr().out
+    assert record_of(tmp_path / "run") == record_of(whole_run)
+
+
+def test_signals_are_as_before_once_training_has_ended(tmp_path):
+    before = signal.getsignal(signal.SIGTERM)
+    train(new_job(tmp_path / "run", max_steps=1), resume=False)
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_content_is_kept_only_when_wanted_or_needed(tmp_path):

@@ -1,0 +1,38 @@
+"""Requests to stop: Ctrl-C, SIGTERM and SIGUSR1 end a run at its next step, with everything saved."""
+
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+__all__ = ["StopSignals"]
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignals:
+    """`requested` tells whether a signal arrived since the block was entered; leaving it restores the handlers.
+
+    Args:
+        once: whether a second signal stops at once, in the way it would without this class. Several processes must not
+            do so, since launchers and schedulers may each send the same signal.
+    """
+
+    def __init__(self, once: bool = True) -> None:
+        self.requested = False
+        self._once = once
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        if self._once:
+            signal.signal(number, self._before[signal.Signals(number)])

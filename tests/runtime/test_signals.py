@@ -1,0 +1,55 @@
+import signal
+
+import pytest
+
+from runtime.signals import StopSignals
+
+
+@pytest.fixture
+def record():
+    """What arrives at the handler that a test finds in place."""
+    arrived = []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: arrived.append(number))
+    yield arrived
+    signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_a_request(number):
+    with StopSignals() as stop:
+        assert not stop.requested
+        signal.raise_signal(number)
+        assert stop.requested
+
+
+def test_handlers_are_restored(record):
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with pytest.raises(ValueError, match="inside"), StopSignals():
+        raise ValueError("inside")
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == handlers
+    signal.raise_signal(signal.SIGUSR1)
+    assert record == [signal.SIGUSR1]
+
+
+def test_second_interrupt_stops_at_once():
+    with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.requested
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_second_signal_does_what_it_would_have_done_before(record):
+    with StopSignals():
+        signal.raise_signal(signal.SIGUSR1)
+        assert record == []
+        signal.raise_signal(signal.SIGUSR1)
+        assert record == [signal.SIGUSR1]
+
+
+def test_among_several_processes_a_signal_may_come_twice(record):
+    with StopSignals(once=False) as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGUSR1)
+        assert stop.requested
+    assert record == []

@@ -1,0 +1,86 @@
+"""One network trained by several processes: replicated in each of them, or shared out among them.
+
+Replicated: DistributedDataParallel averages the gradients. Shared out: FSDP2 (`torch.distributed.fsdp.fully_shard`) keeps
+1 / N of every weight, gradient and optimizer state in each process and gathers a block's weights just before it is used.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from runtime.distributed import Processes
+
+__all__ = ["full", "is_shared_out", "like_part_of", "local_gradients", "replicate", "share_out", "whole"]
+
+
+def replicate(network: nn.Module, processes: Processes) -> nn.Module:
+    """The network in every process, with gradients averaged over all; the network itself where there is one process."""
+    if processes.count == 1:
+        return network
+    return DistributedDataParallel(network, gradient_as_bucket_view=True)
+
+
+def share_out(network: nn.Module, device: torch.device, processes: Processes) -> None:
+    """Leave 1 / N of every parameter in each process, on `device`, in place; the network is called as before.
+
+    Blocks, the entries of its lists and dictionaries of modules, are gathered one at a time, the rest together.
+    """
+    mesh = init_device_mesh(device.type, (processes.count,))
+    containers = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.ModuleDict)]
+    for block in (block for container in containers for block in container.children()):
+        if next(block.parameters(), None) is not None:
+            fully_shard(block, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    network.to(device)  # what is no parameter
+
+
+def is_shared_out(network: nn.Module) -> bool:
+    """Whether `share_out` was called with the network."""
+    return isinstance(network, FSDPModule)
+
+
+@contextmanager
+def local_gradients(network: nn.Module) -> Iterator[None]:
+    """Backward passes inside add to this process's gradients alone; the next one after it exchanges them all."""
+    network = getattr(network, "_orig_mod", network)  # what torch.compile has wrapped
+    if isinstance(network, DistributedDataParallel):
+        with network.no_sync():
+            yield
+    elif isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(False)
+        yield
+        network.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be shared out, on its device; every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(value: Any, keep: bool = True) -> Any:
+    """`value`, where dictionaries and lists may hold tensors that are shared out: they come as whole ones on the CPU.
+
+    Every process must call it; one that does not `keep` the result gets empty tensors, and saves the memory.
+    """
+    if isinstance(value, DTensor):
+        gathered = full(value)
+        return gathered.cpu() if keep else gathered.new_empty(0)
+    if isinstance(value, dict):
+        return {key: whole(item, keep) for key, item in value.items()}
+    return [whole(item, keep) for item in value] if isinstance(value, list) else value
+
+
+def like_part_of(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """The whole `tensor` shared out as `model` is, if it is and if they have the same shape."""
+    if isinstance(model, DTensor) and tensor.shape == model.shape:
+        return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
+    return tensor
