@@ -16,7 +16,7 @@ from runtime.distributed import Processes
 from runtime.launch import run_script
 from runtime.precision import MachineOptions, choose_machine
 
-__all__ = ["BuildLatentsOptions", "main"]
+__all__ = ["GROUPS", "BuildLatentsOptions", "main"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class BuildLatentsOptions:
     """Encoding."""
 
     validation_images: int = option(2048, "the first so many validation images: a training looks at 2048", minimum=1)
+
+
+GROUPS = (BuildLatentsOptions, DatasetOptions, LatentCacheOptions, AutoencoderOptions, MachineOptions)
 
 
 def main(options: Options, processes: Processes) -> None:
@@ -45,5 +48,4 @@ def main(options: Options, processes: Processes) -> None:
 
 
 if __name__ == "__main__":
-    groups = [BuildLatentsOptions, DatasetOptions, LatentCacheOptions, AutoencoderOptions, MachineOptions]
-    run_script(main, str(__doc__).splitlines()[0], groups)
+    run_script(main, str(__doc__).splitlines()[0], GROUPS)

@@ -189,7 +189,7 @@ def _keep(
     every_steps = experiment.save_content_every_steps
     content_due = ended or (state.step % every_steps == 0 if every_steps else due(experiment.save_content_every))
     if interrupted or (experiment.save_content and content_due):
-        content = state.content(keep=job.processes.is_main)
+        content = state.content(job.processes)
         if job.processes.is_main:
             save_content(job.folder / "content.pth", content)
 

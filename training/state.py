@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flow.paths import straight_path
 from models.conditions import Condition
+from runtime.distributed import Processes
 from runtime.precision import Machine
 from training.data import Batch
 from training.ema import Ema
@@ -101,29 +102,31 @@ class TrainingState:
         loss.backward()
         return loss.detach()
 
-    def content(self, keep: bool = True) -> dict[str, Any]:
+    def content(self, processes: Processes = Processes()) -> dict[str, Any]:  # noqa: B008
         """All that an exact resume needs; random streams are functions of the step and need no saving.
 
-        The same whether the weights are shared out among processes or not; if they are, every process must call it, and
-        says whether it will `keep` the result.
+        The same whether the weights are shared out among the processes or not. Every process must call it, and the main
+        one gets the content.
         """
+        sums = processes.gather(self.sums.cpu())
         content = {
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
             "best_of": self.best_of,
-            "sums": self.sums,
+            "sums": torch.stack(sums) if sums else self.sums,  # a row for each process
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        return whole(content, keep)
+        return whole(content, keep=processes.is_main)
 
-    def restore(self, content: Mapping[str, Any]) -> None:
-        """Continue from `content()`'s value."""
+    def restore(self, content: Mapping[str, Any], processes: Processes = Processes()) -> None:  # noqa: B008
+        """Continue from `content()`'s value, of as many processes or of another number."""
         self.step, self.seconds = content["step"], content["seconds"]
         self.best, self.best_of = content["best"], content["best_of"]
-        self.sums.copy_(content["sums"])
+        sums = content["sums"].view(-1, len(self.sums))
+        self.sums.copy_(sums[processes.rank] if len(sums) == processes.count else sums.mean(0))
         self.network.load_state_dict(_parts(content["network"], self.network.state_dict()))
         average = content["ema"] | {"weights": _parts(content["ema"]["weights"], self.ema.weights)}
         self.ema.load_state_dict(average)

@@ -1,7 +1,6 @@
 """Latents made beforehand: a training's moments are those of the files, and pixels are never asked for."""
 
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -19,7 +18,8 @@ from models.autoencoder import (
     load_autoencoder,
     new_autoencoder_kl,
 )
-from options import UsageError
+from options import UsageError, parse_options
+from runtime.distributed import Processes
 from runtime.precision import Machine
 from training.validation import LARGEST_SET
 
@@ -137,7 +137,7 @@ def test_fingerprint_changes_with_the_files(tmp_path):
 
 
 @pytest.fixture
-def cached(tmp_path, photographs, autoencoder_folder, monkeypatch):
+def cached(tmp_path, photographs, autoencoder_folder):
     """ImageNet's layout with 9 and 2 images, and their latents by the command."""
     for split, count in (("train", 9), ("val", 2)):
         for index in range(count):
@@ -146,8 +146,8 @@ def cached(tmp_path, photographs, autoencoder_folder, monkeypatch):
             photographs[index].save(folder / f"{index}.JPEG")
     flags = ["--dataset", "imagenet_256", "--datadir", tmp_path / "imagenet", "--image_size", 16, "--num_workers", 2]
     flags += ["--pretrained_autoencoder_ckpt", autoencoder_folder, "--latent_cache_dir", tmp_path / "latents"]
-    monkeypatch.setattr(sys, "argv", ["build_latents", *map(str, flags), "--precision", "fp32", "--device", "cpu"])
-    build_latents.main()
+    flags = [*map(str, flags), "--precision", "fp32", "--device", "cpu"]
+    build_latents.main(parse_options("", build_latents.GROUPS, flags), Processes())
     return tmp_path
 
 

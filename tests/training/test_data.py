@@ -139,3 +139,13 @@ def test_errors_of_the_reader_arrive():
 
     with pytest.raises(UsageError, match="image 7"):
         draw(0, 5, source=Broken())
+
+
+def test_parts_of_a_batch_are_the_batch():
+    (batch,) = draw(0, 1)
+    for count in (1, 2, 3, 6):
+        parts = batch.split(count)
+        assert [len(part.t) for part in parts] == [6 // count] * count
+        assert same(Batch(*(torch.cat(pieces) for pieces in zip(*parts, strict=True))), batch)
+    with pytest.raises(ValueError, match="6 cannot be cut into 4"):
+        batch.split(4)

@@ -111,6 +111,7 @@ def test_keep_decides_whether_the_average_moves():
     assert torch.equal(masked.weights["0.weight"], initial)
     plain.update(twin)
     plain.update(twin)
+    assert (masked.updates, plain.updates) == (0, 2)  # the warm-up counts what has been averaged
     masked = Ema(network(), 0.9)
     for _ in range(2):
         masked.update(net, keep=torch.tensor(1.0))

@@ -69,6 +69,25 @@ def test_longer_training_needs_resume_and_is_remembered(folder, capsys):
         open_experiment(folder, longer | {"lr": 1.0, "seed": 2}, ExperimentOptions(resume=True))
 
 
+def test_another_number_of_processes_with_the_same_whole_batch_goes_on_and_says_so(folder, capsys):
+    shared = VALUES | {"processes": 2, "batch_size": 16, "threads": 4}
+    assert not open_experiment(folder, shared, ExperimentOptions(overwrite=True))
+    (folder / "content.pth").write_text("trained for days")
+    assert open_experiment(folder, shared | {"processes": 1, "batch_size": 32, "threads": 8}, ExperimentOptions())
+    out = capsys.readouterr().out
+    assert "goes on with changed options and not bit for bit as it would have: processes 2 -> 1, threads 4 -> 8" in out
+    assert stored_options(folder)["processes"] == 1
+    with pytest.raises(UsageError, match="--batch_size times processes was 32, now 64"):
+        open_experiment(folder, shared | {"processes": 4}, ExperimentOptions(resume=True))
+    with pytest.raises(UsageError, match="--batch_size times processes was 32, now 8"):
+        open_experiment(folder, shared | {"processes": 1, "batch_size": 8}, ExperimentOptions())
+
+
+def test_a_change_that_is_more_than_rounding_does_not_claim_to_be_rounding(folder, capsys):
+    assert open_experiment(folder, VALUES | {"max_steps": 20}, ExperimentOptions(resume=True))
+    assert "bit for bit" not in capsys.readouterr().out
+
+
 def test_an_option_that_the_run_did_not_know_is_a_change(folder):
     with pytest.raises(UsageError, match=r"--time_scale was None, now 2\.0"):
         open_experiment(folder, VALUES | {"time_scale": 2.0}, ExperimentOptions())

@@ -10,6 +10,9 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
+from evaluation.generate import GeneratedBatch, first_images  # noqa: E402
+from evaluation.statistics import RunningMoments  # noqa: E402
+from evaluation.writer import SampleWriter  # noqa: E402
 from runtime.distributed import join_processes  # noqa: E402
 from training.loop import train  # noqa: E402
 
@@ -18,36 +21,77 @@ runs = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(runs)
 
 
+RATE = 1e-4  # Adam moves a weight by as much even where its gradient is but rounding
+
+
 def interrupted(folder, **settings):
     """Both processes stop together although one alone is asked to; then the run goes on."""
     stop = (3, runs.signalled(signal.SIGTERM)) if settings["processes"].rank else None
-    assert not train(runs.new_job(folder, event=stop, **settings), resume=False)
+    assert not train(runs.new_job(folder, event=stop, lr=RATE, **settings), resume=False)
     settings["processes"].barrier()
-    assert train(runs.new_job(folder, **settings), resume=True)
+    assert train(runs.new_job(folder, lr=RATE, **settings), resume=True)
+
+
+def training(folder, processes):
+    for name, settings in {
+        "first step": {"max_steps": 1},
+        "first step, in parts": {"max_steps": 1, "grad_accumulation": 2},
+        "first step, shared out": {"max_steps": 1, "fsdp": True, "grad_accumulation": 2},
+        "replicated": {},
+        "shared out": {"fsdp": True},
+    }.items():
+        assert train(runs.new_job(folder / name, processes=processes, lr=RATE, **settings), resume=False)
+    for name in ("replicated", "shared out"):
+        interrupted(folder / f"{name}, interrupted", processes=processes, fsdp=name == "shared out")
+    # Started in one process, continued in two; the other way round, the parent goes on.
+    assert train(runs.new_job(folder / "begun alone", processes=processes, fsdp=True, lr=RATE), resume=True)
+    stop = (3, runs.signalled(signal.SIGTERM))
+    job = runs.new_job(folder / "begun shared out", event=stop, processes=processes, fsdp=True, lr=RATE)
+    assert not train(job, resume=False)
+
+
+def exchange(processes):
+    rank = processes.rank
+    assert processes.gather(f"from {rank}") == (["from 0", "from 1"] if processes.is_main else [])
+    assert processes.from_main(rank) == 0
+    assert processes.share(range(5)) == range(rank, 5, 2)
+    assert processes.sum(torch.tensor([1, rank])).tolist() == [2, 1]
+    assert processes.mean(torch.tensor([float(rank)])).tolist() == [0.5]
+    assert processes.any(rank == 1)
+    assert not processes.any(False)
+
+
+def samples(folder, processes):
+    """Five batches of two, the last one alone in its round."""
+    every = [
+        GeneratedBatch(range(i, i + 2), torch.tensor([i, i + 1]).to(torch.uint8).view(2, 1, 1, 1), torch.arange(2), 1)
+        for i in range(0, 10, 2)
+    ]
+    for kind in ("npz", "png"):
+        writer = SampleWriter(folder / kind, kind, processes)
+        for batch in processes.share(every):
+            writer.add(batch)
+        writer.close()
+    first = first_images(processes.share(every), 7, processes)
+    assert first.flatten().tolist() == (list(range(7)) if processes.is_main else [])
+
+    rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
+    moments, alone = RunningMoments(3), RunningMoments(3)
+    alone.update(rows)
+    moments.update(rows[4:] if processes.rank else rows[:4])
+    together = moments.of_all(processes)
+    assert together.count == 9
+    assert abs(together.covariance - alone.covariance).max() < 1e-14
 
 
 def main(folder):
     torch.set_num_threads(1)
     with join_processes() as processes:
-        assert processes.count == 2
-        for name, training in {
-            "replicated": {},
-            "replicated, in parts": {"grad_accumulation": 2},
-            "shared out": {"fsdp": True},
-            "shared out, in parts": {"fsdp": True, "grad_accumulation": 2},
-        }.items():
-            assert train(runs.new_job(folder / name, processes=processes, **training), resume=False)
-            print(name)
-        for name in ("replicated", "shared out"):
-            interrupted(folder / f"{name}, interrupted", processes=processes, fsdp=name == "shared out")
-        # Started in one process, continued in two, and the other way round.
-        assert train(runs.new_job(folder / "begun alone", processes=processes, fsdp=True), resume=True)
-        stop = (3, runs.signalled(signal.SIGTERM))
-        job = runs.new_job(folder / "begun shared out", event=stop, processes=processes, fsdp=True)
-        assert not train(job, resume=False)
-        values = processes.gather(processes.rank), processes.share(range(5)), processes.from_main(processes.rank)
-        assert values == ([0, 1] if processes.is_main else [], range(processes.rank, 5, 2), 0)
-        assert processes.sum(torch.tensor([1, processes.rank])).tolist() == [2, 1]
+        assert (processes.count, processes.local_count) == (2, 2)
+        exchange(processes)
+        samples(folder / "samples", processes)
+        training(folder, processes)
+        print("all is well")
 
 
 if __name__ == "__main__":

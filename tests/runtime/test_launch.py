@@ -1,0 +1,82 @@
+import os
+
+import pytest
+import torch
+
+from options import UsageError
+from runtime.distributed import LAUNCHER_VARIABLES, Processes, join_processes, launched
+from runtime.launch import LaunchOptions
+from runtime.precision import MachineOptions, choose_machine
+
+PAIR = Processes(0, 2, 0, 2)
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in (*LAUNCHER_VARIABLES, "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
+
+
+def test_a_launcher_is_recognised_by_all_of_its_variables(environment):
+    environment.setenv("MASTER_PORT", "29500")  # which many a cluster sets for everybody
+    environment.setenv("MASTER_ADDR", "node")
+    environment.setenv("RANK", "1")
+    assert not launched()
+    with join_processes() as processes:
+        assert processes == Processes(0, 1, 0, 1)
+    environment.setenv("LOCAL_RANK", "0")
+    environment.setenv("WORLD_SIZE", "1")
+    assert launched()
+    with join_processes() as processes:  # alone, and no group to wait for
+        assert processes == Processes()
+
+
+def test_numbers_that_are_not_the_launchers_are_refused():
+    LaunchOptions().check(PAIR)
+    LaunchOptions(num_process_per_node=2, num_proc_node=1).check(PAIR)
+    LaunchOptions(num_process_per_node=2, num_proc_node=2).check(Processes(3, 4, 1, 2))
+    with pytest.raises(UsageError, match="--num_process_per_node 4, but the launcher started 2 on this machine"):
+        LaunchOptions(num_process_per_node=4).check(PAIR)
+    with pytest.raises(UsageError, match=r"--num_proc_node 3 with 2 processes each, but the launcher started 4"):
+        LaunchOptions(num_proc_node=3).check(Processes(0, 4, 0, 2))
+
+
+def test_processes_wanted():
+    assert LaunchOptions().wanted == 1
+    assert LaunchOptions(num_process_per_node=3).wanted == 3
+    assert LaunchOptions(num_process_per_node=3, num_proc_node=2).wanted == 6
+
+
+def test_one_process_exchanges_with_nobody():
+    alone, value = Processes(), torch.tensor([1.0, 2.0])
+    assert alone.gather("x") == ["x"]
+    assert alone.from_main("x") == "x"
+    assert torch.equal(alone.sum(value), value)
+    assert torch.equal(alone.mean(value), value)
+    assert (alone.any(True), alone.any(False)) == (True, False)
+    assert alone.share(range(4)) == range(4)
+    alone.barrier()
+
+
+def test_shares_are_all_there_is_and_overlap_nowhere():
+    for count in (1, 2, 3, 7):
+        shares = [list(Processes(rank, count).share(range(5))) for rank in range(count)]
+        assert sorted(index for share in shares for index in share) == list(range(5))
+
+
+def test_processes_of_a_machine_share_its_cores(environment):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(6)
+        choose_machine(MachineOptions(device="cpu"), PAIR)
+        assert torch.get_num_threads() == 3
+        choose_machine(MachineOptions(device="cpu"), Processes(0, 8, 0, 8))
+        assert torch.get_num_threads() == 1
+        choose_machine(MachineOptions(device="cpu", num_threads=2), PAIR)
+        assert torch.get_num_threads() == 2
+        os.environ["OMP_NUM_THREADS"] = "2"
+        choose_machine(MachineOptions(device="cpu"), PAIR)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,182 @@
+"""The scripts in several processes, as a user starts them: by a flag, by torchrun, by accelerate launch."""
+
+import gzip
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from runtime.checkpoints import load_content
+
+ROOT = Path(__file__).parents[1]
+TRAIN, TEST = "train_flow_latent.py", "test_flow_latent.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+LIMIT_S = 900
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with 100 training and 20 test images of noise in Fashion-MNIST's files."""
+    place, generator = tmp_path_factory.mktemp("launch"), np.random.default_rng(0)
+    (place / "data").mkdir()
+    for prefix, count in [("train", 100), ("t10k", 20)]:
+        images = generator.integers(0, 256, (count, 28, 28)).astype(np.uint8)
+        for name, array in [("images-idx3", images), ("labels-idx1", np.arange(count, dtype=np.uint8) % 10)]:
+            head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+            (place / "data" / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    return place
+
+
+def train_flags(place, exp, batch_size, steps=4):
+    data = ["--dataset", "fashion_mnist", "--datadir", place / "data", "--pretrained_autoencoder_ckpt", "none"]
+    network = ["--model_type", "DiT-Mi/8", "--num_classes", 10, "--label_dropout", 0.1, "--batch_size", batch_size]
+    machine = ["--precision", "fp32", "--method", "euler", "--num_steps", 2, "--num_threads", 1, "--device", "cpu"]
+    run = ["--save_root", place / "saved", "--exp", exp, "--max_steps", steps, "--log_every", 1]
+    return [*data, *network, *machine, *run]
+
+
+def folder_of(place, exp):
+    return place / "saved" / "latent_flow" / "fashion_mnist" / exp
+
+
+def environment():
+    """This process's, without what would make a script believe that a launcher started it."""
+    return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def as_processes(launcher, script, flags):
+    command = [*launcher, script, *map(str, flags)]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+
+
+def here(monkeypatch, script, flags):
+    """Run a script in this process."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    torch.set_num_threads(threads)
+    assert ended.value.code == 0
+
+
+def losses_of(folder):
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [entry["loss"] for entry in entries]
+
+
+@pytest.fixture(scope="module")
+def pair(place):
+    """The finished launcher of a training in two processes, started by a flag."""
+    flags = [*train_flags(place, "pair", 16), "--num_process_per_node", 2, "--beta1", 0.5]
+    finished = as_processes([sys.executable], TRAIN, flags)
+    assert finished.returncode == 0, finished.stderr
+    return finished
+
+
+def test_a_flag_starts_two_processes_that_train_as_one(place, pair, monkeypatch):
+    here(monkeypatch, TRAIN, train_flags(place, "one", 32))
+    one, two = (losses_of(folder_of(place, exp)) for exp in ("one", "pair"))
+    assert len(one) == 5  # four steps and a validation
+    assert two == pytest.approx(one, rel=1e-5)
+    names = [sorted(p.name for p in folder_of(place, exp).rglob("*") if p.is_file() and "tfevents" not in p.name)
+             for exp in ("one", "pair")]  # fmt: skip
+    assert names[0] == names[1]
+    assert len(list((folder_of(place, "pair") / "tensorboard").iterdir())) == 1
+    assert json.loads((folder_of(place, "pair") / "config.json").read_text())["options"]["processes"] == 2
+
+
+def test_two_processes_speak_with_one_voice(pair):
+    assert pair.stdout.count("complete; sample with test_flow_latent.py") == 1
+    assert pair.stderr.count("note: --beta1 has no effect") == 1
+    assert pair.stdout.count("step 4: loss") == 1
+
+
+def test_sampling_by_torchrun_gives_the_files_and_the_score_of_one_process(place, pair, monkeypatch, tmp_path):
+    flags = ["--save_root", place / "saved", "--exp", "pair", "--dataset", "fashion_mnist", "--datadir", place / "data"]
+    flags += ["--n_sample", 50, "--batch_size", 8, "--method", "dopri5", "--atol", 1e-2, "--rtol", 1e-2]
+    flags += ["--compute_fid", "--save_images", "npz", "--precision", "fp32", "--num_threads", 1, "--device", "cpu"]
+    finished = as_processes(
+        TORCHRUN, TEST, [*flags, "--output_dir", tmp_path / "2", "--output_json", tmp_path / "2.json"]
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert len(finished.stdout.splitlines()) == 1
+    here(monkeypatch, TEST, [*flags, "--output_dir", tmp_path / "1", "--output_json", tmp_path / "1.json"])
+    one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
+    assert two["value"] == pytest.approx(one["value"], rel=1e-9)
+    same = ("samples", "nfe", "recognised", "reference_samples", "weights_sha256")
+    assert [one[key] for key in same] == [two[key] for key in same]
+    assert (one["processes"], two["processes"]) == (1, 2)
+    with np.load(tmp_path / "1" / "samples.npz") as a, np.load(tmp_path / "2" / "samples.npz") as b:
+        np.testing.assert_array_equal(a["images"], b["images"])  # although the solver adapts to its batch
+        np.testing.assert_array_equal(a["labels"], b["labels"])
+    grids = [Path(result["grid"]).read_bytes() for result in (one, two)]
+    assert grids[0] == grids[1]
+
+
+@pytest.mark.slow
+def test_a_mistake_that_one_process_finds_is_one_line(place, pair):
+    """The main process alone compares the options with those of the run, while the others wait."""
+    flags = [*train_flags(place, "pair", 16), "--num_process_per_node", 2, "--seed", 7]
+    finished = as_processes([sys.executable], TRAIN, flags)
+    assert finished.returncode == 2
+    assert [line for line in finished.stderr.splitlines() if "checking" not in line] == [
+        line for line in finished.stderr.splitlines() if line.startswith("error: ")
+    ]
+    assert finished.stderr.count("holds a run with other options: --seed was 1024, now 7") == 1
+
+
+@pytest.mark.slow
+def test_a_mistake_that_all_processes_find_is_one_line(place):
+    flags = [*train_flags(place, "cats", 16), "--num_process_per_node", 2, "--num_classes", 3]
+    finished = as_processes([sys.executable], TRAIN, flags)
+    assert finished.returncode == 2
+    assert len(finished.stderr.splitlines()) == 1
+    assert "labels up to 9, out of range for --num_classes 3" in finished.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_interrupted_processes_save_and_one_goes_on(place, number):
+    exp = f"stopped by {number}".replace(" ", "_")
+    flags = train_flags(place, exp, 8, steps=100_000)
+    command = [sys.executable, TRAIN, *map(str, flags), "--num_process_per_node", "2"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    record, deadline = folder_of(place, exp) / "metrics.jsonl", time.monotonic() + LIMIT_S
+    while not (record.exists() and record.read_text().count("\n") > 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "the same command (without --overwrite) continues it" in out.splitlines()[-1]
+    step = load_content(folder_of(place, exp) / "content.pth")["step"]
+    assert 3 <= step < 100_000
+
+    alone = [*flags, "--batch_size", 16, "--max_minutes", 1e-9 + (1 if number == signal.SIGINT else 0)]
+    finished = as_processes([sys.executable], TRAIN, [*alone, "--num_process_per_node", 1])
+    assert finished.returncode == 0, finished.stderr
+    assert "not bit for bit as it would have: processes 2 -> 1" in finished.stdout
+
+
+@pytest.mark.slow
+def test_accelerate_launch_in_front(place):
+    finished = as_processes(
+        ACCELERATE, TRAIN, [*train_flags(place, "accelerated", 32, steps=1), "--num_process_per_node", 1]
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert load_content(folder_of(place, "accelerated") / "content.pth")["step"] == 1

@@ -1,0 +1,108 @@
+"""Two processes with half of the batch each do what one does with the whole of it (gloo, on the CPU).
+
+One launch of `two_processes.py` serves all tests; each run in it is that of test_loop.py.
+"""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from runtime.checkpoints import load_content, read_weights
+from training.loop import train
+
+HERE = Path(__file__).parent
+RATE = 1e-4  # as in two_processes.py
+
+specification = importlib.util.spec_from_file_location("test_loop_runs", HERE / "test_loop.py")
+runs = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(runs)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The runs of two processes, and `alone` and `alone, first step` of one."""
+    folder = tmp_path_factory.mktemp("parallel")
+    stop = (3, runs.signalled(signal.SIGTERM))
+    assert not train(runs.new_job(folder / "begun alone", event=stop, lr=RATE), resume=False)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*command, HERE / "two_processes.py", folder],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("all is well") == 1  # one process speaks for both
+    assert train(runs.new_job(folder / "alone", lr=RATE), resume=False)
+    assert train(runs.new_job(folder / "alone, first step", lr=RATE, max_steps=1), resume=False)
+    return folder
+
+
+def greatest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max((one[name] - other[name]).abs().max().item() for name in one)
+
+
+@pytest.mark.parametrize("name", ["first step", "first step, in parts", "first step, shared out"])
+def test_gradients_are_those_of_one_process(folder, name):
+    """Adam's first moment is a tenth of the only gradient so far."""
+    one, other = (
+        load_content(folder / run / "content.pth")["optimizer"]["state"] for run in ("alone, first step", name)
+    )
+    assert one.keys() == other.keys()
+    for number in one:
+        gradient, same = one[number]["exp_avg"], other[number]["exp_avg"]
+        assert (gradient - same).abs().max() <= 1e-6 * max(1e-2, gradient.abs().max())
+    assert max(values["exp_avg"].abs().max() for values in one.values()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["replicated", "shared out", "begun alone"])
+def test_runs_are_those_of_one_process_up_to_rounding(folder, name):
+    alone, run = load_content(folder / "alone" / "content.pth"), load_content(folder / name / "content.pth")
+    assert greatest_difference(alone["network"], run["network"]) < 1e-5
+    assert greatest_difference(alone["ema"]["weights"], run["ema"]["weights"]) < 1e-5
+    runs.assert_same_record_up_to_rounding(folder / "alone", folder / name, rel=1e-5)
+    assert {path.name for path in (folder / name).rglob("*") if path.suffix in (".safetensors", ".png", ".pth")} == {
+        path.name for path in (folder / "alone").rglob("*") if path.suffix in (".safetensors", ".png", ".pth")
+    }
+
+
+@pytest.mark.parametrize("name", ["replicated", "shared out"])
+def test_interrupted_run_of_two_resumes_bit_for_bit(folder, name):
+    runs.assert_same_run(folder / f"{name}, interrupted", folder / name)
+
+
+def test_run_of_two_shared_out_goes_on_alone(folder):
+    content = load_content(folder / "begun shared out" / "content.pth")
+    assert content["step"] == 10  # processes ask each other every tenth step
+    assert train(runs.new_job(folder / "begun shared out", lr=RATE), resume=True)
+    one, other = (load_content(folder / name / "content.pth") for name in ("alone", "begun shared out"))
+    assert greatest_difference(one["network"], other["network"]) < 1e-5
+    runs.assert_same_record_up_to_rounding(folder / "alone", folder / "begun shared out", rel=1e-5)
+
+
+def test_checkpoint_of_shared_out_weights_is_whole(folder):
+    one, other = (read_weights(folder / name / "model_3.safetensors") for name in ("alone", "shared out"))
+    assert greatest_difference(one[0], other[0]) < 1e-5
+    assert {name: value.dtype for name, value in one[0].items()} == {name: v.dtype for name, v in other[0].items()}
+
+
+def test_samples_of_two_processes_lie_in_order(folder):
+    with np.load(folder / "samples" / "npz" / "samples.npz") as file:
+        assert file["images"].ravel().tolist() == list(range(10))
+        assert file["labels"].tolist() == [0, 1] * 5
+    for index in range(10):
+        with Image.open(folder / "samples" / "png" / f"{index:06d}.png") as image:
+            assert np.asarray(image).item() == index
+    assert len(list((folder / "samples" / "png").iterdir())) == 10
+
+
+def test_average_and_its_warm_up_count_are_restored_exactly(folder):
+    updates = load_content(folder / "shared out" / "content.pth")["ema"]["updates"]
+    assert torch.equal(updates, torch.tensor(float(runs.STEPS), dtype=torch.float64))
