@@ -145,11 +145,8 @@ def test_a_mistake_that_all_processes_find_is_one_line(place):
     assert "labels up to 9, out of range for --num_classes 3" in finished.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_interrupted_processes_save_and_one_goes_on(place, number):
-    exp = f"stopped by {number}".replace(" ", "_")
-    flags = train_flags(place, exp, 8, steps=100_000)
+def interrupt(place, exp, flags, number):
+    """Send a signal to the launcher of two processes in the middle of their training."""
     command = [sys.executable, TRAIN, *map(str, flags), "--num_process_per_node", "2"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -164,13 +161,25 @@ def test_interrupted_processes_save_and_one_goes_on(place, number):
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "the same command (without --overwrite) continues it" in out.splitlines()[-1]
-    step = load_content(folder_of(place, exp) / "content.pth")["step"]
-    assert 3 <= step < 100_000
+    return load_content(folder_of(place, exp) / "content.pth")
 
-    alone = [*flags, "--batch_size", 16, "--max_minutes", 1e-9 + (1 if number == signal.SIGINT else 0)]
-    finished = as_processes([sys.executable], TRAIN, [*alone, "--num_process_per_node", 1])
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_interrupted_processes_save(place, number):
+    exp = f"stopped_{number}"
+    assert 3 <= interrupt(place, exp, train_flags(place, exp, 8, steps=100_000), number)["step"] < 100_000
+
+
+@pytest.mark.slow
+def test_interrupted_processes_save_and_one_goes_on(place):
+    flags = train_flags(place, "stopped", 8, steps=100_000)
+    content = interrupt(place, "stopped", flags, signal.SIGINT)
+    alone = [*flags, "--batch_size", 16, "--max_minutes", content["seconds"] / 60 + 1e-6]
+    finished = as_processes([sys.executable], TRAIN, alone)
     assert finished.returncode == 0, finished.stderr
     assert "not bit for bit as it would have: processes 2 -> 1" in finished.stdout
+    assert load_content(folder_of(place, "stopped") / "content.pth")["step"] > content["step"]
 
 
 @pytest.mark.slow

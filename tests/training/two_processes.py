@@ -3,6 +3,7 @@
 import importlib.util
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,10 @@ from evaluation.generate import GeneratedBatch, first_images  # noqa: E402
 from evaluation.statistics import RunningMoments  # noqa: E402
 from evaluation.writer import SampleWriter  # noqa: E402
 from runtime.distributed import join_processes  # noqa: E402
+from training.data import Batch  # noqa: E402
 from training.loop import train  # noqa: E402
+from training.parallel import replicate, share_out  # noqa: E402
+from training.state import TrainingState  # noqa: E402
 
 specification = importlib.util.spec_from_file_location("test_loop", Path(__file__).with_name("test_loop.py"))
 runs = importlib.util.module_from_spec(specification)
@@ -48,6 +52,31 @@ def training(folder, processes):
     stop = (3, runs.signalled(signal.SIGTERM))
     job = runs.new_job(folder / "begun shared out", event=stop, processes=processes, fsdp=True, lr=RATE)
     assert not train(job, resume=False)
+
+
+def skipped_step(folder, processes):
+    """A gradient that is not finite in one process changes nothing in any, shared out or not."""
+    for fsdp in (False, True):
+        job = runs.new_job(folder, processes=processes, fsdp=fsdp)
+        place = partial(share_out, device=torch.device("cpu"), processes=processes) if fsdp else None
+        state = TrainingState(job.network, runs.MACHINE, 0.9, (0.9, 0.999), 0.01, place)
+        velocity = job.network if fsdp else replicate(job.network, processes)
+        good = Batch(*torch.ones(2, 4, 1, 4, 4), torch.full((4,), 0.5), torch.zeros(4, dtype=torch.long))
+        bad = good._replace(noise=good.noise * (float("nan") if processes.rank else 1))
+        state.advance(velocity, good, 1e-5, 1e-2, 1.0)
+        before = tensors_of(state.content(processes))
+        state.advance(velocity, bad, 1e-5, 1e-2, 1.0)
+        assert state.sums.tolist()[2:] == [1.0, 2.0]
+        after = tensors_of(state.content(processes))
+        assert len(before) > 50
+        assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def tensors_of(content):
+    """Copies of the weights, the average and the optimizer's state."""
+    weights = [*content["network"].values(), *content["ema"]["weights"].values()]
+    moments = [value for values in content["optimizer"]["state"].values() for value in values.values()]
+    return [value.clone() for value in [content["ema"]["updates"], *weights, *moments]]
 
 
 def exchange(processes):
@@ -89,6 +118,7 @@ def main(folder):
     with join_processes() as processes:
         assert (processes.count, processes.local_count) == (2, 2)
         exchange(processes)
+        skipped_step(folder / "skipped", processes)
         samples(folder / "samples", processes)
         training(folder, processes)
         print("all is well")
