@@ -1,10 +1,11 @@
 """All published networks: names, shapes, order and outputs of the golden cases, and published parameter counts."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from models.dit import DiTOptions
 from models.edm_unet import EdmUNetOptions
@@ -15,20 +16,12 @@ TESTS = Path(__file__).parents[1]
 CASES = sorted((TESTS / "golden").glob("*.safetensors"))
 
 
-def _golden_check():
-    spec = importlib.util.spec_from_file_location("golden_check", TESTS / "golden_check.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_there_are_cases():
     assert len(CASES) == 13
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_names_and_outputs_are_the_published_ones(path):
-    golden = _golden_check()
+def test_names_and_outputs_are_the_published_ones(path, golden):
     for name, error in golden.check_case(path).items():
         assert error <= golden.LIMITS[name], name
 
@@ -82,3 +75,72 @@ def test_gradient_checkpointing_changes_no_gradient(model_type):
     network.options = NETWORKS[model_type].options(**{**SMALL, "use_grad_checkpointing": False})
     for ours, plain in zip(recomputed, gradients(), strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-4)
+
+
+@pytest.fixture
+def case_file(tmp_path):
+    """write(change) saves a golden case, its header and tensors changed, outside the repository."""
+
+    def write(change):
+        path = next(path for path in CASES if path.stem == "guided_diffusion_inpainting_9ch")
+        with safe_open(str(path), framework="pt") as file:
+            header, tensors = dict(file.metadata()), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        change(header, tensors)
+        save_file(tensors, tmp_path / "case.safetensors", metadata=header)
+        return str(tmp_path / "case.safetensors")
+
+    return write
+
+
+def nothing(header, tensors):
+    pass
+
+
+def far_off(header, tensors):
+    tensors["out.velocity"] = tensors["out.velocity"] + 2e-5
+
+
+def not_a_number(header, tensors):
+    tensors["out.velocity"] = tensors["out.velocity"] * float("nan")
+
+
+def of_another_shape(header, tensors):
+    tensors["out.velocity"] = tensors["out.velocity"][:1]
+
+
+def renamed(header, tensors):
+    header["weights"] = header["weights"].replace("time_embed.0.weight", "time_embed.1.weight")
+
+
+def without_time(header, tensors):
+    del tensors["in.t"]
+
+
+def without_arguments(header, tensors):
+    del header["arguments"]
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "text"),
+    [
+        (nothing, 0, "ok   case: velocity "),
+        (far_off, 1, "FAIL case: velocity 2."),
+        (not_a_number, 1, "FAIL case: velocity nan"),
+        (of_another_shape, 1, "FAIL case: velocity inf"),
+        (renamed, 1, "first difference: ('time_embed.0.weight'"),
+        (without_time, 2, "FAIL case: is no golden case: it has no 'in.t'"),
+        (without_arguments, 2, "FAIL case: is no golden case: it has no 'arguments'"),
+    ],
+)
+def test_verdict_of_the_command(change, code, text, case_file, golden, capsys):
+    assert golden.main([case_file(change)]) == code
+    assert text in capsys.readouterr().out
+
+
+def test_the_command_goes_on_after_a_bad_file(case_file, golden, tmp_path, capsys):
+    (tmp_path / "torn").write_bytes(b"no case")
+    assert golden.main([str(tmp_path / "torn"), str(tmp_path / "absent"), case_file(nothing)]) == 2
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:4] for line in lines] == ["FAIL", "FAIL", "ok  "]
+    assert golden.main([]) == 2
+    assert "golden_check.py FILE" in capsys.readouterr().err

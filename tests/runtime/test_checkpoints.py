@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,15 @@ from models.conditions import Condition
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError
-from runtime.checkpoints import load_content, load_model, newest_model, read_weights, save_content, save_weights
+from runtime.checkpoints import (
+    find_checkpoint,
+    load_content,
+    load_model,
+    newest_model,
+    read_weights,
+    save_content,
+    save_weights,
+)
 
 WEIGHTS = {
     "a": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
@@ -183,6 +192,28 @@ def test_newest_model_is_that_of_the_largest_number(tmp_path):
         match=r"no model_11\.safetensors or model_11\.pth in .*has: model_10\.safe.*model_9\.saf.*--checkpoint",
     ):
         newest_model(tmp_path, 11)
+
+
+def test_published_checkpoints_are_found_and_ours_come_first(tmp_path):
+    for name in ["model_475.pth", "model_450.pth", "model_450.safetensors", "cond_stage_model_500.pth", "content.pth"]:
+        (tmp_path / name).touch()
+    assert newest_model(tmp_path).name == "model_475.pth"
+    assert newest_model(tmp_path, 450).name == "model_450.safetensors"
+    with pytest.raises(UsageError, match=r"no model_500\.safetensors or model_500\.pth in .*model_475\.pth"):
+        newest_model(tmp_path, 500)
+
+
+def test_a_name_alone_is_also_looked_for_in_the_experiment(tmp_path):
+    (tmp_path / "model_1.pth").touch()
+    assert find_checkpoint("model_1.pth", tmp_path) == tmp_path / "model_1.pth"
+    assert find_checkpoint(str(tmp_path / "model_1.pth"), tmp_path / "x") == tmp_path / "model_1.pth"
+    assert find_checkpoint("absent.pth", tmp_path) == Path("absent.pth")
+
+
+def test_a_file_of_torch_save_is_no_checkpoint_of_ours(tmp_path):
+    torch.save(WEIGHTS, tmp_path / "model_1.pth")
+    with pytest.raises(UsageError, match=r"model_1\.pth is a file of torch\.save.*python -m models\.convert"):
+        read_weights(tmp_path / "model_1.pth")
 
 
 def test_run_without_checkpoints_says_what_to_do(tmp_path):

@@ -116,6 +116,36 @@ def test_a_start_that_failed_before_its_first_step_binds_nobody(tmp_path):
     assert stored_options(tmp_path / "run")["seed"] == 2
 
 
+@pytest.fixture
+def published(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "content.pth").write_text("trained elsewhere")
+    return tmp_path / "run"
+
+
+def test_content_of_another_trainer_is_continued_only_if_asked(published, capsys):
+    with pytest.raises(UsageError, match=r"no run here has written: choose --resume .*--overwrite"):
+        open_experiment(published, VALUES, ExperimentOptions())
+    assert [path.name for path in published.iterdir()] == ["content.pth"]
+    assert open_experiment(published, VALUES, ExperimentOptions(resume=True))
+    assert stored_options(published) == VALUES | {"adam_betas": [0.9, 0.999]}
+    # A start that failed, for instance by a network that does not fit, binds nobody.
+    assert open_experiment(published, VALUES | {"seed": 2}, ExperimentOptions(resume=True))
+    with pytest.raises(UsageError, match="choose --resume"):
+        open_experiment(published, VALUES | {"seed": 2}, ExperimentOptions())
+    # One that trained is a run like any other.
+    (published / "metrics.jsonl").touch()
+    assert open_experiment(published, VALUES | {"seed": 2}, ExperimentOptions())
+    with pytest.raises(UsageError, match="--seed was 2, now 3"):
+        open_experiment(published, VALUES | {"seed": 3}, ExperimentOptions())
+
+
+def test_overwriting_moves_content_of_another_trainer_aside(published):
+    assert not open_experiment(published, VALUES, ExperimentOptions(overwrite=True))
+    assert (published.with_name("run.old-1") / "content.pth").read_text() == "trained elsewhere"
+    assert [path.name for path in published.iterdir()] == ["config.json"]
+
+
 def test_damaged_config_is_named(folder):
     (folder / "config.json").write_text('{"options": ')
     with pytest.raises(UsageError, match=r"cannot read .*config\.json"):
