@@ -21,7 +21,11 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
 
 
 def continue_run(
-    state: TrainingState, path: Path, per_epoch: int, header: Mapping[str, Any], processes: Processes
+    state: TrainingState,
+    path: Path,
+    per_epoch: int,
+    header: Mapping[str, Any],
+    processes: Processes = Processes(),  # noqa: B008
 ) -> str:
     """Bring `state` to where a content.pth stands; returns a line that says what was taken over.
 
@@ -51,6 +55,8 @@ def continue_run(
 def _take_over(
     state: TrainingState, published: Published, path: Path, per_epoch: int, header: Mapping[str, Any]
 ) -> str:
+    if len(state.optimizers) > 1:
+        raise UsageError(f"{path} has the moments of AdamW alone: continue it with --optimizer adamw")
     if published.epoch is None:
         raise UsageError(
             f"{path} does not say its epoch, so the run cannot go on; start from its weights with --init_from"
@@ -64,7 +70,8 @@ def _take_over(
         for index, name in enumerate(names)
         if published.states.get(name, {}).keys() >= set(MOMENTS)
     }
-    state.optimizer.load_state_dict({**state.optimizer.state_dict(), "state": moments})
+    optimizer = state.optimizers[0]
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
     state.step = published.epoch * per_epoch
     state.ema.updates.fill_(state.step)  # its warm-up is over
     averages = (

@@ -26,6 +26,7 @@ from training.continuation import continue_run
 from training.data import Batch, batches, steps_per_epoch
 from training.experiment import ExperimentOptions, has_ended
 from training.journal import Journal
+from training.optimizers import OptimizerOptions
 from training.parallel import replicate, share_out, whole
 from training.review import Review
 from training.schedules import SCHEDULES, learning_rate
@@ -38,7 +39,7 @@ STEPS_BETWEEN_POLLS = 10  # at which several processes ask each other whether to
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(OptimizerOptions):
     """Training."""
 
     seed: int = option(1024, "seed of the initial weights and of every draw")
@@ -48,14 +49,11 @@ class TrainingOptions:
     num_epoch: int = option(1200, "passes over the training images", minimum=1)
     max_steps: int = option(0, "optimizer steps, instead of num_epoch; 0: by epochs", minimum=0)
     max_minutes: float = option(0.0, "stop after so many minutes (not reproducible); 0: never", minimum=0)
-    lr: float = option(5e-4, "learning rate", minimum=0)
     lr_schedule: str = option(
         "cosine", "its course down to 1e-5; trapezoid falls over the last 40 %", choices=tuple(SCHEDULES)
     )
     no_lr_decay: bool = option(False, "constant learning rate")
     warmup_steps: int = option(0, "steps of linear warm-up", minimum=0)
-    adam_betas: tuple[float, ...] = option((0.9, 0.999), "AdamW's two decay rates", minimum=0)
-    weight_decay: float = option(0.0, "AdamW's weight decay", minimum=0)
     grad_clip: float = option(0.0, "largest gradient norm; 0: no clipping", minimum=0)
     use_ema: bool = option(True, "sample and save the moving average of the weights")
     ema_decay: float = option(0.9999, "decay of the moving average per step, after a warm-up", minimum=0, maximum=1)
@@ -146,10 +144,9 @@ def _state(job: Job, resume: bool, per_epoch: int, last_step: int) -> TrainingSt
         if has_ended(job.folder, last_step):
             return None
         print(f"{job.folder} has no content.pth to continue from: the run starts at its first step")
-    beta1, beta2 = options.adam_betas
     decay = options.ema_decay if options.use_ema else 0.0
     place = partial(share_out, device=job.machine.device, processes=job.processes) if job.shares_out else None
-    state = TrainingState(job.network, job.machine, decay, (beta1, beta2), options.weight_decay, place)
+    state = TrainingState(job.network, job.machine, decay, options, place)
     if resume and content_path.exists():
         print(continue_run(state, content_path, per_epoch, job.header, job.processes))
         print(f"continuing at step {state.step} of {last_step}", flush=True)

@@ -123,6 +123,10 @@ def _check(options: Options) -> None:
     check_method(options[SolverOptions])
     if len(training.adam_betas) != 2 or max(training.adam_betas) >= 1:
         raise UsageError(f"--adam_betas: expected two numbers below 1, but {training.adam_betas} was given")
+    if training.fsdp and training.optimizer != "adamw":
+        raise UsageError(
+            f"--fsdp shares every matrix out, and --optimizer {training.optimizer} needs it whole: use adamw"
+        )
     if training.batch_size % training.grad_accumulation:
         raise UsageError(
             f"--grad_accumulation {training.grad_accumulation} cuts the batch of a process into equal parts, so it must "

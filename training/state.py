@@ -16,6 +16,7 @@ from runtime.distributed import Processes
 from runtime.precision import Machine
 from training.data import Batch
 from training.ema import Ema
+from training.optimizers import OptimizerOptions, make_optimizers
 from training.parallel import full, like_part_of, local_gradients, whole
 
 __all__ = ["TrainingState"]
@@ -28,8 +29,7 @@ class TrainingState:
         network: the velocity network, anywhere.
         machine: device and precision.
         ema_decay: decay of the average; 0: none.
-        betas: AdamW's.
-        weight_decay: AdamW's.
+        optimizer: how the weights are moved.
         place: brings a network to where it is trained, in place; None: to the machine's device.
     """
 
@@ -38,8 +38,7 @@ class TrainingState:
         network: nn.Module,
         machine: Machine,
         ema_decay: float,
-        betas: tuple[float, float],
-        weight_decay: float,
+        optimizer: OptimizerOptions,
         place: Callable[[nn.Module], object] | None = None,
     ) -> None:
         place = place or (lambda module: module.to(machine.device))
@@ -48,7 +47,7 @@ class TrainingState:
         self.ema = Ema(network, ema_decay, place)
         place(network)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, betas=betas, weight_decay=weight_decay, fused=True)
+        self.optimizers = make_optimizers(network, optimizer)
         self.step = 0
         self.seconds = 0.0
         self.best = math.inf
@@ -72,7 +71,8 @@ class TrainingState:
         `accumulation` equal parts, whose gradients add up to that of the whole. A step whose gradient is not finite
         changes neither weights nor moments nor the average, and is counted, without the host waiting for the device.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
         *first, last = batch.split(accumulation)
         loss = torch.zeros((), device=self.machine.device)
         with local_gradients(velocity) if first else nullcontext():
@@ -83,10 +83,11 @@ class TrainingState:
         if grad_clip:
             clip_grads_with_norm_(self.parameters, grad_clip, norm)
         bad = (~torch.isfinite(norm)).float()
-        self.optimizer.found_inf = bad  # type: ignore[attr-defined]  # the fused kernel's own switch to skip the step
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.found_inf = bad  # type: ignore[attr-defined]  # the switch to skip the step
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["relative_lr"]
+            optimizer.step()
         self.ema.update(self.network, 1 - bad)
         zero = torch.zeros_like(norm)
         good = self._good + torch.stack([loss, norm, zero, zero])
@@ -117,7 +118,7 @@ class TrainingState:
             "sums": torch.stack(sums) if sums else self.sums,  # a row for each process
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         return whole(content, keep=processes.is_main)
 
@@ -130,12 +131,13 @@ class TrainingState:
         self.network.load_state_dict(_parts(content["network"], self.network.state_dict()))
         average = content["ema"] | {"weights": _parts(content["ema"]["weights"], self.ema.weights)}
         self.ema.load_state_dict(average)
-        optimizer = content["optimizer"]
-        state = {
-            number: {name: like_part_of(value, self.parameters[number]) for name, value in values.items()}
-            for number, values in optimizer["state"].items()
-        }
-        self.optimizer.load_state_dict(optimizer | {"state": state})
+        for optimizer, stored in zip(self.optimizers, content["optimizers"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            state = {
+                number: {name: like_part_of(value, parameters[number]) for name, value in values.items()}
+                for number, values in stored["state"].items()
+            }
+            optimizer.load_state_dict(stored | {"state": state})
 
 
 def _parts(weights: Mapping[str, torch.Tensor], models: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -12,6 +12,7 @@ from options import UsageError, as_json
 from runtime.precision import Machine
 from runtime.torch_files import save_content
 from training.continuation import continue_run
+from training.optimizers import OptimizerOptions
 from training.state import TrainingState
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
@@ -58,7 +59,7 @@ def published_run(averaged=True):
 
 
 def new_state():
-    return TrainingState(new_network(2), MACHINE, 0.99, (0.9, 0.999), 0.0)
+    return TrainingState(new_network(2), MACHINE, 0.99, OptimizerOptions())
 
 
 def test_weights_averages_moments_and_epoch_are_taken_over(tmp_path):
@@ -77,7 +78,7 @@ def test_weights_averages_moments_and_epoch_are_taken_over(tmp_path):
     fill_gradients(network, 9)
     fill_gradients(state.network, 9)
     before = state.network.blocks[0].attn.qkv.weight.clone()
-    for one in (optimizer, state.optimizer):
+    for one in (optimizer, *state.optimizers):
         one.param_groups[0]["lr"] = 1e-3
         one.step()
     assert (state.network.blocks[0].attn.qkv.weight - before).abs().max() > 1e-5
@@ -110,7 +111,7 @@ def test_the_average_after_a_long_run_does_not_warm_up_again(tmp_path):
 def test_content_of_our_own_is_restored_whole(tmp_path):
     state, other = new_state(), new_state()
     fill_gradients(state.network, 1)
-    state.optimizer.step()
+    state.optimizers[0].step()
     state.step = 17
     save_content(tmp_path / "content.pth", state.content())
     assert "the whole state" in continue_run(other, tmp_path / "content.pth", 10, HEADER)
@@ -125,7 +126,7 @@ def test_another_network_s_content_is_refused_with_the_flag_that_explains_it(tmp
     torch.save(content, tmp_path / "content.pth")
     options = DiTOptions(2, 2, num_classes=5, label_dropout=0.1)
     network = build_network("DiT-Mi/2", 4, options)
-    state = TrainingState(network, MACHINE, 0.99, (0.9, 0.999), 0.0)
+    state = TrainingState(network, MACHINE, 0.99, OptimizerOptions())
     header = HEADER | {"network": as_json(options)}
     with pytest.raises(UsageError, match=r"embedding_table.* the file looks like --num_classes 3$"):
         continue_run(state, tmp_path / "content.pth", 10, header)

@@ -9,6 +9,7 @@ from models.conditions import Condition
 from models.dit import DiT, DiTOptions
 from runtime.precision import Machine
 from training.data import Batch
+from training.optimizers import OptimizerOptions
 from training.state import TrainingState
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
@@ -20,8 +21,9 @@ def tiny_network():
         return DiT(4, 2, 16, 1, 2, DiTOptions(2, 2, num_classes=3, label_dropout=0.1))
 
 
-def new_state(weight_decay=0.01):
-    return TrainingState(tiny_network(), MACHINE, 0.99, (0.9, 0.999), weight_decay)
+def new_state(optimizer="adamw", weight_decay=0.01):
+    options = OptimizerOptions(optimizer=optimizer, lr=1e-2, weight_decay=weight_decay)
+    return TrainingState(tiny_network(), MACHINE, 0.99, options)
 
 
 def batch_of(seed, scale=1.0):
@@ -45,7 +47,7 @@ def learnt(state):
     """Weights, the optimizer's moments and step counts, and the average, copied."""
     return {
         "network": tensors(state.network.state_dict()),
-        "optimizer": tensors(state.optimizer.state_dict()["state"]),
+        "optimizers": [t for optimizer in state.optimizers for t in tensors(optimizer.state_dict()["state"])],
         "ema": tensors(state.ema.weights),
     }
 
@@ -59,16 +61,17 @@ def differing(one, other):
 )  # the last: a finite prediction, an infinite square
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
 @pytest.mark.parametrize("at", [0, 3])
-def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(scale, grad_clip, at):
-    state = new_state()
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(scale, grad_clip, at, optimizer):
+    state = new_state(optimizer)
     for seed in range(at):
         advance(state, batch_of(seed), grad_clip)
     before, sums = learnt(state), state.sums.clone()
     advance(state, batch_of(99, scale), grad_clip)
     after = learnt(state)
     if at == 0:  # the optimizer's state did not exist; now it is as if nothing had ever been seen
-        assert not any(tensor.any() for tensor in after.pop("optimizer"))
-        before.pop("optimizer")
+        assert not any(tensor.any() for tensor in after.pop("optimizers"))
+        before.pop("optimizers")
     assert differing(before, after) == set()
     assert state.step == at + 1
     assert torch.equal(state.sums, sums + torch.tensor([0.0, 0.0, 1.0, 1.0]))
@@ -77,8 +80,9 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(scale, 
     assert torch.isfinite(torch.cat([tensor.flatten().float() for tensor in learnt(state)["network"]])).all()
 
 
-def test_the_step_after_a_skipped_one_is_the_one_that_would_have_come():
-    state, undisturbed = new_state(), new_state()
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_step_after_a_skipped_one_is_the_one_that_would_have_come(optimizer):
+    state, undisturbed = new_state(optimizer), new_state(optimizer)
     for seed in range(3):
         advance(state, batch_of(seed))
         advance(undisturbed, batch_of(seed))
@@ -112,13 +116,14 @@ def test_the_rate_is_the_one_of_the_step():
         assert moved.max().item() == pytest.approx(rate, rel=1e-3)
 
 
-def test_restored_state_continues_bit_for_bit():
-    state = new_state()
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_restored_state_continues_bit_for_bit(optimizer):
+    state = new_state(optimizer)
     for seed in range(3):
         advance(state, batch_of(seed), 0.5)
     state.seconds, state.best = 12.5, 0.25
     content = copy.deepcopy(state.content())
-    other = new_state()
+    other = new_state(optimizer)
     advance(other, batch_of(50))  # must not matter
     other.restore(content)
     assert (other.step, other.seconds, other.best) == (3, 12.5, 0.25)
