@@ -2,6 +2,7 @@
 """Sample from a trained latent flow, and score the samples. Everything about the network comes from its checkpoint."""
 
 from evaluation.sampling import SAMPLING_GROUPS, SamplingOptions, sample_and_score
+from evaluation.score import result_line
 from models.registry import IGNORED_NETWORK_FLAGS
 from options import Options
 from runtime.distributed import Processes
@@ -22,7 +23,7 @@ def main(options: Options, processes: Processes) -> None:
     """Sample, and print the result in one line."""
     print(options.describe("those that differ from the defaults; the others: --help"))
     result = sample_and_score(options, processes)
-    score = f"{result['metric']} {result['value']:.3f}, " if "value" in result else ""
+    score = f"{result_line(result)}, " if "value" in result else ""
     recognised = f"{100 * result['recognised']:.1f} % recognised as their class, " if "recognised" in result else ""
     line = (
         f"{score}{recognised}{result['samples']} samples, {result['nfe']:g} evaluations each, "

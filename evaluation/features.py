@@ -1,19 +1,19 @@
 """Networks that turn images into the features whose distributions are compared.
 
 `inception` is the InceptionV3 of pip's pytorch_fid (2048 features): the distance between its features is the FID.
-`fashion_mnist` is the classifier shipped with this repository; its distance is never called FID.
+`dinov2` is timm's DINOv2 ViT-L/14. `fashion_mnist` is the classifier shipped with this repository; its distance is never
+called FID.
 """
 
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
-from unittest import mock
+from typing import Protocol
 
 import torch
 
 from evaluation.classifier import SIDE, load_classifier
+from evaluation.inception import INCEPTION_DIMS, InceptionFeatures
 from models.autoencoder import images_to_pixels, weights_hash
 from options import UsageError, option
 from runtime.precision import Machine
@@ -23,9 +23,10 @@ __all__ = [
     "FashionFeatures",
     "FeatureNetwork",
     "FeatureOptions",
-    "InceptionFeatures",
     "choose_features",
     "default_features",
+    "describe_features",
+    "extract",
     "load_features",
 ]
 
@@ -38,18 +39,26 @@ class FeatureOptions:
 
     features: str | None = option(
         None,
-        "inception or fashion_mnist; default: fashion_mnist for that dataset, else inception (whose score is the FID)",
-        choices=("inception", "fashion_mnist"),
+        "inception, dinov2 or fashion_mnist; default: fashion_mnist for that dataset, else inception (whose score is the FID)",
+        choices=("inception", "dinov2", "fashion_mnist"),
     )
     feature_weights: str | None = option(
         None, "file of the network's weights; default: the published ones (downloaded once), or the bundled ones"
+    )
+    feature_precision: str = option(
+        "fp32", "precision of inception and dinov2; bf16 is faster on GPUs and says how much it changes the score",
+        choices=("fp32", "bf16"),
+    )  # fmt: skip
+    dims: int = option(
+        INCEPTION_DIMS[-1], "layer of inception, by its number of features: 64, 192, 768, or 2048 (the FID's)"
     )
 
 
 class FeatureNetwork(Protocol):
     """Images uint8 [B, C, H, W] to features float32 [B, dims].
 
-    `label` is what a distance of such features is called, `name` the key in FEATURES, `sha256` the weights' hash.
+    `label` is what a distance of such features is called, `name` tells network and layer, `sha256` is the weights' hash.
+    A network with further outputs also has `outputs`, their names, and `extract`; see `InceptionFeatures`.
     """
 
     label: str
@@ -60,23 +69,6 @@ class FeatureNetwork(Protocol):
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features of images."""
         ...
-
-
-class InceptionFeatures:
-    """The final average pooling of pytorch_fid's InceptionV3; grey images are repeated to RGB."""
-
-    label, name, dims = "FID", "inception", 2048
-
-    def __init__(self, weights_file: str | None, device: torch.device | str) -> None:
-        self.device = device
-        self.network = _build_inception(weights_file).to(device).to(memory_format=torch.channels_last)
-        self.sha256 = weights_hash(self.network.state_dict())
-
-    @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [B, 1 or 3, H, W] of any size to features float32 [B, 2048]."""
-        images = images.to(self.device).expand(-1, 3, -1, -1)
-        return self.network(images.float() / 255)[0].flatten(1)
 
 
 class FashionFeatures:
@@ -113,9 +105,24 @@ class FashionFeatures:
         return images_to_pixels(images.to(self.device)).mean(1, keepdim=True)
 
 
-FEATURES: dict[str, Callable[[str | None, torch.device | str], FeatureNetwork]] = {
-    "inception": InceptionFeatures,
-    "fashion_mnist": FashionFeatures,
+def _inception(options: FeatureOptions, device: torch.device | str) -> FeatureNetwork:
+    return InceptionFeatures(options.feature_weights, device, options.dims, options.feature_precision)
+
+
+def _dinov2(options: FeatureOptions, device: torch.device | str) -> FeatureNetwork:
+    from evaluation.dinov2 import DinoFeatures  # timm's registry takes seconds to import
+
+    return DinoFeatures(options.feature_weights, device, options.feature_precision)
+
+
+def _fashion_mnist(options: FeatureOptions, device: torch.device | str) -> FeatureNetwork:
+    return FashionFeatures(options.feature_weights, device)
+
+
+FEATURES: dict[str, Callable[[FeatureOptions, torch.device | str], FeatureNetwork]] = {
+    "inception": _inception,
+    "dinov2": _dinov2,
+    "fashion_mnist": _fashion_mnist,
 }
 
 
@@ -126,53 +133,39 @@ def default_features(dataset_name: str) -> str:
 
 def choose_features(options: FeatureOptions, dataset_name: str, machine: Machine) -> FeatureNetwork:
     """The feature network that `options` asks for, else the dataset's default; errors as `load_features`."""
-    return load_features(options.features or default_features(dataset_name), options.feature_weights, machine.device)
+    return load_features(options.features or default_features(dataset_name), options, machine.device)
 
 
-def load_features(name: str, weights_file: str | None, device: torch.device | str) -> FeatureNetwork:
-    """The feature network `name`, with the weights in `weights_file` or, when None, its own.
+def load_features(name: str, options: FeatureOptions, device: torch.device | str) -> FeatureNetwork:
+    """The feature network `name`, with the weights in `options.feature_weights` or, when None, its own.
 
     Raises:
         UsageError: an unknown name, or weights that are missing, damaged, foreign or cannot be downloaded.
     """
     if name not in FEATURES:
         raise UsageError(f"unknown features {name!r}: expected one of {', '.join(FEATURES)} (--features)")
-    return FEATURES[name](weights_file, device)
+    return FEATURES[name](options, device)
 
 
-def _build_inception(weights_file: str | None) -> torch.nn.Module:
-    from pytorch_fid import inception  # pip's: it imports all of torchvision
+def extract(features: FeatureNetwork, images: torch.Tensor, wanted: frozenset[str]) -> dict[str, torch.Tensor]:
+    """The outputs `wanted` of a feature network, each [B, ...]; "features" are those that every network has.
 
-    url = inception.FID_WEIGHTS_URL
-    weights = _download(url) if weights_file is None else _read_state_dict(weights_file)
-    # The constructor downloads unconditionally; for its duration it gets the weights that are already here.
-    with mock.patch.object(inception, "load_state_dict_from_url", return_value=weights):
-        try:
-            return inception.InceptionV3().eval().requires_grad_(False)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(
-                f"--feature_weights {weights_file} does not fit pytorch_fid's InceptionV3: expected the state dict "
-                f"published at {url}, but: {reason}"
-            ) from error
-
-
-def _download(url: str) -> dict[str, torch.Tensor]:
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    Raises:
+        UsageError: the network has no such output.
+    """
+    if wanted <= {"features"}:
+        return {"features": features(images)}
+    missing = wanted - set(getattr(features, "outputs", ("features",)))
+    if missing:
         raise UsageError(
-            f"cannot download the Inception weights ({error}): fetch {url} on another machine and pass it as "
-            "--feature_weights FILE"
-        ) from error
+            f"the features {features.name} have no {' or '.join(sorted(missing))}, which the metrics sfid and is need: "
+            "use --features inception at --dims 2048, or leave those metrics out"
+        )
+    return features.extract(images)  # type: ignore[attr-defined]
 
 
-def _read_state_dict(path: str) -> dict[str, Any]:
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"cannot read --feature_weights {path}: {reason}") from error
-    if not isinstance(weights, dict):
-        raise UsageError(f"--feature_weights {path}: expected a state dict, but found {type(weights).__name__}")
-    return weights
+def describe_features(features: FeatureNetwork) -> dict[str, str]:
+    """What a result must say about the network behind it."""
+    described = {"name": features.name, "label": features.label, "sha256": features.sha256}
+    precision = getattr(features, "precision", "fp32")
+    return described if precision == "fp32" else {**described, "precision": precision}

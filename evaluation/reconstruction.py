@@ -7,6 +7,7 @@ padding that the dataset added (rounding alone would leave 59 dB). The distance 
 of the reconstructions is the floor of any latent model, that of the real held-out images the zero mark.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,12 @@ import torch
 from PIL import Image
 
 from datasets_prep.datasets import DatasetOptions, ImageDataset, crop_padding, open_dataset
-from evaluation.features import FeatureNetwork, FeatureOptions, choose_features
-from evaluation.metrics import frechet_distance, psnr
-from evaluation.statistics import RunningMoments, Statistics, dataset_statistics, describe_features, image_batches
+from evaluation.features import FeatureNetwork, FeatureOptions, choose_features, describe_features
+from evaluation.metrics import psnr
+from evaluation.reference import summarise
+from evaluation.score import MetricOptions, needs_of, reference_statistics, result_line, score_summaries
+from evaluation.sources import ImageSource, dataset_source, image_batches
+from evaluation.summary import Gatherer, Summary
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, images_to_pixels, load_autoencoder
 from options import exit_cleanly, option, parse_options
 from runtime.files import atomic_path, write_json
@@ -47,22 +51,24 @@ def measure_reconstruction(
     features: FeatureNetwork,
     device: torch.device | str,
     batch_size: int,
-) -> tuple[float, Statistics]:
-    """PSNR in dB over all pixels of all images of a split, and the statistics of the reconstructions' features."""
-    moments, error, count = RunningMoments(features.dims), 0.0, 0
-    for batch in image_batches(dataset, batch_size):
+    needs: Iterable[str] = ("moments",),
+) -> tuple[float, Summary]:
+    """PSNR in dB over all pixels of all images of a split, and what metrics need (see NEEDS) of the reconstructions."""
+    gatherer, error, count = Gatherer(features, needs), 0.0, 0
+    padded = ImageSource(dataset.facts.name, len(dataset), dataset.__getitem__, {})
+    for batch, _ in image_batches(padded, batch_size):
         images = batch.to(device)
         decoded = crop_padding(_channels_like(reconstruct(autoencoder, images), images), dataset.facts)
         original = crop_padding(images, dataset.facts)
         error += (images_to_pixels(decoded) - images_to_pixels(original)).double().square().sum().item()
         count += original.numel()
-        moments.update(features(decoded))
-    return psnr(error / count), moments.statistics({"features": describe_features(features)})
+        gatherer.update(decoded)
+    return psnr(error / count), gatherer.summary()
 
 
 def main() -> None:
     """Parse the flags, measure, print a line, write what was asked for."""
-    groups = [ReconstructionOptions, DatasetOptions, AutoencoderOptions, FeatureOptions, DeviceOptions]
+    groups = [ReconstructionOptions, DatasetOptions, AutoencoderOptions, MetricOptions, FeatureOptions, DeviceOptions]
     options = parse_options(str(__doc__).splitlines()[0], groups)
     settings, data = options[ReconstructionOptions], options[DatasetOptions]
     device = choose_device(options[DeviceOptions])
@@ -72,9 +78,12 @@ def main() -> None:
 
     if settings.picture:
         _draw(autoencoder, held_out, device, settings.picture)
-    cache = Path(data.datadir) / "statistics"
-    reference, real = (dataset_statistics(split, features, cache, settings.batch_size) for split in (train, held_out))
-    ratio, decoded = measure_reconstruction(autoencoder, held_out, features, device, settings.batch_size)
+    cache, metrics = Path(data.datadir) / "statistics", options[MetricOptions].metrics
+    reference = reference_statistics(train, features, data.datadir, metrics)
+    needs = needs_of(metrics, reference=False)
+    real = summarise(dataset_source(held_out), features, needs, cache, settings.batch_size)
+    ratio, decoded = measure_reconstruction(autoencoder, held_out, features, device, settings.batch_size, needs)
+    scores, scores_real = (score_summaries(metrics, images, reference) for images in (decoded, real))
     result = {
         "dataset": data.dataset,
         "images": len(held_out),
@@ -82,15 +91,14 @@ def main() -> None:
         "autoencoder": autoencoder.describe(),
         "psnr_db": ratio,
         "features": describe_features(features),
-        "frechet_distance": frechet_distance(decoded, reference),
-        "frechet_distance_real": frechet_distance(real, reference),
+        "reconstructions": scores,
+        "real": scores_real,
     }
     if settings.output_json:
         write_json(settings.output_json, result)
     print(
-        f"{result['images']} images of {data.dataset}: PSNR {ratio:.2f} dB, {features.label} to the training images "
-        f"{result['frechet_distance']:.3f} (real images: {result['frechet_distance_real']:.3f}), "
-        f"features {features.name} {features.sha256[:8]}"
+        f"{result['images']} images of {data.dataset}: PSNR {ratio:.2f} dB, to the training images {result_line(scores)}, "
+        f"real images {result_line(scores_real)}, features {features.name} {features.sha256[:8]}"
     )
 
 

@@ -14,8 +14,8 @@ from evaluation.features import FeatureOptions, choose_features
 from evaluation.generate import GeneratedBatch, check_guidance, first_images, generate
 from evaluation.pictures import grid_count, save_grid
 from evaluation.published import open_published
-from evaluation.score import reference_statistics, score_samples
-from evaluation.statistics import read_statistics
+from evaluation.reference import summary_at
+from evaluation.score import ScoreOptions, needs_of, reference_statistics, score_samples
 from evaluation.writer import FORMATS, SampleWriter
 from flow.guidance import GuidanceOptions
 from flow.solvers import ADAPTIVE, SolverOptions
@@ -65,6 +65,7 @@ SAMPLING_GROUPS = (
     SamplingOptions,
     SolverOptions,
     GuidanceOptions,
+    ScoreOptions,
     FeatureOptions,
     DatasetOptions,
     AutoencoderOptions,
@@ -199,16 +200,17 @@ def _score(
 ) -> dict[str, Any]:
     sampling, stored = options[SamplingOptions], model.header["dataset"]
     data = replace(options[DatasetOptions], dataset=stored["name"], image_size=stored["image_size"])
+    scoring, real = options[ScoreOptions], sampling.real_img_dir
     with processes.main_first():
         features = choose_features(options[FeatureOptions], data.dataset, machine)
-        dataset = None if sampling.real_img_dir else open_dataset(data, "train")
+        dataset = None if real else open_dataset(data, "train")
     if dataset is None:
-        reference = read_statistics(sampling.real_img_dir, features, sampling.batch_size)
+        needs = needs_of(scoring.metrics, reference=True) or {"moments"}
+        reference = summary_at(real, features, needs, sampling.batch_size, processes)
     else:
-        reference = reference_statistics(dataset, features, data.datadir, processes)
+        reference = reference_statistics(dataset, features, data.datadir, scoring.metrics, processes)
     names = stored["class_names"] if model.header["num_classes"] == len(stored["class_names"]) else ()
-    score = score_samples(batches, features, reference, names, processes)
-    return score | {"reference": sampling.real_img_dir or f"{data.dataset}, training images"}
+    return score_samples(batches, features, reference, names, scoring, processes)
 
 
 def _output_folders(sampling: SamplingOptions, checkpoint: Path, stem: str) -> tuple[Path, Path]:

@@ -1,44 +1,31 @@
-"""Mean and covariance of features over many images: streamed in float64, stored, cached.
+"""Mean and covariance of features over many images: streamed in float64, and stored.
 
 Batches are merged by the shifted update of Chan, Golub & LeVeque (1979): with d the difference of the means of n and m
 rows, the scatter matrices add up to S = S_n + S_m + d d^T n m / (n + m), which never subtracts large numbers.
 """
 
-import hashlib
 import json
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
 
-from datasets_prep.datasets import ImageDataset, crop_padding
-from datasets_prep.images import IMAGE_SUFFIXES, read_image
-from evaluation.features import FeatureNetwork
 from options import UsageError, as_json
-from runtime.distributed import Processes
 from runtime.files import atomic_path
-from runtime.progress import progress_bar
 from runtime.unpickling import UNPICKLING_ERRORS, load_numpy_pickle
 
 __all__ = [
     "RunningMoments",
     "Statistics",
-    "compute_statistics",
-    "dataset_statistics",
-    "describe_features",
-    "folder_statistics",
-    "image_batches",
     "load_statistics",
-    "read_statistics",
     "save_statistics",
 ]
 
+BUFFERED = 1024  # rows
 
 # What numpy, zipfile and json raise for one thing: a damaged file.
 UNREADABLE = (OSError, *UNPICKLING_ERRORS, zipfile.BadZipFile, zlib.error)
@@ -55,37 +42,52 @@ class Statistics:
 
 
 class RunningMoments:
-    """Mean and covariance of rows that come in batches, in float64 on the CPU."""
+    """Mean and covariance of rows that come in batches, in float64 on the CPU.
+
+    Rows are kept until there are `BUFFERED` of them, so that small batches cost no more than large ones.
+    """
 
     def __init__(self, dims: int) -> None:
-        self.count = 0
+        self.dims = dims
+        self._count = 0
         self._mean = torch.zeros(dims, dtype=torch.float64)
         self._scatter = torch.zeros(dims, dims, dtype=torch.float64)
+        self._pending: list[torch.Tensor] = []
+        self._pending_count = 0
+
+    @classmethod
+    def of(cls, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> "RunningMoments":
+        """The moments that `triple` returned, perhaps in another process."""
+        moments = cls(len(mean))
+        moments._add(count, mean, scatter)
+        return moments
+
+    @property
+    def count(self) -> int:
+        """Rows seen."""
+        return self._count + self._pending_count
 
     def update(self, features: torch.Tensor) -> None:
         """Add rows [B, dims]."""
-        if len(features):
-            rows = features.detach().to("cpu", torch.float64)
-            mean = rows.mean(0)
-            centred = rows - mean
-            self._add(len(rows), mean, centred.T @ centred)
+        self._pending.append(features.detach().cpu())
+        self._pending_count += len(features)
+        if self._pending_count >= BUFFERED:
+            self._flush()
 
     def merge(self, other: "RunningMoments") -> None:
         """Add all rows that `other` has seen."""
-        if other.count:
-            self._add(other.count, other._mean, other._scatter)
+        self._flush()
+        self._add(*other.triple())
 
-    def of_all(self, processes: Processes) -> "RunningMoments":
-        """The moments of the rows of all processes, in each of them."""
-        merged = RunningMoments(len(self._mean))
-        for part in processes.gather(self):
-            merged.merge(part)
-        return processes.from_main(merged)
+    def triple(self) -> tuple[int, torch.Tensor, torch.Tensor]:
+        """Count, mean float64 [dims] and scatter matrix float64 [dims, dims]: all that another process needs."""
+        self._flush()
+        return self._count, self._mean, self._scatter
 
     @property
     def mean(self) -> np.ndarray:
         """Mean float64 [dims]."""
-        return self._mean.numpy().copy()
+        return self.triple()[1].numpy().copy()
 
     @property
     def covariance(self) -> np.ndarray:
@@ -94,102 +96,30 @@ class RunningMoments:
         Raises:
             UsageError: fewer than two rows.
         """
-        if self.count < 2:
-            raise UsageError(f"a covariance needs at least two images, but there is {self.count}")
-        return (self._scatter / (self.count - 1)).numpy()
+        count, _, scatter = self.triple()
+        if count < 2:
+            raise UsageError(f"a covariance needs at least two images, but there is {count}")
+        return (scatter / (count - 1)).numpy()
 
     def statistics(self, meta: dict[str, Any] | None = None) -> Statistics:
         """The moments so far, with a description of where they come from (JSON's types)."""
         return Statistics(self.mean, self.covariance, self.count, meta or {})
 
+    def _flush(self) -> None:
+        if self._pending_count:
+            rows = torch.cat(self._pending).double()
+            self._pending, self._pending_count = [], 0
+            mean = rows.mean(0)
+            centred = rows - mean
+            self._add(len(rows), mean, centred.T @ centred)
+
     def _add(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
-        total = self.count + count
-        shift = mean - self._mean
-        self._scatter += scatter + torch.outer(shift, shift) * (self.count * count / total)
-        self._mean += shift * (count / total)
-        self.count = total
-
-
-def compute_statistics(
-    batches: Iterable[torch.Tensor], features: FeatureNetwork, meta: dict[str, Any] | None = None
-) -> Statistics:
-    """Statistics of batches of images uint8 [B, C, H, W], which are consumed one at a time."""
-    moments = RunningMoments(features.dims)
-    for images in batches:
-        moments.update(features(images))
-    return moments.statistics({**(meta or {}), "features": describe_features(features)})
-
-
-def describe_features(features: FeatureNetwork) -> dict[str, str]:
-    """What a result must say about the network behind it."""
-    return {"name": features.name, "label": features.label, "sha256": features.sha256}
-
-
-def image_batches(
-    dataset: ImageDataset,
-    batch_size: int,
-    processes: Processes = Processes(),  # noqa: B008
-) -> Iterator[torch.Tensor]:
-    """All images of a split in order, uint8 [B, C, H, W], padding included, with a progress bar.
-
-    Of several processes, each gets its share of the batches.
-    """
-    description = f"{dataset.facts.name} {dataset.split}"
-    with progress_bar(total=len(dataset) // processes.count, desc=description, unit="image") as progress:
-        for start in processes.share(range(0, len(dataset), batch_size)):
-            images = torch.stack([dataset[i] for i in range(start, min(start + batch_size, len(dataset)))])
-            yield images
-            progress.update(len(images))
-
-
-def dataset_statistics(
-    dataset: ImageDataset,
-    features: FeatureNetwork,
-    cache_dir: str | Path | None,
-    batch_size: int = 200,
-    processes: Processes = Processes(),  # noqa: B008
-) -> Statistics:
-    """Statistics of all images of a split, without their padding; kept in `cache_dir` unless that is None.
-
-    Several processes share the images, and all get the result.
-
-    Raises:
-        UsageError: a cached file that cannot be read.
-    """
-    facts = dataset.facts
-    source = {"dataset": facts.name, "split": dataset.split, "image_size": facts.image_size}
-    meta = {**source, "fingerprint": dataset.fingerprint, "features": describe_features(features)}
-    key = hashlib.sha256(f"{features.sha256} {dataset.fingerprint}".encode()).hexdigest()[:8]
-    name = f"{facts.name}_{dataset.split}_{facts.image_size}_{features.name}_{key}.npz"
-    path = None if cache_dir is None else Path(cache_dir) / name
-    known = load_statistics(path) if path and path.exists() else None
-    known = known if known and known.meta == meta else None
-    missing = processes.any(known is None)  # for one is missing for all: they compute it together
-    if known is not None and not missing:
-        return known
-
-    moments = RunningMoments(features.dims)
-    for images in image_batches(dataset, batch_size, processes):
-        moments.update(features(crop_padding(images, facts)))
-    statistics = moments.of_all(processes).statistics(meta)
-    if path and processes.is_main:
-        try:
-            save_statistics(path, statistics)
-        except OSError as error:  # a read-only data directory is no reason to fail
-            print(f"note: the statistics are not kept: {error}")
-    return statistics
-
-
-def folder_statistics(folder: str | Path, features: FeatureNetwork, batch_size: int) -> Statistics:
-    """Statistics of all image files below `folder`, each in its own size (the central square of oblong ones).
-
-    Raises:
-        UsageError: no images, or one that cannot be read.
-    """
-    paths = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-    if not paths:
-        raise UsageError(f"no images in {folder}: expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}")
-    return compute_statistics(_read_batches(paths, batch_size), features, {"folder": str(folder)})
+        if count:
+            total = self._count + count
+            shift = mean - self._mean
+            self._scatter += scatter + torch.outer(shift, shift) * (self._count * count / total)
+            self._mean += shift * (count / total)
+            self._count = total
 
 
 def save_statistics(path: str | Path, statistics: Statistics) -> None:
@@ -217,28 +147,6 @@ def load_statistics(path: str | Path) -> Statistics:
             f"{path}: expected finite mu [D] and sigma [D, D], but found {mean.shape} and {covariance.shape}"
         )
     return Statistics(mean, covariance, meta.pop("count", None), meta)
-
-
-def read_statistics(path: str | Path, features: FeatureNetwork, batch_size: int) -> Statistics:
-    """Statistics of a folder of images, or of a statistics file; errors as `folder_statistics` and `load_statistics`."""
-    return folder_statistics(path, features, batch_size) if Path(path).is_dir() else load_statistics(path)
-
-
-def _read_batches(paths: list[Path], batch_size: int) -> Iterator[torch.Tensor]:
-    """Batches of equally large images; Inception resizes, so a folder may mix sizes."""
-    batch: list[torch.Tensor] = []
-    for path in progress_bar(paths, desc=paths[0].parent.name, unit="image"):
-        try:
-            with Image.open(path) as file:
-                side = min(file.size)
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UsageError(f"cannot read the image {path}: {error}") from error
-        image = read_image(path, side)
-        if batch and (len(batch) == batch_size or batch[0].shape != image.shape):
-            yield torch.stack(batch)
-            batch = []
-        batch.append(image)
-    yield torch.stack(batch)
 
 
 def _read_npy(file: BinaryIO) -> dict[str, Any]:

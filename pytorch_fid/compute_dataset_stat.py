@@ -9,7 +9,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from evaluation.features import FeatureOptions, choose_features
-from evaluation.statistics import dataset_statistics, save_statistics
+from evaluation.reference import summarise
+from evaluation.score import IMAGE_FORMATS
+from evaluation.sources import dataset_source, transformed
+from evaluation.statistics import save_statistics
 from options import exit_cleanly, option, parse_options
 from runtime.precision import DeviceOptions, Machine, choose_device
 
@@ -20,6 +23,11 @@ class StatisticsOptions:
 
     output: str | None = option(None, "file to write; default: pytorch_fid/<dataset>_<split>_<features>_stat.npz")
     split: str = option("train", "which images", choices=("train", "validation"))
+    image_format: str = option(
+        "png",
+        "take images as they are (png), or through JPEG at PIL's default quality (jpg)",
+        choices=tuple(IMAGE_FORMATS),
+    )
     batch_size: int = option(50, "images at a time", minimum=1)
 
 
@@ -31,7 +39,9 @@ def main() -> None:
     dataset = open_dataset(data, "train" if settings.split == "train" else "validation")
     features = choose_features(options[FeatureOptions], data.dataset, machine)
     output = settings.output or Path(__file__).parent / f"{data.dataset}_{settings.split}_{features.name}_stat.npz"
-    statistics = dataset_statistics(dataset, features, None, settings.batch_size)
+    source = transformed(dataset_source(dataset), IMAGE_FORMATS[settings.image_format], settings.image_format)
+    statistics = summarise(source, features, ("moments",), None, settings.batch_size).statistics
+    assert statistics is not None
     save_statistics(output, statistics)
     print(f"saved the {features.name} statistics of {statistics.count} images to {output}")
 

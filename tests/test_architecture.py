@@ -13,7 +13,7 @@ LEVELS = {"options": 0, "models": 1, "flow": 1, "runtime": 2, "datasets_prep": 3
 SCRIPTS = 6
 # Commands whose name python -m gives: scripts, though they lie in a layer's folder.
 COMMANDS = {"models/convert.py"}
-OWNERS = {"torchdiffeq": "flow/", "diffusers": "models/autoencoder.py", "pytorch_fid": "evaluation/features.py"}
+OWNERS = {"torchdiffeq": "flow/", "diffusers": "models/autoencoder.py", "pytorch_fid": "evaluation/inception.py"}
 
 
 def library_files() -> list[Path]:

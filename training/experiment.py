@@ -4,9 +4,6 @@
 content.pth  metrics.jsonl  tensorboard/  samples/
 """
 
-import importlib.metadata
-import platform
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +12,16 @@ from typing import Any
 from options import UsageError, as_json, option
 from runtime.checkpoints import newest_model, read_weights
 from runtime.files import move_aside, read_json, write_json
+from runtime.provenance import provenance
 
-__all__ = ["ExperimentOptions", "has_content", "has_ended", "open_experiment", "provenance"]
+__all__ = ["ExperimentOptions", "has_content", "has_ended", "open_experiment"]
 
 TAKES_OVER = "takes_over"  # entry of config.json: the run began with a content.pth of the published code
-REPOSITORY = Path(__file__).resolve().parent.parent
 # A run may go on under other values of these: they change when things are shown and kept, not what is learnt.
 HARMLESS = frozenset(
     "resume overwrite save_root datadir latent_cache_dir num_workers device save_content save_content_every "
     "save_content_every_steps save_ckpt_every plot_every eval_every eval_samples log_every max_minutes skip_bad_images "
-    "method num_steps step_size time_shift atol rtol cfg_scale features feature_weights "
+    "method num_steps step_size time_shift atol rtol cfg_scale features feature_weights feature_precision dims "
     "num_process_per_node num_proc_node node_rank master_address master_port local_rank".split()
 )
 # These change the order in which numbers are added, and with it the last bits: the run goes on and says so.
@@ -138,14 +135,3 @@ def _changed(previous: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
     }
     changed.pop("batch_size", None)
     return changed | ({"batch_size times processes": (wholes[0], wholes[1])} if wholes[0] != wholes[1] else {})
-
-
-def provenance() -> dict[str, Any]:
-    """Git commit and library versions, for config.json and checkpoints."""
-    packages = ("torch", "torchvision", "diffusers", "torchdiffeq", "timm", "numpy")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    versions = {name: importlib.metadata.version(name) for name in packages}
-    return {"git": git.stdout.strip() or "unknown", "versions": {"python": platform.python_version(), **versions}}

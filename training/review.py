@@ -55,7 +55,7 @@ class Review:
         values = validation_loss(network, self.held_out, self.autoencoder, self.machine, self.sigma_min, self.processes)
         values["objective"] = values["loss"]
         if self.features is not None:
-            reference = reference_statistics(self.dataset, self.features, self.datadir, self.processes)
+            reference = reference_statistics(self.dataset, self.features, self.datadir, processes=self.processes)
             samples = self._draw(network, self.samples)
             result = score_samples(samples, self.features, reference, processes=self.processes)
             values |= {"objective": result["value"], result["metric"]: result["value"]}

@@ -23,10 +23,11 @@ from options import Options, UsageError, as_json
 from runtime.checkpoints import experiment_folder, find_checkpoint, read_weights
 from runtime.distributed import Processes
 from runtime.precision import Machine, MachineOptions, choose_machine
+from runtime.provenance import provenance
 from runtime.published import read_published
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
-from training.experiment import ExperimentOptions, has_content, open_experiment, provenance
+from training.experiment import ExperimentOptions, has_content, open_experiment
 from training.loop import Job, TrainingOptions
 from training.review import Review
 from training.validation import LARGEST_SET

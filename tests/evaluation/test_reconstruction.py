@@ -65,7 +65,7 @@ def test_the_command_end_to_end(tmp_path, monkeypatch, capsys):
     reconstruction.main()
     result = json.loads(output.read_text())
     assert (result["images"], result["reference_images"]) == (4, 6)
-    assert result["frechet_distance"] == pytest.approx(result["frechet_distance_real"], rel=1e-6)
+    assert result["reconstructions"]["value"] == pytest.approx(result["real"]["value"], rel=1e-6)
     assert result["features"]["label"] == "FD (fashion-mnist features)"
     assert Image.open(picture).size == (4 * 28, 2 * 28)
     assert "FD (fashion-mnist features)" in capsys.readouterr().out

@@ -4,39 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from datasets_prep.datasets import DatasetFacts, ImageDataset
-from evaluation.statistics import (
-    RunningMoments,
-    Statistics,
-    dataset_statistics,
-    folder_statistics,
-    load_statistics,
-    save_statistics,
-)
+from evaluation.statistics import RunningMoments, Statistics, load_statistics, save_statistics
 from options import UsageError
-
-
-class Brightness:
-    """A feature network of two features: the mean of the first and of the last row."""
-
-    label, name, dims = "FD (brightness)", "brightness", 2
-
-    def __init__(self, sha256: str = "0" * 64) -> None:
-        self.sha256, self.calls = sha256, 0
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        return torch.stack([images[:, :, 0].float().mean((1, 2)), images[:, :, -1].float().mean((1, 2))], dim=1)
-
-
-def padded_dataset(images: torch.Tensor, fingerprint: str = "f") -> ImageDataset:
-    facts = DatasetFacts("toy", images.shape[3], 1, images.shape[3] - 2, False, ())
-    return ImageDataset(facts, "train", np.zeros(len(images)), images.__getitem__, fingerprint)
-
-
-@pytest.fixture
-def images() -> torch.Tensor:
-    return torch.randint(256, (11, 1, 6, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
 def test_streaming_moments_equal_numpys_despite_a_large_offset():
@@ -52,6 +21,24 @@ def test_streaming_moments_equal_numpys_despite_a_large_offset():
         assert moments.count == 1000
         np.testing.assert_allclose(moments.mean, rows.numpy().mean(0), rtol=1e-14)
         np.testing.assert_allclose(moments.covariance, np.cov(rows.numpy(), rowvar=False), rtol=1e-7, atol=1e-9)
+
+
+def test_any_split_into_batches_and_processes_gives_the_same_moments(monkeypatch):
+    rows = torch.randn(500, 9, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 9) + 7
+    whole = RunningMoments(9)
+    whole.update(rows)
+    for buffered, batch, processes in ((1024, 1, 1), (64, 50, 1), (10, 7, 3), (1, 33, 8)):
+        monkeypatch.setattr("evaluation.statistics.BUFFERED", buffered)
+        shares = [RunningMoments(9) for _ in range(processes)]
+        for number, part in enumerate(rows.split(batch)):
+            shares[number % processes].update(part)
+        total = RunningMoments(9)
+        for share in shares:
+            total.merge(RunningMoments.of(*share.triple()))
+        assert total.count == 500
+        np.testing.assert_allclose(total.mean, whole.mean, rtol=1e-10)
+        scale = np.sqrt(np.outer(np.diag(whole.covariance), np.diag(whole.covariance)))
+        np.testing.assert_allclose(total.covariance / scale, whole.covariance / scale, rtol=1e-10, atol=1e-10)
 
 
 def test_one_row_has_no_covariance():
@@ -114,39 +101,3 @@ def test_other_files_are_refused(tmp_path):
     for name in ("array.npy", "shapes.npz", "text.npz", "cut.npz", "missing.npz"):
         with pytest.raises(UsageError, match=name):
             load_statistics(tmp_path / name)
-
-
-def test_padding_is_cropped_and_the_result_cached(tmp_path, images):
-    features = Brightness()
-    expected = images[:, 0, [1, -2], 1:-1].double().mean(2).numpy()
-    first = dataset_statistics(padded_dataset(images), features, tmp_path, batch_size=4)
-    np.testing.assert_allclose(first.mean, expected.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(first.covariance, np.cov(expected, rowvar=False), rtol=1e-5)
-    assert first.count == 11
-    calls = features.calls
-    second = dataset_statistics(padded_dataset(images), features, tmp_path, batch_size=4)
-    assert features.calls == calls
-    np.testing.assert_array_equal(second.covariance, first.covariance)
-
-
-def test_the_cache_distinguishes_weights_and_data(tmp_path, images):
-    for weights, fingerprint in (("0" * 64, "f"), ("1" * 64, "f"), ("0" * 64, "g")):
-        features = Brightness(weights)
-        dataset_statistics(padded_dataset(images, fingerprint), features, tmp_path, batch_size=50)
-        assert features.calls == 1
-    names = [path.name for path in tmp_path.iterdir()]
-    assert len(names) == 3
-    assert all(name.startswith("toy_train_6_brightness_") for name in names)
-
-
-def test_a_folder_may_mix_sizes(tmp_path):
-    from PIL import Image
-
-    for index, (value, side) in enumerate([(10, 4), (20, 4), (60, 8)]):
-        Image.new("L", (side, side), value).save(tmp_path / f"{index}.png")
-    statistics = folder_statistics(tmp_path, Brightness(), batch_size=2)
-    np.testing.assert_allclose(statistics.mean, [30, 30])
-    assert statistics.count == 3
-    (tmp_path / "3.png").write_bytes(b"no image")
-    with pytest.raises(UsageError, match=r"3\.png"):
-        folder_statistics(tmp_path, Brightness(), batch_size=2)

@@ -7,7 +7,8 @@ import pytest
 from options import UsageError
 from runtime.checkpoints import experiment_folder
 from runtime.launch import LaunchOptions
-from training.experiment import ADJUSTABLE, HARMLESS, REPOSITORY, ROUNDING, ExperimentOptions, open_experiment
+from runtime.provenance import REPOSITORY
+from training.experiment import ADJUSTABLE, HARMLESS, ROUNDING, ExperimentOptions, open_experiment
 from training.setup import TRAINING_GROUPS
 
 VALUES = {"lr": 1e-3, "max_steps": 10, "dataset": "mnist", "adam_betas": (0.9, 0.999), "log_every": 50, "seed": 1}

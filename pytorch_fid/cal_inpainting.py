@@ -1,0 +1,34 @@
+#!/usr/bin/env python
+"""Scores of inpainted images: cal_inpainting.py GENERATED REAL, two folders whose images are paired by name.
+
+Prints FID, P-IDS, U-IDS, PSNR, SSIM and, with --lpips, LPIPS. See docs/scoring.md.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evaluation.comparison import ComparisonOptions, split_paths
+from evaluation.features import FeatureOptions
+from evaluation.paired_comparison import PairOptions, compare_pairs
+from evaluation.score import ScoreOptions, result_line
+from options import exit_cleanly, parse_options
+from runtime.files import write_json
+from runtime.precision import DeviceOptions
+
+
+def main() -> None:
+    """Take the two folders, before or after the flags, and print their scores."""
+    paths, flags = split_paths(sys.argv[1:])
+    options = parse_options(
+        str(__doc__), [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions], flags
+    )
+    result = compare_pairs(*paths, options)
+    if output := options[ComparisonOptions].output_json:
+        write_json(output, result)
+    print(result_line(result))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

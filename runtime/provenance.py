@@ -1,0 +1,27 @@
+"""Which code made a file: the git commit and the versions of libraries."""
+
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+__all__ = ["code_version", "provenance"]
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "torchvision", "diffusers", "torchdiffeq", "timm", "numpy")
+
+
+def code_version() -> str:
+    """The git commit, "-dirty" after it where files were changed; "unknown" outside a repository."""
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    return git.stdout.strip() or "unknown"
+
+
+def provenance() -> dict[str, Any]:
+    """Git commit and library versions, for config.json and checkpoints."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"git": code_version(), "versions": {"python": platform.python_version(), **versions}}

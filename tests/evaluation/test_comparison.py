@@ -1,0 +1,115 @@
+"""fid_score.py, cal_inpainting.py and compute_dataset_stat.py as a user runs them."""
+
+import json
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+from options import UsageError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., str]:
+    """Runs a script's main function in this process; returns what it printed."""
+
+    def call(script: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "pytorch_fid" / f"{script}.py"))["main"]()
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_fid_of_folders_equals_pip_pytorch_fids(run, inception_weights, image_folders, tmp_path):
+    from pytorch_fid import fid_score, inception
+
+    with mock.patch.object(inception, "load_state_dict_from_url", return_value=torch.load(inception_weights)):
+        network = inception.InceptionV3([0]).eval()
+    moments = []
+    for folder in image_folders:
+        files = sorted(folder.iterdir())
+        moments += fid_score.calculate_activation_statistics(files, network, 16, 64, "cpu", num_workers=0)
+    expected = fid_score.calculate_frechet_distance(*moments)
+    assert expected > 0.1
+
+    np.save(tmp_path / "real.npy", {"mu": moments[2], "sigma": moments[3]})
+    output = tmp_path / "result.json"
+    flags = ["--dims", 64, "--feature_weights", inception_weights, "--device", "cpu", "--no-error_bar"]
+    for real in (image_folders[1], tmp_path / "real.npy"):
+        printed = run("fid_score", image_folders[0], real, *flags, "--output_json", output)
+        result = json.loads(output.read_text())
+        assert result["value"] == pytest.approx(expected, rel=1e-4)
+        assert printed.startswith(
+            f"FID (64 features) {result['value']:.3f} (70 samples); warning: 70 samples are fewer"
+        )
+    assert result["samples"] == 70
+
+
+def test_fid_score_of_two_files_needs_no_network(tmp_path):
+    for name, offset in (("a", 0.0), ("b", 2.0)):
+        np.savez(tmp_path / f"{name}.npz", mu=np.full(4, offset), sigma=np.eye(4))
+    command = [sys.executable, "pytorch_fid/fid_score.py", "--batch_size", "3", tmp_path / "a.npz", tmp_path / "b.npz"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Frechet distance 16.000 (unknown number of samples)")
+
+
+def test_one_path_is_refused_and_a_set_against_itself_is_not(run, tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(4), sigma=np.eye(4))
+    assert run("fid_score", tmp_path / "a.npz", tmp_path / "a.npz").startswith("Frechet distance 0")
+    with pytest.raises(UsageError, match="expected two paths"):
+        run("fid_score", tmp_path / "a.npz")
+
+
+@pytest.fixture(scope="module")
+def grey_sets(tmp_path_factory) -> Path:
+    """A folder dataset of 28 x 28 images, and a copy of its training images, one brighter."""
+    from PIL import Image
+
+    root, generator = tmp_path_factory.mktemp("grey"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("validation", 4)):
+        (root / "data" / split).mkdir(parents=True)
+        for index in range(count):
+            pixels = generator.integers(0, 200, (28, 28, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "data" / split / f"{index}.png")
+    shutil.copytree(root / "data" / "train", root / "fake")
+    Image.fromarray(np.asarray(Image.open(root / "fake" / "3.png")) + 50).save(root / "fake" / "3.png")
+    return root
+
+
+def test_statistics_of_a_dataset_serve_as_reference(run, grey_sets, tmp_path):
+    flags = ["--features", "fashion_mnist", "--device", "cpu"]
+    run(
+        "compute_dataset_stat", "--dataset", "folder", "--datadir", grey_sets / "data", "--image_size", 28,
+        "--output", tmp_path / "s.npz", *flags,
+    )  # fmt: skip
+    outputs = [tmp_path / f"{name}.json" for name in ("file", "folder", "dataset")]
+    references = [tmp_path / "s.npz", grey_sets / "data" / "train", "folder"]
+    for real, output in zip(references, outputs, strict=True):
+        more = ["--datadir", grey_sets / "data", "--image_size", 28] if real == "folder" else []
+        run("fid_score", grey_sets / "fake", real, "--device", "cpu", "--output_json", output, *more, *flags[:2])
+    values = [json.loads(output.read_text())["value"] for output in outputs]
+    assert values[0] > 0
+    assert values == pytest.approx([values[0]] * 3, rel=1e-6)
+
+
+def test_inpainting_scores_are_those_of_pairs(run, grey_sets, tmp_path):
+    flags = ["--features", "fashion_mnist", "--device", "cpu", "--output_json", tmp_path / "r.json"]
+    printed = run("cal_inpainting", grey_sets / "fake", grey_sets / "data" / "train", *flags)
+    scores = json.loads((tmp_path / "r.json").read_text())["scores"]
+    assert set(scores) == {"fid", "p_ids", "u_ids", "psnr", "ssim"}
+    assert 1 - 1 / 8 < scores["ssim"]["value"] < 1
+    assert 0 <= scores["p_ids"]["value"] <= 1 / 8
+    assert "P-IDS" in printed
+    with pytest.raises(UsageError, match="validation lacks the partners of 4, 5, 6, 7"):
+        run("cal_inpainting", grey_sets / "fake", grey_sets / "data" / "validation", *flags)

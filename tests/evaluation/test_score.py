@@ -1,0 +1,144 @@
+import numpy as np
+import pytest
+import torch
+
+from evaluation.generate import GeneratedBatch
+from evaluation.score import LabelledImages, ScoreOptions, result_line, score_images, score_samples
+from evaluation.statistics import Statistics
+from evaluation.summary import Gatherer, Summary
+from options import UsageError
+
+
+class Pixels:
+    label, name, dims, sha256 = "FD (pixels)", "pixels", 3, "0" * 64
+
+    def __init__(self, precision: str = "fp32") -> None:
+        self.precision = precision
+
+    def exact(self) -> "Pixels":
+        return Pixels()
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        features = images.float().mean((2, 3)) / 255
+        return features if self.precision == "fp32" else features.bfloat16().float()
+
+
+def random_images(count: int, seed: int, side: int = 4) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
+
+
+def reference(images: torch.Tensor) -> Summary:
+    gatherer = Gatherer(Pixels(), ["moments", "rows"])
+    gatherer.update(images)
+    return gatherer.summary({"dataset": "toy"})
+
+
+def labelled(images: torch.Tensor, batch: int = 7) -> list[LabelledImages]:
+    indices = torch.arange(len(images))
+    return [LabelledImages(images[i], i.tolist(), i % 2) for i in indices.split(batch)]
+
+
+def test_the_result_says_how_it_was_made():
+    real = reference(random_images(300, 1))
+    result = score_images(
+        labelled(random_images(200, 0)), Pixels(), real, ("cat", "dog"), ScoreOptions(("kid", "fid", "precision"))
+    )
+    assert result["metric"] == "KID (pixels features)"
+    assert list(result["scores"]) == ["kid", "fid", "precision"]
+    assert result["scores"]["fid"]["metric"] == "FD (pixels)"
+    assert all(score["error"] > 0 for score in result["scores"].values())
+    assert (result["value"], result["error"]) == tuple(result["scores"]["kid"][key] for key in ("value", "error"))
+    assert (result["samples"], result["resolution"], result["image_format"]) == (200, [4, 4], "png")
+    assert result["labels"] == {"cat": 100, "dog": 100}
+    assert (result["features"], result["features_sha256"]) == ("pixels", "0" * 64)
+    described = result["reference"]
+    assert (described["images"], described["rows"], described["dataset"]) == (300, 300, "toy")
+    assert described["sha256"] == real.sha256() != reference(random_images(300, 2)).sha256()
+    assert result["code_version"]
+    assert "200 samples are fewer than 10000" in result["warnings"][0]
+    line = result_line(result)
+    assert f"FD (pixels) {result['scores']['fid']['value']:.3g} ± " in line
+    assert "200 samples" in line
+    assert "\n" not in line
+
+
+def test_the_value_does_not_depend_on_batches_or_error_bars():
+    images, real = random_images(150, 0), reference(random_images(100, 1))
+    values = {
+        score_images(labelled(images, batch), Pixels(), real, (), ScoreOptions(error_bar=bar))["value"]
+        for batch, bar in ((7, True), (150, False))
+    }
+    assert max(values) == pytest.approx(min(values), rel=1e-9)
+
+
+def test_few_samples_have_no_error_bar():
+    result = score_images(labelled(random_images(99, 0)), Pixels(), reference(random_images(50, 1)), (), ScoreOptions())
+    assert result["error"] is None
+    assert "±" not in result_line(result)
+
+
+def test_enough_samples_give_no_warning():
+    images = random_images(10_000, 0, side=1)
+    result = score_images([LabelledImages(images, range(10_000))], Pixels(), reference(images))
+    assert result["warnings"] == []
+    assert "labels" not in result
+    assert result["value"] == pytest.approx(0, abs=1e-9)
+
+
+def test_samples_through_jpeg_say_so():
+    images, real = random_images(50, 0), reference(random_images(50, 1))
+    plain, jpeg = (
+        score_images(labelled(images), Pixels(), real, (), ScoreOptions(image_format=name)) for name in ("png", "jpg")
+    )
+    assert jpeg["image_format"] == "jpg"
+    assert "through JPEG" in result_line(jpeg)
+    assert jpeg["value"] != plain["value"]
+
+
+def test_another_resolution_and_unknown_metrics_are_refused():
+    real = reference(random_images(50, 1))
+    with pytest.raises(UsageError, match="samples are 8 x 8, the reference 4 x 4"):
+        score_images(labelled(random_images(50, 0, side=8)), Pixels(), real)
+    with pytest.raises(UsageError, match="--metrics fdi: expected some of fid, sfid"):
+        score_images([], Pixels(), real, (), ScoreOptions(("fdi",)))
+
+
+@pytest.mark.parametrize("metric", ["sfid", "is"])
+def test_metrics_of_inception_alone_are_refused_with_other_features(metric):
+    with pytest.raises(UsageError, match="the features pixels have no .*--features inception"):
+        score_images(
+            labelled(random_images(9, 0)), Pixels(), reference(random_images(9, 1)), (), ScoreOptions((metric,))
+        )
+
+
+def test_a_reference_of_unknown_resolution_is_warned_of():
+    real = Summary(None, {}, statistics=Statistics(np.zeros(3), np.eye(3), None))
+    result = score_images(labelled(random_images(9, 0)), Pixels(), real)
+    assert "does not tell the size" in result["warnings"][-1]
+    assert result["reference_samples"] is None
+
+
+def test_lowered_precision_tells_its_effect(capsys, monkeypatch):
+    monkeypatch.setattr("evaluation.score.PROBED", 20)
+    real = reference(random_images(50, 1))
+    images = random_images(30, 0)
+    result = score_images(labelled(images), Pixels("bf16"), real)
+    effect = result["feature_precision_effect"]
+    exact = score_images(labelled(images[:20]), Pixels(), real)["value"]
+    assert effect["images"] == 20
+    assert effect["fp32"] == pytest.approx(exact, rel=1e-9)
+    assert effect["bf16"] != effect["fp32"]
+    assert "first 20 images" in capsys.readouterr().out
+
+
+def test_generated_batches_are_scored_with_their_labels():
+    images = random_images(20, 0)
+    batches = [GeneratedBatch(range(20), images, torch.arange(20) % 4, 3)]
+    assert score_samples(batches, Pixels(), reference(images))["labels"] == {"0": 5, "1": 5, "2": 5, "3": 5}
+
+
+def test_many_classes_are_summed_up():
+    images = random_images(300, 0)
+    batch = LabelledImages(images, range(300), torch.arange(300) % 150)
+    assert score_images([batch], Pixels(), reference(images))["labels"] == {"classes": 150, "fewest": 2, "most": 2}
