@@ -6,11 +6,11 @@ import torch
 
 from datasets_prep.datasets import DatasetFacts, DatasetOptions
 from models.autoencoder import load_autoencoder
-from options import Options, as_json
+from options import Options, UsageError, as_json
 from runtime.checkpoints import LoadedModel
 from runtime.published import autoencoder_options, build_published, read_published, with_arguments
 
-__all__ = ["open_published", "plain_facts"]
+__all__ = ["open_published", "published_facts"]
 
 # The only datasets that are grey: the side of their images without padding.
 GREY_SIDES = {"mnist": 28, "fashion_mnist": 28}
@@ -24,14 +24,22 @@ def open_published(path: Path, options: Options, device: torch.device | str) -> 
     """
     published = read_published(path)
     options = with_arguments(options, published)
-    facts = plain_facts(options[DatasetOptions])
+    facts = published_facts(options)
     autoencoder = load_autoencoder(autoencoder_options(options), facts.channels)
     network, header = build_published(published, path, options, autoencoder, as_json(facts))
     return LoadedModel(network.eval().requires_grad_(False).to(device), autoencoder.to(device), header)
 
 
-def plain_facts(data: DatasetOptions) -> DatasetFacts:
-    """What a dataset's name and image size say of its samples, without its files."""
+def published_facts(options: Options) -> DatasetFacts:
+    """What the flags say of the data that a published file was trained on; its files are not needed.
+
+    Raises:
+        UsageError: they do not name it. (A default would make wrong samples of a good network.)
+    """
+    missing = [f"--{name}" for name in ("dataset", "image_size") if name not in options.explicit]
+    if missing:
+        raise UsageError(f"a published file does not say what it was trained on: give {' and '.join(missing)}")
+    data = options[DatasetOptions]
     side = GREY_SIDES.get(data.dataset)
     crop = side if side and side < data.image_size else None
     return DatasetFacts(data.dataset, data.image_size, 1 if side else 3, crop, not side, ())

@@ -10,8 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets_prep.datasets import DatasetOptions
-from evaluation.published import plain_facts
+from evaluation.published import published_facts
 from evaluation.sampling import SAMPLING_GROUPS
 from models.autoencoder import Autoencoder, PixelSpace, is_hub_id, load_autoencoder
 from options import Options, UsageError, as_json, exit_cleanly, option, parse_options
@@ -28,9 +27,10 @@ class ConversionOptions:
 
 
 def main() -> None:
-    """Take the two paths, before or after the flags, and convert the way that the first one's kind asks for."""
-    (source, target), flags = _split_paths(sys.argv[1:])
+    """Convert the way that the first file's kind asks for."""
+    paths, flags = _split_paths(sys.argv[1:])
     options = parse_options(str(__doc__).splitlines()[0], [ConversionOptions, *SAMPLING_GROUPS], flags)
+    source, target = paths
     if is_torch_file(source):
         _from_published(source, target, options)
     else:
@@ -42,7 +42,7 @@ def _from_published(source: Path, target: Path, options: Options) -> None:
     _check_suffix(target, ".safetensors", f"{source} is a file of torch.save")
     published = read_published(source)
     options = with_arguments(options, published)
-    facts = plain_facts(options[DatasetOptions])
+    facts = published_facts(options)
     chosen = autoencoder_options(options)
     autoencoder: Autoencoder | PixelSpace | None = None
     if is_hub_id(chosen.pretrained_autoencoder_ckpt):
@@ -75,10 +75,9 @@ def _check_suffix(target: Path, suffix: str, reason: str) -> None:
 def _split_paths(arguments: list[str]) -> tuple[list[Path], list[str]]:
     if "-h" in arguments or "--help" in arguments:
         return [], ["--help"]
-    first = bool(arguments) and not arguments[0].startswith("-")
-    paths, flags = (arguments[:2], arguments[2:]) if first else (arguments[-2:], arguments[:-2])
+    paths, flags = arguments[:2], arguments[2:]
     if len(paths) < 2 or any(path.startswith("-") for path in paths):
-        raise UsageError("expected two paths, IN and OUT: a .pth file and a .safetensors file, or the other way round")
+        raise UsageError("expected IN OUT [flags]: a .pth file and a .safetensors file, or the other way round")
     return [Path(path) for path in paths], flags
 
 

@@ -20,9 +20,11 @@ def is_torch_file(path: str | Path) -> bool:
     """Whether a file begins as those of torch.save do; False where it cannot be read."""
     try:
         with Path(path).open("rb") as file:
-            return file.read(len(ZIP)).startswith((ZIP, PICKLE))
+            start = file.read(9)
     except OSError:
         return False
+    # A safetensors file begins with the length of its header, which may look like anything, and then the header.
+    return start.startswith((ZIP, PICKLE)) and start[8:] != b"{"
 
 
 def read_torch_file(

@@ -3,6 +3,7 @@
 Most runs are in this process (importing torch and diffusers takes seconds); one of each kind is a process of its own.
 """
 
+import argparse
 import gzip
 import json
 import os
@@ -539,3 +540,46 @@ def test_five_lines_of_python(checkpoint):
     (batch,) = generate(model.network, model.autoencoder, facts, shape, 10, range(4), solver, machine, seed=0)
     assert batch.images.shape == (4, 1, 28, 28)
     assert batch.evaluations == 4
+
+
+def test_a_run_of_the_published_code_is_continued(place, trained, call):
+    """Its content.pth in the experiment's folder: refused without --resume, then taken over with its epoch."""
+    content = load_content(folder_of(place) / "content.pth")
+    names = list(content["network"])  # a DiT's parameters in order; the first, its positions, is frozen
+    moments = content["optimizer"]["state"]
+    states = {number + 1: {**moments[number], "ema": content["network"][names[number + 1]]} for number in moments}
+    published = {
+        "epoch": 1,
+        "global_step": 9,
+        "args": argparse.Namespace(exp="published"),
+        "model_dict": {f"module.{name}": value for name, value in content["network"].items()},
+        "optimizer": {"state": states, "param_groups": [{"lr": 1e-3, "params": list(range(len(names)))}]},
+        "scheduler": {},
+    }
+    folder = folder_of(place, "published")
+    folder.mkdir()
+    torch.save(published, folder / "content.pth")
+    code, _, err = call(TRAIN, train_flags(place, "published", steps=11))
+    assert_one_line(code, err, r"content\.pth that no run here has written: choose --resume")
+    code, _, err = call(TRAIN, [*train_flags(place, "published", steps=11), "--resume", "--label_dropout", "0"])
+    assert_one_line(code, err, r"the file looks like --label_dropout 0\.1")
+    code, out, err = call(TRAIN, [*train_flags(place, "published", steps=11), "--resume"])
+    assert code == 0, err
+    assert f"took over {len(names)} weights, {len(moments)} moving averages" in out
+    assert "continuing at step 9 of 11" in out
+    after = load_content(folder / "content.pth")
+    assert after["step"] == 11
+    assert [state["step"].item() for state in after["optimizer"]["state"].values()] == [4 + 2] * len(moments)
+
+
+def test_start_from_a_published_file(place, trained, checkpoint, call, tmp_path):
+    """--model_ckpt, the published spelling, with a file of torch.save; a name alone is looked for in the folder."""
+    weights = read_weights(checkpoint)[0]
+    folder_of(place, "tuned").mkdir()
+    torch.save({f"module.{name}": value for name, value in weights.items()}, folder_of(place, "tuned") / "model_7.pth")
+    flags = [*train_flags(place, "tuned", steps=1), "--model_ckpt", "model_7.pth", "--lr", 0, "--no-use_ema"]
+    code, out, err = call(TRAIN, flags)
+    assert code == 0, err
+    assert f"loaded {len(weights)} of {len(weights)} weights" in out
+    loaded = read_weights(folder_of(place, "tuned") / "best.safetensors")[0]
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)

@@ -68,9 +68,8 @@ def open_experiment(folder: Path, values: Mapping[str, Any], options: Experiment
         print(f"--overwrite: the existing run is now {move_aside(folder)}")
     config: dict[str, Any] = read_json(config_path) if config_path.exists() else {TAKES_OVER: True}
     content_is_ours = content_path.exists() and not config.get(TAKES_OVER)
-    if not (
-        content_is_ours or (folder / "metrics.jsonl").exists()
-    ):  # a start that failed before its first step does not count
+    begun = content_is_ours or (folder / "metrics.jsonl").exists()
+    if not begun:  # a start that failed before its first step does not count
         return _begin(config_path, current, content_path.exists(), options.resume)
     previous = config.get("options", {})
     changed = _changed(previous, current)

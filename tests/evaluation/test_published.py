@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from datasets_prep.datasets import DatasetOptions
-from evaluation.published import open_published, plain_facts
+from evaluation.published import open_published, published_facts
 from evaluation.sampling import SAMPLING_GROUPS
 from flow.guidance import guided_velocity
 from models.autoencoder import AutoencoderOptions, new_autoencoder_kl
@@ -224,10 +223,12 @@ def test_code_in_a_published_file_is_never_executed(name, zipped, tmp_path):
 
 
 def test_facts_that_a_name_tells():
-    grey = plain_facts(options_of(["--dataset", "fashion_mnist", "--image_size", "32"])[DatasetOptions])
+    grey = published_facts(options_of(["--dataset", "fashion_mnist", "--image_size", "32"]))
     assert (grey.channels, grey.crop, grey.flips) == (1, 28, False)
-    colour = plain_facts(options_of(["--dataset", "celeba_256", "--image_size", "256"])[DatasetOptions])
+    colour = published_facts(options_of(["--dataset", "celeba_256", "--image_size", "256"]))
     assert (colour.channels, colour.crop, colour.flips) == (3, None, True)
+    with pytest.raises(UsageError, match="give --dataset and --image_size$"):
+        published_facts(options_of([]))
 
 
 @pytest.fixture
@@ -283,7 +284,7 @@ def test_converted_by_an_arguments_file_without_the_autoencoder_at_hand(convert,
     )
     model = load_model(tmp_path / "m.safetensors", autoencoder=AutoencoderOptions(str(autoencoder)))
     assert_golden(model, case, golden)
-    assert model.autoencoder.describe()["latents_std"] == header["autoencoder"]["latents_std"]
+    assert model.autoencoder.describe()["latents_std"] == pytest.approx(header["autoencoder"]["latents_std"])
 
 
 def test_mistakes_in_converting(convert, golden, autoencoder, tmp_path):
@@ -292,7 +293,7 @@ def test_mistakes_in_converting(convert, golden, autoencoder, tmp_path):
     torch.save(weights_of(case, golden), source)
     flags = flags_of(case.arguments, autoencoder)
     for arguments, message in [
-        ((source,), "expected two paths, IN and OUT"),
+        ((source,), "expected IN OUT [flags]"),
         ((source, tmp_path / "other.pth", *flags), "expected a name ending in .safetensors"),
         ((tmp_path / "absent", target, *flags), "expected a name ending in .pth"),
         ((tmp_path / "absent", tmp_path / "b.pth"), "cannot read the checkpoint"),
@@ -304,6 +305,9 @@ def test_mistakes_in_converting(convert, golden, autoencoder, tmp_path):
         assert message in err
         assert len(err.splitlines()) == 1
     assert not target.exists()
+    code, out, _ = convert("--help")
+    assert code == 0
+    assert "--module_prefix" in out
 
 
 def test_the_test_script_finds_and_samples_a_published_file(golden, autoencoder, tmp_path, monkeypatch, capsys):

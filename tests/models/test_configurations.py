@@ -27,7 +27,7 @@ def random_options(kind, seed):
     if kind == "DiT":
         return DiTOptions(**channels, num_classes=classes, label_dropout=dropout)
     unet = {
-        "nf": draw.choice([32, 64]),
+        "nf": 32,
         "ch_mult": tuple(draw.choice([1, 2]) for _ in range(draw.choice([1, 2, 3]))),
         "num_res_blocks": draw.choice([1, 2]),
         "dropout": 0.3,
@@ -71,7 +71,7 @@ def inputs(options, count=3, height=SIDE, width=SIDE):
     return torch.rand(count), x, Condition(torch.arange(count) % options.classes)
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", KINDS)
 def test_facts_of_any_configuration(kind, seed):
     options = random_options(kind, seed)
@@ -97,7 +97,7 @@ def test_facts_of_any_configuration(kind, seed):
     assert (not torch.allclose(moved, velocity, atol=1e-4)) == (getattr(options, "dropout", 0.0) > 0)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradient_checkpointing_changes_neither_output_nor_gradients(kind, seed):
     options = random_options(kind, seed)
