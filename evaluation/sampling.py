@@ -188,6 +188,7 @@ def _batches(model: LoadedModel, options: Options, machine: Machine, processes: 
         cfg_scale=options[GuidanceOptions].cfg_scale,
         batch_size=sampling.batch_size,
         generator=sampling.generator,
+        processes=processes,
     )
     with progress_bar(total=sampling.n_sample // processes.count, desc="sampling", unit="image") as bar:
         for batch in stream:

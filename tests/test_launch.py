@@ -110,7 +110,7 @@ def test_sampling_by_torchrun_gives_the_files_and_the_score_of_one_process(place
         TORCHRUN, TEST, [*flags, "--output_dir", tmp_path / "2", "--output_json", tmp_path / "2.json"]
     )
     assert finished.returncode == 0, finished.stderr
-    assert len(finished.stdout.splitlines()) == 1
+    assert [line for line in finished.stdout.splitlines() if "grid: " in line] == finished.stdout.splitlines()[-1:]
     here(monkeypatch, TEST, [*flags, "--output_dir", tmp_path / "1", "--output_json", tmp_path / "1.json"])
     one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
     assert two["value"] == pytest.approx(one["value"], rel=1e-9)

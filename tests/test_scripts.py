@@ -20,8 +20,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.features import load_features
-from evaluation.statistics import folder_statistics, save_statistics
+from evaluation.features import FeatureOptions, load_features
+from evaluation.reference import summarise
+from evaluation.sources import open_source
+from evaluation.statistics import save_statistics
 from models.autoencoder import AutoencoderOptions, load_autoencoder, new_autoencoder_kl
 from runtime.checkpoints import load_content, load_model, newest_model, read_weights, save_weights
 
@@ -193,15 +195,16 @@ def test_score_with_the_bundled_classifier(place, trained, call, tmp_path):
 def test_score_against_a_folder_or_a_statistics_file(place, trained, call, tmp_path):
     real = [*sample_flags(place, tmp_path / "real", count=100), "--seed", 43, "--save_images", "png"]
     assert call(TEST, real)[0] == 0
-    features = load_features("fashion_mnist", None, "cpu")
-    save_statistics(tmp_path / "real.npz", folder_statistics(tmp_path / "real", features, 50))
+    features = load_features("fashion_mnist", FeatureOptions(), "cpu")
+    summary = summarise(open_source(tmp_path / "real"), features, ["moments"])
+    save_statistics(tmp_path / "real.npz", summary.statistics)
     values = []
     for reference in (tmp_path / "real", tmp_path / "real.npz"):
         flags = ["--compute_fid", "--real_img_dir", reference, "--output_json", tmp_path / "r"]
         code, _, err = call(TEST, [*sample_flags(place, tmp_path, count=100), *flags])
         assert code == 0, err
         result = json.loads((tmp_path / "r").read_text())
-        assert (result["reference"], result["reference_samples"]) == (str(reference), 100)
+        assert (str(reference) in result["reference"].values(), result["reference_samples"]) == (True, 100)
         values.append(result["value"])
     assert values[0] == pytest.approx(values[1], rel=1e-3)
     assert call(TEST, [*sample_flags(place, tmp_path), "--real_img_dir", "x"])[1].count("no effect without") == 1
@@ -431,10 +434,10 @@ def test_corrupt_cache(damage, place, trained, call, tmp_path):
         data = bytearray(shard.read_bytes())
         data[-100] ^= 4
         shard.write_bytes(data)
-        message = rf"the shard {shard} is damaged .*delete the folder {shard.parent}"
+        message = rf"the file {shard} is damaged .*delete the folder {shard.parent}"
     elif damage == "missing":
         shard.unlink()
-        message = rf"cannot read the latent cache's shard {shard}"
+        message = rf"cannot read the latent cache's file {shard}"
     else:
         manifest = shard.with_name("manifest.json")
         manifest.write_text(manifest.read_text().replace('"image_size": 32', '"image_size": 64'))
@@ -546,7 +549,7 @@ def test_a_run_of_the_published_code_is_continued(place, trained, call):
     """Its content.pth in the experiment's folder: refused without --resume, then taken over with its epoch."""
     content = load_content(folder_of(place) / "content.pth")
     names = list(content["network"])  # a DiT's parameters in order; the first, its positions, is frozen
-    moments = content["optimizer"]["state"]
+    moments = content["optimizers"][0]["state"]
     states = {number + 1: {**moments[number], "ema": content["network"][names[number + 1]]} for number in moments}
     published = {
         "epoch": 1,
@@ -569,7 +572,7 @@ def test_a_run_of_the_published_code_is_continued(place, trained, call):
     assert "continuing at step 9 of 11" in out
     after = load_content(folder / "content.pth")
     assert after["step"] == 11
-    assert [state["step"].item() for state in after["optimizer"]["state"].values()] == [4 + 2] * len(moments)
+    assert [state["step"].item() for state in after["optimizers"][0]["state"].values()] == [4 + 2] * len(moments)
 
 
 def test_start_from_a_published_file(place, trained, checkpoint, call, tmp_path):
