@@ -64,21 +64,22 @@ def compare(generated: str, real: str, options: Options) -> dict[str, Any]:
         return score_summaries(scoring.metrics, known[generated], known[real])
     features = _choose_features(known.values(), options[FeatureOptions], choose_device(options[DeviceOptions]))
     if real not in known:
-        source = _open_real(real, settings)
-        known[real] = summarise(source, features, needs[real] or {"moments"}, None, settings.batch_size)
+        source, cache_dir = _open_real(real, settings)
+        known[real] = summarise(source, features, needs[real] or {"moments"}, cache_dir, settings.batch_size)
     if generated in known and generated != real:
         return score_summaries(scoring.metrics, known[generated], known[real])
     images = image_batches(open_source(generated, settings.image_size), settings.batch_size)
     return score_images((LabelledImages(*batch) for batch in images), features, known[real], (), scoring)
 
 
-def _open_real(real: str, settings: ComparisonOptions) -> ImageSource:
+def _open_real(real: str, settings: ComparisonOptions) -> tuple[ImageSource, Path | None]:
+    """The images, and where their statistics are kept, if they are a dataset's."""
     if real in DATASETS and not Path(real).exists():
         data = DatasetOptions(dataset=real, datadir=settings.datadir)
         if settings.image_size is not None:
             data = dataclasses.replace(data, image_size=settings.image_size)
-        return dataset_source(open_dataset(data, "train"))
-    return open_source(real, settings.image_size)
+        return dataset_source(open_dataset(data, "train")), Path(settings.datadir) / "statistics"
+    return open_source(real, settings.image_size), None
 
 
 def _choose_features(known: Iterable[Summary], options: FeatureOptions, device: torch.device) -> FeatureNetwork:
