@@ -67,7 +67,7 @@ class LmdbFile:
             cursor.last()
             return first, cursor.key()
 
-    def fingerprint(self, keys: "np.ndarray | range") -> str:
+    def fingerprint(self, keys: np.ndarray | range) -> str:
         """SHA-256 over the number of entries, the pages they take, and a sample of the values of `keys`, ends included.
 
         It is the same for a copy of the file, and costs no more for a large one.
@@ -103,7 +103,7 @@ def open_lmdb_file(path: Path) -> LmdbFile:
         return handle
 
 
-def key_at(keys: "np.ndarray | range", index: int) -> bytes:
+def key_at(keys: np.ndarray | range, index: int) -> bytes:
     """The key of image `index`: numbers are written in decimal."""
     return str(keys[index]).encode() if isinstance(keys, range) else bytes(keys[index])
 
