@@ -1,7 +1,11 @@
 #!/usr/bin/env python
 """Sample from a trained latent flow, and score the samples. Everything about the network comes from its checkpoint."""
 
-from evaluation.sampling import SAMPLING_GROUPS, SamplingOptions, sample_and_score
+from collections.abc import Mapping
+from typing import Any
+
+from evaluation.modes import MODE_GROUPS, run_modes
+from evaluation.sampling import SamplingOptions
 from evaluation.score import result_line
 from models.registry import IGNORED_NETWORK_FLAGS
 from options import Options
@@ -12,27 +16,31 @@ from runtime.launch import run_script
 # Published flags without an effect, here or there.
 IGNORED = {
     **IGNORED_NETWORK_FLAGS,
-    "use_karras_samplers": "choose a solver with --method",
+    "use_karras_samplers": "see --time_grid edm",
     "perturb": "it changed nothing that is sampled here",
-    "compute_nfe": "the number of evaluations is always reported",
-    "measure_time": "the time is always reported",
 }
 
 
 def main(options: Options, processes: Processes) -> None:
-    """Sample, and print the result in one line."""
+    """Do what the flags ask for, and say what came out."""
     print(options.describe("those that differ from the defaults; the others: --help"))
-    result = sample_and_score(options, processes)
+    log = options[SamplingOptions].output_log
+    for result in run_modes(options, processes):
+        line = result.get("summary") or summary_of_samples(result)
+        print(line)
+        if log and processes.is_main:
+            append_line(log, line)
+
+
+def summary_of_samples(result: Mapping[str, Any]) -> str:
+    """One line about samples and their score."""
     score = f"{result_line(result)}, " if "value" in result else ""
     recognised = f"{100 * result['recognised']:.1f} % recognised as their class, " if "recognised" in result else ""
-    line = (
+    return (
         f"{score}{recognised}{result['samples']} samples, {result['nfe']:g} evaluations each, "
         f"{result['seconds']:g} s; grid: {result['grid']}"
     )
-    print(line)
-    if options[SamplingOptions].output_log and processes.is_main:
-        append_line(options[SamplingOptions].output_log, line)
 
 
 if __name__ == "__main__":
-    run_script(main, str(__doc__), SAMPLING_GROUPS, ignored=IGNORED)
+    run_script(main, str(__doc__), MODE_GROUPS, ignored=IGNORED)

@@ -19,7 +19,7 @@ from datasets_prep.lmdb_images import open_lmdb, open_lsun
 from options import UsageError, option
 from runtime.progress import progress_bar
 
-__all__ = ["DATASETS", "DatasetFacts", "DatasetOptions", "ImageDataset", "crop_padding", "open_dataset"]
+__all__ = ["DATASETS", "DatasetFacts", "DatasetOptions", "ImageDataset", "Split", "crop_padding", "open_dataset"]
 
 # Openers take the dataset's name, its directory, the split and the side of the images in pixels.
 DATASETS: dict[str, Callable[[str, Path, Split, int], ImageDataset]] = {

@@ -5,31 +5,104 @@ Several processes draw whole batches in turn, so that each batch is what it woul
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from datasets_prep.datasets import DatasetFacts, crop_padding
-from flow.guidance import guided_velocity
+from flow.guidance import GuidanceOptions, GuidedVelocity
+from flow.problem import Draw
 from flow.solvers import SolverOptions, solve
 from models.autoencoder import Autoencoder, PixelSpace
 from models.conditions import Condition
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.precision import Machine
-from runtime.randomness import NOISE_SOURCES
+from runtime.randomness import NOISE_SOURCES, NoiseSource, noise_for_indices
 
-__all__ = ["GeneratedBatch", "balanced_labels", "check_guidance", "first_images", "generate"]
+__all__ = ["GeneratedBatch", "Labels", "Sampler", "balanced_labels", "check_guidance", "first_images", "generate"]
+
+Labels = Callable[[Sequence[int], int], torch.Tensor]  # class ids [B] of sample indices, given the number of classes
 
 
 class GeneratedBatch(NamedTuple):
-    """Images uint8 [B, C, H, W] of sample indices, their labels, and the velocity evaluations each took."""
+    """Images uint8 [B, C, H, W] of sample indices, their labels, and what each took, all [B] on the CPU.
+
+    `evaluations` are those of the velocity, `network_evaluations` those of networks, where guidance counts two.
+    """
 
     indices: Sequence[int]
     images: torch.Tensor
     labels: torch.Tensor
-    evaluations: int
+    evaluations: torch.Tensor
+    network_evaluations: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """All that turns a seed and a sample's index into an image.
+
+    Args:
+        network: velocity network(t, x, condition) in evaluation mode, on the machine's device.
+        autoencoder: decodes the latents.
+        facts: of the dataset; its padding is cropped off.
+        latent_shape: (c, h, w).
+        num_classes: K; 1 means unconditional.
+        solver: method and steps.
+        machine: device and precision of the network; latents stay float32.
+        seed: of the noise.
+        guidance: its scale, interval and channels.
+        guide: a weaker network, for autoguidance.
+        generator: key of NOISE_SOURCES, for the noise to start from; by default a stream per sample.
+    """
+
+    network: Callable[..., torch.Tensor] | nn.Module
+    autoencoder: Autoencoder | PixelSpace
+    facts: DatasetFacts
+    latent_shape: tuple[int, int, int]
+    num_classes: int
+    solver: SolverOptions
+    machine: Machine
+    seed: int
+    guidance: GuidanceOptions = GuidanceOptions()  # noqa: RUF009
+    guide: Callable[..., torch.Tensor] | nn.Module | None = None
+    generator: str = "determ-indiv"
+
+    def noise(self, indices: Sequence[int]) -> torch.Tensor:
+        """Standard normal latents [B, c, h, w] of sample indices, where the solver starts."""
+        return self._source(indices, self.latent_shape).to(self.machine.device)
+
+    def other_noise(self, indices: Sequence[int], stream: str) -> torch.Tensor:
+        """As `noise`, of another stream, which is a function of (seed, index) whatever the generator."""
+        return noise_for_indices(self.seed, indices, self.latent_shape, stream).to(self.machine.device)
+
+    def draw(self, indices: Sequence[int]) -> Draw:
+        """The noise that a stochastic solver adds to these samples, a function of (seed, index, step)."""
+        return lambda step: self.other_noise(indices, f"solver step {step}")
+
+    def velocity(self, labels: torch.Tensor) -> GuidedVelocity:
+        """The guided velocity under class ids [B]."""
+        ids = labels.to(self.machine.device)
+        condition, null = Condition(ids), Condition(torch.full_like(ids, self.num_classes))
+        guide = None if self.guide is None else partial(self._evaluate, self.guide)
+        return GuidedVelocity(partial(self._evaluate, self.network), condition, null, self.guidance, guide)
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images uint8 [B, C, H, W] of latents, on the CPU."""
+        return crop_padding(self.autoencoder.decode(latents), self.facts).cpu()
+
+    @cached_property
+    def _source(self) -> NoiseSource:
+        return NOISE_SOURCES[self.generator](self.seed)
+
+    def _evaluate(
+        self, network: Callable[..., torch.Tensor], t: torch.Tensor, x: torch.Tensor, condition: Condition
+    ) -> torch.Tensor:
+        with self.machine.autocast():
+            return network(t, x, condition).float()
 
 
 def balanced_labels(indices: Sequence[int], num_classes: int) -> torch.Tensor:
@@ -51,54 +124,21 @@ def check_guidance(network_options: dict[str, Any], scale: float) -> None:
 
 
 def generate(
-    network: Callable[..., torch.Tensor] | nn.Module,
-    autoencoder: Autoencoder | PixelSpace,
-    facts: DatasetFacts,
-    latent_shape: Sequence[int],
-    num_classes: int,
+    sampler: Sampler,
     indices: Sequence[int],
-    solver: SolverOptions,
-    machine: Machine,
     *,
-    seed: int,
-    cfg_scale: float = 1.0,
     batch_size: int = 200,
-    generator: str = "determ-indiv",
-    labels: Callable[[Sequence[int], int], torch.Tensor] = balanced_labels,
+    labels: Labels = balanced_labels,
     processes: Processes = Processes(),  # noqa: B008
 ) -> Iterator[GeneratedBatch]:
-    """Draw the samples `indices` in batches.
-
-    Args:
-        network: velocity network(t, x, condition) in evaluation mode, on the machine's device.
-        autoencoder: decodes the latents.
-        facts: of the dataset; its padding is cropped off.
-        latent_shape: (c, h, w).
-        num_classes: K; 1 means unconditional.
-        indices: sample numbers, any non-negative integers.
-        solver: method and steps.
-        machine: device and precision of the network; latents stay float32.
-        seed: of the noise.
-        cfg_scale: guidance scale, 1: none.
-        batch_size: samples drawn at a time.
-        generator: key of NOISE_SOURCES; by default every sample has a stream of its own.
-        labels: class ids of given indices.
-        processes: this process draws its share of the batches.
-    """
-    noise_source = NOISE_SOURCES[generator](seed)
+    """Draw the samples `indices` (any non-negative integers), `batch_size` at a time; this process its share of them."""
     for start in processes.share(range(0, len(indices), batch_size)):
         chosen = indices[start : start + batch_size]
-        noise = noise_source(chosen, latent_shape).to(machine.device)
-        ids = labels(chosen, num_classes).to(machine.device)
-        condition, null = Condition(ids), Condition(torch.full_like(ids, num_classes))
-
-        def evaluate(t: torch.Tensor, x: torch.Tensor, condition: Condition) -> torch.Tensor:
-            with machine.autocast():
-                return network(t, x, condition).float()
-
-        solution = solve(guided_velocity(evaluate, condition, null, cfg_scale), noise, solver)
-        images = crop_padding(autoencoder.decode(solution.x), facts)
-        yield GeneratedBatch(chosen, images.cpu(), ids.cpu(), solution.evaluations)
+        ids = labels(chosen, sampler.num_classes)
+        velocity = sampler.velocity(ids)
+        solution = solve(velocity, sampler.noise(chosen), sampler.solver, draw=sampler.draw(chosen))
+        counts = solution.evaluations.cpu(), velocity.evaluations(len(chosen))
+        yield GeneratedBatch(chosen, sampler.decode(solution.x), ids, *counts)
 
 
 def first_images(batches: Iterable[GeneratedBatch], count: int, processes: Processes) -> torch.Tensor:

@@ -1,67 +1,67 @@
-"""The work of the test scripts: find a checkpoint, draw samples, show, keep and score them, and say how."""
+"""The work of the test scripts: draw samples, show, keep and score them, and say how they were made."""
 
+import hashlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from datasets_prep.datasets import DatasetFacts, DatasetOptions, open_dataset
+from datasets_prep.datasets import DatasetOptions
 from evaluation.features import FeatureOptions, choose_features
-from evaluation.generate import GeneratedBatch, check_guidance, first_images, generate
+from evaluation.generate import GeneratedBatch, Labels, Sampler, first_images, generate
+from evaluation.labels import choose_labels
+from evaluation.opening import Opened, SourceOptions, open_sampler
 from evaluation.pictures import grid_count, save_grid
-from evaluation.published import open_published
 from evaluation.reference import summary_at
 from evaluation.score import ScoreOptions, needs_of, reference_statistics, score_samples
 from evaluation.writer import FORMATS, SampleWriter
 from flow.guidance import GuidanceOptions
-from flow.solvers import ADAPTIVE, SolverOptions
+from flow.solvers import SolverOptions
 from models.autoencoder import AutoencoderOptions
 from models.registry import FAMILY_OPTIONS, NetworkOptions
-from options import Options, UsageError, as_json, option
-from runtime.checkpoints import LoadedModel, experiment_folder, find_checkpoint, load_model, newest_model
+from options import Options, option
 from runtime.distributed import Processes
 from runtime.files import write_json
-from runtime.precision import Machine, MachineOptions, choose_machine
+from runtime.precision import MachineOptions
 from runtime.progress import progress_bar
-from runtime.randomness import NOISE_SOURCES
-from runtime.torch_files import is_torch_file
 
-__all__ = ["SAMPLING_GROUPS", "SamplingOptions", "sample_and_score"]
+__all__ = [
+    "SAMPLING_GROUPS",
+    "SamplingOptions",
+    "describe_evaluations",
+    "labels_of",
+    "output_folder",
+    "sample_and_score",
+]
 
 
 @dataclass(frozen=True)
 class SamplingOptions:
     """Sampling."""
 
-    checkpoint: str = option(
-        "", "checkpoint, ours or a published .pth; default: the newest of the experiment", flags=("--model_ckpt",)
-    )
-    exp: str = option("experiment", "name of the experiment")
-    save_root: str = option("saved_info", "folder of all experiments")
-    epoch_id: int | None = option(None, "epoch of the experiment's checkpoint; default: the newest")
     n_sample: int = option(50000, "number of samples", minimum=1)
     batch_size: int = option(200, "samples drawn at a time; only torchdiffeq's adaptive solvers see it", minimum=1)
-    seed: int = option(42, "seed of the noise; sample i depends on (seed, i) alone", minimum=0)
-    generator: str = option(
-        "determ-indiv",
-        "source of the noise: a stream per sample (determ, determ-indiv), or torch's global generator (dummy)",
-        choices=tuple(NOISE_SOURCES),
-    )
+    labels: str = option("balanced", "classes asked for: balanced (in turn), random, or a file of one class id a line")
     compute_fid: bool = option(False, "score the samples against the dataset's training images")
     real_img_dir: str = option("", "score against these images, or this statistics file (.npz, .npy), instead")
     output_dir: str = option(
         "", "folder for samples (and the grid, unless they are png or jpg); default: samples/ beside the checkpoint"
     )
-    save_images: str | None = option(None, "also write every sample, in this format", choices=FORMATS)
+    save_images: str | None = option(
+        None,
+        "also write every sample, in this format; samples that the folder holds are not drawn again",
+        choices=FORMATS,
+    )
     output_json: str = option("", "file for the result; default: beside the grid")
     output_log: str = option("", "also append the result's line to this file")
 
 
 SAMPLING_GROUPS = (
+    SourceOptions,
     SamplingOptions,
     SolverOptions,
     GuidanceOptions,
@@ -81,172 +81,134 @@ def sample_and_score(options: Options, processes: Processes = Processes()) -> di
     Several processes share the batches; the main one writes the grid and the result, which all return.
 
     Raises:
-        UsageError: no such checkpoint, or flags that contradict it.
+        UsageError: no such checkpoint, flags that contradict it, or a folder with other samples.
     """
-    sampling, solver, guidance = options[SamplingOptions], options[SolverOptions], options[GuidanceOptions]
-    machine = choose_machine(options[MachineOptions], processes)
-    path = _checkpoint_path(sampling, options[DatasetOptions].dataset)
-    model = _load(path, options, machine, processes)
-    _note_unused(options)
-    stem = f"{path.stem}_{solver.method}_cfg{guidance.cfg_scale:g}_seed{sampling.seed}"
-    folder, samples_folder = _output_folders(sampling, path, stem)
-    writer = SampleWriter(samples_folder, sampling.save_images, processes) if sampling.save_images else None
-    keeper = _Keeper(grid_count(model.header["num_classes"]), writer)
+    sampling, opened = options[SamplingOptions], open_sampler(options, processes)
+    if sampling.real_img_dir and not sampling.compute_fid:
+        print("note: --real_img_dir has no effect without --compute_fid")
+    labels, label_rule = labels_of(sampling, opened.sampler)
+    num_classes = opened.header["num_classes"]
+    grid_folder, samples_folder = _output_folders(sampling, opened)
+    writer = None
+    if sampling.save_images:
+        settings = {**opened.settings, "labels": label_rule}
+        writer = SampleWriter(samples_folder, sampling.save_images, settings, processes)
+    keeper = _Keeper(grid_count(num_classes), num_classes)
     started = time.perf_counter()
-    batches = keeper.watch(_batches(model, options, machine, processes))
+    batches = keeper.watch(_batches(opened.sampler, labels, sampling, writer, processes))
     if sampling.compute_fid:
-        score = _score(batches, options, model, machine, processes)
+        score = _score(batches, options, opened, processes)
     else:
         score = {}
         deque(batches, maxlen=0)
-    evaluations = processes.sum(torch.tensor(keeper.evaluations)).item()
     seconds = time.perf_counter() - started
     if writer is not None:
         writer.close()
-    grid = folder / f"{stem}.png"
-    first = first_images(keeper.batches, grid_count(model.header["num_classes"]), processes)
+    grid = grid_folder / f"{opened.stem}.png"
+    first = first_images(keeper.batches, grid_count(num_classes), processes)
     if processes.is_main:
-        save_grid(first, grid, model.header["num_classes"])
+        save_grid(first, grid, num_classes)
     result = {
-        "checkpoint": str(path),
-        "weights_sha256": model.header["weights_sha256"],
-        "step": model.header["step"],
+        **opened.result(),
         **score,
         "samples": sampling.n_sample,
-        "nfe": evaluations / sampling.n_sample,
-        "guided_evaluations": guidance.cfg_scale != 1,
-        "seed": sampling.seed,
-        "generator": sampling.generator,
-        "solver": as_json(solver),
-        "cfg_scale": guidance.cfg_scale,
-        "precision": machine.precision,
+        **describe_evaluations(*keeper.counts(processes)),
+        "labels": {"rule": label_rule, "counts": processes.sum(keeper.label_counts).tolist()},
         "batch_size": sampling.batch_size,
         "processes": processes.count,
         "seconds": round(seconds, 1),
         "grid": str(grid),
     }
     if processes.is_main:
-        write_json(sampling.output_json or folder / f"{stem}.json", result)
+        write_json(sampling.output_json or grid.with_suffix(".json"), result)
     return result
 
 
-def _note_unused(options: Options) -> None:
-    method, sampling = options[SolverOptions].method, options[SamplingOptions]
-    if method in ADAPTIVE and "num_steps" in options.explicit:
-        print(f"note: --num_steps has no effect on the adaptive solver {method}, which follows --atol and --rtol")
-    if sampling.real_img_dir and not sampling.compute_fid:
-        print("note: --real_img_dir has no effect without --compute_fid")
+def labels_of(sampling: SamplingOptions, sampler: Sampler) -> tuple[Labels, str]:
+    """The labels of the samples, and their rule: the option's word, or the SHA-256 of its file."""
+    labels = choose_labels(sampling.labels, sampler.seed, sampler.num_classes, sampling.n_sample)
+    path = Path(sampling.labels)
+    named = sampling.labels in ("balanced", "random")
+    return labels, sampling.labels if named else f"sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
-def _load(path: Path, options: Options, machine: Machine, processes: Processes) -> LoadedModel:
-    """The checkpoint's model, which the flags must fit."""
-    moved = "pretrained_autoencoder_ckpt" in options.given(AutoencoderOptions)
-    with processes.main_first():  # the others find the autoencoder that it may have downloaded
-        if is_torch_file(path):
-            model = open_published(path, options, machine.device)
-        else:
-            model = load_model(path, machine.device, options[AutoencoderOptions] if moved else None)
-            _refuse_contradictions(options, model.header, path)
-    check_guidance(model.header["network"], options[GuidanceOptions].cfg_scale)
-    return model
+def describe_evaluations(evaluations: torch.Tensor, network_evaluations: torch.Tensor) -> dict[str, Any]:
+    """Velocity evaluations per sample (mean, smallest, largest), and those of networks, where guidance counts two."""
+    return {
+        "nfe": evaluations.double().mean().item(),
+        "nfe_range": [int(evaluations.min()), int(evaluations.max())],
+        "network_evaluations": network_evaluations.double().mean().item(),
+    }
+
+
+def output_folder(sampling: SamplingOptions, opened: Opened) -> Path:
+    """Where pictures and results go: --output_dir, or samples/ beside the checkpoint."""
+    return Path(sampling.output_dir) if sampling.output_dir else opened.path.parent / "samples"
 
 
 class _Keeper:
-    """Watches a stream of batches: keeps those with samples of the grid, counts evaluations, writes files."""
+    """Watches a stream of batches: keeps those with samples of the grid, and counts evaluations and labels."""
 
-    def __init__(self, count: int, writer: SampleWriter | None) -> None:
-        self.evaluations = 0
+    def __init__(self, count: int, num_classes: int) -> None:
         self.batches: list[GeneratedBatch] = []
+        self.label_counts = torch.zeros(num_classes, dtype=torch.long)
         self._count = count
-        self._writer = writer
+        self._counts: list[torch.Tensor] = []
 
     def watch(self, batches: Iterable[GeneratedBatch]) -> Iterator[GeneratedBatch]:
         """The same batches."""
         for batch in batches:
-            self.evaluations += batch.evaluations * len(batch.indices)
-            if batch.indices[0] < self._count:
+            self._counts.append(torch.stack([batch.evaluations, batch.network_evaluations]))
+            self.label_counts += torch.bincount(batch.labels, minlength=len(self.label_counts))
+            if min(batch.indices) < self._count:
                 self.batches.append(batch)
-            if self._writer is not None:
-                self._writer.add(batch)
             yield batch
 
+    def counts(self, processes: Processes) -> torch.Tensor:
+        """Evaluations of the velocity and of networks, int64 [2, N], of the samples of all processes."""
+        parts = [part for counts in processes.gather(self._counts) for part in counts]
+        return processes.from_main(torch.cat(parts, dim=1) if parts else torch.empty(2, 0))
 
-def _batches(model: LoadedModel, options: Options, machine: Machine, processes: Processes) -> Iterator[GeneratedBatch]:
-    sampling, header = options[SamplingOptions], model.header
-    stored = header["dataset"]
-    network = torch.compile(model.network) if options[MachineOptions].compile else model.network
-    stream = generate(
-        network,
-        model.autoencoder,
-        DatasetFacts(**stored | {"class_names": tuple(stored["class_names"])}),
-        (header["latent_channels"], header["latent_size"], header["latent_size"]),
-        header["num_classes"],
-        range(sampling.n_sample),
-        options[SolverOptions],
-        machine,
-        seed=sampling.seed,
-        cfg_scale=options[GuidanceOptions].cfg_scale,
-        batch_size=sampling.batch_size,
-        generator=sampling.generator,
-        processes=processes,
-    )
-    with progress_bar(total=sampling.n_sample // processes.count, desc="sampling", unit="image") as bar:
+
+def _batches(
+    sampler: Sampler, labels: Labels, sampling: SamplingOptions, writer: SampleWriter | None, processes: Processes
+) -> Iterator[GeneratedBatch]:
+    """This process's share of the samples that the writer's folder holds, then of the missing ones, which are written."""
+    wanted = range(sampling.n_sample)
+    exact = not (sampling.save_images == "jpg" and sampling.compute_fid)  # what was drawn is not what the jpg holds
+    held = processes.from_main(writer.held(wanted) if writer is not None and exact and processes.is_main else set())
+    if writer is not None and held:
+        print(f"{len(held)} of {len(wanted)} samples are in {writer.folder} already")
+        yield from writer.read(set(processes.share(sorted(held))))
+    missing = [index for index in wanted if index not in held]
+    stream = generate(sampler, missing, batch_size=sampling.batch_size, labels=labels, processes=processes)
+    with progress_bar(total=len(missing) // processes.count, desc="sampling", unit="image") as bar:
         for batch in stream:
+            if writer is not None:
+                writer.add(batch)
             bar.update(len(batch.indices))
             yield batch
 
 
-def _score(
-    batches: Iterable[GeneratedBatch], options: Options, model: LoadedModel, machine: Machine, processes: Processes
-) -> dict[str, Any]:
-    sampling, stored = options[SamplingOptions], model.header["dataset"]
-    data = replace(options[DatasetOptions], dataset=stored["name"], image_size=stored["image_size"])
-    scoring, real = options[ScoreOptions], sampling.real_img_dir
+def _score(batches: Iterable[GeneratedBatch], options: Options, opened: Opened, processes: Processes) -> dict[str, Any]:
+    sampling, scoring, stored = options[SamplingOptions], options[ScoreOptions], opened.header["dataset"]
+    real = sampling.real_img_dir
     with processes.main_first():
-        features = choose_features(options[FeatureOptions], data.dataset, machine)
-        dataset = None if real else open_dataset(data, "train")
+        features = choose_features(options[FeatureOptions], stored["name"], opened.sampler.machine)
+        dataset = None if real else opened.real_images(options[DatasetOptions], "train")
     if dataset is None:
         needs = needs_of(scoring.metrics, reference=True) or {"moments"}
         reference = summary_at(real, features, needs, sampling.batch_size, processes)
     else:
-        reference = reference_statistics(dataset, features, data.datadir, scoring.metrics, processes)
-    names = stored["class_names"] if model.header["num_classes"] == len(stored["class_names"]) else ()
+        reference = reference_statistics(dataset, features, options[DatasetOptions].datadir, scoring.metrics, processes)
+    names = stored["class_names"] if opened.header["num_classes"] == len(stored["class_names"]) else ()
     return score_samples(batches, features, reference, names, scoring, processes)
 
 
-def _output_folders(sampling: SamplingOptions, checkpoint: Path, stem: str) -> tuple[Path, Path]:
+def _output_folders(sampling: SamplingOptions, opened: Opened) -> tuple[Path, Path]:
     """Where the grid and the samples go: never together where samples are image files, which get scored as a folder."""
-    beside = checkpoint.parent / "samples"
+    beside = opened.path.parent / "samples"
     if not sampling.output_dir:
-        return beside, beside / stem
+        return beside, beside / opened.stem
     chosen = Path(sampling.output_dir)
     return (beside if sampling.save_images in ("png", "jpg") else chosen), chosen
-
-
-def _checkpoint_path(sampling: SamplingOptions, dataset: str) -> Path:
-    folder = experiment_folder(sampling.save_root, dataset, sampling.exp)
-    if sampling.checkpoint:
-        return find_checkpoint(sampling.checkpoint, folder)
-    return newest_model(folder, sampling.epoch_id)
-
-
-def _refuse_contradictions(options: Options, header: Mapping[str, Any], path: Path) -> None:
-    """An explicitly given flag must say what the checkpoint says."""
-    image_size = header["dataset"]["image_size"]
-    stored = {"dataset": header["dataset"]["name"], "image_size": image_size, **header["network"]}
-    stored |= {"f": image_size // header["latent_size"], "scale_factor": _scale_factor(header["autoencoder"])}
-    given = {name: as_json(options.values[name]) for name in options.explicit if name in stored}
-    if "model_type" in options.explicit or options[NetworkOptions].use_origin_adm:
-        stored["model_type"], given["model_type"] = header["model_type"], options[NetworkOptions].resolve()
-    for name, value in given.items():
-        if value != stored[name]:
-            raise UsageError(
-                f"--{name} {value} contradicts the checkpoint {path}, which says {stored[name]}: "
-                "leave the flag out, or choose another checkpoint"
-            )
-
-
-def _scale_factor(autoencoder: Mapping[str, Any]) -> float | None:
-    """The factor that an autoencoder's statistics amount to; None where one number does not tell."""
-    means, stds = autoencoder.get("latents_mean", ()), autoencoder.get("latents_std", ())
-    return round(1 / stds[0], 6) if not any(means) and len(set(stds)) == 1 else None

@@ -20,7 +20,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from flow.guidance import guided_velocity  # noqa: E402
+from flow.guidance import GuidanceOptions, GuidedVelocity  # noqa: E402
 from flow.solvers import SolverOptions, solve  # noqa: E402
 from models.conditions import Condition  # noqa: E402
 from models.dit import DiT, DiTOptions  # noqa: E402
@@ -100,11 +100,11 @@ def check_case(path: str | Path) -> dict[str, float]:
     results = {"velocity": network(tensors["in.t"], tensors["in.x"], condition)}
     if "out.velocity_cfg" in tensors and case.cfg_scale is not None:
         null = Condition(torch.full_like(tensors["in.y"].long(), network.options.classes))  # type: ignore[union-attr]
-        guided = guided_velocity(network, condition, null, case.cfg_scale)
+        guided = GuidedVelocity(network, condition, null, GuidanceOptions(case.cfg_scale))
         results["velocity_cfg"] = guided(tensors["in.t_cfg"].flatten()[0], tensors["in.x"])
     if "out.sample_dopri5" in tensors:
-        plain = guided_velocity(network, condition, condition, 1.0)
-        results["sample_dopri5"] = solve(plain, tensors["in.x"], SolverOptions(method="dopri5")).x
+        plain = GuidedVelocity(network, condition, condition, GuidanceOptions())
+        results["sample_dopri5"] = solve(plain, tensors["in.x"], SolverOptions(method="torchdiffeq_dopri5")).x
     return {name: _error(value, tensors[f"out.{name}"]) for name, value in results.items()}
 
 

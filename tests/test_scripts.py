@@ -148,7 +148,7 @@ def test_samples_do_not_depend_on_the_batch_size(place, trained, checkpoint, cal
     code, out, _ = call(TEST, [*sample_flags(place, tmp_path / "b"), *kept, tmp_path / "b.json"])
     assert code == 0
     a, b = (np.load(tmp_path / name / "samples.npz") for name in "ab")
-    assert set(a.files) == {"images", "labels"}
+    assert set(a.files) == {"images", "labels", "indices", "evaluations", "network_evaluations"}
     assert a["images"].shape == (20, 28, 28, 1)
     assert a["images"].dtype == np.uint8
     np.testing.assert_array_equal(a["labels"], np.arange(20) % 10)
@@ -532,7 +532,7 @@ def test_sampling_onto_a_full_disk(place, trained, call, tmp_path):
 def test_five_lines_of_python(checkpoint):
     """Load a checkpoint, sample, look: what the README shows."""
     from datasets_prep.datasets import DatasetFacts
-    from evaluation.generate import generate
+    from evaluation.generate import Sampler, generate
     from flow.solvers import SolverOptions
     from runtime.precision import Machine
 
@@ -540,9 +540,10 @@ def test_five_lines_of_python(checkpoint):
     shape = (model.header["latent_channels"], model.header["latent_size"], model.header["latent_size"])
     facts = DatasetFacts(**model.header["dataset"])
     machine, solver = Machine(torch.device("cpu"), "fp32"), SolverOptions("heun", 2)
-    (batch,) = generate(model.network, model.autoencoder, facts, shape, 10, range(4), solver, machine, seed=0)
+    sampler = Sampler(model.network, model.autoencoder, facts, shape, 10, solver, machine, seed=0)
+    (batch,) = generate(sampler, range(4))
     assert batch.images.shape == (4, 1, 28, 28)
-    assert batch.evaluations == 4
+    assert batch.evaluations.tolist() == [4] * 4
 
 
 def test_a_run_of_the_published_code_is_continued(place, trained, call):

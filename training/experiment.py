@@ -5,10 +5,12 @@ content.pth  metrics.jsonl  tensorboard/  samples/
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from flow.guidance import GuidanceOptions
+from flow.solvers import SolverOptions
 from options import UsageError, as_json, option
 from runtime.checkpoints import newest_model, read_weights
 from runtime.files import move_aside, read_json, write_json
@@ -21,9 +23,9 @@ TAKES_OVER = "takes_over"  # entry of config.json: the run began with a content.
 HARMLESS = frozenset(
     "resume overwrite save_root datadir latent_cache_dir num_workers device save_content save_content_every "
     "save_content_every_steps save_ckpt_every plot_every eval_every eval_samples log_every max_minutes skip_bad_images "
-    "method num_steps step_size time_shift atol rtol cfg_scale features feature_weights feature_precision dims "
+    "features feature_weights feature_precision dims "
     "num_process_per_node num_proc_node node_rank master_address master_port local_rank".split()
-)
+).union(field.name for group in (SolverOptions, GuidanceOptions) for field in fields(group))
 # These change the order in which numbers are added, and with it the last bits: the run goes on and says so.
 ROUNDING = frozenset("processes grad_accumulation fsdp num_threads threads compile".split())
 # With --resume these may change too: the run goes on, but is no longer the one that its first options describe.

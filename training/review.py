@@ -9,9 +9,10 @@ from torch import nn
 from datasets_prep.datasets import ImageDataset
 from datasets_prep.moments import MomentSource
 from evaluation.features import FeatureNetwork
-from evaluation.generate import GeneratedBatch, first_images, generate
+from evaluation.generate import GeneratedBatch, Sampler, first_images, generate
 from evaluation.pictures import grid_count
 from evaluation.score import reference_statistics, score_samples
+from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from models.autoencoder import Autoencoder, PixelSpace
 from runtime.distributed import Processes
@@ -34,7 +35,7 @@ class Review:
     latent_shape: tuple[int, int, int]
     num_classes: int
     solver: SolverOptions
-    cfg_scale: float
+    guidance: GuidanceOptions
     seed: int
     machine: Machine
     sigma_min: float
@@ -48,7 +49,7 @@ class Review:
         """What the objective is, with all that its value depends on."""
         if self.features is None:
             return "validation loss"
-        return f"{self.features.label} of {self.samples} samples, {self.solver}, guidance {self.cfg_scale}"
+        return f"{self.features.label} of {self.samples} samples, {self.solver}, {self.guidance}"
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """Values to record; "objective" is the score where samples are scored, else the validation loss."""
@@ -67,16 +68,15 @@ class Review:
         return first_images(batches, grid_count(self.num_classes), self.processes)
 
     def _draw(self, network: nn.Module, count: int) -> Iterator[GeneratedBatch]:
-        return generate(
-            network,
-            self.autoencoder,
-            self.dataset.facts,
-            self.latent_shape,
-            self.num_classes,
-            range(count),
-            self.solver,
-            self.machine,
+        sampler = Sampler(
+            network=network,
+            autoencoder=self.autoencoder,
+            facts=self.dataset.facts,
+            latent_shape=self.latent_shape,
+            num_classes=self.num_classes,
+            solver=self.solver,
+            machine=self.machine,
             seed=self.seed,
-            cfg_scale=self.cfg_scale,
-            processes=self.processes,
+            guidance=self.guidance,
         )
+        return generate(sampler, range(count), processes=self.processes)

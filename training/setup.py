@@ -190,7 +190,7 @@ def _review(
         latent_shape=(header["latent_channels"], header["latent_size"], header["latent_size"]),
         num_classes=header["num_classes"],
         solver=options[SolverOptions],
-        cfg_scale=options[GuidanceOptions].cfg_scale,
+        guidance=options[GuidanceOptions],
         seed=options[TrainingOptions].seed,
         machine=machine,
         sigma_min=options[PathOptions].sigma_min,

@@ -3,7 +3,8 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from flow.guidance import guided_velocity
+from flow.guidance import GuidanceOptions, GuidedVelocity
+from options import UsageError
 
 
 class Ask(NamedTuple):
@@ -28,9 +29,9 @@ T = torch.tensor(0.3, dtype=torch.float64)
 LABELS, NULL = torch.arange(4), torch.full((4,), 9)
 
 
-def both(scale, asked=Ask(LABELS), null=Ask(NULL)):  # noqa: B008
+def both(scale, asked=Ask(LABELS), null=Ask(NULL), t=T, **others):  # noqa: B008
     network = Recorder()
-    return guided_velocity(network, asked, null, scale)(T, X), network
+    return GuidedVelocity(network, asked, null, GuidanceOptions(scale, **others))(t, X), network
 
 
 def test_scale_one_is_the_condition_alone_and_does_not_evaluate_null():
@@ -65,3 +66,97 @@ def test_batched_halves_equal_separate_evaluations():
 def test_scale_has_no_effect_where_the_condition_is_null():
     velocity, _ = both(5.0, Ask(NULL), Ask(NULL))
     torch.testing.assert_close(velocity, both(1.0, Ask(NULL), Ask(NULL))[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("t", "guided"), [(0.1, False), (0.2, True), (0.3, True), (0.8, True), (0.81, False)])
+def test_outside_the_interval_the_condition_alone_is_evaluated(t, guided):
+    t = torch.tensor(t, dtype=torch.float64)
+    velocity, network = both(2.0, t=t, cfg_interval=(0.2, 0.8))
+    assert len(network.calls[0][1]) == (8 if guided else 4)
+    assert torch.equal(velocity, both(2.0 if guided else 1.0, t=t)[0])
+
+
+def test_samples_of_one_batch_within_and_outside_the_interval():
+    t = torch.tensor([0.9, 0.5, 0.1, 0.4], dtype=torch.float64)
+    velocity, network = both(3.0, t=t, cfg_interval=(0.3, 0.6))
+    ((times, points, condition),) = network.calls
+    assert torch.equal(times, t[[0, 1, 2, 3, 1, 3]])
+    assert torch.equal(points, X[[0, 1, 2, 3, 1, 3]])
+    assert condition.labels.tolist() == [0, 1, 2, 3, 9, 9]
+    plain, everywhere = both(1.0, t=t)[0], both(3.0, t=t)[0]
+    assert torch.equal(velocity[[0, 2]], plain[[0, 2]])
+    assert torch.equal(velocity[[1, 3]], everywhere[[1, 3]])
+
+
+@pytest.mark.parametrize("interval", [(0.5,), (0.6, 0.2), (0.0, 1.5), (0.0, 0.5, 1.0)])
+def test_intervals_that_are_none(interval):
+    with pytest.raises(UsageError, match="--cfg_interval: expected two times 0 <= LOW <= HIGH <= 1, but"):
+        GuidanceOptions(2.0, cfg_interval=interval)
+
+
+def test_a_guided_field_in_closed_form():
+    """Classes N(m_k, s^2) and their mixture: the guided velocity is that of the densities p_k^w p^(1 - w)."""
+    means, spread, scale = torch.tensor([-1.0, 2.0], dtype=torch.float64), 0.5, 2.5
+
+    def class_velocity(t, x, mean):
+        variance = (1 - t) ** 2 * spread**2 + t**2
+        return (t - (1 - t) * spread**2) / variance * (x - (1 - t) * mean) - mean
+
+    def shares(t, x):
+        variance = (1 - t) ** 2 * spread**2 + t**2
+        return torch.softmax(-((x[..., None] - (1 - t[..., None]) * means) ** 2) / (2 * variance[..., None]), -1)
+
+    def network(t, x, condition):
+        t = t.view(-1, 1, 1, 1).expand_as(x)
+        each = torch.stack([class_velocity(t, x, mean) for mean in means], -1)
+        mixture = (shares(t, x) * each).sum(-1)
+        labels = condition.labels.view(-1, 1, 1, 1)
+        return torch.where(labels == 9, mixture, torch.where(labels == 0, each[..., 0], each[..., 1]))
+
+    labels = torch.tensor([0, 1, 0, 1])
+    velocity = GuidedVelocity(network, Ask(labels), Ask(NULL), GuidanceOptions(scale))(T, X)
+    # From scores: v = -(x + t s) / (1 - t), and the guided score is that of log p_k + (w - 1) (log p_k - log p).
+    x = X.clone().requires_grad_()
+    variance = (1 - T) ** 2 * spread**2 + T**2
+    densities = -((x[..., None] - (1 - T) * means) ** 2) / (2 * variance)
+    asked = densities.gather(-1, labels.view(-1, 1, 1, 1, 1).expand(*x.shape, 1))[..., 0]
+    mixture = torch.logsumexp(densities, -1)
+    (score,) = torch.autograd.grad((asked + (scale - 1) * (asked - mixture)).sum(), x)
+    torch.testing.assert_close(velocity, -(X + T * score) / (1 - T), rtol=0, atol=1e-10)
+
+
+def test_channels_beyond_those_to_guide_keep_the_asked_velocity():
+    velocity, _ = both(3.0, cfg_channels=1)
+    assert torch.equal(velocity[:, :1], both(3.0)[0][:, :1])
+    assert torch.equal(velocity[:, 1:], both(1.0)[0][:, 1:])
+    assert torch.equal(both(3.0, cfg_channels=2)[0], both(3.0)[0])
+
+
+def test_autoguidance_leads_away_from_a_weaker_network_under_the_same_condition():
+    network, guide = Recorder(), Recorder()
+    t = torch.tensor([0.9, 0.5, 0.1, 0.4], dtype=torch.float64)
+    options = GuidanceOptions(2.0, cfg_interval=(0.3, 0.6))
+    velocity = GuidedVelocity(network, Ask(LABELS), Ask(NULL), options, lambda *a: 0.5 * guide(*a))(t, X)
+    assert len(network.calls[0][1]) == 4
+    assert guide.calls[0][2].labels.tolist() == [1, 3]
+    plain = both(1.0, t=t)[0]
+    torch.testing.assert_close(velocity[[0, 2]], plain[[0, 2]], rtol=0, atol=0)
+    torch.testing.assert_close(velocity[[1, 3]], 1.5 * plain[[1, 3]], rtol=0, atol=1e-14)
+
+
+def test_evaluations_are_counted_as_they_are_computed():
+    network = Recorder()
+    velocity = GuidedVelocity(network, Ask(LABELS), Ask(NULL), GuidanceOptions(3.0, cfg_interval=(0.3, 0.6)))
+    velocity(torch.tensor([0.9, 0.5, 0.1, 0.4], dtype=torch.float64), X)
+    rows = torch.tensor([1, 2])
+    velocity.of_rows(rows)(torch.tensor([0.5, 0.2], dtype=torch.float64), X[rows])
+    velocity.of_rows(rows).of_rows(torch.tensor([1]))(T, X[2:3])
+    assert velocity.evaluations(4).tolist() == [1, 2 + 2, 1 + 1 + 2, 2]
+    assert sum(len(call[1]) for call in network.calls) == velocity.evaluations(4).sum()
+
+
+def test_some_rows_of_a_velocity_are_those_of_the_whole():
+    rows = torch.tensor([3, 1])
+    maps = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole = GuidedVelocity(Recorder(), Ask(LABELS, maps), Ask(NULL, 0 * maps), GuidanceOptions(2.0))
+    assert torch.equal(whole.of_rows(rows)(T, X[rows]), whole(T, X)[rows])

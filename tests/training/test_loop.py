@@ -10,6 +10,7 @@ import torch
 
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.moments import EncodedImages
+from flow.guidance import GuidanceOptions
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions
 from models.autoencoder import PixelSpace
@@ -62,7 +63,7 @@ def new_job(folder, event=None, experiment=None, processes=Processes(), **traini
         latent_shape=(1, 4, 4),
         num_classes=2,
         solver=SolverOptions("euler", 2),
-        cfg_scale=1.5,
+        guidance=GuidanceOptions(1.5),
         seed=1,
         machine=MACHINE,
         sigma_min=1e-5,

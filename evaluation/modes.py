@@ -1,0 +1,57 @@
+"""What the test script can do with a checkpoint: one dictionary."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from evaluation.cost import TimingOptions, count_evaluations, measure_time
+from evaluation.latent_paths import PictureOptions, interpolate, invert, trajectory
+from evaluation.likelihood import LikelihoodOptions, compute_nll
+from evaluation.sampling import SAMPLING_GROUPS, sample_and_score
+from options import Options, UsageError, option
+from runtime.distributed import Processes
+
+__all__ = ["MODES", "MODE_GROUPS", "ModeOptions", "run_modes"]
+
+MODES: dict[str, Callable[[Options], dict[str, Any]]] = {
+    "invert": invert,
+    "interpolate": interpolate,
+    "trajectory": trajectory,
+    "compute_nfe": count_evaluations,
+    "measure_time": measure_time,
+    "compute_nll": compute_nll,
+}
+SAMPLE = "sample"  # alone among the modes, it can be shared by several processes
+SWITCHES = ("compute_nfe", "measure_time", "compute_nll")
+
+
+@dataclass(frozen=True)
+class ModeOptions:
+    """What to do."""
+
+    mode: str = option(
+        "sample",
+        "sample; invert (held-out images to noise and back); interpolate (between two seeds); trajectory (noise to data)",
+        choices=(SAMPLE, *(name for name in MODES if name not in SWITCHES)),
+    )
+    compute_nfe: bool = option(False, "only count the evaluations that --n_sample samples take")
+    measure_time: bool = option(False, "only time the network, and the whole way from noise to image")
+    compute_nll: bool = option(
+        False, "only the likelihood of up to --n_sample held-out images, in bits per latent dimension"
+    )
+
+
+MODE_GROUPS = (ModeOptions, *SAMPLING_GROUPS, TimingOptions, PictureOptions, LikelihoodOptions)
+
+
+def run_modes(options: Options, processes: Processes) -> Iterator[dict[str, Any]]:
+    """The result of each measurement that was asked for, or else of the mode.
+
+    Raises:
+        UsageError: several processes for anything but samples.
+    """
+    asked = [name for name in SWITCHES if options.values[name]] or [options[ModeOptions].mode]
+    if processes.count > 1 and asked != [SAMPLE]:
+        raise UsageError(f"{', '.join(asked)}: is done by one process, but there are {processes.count}")
+    for name in asked:
+        yield sample_and_score(options, processes) if name == SAMPLE else MODES[name](options)

@@ -1,0 +1,170 @@
+"""From options to a `Sampler`: find the checkpoint, rebuild what it describes, refuse flags that contradict it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from datasets_prep.datasets import DatasetFacts, DatasetOptions, ImageDataset, Split, open_dataset
+from evaluation.generate import Sampler, check_guidance
+from evaluation.published import open_published
+from flow.guidance import GuidanceOptions
+from flow.solvers import SOLVERS, SolverOptions, check_method
+from models.autoencoder import AutoencoderOptions
+from models.registry import NetworkOptions
+from options import Options, UsageError, as_json, option
+from runtime.checkpoints import LoadedModel, experiment_folder, find_checkpoint, load_model, newest_model
+from runtime.distributed import Processes
+from runtime.precision import MachineOptions, choose_machine
+from runtime.randomness import NOISE_SOURCES
+from runtime.torch_files import is_torch_file
+
+__all__ = ["Opened", "SourceOptions", "open_sampler"]
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """What to sample from."""
+
+    checkpoint: str = option(
+        "", "checkpoint, ours or a published .pth; default: the newest of the experiment", flags=("--model_ckpt",)
+    )
+    exp: str = option("experiment", "name of the experiment")
+    save_root: str = option("saved_info", "folder of all experiments")
+    epoch_id: int | None = option(None, "epoch of the experiment's checkpoint; default: the newest")
+    guide_checkpoint: str = option(
+        "", "autoguidance: checkpoint of a weaker network, which --cfg_scale leads away from in the null class's place"
+    )
+    seed: int = option(42, "seed of the noise; sample i depends on (seed, i) alone", minimum=0)
+    generator: str = option(
+        "determ-indiv",
+        "source of the noise: a stream per sample (determ, determ-indiv), or torch's global generator (dummy)",
+        choices=tuple(NOISE_SOURCES),
+    )
+
+
+class Opened(NamedTuple):
+    """A sampler, the path and header of its checkpoint, and all that its samples depend on beside their labels."""
+
+    sampler: Sampler
+    path: Path
+    header: dict[str, Any]
+    settings: dict[str, Any]
+
+    @property
+    def stem(self) -> str:
+        """The name of what is written, without suffix."""
+        scale = self.sampler.guidance.cfg_scale
+        return f"{self.path.stem}_{self.sampler.solver.method}_cfg{scale:g}_seed{self.sampler.seed}"
+
+    def result(self) -> dict[str, Any]:
+        """What a result says first: the checkpoint and how it was used."""
+        return {"checkpoint": str(self.path), "step": self.header["step"], **self.settings}
+
+    def real_images(self, data: DatasetOptions, split: Split) -> ImageDataset:
+        """A split of the dataset that the network was trained on."""
+        stored = self.header["dataset"]
+        return open_dataset(replace(data, dataset=stored["name"], image_size=stored["image_size"]), split)
+
+
+def open_sampler(options: Options, processes: Processes = Processes()) -> Opened:  # noqa: B008
+    """The sampler that the options describe.
+
+    Raises:
+        UsageError: no such checkpoint, flags that contradict it, or a guide of another kind.
+    """
+    source, solver, guidance = options[SourceOptions], options[SolverOptions], options[GuidanceOptions]
+    check_method(solver)
+    machine = choose_machine(options[MachineOptions], processes)
+    path = _checkpoint_path(source, options[DatasetOptions].dataset)
+    with processes.main_first():  # the others find the autoencoder that it may have downloaded
+        model = _open_model(path, options, machine.device)
+    header, stored = model.header, model.header["dataset"]
+    guide = _open_guide(source, model, guidance.cfg_scale, machine.device)
+    if SOLVERS[solver.method].adaptive and "num_steps" in options.explicit:
+        print(
+            f"note: --num_steps has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol"
+        )
+    sampler = Sampler(
+        network=torch.compile(model.network) if options[MachineOptions].compile else model.network,
+        autoencoder=model.autoencoder,
+        facts=DatasetFacts(**stored | {"class_names": tuple(stored["class_names"])}),
+        latent_shape=(header["latent_channels"], header["latent_size"], header["latent_size"]),
+        num_classes=header["num_classes"],
+        solver=solver,
+        machine=machine,
+        seed=source.seed,
+        guidance=guidance,
+        guide=guide.network if guide else None,
+        generator=source.generator,
+    )
+    settings = {
+        "weights_sha256": header["weights_sha256"],
+        "guide_sha256": guide.header["weights_sha256"] if guide else None,
+        "seed": source.seed,
+        "generator": source.generator,
+        "solver": as_json(solver),
+        "guidance": as_json(guidance),
+        "precision": machine.precision,
+    }
+    return Opened(sampler, path, header, settings)
+
+
+def _open_model(path: Path, options: Options, device: torch.device) -> LoadedModel:
+    """The model of a checkpoint, which the flags must fit, or of a published file, which they describe."""
+    if is_torch_file(path):
+        return open_published(path, options, device)
+    moved = "pretrained_autoencoder_ckpt" in options.explicit
+    model = load_model(path, device, options[AutoencoderOptions] if moved else None)
+    _refuse_contradictions(options, model.header, path)
+    return model
+
+
+def _open_guide(source: SourceOptions, model: LoadedModel, scale: float, device: torch.device) -> LoadedModel | None:
+    """The weaker network of autoguidance, if one was named; else the scale must suit the network itself."""
+    if not source.guide_checkpoint:
+        check_guidance(model.header["network"], scale)
+        return None
+    guide = load_model(source.guide_checkpoint, device)
+    for name in ("latent_size", "latent_channels", "num_classes"):
+        if guide.header[name] != model.header[name]:
+            raise UsageError(
+                f"--guide_checkpoint {source.guide_checkpoint}: its {name} is {guide.header[name]}, "
+                f"but that of the network to guide is {model.header[name]}"
+            )
+    if guide.header["autoencoder"]["sha256"] != model.header["autoencoder"]["sha256"]:
+        raise UsageError(
+            f"--guide_checkpoint {source.guide_checkpoint}: it was trained on another autoencoder's latents"
+        )
+    return guide
+
+
+def _checkpoint_path(source: SourceOptions, dataset: str) -> Path:
+    folder = experiment_folder(source.save_root, dataset, source.exp)
+    if source.checkpoint:
+        return find_checkpoint(source.checkpoint, folder)
+    return newest_model(folder, source.epoch_id)
+
+
+def _refuse_contradictions(options: Options, header: Mapping[str, Any], path: Path) -> None:
+    """An explicitly given flag must say what the checkpoint says."""
+    image_size = header["dataset"]["image_size"]
+    stored = {"dataset": header["dataset"]["name"], "image_size": image_size, **header["network"]}
+    stored |= {"f": image_size // header["latent_size"], "scale_factor": _scale_factor(header["autoencoder"])}
+    given = {name: as_json(options.values[name]) for name in options.explicit if name in stored}
+    if "model_type" in options.explicit or options[NetworkOptions].use_origin_adm:
+        stored["model_type"], given["model_type"] = header["model_type"], options[NetworkOptions].resolve()
+    for name, value in given.items():
+        if value != stored[name]:
+            raise UsageError(
+                f"--{name} {value} contradicts the checkpoint {path}, which says {stored[name]}: "
+                "leave the flag out, or choose another checkpoint"
+            )
+
+
+def _scale_factor(autoencoder: Mapping[str, Any]) -> float | None:
+    """The factor that an autoencoder's statistics amount to; None where one number does not tell."""
+    means, stds = autoencoder.get("latents_mean", ()), autoencoder.get("latents_std", ())
+    return round(1 / stds[0], 6) if not any(means) and len(set(stds)) == 1 else None

@@ -1,0 +1,62 @@
+"""Times at which the fixed-step solvers divide [0, 1]: functions of u, the even division from 1 down to 0."""
+
+from collections.abc import Callable
+
+import torch
+
+from flow.problem import SolverOptions
+from options import UsageError
+
+__all__ = ["GRIDS", "time_grid"]
+
+EDM_SIGMAS = (0.002, 80.0)  # Karras et al. 2022, table 1
+
+
+def time_grid(options: SolverOptions) -> list[float]:
+    """Times from 1 down to 0, num_steps + 1 of them, both ends exact.
+
+    Whatever the spacing, `time_shift` s moves it to t' = s t / (1 + (s - 1) t) (Esser et al. 2024, section 5.3.2).
+
+    Raises:
+        UsageError: less than one step, or a spacing so uneven that times coincide.
+    """
+    steps = options.num_steps if options.step_size is None else max(1, round(1 / options.step_size))
+    if steps < 1:
+        raise UsageError(f"--method {options.method} needs --num_steps of at least 1, but {steps} was given")
+    t = GRIDS[options.time_grid](torch.linspace(1, 0, steps + 1, dtype=torch.float64), options)
+    t = options.time_shift * t / (1 - t + options.time_shift * t)
+    if not (t.diff() < 0).all():
+        raise UsageError(
+            f"--time_grid {options.time_grid}: its times coincide in {steps} steps; choose a more even one"
+        )
+    return t.tolist()
+
+
+def _uniform(u: torch.Tensor, options: SolverOptions) -> torch.Tensor:
+    return u
+
+
+def _quadratic(u: torch.Tensor, options: SolverOptions) -> torch.Tensor:
+    return u.square()
+
+
+def _logit_normal(u: torch.Tensor, options: SolverOptions) -> torch.Tensor:
+    """Quantiles of the logit-normal distribution (Esser et al. 2024, eq. 19)."""
+    return torch.sigmoid(options.grid_location + options.grid_scale * torch.special.ndtri(u))
+
+
+def _edm(u: torch.Tensor, options: SolverOptions) -> torch.Tensor:
+    """EDM's noise levels (Karras et al. 2022, eq. 5), sigma = t / (1 - t); pure noise takes the place of the highest."""
+    steps = len(u) - 1
+    low, high = (sigma ** (1 / options.grid_rho) for sigma in EDM_SIGMAS)
+    place = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
+    sigma = (high + place * (low - high)) ** options.grid_rho
+    return torch.cat([u[:1], (sigma / (1 + sigma))[1:], u[-1:]])
+
+
+GRIDS: dict[str, Callable[[torch.Tensor, SolverOptions], torch.Tensor]] = {
+    "uniform": _uniform,
+    "quadratic": _quadratic,
+    "logit_normal": _logit_normal,
+    "edm": _edm,
+}

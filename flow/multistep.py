@@ -1,0 +1,74 @@
+"""Solvers that reuse the velocities of earlier steps, and so take one evaluation a step."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+
+from flow.problem import Draw, Solution, SolverOptions, Velocity, counted, moment
+from flow.runge_kutta import TABLEAUS, combine, slopes_of_step
+
+__all__ = ["adams_bashforth", "dpm_solver"]
+
+# A step's first slope starts the history; a Runge-Kutta method of one order less does not spoil the order of the whole.
+STARTS = {2: TABLEAUS["euler"], 3: TABLEAUS["heun"], 4: TABLEAUS["rk3"]}
+
+
+def adams_bashforth(
+    order: int, velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: SolverOptions, draw: Draw
+) -> Solution:
+    """Adams-Bashforth of `order` on any grid (Hairer, Norsett & Wanner 1993, section III.1 and III.5).
+
+    The first order - 1 intervals are Runge-Kutta steps of order - 1, so that order 2 takes just one evaluation a step.
+    """
+    past: list[float] = []
+    slopes: list[torch.Tensor] = []  # velocities at the times in `past`, newest first
+    evaluations = 0
+    for start, end in pairwise(times):
+        if len(slopes) < order - 1:
+            tableau = STARTS[order]
+            stages = slopes_of_step(tableau, velocity, x, start, end)
+            slope, mean, used = stages[0], combine(tableau.weights, stages), len(stages)
+        else:
+            slope, used = velocity(moment(start, x), x), 1
+            mean = combine(mean_weights([start, *past], end), [slope, *slopes])
+        x = x + (end - start) * mean
+        past, slopes = [start, *past][: order - 1], [slope, *slopes][: order - 1]
+        evaluations += used
+    return counted(x, evaluations)
+
+
+def dpm_solver(
+    velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: SolverOptions, draw: Draw
+) -> Solution:
+    """DPM-Solver++(2M) for the straight path (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
+
+    With alpha = 1 - t, sigma = t, half log-SNR l = log(alpha / sigma) and the network's guess of the data D = x - t v,
+
+        x_end = (end / start) x + (1 - end / start) [D + h / (2 h_before) (D - D_before)],    h = l_end - l_start.
+
+    The first and the last step, where l is infinite, are of first order, which is Euler's method; so is the second,
+    because h_before is infinite.
+    """
+    before: tuple[float, torch.Tensor] | None = None
+    for start, end in pairwise(times):
+        data = guess = x - start * velocity(moment(start, x), x)
+        if before is not None and end > 0:
+            ratio = (_log_snr(end) - _log_snr(start)) / (_log_snr(start) - _log_snr(before[0]))
+            guess = data + ratio / 2 * (data - before[1])
+        x = end / start * x + (1 - end / start) * guess
+        before = start, data
+    return counted(x, len(times) - 1)
+
+
+def mean_weights(nodes: Sequence[float], end: float) -> list[float]:
+    """Weights of the values at `nodes` in the mean, over [nodes[0], end], of the polynomial through them."""
+    places = (torch.tensor(nodes, dtype=torch.float64) - nodes[0]) / (end - nodes[0])
+    powers = torch.arange(len(nodes), dtype=torch.float64)
+    means = 1 / (powers + 1)  # of s^m over [0, 1]
+    return torch.linalg.solve(places[None, :] ** powers[:, None], means).tolist()
+
+
+def _log_snr(time: float) -> float:
+    return math.log((1 - time) / time) if time < 1 else -math.inf

@@ -1,0 +1,33 @@
+"""torchdiffeq's adaptive methods.
+
+They choose one step size for the whole batch, by an error that is averaged over it: samples depend on their batch mates.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torchdiffeq
+
+from flow.problem import Draw, Solution, SolverOptions, Velocity, counted
+
+__all__ = ["torchdiffeq_solver"]
+
+
+def torchdiffeq_solver(
+    method: str, velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: SolverOptions, draw: Draw
+) -> Solution:
+    """The method of that name in torchdiffeq."""
+    counter = _Counter(velocity)
+    ends = torch.tensor([times[0], times[-1]], dtype=x.dtype, device=x.device)
+    path = torchdiffeq.odeint(counter, x, ends, method=method, atol=options.atol, rtol=options.rtol)
+    return counted(path[-1], counter.evaluations)
+
+
+class _Counter:
+    def __init__(self, velocity: Velocity) -> None:
+        self.velocity = velocity
+        self.evaluations = 0
+
+    def __call__(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        self.evaluations += 1
+        return self.velocity(t, x)
