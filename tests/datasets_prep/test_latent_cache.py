@@ -141,7 +141,7 @@ def test_processes_share_the_shards(tmp_path, autoencoder, monkeypatch):
     dataset = tiny_dataset()
     build(tmp_path / "alone", dataset, autoencoder)
     folder = tmp_path / "shared"
-    monkeypatch.setattr(Processes, "sum", lambda self, value: value)  # the other one is not there
+    monkeypatch.setattr(Processes, "any", lambda self, flag: flag)
     with pytest.raises(UsageError, match="moments_00001"):  # the main process came too early: the second's are missing
         build_latent_cache(folder, dataset, autoencoder, MACHINE, Processes(0, 2))
     assert [path.name for path in sorted(folder.glob("*.npy"))] == [f"moments_0000{i}.npy" for i in (0, 2, 4)]

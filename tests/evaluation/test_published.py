@@ -11,7 +11,7 @@ import torch
 
 from evaluation.published import open_published, published_facts
 from evaluation.sampling import SAMPLING_GROUPS
-from flow.guidance import guided_velocity
+from flow.guidance import GuidanceOptions, GuidedVelocity
 from models.autoencoder import AutoencoderOptions, new_autoencoder_kl
 from models.conditions import Condition
 from options import UsageError, parse_options
@@ -101,9 +101,8 @@ def assert_golden(model, case, golden):
     assert (velocity - tensors["out.velocity"]).abs().max() <= golden.LIMITS["velocity"]
     if case.cfg_scale is not None:
         null = Condition(torch.full_like(tensors["in.y"], model.header["num_classes"]))
-        guided = guided_velocity(model.network, condition, null, case.cfg_scale)(
-            tensors["in.t_cfg"][0], tensors["in.x"]
-        )
+        velocity = GuidedVelocity(model.network, condition, null, GuidanceOptions(case.cfg_scale))
+        guided = velocity(tensors["in.t_cfg"][0], tensors["in.x"])
         assert (guided - tensors["out.velocity_cfg"]).abs().max() <= golden.LIMITS["velocity_cfg"]
 
 
