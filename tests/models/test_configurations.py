@@ -210,9 +210,11 @@ def test_impossible_networks_are_refused_by_name(kind, options, message):
         build(kind, options)
 
 
-@pytest.mark.parametrize(("kind", "width"), [("adm", 16), ("ncsn++", 8), (ORIGIN_ADM, 16)])
-def test_narrow_networks_that_group_norm_can_divide_are_built(kind, width):
-    options = NETWORKS[kind].options(nf=width, ch_mult=(2, 4), num_res_blocks=1, attn_resolutions=(4,))
+@pytest.mark.parametrize(
+    ("kind", "width", "multiples"), [("adm", 16, (2, 4)), ("ncsn++", 24, (1, 2)), (ORIGIN_ADM, 16, (2, 4))]
+)
+def test_narrow_networks_that_group_norm_can_divide_are_built(kind, width, multiples):
+    options = NETWORKS[kind].options(nf=width, ch_mult=multiples, num_res_blocks=1, attn_resolutions=(4,))
     t, x, condition = inputs(options)
     assert torch.isfinite(new_network(kind, options)(t, x, condition)).all()
 
