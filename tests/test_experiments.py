@@ -22,7 +22,7 @@ from training.experiment import ExperimentOptions
 from training.loop import TrainingOptions
 
 ROOT = Path(__file__).parents[1]
-GROUPS = {"train": "TRAINING_GROUPS", "test": "SAMPLING_GROUPS"}
+GROUPS = {"train": "TRAINING_GROUPS", "test": "MODE_GROUPS"}
 
 
 class Experiment(NamedTuple):

@@ -134,7 +134,7 @@ def test_lowered_precision_tells_its_effect(capsys, monkeypatch):
 
 def test_generated_batches_are_scored_with_their_labels():
     images = random_images(20, 0)
-    batches = [GeneratedBatch(range(20), images, torch.arange(20) % 4, 3)]
+    batches = [GeneratedBatch(range(20), images, torch.arange(20) % 4, *torch.full((2, 20), 3))]
     assert score_samples(batches, Pixels(), reference(images))["labels"] == {"0": 5, "1": 5, "2": 5, "3": 5}
 
 

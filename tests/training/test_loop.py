@@ -114,7 +114,7 @@ def state_of(folder):
             return value.numpy().tobytes()
         if isinstance(value, dict):
             return {key: comparable(item) for key, item in value.items()}
-        return value
+        return [comparable(item) for item in value] if isinstance(value, list) else value
 
     content = load_content(folder / "content.pth")
     assert content.pop("seconds") > 0

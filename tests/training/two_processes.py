@@ -17,6 +17,7 @@ from evaluation.writer import SampleWriter  # noqa: E402
 from runtime.distributed import join_processes  # noqa: E402
 from training.data import Batch  # noqa: E402
 from training.loop import train  # noqa: E402
+from training.optimizers import OptimizerOptions  # noqa: E402
 from training.parallel import replicate, share_out  # noqa: E402
 from training.state import TrainingState  # noqa: E402
 
@@ -59,7 +60,7 @@ def skipped_step(folder, processes):
     for fsdp in (False, True):
         job = runs.new_job(folder, processes=processes, fsdp=fsdp)
         place = partial(share_out, device=torch.device("cpu"), processes=processes) if fsdp else None
-        state = TrainingState(job.network, runs.MACHINE, 0.9, (0.9, 0.999), 0.01, place)
+        state = TrainingState(job.network, runs.MACHINE, 0.9, OptimizerOptions(weight_decay=0.01), place)
         velocity = job.network if fsdp else replicate(job.network, processes)
         good = Batch(*torch.ones(2, 4, 1, 4, 4), torch.full((4,), 0.5), torch.zeros(4, dtype=torch.long))
         bad = good._replace(noise=good.noise * (float("nan") if processes.rank else 1))
@@ -75,7 +76,7 @@ def skipped_step(folder, processes):
 def tensors_of(content):
     """Copies of the weights, the average and the optimizer's state."""
     weights = [*content["network"].values(), *content["ema"]["weights"].values()]
-    moments = [value for values in content["optimizer"]["state"].values() for value in values.values()]
+    moments = [value for values in content["optimizers"][0]["state"].values() for value in values.values()]
     return [value.clone() for value in [content["ema"]["updates"], *weights, *moments]]
 
 
@@ -93,11 +94,16 @@ def exchange(processes):
 def samples(folder, processes):
     """Five batches of two, the last one alone in its round."""
     every = [
-        GeneratedBatch(range(i, i + 2), torch.tensor([i, i + 1]).to(torch.uint8).view(2, 1, 1, 1), torch.arange(2), 1)
+        GeneratedBatch(
+            range(i, i + 2),
+            torch.tensor([i, i + 1]).to(torch.uint8).view(2, 1, 1, 1),
+            torch.arange(2),
+            *torch.ones(2, 2, dtype=torch.long),
+        )
         for i in range(0, 10, 2)
     ]
     for kind in ("npz", "png"):
-        writer = SampleWriter(folder / kind, kind, processes)
+        writer = SampleWriter(folder / kind, kind, {}, processes)
         for batch in processes.share(every):
             writer.add(batch)
         writer.close()
@@ -108,9 +114,12 @@ def samples(folder, processes):
     moments, alone = RunningMoments(3), RunningMoments(3)
     alone.update(rows)
     moments.update(rows[4:] if processes.rank else rows[:4])
-    together = moments.of_all(processes)
-    assert together.count == 9
-    assert abs(together.covariance - alone.covariance).max() < 1e-14
+    together = RunningMoments(3)
+    for share in processes.gather(moments.triple()):
+        together.merge(RunningMoments.of(*share))
+    if processes.is_main:
+        assert together.count == 9
+        assert abs(together.covariance - alone.covariance).max() < 1e-14
 
 
 def main(folder):
