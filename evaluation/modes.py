@@ -44,7 +44,7 @@ class ModeOptions:
 MODE_GROUPS = (ModeOptions, *SAMPLING_GROUPS, TimingOptions, PictureOptions, LikelihoodOptions)
 
 
-def run_modes(options: Options, processes: Processes = Processes()) -> Iterator[dict[str, Any]]:
+def run_modes(options: Options, processes: Processes = Processes()) -> Iterator[dict[str, Any]]:  # noqa: B008
     """The result of each measurement that was asked for, or else of the mode.
 
     Raises:

@@ -81,7 +81,6 @@ def test_samples_are_functions_of_seed_and_index_for_every_kind_of_solver(solver
     call(*flags, "--batch_size", 2, output="b")
     a, b = npz(tmp_path / "a"), npz(tmp_path / "b")
     assert np.abs(a["images"].astype(int) - b["images"]).max() <= 1
-    np.testing.assert_array_equal(a["evaluations"], b["evaluations"])
     assert np.abs(a["images"][0].astype(int) - a["images"][2]).max() > 20
     call(*flags, "--seed", 43, output="c")
     assert np.abs(npz(tmp_path / "c")["images"].astype(int) - a["images"]).max() > 20

@@ -100,7 +100,7 @@ def test_samples_of_two_processes_lie_in_order(folder):
     for index in range(10):
         with Image.open(folder / "samples" / "png" / f"{index:06d}.png") as image:
             assert np.asarray(image).item() == index
-    assert len(list((folder / "samples" / "png").iterdir())) == 10
+    assert len(list((folder / "samples" / "png").glob("*.png"))) == 10
 
 
 def test_average_and_its_warm_up_count_are_restored_exactly(folder):

@@ -93,13 +93,10 @@ def exchange(processes):
 
 def samples(folder, processes):
     """Five batches of two, the last one alone in its round."""
+    ones = torch.ones(2, dtype=torch.long)
+    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
     every = [
-        GeneratedBatch(
-            range(i, i + 2),
-            torch.tensor([i, i + 1]).to(torch.uint8).view(2, 1, 1, 1),
-            torch.arange(2),
-            *torch.ones(2, 2, dtype=torch.long),
-        )
+        GeneratedBatch(range(i, i + 2), images[i : i + 2], torch.arange(2), evaluations=ones, network_evaluations=ones)
         for i in range(0, 10, 2)
     ]
     for kind in ("npz", "png"):
