@@ -131,8 +131,8 @@ def _one_ahead(
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Steps first .. last - 1 with their moments and labels, read in a thread while the step before is computed.
 
-    The thread does nothing but read: torch's parallel loops in it would give it threads of its own, and OpenMP lets all threads
-    sleep between loops, instead of waiting awake, once there are more of them than processors: 1.6 times slower steps.
+    The thread does nothing but read. torch's parallel loops in it would give it OpenMP threads of its own, and once there are
+    more of these than processors, all of them go to sleep at the end of every loop, in the training step too.
     """
     with ThreadPoolExecutor(1) as thread:
         upcoming: deque[tuple[Future[torch.Tensor], torch.Tensor]] = deque()
