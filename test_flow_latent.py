@@ -4,21 +4,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from evaluation.modes import MODE_GROUPS, run_modes
+from evaluation.modes import IGNORED_FLAGS, MODE_GROUPS, run_modes
 from evaluation.sampling import SamplingOptions
 from evaluation.score import result_line
-from models.registry import IGNORED_NETWORK_FLAGS
 from options import Options
 from runtime.distributed import Processes
 from runtime.files import append_line
 from runtime.launch import run_script
-
-# Published flags without an effect, here or there.
-IGNORED = {
-    **IGNORED_NETWORK_FLAGS,
-    "use_karras_samplers": "see --time_grid edm",
-    "perturb": "it changed nothing that is sampled here",
-}
 
 
 def main(options: Options, processes: Processes) -> None:
@@ -43,4 +35,4 @@ def summary_of_samples(result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main, str(__doc__), MODE_GROUPS, ignored=IGNORED)
+    run_script(main, str(__doc__), MODE_GROUPS, ignored=IGNORED_FLAGS)

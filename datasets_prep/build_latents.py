@@ -5,28 +5,20 @@
 With --num_process_per_node N the GPUs share the work; started again after an interruption it goes on.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from datasets_prep.datasets import DatasetOptions, open_dataset
+from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, open_dataset
 from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder
 from models.autoencoder import AutoencoderOptions, PixelSpace, load_autoencoder
-from options import Options, UsageError, option
+from options import Options, UsageError
 from runtime.distributed import Processes
 from runtime.launch import run_script
 from runtime.precision import MachineOptions, choose_machine
 
-__all__ = ["GROUPS", "BuildLatentsOptions", "main"]
+__all__ = ["GROUPS", "main"]
 
 
-@dataclass(frozen=True)
-class BuildLatentsOptions:
-    """Encoding."""
-
-    validation_images: int = option(2048, "the first so many validation images: a training looks at 2048", minimum=1)
-
-
-GROUPS = (BuildLatentsOptions, DatasetOptions, LatentCacheOptions, AutoencoderOptions, MachineOptions)
+GROUPS = (DatasetOptions, LatentCacheOptions, AutoencoderOptions, MachineOptions)
 
 
 def main(options: Options, processes: Processes) -> None:
@@ -35,8 +27,8 @@ def main(options: Options, processes: Processes) -> None:
     machine = choose_machine(options[MachineOptions], processes)
     with processes.main_first():
         train = open_dataset(data, "train")
-        held_out = open_dataset(data, "validation").head(options[BuildLatentsOptions].validation_images)
-    autoencoder = load_autoencoder(options[AutoencoderOptions], train.facts.channels)
+        held_out = open_dataset(data, "validation").head(HELD_OUT_IMAGES)
+        autoencoder = load_autoencoder(options[AutoencoderOptions], train.facts.channels)
     if isinstance(autoencoder, PixelSpace):
         raise UsageError("--pretrained_autoencoder_ckpt none makes no latents: name an autoencoder")
     autoencoder = autoencoder.to(machine.device)

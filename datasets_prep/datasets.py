@@ -19,7 +19,16 @@ from datasets_prep.lmdb_images import open_lmdb, open_lsun
 from options import UsageError, option
 from runtime.progress import progress_bar
 
-__all__ = ["DATASETS", "DatasetFacts", "DatasetOptions", "ImageDataset", "Split", "crop_padding", "open_dataset"]
+__all__ = [
+    "DATASETS",
+    "HELD_OUT_IMAGES",
+    "DatasetFacts",
+    "DatasetOptions",
+    "ImageDataset",
+    "Split",
+    "crop_padding",
+    "open_dataset",
+]
 
 # Openers take the dataset's name, its directory, the split and the side of the images in pixels.
 DATASETS: dict[str, Callable[[str, Path, Split, int], ImageDataset]] = {
@@ -36,6 +45,7 @@ DATASETS: dict[str, Callable[[str, Path, Split, int], ImageDataset]] = {
     "imagenet_256": open_imagenet,
     "latent_imagenet_256": open_latents,
 }
+HELD_OUT_IMAGES = 2048  # of the validation split, at most, that a training looks at
 LISTED_BAD_IMAGES = 10
 IMAGES_PER_CHECK = 256
 

@@ -65,7 +65,7 @@ def compare(generated: str, real: str, options: Options) -> dict[str, Any]:
     features = _choose_features(known.values(), options[FeatureOptions], choose_device(options[DeviceOptions]))
     if real not in known:
         source, cache_dir = _open_real(real, settings)
-        known[real] = summarise(source, features, needs[real] or {"moments"}, cache_dir, settings.batch_size)
+        known[real] = summarise(source, features, needs[real], cache_dir, settings.batch_size)
     if generated in known and generated != real:
         return score_summaries(scoring.metrics, known[generated], known[real])
     images = image_batches(open_source(generated, settings.image_size), settings.batch_size)

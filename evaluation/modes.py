@@ -7,11 +7,12 @@ from typing import Any
 from evaluation.cost import TimingOptions, count_evaluations, measure_time
 from evaluation.latent_paths import PictureOptions, interpolate, invert, trajectory
 from evaluation.likelihood import LikelihoodOptions, compute_nll
-from evaluation.sampling import SAMPLING_GROUPS, sample_and_score
+from evaluation.sampling import SAMPLING_GROUPS, SamplingOptions, sample_and_score
+from models.registry import IGNORED_NETWORK_FLAGS
 from options import Options, UsageError, option
 from runtime.distributed import Processes
 
-__all__ = ["MODES", "MODE_GROUPS", "ModeOptions", "run_modes"]
+__all__ = ["IGNORED_FLAGS", "MODES", "MODE_GROUPS", "ModeOptions", "run_modes"]
 
 MODES: dict[str, Callable[[Options], dict[str, Any]]] = {
     "invert": invert,
@@ -41,6 +42,12 @@ class ModeOptions:
     )
 
 
+# Published flags without an effect, here or there.
+IGNORED_FLAGS = {
+    **IGNORED_NETWORK_FLAGS,
+    "use_karras_samplers": "see --time_grid edm",
+    "perturb": "it changed nothing that is sampled here",
+}
 MODE_GROUPS = (ModeOptions, *SAMPLING_GROUPS, TimingOptions, PictureOptions, LikelihoodOptions)
 
 
@@ -48,10 +55,12 @@ def run_modes(options: Options, processes: Processes = Processes()) -> Iterator[
     """The result of each measurement that was asked for, or else of the mode.
 
     Raises:
-        UsageError: several processes for anything but samples.
+        UsageError: several processes for anything but samples, or one file for several results.
     """
     asked = [name for name in SWITCHES if options.values[name]] or [options[ModeOptions].mode]
     if processes.count > 1 and asked != [SAMPLE]:
         raise UsageError(f"{', '.join(asked)}: is done by one process, but there are {processes.count}")
+    if len(asked) > 1 and options[SamplingOptions].output_json:
+        raise UsageError(f"--output_json takes one result, but {', '.join(asked)} make {len(asked)}")
     for name in asked:
         yield sample_and_score(options, processes) if name == SAMPLE else MODES[name](options)

@@ -24,6 +24,9 @@ from runtime.torch_files import is_torch_file
 __all__ = ["Opened", "SourceOptions", "open_sampler"]
 
 
+OF_FIXED_STEPS = {"num_steps", "step_size", "time_grid", "time_shift", "grid_location", "grid_scale", "grid_rho"}
+
+
 @dataclass(frozen=True)
 class SourceOptions:
     """What to sample from."""
@@ -81,12 +84,11 @@ def open_sampler(options: Options, processes: Processes = Processes()) -> Opened
     path = _checkpoint_path(source, options[DatasetOptions].dataset)
     with processes.main_first():  # the others find the autoencoder that it may have downloaded
         model = _open_model(path, options, machine.device)
+        guide = _open_guide(options, model, machine.device)
     header, stored = model.header, model.header["dataset"]
-    guide = _open_guide(source, model, guidance.cfg_scale, machine.device)
-    if SOLVERS[solver.method].adaptive and "num_steps" in options.explicit:
-        print(
-            f"note: --num_steps has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol"
-        )
+    if SOLVERS[solver.method].adaptive and (unused := sorted(OF_FIXED_STEPS & options.explicit)):
+        flags = ", ".join(f"--{name}" for name in unused)
+        print(f"note: {flags} has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol")
     sampler = Sampler(
         network=torch.compile(model.network) if options[MachineOptions].compile else model.network,
         autoencoder=model.autoencoder,
@@ -102,6 +104,8 @@ def open_sampler(options: Options, processes: Processes = Processes()) -> Opened
     )
     settings = {
         "weights_sha256": header["weights_sha256"],
+        "network": {"model_type": header["model_type"], **header["network"]},
+        "autoencoder": header["autoencoder"],
         "guide_sha256": guide.header["weights_sha256"] if guide else None,
         "seed": source.seed,
         "generator": source.generator,
@@ -116,18 +120,25 @@ def _open_model(path: Path, options: Options, device: torch.device) -> LoadedMod
     """The model of a checkpoint, which the flags must fit, or of a published file, which they describe."""
     if is_torch_file(path):
         return open_published(path, options, device)
-    moved = "pretrained_autoencoder_ckpt" in options.explicit
-    model = load_model(path, device, options[AutoencoderOptions] if moved else None)
+    model = load_model(path, device, _moved_autoencoder(options))
     _refuse_contradictions(options, model.header, path)
     return model
 
 
-def _open_guide(source: SourceOptions, model: LoadedModel, scale: float, device: torch.device) -> LoadedModel | None:
+def _moved_autoencoder(options: Options) -> AutoencoderOptions | None:
+    """Where the autoencoder lies now, if the user says so."""
+    return options[AutoencoderOptions] if "pretrained_autoencoder_ckpt" in options.explicit else None
+
+
+def _open_guide(options: Options, model: LoadedModel, device: torch.device) -> LoadedModel | None:
     """The weaker network of autoguidance, if one was named; else the scale must suit the network itself."""
+    source, scale = options[SourceOptions], options[GuidanceOptions].cfg_scale
     if not source.guide_checkpoint:
         check_guidance(model.header["network"], scale)
         return None
-    guide = load_model(source.guide_checkpoint, device)
+    if scale == 1:
+        raise UsageError("--guide_checkpoint has no effect at --cfg_scale 1: give a scale above 1")
+    guide = load_model(source.guide_checkpoint, device, _moved_autoencoder(options))
     for name in ("latent_size", "latent_channels", "num_classes"):
         if guide.header[name] != model.header[name]:
             raise UsageError(

@@ -113,7 +113,8 @@ def sample_and_score(options: Options, processes: Processes = Processes()) -> di
         **score,
         "samples": sampling.n_sample,
         **describe_evaluations(*keeper.counts(processes)),
-        "labels": {"rule": label_rule, "counts": processes.sum(keeper.label_counts).tolist()},
+        "label_rule": label_rule,
+        "label_counts": processes.sum(keeper.label_counts).tolist(),
         "batch_size": sampling.batch_size,
         "processes": processes.count,
         "seconds": round(seconds, 1),
@@ -179,7 +180,7 @@ def _batches(
     held = processes.from_main(writer.held(wanted) if writer is not None and exact and processes.is_main else set())
     if writer is not None and held:
         print(f"{len(held)} of {len(wanted)} samples are in {writer.folder} already")
-        yield from writer.read(set(processes.share(sorted(held))))
+        yield from writer.read(set(processes.share(sorted(held))), sampling.batch_size)
     missing = [index for index in wanted if index not in held]
     stream = generate(sampler, missing, batch_size=sampling.batch_size, labels=labels, processes=processes)
     with progress_bar(total=len(missing) // processes.count, desc="sampling", unit="image") as bar:
@@ -197,7 +198,7 @@ def _score(batches: Iterable[GeneratedBatch], options: Options, opened: Opened, 
         features = choose_features(options[FeatureOptions], stored["name"], opened.sampler.machine)
         dataset = None if real else opened.real_images(options[DatasetOptions], "train")
     if dataset is None:
-        needs = needs_of(scoring.metrics, reference=True) or {"moments"}
+        needs = needs_of(scoring.metrics, reference=True)
         reference = summary_at(real, features, needs, sampling.batch_size, processes)
     else:
         reference = reference_statistics(dataset, features, options[DatasetOptions].datadir, scoring.metrics, processes)

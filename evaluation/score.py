@@ -85,7 +85,8 @@ def check_metrics(names: Sequence[str]) -> None:
 def needs_of(names: Sequence[str], *, reference: bool) -> frozenset[str]:
     """What the metrics need of the samples, or of the reference."""
     check_metrics(names)
-    return frozenset(METRICS[name].need for name in names if METRICS[name].against_reference or not reference)
+    needs = frozenset(METRICS[name].need for name in names if METRICS[name].against_reference or not reference)
+    return needs or frozenset(("moments",))
 
 
 def reference_statistics(
@@ -96,7 +97,7 @@ def reference_statistics(
     processes: Processes = Processes(),  # noqa: B008
 ) -> Summary:
     """The real images of a split, as the metrics need them; cached in `statistics` below the data directory."""
-    needs = needs_of(metrics, reference=True) or frozenset(("moments",))
+    needs = needs_of(metrics, reference=True)
     return summarise(dataset_source(dataset), features, needs, Path(datadir) / "statistics", processes=processes)
 
 
@@ -176,7 +177,7 @@ def score_summaries(
         for name, value in values.items()
     }
     features = generated.meta.get("features") or reference.meta.get("features") or {}
-    source = {key: value for key, value in reference.meta.items() if key not in ("features", "image_format")}
+    source = {key: value for key, value in reference.meta.items() if key != "features"}
     rows = {} if reference.rows is None else {"rows": len(reference.rows)}
     return {
         **scores[metrics[0]],
@@ -227,6 +228,9 @@ def _warnings(generated: Summary, reference: Summary) -> list[str]:
         known = summary.statistics or summary.spatial
         if known is not None and summary.count is not None and summary.count <= len(known.mean):
             found.append(f"{summary.count} {what} are too few for a covariance of {len(known.mean)} features")
+    formats = [summary.meta.get("image_format") for summary in (generated, reference)]
+    if None not in formats and formats[0] != formats[1]:
+        found.append(f"the samples are scored as {formats[0]}, the reference as {formats[1]}")
     if generated.meta.get("resolution") and not reference.meta.get("resolution"):
         found.append("the reference does not tell the size of its images, which should be that of the samples")
     return found

@@ -56,21 +56,14 @@ class SampleWriter:
         """Which of the samples `wanted` are here already, whole."""
         return {int(i) for table in self._tables() for i in table["indices"] if int(i) in wanted and self._has(int(i))}
 
-    def read(self, wanted: set[int]) -> Iterator[GeneratedBatch]:
-        """The samples `wanted` from the disk; those of jpg files are not what was drawn."""
+    def read(self, wanted: set[int], batch_size: int) -> Iterator[GeneratedBatch]:
+        """The samples `wanted` from the disk, at most `batch_size` at a time; those of jpg files are not what was drawn."""
         missing = set(wanted)
         for table in self._tables():
             rows = [row for row, index in enumerate(table["indices"].tolist()) if index in missing]
             missing -= set(table["indices"].tolist())
-            if not rows:
-                continue
-            columns = {name: torch.from_numpy(table[name][rows]) for name in COLUMNS}
-            indices = columns.pop("indices").tolist()
-            if self.kind == "npz":
-                images = torch.from_numpy(table["images"][rows]).permute(0, 3, 1, 2)
-            else:
-                images = torch.stack([pil_to_tensor(Image.open(self._path(index))) for index in indices])
-            yield GeneratedBatch(indices, images, **columns)
+            for first in range(0, len(rows), batch_size):
+                yield self._batch(table, rows[first : first + batch_size])
 
     def add(self, batch: GeneratedBatch) -> None:
         """Write a batch."""
@@ -100,6 +93,15 @@ class SampleWriter:
         _write_table(self.folder / "samples.npz", {name: column[order] for name, column in whole.items()})
         for part in parts:
             part.unlink()
+
+    def _batch(self, table: Mapping[str, np.ndarray], rows: list[int]) -> GeneratedBatch:
+        columns = {name: torch.from_numpy(table[name][rows]) for name in COLUMNS}
+        indices = columns.pop("indices").tolist()
+        if self.kind == "npz":
+            images = torch.from_numpy(table["images"][rows]).permute(0, 3, 1, 2)
+        else:
+            images = torch.stack([pil_to_tensor(Image.open(self._path(index))) for index in indices])
+        return GeneratedBatch(indices, images, **columns)
 
     def _check(self, settings: dict[str, Any]) -> None:
         manifest = self.folder / "samples.json"

@@ -2,7 +2,8 @@
 
 Guidance leads away from a worse velocity, v = v_worse + scale (v - v_worse): that of the null condition (classifier-free
 guidance, Ho & Salimans 2022, eq. 6), or that of a weaker network (autoguidance, Karras et al. 2024, arXiv:2406.02507,
-eq. 3). It acts on all channels, and only at times within an interval (Kynkaanniemi et al. 2024, arXiv:2404.07724, eq. 5).
+eq. 3). It acts at times within an interval (Kynkaanniemi et al. 2024, arXiv:2404.07724, eq. 5), on all channels
+or on the first few.
 """
 
 import copy

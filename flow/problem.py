@@ -59,8 +59,8 @@ class SolverOptions:
     diffusion_norm: float = option(1.0, "stochastic: factor on w(t)", minimum=0)
 
     def __post_init__(self) -> None:
-        if len(self.churn_interval) != 2:
-            raise UsageError(f"--churn_interval: expected two times LOW HIGH, but {self.churn_interval} was given")
+        if len(self.churn_interval) != 2 or self.churn_interval[0] > self.churn_interval[1]:
+            raise UsageError(f"--churn_interval: expected two times LOW <= HIGH, but {self.churn_interval} was given")
 
 
 class Solution(NamedTuple):

@@ -44,8 +44,8 @@ def check_method(options: SolverOptions, backwards: bool = False) -> None:
     """Refuse a method that there is not, or that cannot do what is asked.
 
     Raises:
-        UsageError: an unknown method (the message lists the known ones), churn without heun, or, if `backwards`, a method
-            that does not lead from data to noise.
+        UsageError: an unknown method (the message lists the known ones), churn without heun, a grid without intervals, or, if
+            `backwards`, a method that does not lead from data to noise.
     """
     if options.method not in SOLVERS:
         raise UsageError(f"unknown --method {options.method!r}: expected one of {', '.join(SOLVERS)}")
@@ -55,6 +55,8 @@ def check_method(options: SolverOptions, backwards: bool = False) -> None:
         usable = ", ".join(name for name, method in SOLVERS.items() if method.reversible)
         name = "heun with churn" if options.churn else options.method
         raise UsageError(f"--method {name} does not lead from data to noise: choose one of {usable}")
+    if not SOLVERS[options.method].adaptive:
+        time_grid(options)  # may refuse it
 
 
 def _no_noise(step: int) -> torch.Tensor:

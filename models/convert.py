@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from evaluation.modes import IGNORED_FLAGS, MODE_GROUPS
 from evaluation.published import published_facts
-from evaluation.sampling import SAMPLING_GROUPS
 from models.autoencoder import Autoencoder, PixelSpace, is_hub_id, load_autoencoder
 from options import Options, UsageError, as_json, exit_cleanly, option, parse_options
 from runtime.checkpoints import read_weights, save_weights
@@ -29,7 +29,9 @@ class ConversionOptions:
 def main() -> None:
     """Convert the way that the first file's kind asks for."""
     paths, flags = _split_paths(sys.argv[1:])
-    options = parse_options(str(__doc__).splitlines()[0], [ConversionOptions, *SAMPLING_GROUPS], flags)
+    options = parse_options(
+        str(__doc__).splitlines()[0], [ConversionOptions, *MODE_GROUPS], flags, ignored=IGNORED_FLAGS
+    )
     source, target = paths
     if is_torch_file(source):
         _from_published(source, target, options)

@@ -58,7 +58,7 @@ class Published(NamedTuple):
     """What a published file holds.
 
     `weights` are those that training goes on with, `averages` their moving averages (empty: there are none), `states` the
-    optimizer's, all by the name of the parameter. `epoch` is the next one.
+    optimizer's, all by the name of the parameter. `epoch` is the next one. `ours`: it is a content.pth of this project.
     """
 
     weights: dict[str, torch.Tensor]
@@ -67,6 +67,7 @@ class Published(NamedTuple):
     arguments: dict[str, Any]
     epoch: int | None = None
     step: int | None = None
+    ours: bool = False
 
     @property
     def sampled(self) -> dict[str, torch.Tensor]:
@@ -97,7 +98,9 @@ def parse_published(content: Any, path: str | Path) -> Published:
         )
     if {"network", "ema"} <= content.keys():  # our own content.pth
         weights = _weights(content["network"], path)
-        return Published(weights, _weights(content["ema"]["weights"], path), {}, {}, step=content.get("step"))
+        return Published(
+            weights, _weights(content["ema"]["weights"], path), {}, {}, step=content.get("step"), ours=True
+        )
     if not is_published_content(content):
         return Published(_weights(content, path), {}, {}, {})
     weights = _weights(content["model_dict"], path)
@@ -162,6 +165,10 @@ def build_published(
     Raises:
         UsageError: names or shapes that are not those of the network which the options describe.
     """
+    if published.ours:
+        raise UsageError(
+            f"{path} is for resuming a run: name the model_<epoch>.safetensors or best.safetensors beside it"
+        )
     architecture = _architecture(options, autoencoder)
     network = build_network(*architecture)
     sampled = published.sampled

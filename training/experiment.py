@@ -29,7 +29,9 @@ HARMLESS = frozenset(
 # These change the order in which numbers are added, and with it the last bits: the run goes on and says so.
 ROUNDING = frozenset("processes grad_accumulation fsdp num_threads threads compile".split())
 # With --resume these may change too: the run goes on, but is no longer the one that its first options describe.
-ADJUSTABLE = frozenset("max_steps num_epoch lr lr_schedule no_lr_decay warmup_steps grad_clip precision".split())
+ADJUSTABLE = frozenset(
+    "max_steps num_epoch lr muon_lr lr_schedule no_lr_decay warmup_steps grad_clip precision".split()
+)
 
 
 @dataclass(frozen=True)

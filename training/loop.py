@@ -174,8 +174,9 @@ def _keep(
         print(f"step {state.step}: {shown}", flush=True)
         if job.review.objective != state.best_of:
             state.best, state.best_of = math.inf, job.review.objective
-        if job.processes.from_main(values["objective"]) < state.best:
-            state.best = job.processes.from_main(values["objective"])
+        objective = job.processes.from_main(values["objective"])
+        if objective < state.best:
+            state.best = objective
             _save_model(job, state, "best", per_epoch, ended)
     if due(experiment.plot_every):
         picture = job.review.preview(state.ema.network)

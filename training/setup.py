@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from datasets_prep.datasets import DatasetOptions, ImageDataset, open_dataset
+from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, ImageDataset, open_dataset
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import MomentSource, open_moments
 from evaluation.features import FeatureNetwork, FeatureOptions, choose_features
@@ -30,7 +30,6 @@ from runtime.torch_files import is_torch_file
 from training.experiment import ExperimentOptions, has_content, open_experiment
 from training.loop import Job, TrainingOptions
 from training.review import Review
-from training.validation import LARGEST_SET
 
 __all__ = ["TRAINING_GROUPS", "load_what_fits", "prepare"]
 
@@ -62,7 +61,7 @@ def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
     _check(options)
     with processes.main_first():  # the others find what it has downloaded
         dataset = open_dataset(data, "train")
-        held_out = open_dataset(data, "validation").head(LARGEST_SET)
+        held_out = open_dataset(data, "validation").head(HELD_OUT_IMAGES)
         autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels)
         if experiment.eval_samples:
             dataset.check_images("--eval_samples")
@@ -75,6 +74,7 @@ def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
         start_from = find_checkpoint(experiment.init_from, folder)
     network = _network(options, latent_size, network_options, start_from)
 
+    processes.barrier()  # all have read what --overwrite may move aside
     resolved = {"precision": machine.precision, "processes": processes.count, "threads": torch.get_num_threads()}
     resolved = {**options.values, **resolved}
     resume = processes.from_main(open_experiment(folder, resolved, experiment) if processes.is_main else False)

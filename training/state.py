@@ -137,7 +137,7 @@ class TrainingState:
                 number: {name: like_part_of(value, parameters[number]) for name, value in values.items()}
                 for number, values in stored["state"].items()
             }
-            optimizer.load_state_dict(stored | {"state": state})
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # rates are those of the options
 
 
 def _parts(weights: Mapping[str, torch.Tensor], models: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

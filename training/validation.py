@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from datasets_prep.datasets import HELD_OUT_IMAGES
 from datasets_prep.moments import MomentSource
 from flow.paths import straight_path
 from models.autoencoder import Autoencoder, PixelSpace
@@ -13,7 +14,6 @@ from runtime.randomness import generator_for
 
 __all__ = ["validation_loss"]
 
-LARGEST_SET = 2048
 IMAGES_PER_BATCH = 256
 QUARTERS = 4
 
@@ -32,7 +32,7 @@ def validation_loss(
     Returns:
         "loss", and "loss_q1" .. "loss_q4" for t in [0, 1/4), ..., [3/4, 1].
     """
-    count = min(len(source), LARGEST_SET)
+    count = min(len(source), HELD_OUT_IMAGES)
     generator = generator_for(0, "validation")
     times = (torch.randperm(count, generator=generator) + 0.5) / count
     unmirrored = torch.zeros(count, dtype=torch.bool)

@@ -21,7 +21,6 @@ from models.autoencoder import (
 from options import UsageError, parse_options
 from runtime.distributed import Processes
 from runtime.precision import Machine
-from training.validation import LARGEST_SET
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
 UPRIGHT = torch.zeros(3, dtype=torch.bool)
@@ -201,7 +200,3 @@ def test_caches_that_do_not_fit(cached, autoencoder):
     (train / "labels.npy").write_bytes(b"damaged")
     with pytest.raises(UsageError, match=r"labels\.npy is damaged"):
         open_split(train)
-
-
-def test_as_many_validation_images_as_a_training_looks_at():
-    assert build_latents.BuildLatentsOptions().validation_images == LARGEST_SET

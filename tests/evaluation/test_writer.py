@@ -27,7 +27,7 @@ def test_an_interrupted_start_knows_what_is_missing_and_reads_back_what_is_not(k
     writer = SampleWriter(tmp_path, kind, SETTINGS)
     assert writer.held(range(10)) == {0, 1, 2, 7, 8}
     assert writer.held(range(2)) == {0, 1}
-    read = list(writer.read({1, 2, 8}))
+    read = list(writer.read({1, 2, 8}, 2))
     assert [index for part in read for index in part.indices] == [1, 2, 8]
     for part in read:
         expected = batch(*part.indices)
@@ -55,6 +55,8 @@ def test_the_finished_folder(kind, tmp_path):
     more.add(batch(5))
     more.close()
     assert SampleWriter(tmp_path, kind, SETTINGS).held(range(10)) == {0, 1, 2, 3, 4, 5}
+    sizes = [len(part.indices) for part in SampleWriter(tmp_path, kind, SETTINGS).read(set(range(6)), 4)]
+    assert sizes == [4, 2]  # never all samples at once
 
 
 def test_a_lost_or_empty_image_is_missing(tmp_path):

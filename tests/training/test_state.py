@@ -140,3 +140,13 @@ def test_fixed_position_table_is_not_trained():
     advance(state, batch_of(0))
     assert torch.equal(state.network.pos_embed, before)
     assert all(parameter is not state.network.pos_embed for parameter in state.parameters)
+
+
+def test_muon_s_rate_follows_the_options_of_the_run_that_goes_on():
+    state, other = (
+        new_state("muon"),
+        TrainingState(tiny_network(), MACHINE, 0.99, OptimizerOptions(optimizer="muon", lr=2e-2, muon_lr=0.02)),
+    )
+    advance(state, batch_of(0))
+    other.restore(state.content())
+    assert [group["relative_lr"] for optimizer in other.optimizers for group in optimizer.param_groups] == [1.0, 1.0]

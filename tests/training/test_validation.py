@@ -84,7 +84,7 @@ def test_a_better_velocity_has_a_lower_loss(source):
 
 
 def test_only_the_first_images_count(source, monkeypatch):
-    monkeypatch.setattr(validation, "LARGEST_SET", 16)
+    monkeypatch.setattr(validation, "HELD_OUT_IMAGES", 16)
     monkeypatch.setattr(validation, "IMAGES_PER_BATCH", 6)
     network = Field(0.5)
     loss_of(network, source)
