@@ -24,6 +24,7 @@ from training.loop import TrainingOptions
 
 ROOT = Path(__file__).parents[1]
 GROUPS = {"train": "TRAINING_GROUPS", "test": "MODE_GROUPS"}
+IGNORED = {"train": "IGNORED", "test": "IGNORED_FLAGS"}
 
 
 class Experiment(NamedTuple):
@@ -69,7 +70,7 @@ def names_of(script):
 
 def parse(kind, *flags):
     names = names_of(f"{kind}_flow_latent.py")
-    ignored = names["IGNORED"] | {"num_process_per_node": "the start of the processes reads it"}
+    ignored = names[IGNORED[kind]] | {"num_process_per_node": "the start of the processes reads it"}
     return parse_options("", names[GROUPS[kind]], [str(flag) for flag in flags], ignored=ignored)
 
 
