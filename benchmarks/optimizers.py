@@ -22,6 +22,7 @@ def main(steps: int = STEPS) -> None:
         for number, (name, flags) in enumerate(RUNS.items()):
             command = [sys.executable, "train_flow_latent.py", "--args_file", "train_args/fashion_mnist_dit.txt"]
             command += ["--save_root", folder, "--exp", f"run{number}", "--max_steps", str(steps), *flags]
+            command += ["--log_every", str(max(1, steps // 8))]
             subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
             record = Path(folder, "latent_flow", "fashion_mnist", f"run{number}", "metrics.jsonl")
             entries = [json.loads(line) for line in record.read_text().splitlines()]
