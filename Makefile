@@ -1,4 +1,4 @@
-# test, test-slow, lint, bench; each sets up .venv first if the active Python lacks requirements-dev.txt.
+# test, test-slow, lint, bench (which takes hours, and needs what bash run.sh trains); each sets up .venv first if the active Python lacks requirements-dev.txt.
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
 

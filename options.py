@@ -1,47 +1,32 @@
-"""Options declared once: the fields of frozen dataclasses become argparse flags and keys of KEY=VALUE files.
+"""Options declared once, as fields of frozen dataclasses, and the errors that are their user's.
 
 Every component owns one dataclass whose fields are made by `option(default, help)`; the scripts hand the classes they use
-to `parse_options`, and give each component its own instance back. The first line of a class's docstring is the title of
-its group in `--help`. Classes may share a field (network families do): it is one flag.
+to `command_line.parse_options`, and give each component its own instance back. The first line of a class's docstring is
+the title of its group in `--help`. Classes may share a field (network families do): it is one flag.
 """
 
-import argparse
 import dataclasses
 import errno
-import re
 import shlex
 import sys
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 __all__ = [
     "INTERRUPTED",
+    "DivergedError",
     "Options",
     "UsageError",
     "as_json",
     "exit_cleanly",
     "explain",
+    "group_title",
     "option",
-    "parse_options",
-    "read_arguments_file",
 ]
 
 T = TypeVar("T")
 
-# Short keys of the published test_args files; every other key is a flag's name in capitals.
-PUBLISHED_KEYS = {
-    "STEPS": "num_steps",
-    "IMG_SIZE": "image_size",
-    "CFG": "cfg_scale",
-    "ATTN_RES": "attn_resolutions",
-    "BASE_CH": "nf",
-    "Bs": "batch_size",
-}
-
-ASSIGNMENT = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
 INTERRUPTED = 130  # exit code after Ctrl-C
 ENVIRONMENT_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
@@ -50,6 +35,14 @@ ENVIRONMENT_ERRORS = frozenset(
 
 class UsageError(ValueError):
     """Input that a user can mend. The message says what was expected, what came and what to do."""
+
+    exit_code = 2
+
+
+class DivergedError(UsageError):
+    """A run whose numbers have gone wrong for good, though it could begin."""
+
+    exit_code = 3
 
 
 def option(
@@ -105,7 +98,7 @@ class Options:
             listed |= {field.name for field in own}
             changed = [field.name for field in own if self.values[field.name] != field.default]
             if changed:
-                lines.append(f"  {_title(group)}: " + " ".join(f"{n}={_written(self.values[n])}" for n in changed))
+                lines.append(f"  {group_title(group)}: " + " ".join(f"{n}={_written(self.values[n])}" for n in changed))
         return "\n".join(lines)
 
     def completed(self, values: Mapping[str, Any]) -> "Options":
@@ -125,82 +118,6 @@ def as_json(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def parse_options(
-    description: str,
-    groups: Sequence[type],
-    argv: Sequence[str] | None = None,
-    *,
-    defaults: Mapping[str, Any] | None = None,
-    ignored: Mapping[str, str] | None = None,
-) -> Options:
-    """Parse the command line into the options of `groups`.
-
-    Args:
-        description: first paragraph of `--help`.
-        groups: option dataclasses, in the order of `--help`.
-        argv: command line without the program's name; sys.argv[1:] when None.
-        defaults: this script's own defaults, by option name, where they differ from the dataclass's.
-        ignored: flags accepted for compatibility, with the reason why they do nothing; each says so once.
-
-    Raises:
-        UsageError: an unknown flag or key, a missing arguments file, or a value that does not fit.
-        SystemExit: `--help`.
-    """
-    defaults, ignored = defaults or {}, ignored or {}
-    parser, fields = _make_parser(description, groups, defaults, ignored)
-    finder = _Parser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--args_file")
-    found, words = finder.parse_known_args(list(sys.argv[1:] if argv is None else argv))
-    if found.args_file:
-        words = read_arguments_file(found.args_file, fields, ignored) + words
-    given = vars(parser.parse_args(words))
-
-    for flag, reason in ignored.items():
-        if given.pop(flag, None) is not None:
-            print(f"note: --{flag} has no effect here: {reason}", file=sys.stderr)
-    for name, value in given.items():
-        _check_range(fields[name], value)
-    values = {name: field.default for name, field in fields.items()} | dict(defaults) | given
-    return Options(values=values, explicit=frozenset(given), groups=tuple(groups))
-
-
-def read_arguments_file(
-    path: str | Path, fields: Mapping[str, dataclasses.Field], ignored: Iterable[str] = ()
-) -> list[str]:
-    """Flags from a file of KEY=VALUE lines (parsed, never executed; `#` starts a comment).
-
-    Args:
-        path: the file. A key is a flag's name in capitals or one of PUBLISHED_KEYS; several may share a line. Values may
-            be quoted; those of options that are tuples are separated by spaces. The key TASK, which chooses the script,
-            belongs to run.sh and run_test.sh.
-        fields: the options that exist, by name.
-        ignored: further names that are accepted.
-
-    Raises:
-        UsageError: a missing file, a line without "=", an unknown key, or a key without a value.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the arguments file {path}: {error}") from error
-    spellings = {flag[2:]: name for name, field in fields.items() for flag in field.metadata["flags"]}
-    flags: list[str] = []
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}, line {number}"
-        for key, value in _assignments(line, where):
-            name = PUBLISHED_KEYS.get(key, key.lower())
-            name = spellings.get(name, name)
-            if key == "TASK":
-                continue
-            if name not in fields and name not in ignored:
-                raise UsageError(f"{where}: unknown key {key} (there is no flag --{name})")
-            if not value:
-                raise UsageError(f"{where}: {key} has no value")
-            several = name in ignored or isinstance(fields[name].default, tuple)
-            flags += [f"--{name}", *(value.split() if several else [value])]
-    return flags
-
-
 class Explanation(NamedTuple):
     """How a script ends after an error that is not the program's: its exit code, and the line on stderr."""
 
@@ -209,9 +126,9 @@ class Explanation(NamedTuple):
 
 
 def explain(error: BaseException) -> Explanation | None:
-    """The explanation of a user's error, an interruption or a full disk; None for a defect, which needs its traceback."""
+    """The explanation of an error that is not the program's; None for a defect, which needs its traceback."""
     if isinstance(error, UsageError):
-        return Explanation(2, f"error: {error}")
+        return Explanation(error.exit_code, f"error: {error}")
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
     if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
@@ -220,7 +137,7 @@ def explain(error: BaseException) -> Explanation | None:
 
 
 def exit_cleanly(main: Callable[[], int | None]) -> None:
-    """Run a script's main function; a user's error becomes one line on stderr and exit code 2."""
+    """Run a script's main function; a user's error becomes one line on stderr and exit code 2, a diverged run 3."""
     try:
         sys.exit(main() or 0)
     except (Exception, KeyboardInterrupt) as error:
@@ -230,35 +147,8 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
         sys.exit(reason.exit_code)
 
 
-def _assignments(line: str, where: str) -> list[tuple[str, str]]:
-    """The (key, value) pairs of a line; a word that is no KEY=VALUE of its own continues the value before it."""
-    try:
-        words = shlex.split(line, comments=True)
-    except ValueError as error:
-        raise UsageError(f"{where}: {error}: {line!r}") from error
-    pairs: list[tuple[str, str]] = []
-    for word in words:
-        if match := ASSIGNMENT.fullmatch(word):
-            pairs.append((match[1], match[2]))
-        elif pairs:
-            key, value = pairs[-1]
-            pairs[-1] = key, f"{value} {word}".strip()
-        else:
-            raise UsageError(f"{where}: expected KEY=VALUE, but found {line!r}")
-    return pairs
-
-
-def _check_range(field: dataclasses.Field, value: Any) -> None:
-    lowest, highest = field.metadata["minimum"], field.metadata["maximum"]
-    numbers = value if isinstance(value, tuple) else (value,)
-    # "not at least" where "less" would let nan pass
-    if lowest is not None and not all(number >= lowest for number in numbers):
-        raise UsageError(f"--{field.name} must be at least {lowest}, but {value} was given")
-    if highest is not None and not all(number <= highest for number in numbers):
-        raise UsageError(f"--{field.name} must be at most {highest}, but {value} was given")
-
-
-def _title(group: type) -> str:
+def group_title(group: type) -> str:
+    """What a dataclass of options is called in `--help`."""
     return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
 
 
@@ -267,102 +157,3 @@ def _written(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     return shlex.quote(" ".join(map(str, value)) if isinstance(value, tuple) else str(value))
-
-
-def _make_parser(
-    description: str, groups: Sequence[type], defaults: Mapping[str, Any], ignored: Iterable[str]
-) -> tuple[argparse.ArgumentParser, dict[str, dataclasses.Field]]:
-    parser = _Parser(
-        usage="%(prog)s [--args_file FILE] [flags]",
-        description=description,
-        epilog="A switch --x may also be written --x true, --x false or --no-x. Defaults stand in brackets.",
-        allow_abbrev=False,
-        formatter_class=_HelpFormatter,
-    )
-    explained = "KEY=VALUE lines read before the flags; later flags win"
-    parser.add_argument("--args_file", metavar="FILE", default=argparse.SUPPRESS, help=explained)
-    fields = _add_groups(parser, groups, defaults)
-    for flag in ignored:
-        parser.add_argument(f"--{flag}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    return parser, fields
-
-
-def _add_groups(
-    parser: argparse.ArgumentParser, groups: Sequence[type], defaults: Mapping[str, Any]
-) -> dict[str, dataclasses.Field]:
-    fields: dict[str, dataclasses.Field] = {}
-    for group in groups:
-        section = parser.add_argument_group(_title(group))
-        hints = typing.get_type_hints(group)
-        for field in dataclasses.fields(group):
-            if field.name in fields:
-                continue  # shared by two families of networks
-            fields[field.name] = field
-            default = defaults.get(field.name, field.default)
-            _add_flag(section, field, hints[field.name], default)
-    return fields
-
-
-def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -> None:
-    kind, many = _argument_type(hint)
-    names = [f"--{field.name}", *field.metadata["flags"]]
-    shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
-    shown = ("on" if default else "off") if kind is bool else shown
-    explained = field.metadata["help"] + ("" if default in (None, "", ()) else f" [{shown}]")
-    common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": explained.replace("%", "%%")}
-    if kind is bool:
-        section.add_argument(*names, action=_BooleanAction, **common)
-    elif many:
-        section.add_argument(*names, type=kind, nargs="+", action=_TupleAction, metavar=kind.__name__.upper(), **common)
-    else:
-        choices = field.metadata["choices"]
-        section.add_argument(
-            *names, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), **common
-        )
-
-
-def _argument_type(hint: Any) -> tuple[type, bool]:
-    """(scalar type, whether a tuple of them) of an annotation such as `int | None` or `tuple[int, ...]`."""
-    if isinstance(hint, types.UnionType):
-        hint = next(item for item in typing.get_args(hint) if item is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
-    return hint, False
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise UsageError(f"{message} (see --help)")
-
-
-class _HelpFormatter(argparse.HelpFormatter):
-    """Wide, and one name for a switch instead of three spellings."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=118)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if isinstance(action, _BooleanAction):
-            return action.option_strings[0]
-        return super()._format_action_invocation(action)
-
-
-class _TupleAction(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
-        setattr(namespace, self.dest, tuple(values))
-
-
-class _BooleanAction(argparse.Action):
-    """`--flag`, `--flag true|false` and `--no-flag`."""
-
-    words: typing.ClassVar = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-
-    def __init__(self, option_strings, dest, **arguments):  # type: ignore[no-untyped-def]
-        negative = [f"--no-{name[2:]}" for name in option_strings if not name.startswith("--no_")]
-        super().__init__([*option_strings, *negative], dest, nargs="?", metavar="BOOL", **arguments)
-
-    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
-        value = True if values is None else self.words.get(str(values).lower())
-        if value is None:
-            parser.error(f"argument {option_string}: expected true or false, but {values!r} was given")
-        setattr(namespace, self.dest, value != (option_string or "").startswith("--no-"))

@@ -4,6 +4,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from datasets_prep.tasks import GENERATE
 from evaluation.modes import IGNORED_FLAGS, MODE_GROUPS, run_modes
 from evaluation.sampling import SamplingOptions
 from evaluation.score import result_line
@@ -35,4 +36,4 @@ def summary_of_samples(result: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    run_script(main, str(__doc__), MODE_GROUPS, ignored=IGNORED_FLAGS)
+    run_script(main, str(__doc__), MODE_GROUPS, ignored=IGNORED_FLAGS, task=GENERATE.name)

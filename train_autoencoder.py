@@ -3,8 +3,9 @@
 
 import shutil
 
+from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
-from options import exit_cleanly, parse_options
+from options import exit_cleanly
 from runtime.precision import MachineOptions, choose_machine
 from training.autoencoder import (
     AutoencoderTrainingOptions,

@@ -1,9 +1,10 @@
 #!/usr/bin/env python
 """Train the small classifier of Fashion-MNIST whose features score the embedded default, and measure it once."""
 
+from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from evaluation.classifier import load_classifier, save_classifier
-from options import as_json, exit_cleanly, parse_options
+from options import as_json, exit_cleanly
 from runtime.precision import MachineOptions, choose_machine
 from training.classifier import ClassifierTrainingOptions, accuracy, gather_images, train_classifier
 

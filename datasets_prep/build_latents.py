@@ -32,7 +32,7 @@ def main(options: Options, processes: Processes) -> None:
     if isinstance(autoencoder, PixelSpace):
         raise UsageError("--pretrained_autoencoder_ckpt none makes no latents: name an autoencoder")
     autoencoder = autoencoder.to(machine.device)
-    root = Path(caches.latent_cache_dir or Path(data.datadir) / "latent_cache")
+    root = Path(caches.latent_cache_dir or data.derived / "latent_cache")
     for dataset in (train, held_out):
         folder = cache_folder(root, dataset, autoencoder)
         build_latent_cache(folder, dataset, autoencoder, machine, processes, caches.num_workers)

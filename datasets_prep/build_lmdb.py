@@ -20,11 +20,12 @@ from typing import Any
 import lmdb
 from PIL import Image
 
+from command_line import parse_options
 from datasets_prep.folders import list_files, state_of_files
 from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, center_crop, open_rgb
 from datasets_prep.lmdb_file import open_lmdb_file
 from datasets_prep.lmdb_images import HELD_OUT_SHARE
-from options import UsageError, exit_cleanly, option, parse_options
+from options import UsageError, exit_cleanly, option
 from runtime.files import read_json, write_json
 from runtime.progress import progress_bar
 

@@ -20,8 +20,8 @@ from torchvision.datasets.utils import download_url
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
 from datasets_prep.images import crop_array
 from options import UsageError
-from runtime.files import atomic_path
-from runtime.unpickling import UNPICKLING_ERRORS, load_numpy_pickle
+from runtime.files import UNREADABLE, atomic_path
+from runtime.unpickling import load_numpy_pickle
 
 __all__ = ["open_cifar10"]
 
@@ -59,7 +59,7 @@ def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
         with path.open("rb") as file:
             content = load_numpy_pickle(file)
         data, labels = np.asarray(content["data"]), np.asarray(content["labels"], dtype=np.int64)
-    except (OSError, *UNPICKLING_ERRORS) as error:
+    except UNREADABLE as error:
         raise UsageError(f"cannot read {path}: {error} (damaged? delete it to have it unpacked again)") from error
     if data.dtype != np.uint8 or data.shape != (len(labels), 3 * SIDE * SIDE) or labels.ndim != 1 or not len(labels):
         raise UsageError(

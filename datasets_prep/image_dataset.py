@@ -1,5 +1,6 @@
 """The contract of every dataset: images by index, labels, facts, and a fingerprint of the files."""
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-__all__ = ["LISTED_CLASSES", "DatasetFacts", "ImageDataset", "Split", "crop_padding"]
+__all__ = ["LISTED_CLASSES", "DatasetFacts", "ImageDataset", "Split", "crop_padding", "like_originals", "shown_side"]
 
 Split = Literal["train", "validation"]
 
@@ -64,10 +65,35 @@ class ImageDataset:
             UsageError: there are no images.
         """
 
+    def verify(self, index: int) -> None:
+        """Read whatever belongs to one index.
+
+        Raises:
+            BadImageError: a part of it is damaged.
+        """
+        self[index]
+
+    def subset(self, kept: np.ndarray) -> "ImageDataset":
+        """The images `kept`, int64 [n] of indices."""
+        if np.array_equal(kept, np.arange(len(self))):
+            return self
+        return ImageDataset(
+            self.facts,
+            self.split,
+            self.stored_labels[kept],
+            lambda index: self[int(kept[index])],
+            hashlib.sha256(self.fingerprint.encode() + kept.tobytes()).hexdigest(),
+        )
+
     def head(self, count: int) -> "ImageDataset":
         """The first `count` images."""
         labels = self.stored_labels[:count]
         return ImageDataset(self.facts, self.split, labels, self._read, f"{self.fingerprint}[:{len(labels)}]")
+
+
+def shown_side(facts: DatasetFacts) -> int:
+    """The side of the images without the padding that the dataset added."""
+    return facts.image_size if facts.crop is None else facts.crop
 
 
 def crop_padding(images: torch.Tensor, facts: DatasetFacts) -> torch.Tensor:
@@ -76,3 +102,11 @@ def crop_padding(images: torch.Tensor, facts: DatasetFacts) -> torch.Tensor:
         return images
     border = (facts.image_size - facts.crop) // 2
     return images[..., border : border + facts.crop, border : border + facts.crop]
+
+
+def like_originals(decoded: torch.Tensor, facts: DatasetFacts) -> torch.Tensor:
+    """Images uint8 [B, C, H, W] that an autoencoder gave as the dataset's own are: without padding, grey where it is grey."""
+    images = crop_padding(decoded, facts)
+    if images.shape[1] > facts.channels == 1:
+        images = images.float().mean(1, keepdim=True).round().to(torch.uint8)
+    return images

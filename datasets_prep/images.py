@@ -1,18 +1,37 @@
-"""Image files as uint8 tensors: decoding that names the bad file, and ADM's resize and centre crop."""
+"""Image files as uint8 tensors: decoding that names the bad file, and ADM's resize and centre crop.
+
+Label maps go the way of their images, by nearest neighbour.
+"""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from options import UsageError
+from runtime.files import UNREADABLE
 
-__all__ = ["IMAGE_SUFFIXES", "BadImageError", "center_crop", "crop_array", "decode_image", "open_rgb", "read_image"]
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "NO_CLASS",
+    "BadImageError",
+    "center_crop",
+    "crop_array",
+    "crop_map",
+    "decode_image",
+    "open_rgb",
+    "read_image",
+    "read_map",
+]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+LONGEST_SIDE = 200  # times the shorter one: the rest would be cropped away, but only after it was enlarged
+NO_CLASS = 255  # the id, in label maps, of pixels that belong to none of the classes
 
 
 class BadImageError(UsageError):
@@ -32,12 +51,18 @@ def read_image(path: str | Path, size: int) -> torch.Tensor:
     Raises:
         BadImageError: the file cannot be decoded to its end.
     """
-    return _channels_first(center_crop(open_rgb(path, str(path)), size))
+    return _read(path, str(path), size)
 
 
 def decode_image(data: bytes, size: int, name: str) -> torch.Tensor:
     """As `read_image`, from a file's bytes; `name` is told in an error."""
-    return _channels_first(center_crop(open_rgb(io.BytesIO(data), name), size))
+    return _read(io.BytesIO(data), name, size)
+
+
+def _read(source: str | Path | BinaryIO, name: str, size: int) -> torch.Tensor:
+    image = open_rgb(source, name)
+    with _blamed_on(name):
+        return _channels_first(center_crop(image, size))
 
 
 def crop_array(values: np.ndarray, size: int) -> torch.Tensor:
@@ -52,12 +77,9 @@ def open_rgb(source: str | Path | BinaryIO, name: str) -> Image.Image:
     Raises:
         BadImageError: the image cannot be decoded to its end; the message tells `name`.
     """
-    try:
-        with Image.open(source) as image:
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise BadImageError(name, error) from error
+    with _blamed_on(name), Image.open(source) as image:
+        image.load()
+        return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -68,12 +90,71 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
     Returns:
         uint8 [size, size, 3].
     """
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    *halves, last = list(_extents(image.size, size))
+    for extent in halves:
+        image = image.resize(extent, Image.Resampling.BOX)
+    return np.array(_central_square(image.resize(last, Image.Resampling.BICUBIC), size))
+
+
+def read_map(path: str | Path, image_path: str | Path, size: int, classes: int) -> torch.Tensor:
+    """The class ids uint8 [size, size] of an image's pixels, aligned with `read_image(image_path, size)`.
+
+    The file has 8 bits a pixel, grey or with a palette (of which the indices are the ids), in its image's proportions
+    before that one's EXIF orientation, which applies to both. Its ids are below `classes`, or NO_CLASS.
+
+    Raises:
+        BadImageError: a file cannot be read, or the map is no such file.
+    """
+    with _blamed_on(str(image_path)), Image.open(image_path) as image:
+        extent, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
+    with _blamed_on(str(path)), Image.open(path) as file:
+        mode, ids = file.mode, np.array(file)
+    if mode not in ("L", "P"):
+        raise BadImageError(str(path), f"expected a map of 8-bit class ids, but its mode is {mode}")
+    foreign = ids[(ids >= classes) & (ids != NO_CLASS)]
+    if len(foreign):
+        raise BadImageError(str(path), f"expected class ids below {classes} or {NO_CLASS}, but found {foreign[0]}")
+    labels = Image.fromarray(ids)
+    if labels.width * extent[1] != labels.height * extent[0]:
+        found, expected = (f"{width} x {height}" for width, height in (labels.size, extent))
+        raise BadImageError(str(path), f"a map of {found} pixels, but its image {image_path} has {expected}")
+    labels = labels.resize(extent, Image.Resampling.NEAREST)
+    labels.getexif()[ExifTags.Base.Orientation] = orientation
+    with _blamed_on(str(path)):
+        return torch.from_numpy(crop_map(ImageOps.exif_transpose(labels), size))
+
+
+def crop_map(labels: Image.Image, size: int) -> np.ndarray:
+    """The part [size, size] that `center_crop` leaves, by nearest neighbour."""
+    *_, last = _extents(labels.size, size)
+    return np.array(_central_square(labels.resize(last, Image.Resampling.NEAREST), size))
+
+
+@contextmanager
+def _blamed_on(name: str) -> Iterator[None]:
+    """Whatever a decoder raises becomes a BadImageError of `name`."""
+    try:
+        yield
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
+        raise BadImageError(name, error) from error
+
+
+def _extents(extent: tuple[int, int], size: int) -> Iterator[tuple[int, int]]:
+    """The widths and heights on the way from `extent` to a shorter side of `size`: halves, then the last one."""
+    width, height = extent
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        yield width, height
+    scale = size / min(width, height)
+    last = round(width * scale), round(height * scale)
+    if max(last) > LONGEST_SIDE * size:
+        raise ValueError(f"{extent[0]} x {extent[1]} is more than {LONGEST_SIDE} times as long as wide")
+    yield last
+
+
+def _central_square(image: Image.Image, size: int) -> Image.Image:
     left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.array(image.crop((left, top, left + size, top + size)))
+    return image.crop((left, top, left + size, top + size))
 
 
 def _channels_first(values: np.ndarray) -> torch.Tensor:

@@ -7,7 +7,9 @@ interrupted.
 """
 
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,8 @@ from datasets_prep.image_dataset import ImageDataset
 from models.autoencoder import Autoencoder
 from options import UsageError, option
 from runtime.distributed import Processes
-from runtime.files import atomic_path, read_json, write_json
+from runtime.files import UNREADABLE, atomic_path, read_json, write_json
+from runtime.locks import locked
 from runtime.precision import Machine
 from runtime.progress import progress_bar
 
@@ -34,7 +37,7 @@ __all__ = [
 ]
 
 FORMAT = "latent-cache-2"
-LABELS = "labels.npy"
+LABELS, LOCK = "labels.npy", "build.lock"
 SHARD_BYTES = 1 << 26
 IMAGES_PER_BATCH = 256
 
@@ -58,6 +61,10 @@ class LatentCache:
         self.shard_size: int = manifest["shard_size"]
         self.shards = [np.load(folder / entry["file"], mmap_mode="r") for entry in manifest["shards"]]
         self.moment_shape: tuple[int, ...] = tuple(manifest["moment_shape"])
+        rows = [min(self.shard_size, len(labels) - first) for first in range(0, len(labels), self.shard_size)]
+        expected = [(count, self.orientations, *self.moment_shape) for count in rows]
+        if [shard.shape for shard in self.shards] != expected:
+            raise ValueError("its shards have other shapes than it says")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,8 +94,9 @@ def open_latent_cache(folder: Path, dataset: ImageDataset, autoencoder: Autoenco
     """
     manifest = read_json(folder / "manifest.json")
     _check_fits(folder, manifest, _identity(dataset, autoencoder))
-    _check_files(folder, manifest)
-    return LatentCache(folder, manifest, dataset.labels)
+    with _blamed_on_manifest(folder):
+        _check_files(folder, manifest)
+        return LatentCache(folder, manifest, dataset.labels)
 
 
 def open_standalone_cache(folder: Path) -> tuple[LatentCache, dict[str, Any]]:
@@ -99,8 +107,24 @@ def open_standalone_cache(folder: Path) -> tuple[LatentCache, dict[str, Any]]:
     """
     manifest = read_json(folder / "manifest.json")
     _check_fits(folder, manifest, {"format": FORMAT})
-    _check_files(folder, manifest)
-    return LatentCache(folder, manifest, torch.from_numpy(np.load(folder / LABELS, allow_pickle=False))), manifest
+    with _blamed_on_manifest(folder):
+        _check_files(folder, manifest)
+        labels = torch.from_numpy(np.load(folder / LABELS, allow_pickle=False))
+        return LatentCache(folder, manifest, labels), manifest
+
+
+@contextmanager
+def _blamed_on_manifest(folder: Path) -> Iterator[None]:
+    """The files have checksums, the manifest has none: what does not fit is its fault."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except UNREADABLE as error:
+        raise UsageError(
+            f"cannot read the latent cache {folder} as its manifest.json says ({error}): delete the folder, and it is "
+            "built anew"
+        ) from error
 
 
 def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
@@ -125,35 +149,50 @@ def build_latent_cache(
 ) -> None:
     """Encode what is missing in `folder`; processes share the shards. A finished cache is left as it is.
 
+    If another run is building it, this one waits for it.
+
     Raises:
         UsageError: the folder holds a cache of something else.
     """
     identity = _identity(dataset, autoencoder)
-    manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
-    if manifest:
-        _check_fits(folder, manifest, identity)
-    if not processes.any("shards" not in manifest):
+    if not processes.any(not _is_finished(folder, identity)):
         return
-    if processes.is_main and not manifest:
+    alone = locked(folder / LOCK, "is building this latent cache", wait=True) if processes.is_main else nullcontext()
+    with alone:
+        processes.barrier()
+        if processes.any(not _is_finished(folder, identity)):  # still, after waiting for another run
+            _build(folder, identity, dataset, autoencoder, machine, processes, num_workers)
+
+
+def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
+    if not (folder / "manifest.json").exists():
+        return False
+    manifest = read_json(folder / "manifest.json")
+    _check_fits(folder, manifest, identity)
+    return "shards" in manifest
+
+
+def _build(
+    folder: Path,
+    identity: dict[str, Any],
+    dataset: ImageDataset,
+    autoencoder: Autoencoder,
+    machine: Machine,
+    processes: Processes,
+    num_workers: int,
+) -> None:
+    """Encode what is missing."""
+    if processes.is_main and not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", identity)
     processes.barrier()
     starts = range(0, len(dataset), identity["shard_size"])
-    mine = [number for number in range(len(starts)) if number % processes.count == processes.rank]
     with progress_bar(total=len(dataset) // processes.count, desc="encoding latents", unit="image") as progress:
-        for number in mine:
-            entry_file = folder / f"moments_{number:05d}.json"
+        for number in processes.share(range(len(starts))):
+            path = folder / f"moments_{number:05d}.npy"
+            entry_file = path.with_suffix(".json")
             images = range(starts[number], min(starts[number] + identity["shard_size"], len(dataset)))
             if not entry_file.exists():
-                _write_shard(
-                    folder / f"moments_{number:05d}.npy",
-                    entry_file,
-                    dataset,
-                    images,
-                    autoencoder,
-                    machine,
-                    progress,
-                    num_workers,
-                )
+                _write_shard(path, entry_file, dataset, images, autoencoder, machine, progress, num_workers)
             else:
                 progress.update(len(images))
     processes.barrier()

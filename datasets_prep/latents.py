@@ -6,12 +6,12 @@ orientations. In a folder every file holds one image's posterior mean, or a samp
 cannot be made from latents, so a folder does not flip.
 """
 
-import zipfile
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
-from typing import NoReturn
+from threading import Lock
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import torch
@@ -21,13 +21,14 @@ from datasets_prep.image_dataset import LISTED_CLASSES, DatasetFacts, ImageDatas
 from datasets_prep.latent_cache import open_standalone_cache
 from models.autoencoder import LOGVAR_RANGE, Autoencoder, PixelSpace
 from options import UsageError
-from runtime.files import read_json
+from runtime.files import UNREADABLE, read_json
 
 __all__ = ["LatentDataset", "StoredMoments", "open_latents"]
 
 LATENT_SUFFIXES = frozenset({".npy", ".npz"})
 CACHE_PLACES = ("manifest.json", "*/manifest.json", "latent_cache/*/manifest.json")
 READERS = 8  # threads
+HEADERS = Lock()  # numpy parses them as Python, in which threads disturb each other (CPython 3.11, gh-106905)
 
 
 class LatentDataset(ImageDataset):
@@ -154,16 +155,21 @@ def _open_folder(name: str, datadir: Path, split: Split, image_size: int) -> Lat
 def _read_latent(path: Path) -> np.ndarray:
     """float32 [c, h, w] or [2 c, h, w]; a leading axis of one is dropped."""
     try:
-        content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.lib.npyio.NpzFile):
-            with content:
-                if len(content.files) != 1:
-                    raise ValueError(f"expected one array, but found {', '.join(content.files) or 'none'}")
-                content = content[content.files[0]]
-        array = content.astype(np.float32)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        file = BytesIO(path.read_bytes())
+        with HEADERS:
+            array = _only_array(file).astype(np.float32)
+    except UNREADABLE as error:
         raise UsageError(f"cannot read the latent {path}: {error}") from error
     array = array[0] if array.ndim == 4 and len(array) == 1 else array
     if array.ndim != 3 or not np.isfinite(array).all():
         raise UsageError(f"{path}: expected finite numbers [c, h, w] or [2 c, h, w], but found {array.shape}")
     return array
+
+
+def _only_array(file: BinaryIO) -> np.ndarray:
+    content = np.load(file, allow_pickle=False)
+    if not isinstance(content, np.lib.npyio.NpzFile):
+        return content
+    if len(content.files) != 1:
+        raise ValueError(f"expected one array, but found {', '.join(content.files) or 'none'}")
+    return content[content.files[0]]

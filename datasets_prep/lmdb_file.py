@@ -15,7 +15,7 @@ import lmdb
 import numpy as np
 
 from options import UsageError
-from runtime.files import atomic_path
+from runtime.files import UNREADABLE, atomic_path
 from runtime.progress import progress_bar
 
 __all__ = ["LmdbFile", "list_keys", "open_lmdb_file"]
@@ -135,7 +135,7 @@ def list_keys(file: LmdbFile, cache: Path) -> np.ndarray:
 def _read_keys(path: Path) -> np.ndarray | None:
     try:
         keys = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+    except UNREADABLE:
         return None
     return keys if keys.dtype.kind == "S" and keys.ndim == 1 and len(keys) else None
 

@@ -67,7 +67,7 @@ def open_moments(
         return StoredMoments(dataset, autoencoder)
     if cache.no_latent_cache or isinstance(autoencoder, PixelSpace):
         return EncodedImages(dataset, autoencoder.encode, machine, cache.num_workers)
-    root = Path(cache.latent_cache_dir or Path(data.datadir) / "latent_cache")
+    root = Path(cache.latent_cache_dir or data.derived / "latent_cache")
     folder = cache_folder(root, dataset, autoencoder)
     build_latent_cache(folder, dataset, autoencoder, machine, processes, cache.num_workers)
     return open_latent_cache(folder, dataset, autoencoder)

@@ -19,7 +19,8 @@ from typing import IO
 
 import scipy.io
 
-from options import UsageError, exit_cleanly, option, parse_options
+from command_line import parse_options
+from options import UsageError, exit_cleanly, option
 from runtime.files import replace_folder
 from runtime.progress import progress_bar
 

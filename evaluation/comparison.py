@@ -78,7 +78,7 @@ def _open_real(real: str, settings: ComparisonOptions) -> tuple[ImageSource, Pat
         data = DatasetOptions(dataset=real, datadir=settings.datadir)
         if settings.image_size is not None:
             data = dataclasses.replace(data, image_size=settings.image_size)
-        return dataset_source(open_dataset(data, "train")), Path(settings.datadir) / "statistics"
+        return dataset_source(open_dataset(data, "train")), data.derived / "statistics"
     return open_source(real, settings.image_size), None
 
 

@@ -4,7 +4,7 @@ Sample i is a function of (seed, i), the label and the solver; the batch size on
 Several processes draw whole batches in turn, so that each batch is what it would be in one process.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from datasets_prep.datasets import DatasetFacts, crop_padding
+from datasets_prep.datasets import DatasetFacts, like_originals
 from flow.guidance import GuidanceOptions, GuidedVelocity
 from flow.problem import Draw
 from flow.solvers import SolverOptions, solve
@@ -23,9 +23,19 @@ from runtime.distributed import Processes
 from runtime.precision import Machine
 from runtime.randomness import NOISE_SOURCES, NoiseSource, noise_for_indices
 
-__all__ = ["GeneratedBatch", "Labels", "Sampler", "balanced_labels", "check_guidance", "first_images", "generate"]
+__all__ = [
+    "Dense",
+    "GeneratedBatch",
+    "Labels",
+    "Sampler",
+    "balanced_labels",
+    "check_guidance",
+    "first_images",
+    "generate",
+]
 
 Labels = Callable[[Sequence[int], int], torch.Tensor]  # class ids [B] of sample indices, given the number of classes
+Dense = Callable[[Sequence[int]], torch.Tensor]  # dense maps [B, K, h, w] of sample indices, on the sampler's device
 
 
 class GeneratedBatch(NamedTuple):
@@ -48,7 +58,7 @@ class Sampler:
     Args:
         network: velocity network(t, x, condition) in evaluation mode, on the machine's device.
         autoencoder: decodes the latents.
-        facts: of the dataset; its padding is cropped off.
+        facts: of the dataset; its padding is cropped off, and where it is grey, so are the images.
         latent_shape: (c, h, w).
         num_classes: K; 1 means unconditional.
         solver: method and steps.
@@ -57,6 +67,8 @@ class Sampler:
         guidance: its scale, interval and channels.
         guide: a weaker network, for autoguidance.
         generator: key of NOISE_SOURCES, for the noise to start from; by default a stream per sample.
+        drops_labels: whether the network knows the null class, so that guidance leads away from it.
+        drops_dense: whether it knows the null map, zeros, so that guidance leads away from it.
     """
 
     network: Callable[..., torch.Tensor] | nn.Module
@@ -70,6 +82,8 @@ class Sampler:
     guidance: GuidanceOptions = GuidanceOptions()  # noqa: RUF009
     guide: Callable[..., torch.Tensor] | nn.Module | None = None
     generator: str = "determ-indiv"
+    drops_labels: bool = True
+    drops_dense: bool = False
 
     def noise(self, indices: Sequence[int]) -> torch.Tensor:
         """Standard normal latents [B, c, h, w] of sample indices, where the solver starts."""
@@ -83,16 +97,18 @@ class Sampler:
         """The noise that a stochastic solver adds to these samples, a function of (seed, index, step)."""
         return lambda step: self.other_noise(indices, f"solver step {step}")
 
-    def velocity(self, labels: torch.Tensor) -> GuidedVelocity:
-        """The guided velocity under class ids [B]."""
+    def velocity(self, labels: torch.Tensor, dense: torch.Tensor | None = None) -> GuidedVelocity:
+        """The guided velocity under class ids [B] and a dense map [B, K, h, w] for networks that take one."""
         ids = labels.to(self.machine.device)
-        condition, null = Condition(ids), Condition(torch.full_like(ids, self.num_classes))
+        null_ids = torch.full_like(ids, self.num_classes) if self.drops_labels else ids
+        null_dense = torch.zeros_like(dense) if dense is not None and self.drops_dense else dense
+        condition, null = Condition(ids, dense), Condition(null_ids, null_dense)
         guide = None if self.guide is None else partial(self._evaluate, self.guide)
         return GuidedVelocity(partial(self._evaluate, self.network), condition, null, self.guidance, guide)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [B, C, H, W] of latents, on the CPU."""
-        return crop_padding(self.autoencoder.decode(latents), self.facts).cpu()
+        """Images uint8 [B, C, H, W] of latents as the dataset has them, on the CPU."""
+        return like_originals(self.autoencoder.decode(latents), self.facts).cpu()
 
     @cached_property
     def _source(self) -> NoiseSource:
@@ -110,15 +126,17 @@ def balanced_labels(indices: Sequence[int], num_classes: int) -> torch.Tensor:
     return torch.tensor([index % num_classes for index in indices], dtype=torch.long)
 
 
-def check_guidance(network_options: dict[str, Any], scale: float) -> None:
-    """Refuse a guidance scale that the network cannot follow.
+def check_guidance(network_options: Mapping[str, Any], dense: Mapping[str, Any] | None, scale: float) -> None:
+    """Refuse a guidance scale that the network of a checkpoint's header cannot follow.
 
     Raises:
-        UsageError: a scale other than 1 without a null class.
+        UsageError: a scale other than 1 without a null class or null map.
     """
-    if scale != 1 and not network_options.get("label_dropout"):
+    drops = network_options.get("label_dropout") or (dense or {}).get("dropout")
+    if scale != 1 and not drops:
+        how = "--label_dropout" if dense is None else "--label_dropout or --condition_dropout"
         raise UsageError(
-            f"--cfg_scale {scale} needs a network with a null class (trained with --label_dropout above 0); "
+            f"--cfg_scale {scale} needs a network with a null class (trained with {how} above 0); "
             "this one has none: use --cfg_scale 1"
         )
 
@@ -129,13 +147,17 @@ def generate(
     *,
     batch_size: int = 200,
     labels: Labels = balanced_labels,
+    dense: Dense | None = None,
     processes: Processes = Processes(),  # noqa: B008
 ) -> Iterator[GeneratedBatch]:
-    """Draw the samples `indices` (any non-negative integers), `batch_size` at a time; this process its share of them."""
+    """Draw the samples `indices` (any non-negative integers), `batch_size` at a time; this process its share of them.
+
+    `labels` and `dense` say what is asked for.
+    """
     for start in processes.share(range(0, len(indices), batch_size)):
         chosen = indices[start : start + batch_size]
         ids = labels(chosen, sampler.num_classes)
-        velocity = sampler.velocity(ids)
+        velocity = sampler.velocity(ids, dense(chosen) if dense else None)
         solution = solve(velocity, sampler.noise(chosen), sampler.solver, draw=sampler.draw(chosen))
         counts = solution.evaluations.cpu(), velocity.evaluations(len(chosen))
         yield GeneratedBatch(chosen, sampler.decode(solution.x), ids, *counts)

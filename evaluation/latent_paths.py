@@ -50,8 +50,6 @@ def invert(options: Options) -> dict[str, Any]:
     original, back = sampler.decode(latents), sampler.decode(returned)
     real = crop_padding(images, sampler.facts).cpu()
     folder, stem = output_folder(sampling, opened), f"{opened.stem}_inverted"
-    if real.shape[1] != back.shape[1]:
-        real = real.expand_as(back)
     save_sheet(torch.cat([real, original, back]), folder / f"{stem}.png", count)
     with atomic_path(folder / f"{stem}.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, noise=noise.cpu().numpy(), labels=labels.numpy())

@@ -1,13 +1,14 @@
 """From options to a `Sampler`: find the checkpoint, rebuild what it describes, refuse flags that contradict it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from datasets_prep.datasets import DatasetFacts, DatasetOptions, ImageDataset, Split, open_dataset
+from datasets_prep.datasets import DatasetFacts, DatasetOptions, ImageDataset, Split
+from datasets_prep.tasks import GENERATE, Task, task_of
 from evaluation.generate import Sampler, check_guidance
 from evaluation.published import open_published
 from flow.guidance import GuidanceOptions
@@ -59,34 +60,49 @@ class Opened(NamedTuple):
     @property
     def stem(self) -> str:
         """The name of what is written, without suffix."""
-        scale = self.sampler.guidance.cfg_scale
-        return f"{self.path.stem}_{self.sampler.solver.method}_cfg{scale:g}_seed{self.sampler.seed}"
+        solver, scale = self.sampler.solver, self.sampler.guidance.cfg_scale
+        steps = "" if SOLVERS[solver.method].adaptive else f"_{solver.steps}steps"
+        return f"{self.path.stem}_{solver.method}{steps}_cfg{scale:g}_seed{self.sampler.seed}"
 
     def result(self) -> dict[str, Any]:
         """What a result says first: the checkpoint and how it was used."""
         return {"checkpoint": str(self.path), "step": self.header["step"], **self.settings}
 
+    @property
+    def task(self) -> Task:
+        """What the network was trained for."""
+        return task_of(self.header)
+
     def real_images(self, data: DatasetOptions, split: Split) -> ImageDataset:
         """A split of the dataset that the network was trained on."""
         stored = self.header["dataset"]
-        return open_dataset(replace(data, dataset=stored["name"], image_size=stored["image_size"]), split)
+        return self.task.open(replace(data, dataset=stored["name"], image_size=stored["image_size"]), split)
 
 
-def open_sampler(options: Options, processes: Processes = Processes()) -> Opened:  # noqa: B008
-    """The sampler that the options describe.
+def open_sampler(
+    options: Options,
+    processes: Processes = Processes(),  # noqa: B008
+    tasks: Sequence[Task] = (GENERATE,),
+) -> Opened:
+    """The sampler that the options describe, of a network for one of `tasks`; experiments are looked for in the first's.
 
     Raises:
-        UsageError: no such checkpoint, flags that contradict it, or a guide of another kind.
+        UsageError: no such checkpoint, one for another task, flags that contradict it, or a guide of another kind.
     """
     source, solver, guidance = options[SourceOptions], options[SolverOptions], options[GuidanceOptions]
     check_method(solver)
     machine = choose_machine(options[MachineOptions], processes)
-    path = _checkpoint_path(source, options[DatasetOptions].dataset)
+    path = _checkpoint_path(source, options[DatasetOptions].dataset, tasks[0])
     with processes.main_first():  # the others find the autoencoder that it may have downloaded
-        model = _open_model(path, options, machine.device)
+        model = _open_model(path, options, machine.device, tasks[0])
         guide = _open_guide(options, model, machine.device)
     header, stored = model.header, model.header["dataset"]
-    if SOLVERS[solver.method].adaptive and (unused := sorted(OF_FIXED_STEPS & options.explicit)):
+    if task_of(header) not in tasks:
+        raise UsageError(
+            f"{path} was trained for {task_of(header).purpose}: use test_flow_latent{task_of(header).script}.py"
+        )
+    adaptive = SOLVERS[solver.method].adaptive and task_of(header) is tasks[0]  # others may have a way of their own
+    if adaptive and (unused := sorted(OF_FIXED_STEPS & options.explicit)):
         flags = ", ".join(f"--{name}" for name in unused)
         print(f"note: {flags} has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol")
     sampler = Sampler(
@@ -101,6 +117,8 @@ def open_sampler(options: Options, processes: Processes = Processes()) -> Opened
         guidance=guidance,
         guide=guide.network if guide else None,
         generator=source.generator,
+        drops_labels=bool(header["network"].get("label_dropout")),
+        drops_dense=bool((header.get("dense") or {}).get("dropout")),
     )
     settings = {
         "weights_sha256": header["weights_sha256"],
@@ -116,12 +134,13 @@ def open_sampler(options: Options, processes: Processes = Processes()) -> Opened
     return Opened(sampler, path, header, settings)
 
 
-def _open_model(path: Path, options: Options, device: torch.device) -> LoadedModel:
+def _open_model(path: Path, options: Options, device: torch.device, task: Task) -> LoadedModel:
     """The model of a checkpoint, which the flags must fit, or of a published file, which they describe."""
     if is_torch_file(path):
-        return open_published(path, options, device)
+        return open_published(path, options, device, guided=task is not GENERATE)
     model = load_model(path, device, _moved_autoencoder(options))
-    _refuse_contradictions(options, model.header, path)
+    data_of_its_own = {"dataset"} if task is not GENERATE else set()
+    _refuse_contradictions(options, model.header, path, data_of_its_own)
     return model
 
 
@@ -134,16 +153,17 @@ def _open_guide(options: Options, model: LoadedModel, device: torch.device) -> L
     """The weaker network of autoguidance, if one was named; else the scale must suit the network itself."""
     source, scale = options[SourceOptions], options[GuidanceOptions].cfg_scale
     if not source.guide_checkpoint:
-        check_guidance(model.header["network"], scale)
+        check_guidance(model.header["network"], model.header.get("dense"), scale)
         return None
     if scale == 1:
         raise UsageError("--guide_checkpoint has no effect at --cfg_scale 1: give a scale above 1")
     guide = load_model(source.guide_checkpoint, device, _moved_autoencoder(options))
-    for name in ("latent_size", "latent_channels", "num_classes"):
-        if guide.header[name] != model.header[name]:
+    for name in ("task", "latent_size", "latent_channels", "num_classes"):
+        theirs, ours = guide.header.get(name), model.header.get(name)
+        if theirs != ours:
             raise UsageError(
-                f"--guide_checkpoint {source.guide_checkpoint}: its {name} is {guide.header[name]}, "
-                f"but that of the network to guide is {model.header[name]}"
+                f"--guide_checkpoint {source.guide_checkpoint}: its {name} is {theirs}, "
+                f"but that of the network to guide is {ours}"
             )
     if guide.header["autoencoder"]["sha256"] != model.header["autoencoder"]["sha256"]:
         raise UsageError(
@@ -152,19 +172,19 @@ def _open_guide(options: Options, model: LoadedModel, device: torch.device) -> L
     return guide
 
 
-def _checkpoint_path(source: SourceOptions, dataset: str) -> Path:
-    folder = experiment_folder(source.save_root, dataset, source.exp)
+def _checkpoint_path(source: SourceOptions, dataset: str, task: Task) -> Path:
+    folder = experiment_folder(source.save_root, dataset, source.exp, task.runs)
     if source.checkpoint:
         return find_checkpoint(source.checkpoint, folder)
     return newest_model(folder, source.epoch_id)
 
 
-def _refuse_contradictions(options: Options, header: Mapping[str, Any], path: Path) -> None:
-    """An explicitly given flag must say what the checkpoint says."""
+def _refuse_contradictions(options: Options, header: Mapping[str, Any], path: Path, free: set[str]) -> None:
+    """An explicitly given flag, but for the `free` ones, must say what the checkpoint says."""
     image_size = header["dataset"]["image_size"]
     stored = {"dataset": header["dataset"]["name"], "image_size": image_size, **header["network"]}
     stored |= {"f": image_size // header["latent_size"], "scale_factor": _scale_factor(header["autoencoder"])}
-    given = {name: as_json(options.values[name]) for name in options.explicit if name in stored}
+    given = {name: as_json(options.values[name]) for name in options.explicit - free if name in stored}
     if "model_type" in options.explicit or options[NetworkOptions].use_origin_adm:
         stored["model_type"], given["model_type"] = header["model_type"], options[NetworkOptions].resolve()
     for name, value in given.items():

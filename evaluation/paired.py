@@ -18,10 +18,12 @@ from evaluation.sources import ImageSource
 from evaluation.weights import download_weights, read_weights_file
 from models.autoencoder import images_to_pixels
 from options import UsageError
+from runtime.distributed import Processes
 
 __all__ = ["PixelScores", "discriminative_scores", "load_lpips", "pair_by_name"]
 
 NAMED = 10  # files in a message
+ROUNDING_ERROR = 1 / 12  # mean square, of rounding to 8 bits: images that are alike have its PSNR, 58.9 dB
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # pixels [B, 3, H, W], twice, to distances [B, ...]
@@ -64,14 +66,20 @@ class PixelScores:
             )
         for a, b in zip(generated.numpy(), real.numpy(), strict=True):
             error = float(np.square(a.astype(np.float64) - b).mean())
-            self._values["psnr"].append(psnr(error, value_range=255))
+            self._values["psnr"].append(psnr(error or ROUNDING_ERROR, value_range=255))
             self._values["ssim"].append(float(structural_similarity(a, b, channel_axis=0, data_range=255)))
         if self._perceptual is not None:
             distances = self._perceptual(images_to_pixels(generated), images_to_pixels(real))
             self._values.setdefault("lpips", []).extend(distances.flatten().tolist())
 
+    def merge_all(self, processes: Processes) -> None:
+        """Let the main process have the scores of all processes."""
+        for values in processes.gather(self._values)[1:]:
+            for name, column in values.items():
+                self._values.setdefault(name, []).extend(column)
+
     def result(self) -> dict[str, tuple[float, float | None]]:
-        """Each score's mean and standard error (None: of one pair, or where a mean is infinite)."""
+        """Each score's mean and standard error (None: of one pair)."""
         return {name: _mean(np.array(values)) for name, values in self._values.items()}
 
 
@@ -124,6 +132,4 @@ def _refuse(names: Sequence[str], what: str) -> None:
 
 
 def _mean(values: np.ndarray) -> tuple[float, float | None]:
-    mean = float(values.mean())
-    known = len(values) > 1 and np.isfinite(mean)
-    return mean, float(values.std(ddof=1) / np.sqrt(len(values))) if known else None
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None

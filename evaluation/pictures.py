@@ -1,16 +1,19 @@
-"""Sheets of samples as PNG (one class a column, eight rows), and moving ones as GIF."""
+"""Sheets of samples as PNG, and moving ones as GIF."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from options import option
 from runtime.files import atomic_path
 
-__all__ = ["grid_count", "save_animation", "save_grid", "save_sheet"]
+__all__ = ["GridOptions", "Sheet", "save_animation", "save_sheet", "side_by_side"]
 
 ROWS = 8
 MOST_COLUMNS = 10
@@ -18,14 +21,37 @@ FRAME_MS, LAST_FRAME_MS = 120, 1500
 SMALLEST_TILE = 56  # pixels; smaller images are enlarged
 
 
-def grid_count(num_classes: int) -> int:
-    """Number of samples on a sheet."""
-    return ROWS * _columns(num_classes)
+class Sheet(NamedTuple):
+    """Images uint8 [N, C, H, W] in rows of `columns`."""
+
+    images: torch.Tensor
+    columns: int
 
 
-def save_grid(images: torch.Tensor, path: str | Path, num_classes: int) -> None:
-    """Write the first images uint8 [B, C, H, W] as one PNG; samples whose labels come in turn get a column per class."""
-    save_sheet(images[: grid_count(num_classes)], path, _columns(num_classes))
+def side_by_side(groups: Sequence[torch.Tensor]) -> Sheet:
+    """A sheet with the i-th images of all `groups`, uint8 [N, C, H, W] each, beside each other; grey ones become coloured."""
+    channels = max(group.shape[1] for group in groups)
+    alike = [group.cpu().expand(-1, channels, -1, -1) for group in groups]
+    images = torch.stack(alike, dim=1).flatten(0, 1)
+    return Sheet(images, len(groups) * max(1, MOST_COLUMNS // len(groups)))
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """Grids of samples."""
+
+    grid_samples: int | None = option(None, "samples on a grid; default: eight rows", minimum=1)
+    grid_columns: int | None = option(
+        None, "samples a row of a grid; default: one class a column (at most ten), or eight without classes", minimum=1
+    )
+
+    def columns(self, num_classes: int) -> int:
+        """Samples a row; by default, those whose labels come in turn get a column per class."""
+        return self.grid_columns or (min(MOST_COLUMNS, num_classes) if num_classes > 1 else ROWS)
+
+    def count(self, num_classes: int) -> int:
+        """Samples on a grid."""
+        return self.grid_samples or ROWS * self.columns(num_classes)
 
 
 def save_sheet(images: torch.Tensor, path: str | Path, columns: int) -> None:
@@ -46,7 +72,3 @@ def _sheet(images: torch.Tensor, columns: int) -> Image.Image:
     picture = to_pil_image(make_grid(images, nrow=columns, padding=2, pad_value=255))
     scale = -(-SMALLEST_TILE // images.shape[-1])
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
-def _columns(num_classes: int) -> int:
-    return min(MOST_COLUMNS, num_classes) if num_classes > 1 else ROWS

@@ -6,6 +6,7 @@ import torch
 
 from datasets_prep.datasets import DatasetFacts, DatasetOptions
 from models.autoencoder import load_autoencoder
+from models.registry import guided_diffusion_by_default
 from options import Options, UsageError, as_json
 from runtime.checkpoints import LoadedModel
 from runtime.published import autoencoder_options, build_published, read_published, with_arguments
@@ -16,14 +17,17 @@ __all__ = ["open_published", "published_facts"]
 GREY_SIDES = {"mnist": 28, "fashion_mnist": 28}
 
 
-def open_published(path: Path, options: Options, device: torch.device | str) -> LoadedModel:
+def open_published(path: Path, options: Options, device: torch.device | str, guided: bool = False) -> LoadedModel:
     """What `load_model` gives for our own files, of a published one.
+
+    `guided`: --use_origin_adm is the default where neither flags nor the file name a network.
 
     Raises:
         UsageError: an unreadable file, or a network that its weights do not fit.
     """
     published = read_published(path)
     options = with_arguments(options, published)
+    options = guided_diffusion_by_default(options) if guided else options
     facts = published_facts(options)
     autoencoder = load_autoencoder(autoencoder_options(options), facts.channels)
     network, header = build_published(published, path, options, autoencoder, as_json(facts))

@@ -12,21 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 
-from datasets_prep.datasets import DatasetOptions, ImageDataset, crop_padding, open_dataset
+from command_line import parse_options
+from datasets_prep.datasets import DatasetOptions, ImageDataset, crop_padding, like_originals, open_dataset
 from evaluation.features import FeatureNetwork, FeatureOptions, choose_features, describe_features
 from evaluation.metrics import psnr
+from evaluation.pictures import save_sheet
 from evaluation.reference import summarise
 from evaluation.score import MetricOptions, needs_of, reference_statistics, result_line, score_summaries
 from evaluation.sources import ImageSource, dataset_source, image_batches
 from evaluation.summary import Gatherer, Summary
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, images_to_pixels, load_autoencoder
-from options import exit_cleanly, option, parse_options
-from runtime.files import atomic_path, write_json
+from options import exit_cleanly, option
+from runtime.files import write_json
 from runtime.precision import DeviceOptions, Machine, choose_device
 
-__all__ = ["ReconstructionOptions", "measure_reconstruction", "reconstruct"]
+__all__ = ["PICTURED", "ReconstructionOptions", "draw_reconstructions", "measure_reconstruction", "reconstruct"]
 
 PICTURED = 16  # images in the picture
 
@@ -58,12 +59,24 @@ def measure_reconstruction(
     padded = ImageSource(dataset.facts.name, len(dataset), dataset.__getitem__, {})
     for batch, _ in image_batches(padded, batch_size):
         images = batch.to(device)
-        decoded = crop_padding(_channels_like(reconstruct(autoencoder, images), images), dataset.facts)
+        decoded = like_originals(reconstruct(autoencoder, images), dataset.facts)
         original = crop_padding(images, dataset.facts)
-        error += (images_to_pixels(decoded) - images_to_pixels(original)).double().square().sum().item()
+        error += _squared_error(decoded, original)
         count += original.numel()
         gatherer.update(decoded)
     return psnr(error / count), gatherer.summary()
+
+
+def draw_reconstructions(
+    autoencoder: Autoencoder | PixelSpace, dataset: ImageDataset, device: torch.device | str, path: str | Path
+) -> float:
+    """Draw PICTURED images from all over a split above their reconstructions, as PNG; returns the PSNR of these in dB."""
+    count = min(PICTURED, len(dataset))
+    images = torch.stack([dataset[number * len(dataset) // count] for number in range(count)]).to(device)
+    original = crop_padding(images, dataset.facts)
+    decoded = like_originals(reconstruct(autoencoder, images), dataset.facts)
+    save_sheet(torch.cat([original, decoded]).cpu(), path, count)
+    return psnr(_squared_error(decoded, original) / original.numel())
 
 
 def main() -> None:
@@ -77,9 +90,9 @@ def main() -> None:
     features = choose_features(options[FeatureOptions], data.dataset, Machine(device, "fp32"))
 
     if settings.picture:
-        _draw(autoencoder, held_out, device, settings.picture)
-    cache, metrics = Path(data.datadir) / "statistics", options[MetricOptions].metrics
-    reference = reference_statistics(train, features, data.datadir, metrics)
+        draw_reconstructions(autoencoder, held_out, device, settings.picture)
+    cache, metrics = data.derived / "statistics", options[MetricOptions].metrics
+    reference = reference_statistics(train, features, data.derived, metrics)
     needs = needs_of(metrics, reference=False)
     real = summarise(dataset_source(held_out), features, needs, cache, settings.batch_size)
     ratio, decoded = measure_reconstruction(autoencoder, held_out, features, device, settings.batch_size, needs)
@@ -102,20 +115,8 @@ def main() -> None:
     )
 
 
-def _channels_like(decoded: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
-    """Grey again, where a grey dataset went through an autoencoder of colour images."""
-    if decoded.shape[1] == images.shape[1]:
-        return decoded
-    return decoded.float().mean(1, keepdim=True).round().to(torch.uint8)
-
-
-def _draw(autoencoder: Autoencoder | PixelSpace, dataset: ImageDataset, device: torch.device, path: str | Path) -> None:
-    images = torch.stack([dataset[i] for i in range(min(PICTURED, len(dataset)))]).to(device)
-    decoded = _channels_like(reconstruct(autoencoder, images), images)
-    rows = [torch.cat(list(crop_padding(part, dataset.facts)), dim=2) for part in (images, decoded)]  # [C, H, N W]
-    picture = torch.cat(rows, dim=1).permute(1, 2, 0).squeeze(2).cpu().numpy()
-    with atomic_path(path) as temporary:
-        Image.fromarray(picture).save(temporary, format="PNG")
+def _squared_error(decoded: torch.Tensor, original: torch.Tensor) -> float:
+    return (images_to_pixels(decoded) - images_to_pixels(original)).double().square().sum().item()
 
 
 if __name__ == "__main__":

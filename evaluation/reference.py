@@ -12,11 +12,11 @@ import torch
 
 from evaluation.features import FeatureNetwork, describe_features
 from evaluation.sources import ImageSource, image_batches, open_source
-from evaluation.statistics import UNREADABLE, Statistics, load_statistics, save_statistics
+from evaluation.statistics import Statistics, load_statistics, save_statistics
 from evaluation.summary import Gatherer, Summary
 from options import UsageError
 from runtime.distributed import Processes
-from runtime.files import atomic_path
+from runtime.files import UNREADABLE, atomic_path
 from runtime.randomness import generator_for
 
 __all__ = ["REFERENCE_ROWS", "holds_statistics", "statistics_summary", "summarise", "summary_at"]

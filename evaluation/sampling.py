@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,23 @@ from evaluation.features import FeatureOptions, choose_features
 from evaluation.generate import GeneratedBatch, Labels, Sampler, first_images, generate
 from evaluation.labels import choose_labels
 from evaluation.opening import Opened, SourceOptions, open_sampler
-from evaluation.pictures import grid_count, save_grid
+from evaluation.pictures import GridOptions, save_sheet
 from evaluation.reference import summary_at
 from evaluation.score import ScoreOptions, needs_of, reference_statistics, score_samples
-from evaluation.writer import FORMATS, SampleWriter
+from evaluation.writer import FORMATS, SampleWriter, held_or_drawn
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
-from models.autoencoder import AutoencoderOptions
+from models.autoencoder import DECODING, AutoencoderOptions
 from models.registry import FAMILY_OPTIONS, NetworkOptions
 from options import Options, option
 from runtime.distributed import Processes
 from runtime.files import write_json
 from runtime.precision import MachineOptions
-from runtime.progress import progress_bar
 
 __all__ = [
     "SAMPLING_GROUPS",
     "SamplingOptions",
+    "Tally",
     "describe_evaluations",
     "labels_of",
     "output_folder",
@@ -63,6 +63,7 @@ class SamplingOptions:
 SAMPLING_GROUPS = (
     SourceOptions,
     SamplingOptions,
+    GridOptions,
     SolverOptions,
     GuidanceOptions,
     ScoreOptions,
@@ -87,15 +88,15 @@ def sample_and_score(options: Options, processes: Processes = Processes()) -> di
     if sampling.real_img_dir and not sampling.compute_fid:
         print("note: --real_img_dir has no effect without --compute_fid")
     labels, label_rule = labels_of(sampling, opened.sampler)
-    num_classes = opened.header["num_classes"]
+    num_classes, shape = opened.header["num_classes"], options[GridOptions]
     grid_folder, samples_folder = _output_folders(sampling, opened)
     writer = None
     if sampling.save_images:
         settings = {**opened.settings, "labels": label_rule}
         writer = SampleWriter(samples_folder, sampling.save_images, settings, processes)
-    keeper = _Keeper(grid_count(num_classes), num_classes)
+    tally = Tally(shape.count(num_classes), num_classes)
     started = time.perf_counter()
-    batches = keeper.watch(_batches(opened.sampler, labels, sampling, writer, processes))
+    batches = tally.watch(_batches(opened.sampler, labels, sampling, writer, processes))
     if sampling.compute_fid:
         score = _score(batches, options, opened, processes)
     else:
@@ -105,16 +106,17 @@ def sample_and_score(options: Options, processes: Processes = Processes()) -> di
     if writer is not None:
         writer.close()
     grid = grid_folder / f"{opened.stem}.png"
-    first = first_images(keeper.batches, grid_count(num_classes), processes)
+    first = first_images(tally.batches, shape.count(num_classes), processes)
     if processes.is_main:
-        save_grid(first, grid, num_classes)
+        save_sheet(first, grid, shape.columns(num_classes))
     result = {
         **opened.result(),
         **score,
         "samples": sampling.n_sample,
-        **describe_evaluations(*keeper.counts(processes)),
+        **describe_evaluations(*tally.counts(processes)),
+        "decoding": DECODING,
         "label_rule": label_rule,
-        "label_counts": processes.sum(keeper.label_counts).tolist(),
+        "label_counts": processes.sum(tally.label_counts).tolist(),
         "batch_size": sampling.batch_size,
         "processes": processes.count,
         "seconds": round(seconds, 1),
@@ -147,7 +149,7 @@ def output_folder(sampling: SamplingOptions, opened: Opened) -> Path:
     return Path(sampling.output_dir) if sampling.output_dir else opened.path.parent / "samples"
 
 
-class _Keeper:
+class Tally:
     """Watches a stream of batches: keeps those with samples of the grid, and counts evaluations and labels."""
 
     def __init__(self, count: int, num_classes: int) -> None:
@@ -174,21 +176,13 @@ class _Keeper:
 def _batches(
     sampler: Sampler, labels: Labels, sampling: SamplingOptions, writer: SampleWriter | None, processes: Processes
 ) -> Iterator[GeneratedBatch]:
-    """This process's share of the samples that the writer's folder holds, then of the missing ones, which are written."""
-    wanted = range(sampling.n_sample)
+    """This process's share of the samples, those in the writer's folder as they are."""
+
+    def draw(indices: Sequence[int]) -> Iterator[GeneratedBatch]:
+        return generate(sampler, indices, batch_size=sampling.batch_size, labels=labels, processes=processes)
+
     exact = not (sampling.save_images == "jpg" and sampling.compute_fid)  # what was drawn is not what the jpg holds
-    held = processes.from_main(writer.held(wanted) if writer is not None and exact and processes.is_main else set())
-    if writer is not None and held:
-        print(f"{len(held)} of {len(wanted)} samples are in {writer.folder} already")
-        yield from writer.read(set(processes.share(sorted(held))), sampling.batch_size)
-    missing = [index for index in wanted if index not in held]
-    stream = generate(sampler, missing, batch_size=sampling.batch_size, labels=labels, processes=processes)
-    with progress_bar(total=len(missing) // processes.count, desc="sampling", unit="image") as bar:
-        for batch in stream:
-            if writer is not None:
-                writer.add(batch)
-            bar.update(len(batch.indices))
-            yield batch
+    return held_or_drawn(range(sampling.n_sample), draw, writer, sampling.batch_size, processes, reread=exact)
 
 
 def _score(batches: Iterable[GeneratedBatch], options: Options, opened: Opened, processes: Processes) -> dict[str, Any]:
@@ -201,7 +195,7 @@ def _score(batches: Iterable[GeneratedBatch], options: Options, opened: Opened, 
         needs = needs_of(scoring.metrics, reference=True)
         reference = summary_at(real, features, needs, sampling.batch_size, processes)
     else:
-        reference = reference_statistics(dataset, features, options[DatasetOptions].datadir, scoring.metrics, processes)
+        reference = reference_statistics(dataset, features, options[DatasetOptions].derived, scoring.metrics, processes)
     names = stored["class_names"] if opened.header["num_classes"] == len(stored["class_names"]) else ()
     return score_samples(batches, features, reference, names, scoring, processes)
 

@@ -92,13 +92,13 @@ def needs_of(names: Sequence[str], *, reference: bool) -> frozenset[str]:
 def reference_statistics(
     dataset: ImageDataset,
     features: FeatureNetwork,
-    datadir: str | Path,
+    folder: str | Path,
     metrics: Sequence[str] = ("fid",),
     processes: Processes = Processes(),  # noqa: B008
 ) -> Summary:
-    """The real images of a split, as the metrics need them; cached in `statistics` below the data directory."""
+    """The real images of a split, as the metrics need them; cached in `statistics` below `folder`."""
     needs = needs_of(metrics, reference=True)
-    return summarise(dataset_source(dataset), features, needs, Path(datadir) / "statistics", processes=processes)
+    return summarise(dataset_source(dataset), features, needs, Path(folder) / "statistics", processes=processes)
 
 
 def score_samples(

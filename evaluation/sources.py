@@ -19,6 +19,7 @@ from datasets_prep.images import IMAGE_SUFFIXES, center_crop
 from datasets_prep.lmdb_file import open_lmdb_file
 from options import UsageError
 from runtime.distributed import Processes
+from runtime.files import UNREADABLE
 from runtime.progress import progress_bar
 
 __all__ = ["ImageSource", "dataset_source", "decode", "image_batches", "open_source", "transformed"]
@@ -134,7 +135,7 @@ def _open_npz(path: Path) -> ImageSource:
     try:
         with np.load(path, allow_pickle=False) as content:
             images = next((content[key] for key in NPZ_KEYS if key in content), None)
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise UsageError(f"cannot read {path}: {error}") from error
     if images is None or images.dtype != np.uint8 or images.ndim != 4:
         raise UsageError(f"{path}: expected images uint8 [N, H, W, C] under {' or '.join(NPZ_KEYS)}")
@@ -177,7 +178,7 @@ def decode(file: str | Path | BinaryIO, name: str, image_size: int | None = None
     try:
         with Image.open(file) as image:
             return _as_tensor(image.convert("RGB"), image_size)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (*UNREADABLE, Image.DecompressionBombError) as error:
         raise UsageError(f"cannot read the image {name}: {error}") from error
 
 

@@ -5,8 +5,6 @@ rows, the scatter matrices add up to S = S_n + S_m + d d^T n m / (n + m), which 
 """
 
 import json
-import zipfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,8 +13,8 @@ import numpy as np
 import torch
 
 from options import UsageError, as_json
-from runtime.files import atomic_path
-from runtime.unpickling import UNPICKLING_ERRORS, load_numpy_pickle
+from runtime.files import UNREADABLE, atomic_path
+from runtime.unpickling import load_numpy_pickle
 
 __all__ = [
     "RunningMoments",
@@ -26,9 +24,6 @@ __all__ = [
 ]
 
 BUFFERED = 1024  # rows
-
-# What numpy, zipfile and json raise for one thing: a damaged file.
-UNREADABLE = (OSError, *UNPICKLING_ERRORS, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -139,10 +134,14 @@ def load_statistics(path: str | Path) -> Statistics:
         with Path(path).open("rb") as file:
             content = _read_npy(file) if Path(path).suffix == ".npy" else dict(np.load(file, allow_pickle=False))
         mean, covariance = (np.asarray(content[key], dtype=np.float64) for key in ("mu", "sigma"))
-        meta = json.loads(str(content.get("metadata", "{}")))
+        meta = dict(json.loads(str(content.get("metadata", "{}"))))
     except UNREADABLE as error:
         raise UsageError(f"cannot read statistics (arrays mu and sigma) from {path}: {error}") from error
-    if mean.ndim != 1 or covariance.shape != mean.shape * 2 or not np.isfinite(covariance).all():
+    if (
+        mean.ndim != 1
+        or covariance.shape != mean.shape * 2
+        or not (np.isfinite(mean).all() and np.isfinite(covariance).all())
+    ):
         raise UsageError(
             f"{path}: expected finite mu [D] and sigma [D, D], but found {mean.shape} and {covariance.shape}"
         )

@@ -1,6 +1,5 @@
 """State dicts of feature networks: from a local file, or downloaded from where they are published."""
 
-import pickle
 from pathlib import Path
 
 import torch
@@ -8,12 +7,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from options import UsageError
+from runtime.files import UNREADABLE
+from runtime.torch_files import read_torch_file
 
 __all__ = ["download_weights", "read_weights_file"]
-
-UNREADABLE = (
-    OSError, RuntimeError, EOFError, ValueError, KeyError, SafetensorError, pickle.UnpicklingError,
-)  # fmt: skip  # what torch and safetensors raise for one thing: a damaged file
 
 
 def read_weights_file(path: str) -> dict[str, torch.Tensor]:
@@ -23,12 +20,9 @@ def read_weights_file(path: str) -> dict[str, torch.Tensor]:
         UsageError: the file is missing, damaged, or holds something else.
     """
     try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except UNREADABLE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"cannot read --feature_weights {path}: {reason}") from error
+        weights = load_file(path) if Path(path).suffix == ".safetensors" else read_torch_file(path)
+    except (OSError, SafetensorError, UsageError) as error:
+        raise UsageError(f"--feature_weights {path}: {error}") from error
     if not isinstance(weights, dict):
         raise UsageError(f"--feature_weights {path}: expected a state dict, but found {type(weights).__name__}")
     return weights

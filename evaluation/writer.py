@@ -5,8 +5,7 @@ A folder of samples holds 000000.png, ... (or .jpg), and samples.npz with `indic
 samples are drawn, each batch leaves its own part of samples.npz, samples.part_000000.npz, once its images are written.
 """
 
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,10 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from evaluation.generate import GeneratedBatch
 from options import UsageError, as_json
 from runtime.distributed import Processes
-from runtime.files import atomic_path, read_json, write_json
+from runtime.files import UNREADABLE, atomic_path, read_json, write_json
+from runtime.progress import progress_bar
 
-__all__ = ["FORMATS", "SampleWriter"]
+__all__ = ["FORMATS", "SampleWriter", "held_or_drawn"]
 
 FORMATS = ("png", "jpg", "npz")
 COLUMNS = ("indices", "labels", "evaluations", "network_evaluations")
@@ -133,9 +133,40 @@ class SampleWriter:
             try:
                 with np.load(path) as archive:  # never unpickles
                     yield {name: archive[name] for name in archive.files}
-            except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            except UNREADABLE:
                 if path.name == "samples.npz":
                     raise UsageError(f"cannot read {path}: delete it, and the same command draws anew") from None
+
+
+def held_or_drawn(
+    wanted: range,
+    draw: Callable[[Sequence[int]], Iterator[GeneratedBatch]],
+    writer: SampleWriter | None,
+    batch_size: int,
+    processes: Processes = Processes(),  # noqa: B008
+    reread: bool = True,
+) -> Iterator[GeneratedBatch]:
+    """This process's share of the samples that the writer's folder holds, then of the missing ones, which are written.
+
+    Args:
+        wanted: indices of all samples.
+        draw: gives this process's share of some indices.
+        writer: None: nothing is kept, and all are drawn.
+        batch_size: how many to read at a time.
+        processes: all of them draw.
+        reread: whether what the folder holds serves.
+    """
+    held = processes.from_main(writer.held(wanted) if writer is not None and reread and processes.is_main else set())
+    if writer is not None and held:
+        print(f"{len(held)} of {len(wanted)} samples are in {writer.folder} already")
+        yield from writer.read(set(processes.share(sorted(held))), batch_size)
+    missing = [index for index in wanted if index not in held]
+    with progress_bar(total=len(missing) // processes.count, desc="sampling", unit="image") as bar:
+        for batch in draw(missing):
+            if writer is not None:
+                writer.add(batch)
+            bar.update(len(batch.indices))
+            yield batch
 
 
 def _write_table(path: Path, table: Mapping[str, np.ndarray], durable: bool = True) -> None:

@@ -20,14 +20,13 @@ def time_grid(options: SolverOptions) -> list[float]:
     Raises:
         UsageError: less than one step, or a spacing so uneven that times coincide.
     """
-    steps = options.num_steps if options.step_size is None else max(1, round(1 / options.step_size))
-    if steps < 1:
-        raise UsageError(f"--method {options.method} needs --num_steps of at least 1, but {steps} was given")
-    t = GRIDS[options.time_grid](torch.linspace(1, 0, steps + 1, dtype=torch.float64), options)
+    if options.steps < 1:
+        raise UsageError(f"--method {options.method} needs --num_steps of at least 1, but {options.steps} was given")
+    t = GRIDS[options.time_grid](torch.linspace(1, 0, options.steps + 1, dtype=torch.float64), options)
     t = options.time_shift * t / (1 - t + options.time_shift * t)
     if not (t.diff() < 0).all():
         raise UsageError(
-            f"--time_grid {options.time_grid}: its times coincide in {steps} steps; choose a more even one"
+            f"--time_grid {options.time_grid}: its times coincide in {options.steps} steps; choose a more even one"
         )
     return t.tolist()
 

@@ -3,6 +3,9 @@
 The straight path of LFM (Dao et al. 2023, eq. 3) with a remainder s of noise at the data's end:
 
     x_t = (1 - t) data + (s + (1 - s) t) noise,      velocity = d x_t / dt = (1 - s) noise - data.
+
+It is the conditional optimal-transport path of Lipman et al. (2023, arXiv:2210.02747, eq. 22 and 23), whose time runs the
+other way: with t' = 1 - t, x_t = (1 - (1 - s) t') noise + t' data and dx / dt' = data - (1 - s) noise = -velocity.
 """
 
 from dataclasses import dataclass

@@ -62,6 +62,11 @@ class SolverOptions:
         if len(self.churn_interval) != 2 or self.churn_interval[0] > self.churn_interval[1]:
             raise UsageError(f"--churn_interval: expected two times LOW <= HIGH, but {self.churn_interval} was given")
 
+    @property
+    def steps(self) -> int:
+        """Intervals of the fixed-step solvers, whichever option tells them."""
+        return self.num_steps if self.step_size is None else max(1, round(1 / self.step_size))
+
 
 class Solution(NamedTuple):
     """Samples x [B, C, h, w] at the last time, and the number of velocity evaluations that each took, int64 [B]."""

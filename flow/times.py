@@ -25,7 +25,10 @@ def _logit_normal(uniform: torch.Tensor, options: PathOptions) -> torch.Tensor:
 
 
 def _stratified(uniform: torch.Tensor, options: PathOptions) -> torch.Tensor:
-    """One random offset for the batch: (u + i / B) mod 1, which covers [0, 1] evenly (Kingma et al. 2021, appendix I)."""
+    """One random offset for the batch: (u + i / B) mod 1, which covers [0, 1] evenly (Kingma et al. 2021, appendix I).
+
+    Times that run the other way, 1 - t, are stratified as well, with the offset 1 - u.
+    """
     offsets = torch.arange(len(uniform), device=uniform.device, dtype=torch.float64) / len(uniform)
     return ((uniform[0].double() + offsets) % 1).float()
 

@@ -1,9 +1,10 @@
 """Attention through one function that picks the fastest correct kernel for the device and sequence length."""
 
 import torch
+from torch import nn
 from torch.nn import functional
 
-__all__ = ["attention"]
+__all__ = ["SelfAttention", "attention"]
 
 # In bfloat16 on a CPU (that is, with AMX) plain matrix products were seen to beat torch's fused kernel in training, for short
 # sequences; in float32 the fused one is faster (benchmarks/attention.py).
@@ -16,3 +17,20 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
         return scores.softmax(dim=-1) @ value
     return functional.scaled_dot_product_attention(query, key, value)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention on tokens [B, L, D]."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Attend among the tokens."""
+        batch, length, width = tokens.shape
+        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = attention(*qkv.unbind(0))  # [B, heads, L, D / heads]
+        return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))

@@ -22,6 +22,7 @@ from torch import nn
 from options import UsageError, option
 
 __all__ = [
+    "DECODING",
     "Autoencoder",
     "AutoencoderOptions",
     "PixelSpace",
@@ -32,6 +33,7 @@ __all__ = [
     "pixels_to_images",
 ]
 
+DECODING = {"precision": "fp32", "rounding": "round(127.5 x + 127.5), clamped to 0..255"}  # what a result says of it
 PIXELS_PER_CHUNK = 1 << 19  # pixels that pass through the autoencoder at a time: 8 images of 256 x 256
 LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
 REPOSITORY = Path(__file__).resolve().parent.parent  # relative folders are also looked for here
@@ -61,7 +63,7 @@ def images_to_pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def pixels_to_images(pixels: torch.Tensor) -> torch.Tensor:
-    """Float pixels to uint8 images: round(127.5 x + 127.5), clamped to 0..255. The only quantisation there is."""
+    """Float pixels to uint8 images, by the rule that DECODING names: the only quantisation there is."""
     return (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

@@ -3,19 +3,29 @@
     python -m models.convert model_475.pth model.safetensors --args_file test_args/celeb256_dit.txt [flags]
     python -m models.convert model.safetensors model_475.pth [--module_prefix]
 
-Of content.pth the moving averages are taken. A command like the scripts at the root: it lies here for its name.
+The stage of label maps, cond_stage_<name>.pth beside a model of semantic synthesis, is read and written along. Of
+content.pth the moving averages are taken. A command like the scripts at the root: it lies here for its name.
 """
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from command_line import parse_options
 from evaluation.modes import IGNORED_FLAGS, MODE_GROUPS
 from evaluation.published import published_facts
 from models.autoencoder import Autoencoder, PixelSpace, is_hub_id, load_autoencoder
-from options import Options, UsageError, as_json, exit_cleanly, option, parse_options
+from options import Options, UsageError, as_json, exit_cleanly, option
 from runtime.checkpoints import read_weights, save_weights
-from runtime.published import PREFIX, autoencoder_options, build_published, read_published, with_arguments
+from runtime.published import (
+    PREFIX,
+    STAGE_WEIGHT,
+    autoencoder_options,
+    build_published,
+    condition_stage_path,
+    read_published,
+    with_arguments,
+)
 from runtime.torch_files import is_torch_file, save_content
 
 
@@ -61,7 +71,10 @@ def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
     _check_suffix(target, ".pth", f"{source} is no file of torch.save")
     weights, header = read_weights(source)
     prefix = PREFIX if module_prefix else ""
-    save_content(target, {prefix + name: value for name, value in weights.items()})
+    stage = {name: weights.pop(name) for name in (STAGE_WEIGHT,) if name in weights}
+    for path, part in ((target, weights), (condition_stage_path(target), stage)):
+        if part:
+            save_content(path, {prefix + name: value for name, value in part.items()})
     autoencoder = header["autoencoder"]
     if "latents_std" in autoencoder and autoencoder["scale_factor"] is None:
         print(

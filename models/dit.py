@@ -3,7 +3,6 @@
 Names and shapes of the state dict are those of the published LFM checkpoints.
 """
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +12,11 @@ from timm.layers import Mlp, PatchEmbed
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import attention
+from models.attention import SelfAttention
 from models.conditions import Condition
-from models.family import FamilyOptions
-from options import UsageError, option
+from models.embeddings import LabelEmbedding, TimeEmbedding, sinusoids
+from models.family import ClassOptions
+from options import UsageError
 
 __all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "with_own_positions"]
 
@@ -30,23 +30,15 @@ DIT_SIZES = {
     "XL": (1152, 28, 16),
 }
 FREQUENCIES = 128  # of the time embedding
-LONGEST_PERIOD = 10000.0
 
 
 @dataclass(frozen=True)
-class DiTOptions(FamilyOptions):
+class DiTOptions(ClassOptions):
     """DiT."""
-
-    num_classes: int | None = option(None, "number of classes; default: unconditional", minimum=1)
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return self.num_classes or 1
 
     @property
     def label_rows(self) -> int:
-        """Rows of the label table: one per class, and the null class where labels are dropped."""
+        """Rows of the label table: one per class, and the null class where labels are dropped; at least one."""
         return self.classes + (self.label_dropout > 0)
 
 
@@ -77,7 +69,7 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(_sincos_table(self.grid, self.grid, hidden_size), requires_grad=False)
         self._other_grids: dict[tuple[int, int], torch.Tensor] = {}
         self.x_embedder = PatchEmbed(None, patch_size, options.num_in_channels, hidden_size, strict_img_size=False)
-        self.t_embedder = TimeEmbedding(hidden_size)
+        self.t_embedder = TimeEmbedding(FREQUENCIES, hidden_size)
         self.y_embedder = LabelEmbedding(options.label_rows, hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * options.num_out_channels)
@@ -133,54 +125,6 @@ class DiT(nn.Module):
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
-
-
-class TimeEmbedding(nn.Module):
-    """[cos(t f), sin(t f)] of times t [B], through two linear layers, to [B, D]."""
-
-    frequencies: torch.Tensor
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.mlp = nn.Sequential(
-            nn.Linear(2 * FREQUENCIES, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
-        )
-        exponents = torch.arange(FREQUENCIES, dtype=torch.float32) / FREQUENCIES
-        self.register_buffer("frequencies", torch.exp(-math.log(LONGEST_PERIOD) * exponents), persistent=False)
-
-    def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """Embed t [B]."""
-        angles = t.float()[:, None] * self.frequencies
-        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1))
-
-
-class LabelEmbedding(nn.Module):
-    """One row per class, and one more for the null class where labels are dropped in training."""
-
-    def __init__(self, rows: int, hidden_size: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(rows, hidden_size)
-
-    def forward(self, labels: torch.Tensor | None) -> torch.Tensor:
-        """Rows [B, D] of labels [B]; the last row [D] for None."""
-        return self.embedding_table.weight[-1] if labels is None else self.embedding_table(labels)
-
-
-class SelfAttention(nn.Module):
-    """Multi-head self-attention on tokens [B, L, D]."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Attend among the tokens."""
-        batch, length, width = tokens.shape
-        qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = attention(*qkv.unbind(0))  # [B, heads, L, D / heads]
-        return self.proj(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
 class DiTBlock(nn.Module):
@@ -239,11 +183,9 @@ def _check_sides(height: int, width: int, patch: int) -> None:
 
 def _sincos_table(rows: int, columns: int, hidden_size: int) -> torch.Tensor:
     """2-D sine-cosine table [1, rows x columns, D]: columns in the first half of the channels, rows in the second."""
-    frequencies = LONGEST_PERIOD ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size / 4))
 
     def waves(count: int) -> torch.Tensor:  # [count, D / 2]
-        angles = torch.arange(count, dtype=torch.float64)[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        return sinusoids(torch.arange(count, dtype=torch.float64), hidden_size // 4, sines_first=True)
 
     across, down = waves(columns)[None].expand(rows, -1, -1), waves(rows)[:, None].expand(-1, columns, -1)
     return torch.cat([across, down], dim=-1).reshape(1, rows * columns, hidden_size).float()

@@ -15,12 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from models.conditions import Condition
 from models.edm_layers import SQRT_HALF, STYLES, Block, Convolution, Norm
-from models.family import FamilyOptions
-from options import UsageError, option
+from models.embeddings import sinusoids
+from models.family import FamilyOptions, check_sides
+from options import option
 
 __all__ = ["EdmUNet", "EdmUNetOptions", "UNetOptions"]
-
-LONGEST_PERIOD = 10000.0
 
 
 @dataclass(frozen=True)
@@ -50,21 +49,6 @@ class EdmUNetOptions(UNetOptions):
         return self.label_dim or 1
 
 
-def check_sides(height: int, width: int, options: UNetOptions) -> None:
-    """Refuse latents that cannot be halved once per level.
-
-    Raises:
-        UsageError: that.
-    """
-    halvings = len(options.ch_mult) - 1
-    for side in (height, width):
-        if side % 2**halvings:
-            raise UsageError(
-                f"latents of side {side} cannot be halved {halvings} times, as the {halvings + 1} levels of --ch_mult ask "
-                "for: choose an --image_size that fits, or fewer levels"
-            )
-
-
 class EdmUNet(nn.Module):
     """adm, ddpm++ or ncsn++ for latents of side `size`.
 
@@ -73,7 +57,7 @@ class EdmUNet(nn.Module):
 
     def __init__(self, size: int, kind: str, options: EdmUNetOptions) -> None:
         super().__init__()
-        check_sides(size, size, options)
+        check_sides(size, size, len(options.ch_mult), "--ch_mult")
         self.options, self.kind, self.style = options, kind, STYLES[kind]
         width, embedding = options.nf, 4 * options.nf
         noise_width = 2 * width if kind == "ncsn++" else width
@@ -99,7 +83,7 @@ class EdmUNet(nn.Module):
         Raises:
             UsageError: sides h, w that cannot be halved once per level.
         """
-        check_sides(x.shape[2], x.shape[3], self.options)
+        check_sides(x.shape[2], x.shape[3], len(self.options.ch_mult), "--ch_mult")
         embedding = self._embed(t.expand(x.shape[0]), condition.labels)
         skips: list[torch.Tensor] = []
         pyramid = x
@@ -178,19 +162,16 @@ class EdmUNet(nn.Module):
 
     def _embed(self, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         half = self.options.nf // 2
-        if self.kind == "ncsn++":
-            angles = 2 * math.pi * t.float()[:, None] * self.map_noise.freqs  # type: ignore[union-attr]
-        else:
-            steps = half if self.kind == "adm" else half - 1
-            exponents = torch.arange(half, device=t.device, dtype=torch.float32) / steps
-            angles = t.float()[:, None] * LONGEST_PERIOD**-exponents
-        waves = (angles.cos(), angles.sin()) if self.kind == "adm" else (angles.sin(), angles.cos())
-        embedding = torch.cat(waves, dim=1)
         if self.kind == "adm":
+            embedding = sinusoids(t.float(), half)
             embedding = self.map_layer1(functional.silu(self.map_layer0(embedding)))
             if self.map_label is not None and labels is not None:
                 embedding = embedding + self.map_label(self._one_hot(labels))
             return functional.silu(embedding)
+        if self.map_noise is not None:
+            embedding = self.map_noise(t.float())
+        else:
+            embedding = sinusoids(t.float(), half, sines_first=True, endpoint=True)
         if self.map_label is not None:
             hot = self._one_hot(labels) if labels is not None else embedding.new_zeros(len(t), self.options.label_dim)
             embedding = embedding + self.map_label(hot * math.sqrt(self.options.label_dim))
@@ -227,6 +208,11 @@ class RandomFrequencies(nn.Module):
     def __init__(self, count: int) -> None:
         super().__init__()
         self.register_buffer("freqs", 16 * torch.randn(count))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """[sin(2 pi t f), cos(2 pi t f)] [B, 2 count] of times t [B]."""
+        angles = 2 * math.pi * t[:, None] * self.freqs
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 @torch.no_grad()

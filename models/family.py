@@ -1,10 +1,10 @@
-"""The options that all families of velocity networks share."""
+"""The options that families of velocity networks share."""
 
 from dataclasses import dataclass
 
-from options import option
+from options import UsageError, option
 
-__all__ = ["FamilyOptions"]
+__all__ = ["ClassOptions", "FamilyOptions", "check_sides"]
 
 
 @dataclass(frozen=True)
@@ -22,3 +22,34 @@ class FamilyOptions:
     def classes(self) -> int:
         """Number of classes K, which is also the null class's id; 1: unconditional."""
         return 1
+
+
+@dataclass(frozen=True)
+class ClassOptions(FamilyOptions):
+    """Classes of DiT, of unet and with --use_origin_adm."""
+
+    num_classes: int | None = option(None, "number of classes; default: unconditional", minimum=1)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.num_classes or 1
+
+    @property
+    def label_rows(self) -> int:
+        """Rows of the label table (0: none): one per class, and the null class where labels are dropped."""
+        return self.num_classes + (self.label_dropout > 0) if self.num_classes else 0
+
+
+def check_sides(height: int, width: int, levels: int, whose: str) -> None:
+    """Refuse latents that cannot be halved once per level; `whose` the levels are stands in the message.
+
+    Raises:
+        UsageError: that.
+    """
+    for side in (height, width):
+        if side % 2 ** (levels - 1):
+            raise UsageError(
+                f"latents of side {side} cannot be halved {levels - 1} times, as the {levels} levels of {whose} ask for: "
+                "choose another --image_size, or a network with fewer levels"
+            )

@@ -14,19 +14,18 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention
 from models.conditions import Condition
-from models.edm_unet import UNetOptions, check_sides
+from models.edm_unet import UNetOptions
+from models.embeddings import sinusoids
+from models.family import ClassOptions, check_sides
 from options import UsageError, option
 
 __all__ = ["GuidedUNet", "GuidedUNetOptions"]
 
-LONGEST_PERIOD = 10000.0
-
 
 @dataclass(frozen=True)
-class GuidedUNetOptions(UNetOptions):
+class GuidedUNetOptions(UNetOptions, ClassOptions):
     """adm with --use_origin_adm."""
 
-    num_classes: int | None = option(None, "number of classes; default: unconditional", minimum=1)
     use_scale_shift_norm: bool = option(True, "the embedding scales and shifts; off: it is added")
     resblock_updown: bool = option(False, "residual blocks between levels, instead of convolutions or pooling")
     resamp_with_conv: bool = option(True, "convolve between levels")
@@ -37,23 +36,13 @@ class GuidedUNetOptions(UNetOptions):
         -1, "channels per head, which then decide on the number of heads; -1: num_heads does"
     )
 
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return self.num_classes or 1
-
-    @property
-    def label_rows(self) -> int:
-        """Rows of the label table (0: none): one per class, and the null class where labels are dropped."""
-        return self.num_classes + (self.label_dropout > 0) if self.num_classes else 0
-
 
 class GuidedUNet(nn.Module):
     """The network for latents of side `size`, or of any other side that its levels divide."""
 
     def __init__(self, size: int, options: GuidedUNetOptions) -> None:
         super().__init__()
-        check_sides(size, size, options)
+        check_sides(size, size, len(options.ch_mult), "--ch_mult")
         self.options = options
         width, embedding = options.nf, 4 * options.nf
         self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
@@ -97,11 +86,8 @@ class GuidedUNet(nn.Module):
         Raises:
             UsageError: sides h, w that cannot be halved once per level, or no labels where there is no null class.
         """
-        check_sides(x.shape[2], x.shape[3], self.options)
-        half = self.options.nf // 2
-        exponents = torch.arange(half, device=x.device, dtype=torch.float32) / half
-        angles = t.expand(x.shape[0]).float()[:, None] * LONGEST_PERIOD**-exponents
-        embedding = self.time_embed(torch.cat([angles.cos(), angles.sin()], dim=1))
+        check_sides(x.shape[2], x.shape[3], len(self.options.ch_mult), "--ch_mult")
+        embedding = self.time_embed(sinusoids(t.expand(x.shape[0]).float(), self.options.nf // 2))
         if self.options.label_rows:
             embedding = embedding + self._embed_labels(condition.labels)
         skips = []

@@ -93,9 +93,9 @@ def _label_flags(rows: int, current: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _values(architecture: Architecture) -> dict[str, Any]:
-    model_type, latent_size, options = architecture
+    model_type, latent_size, options, dense = architecture
     values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    return values | {"model_type": model_type, "latent_size": latent_size}
+    return values | {"model_type": model_type, "latent_size": latent_size, "dense": dense}
 
 
 def _fits(weights: Weights, values: Mapping[str, Any]) -> bool:
@@ -105,7 +105,7 @@ def _fits(weights: Weights, values: Mapping[str, Any]) -> bool:
     chosen = kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
     try:
         with torch.device("meta"):
-            own = build_network(values["model_type"], values["latent_size"], chosen).state_dict()
+            own = build_network(values["model_type"], values["latent_size"], chosen, values["dense"]).state_dict()
     except UsageError:
         return False
     return not any(find_mismatch(own, with_own_positions(own, weights)))

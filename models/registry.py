@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from models.conditions import DenseConditioned, DenseInput
 from models.dit import DIT_SIZES, DiTOptions, build_dit
 from models.edm_layers import STYLES
 from models.edm_unet import EdmUNet, EdmUNetOptions, UNetOptions
-from models.family import FamilyOptions
+from models.family import ClassOptions, FamilyOptions
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
-from options import UsageError, option
+from models.plain_unet import PlainUNet, PlainUNetOptions
+from options import Options, UsageError, option
 
 __all__ = [
     "FAMILY_OPTIONS",
@@ -23,6 +25,7 @@ __all__ = [
     "Family",
     "NetworkOptions",
     "build_network",
+    "guided_diffusion_by_default",
     "options_from_header",
 ]
 
@@ -40,7 +43,7 @@ ORIGIN_ADM = "origin_adm"  # the model type that --use_origin_adm stands for
 class NetworkOptions:
     """Network."""
 
-    model_type: str = option("adm", "DiT-{Mi,Ti,S,B,L,XL}/{1,2,4,8}, adm, ddpm++ or ncsn++")
+    model_type: str = option("adm", "DiT-{Mi,Ti,S,B,L,XL}/{1,2,4,8}, adm, ddpm++, ncsn++, or unet (small, for pixels)")
     use_origin_adm: bool = option(False, "the U-Net in guided-diffusion's form, whatever --model_type says")
 
     def resolve(self) -> str:
@@ -53,6 +56,12 @@ class NetworkOptions:
         if name not in NETWORKS:
             raise UsageError(f"unknown --model_type {name!r}: expected one of {', '.join(NETWORKS)}")
         return name
+
+
+def guided_diffusion_by_default(options: Options) -> Options:
+    """The options with --use_origin_adm, unless another network is asked for: the published downstream scripts' default."""
+    named = options.values["model_type"] != NetworkOptions.model_type
+    return options if named else options.completed({"use_origin_adm": True})
 
 
 class Family(NamedTuple):
@@ -68,6 +77,7 @@ class Architecture(NamedTuple):
     model_type: str
     latent_size: int
     options: FamilyOptions
+    dense: DenseInput | None = None
 
 
 def _edm_unet(kind: str, size: int, options: EdmUNetOptions) -> EdmUNet:
@@ -78,13 +88,20 @@ NETWORKS: dict[str, Family] = {
     **{f"DiT-{name}/{p}": Family(DiTOptions, partial(build_dit, name, p)) for name in DIT_SIZES for p in (1, 2, 4, 8)},
     **{kind: Family(EdmUNetOptions, partial(_edm_unet, kind)) for kind in STYLES},
     ORIGIN_ADM: Family(GuidedUNetOptions, GuidedUNet),
+    "unet": Family(PlainUNetOptions, PlainUNet),
 }
-FAMILY_OPTIONS = (FamilyOptions, DiTOptions, UNetOptions, EdmUNetOptions, GuidedUNetOptions)
+FAMILY_OPTIONS = (FamilyOptions, ClassOptions, UNetOptions, EdmUNetOptions, GuidedUNetOptions)
 
 
-def build_network(model_type: str, latent_size: int, options: FamilyOptions) -> nn.Module:
-    """A network with fresh weights for latents of side `latent_size`; `options` is of the family's own dataclass."""
-    return NETWORKS[model_type].build(latent_size, options)
+def build_network(
+    model_type: str, latent_size: int, options: FamilyOptions, dense: DenseInput | None = None
+) -> nn.Module:
+    """A network with fresh weights for latents of side `latent_size`, beside which it sees the map `dense`, if any.
+
+    `options` is of the family's own dataclass; its channels of input include those of the map.
+    """
+    network = NETWORKS[model_type].build(latent_size, options)
+    return network if dense is None else DenseConditioned(network, dense)
 
 
 def options_from_header(model_type: str, stored: Mapping[str, Any]) -> FamilyOptions:

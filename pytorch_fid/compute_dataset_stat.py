@@ -7,13 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from evaluation.features import FeatureOptions, choose_features
 from evaluation.reference import summarise
 from evaluation.score import IMAGE_FORMATS
 from evaluation.sources import dataset_source, transformed
 from evaluation.statistics import save_statistics
-from options import exit_cleanly, option, parse_options
+from options import exit_cleanly, option
 from runtime.precision import DeviceOptions, Machine, choose_device
 
 

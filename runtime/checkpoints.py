@@ -1,8 +1,8 @@
 """Checkpoints that describe themselves: safetensors weights with everything in the header that rebuilds the network.
 
-The header (one JSON object) holds `model_type`, `network` (the family's own options), `latent_size`, `autoencoder`,
-`dataset`, `path`, `step`, `epoch`, and the SHA-256 of the weights. Files of the published code are in runtime/published.py,
-content.pth in runtime/torch_files.py.
+The header (one JSON object) holds `task`, `model_type`, `network` (the family's own options), `dense` (what the network
+sees beside x_t, or null), `latent_size`, `autoencoder`, `dataset`, `path`, `step`, `epoch`, and the SHA-256 of the weights.
+Files of the published code are in runtime/published.py, content.pth in runtime/torch_files.py.
 """
 
 import json
@@ -18,6 +18,7 @@ from safetensors.torch import save as serialize
 from torch import nn
 
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, load_autoencoder, weights_hash
+from models.conditions import DenseInput
 from models.loading import load_weights
 from models.registry import Architecture, build_network, options_from_header
 from options import UsageError, as_json
@@ -123,18 +124,18 @@ def architecture_of(header: Mapping[str, Any]) -> Architecture:
         UsageError: one that this version does not know.
     """
     options = options_from_header(header["model_type"], header["network"])
-    return Architecture(header["model_type"], header["latent_size"], options)
+    return Architecture(header["model_type"], header["latent_size"], options, DenseInput.of_header(header.get("dense")))
 
 
-def experiment_folder(save_root: str, dataset: str, exp: str) -> Path:
-    """The folder of an experiment.
+def experiment_folder(save_root: str, dataset: str, exp: str, kind: str = "latent_flow") -> Path:
+    """The folder of an experiment; `kind` is the name that its task gives to all of its experiments.
 
     Raises:
         UsageError: a name that is not a plain folder name.
     """
     if not re.fullmatch(r"\w[\w.+-]*", exp):
         raise UsageError(f"--exp {exp!r}: expected a plain name of letters, digits, '_', '-', '.' and '+'")
-    return Path(save_root) / "latent_flow" / dataset / exp
+    return Path(save_root) / kind / dataset / exp
 
 
 def find_checkpoint(name: str, folder: Path) -> Path:
@@ -155,9 +156,9 @@ def newest_model(folder: Path, epoch: int | None = None) -> Path:
         found |= {int(match[1]): path for path in paths if (match := re.fullmatch(r"model_(\d+)", path.stem))}
     if not found or (epoch is not None and epoch not in found):
         wanted = f"model_{'<epoch>' if epoch is None else epoch}"
+        present = f"it has: {', '.join(p.name for p in sorted(found.values())) or 'no checkpoints'}"
         raise UsageError(
-            f"no {wanted}.safetensors or {wanted}.pth in {folder} "
-            f"(it has: {', '.join(p.name for p in sorted(found.values())) or 'no checkpoints'}); "
+            f"no {wanted}.safetensors or {wanted}.pth in {folder} ({present if folder.is_dir() else 'no such folder'}); "
             "train first with run.sh, or name a file with --checkpoint"
         )
     return found[max(found) if epoch is None else epoch]

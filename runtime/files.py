@@ -3,7 +3,13 @@
 import errno
 import json
 import os
+import pickle
+import re
 import shutil
+import struct
+import tokenize
+import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +17,32 @@ from typing import Any
 
 from options import UsageError, as_json
 
-__all__ = ["append_line", "atomic_path", "move_aside", "read_json", "replace_folder", "write_json"]
+__all__ = [
+    "UNREADABLE",
+    "append_line",
+    "atomic_path",
+    "move_aside",
+    "read_json",
+    "remove_leftovers",
+    "replace_folder",
+    "write_json",
+]
 
+# What pickle, numpy, zipfile, PIL and their like raise for one thing: a file that is damaged, or made to do harm.
+UNREADABLE = (
+    OSError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
+    ValueError, pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
 FULL_BYTES = 1 << 16  # with less free space than this, a failed write is blamed on the full disk
 
 
 @contextmanager
-def atomic_path(path: str | Path, durable: bool = True) -> Iterator[Path]:
+def atomic_path(path: str | Path, durable: bool = True, previous: Path | None = None) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes `path`'s place once the block ends without an error.
 
     A reader sees the old file or the new one, never half of one; if `durable`, after a power loss
-    too. On an error the temporary file is removed.
+    too. On an error the temporary file is removed. The file that is replaced is kept as `previous`, if that is named:
+    whenever the process ends, one of the two is whole.
 
     Raises:
         OSError: ENOSPC where the disk is full, whatever the writing library made of it.
@@ -33,6 +54,8 @@ def atomic_path(path: str | Path, durable: bool = True) -> Iterator[Path]:
         yield temporary
         if durable:
             _flush(temporary)
+        if previous is not None and path.exists():
+            _rename_copy(path, previous)
         temporary.replace(path)
         if durable:
             _flush(path.parent)
@@ -58,16 +81,19 @@ def append_line(path: str | Path, line: str) -> None:
         file.write(f"{line}\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """The JSON value in `path`.
+def read_json(path: str | Path) -> dict[str, Any]:
+    """The JSON object in `path`.
 
     Raises:
-        UsageError: the file cannot be read or holds no JSON.
+        UsageError: the file cannot be read or holds no such thing.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"cannot read {path}: expected a JSON object, but it is a {type(value).__name__}")
+    return value
 
 
 @contextmanager
@@ -91,12 +117,34 @@ def replace_folder(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def move_aside(path: Path) -> Path:
-    """Rename `path` to the first free `<name>.old-<number>` and return the new name."""
+def move_aside(path: Path, word: str = "old") -> Path:
+    """Rename `path` to the first free `<name>.<word>-<number>` and return the new name."""
     number = 1
-    while (target := path.with_name(f"{path.name}.old-{number}")).exists():
+    while (target := path.with_name(f"{path.name}.{word}-{number}")).exists():
         number += 1
     return path.rename(target)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove the temporary files that killed processes left in `folder`, where none but this one may be at work.
+
+    Returns:
+        what was removed. Files of this process's number stay: they are its own.
+    """
+    left = [path for path in folder.glob("*.tmp-*") if re.search(r"\.tmp-\d+$", path.name) and path.is_file()]
+    left = [path for path in left if not path.name.endswith(f".tmp-{os.getpid()}")]
+    for path in left:
+        path.unlink()
+    return left
+
+
+def _rename_copy(path: Path, previous: Path) -> None:
+    """Give `path` the name `previous` as well, so that it is never without its own."""
+    previous.unlink(missing_ok=True)
+    try:
+        previous.hardlink_to(path)
+    except OSError:  # a file system without links
+        path.replace(previous)
 
 
 def _flush(path: Path) -> None:

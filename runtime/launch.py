@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 
-from options import INTERRUPTED, Options, UsageError, exit_cleanly, option, parse_options
+from command_line import parse_options
+from options import INTERRUPTED, Options, UsageError, exit_cleanly, option
 from runtime.distributed import DEFECT, Processes, join_processes, launched
 
 __all__ = ["LaunchOptions", "run_script"]
@@ -59,6 +60,7 @@ def run_script(
     groups: Sequence[type],
     *,
     ignored: Mapping[str, str] | None = None,
+    task: str | None = None,
 ) -> None:
     """Parse the command line (as `parse_options` does) and run `main` in each of the processes that it asks for.
 
@@ -69,7 +71,7 @@ def run_script(
     def work() -> int:
         with join_processes() as processes:
             with redirect_stderr(io.StringIO()) as notes:
-                options = parse_options(description, [*groups, LaunchOptions], ignored=ignored)
+                options = parse_options(description, [*groups, LaunchOptions], ignored=ignored, task=task)
             settings = options[LaunchOptions]
             if settings.wanted > 1 and not launched():
                 return _launch(settings)

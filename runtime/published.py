@@ -20,6 +20,7 @@ from torch import nn
 
 from flow.paths import PathOptions
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, weights_hash
+from models.conditions import DenseInput
 from models.edm_unet import EdmUNetOptions
 from models.family import FamilyOptions
 from models.loading import TYPICAL_LABEL_DROPOUT, load_weights
@@ -30,18 +31,24 @@ from runtime.torch_files import read_torch_file
 __all__ = [
     "ALLOWED_CLASSES",
     "PREFIX",
+    "STAGE_WEIGHT",
     "Published",
     "autoencoder_options",
     "build_published",
     "condition_stage_beside",
+    "condition_stage_path",
     "is_published_content",
+    "newest_condition_stage",
     "parse_published",
     "read_published",
+    "read_sampled",
     "with_arguments",
 ]
 
 ALLOWED_CLASSES = (argparse.Namespace,)  # of the objects in content.pth
 PREFIX = "module."
+STAGE_WEIGHT = "channel_mapper.weight"
+STAGE_FILE = re.compile(r"cond_stage_model_(\d+)\.pth")
 BUFFERS = ("resample_filter", "freqs")  # last names of the entries that are no parameters
 SCALE_FACTOR, FACTOR, LATENT_CHANNELS = 0.18215, 8, 4  # of stabilityai/sd-vae-ft-mse, the published autoencoder
 OTHER_SPELLINGS = {"attn_resolution": "attn_resolutions"}
@@ -122,10 +129,28 @@ def is_published_content(content: Any) -> bool:
     return isinstance(content, dict) and "model_dict" in content
 
 
+def condition_stage_path(path: str | Path) -> Path:
+    """Where the stage of label maps of a model lies: cond_stage_model_<epoch>.pth beside model_<epoch>.pth."""
+    return Path(path).with_name(f"cond_stage_{Path(path).name}")
+
+
 def condition_stage_beside(path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights in cond_stage_model_<epoch>.pth beside model_<epoch>.pth; empty where there is no such file."""
-    beside = Path(path).with_name(f"cond_stage_{Path(path).name}")
+    """The weights of the stage beside a model; empty where there is no such file."""
+    beside = condition_stage_path(path)
     return read_published(beside).weights if beside.exists() else {}
+
+
+def newest_condition_stage(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of the stage of the highest epoch in a run's folder; empty where there is none."""
+    found = {
+        int(match[1]): path for path in folder.glob("cond_stage_model_*.pth") if (match := STAGE_FILE.match(path.name))
+    }
+    return read_published(found[max(found)]).weights if found else {}
+
+
+def read_sampled(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights to sample with in a published file, and those of the stage beside it."""
+    return read_published(path).sampled | condition_stage_beside(path)
 
 
 def with_arguments(options: Options, published: Published) -> Options:
@@ -169,13 +194,17 @@ def build_published(
         raise UsageError(
             f"{path} is for resuming a run: name the model_<epoch>.safetensors or best.safetensors beside it"
         )
-    architecture = _architecture(options, autoencoder)
+    stage = condition_stage_beside(path)
+    architecture = _architecture(options, autoencoder, stage)
+    _check_condition(architecture, path)
     network = build_network(*architecture)
-    sampled = published.sampled
+    sampled = published.sampled | stage
     load_weights(network, sampled, str(path), architecture)
     header = {
+        "task": _task(architecture.dense),
         "model_type": architecture.model_type,
         "network": architecture.options,
+        "dense": architecture.dense,
         "latent_size": architecture.latent_size,
         "latent_channels": architecture.options.num_out_channels,
         "num_classes": architecture.options.classes,
@@ -192,13 +221,39 @@ def build_published(
     return network, as_json(header)
 
 
-def _architecture(options: Options, autoencoder: Autoencoder | PixelSpace | None) -> Architecture:
+def _check_condition(architecture: Architecture, path: str | Path) -> None:
+    """Refuse a condition that is neither a masked image with its mask nor a map with its stage.
+
+    Raises:
+        UsageError: that.
+    """
+    dense, latents = architecture.dense, architecture.options.num_out_channels
+    if dense is not None and dense.classes is None and dense.channels != latents + 1:
+        raise UsageError(
+            f"{path}: a network of {latents + dense.channels} input channels for latents of {latents} is one of semantic "
+            f"synthesis, which needs {condition_stage_path(path).name} beside it; one of inpainting has {2 * latents + 1}"
+        )
+
+
+def _task(dense: DenseInput | None) -> str:
+    """The published tasks differ in what the network sees beside x_t."""
+    if dense is None:
+        return "generate"
+    return "inpaint" if dense.classes is None else "semantic"
+
+
+def _architecture(
+    options: Options, autoencoder: Autoencoder | PixelSpace | None, stage: Mapping[str, torch.Tensor]
+) -> Architecture:
+    """The architecture that flags describe; `stage` holds the weight of the label map's stage, if there is one."""
     model_type = options[NetworkOptions].resolve()
     network: FamilyOptions = options[NETWORKS[model_type].options]
     channels = autoencoder.latent_channels if autoencoder else LATENT_CHANNELS
+    weight = stage.get(STAGE_WEIGHT)  # [c, K, 1, 1]
+    mapped = 0 if weight is None else weight.shape[0]
     network = replace(
         network,
-        num_in_channels=network.num_in_channels if "num_in_channels" in options.explicit else channels,
+        num_in_channels=network.num_in_channels if "num_in_channels" in options.explicit else channels + mapped,
         num_out_channels=network.num_out_channels if "num_out_channels" in options.explicit else channels,
     )
     if isinstance(network, EdmUNetOptions) and network.label_dim:
@@ -210,7 +265,9 @@ def _architecture(options: Options, autoencoder: Autoencoder | PixelSpace | None
         raise UsageError(
             f"--image_size {options.values['image_size']} is no multiple of {factor}, the factor of the autoencoder"
         )
-    return Architecture(model_type, size, network)
+    beside = network.num_in_channels - network.num_out_channels
+    dense = DenseInput(beside, None if weight is None else weight.shape[1]) if beside > 0 else None
+    return Architecture(model_type, size, network, dense)
 
 
 def _describe_unseen(options: Options) -> dict[str, Any]:

@@ -1,12 +1,35 @@
 """Requests to stop: Ctrl-C, SIGTERM and SIGUSR1 end a run at its next step, with everything saved."""
 
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-__all__ = ["StopSignals"]
+__all__ = ["StopSignals", "orderly_exit"]
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+@contextmanager
+def orderly_exit() -> Iterator[None]:
+    """SIGTERM and SIGUSR1 end the process in order inside: what blocks hold is released; exit code 128 + number.
+
+    Other handlers than the kernel's own are left as they are.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    deadly = [number for number in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(number) == signal.SIG_DFL]
+    for number in deadly:
+        signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number in deadly:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class StopSignals:

@@ -51,9 +51,10 @@ def read_torch_file(
         raise UsageError(f"cannot read {path}: {reason}") from error
 
 
-def save_content(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write tensors, numbers, strings and containers of them, atomically."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:  # a path would hide the kind of an OSError
+def save_content(path: str | Path, content: Mapping[str, Any], previous: Path | None = None) -> None:
+    """Write tensors, numbers, strings and containers of them, atomically; the old file is kept as `previous`, if named."""
+    # The open file, since torch.save with a path would hide the kind of an OSError.
+    with atomic_path(path, previous=previous) as temporary, temporary.open("wb") as file:
         torch.save(dict(content), file)
 
 

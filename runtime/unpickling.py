@@ -12,13 +12,9 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-__all__ = ["UNPICKLING_ERRORS", "load_numpy_pickle"]
+__all__ = ["load_numpy_pickle"]
 
 PLAIN_KINDS = "biufcSU"  # booleans, numbers, text
-UNPICKLING_ERRORS = (
-    pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError,
-    UnicodeError, OverflowError, MemoryError,
-)  # fmt: skip  # what a damaged pickle raises
 
 
 def load_numpy_pickle(file: BinaryIO) -> Any:
@@ -27,7 +23,7 @@ def load_numpy_pickle(file: BinaryIO) -> Any:
     Strings of Python 2 are decoded as Latin-1, which keeps the bytes of its arrays.
 
     Raises:
-        UNPICKLING_ERRORS: the pickle is damaged, or holds anything but numpy arrays, containers, numbers and text.
+        runtime.files.UNREADABLE: the pickle is damaged, or holds anything but numpy arrays, containers, numbers and text.
     """
     return _ArrayUnpickler(file, encoding="latin1").load()
 

@@ -1,9 +1,11 @@
 """Data that several tests share."""
 
+import gzip
 import importlib.util
 import runpy
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +20,13 @@ from models.dit import DIT_SIZES, DiTOptions, build_dit
 from models.registry import NETWORKS, Family
 
 ROOT = Path(__file__).parents[1]
+THREADS = torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True)
+def same_number_of_threads() -> None:
+    """Every test begins with the process's own number, whatever a run in the same process has chosen before."""
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +34,26 @@ def fashion_mnist_dir() -> Path:
     """A data directory with the Fashion-MNIST files; fetched once into the repository's `data/` if need be."""
     find_idx_folder("fashion_mnist", ROOT / "data")
     return ROOT / "data"
+
+
+@pytest.fixture(scope="session")
+def write_idx() -> Callable[[Path, dict[str, int]], None]:
+    """write_idx(folder, counts) makes Fashion-MNIST's files: bright rectangles on black; place and size tell the class."""
+
+    def write(folder: Path, counts: dict[str, int]) -> None:
+        generator = np.random.default_rng(0)
+        folder.mkdir(parents=True)
+        for prefix, count in counts.items():
+            labels = np.arange(count, dtype=np.uint8) % 10
+            images = np.zeros((count, 28, 28), np.uint8)
+            for image, label in zip(images, labels, strict=True):
+                top, left = generator.integers(2, 5, 2)
+                image[top : top + 4 + 2 * label, left : left + 22 - 2 * label] = generator.integers(150, 256)
+            for name, array in [("images-idx3", images), ("labels-idx1", labels)]:
+                head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+                (folder / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
+
+    return write
 
 
 @pytest.fixture

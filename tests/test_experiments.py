@@ -6,25 +6,32 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 import torch
 
+from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions
+from datasets_prep.masks import MaskOptions
+from evaluation.conditioned_source import ConditionedOptions
 from evaluation.opening import SourceOptions
+from evaluation.pictures import GridOptions
 from evaluation.sampling import SamplingOptions
 from flow.guidance import GuidanceOptions
-from flow.solvers import SolverOptions
+from flow.paths import PathOptions
+from flow.solvers import SOLVERS, SolverOptions
 from models.autoencoder import AutoencoderOptions
-from models.registry import NETWORKS, NetworkOptions, build_network
-from options import parse_options
+from models.conditions import ConditionOptions
+from models.registry import NETWORKS, NetworkOptions, build_network, guided_diffusion_by_default
+from runtime.launch import LaunchOptions
 from runtime.precision import MachineOptions
 from training.experiment import ExperimentOptions
-from training.loop import TrainingOptions
+from training.job import TrainingOptions
 
 ROOT = Path(__file__).parents[1]
-GROUPS = {"train": "TRAINING_GROUPS", "test": "MODE_GROUPS"}
-IGNORED = {"train": "IGNORED", "test": "IGNORED_FLAGS"}
+KINDS = ("train", "test")
+SCRIPTS = {"generate": "", "inpaint": "_inpainting", "semantic": "_semantic_syn"}  # the ends of their names
 
 
 class Experiment(NamedTuple):
@@ -58,28 +65,38 @@ EXPERIMENTS = {
     "inpainting_kl": Experiment("inpainting_kl", "celeba_256", 2, 64, 5e-5, 500, False, None, 356.1),
     "semantic_kl": Experiment("semantic_kl", "celeba_256", 2, 64, 5e-5, 175, False, None, 356.1),
 }
-OWN = {"fashion_mnist_dit": 1.9}  # millions of parameters of this repository's own experiments
+OWN = {  # millions of parameters of this repository's own experiments, for latents of four channels
+    "fashion_mnist_dit": 1.9, "fashion_mnist_inpainting": 1.9, "fashion_mnist_semantic": 1.9,
+    "fashion_mnist_pixel_unet": 1.3, "mnist_latent_dit": 129.5, "folder_dit": 129.7,
+}  # fmt: skip
+FACTORS = {"none": 1, "pretrained/fashion_mnist_autoencoder": 4}  # of others, 8
 HALF_PRECISION = {"celeb512_adm", "celeb1024_adm"}
 
 
 @cache
-def names_of(script):
-    """The global names of a script, whose main function is not run."""
-    return runpy.run_path(str(ROOT / script))
+def parser_of(script):
+    """The groups of options of a script and the flags that it ignores; what it does is not done."""
+    with mock.patch("runtime.launch.run_script") as run_script:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    (_, _, groups), named = run_script.call_args
+    return (*groups, LaunchOptions), named["ignored"]
 
 
-def parse(kind, *flags):
-    names = names_of(f"{kind}_flow_latent.py")
-    ignored = names[IGNORED[kind]] | {"num_process_per_node": "the start of the processes reads it"}
-    return parse_options("", names[GROUPS[kind]], [str(flag) for flag in flags], ignored=ignored)
+def parse(kind, *flags, task="generate"):
+    groups, ignored = parser_of(f"{kind}_flow_latent{SCRIPTS[task]}.py")
+    return parse_options("", groups, [str(flag) for flag in flags], ignored=ignored)
 
 
 def path_of(kind, name):
     return ROOT / f"{kind}_args" / f"{name}.txt"
 
 
+def task_of(kind, name):
+    return (re.findall(r"^TASK=(\w+)$", path_of(kind, name).read_text(), re.M) or ["generate"])[0]
+
+
 def parse_file(kind, name):
-    return parse(kind, "--args_file", path_of(kind, name))
+    return parse(kind, "--args_file", path_of(kind, name), task=task_of(kind, name))
 
 
 def network_of(options):
@@ -88,9 +105,9 @@ def network_of(options):
     return model_type, replace(options[NETWORKS[model_type].options], use_grad_checkpointing=False)
 
 
-@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_file_is_one_of_the_experiments(kind):
-    assert {path.stem for path in (ROOT / f"{kind}_args").iterdir()} == EXPERIMENTS.keys() | OWN
+    assert {path.stem for path in (ROOT / f"{kind}_args").iterdir()} == EXPERIMENTS.keys() | OWN.keys()
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -133,12 +150,49 @@ def test_published_sampling(name):
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *OWN])
 def test_parameter_count(name):
     options = parse_file("train", name)
-    size = options[DatasetOptions].image_size // (options[AutoencoderOptions].f or 4)
+    size = options[DatasetOptions].image_size // FACTORS.get(options[AutoencoderOptions].pretrained_autoencoder_ckpt, 8)
     with torch.device("meta"):
         network = build_network(*network_of(options)[:1], size, network_of(options)[1])
     assert all(parameter.is_meta for parameter in network.parameters())
     expected = OWN[name] if name in OWN else EXPERIMENTS[name].parameters
     assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6, 1) == expected
+
+
+def test_recipe_of_the_pixel_unet():
+    options, test = (parse_file(kind, "fashion_mnist_pixel_unet") for kind in KINDS)
+    training, data = options[TrainingOptions], options[DatasetOptions]
+    assert (data.dataset, data.image_size) == ("fashion_mnist", 28)
+    assert options[AutoencoderOptions].pretrained_autoencoder_ckpt == "none"
+    assert options[NetworkOptions].resolve() == "unet"
+    assert options[PathOptions].time_sampling == "uniform"
+    assert (training.lr, training.batch_size, training.num_epoch, training.max_steps) == (1e-3, 256, 10, 0)
+    assert_adam(training)
+    for solver in (options[SolverOptions], test[SolverOptions]):
+        assert (solver.method, solver.num_steps, solver.time_grid) == ("euler", 100, "uniform")
+    for grid in (options[GridOptions], test[GridOptions]):
+        assert (grid.count(1), grid.columns(1)) == (128, 16)
+
+
+def test_recipe_of_the_latent_dit():
+    options, test = (parse_file(kind, "mnist_latent_dit") for kind in KINDS)
+    training, data = options[TrainingOptions], options[DatasetOptions]
+    assert (data.dataset, data.image_size) == ("mnist", 32)
+    assert options[AutoencoderOptions] == AutoencoderOptions("stabilityai/sd-vae-ft-ema")
+    model_type, network = network_of(options)
+    assert (model_type, network.classes, network.label_dropout) == ("DiT-B/2", 1, 0)
+    assert (options[PathOptions].sigma_min, options[PathOptions].time_sampling) == (1e-3, "stratified")
+    assert (training.lr, training.batch_size, training.num_epoch, training.max_steps) == (1e-4, 32, 500, 0)
+    assert_adam(training)
+    for solver in (options[SolverOptions], test[SolverOptions]):
+        assert SOLVERS[solver.method].adaptive
+    for grid in (options[GridOptions], test[GridOptions]):
+        assert (grid.count(1), grid.columns(1)) == (16, 4)
+
+
+def assert_adam(training):
+    """AdamW without decay of the weights, with Adam's own betas, at a constant rate."""
+    assert (training.optimizer, training.weight_decay, training.adam_betas) == ("adamw", 0, (0.9, 0.999))
+    assert (training.no_lr_decay, training.warmup_steps, training.grad_clip) == (True, 0, 0)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -153,15 +207,14 @@ def test_the_test_file_alone_describes_the_network(name):
 def test_the_two_files_belong_together(name):
     train, test = parse_file("train", name), parse_file("test", name)
     assert test[SourceOptions].exp == train[ExperimentOptions].exp
-    task = [re.findall(r"^TASK=.*", path_of(kind, name).read_text(), re.M) for kind in GROUPS]
-    assert task[0] == task[1]
+    assert task_of("train", name) == task_of("test", name)
     epoch = test[SourceOptions].epoch_id
     if epoch is not None:
         assert epoch % train[ExperimentOptions].save_ckpt_every == 0, "training never keeps this epoch"
         assert epoch <= train[TrainingOptions].num_epoch
 
 
-@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_the_first_line_tells_what_it_is(kind, name):
     first, *others = path_of(kind, name).read_text().splitlines()
@@ -263,3 +316,41 @@ def notes(capsys):
     found = re.findall(r"^note: --(\w+) has no effect here: .+$", capsys.readouterr().err, re.M)
     assert len(found) == len(set(found))
     return set(found)
+
+
+@pytest.mark.parametrize("task", ["inpaint", "semantic"])
+def test_own_downstream_experiments(task):
+    name = {"inpaint": "fashion_mnist_inpainting", "semantic": "fashion_mnist_semantic"}[task]
+    assert task_of("train", name) == task_of("test", name) == task
+    train, test = parse_file("train", name), parse_file("test", name)
+    assert guided_diffusion_by_default(train)[NetworkOptions].resolve() == "DiT-Mi/2"
+    assert train[SolverOptions] == test[SolverOptions] == SolverOptions("heun", 8)
+    wanted = test[ConditionedOptions]
+    assert (wanted.n_sample, wanted.batch_size, wanted.compute_fid) == (2000, 500, True)
+    assert train[ConditionOptions].condition_dropout == {"inpaint": 0, "semantic": 0.1}[task]
+    assert train[GuidanceOptions] == test[GuidanceOptions]
+    if task == "inpaint":
+        assert train[MaskOptions].mask_kind == test[MaskOptions].mask_kind == "mixed"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("task", ["inpaint", "semantic"])
+def test_the_downstream_networks_are_guided_diffusions_unless_others_are_named(kind, task):
+    def network(*flags):
+        return guided_diffusion_by_default(parse(kind, *flags, task=task))[NetworkOptions].resolve()
+
+    assert network() == network("--use_origin_adm", "--model_type", "adm") == "origin_adm"
+    assert network("--model_type", "DiT-B/2") == "DiT-B/2"
+    assert network("--no-use_origin_adm") == "adm"
+
+
+@pytest.mark.parametrize("task", ["inpaint", "semantic"])
+def test_published_flags_of_the_downstream_scripts(task, capsys):
+    options = parse("train", *NETWORK_FLAGS, *TRAINING_FLAGS, task=task)
+    assert notes(capsys) == WITHOUT_EFFECT | {"beta1", "beta2"}
+    assert options[ExperimentOptions].init_from == "model_475.pth"
+    options = parse("test", *NETWORK_FLAGS, *SAMPLING_FLAGS, task=task)
+    assert notes(capsys) == WITHOUT_EFFECT | {
+        "use_karras_samplers", "perturb", "compute_nfe", "measure_time", "real_img_dir",
+    }  # fmt: skip
+    assert (options[ConditionedOptions].n_sample, options[ConditionedOptions].output_log) == (100, "x.log")

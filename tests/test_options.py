@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from options import UsageError, as_json, exit_cleanly, option, parse_options, read_arguments_file
+from command_line import leading_word, parse_options, read_arguments_file
+from options import DivergedError, UsageError, as_json, exit_cleanly, option
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,13 @@ def test_users_errors_are_one_line_and_exit_code_2(error, line, capsys):
     assert capsys.readouterr().err == line
 
 
+def test_a_diverged_run_has_an_exit_code_of_its_own(capsys):
+    with pytest.raises(SystemExit) as raised:
+        exit_cleanly(failing(DivergedError("it began at step 3")))
+    assert raised.value.code == 3
+    assert capsys.readouterr().err == "error: it began at step 3\n"
+
+
 def test_other_errors_keep_their_traceback():
     with pytest.raises(ZeroDivisionError):
         exit_cleanly(failing(ZeroDivisionError()))
@@ -260,3 +268,13 @@ def test_the_script_s_own_exit_code(value, code):
     with pytest.raises(SystemExit) as raised:
         exit_cleanly(lambda: value)
     assert raised.value.code == code
+
+
+def test_a_word_before_the_flags(monkeypatch):
+    assert leading_word("a file", ["out.png", "--size", "8"]) == ("out.png", ["--size", "8"])
+    monkeypatch.setattr("sys.argv", ["script", "folder"])
+    assert leading_word("a folder") == ("folder", [])
+    assert leading_word("a file", ["--help"]) == ("", ["--help"])
+    for words in ([], ["--size", "8"]):
+        with pytest.raises(UsageError, match="expected a file, before any flags"):
+            leading_word("a file", words)

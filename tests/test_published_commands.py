@@ -178,6 +178,33 @@ def test_the_task_may_stand_anywhere_in_the_file(tmp_path):
     assert "expected TASK=generate, inpaint or semantic, but found TASK=dance" in finished.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "script"),
+    [
+        ("fashion_mnist_dit", "flow_latent.py"),
+        ("inpainting_kl", "flow_latent_inpainting.py"),
+        ("fashion_mnist_inpainting", "flow_latent_inpainting.py"),
+        ("semantic_kl", "flow_latent_semantic_syn.py"),
+        ("fashion_mnist_semantic", "flow_latent_semantic_syn.py"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["train", "test"])
+def test_the_task_chooses_the_script(kind, name, script, tmp_path):
+    """With a Python that, instead of running what it is given, says it."""
+    python = tmp_path / "python3"
+    python.write_text('#!/usr/bin/env bash\nif [[ $1 == - ]]; then echo "$0"; else printf "%s\\n" "$@"; fi\n')
+    python.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    start = {"train": "run.sh", "test": "run_test.sh"}[kind]
+    words = ["bash", str(ROOT / start), f"{kind}_args/{name}.txt", "--seed", "3"]
+    finished = subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, "PATH": path}, text=True, capture_output=True, check=False
+    )
+    expected = [f"{kind}_{script}", "--args_file", str(ROOT / f"{kind}_args" / f"{name}.txt"), "--seed", "3"]
+    assert finished.stdout.splitlines() == expected, finished.stderr
+    assert (ROOT / expected[0]).is_file()
+
+
 @pytest.mark.slow
 def test_through_the_shell(autoencoder, tmp_path):
     """As a user types it; relative paths of files are those of the repository, from wherever the command is given."""

@@ -4,7 +4,6 @@ Most runs are in this process (importing torch and diffusers takes seconds); one
 """
 
 import argparse
-import gzip
 import json
 import os
 import re
@@ -35,26 +34,11 @@ SOLVER = ["--method", "euler", "--num_steps", "3", "--precision", "fp32"]
 NETWORK = ["--model_type", "DiT-Mi/4", "--num_classes", "10", "--label_dropout", "0.1", "--batch_size", "32"]
 
 
-def write_idx(folder):
-    """Bright rectangles on black, whose place and size tell the class, in gzipped IDX files."""
-    generator = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for prefix, count in COUNTS.items():
-        labels = np.arange(count, dtype=np.uint8) % 10
-        images = np.zeros((count, 28, 28), np.uint8)
-        for image, label in zip(images, labels, strict=True):
-            top, left = generator.integers(2, 5, 2)
-            image[top : top + 4 + 2 * label, left : left + 22 - 2 * label] = generator.integers(150, 256)
-        for name, array in [("images-idx3", images), ("labels-idx1", labels)]:
-            head = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
-            (folder / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(head + array.tobytes()))
-
-
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def place(tmp_path_factory, write_idx):
     """A folder with data/ (IDX files) and ae/ (an autoencoder: factor 4, two latent channels)."""
     place = tmp_path_factory.mktemp("scripts")
-    write_idx(place / "data")
+    write_idx(place / "data", COUNTS)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         statistics = {"latents_mean": [0.0, 0.1], "latents_std": [0.5, 0.5]}
@@ -118,6 +102,11 @@ def test_training_leaves_checkpoint_picture_and_record(place, trained, checkpoin
     options = json.loads((folder / "config.json").read_text())["options"]
     assert (options["max_steps"], options["datadir"]) == (4, str(place / "data"))
     assert load_content(folder / "content.pth")["step"] == 4
+    measured = json.loads((folder / "samples" / "reconstructions.json").read_text())
+    assert measured["autoencoder"]["id"] == str(place / "ae")
+    assert f"PSNR {measured['psnr_db']:.2f} dB: {folder / 'samples' / 'reconstructions.png'}" in trained.stdout
+    with Image.open(folder / "samples" / "reconstructions.png") as picture:
+        assert picture.size == (2 * (16 * 30 + 2), 2 * (2 * 30 + 2))
     header = read_weights(checkpoint)[1]
     assert (header["step"], header["dataset"]["crop"], header["autoencoder"]["id"]) == (4, 28, str(place / "ae"))
     assert list((place / "data" / "latent_cache").glob("*/manifest.json"))
@@ -257,11 +246,55 @@ def test_own_photos_in_pixel_space(photo_dir, call, tmp_path):
     header = read_weights(newest_model(folder))[1]
     assert header["dataset"]["class_names"] == ["cat", "dog"]
     assert newest_model(folder).name == "model_2.safetensors"  # 24 images: three steps an epoch
+    assert not (folder / "samples" / "reconstructions.png").exists()
     code, _, err = call(TEST, [*data, *run, "--n_sample", 5, "--save_images", "npz", "--output_dir", tmp_path])
     assert code == 0, err
     samples = np.load(tmp_path / "samples.npz")
     assert samples["images"].shape == (5, 16, 16, 3)
     assert samples["labels"].tolist() == [0, 1, 0, 1, 0]
+
+
+def test_the_pixel_unet_by_its_own_files(place, call, tmp_path):
+    """Shortened: two steps, and one of the solver."""
+    name = "fashion_mnist_pixel_unet"
+    flags = ["--datadir", place / "data", "--save_root", tmp_path, "--num_steps", 1]
+    training = ["--args_file", ROOT / "train_args" / f"{name}.txt", "--max_steps", 2, "--batch_size", 8]
+    code, _, err = call(TRAIN, [*training, *flags])
+    assert code == 0, err
+    folder = tmp_path / "latent_flow" / "fashion_mnist" / name
+    sampling = ["--args_file", ROOT / "test_args" / f"{name}.txt", "--n_sample", 130, "--no-compute_fid"]
+    code, _, err = call(TEST, [*sampling, *flags])
+    assert code == 0, err
+    for grid in ("step_0000002.png", f"{newest_model(folder).stem}_euler_1steps_cfg1_seed42.png"):
+        with Image.open(folder / "samples" / grid) as picture:
+            assert picture.size == (2 * (16 * 30 + 2), 2 * (8 * 30 + 2))
+
+
+def test_the_latent_dit_by_its_own_files(place, call, tmp_path):
+    """Shortened, with a smaller network and a local autoencoder of colour images, whose samples become grey."""
+    name, ae = "mnist_latent_dit", tmp_path / "ae"
+    torch.manual_seed(0)
+    new_autoencoder_kl(3, (8, 8, 8, 8), 4, 32, {}).save_pretrained(ae)
+    flags = ["--datadir", place / "data", "--save_root", tmp_path, "--atol", 0.1, "--rtol", 0.1]
+    training = ["--args_file", ROOT / "train_args" / f"{name}.txt", "--max_steps", 2, "--model_type", "DiT-Mi/2"]
+    training += ["--pretrained_autoencoder_ckpt", ae, "--latent_cache_dir", tmp_path / "cache"]
+    code, out, err = call(TRAIN, [*training, *flags])
+    assert code == 0, err
+    folder = tmp_path / "latent_flow" / "mnist" / name
+    header = read_weights(newest_model(folder))[1]
+    assert (header["latent_channels"], header["latent_size"], header["num_classes"]) == (4, 4, 1)
+    assert (header["path"]["sigma_min"], header["path"]["time_sampling"]) == (1e-3, "stratified")
+    np.testing.assert_allclose(header["autoencoder"]["latents_std"], 1 / 0.18215, rtol=1e-6)  # diffusers' default
+    assert "held-out images above their reconstructions" in out
+    with Image.open(folder / "samples" / "step_0000002.png") as picture:
+        assert picture.size == (2 * (4 * 30 + 2), 2 * (4 * 30 + 2))
+        red, green, blue = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
+    assert (red == green).all()
+    assert (red == blue).all()
+    sampling = ["--args_file", ROOT / "test_args" / f"{name}.txt", "--n_sample", 5, "--no-compute_fid"]
+    code, _, err = call(TEST, [*sampling, *flags, "--save_images", "npz", "--output_dir", tmp_path])
+    assert code == 0, err
+    assert np.load(tmp_path / "samples.npz")["images"].shape == (5, 28, 28, 1)
 
 
 def test_training_on_latents_made_beforehand(place, call, tmp_path):
@@ -344,6 +377,31 @@ def test_interrupted_training_continues_bit_for_bit(place, trained, call):
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
+def test_training_killed_again_and_again_ends_with_the_same_bits(place, trained, call):
+    """SIGKILL, at no particular moment: each start removes the lock of the last one and what it left half-written."""
+    flags = [*train_flags(place, "killed", steps=60), "--batch_size", "8", "--num_threads", "1"]
+    flags += ["--save_content_every_steps", "1"]
+    folder, notes = folder_of(place, "killed"), 0
+    for lines in (5, 20, 35, 50):
+        process = subprocess.Popen([sys.executable, TRAIN, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        wait_for_lines(folder / "metrics.jsonl", lines, process)
+        process.kill()
+        notes += "run.lock was left by a process that has ended" in process.communicate()[0]
+    assert notes == 3
+    code, out, err = call(TRAIN, flags)
+    assert code == 0, err
+    assert re.search(r"continuing at step \d+ of 60", out)
+    assert not {path.name for path in folder.iterdir() if "tmp" in path.name or "lock" in path.name}
+    flags[flags.index("killed")] = "unharmed"
+    assert call(TRAIN, flags)[0] == 0
+    one, other = (load_content(folder_of(place, exp) / "content.pth") for exp in ("killed", "unharmed"))
+    for part in (lambda content: content["network"], lambda content: content["ema"]["weights"]):
+        assert all(torch.equal(part(one)[name], value) for name, value in part(other).items())
+    one, other = (read_weights(newest_model(folder_of(place, exp)))[0] for exp in ("killed", "unharmed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def assert_one_line(code, err, message):
     """One line `error: ...` at the end of stderr, exit code 2, no traceback."""
     lines = err.splitlines()
@@ -409,6 +467,18 @@ def test_mistake_of_a_real_process(place):
     finished = as_process(TRAIN, [*train_flags(place, "mistake"), "--dataset", "cats"])
     assert_one_line(finished.returncode, finished.stderr, "unknown dataset 'cats'")
     assert len(finished.stderr.splitlines()) == 1
+
+
+def test_a_second_start_in_the_same_folder_is_refused(place, trained, call):
+    lock = folder_of(place) / "run.lock"
+    assert not lock.exists()  # the first one has released it
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 7, "identity": "", "since": "yesterday"}))
+    before = {path: path.read_bytes() for path in folder_of(place).rglob("*") if path.is_file()}
+    for more in ([], ["--overwrite"]):
+        code, _, err = call(TRAIN, [*train_flags(place), *more])
+        assert_one_line(code, err, "process 7 on elsewhere, since yesterday is training in this folder: .*delete")
+    assert {path: path.read_bytes() for path in folder_of(place).rglob("*") if path.is_file()} == before
+    lock.unlink()
 
 
 def test_other_options_under_the_same_name(place, trained, call):
@@ -478,7 +548,7 @@ SAMPLING_MISTAKES = {
     "unknown method": (["--method", "karras"], "unknown --method 'karras': expected one of euler, midpoint"),
     "no such experiment": (
         ["--exp", "absent"],
-        r"no model_<epoch>\.safetensors or model_<epoch>\.pth in .*absent .*no checkpoints.*--checkpoint",
+        r"no model_<epoch>\.safetensors or model_<epoch>\.pth in .*absent .*no such folder.*--checkpoint",
     ),
     "no such epoch": (
         ["--epoch_id", "9"],

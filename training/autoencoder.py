@@ -51,6 +51,9 @@ class AutoencoderTrainingOptions:
     output: str = option("autoencoder", "folder to save to, in diffusers format")
     widths: tuple[int, ...] = option((16, 32, 64), "channels of each level (multiples of 8); each further level halves")
     latent_channels: int = option(4, "channels of the latents", minimum=1)
+    image_channels: int | None = option(
+        None, "channels of the images it takes; default: the dataset's; 3 repeats grey ones", minimum=1
+    )
     kl_weight: float = option(1e-6, "weight of the KL divergence, per image, beside the mean squared error", minimum=0)
     batch_size: int = option(32, "images per step", minimum=1)
     max_steps: int = option(10000, "optimizer steps", minimum=1)
@@ -69,9 +72,16 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
             f"--image_size {facts.image_size} cannot be halved {len(options.widths) - 1} times, as the "
             f"{len(options.widths)} --widths ask for"
         )
+    if any(width < 8 or width % 8 for width in options.widths):
+        raise UsageError(f"--widths {' '.join(map(str, options.widths))}: expected multiples of 8")
+    channels = options.image_channels or facts.channels
+    if channels not in (facts.channels, 3) or facts.channels not in (channels, 1):
+        raise UsageError(
+            f"--image_channels {channels} is not for images of {facts.channels}: only grey images can be repeated, as 3"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        network = new_autoencoder_kl(facts.channels, options.widths, options.latent_channels, facts.image_size, {})
+        network = new_autoencoder_kl(channels, options.widths, options.latent_channels, facts.image_size, {})
     network = network.to(machine.device).to(memory_format=torch.channels_last)
     ema = Ema(network, options.ema_decay)
     optimizer = torch.optim.AdamW(network.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
@@ -85,8 +95,9 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
         rate = learning_rate(options.lr_schedule, options.lr, step, options.max_steps, warmup=100)
         for group in optimizer.param_groups:
             group["lr"] = rate
+        pixels = next(batches).expand(-1, channels, -1, -1)
         with machine.autocast():
-            error, divergence = _losses(network, next(batches), border, noise_source)
+            error, divergence = _losses(network, pixels, border, noise_source)
         loss = error + options.kl_weight * divergence
         optimizer.zero_grad()
         loss.backward()
@@ -170,7 +181,7 @@ def _shuffled_batches(
 ) -> Iterator[torch.Tensor]:
     """Endless batches of pixels; every epoch is a new permutation, mirrored at random where the dataset flips."""
     if len(dataset) < batch_size:
-        raise UsageError(f"--batch_size {batch_size} is larger than the dataset of {len(dataset)} images")
+        raise UsageError(f"--batch_size {batch_size} is larger than the dataset of {len(dataset)} images: use less")
     epoch = 0
     while True:
         generator = generator_for(seed, "order", epoch)

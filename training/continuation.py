@@ -5,18 +5,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from models.loading import load_weights
 from options import UsageError
 from runtime.checkpoints import architecture_of
 from runtime.distributed import Processes
-from runtime.published import ALLOWED_CLASSES, Published, is_published_content, parse_published
+from runtime.published import (
+    ALLOWED_CLASSES,
+    Published,
+    is_published_content,
+    newest_condition_stage,
+    parse_published,
+)
 from runtime.torch_files import read_torch_file
+from training.content import read_newest
 from training.parallel import is_shared_out
 from training.state import TrainingState
 
 __all__ = ["continue_run"]
 
+PARTS = frozenset(("step", "seconds", "best", "best_of", "sums", "network", "ema", "optimizers"))  # of ours
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
 
 
@@ -31,7 +40,7 @@ def continue_run(
 
     Args:
         state: a fresh one.
-        path: the file.
+        path: the file; where it is damaged, the run goes on from the one before it.
         per_epoch: steps in an epoch, since the published code counts in epochs.
         header: of the run's checkpoints, whose architecture explains a mismatch.
         processes: those of the run.
@@ -41,7 +50,14 @@ def continue_run(
     """
     shared_out = is_shared_out(state.network)
     device = "cpu" if shared_out else state.machine.device
-    content = read_torch_file(path, device, ALLOWED_CLASSES, mmap=shared_out)
+
+    def read(file: Path) -> dict[str, Any]:
+        content = read_torch_file(file, device, ALLOWED_CLASSES, mmap=shared_out)
+        if not is_published_content(content) and not (isinstance(content, dict) and content.keys() >= PARTS):
+            raise UsageError(f"{file} is no content.pth: expected {', '.join(sorted(PARTS))} in it")
+        return content
+
+    path, content = read_newest(path, read, processes)
     if is_published_content(content):
         if shared_out:
             raise UsageError(
@@ -62,9 +78,11 @@ def _take_over(
             f"{path} does not say its epoch, so the run cannot go on; start from its weights with --init_from"
         )
     architecture = architecture_of(header)
-    load_weights(state.network, published.weights, str(path), architecture)
-    load_weights(state.ema.network, published.sampled, str(path), architecture)
-    names = [name for name, parameter in state.network.named_parameters() if parameter.requires_grad]
+    stage = newest_condition_stage(path.parent)  # content.pth is without it
+    load_weights(state.network, published.weights | stage, str(path), architecture)
+    load_weights(state.ema.network, published.sampled | stage, str(path), architecture)
+    entries = state.network.state_dict(keep_vars=True)
+    names = [name for name, entry in entries.items() if isinstance(entry, nn.Parameter) and entry.requires_grad]
     moments = {
         index: {key: torch.as_tensor(published.states[name][key]) for key in MOMENTS}
         for index, name in enumerate(names)

@@ -1,31 +1,40 @@
 """The folder of a run: where it lies, whether a start continues it, and what it keeps.
 
 <save_root>/latent_flow/<dataset>/<exp>/  config.json  model_<epoch>.safetensors  best.safetensors
-content.pth  metrics.jsonl  tensorboard/  samples/
+content.pth  content.previous.pth  metrics.jsonl  tensorboard/  samples/  run.lock (while it runs)
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from datasets_prep.datasets import DatasetOptions
+from datasets_prep.tasks import Task
+from evaluation.pictures import GridOptions
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
-from options import UsageError, as_json, option
-from runtime.checkpoints import newest_model, read_weights
-from runtime.files import move_aside, read_json, write_json
+from options import Options, UsageError, as_json, option
+from runtime.checkpoints import experiment_folder, newest_model, read_weights
+from runtime.distributed import Processes
+from runtime.files import move_aside, read_json, remove_leftovers, write_json
+from runtime.locks import locked
 from runtime.provenance import provenance
+from training.content import has_content
 
-__all__ = ["ExperimentOptions", "has_content", "has_ended", "open_experiment"]
+__all__ = ["ExperimentOptions", "has_ended", "only_run_in", "open_experiment", "run_folder", "will_continue"]
+
+LOCK = "run.lock"
 
 TAKES_OVER = "takes_over"  # entry of config.json: the run began with a content.pth of the published code
 # A run may go on under other values of these: they change when things are shown and kept, not what is learnt.
 HARMLESS = frozenset(
     "resume overwrite save_root datadir latent_cache_dir num_workers device save_content save_content_every "
-    "save_content_every_steps save_ckpt_every plot_every eval_every eval_samples log_every max_minutes skip_bad_images "
-    "features feature_weights feature_precision dims "
+    "save_content_every_steps save_content_every_minutes save_ckpt_every keep_last plot_every eval_every eval_samples "
+    "log_every max_minutes max_bad_steps skip_bad_images features feature_weights feature_precision dims "
     "num_process_per_node num_proc_node node_rank master_address master_port local_rank".split()
-).union(field.name for group in (SolverOptions, GuidanceOptions) for field in fields(group))
+).union(field.name for group in (GridOptions, SolverOptions, GuidanceOptions) for field in fields(group))
 # These change the order in which numbers are added, and with it the last bits: the run goes on and says so.
 ROUNDING = frozenset("processes grad_accumulation fsdp num_threads threads compile".split())
 # With --resume these may change too: the run goes on, but is no longer the one that its first options describe.
@@ -52,11 +61,39 @@ class ExperimentOptions:
     save_content: bool = option(True, "keep content.pth, all that an exact resume needs")
     save_content_every: int = option(10, "epochs between savings of content.pth", minimum=1)
     save_content_every_steps: int = option(0, "steps between savings of content.pth; 0: by epochs", minimum=0)
+    save_content_every_minutes: float = option(
+        0.0, "and after so many minutes without a saving; 0: not by the clock", minimum=0
+    )
+    keep_last: int = option(0, "checkpoints model_<epoch> to keep, of the last epochs; 0: all", minimum=0)
     save_ckpt_every: int = option(25, "epochs between checkpoints model_<epoch>", minimum=1)
     plot_every: int = option(5, "epochs between sample grids", minimum=1)
     eval_every: int = option(5, "epochs between validations on held-out images", minimum=1)
     eval_samples: int = option(0, "samples scored at every validation; 0: validation loss only", minimum=0)
     log_every: int = option(50, "steps between lines of metrics.jsonl", minimum=1)
+
+
+def run_folder(options: Options, task: Task) -> Path:
+    """The folder of the run that the options of a training describe.
+
+    Raises:
+        UsageError: --exp is no plain name.
+    """
+    experiment = options[ExperimentOptions]
+    return experiment_folder(experiment.save_root, options[DatasetOptions].dataset, experiment.exp, task.runs)
+
+
+@contextmanager
+def only_run_in(folder: Path, processes: Processes) -> Iterator[None]:
+    """Nobody else trains in `folder` during the block; what a killed process left half-written there is removed.
+
+    Raises:
+        UsageError: somebody does.
+    """
+    with locked(folder / LOCK, "is training in this folder") if processes.is_main else nullcontext():
+        left = remove_leftovers(folder) if processes.is_main else []
+        if left:
+            print(f"note: removed what a killed process left unfinished: {', '.join(path.name for path in left)}")
+        yield
 
 
 def open_experiment(folder: Path, values: Mapping[str, Any], options: ExperimentOptions) -> bool:
@@ -66,15 +103,18 @@ def open_experiment(folder: Path, values: Mapping[str, Any], options: Experiment
         UsageError: the folder holds a run with other options (the message names them), or one of the published code
             that --resume was not given for.
     """
-    config_path, content_path = folder / "config.json", folder / "content.pth"
+    config_path, saved = folder / "config.json", has_content(folder)
     current = as_json(values)
-    if options.overwrite and (config_path.exists() or content_path.exists()):
-        print(f"--overwrite: the existing run is now {move_aside(folder)}")
+    if options.overwrite and (config_path.exists() or saved):
+        moved, saved = move_aside(folder), False
+        print(f"--overwrite: the existing run is now {moved}")
+        if (moved / LOCK).exists():
+            folder.mkdir()
+            (moved / LOCK).rename(folder / LOCK)
     config: dict[str, Any] = read_json(config_path) if config_path.exists() else {TAKES_OVER: True}
-    content_is_ours = content_path.exists() and not config.get(TAKES_OVER)
-    begun = content_is_ours or (folder / "metrics.jsonl").exists()
+    begun = (saved and not config.get(TAKES_OVER)) or (folder / "metrics.jsonl").exists()
     if not begun:  # a start that failed before its first step does not count
-        return _begin(config_path, current, content_path.exists(), options.resume)
+        return _begin(config_path, current, saved, options.resume)
     previous = config.get("options", {})
     changed = _changed(previous, current)
     refused = {name: pair for name, pair in changed.items() if not (options.resume and name in ADJUSTABLE)}
@@ -105,9 +145,9 @@ def _begin(config_path: Path, current: Mapping[str, Any], published: bool, resum
     return published
 
 
-def has_content(folder: Path, options: ExperimentOptions) -> bool:
+def will_continue(folder: Path, options: ExperimentOptions) -> bool:
     """Whether a start goes on from the folder's content.pth, which replaces whatever the weights are before."""
-    return not options.overwrite and (folder / "content.pth").exists()
+    return not options.overwrite and has_content(folder)
 
 
 def has_ended(folder: Path, last_step: int) -> bool:

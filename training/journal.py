@@ -23,12 +23,18 @@ class Journal:
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Record `values` of one kind ("train", "validation", "score") at a step."""
+        """Record `values` of one kind ("train", "validation", "skipped", "spike") at a step."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def past(self, kind: str, name: str) -> list[float]:
+        """The values of one name in all entries of a kind so far."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        entries = [json.loads(line) for line in lines]
+        return [entry[name] for entry in entries if entry["kind"] == kind and name in entry]
 
     def close(self) -> None:
         """Flush the events."""

@@ -46,8 +46,8 @@ def make_optimizers(network: nn.Module, options: OptimizerOptions) -> list[torch
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     matrices: list[nn.Parameter] = []
     if options.optimizer == "muon":
-        blocks = getattr(network, "blocks", nn.ModuleList())
-        matrices = [parameter for parameter in blocks.parameters() if parameter.requires_grad and parameter.ndim == 2]
+        of_blocks = (parameter for name, parameter in network.named_parameters() if "blocks" in name.split("."))
+        matrices = [parameter for parameter in of_blocks if parameter.requires_grad and parameter.ndim == 2]
         if not matrices:
             raise UsageError("--optimizer muon is for DiT, whose blocks are made of matrices: choose --optimizer adamw")
     of_muon = {id(matrix) for matrix in matrices}

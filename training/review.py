@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from datasets_prep.datasets import ImageDataset
 from datasets_prep.moments import MomentSource
+from evaluation.conditioned import ConditionedImages
 from evaluation.features import FeatureNetwork
 from evaluation.generate import GeneratedBatch, Sampler, first_images, generate
-from evaluation.pictures import grid_count
+from evaluation.pictures import GridOptions, Sheet, side_by_side
 from evaluation.score import reference_statistics, score_samples
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
@@ -21,12 +23,15 @@ from training.validation import validation_loss
 
 __all__ = ["Review"]
 
+PREVIEWED = 24  # held-out images whose dense conditions are sampled
+
 
 @dataclass(frozen=True)
 class Review:
     """What is needed to judge a network: held-out moments, real images, a solver, and the scoring network if any.
 
-    The `processes` share the work, and all get the result; each must call the methods.
+    A network with a dense condition is judged on the `conditioned` held-out images, and may know the null map, as one
+    with labels may know the null class. The `processes` share the work, and all get the result; each must call the methods.
     """
 
     dataset: ImageDataset
@@ -39,10 +44,14 @@ class Review:
     seed: int
     machine: Machine
     sigma_min: float
-    datadir: str
+    derived: str | Path
     samples: int
     features: FeatureNetwork | None
+    grid: GridOptions = GridOptions()  # noqa: RUF009
     processes: Processes = Processes()  # noqa: RUF009
+    conditioned: ConditionedImages | None = None
+    drops_labels: bool = True
+    drops_dense: bool = False
 
     @property
     def objective(self) -> str:
@@ -53,19 +62,28 @@ class Review:
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
         """Values to record; "objective" is the score where samples are scored, else the validation loss."""
-        values = validation_loss(network, self.held_out, self.autoencoder, self.machine, self.sigma_min, self.processes)
+        condition = self.conditioned.condition if self.conditioned else None
+        values = validation_loss(
+            network, self.held_out, self.autoencoder, self.machine, self.sigma_min, self.processes, condition
+        )
         values["objective"] = values["loss"]
         if self.features is not None:
-            reference = reference_statistics(self.dataset, self.features, self.datadir, processes=self.processes)
+            reference = reference_statistics(self.dataset, self.features, self.derived, processes=self.processes)
             samples = self._draw(network, self.samples)
             result = score_samples(samples, self.features, reference, processes=self.processes)
             values |= {"objective": result["value"], result["metric"]: result["value"]}
         return values
 
-    def preview(self, network: nn.Module) -> torch.Tensor:
-        """Samples uint8 [B, C, H, W] with fixed noise and labels, for a sheet with one class a column."""
-        batches = self._draw(network, grid_count(self.num_classes))
-        return first_images(batches, grid_count(self.num_classes), self.processes)
+    def preview(self, network: nn.Module) -> Sheet:
+        """Samples with fixed noise and labels in turn, or each beside the image that it was made for and its condition."""
+        count, columns = self.grid.count(self.num_classes), self.grid.columns(self.num_classes)
+        if self.conditioned is not None:
+            count = min(self.grid.grid_samples or PREVIEWED, len(self.conditioned.images))
+        samples = first_images(self._draw(network, count), count, self.processes)
+        if self.conditioned is None or not self.processes.is_main:
+            return Sheet(samples, columns)
+        places = torch.arange(count)
+        return side_by_side([self.conditioned.originals(places), self.conditioned.shown(places), samples])
 
     def _draw(self, network: nn.Module, count: int) -> Iterator[GeneratedBatch]:
         sampler = Sampler(
@@ -78,5 +96,10 @@ class Review:
             machine=self.machine,
             seed=self.seed,
             guidance=self.guidance,
+            drops_labels=self.drops_labels,
+            drops_dense=self.drops_dense,
         )
-        return generate(sampler, range(count), processes=self.processes)
+        if self.conditioned is None:
+            return generate(sampler, range(count), processes=self.processes)
+        labels, dense = self.conditioned.labels(), self.conditioned.dense(sampler)
+        return generate(sampler, range(count), labels=labels, dense=dense, processes=self.processes)

@@ -2,33 +2,41 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, ImageDataset, open_dataset
+from datasets_prep.conditions import ConditionSource
+from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions
+from datasets_prep.latents import LatentDataset
 from datasets_prep.moments import MomentSource, open_moments
+from datasets_prep.tasks import GENERATE, Task
+from evaluation.conditioned import ConditionedImages
 from evaluation.features import FeatureNetwork, FeatureOptions, choose_features
 from evaluation.generate import check_guidance
+from evaluation.pictures import GridOptions
+from evaluation.reconstruction import draw_reconstructions
 from flow.guidance import GuidanceOptions
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions, check_method
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, load_autoencoder
+from models.conditions import ConditionOptions, DenseInput
 from models.edm_unet import EdmUNetOptions
 from models.family import FamilyOptions
-from models.registry import FAMILY_OPTIONS, NETWORKS, NetworkOptions, build_network
+from models.registry import FAMILY_OPTIONS, NETWORKS, Architecture, NetworkOptions, build_network
 from options import Options, UsageError, as_json
-from runtime.checkpoints import experiment_folder, find_checkpoint, read_weights
+from runtime.checkpoints import find_checkpoint, read_weights
 from runtime.distributed import Processes
+from runtime.files import write_json
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.provenance import provenance
-from runtime.published import read_published
+from runtime.published import read_sampled
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
-from training.experiment import ExperimentOptions, has_content, open_experiment
-from training.loop import Job, TrainingOptions
+from training.experiment import ExperimentOptions, open_experiment, run_folder, will_continue
+from training.job import Job, TrainingOptions
 from training.review import Review
 
 __all__ = ["TRAINING_GROUPS", "load_what_fits", "prepare"]
@@ -42,6 +50,7 @@ TRAINING_GROUPS = (
     *FAMILY_OPTIONS,
     PathOptions,
     TrainingOptions,
+    GridOptions,
     SolverOptions,
     GuidanceOptions,
     FeatureOptions,
@@ -50,8 +59,19 @@ TRAINING_GROUPS = (
 LISTED_NAMES = 10
 
 
-def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
-    """The job that the options describe, and whether it continues an existing run.
+class _Inputs(NamedTuple):
+    """What a run works with: the splits, the autoencoder, dense conditions of both splits, and the scoring network if any."""
+
+    dataset: ImageDataset
+    held_out: ImageDataset
+    autoencoder: Autoencoder | PixelSpace
+    condition: ConditionSource | None
+    held_out_condition: ConditionSource | None
+    features: FeatureNetwork | None
+
+
+def prepare(options: Options, processes: Processes, task: Task = GENERATE) -> tuple[Job, bool]:
+    """The job of a task that the options describe, and whether it continues an existing run.
 
     Raises:
         UsageError: options that do not fit each other, the data, or the existing run.
@@ -59,44 +79,40 @@ def prepare(options: Options, processes: Processes) -> tuple[Job, bool]:
     machine = choose_machine(options[MachineOptions], processes)
     data, experiment, training = options[DatasetOptions], options[ExperimentOptions], options[TrainingOptions]
     _check(options)
-    with processes.main_first():  # the others find what it has downloaded
-        dataset = open_dataset(data, "train")
-        held_out = open_dataset(data, "validation").head(HELD_OUT_IMAGES)
-        autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels)
-        if experiment.eval_samples:
-            dataset.check_images("--eval_samples")
-        score = choose_features(options[FeatureOptions], data.dataset, machine) if experiment.eval_samples else None
-    network_options = _network_options(options, autoencoder, (dataset, held_out))
-    latent_size = _latent_size(data, autoencoder)
-    folder = experiment_folder(experiment.save_root, data.dataset, experiment.exp)
+    inputs = _inputs(options, task, machine, processes)
+    architecture = _architecture(options, inputs)
+    folder = run_folder(options, task)
     start_from = None
-    if experiment.init_from and not has_content(folder, experiment):
+    if experiment.init_from and not will_continue(folder, experiment):
         start_from = find_checkpoint(experiment.init_from, folder)
-    network = _network(options, latent_size, network_options, start_from)
+    network = _network(architecture, training.seed, start_from)
 
     processes.barrier()  # all have read what --overwrite may move aside
     resolved = {"precision": machine.precision, "processes": processes.count, "threads": torch.get_num_threads()}
     resolved = {**options.values, **resolved}
     resume = processes.from_main(open_experiment(folder, resolved, experiment) if processes.is_main else False)
-    autoencoder = autoencoder.to(machine.device)
+    if processes.is_main and not resume:
+        _show_reconstructions(inputs, machine, folder / "samples" / "reconstructions.png")
     caches = options[LatentCacheOptions]
     source, held_out_source = (
-        open_moments(split, autoencoder, data, caches, machine, processes) for split in (dataset, held_out)
+        open_moments(split, inputs.autoencoder, data, caches, machine, processes)
+        for split in (inputs.dataset, inputs.held_out)
     )
-    header = _header(options, machine, dataset, autoencoder, network_options, latent_size)
+    header = _header(options, machine, task, inputs, architecture)
     job = Job(
         folder=folder,
         network=network,
         source=source,
-        autoencoder=autoencoder,
+        autoencoder=inputs.autoencoder,
         header=header,
         path=options[PathOptions],
         training=training,
         experiment=experiment,
         machine=machine,
         processes=processes,
-        review=_review(options, machine, dataset, held_out_source, autoencoder, header, score, processes),
+        review=_review(options, machine, inputs, held_out_source, header, processes),
         compile=options[MachineOptions].compile,
+        condition=inputs.condition,
     )
     return job, resume
 
@@ -118,6 +134,16 @@ def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None
     print(f"--init_from: loaded {len(fitting)} of {len(own)} weights{listed}")
 
 
+def _show_reconstructions(inputs: _Inputs, machine: Machine, picture: Path) -> None:
+    """What the autoencoder alone loses, which no network on its latents can bring back: a picture, and its PSNR beside it."""
+    autoencoder = inputs.autoencoder
+    if isinstance(autoencoder, PixelSpace) or isinstance(inputs.held_out, LatentDataset):
+        return
+    ratio = draw_reconstructions(autoencoder, inputs.held_out, machine.device, picture)
+    write_json(picture.with_suffix(".json"), {"psnr_db": ratio, "autoencoder": autoencoder.describe()})
+    print(f"held-out images above their reconstructions by the autoencoder, PSNR {ratio:.2f} dB: {picture}")
+
+
 def _check(options: Options) -> None:
     """Refuse options of training that cannot be."""
     training = options[TrainingOptions]
@@ -135,6 +161,31 @@ def _check(options: Options) -> None:
         )
 
 
+def _inputs(options: Options, task: Task, machine: Machine, processes: Processes) -> _Inputs:
+    data, scores = options[DatasetOptions], options[ExperimentOptions].eval_samples > 0
+    with processes.main_first():  # the others find what it has downloaded
+        dataset, held_out = task.open(data, "train"), task.open(data, "validation").head(HELD_OUT_IMAGES)
+        autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels).to(machine.device)
+        if scores:
+            dataset.check_images("--eval_samples")
+        features = choose_features(options[FeatureOptions], data.dataset, machine) if scores else None
+    seeds = options[TrainingOptions].seed, seed_for("held-out conditions")
+    condition, held_out_condition = (
+        task.condition(split, autoencoder, options, seed) if task.condition else None
+        for split, seed in zip((dataset, held_out), seeds, strict=True)
+    )
+    return _Inputs(dataset, held_out, autoencoder, condition, held_out_condition, features)
+
+
+def _architecture(options: Options, inputs: _Inputs) -> Architecture:
+    dense = None
+    if inputs.condition is not None:
+        dense = replace(inputs.condition.dense, dropout=options[ConditionOptions].condition_dropout)
+    network_options = _network_options(options, inputs.autoencoder, (inputs.dataset, inputs.held_out), dense)
+    latent_size = _latent_size(options[DatasetOptions], inputs.autoencoder)
+    return Architecture(options[NetworkOptions].resolve(), latent_size, network_options, dense)
+
+
 def _latent_size(data: DatasetOptions, autoencoder: Autoencoder | PixelSpace) -> int:
     """The latents' side."""
     size, remainder = divmod(data.image_size, autoencoder.factor)
@@ -147,22 +198,19 @@ def _latent_size(data: DatasetOptions, autoencoder: Autoencoder | PixelSpace) ->
 
 
 def _header(
-    options: Options,
-    machine: Machine,
-    dataset: ImageDataset,
-    autoencoder: Autoencoder | PixelSpace,
-    network_options: FamilyOptions,
-    latent_size: int,
+    options: Options, machine: Machine, task: Task, inputs: _Inputs, architecture: Architecture
 ) -> dict[str, Any]:
     """What every checkpoint of the run says about it."""
     header = {
-        "model_type": options[NetworkOptions].resolve(),
-        "network": network_options,
-        "latent_size": latent_size,
-        "latent_channels": autoencoder.latent_channels,
-        "num_classes": network_options.classes,
-        "autoencoder": autoencoder.describe(),
-        "dataset": dataset.facts,
+        "task": task.name,
+        "model_type": architecture.model_type,
+        "network": architecture.options,
+        "dense": architecture.dense,
+        "latent_size": architecture.latent_size,
+        "latent_channels": inputs.autoencoder.latent_channels,
+        "num_classes": architecture.options.classes,
+        "autoencoder": inputs.autoencoder.describe(),
+        "dataset": inputs.dataset.facts,
         "path": options[PathOptions],
         "training": options[TrainingOptions],
         "precision": machine.precision,
@@ -175,18 +223,17 @@ def _header(
 def _review(
     options: Options,
     machine: Machine,
-    dataset: ImageDataset,
+    inputs: _Inputs,
     held_out: MomentSource,
-    autoencoder: Autoencoder | PixelSpace,
     header: dict[str, Any],
-    features: FeatureNetwork | None,
     processes: Processes,
 ) -> Review:
     """How the run looks at itself."""
+    condition = inputs.held_out_condition
     return Review(
-        dataset=dataset,
+        dataset=inputs.dataset,
         held_out=held_out,
-        autoencoder=autoencoder,
+        autoencoder=inputs.autoencoder,
         latent_shape=(header["latent_channels"], header["latent_size"], header["latent_size"]),
         num_classes=header["num_classes"],
         solver=options[SolverOptions],
@@ -194,35 +241,48 @@ def _review(
         seed=options[TrainingOptions].seed,
         machine=machine,
         sigma_min=options[PathOptions].sigma_min,
-        datadir=options[DatasetOptions].datadir,
+        derived=options[DatasetOptions].derived,
         samples=options[ExperimentOptions].eval_samples,
-        features=features,
+        features=inputs.features,
+        grid=options[GridOptions],
         # A network that is shared out takes part as a whole: all processes draw every sample with it.
         processes=Processes() if options[TrainingOptions].fsdp else processes,
+        conditioned=ConditionedImages(inputs.held_out, condition) if condition else None,
+        drops_labels=bool(header["network"].get("label_dropout")),
+        drops_dense=options[ConditionOptions].condition_dropout > 0,
     )
 
 
-def _network(options: Options, latent_size: int, network_options: FamilyOptions, start_from: Path | None) -> nn.Module:
+def _network(architecture: Architecture, seed: int, start_from: Path | None) -> nn.Module:
     """The network with its initial weights, or those of the checkpoint `start_from`."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(options[TrainingOptions].seed, "weights"))
-        network = build_network(options[NetworkOptions].resolve(), latent_size, network_options)
+        torch.manual_seed(seed_for(seed, "weights"))
+        network = build_network(*architecture)
     if start_from:
-        weights = read_published(start_from).sampled if is_torch_file(start_from) else read_weights(start_from)[0]
+        weights = read_sampled(start_from) if is_torch_file(start_from) else read_weights(start_from)[0]
         load_what_fits(network, weights)
     return network
 
 
 def _network_options(
-    options: Options, autoencoder: Autoencoder | PixelSpace, splits: tuple[ImageDataset, ...]
+    options: Options,
+    autoencoder: Autoencoder | PixelSpace,
+    splits: tuple[ImageDataset, ...],
+    dense: DenseInput | None,
 ) -> FamilyOptions:
-    """The family's options, its channels those of the latents; refuses labels that the network has no room for."""
+    """The family's options, its channels those of the latents and of a dense condition; refuses labels without room."""
     chosen = options[NETWORKS[options[NetworkOptions].resolve()].options]
-    channels = autoencoder.latent_channels
-    for name in ("num_in_channels", "num_out_channels"):
-        if name in options.explicit and getattr(chosen, name) != channels:
+    beside = dense.channels if dense else 0
+    channels: dict[str, Any] = {
+        "num_in_channels": autoencoder.latent_channels + beside,
+        "num_out_channels": autoencoder.latent_channels,
+    }
+    for name, expected in channels.items():
+        if name in options.explicit and getattr(chosen, name) != expected:
+            condition = f" and those of the condition beside them {beside}" if beside else ""
             raise UsageError(
-                f"--{name} {getattr(chosen, name)} contradicts the autoencoder, whose latents have {channels} channels"
+                f"--{name} {getattr(chosen, name)} contradicts the autoencoder, whose latents have "
+                f"{autoencoder.latent_channels} channels{condition}: {expected}, or leave the flag out"
             )
     flag = "label_dim" if isinstance(chosen, EdmUNetOptions) else "num_classes"
     other = {"label_dim": "num_classes", "num_classes": "label_dim"}[flag]
@@ -238,5 +298,5 @@ def _network_options(
                 f"the dataset has labels up to {int(split.labels.max())}, out of range for --{flag} "
                 f"{chosen.classes}: labels must lie in 0..{chosen.classes - 1}"
             )
-    check_guidance(as_json(chosen), options[GuidanceOptions].cfg_scale)
-    return replace(chosen, num_in_channels=channels, num_out_channels=channels)
+    check_guidance(as_json(chosen), as_json(dense), options[GuidanceOptions].cfg_scale)
+    return replace(chosen, **channels)

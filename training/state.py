@@ -54,6 +54,10 @@ class TrainingState:
         self.best_of = ""  # what `best` is a value of
         # Sums since the last line of the journal, kept on the device: loss, gradient norm, skipped steps, steps.
         self.sums = torch.zeros(4, device=machine.device)
+        # For each step since they were last taken, 1 where it was skipped; and the length of the series of skipped steps that
+        # goes on, with the loss of its first one. On the device, too.
+        self._flags: list[torch.Tensor] = []
+        self.streak = torch.zeros(2, device=machine.device)
         self._good, self._skipped = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]], device=machine.device)
 
     def advance(
@@ -92,13 +96,24 @@ class TrainingState:
         zero = torch.zeros_like(norm)
         good = self._good + torch.stack([loss, norm, zero, zero])
         self.sums += torch.where(bad > 0, self._skipped, good)
+        length, first_loss = self.streak
+        longer = torch.stack([length + 1, torch.where(length > 0, first_loss, loss)])
+        self.streak = torch.where(bad > 0, longer, 0.0)
+        self._flags.append(bad)
         self.step += 1
+
+    def take_skipped(self) -> list[int]:
+        """The steps since the last call, counted from 1 on, that were skipped; the host waits for the device."""
+        first = self.step - len(self._flags) + 1
+        flags = torch.stack(self._flags).tolist() if self._flags else []
+        self._flags = []
+        return [first + place for place, flag in enumerate(flags) if flag]
 
     def _backward(self, velocity: nn.Module, part: Batch, sigma_min: float, parts: int) -> torch.Tensor:
         """Add the gradient of a part's loss, divided by the number of `parts`; returns that loss."""
         x_t, target = straight_path(part.t, part.data, part.noise, sigma_min)
         with self.machine.autocast():
-            predicted = velocity(part.t, x_t, Condition(part.labels))
+            predicted = velocity(part.t, x_t, Condition(part.labels, part.dense))
         loss = functional.mse_loss(predicted.float(), target) / parts
         loss.backward()
         return loss.detach()
@@ -116,6 +131,8 @@ class TrainingState:
             "best": self.best,
             "best_of": self.best_of,
             "sums": torch.stack(sums) if sums else self.sums,  # a row for each process
+            "flags": torch.stack(self._flags) if self._flags else torch.zeros(0),
+            "streak": self.streak,
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -128,6 +145,9 @@ class TrainingState:
         self.best, self.best_of = content["best"], content["best_of"]
         sums = content["sums"].view(-1, len(self.sums))
         self.sums.copy_(sums[processes.rank] if len(sums) == processes.count else sums.mean(0))
+        if "streak" in content:  # not in older files
+            self.streak = content["streak"].to(self.sums)
+            self._flags = list(content["flags"].to(self.sums))
         self.network.load_state_dict(_parts(content["network"], self.network.state_dict()))
         average = content["ema"] | {"weights": _parts(content["ema"]["weights"], self.ema.weights)}
         self.ema.load_state_dict(average)

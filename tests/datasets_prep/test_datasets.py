@@ -7,7 +7,14 @@ import torch
 from PIL import Image
 
 from datasets_prep import idx
-from datasets_prep.datasets import DATASETS, DatasetOptions, crop_padding, open_dataset
+from datasets_prep.datasets import (
+    DATASETS,
+    DatasetFacts,
+    DatasetOptions,
+    crop_padding,
+    like_originals,
+    open_dataset,
+)
 from datasets_prep.idx import CLASSES, find_idx_folder, read_idx
 from datasets_prep.images import read_image
 from options import UsageError
@@ -45,6 +52,16 @@ def test_unpadded_images_need_no_crop(fashion_mnist_dir):
     batch = dataset[0][None]
     assert batch.shape == (1, 1, 28, 28)
     assert torch.equal(crop_padding(batch, dataset.facts), batch)
+
+
+def test_decoded_images_become_like_the_originals():
+    grey, colour = (DatasetFacts("toy", 32, channels, 28, False, ()) for channels in (1, 3))
+    decoded = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    inside = decoded[:, :, 2:30, 2:30]
+    assert torch.equal(like_originals(decoded, colour), inside)
+    expected = (inside.double().sum(1, keepdim=True) / 3).round().byte()
+    assert torch.equal(like_originals(decoded, grey), expected)
+    assert torch.equal(like_originals(decoded[:, :1], grey), inside[:, :1])
 
 
 @pytest.mark.parametrize("size", [27, 26, 33, 16])

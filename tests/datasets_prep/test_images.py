@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets_prep.images import center_crop, read_image
+from datasets_prep.images import NO_CLASS, center_crop, crop_map, read_image, read_map
 from options import UsageError
 
 
@@ -125,3 +125,71 @@ def test_foreign_and_missing_files_are_named(tmp_path):
     for name in ["page.png", "absent.png"]:
         with pytest.raises(UsageError, match=name):
             read_image(tmp_path / name, 32)
+
+
+def write_pair(tmp_path, image, labels, exif=None, **settings):
+    """An image and its label map as files; returns the paths, the map's first."""
+    image_path = save(tmp_path, Image.fromarray(image), **({"exif": exif} if exif else {}))
+    return save(tmp_path, Image.fromarray(labels), "map.png", **settings), image_path
+
+
+@pytest.mark.parametrize(("width", "height"), [(24, 24), (100, 71), (33, 200), (57, 24), (17, 19), (211, 305)])
+def test_maps_stay_aligned_with_their_images(tmp_path, width, height):
+    """The map holds the image's red and green levels in steps of 16; the crop's pixels lie within their steps."""
+    image = gradient(width, height)
+    for channel in (0, 1):
+        labels = read_map(*write_pair(tmp_path, image, image[..., channel] // 16), 24, 16)
+        assert (labels.dtype, labels.shape) == (torch.uint8, (24, 24))
+        shown = read_image(tmp_path / "image.png", 24)[channel].int()
+        middle = 16 * labels.int() + 8
+        pixel = 240 / (24 * (width, height)[channel] / min(width, height))  # levels that a pixel of the crop spans
+        assert (shown - middle).abs().max() <= 8 + pixel / 2 + 2
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_maps_turn_with_their_images(tmp_path, orientation):
+    """Squares of one class and one colour, which the box filter keeps."""
+    ids = np.random.default_rng(0).integers(0, 20, (8, 12), dtype=np.uint8)
+    image = np.kron(10 * ids, np.ones((4, 4), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for labels in (ids, np.kron(ids, np.ones((4, 4), np.uint8))):  # of its own size, or the image's
+        map_path, image_path = write_pair(tmp_path, np.stack([image] * 3, axis=2), labels, exif)
+        assert torch.equal(10 * read_map(map_path, image_path, 8, 20), read_image(image_path, 8)[0])
+
+
+def test_no_class_is_made_up_between_classes():
+    labels = np.random.default_rng(0).choice(np.array([3, 200], np.uint8), (71, 100))
+    for size in (16, 64, 128):
+        assert set(np.unique(crop_map(Image.fromarray(labels), size))) == {3, 200}
+
+
+def test_a_palette_is_no_map(tmp_path):
+    ids = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    image = Image.fromarray(ids)
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    image_path = save(tmp_path, Image.fromarray(gradient(8, 8)))
+    assert read_map(save(tmp_path, image, "map.png"), image_path, 8, 64).tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.zeros((8, 8, 3), np.uint8), "expected a map of 8-bit class ids, but its mode is RGB"),
+        (np.zeros((8, 9), np.uint8), "a map of 9 x 8 pixels, but its image .* has 8 x 8"),
+        (np.full((8, 8), 7, np.uint8), f"expected class ids below 7 or {NO_CLASS}, but found 7"),
+    ],
+)
+def test_foreign_maps_are_named(tmp_path, labels, message):
+    with pytest.raises(UsageError, match=rf"map\.png: {message}"):
+        read_map(*write_pair(tmp_path, gradient(8, 8), labels), 8, 7)
+
+
+def test_the_damaged_one_of_a_pair_is_named(tmp_path):
+    paths = write_pair(tmp_path, gradient(8, 8), np.zeros((8, 8), np.uint8))
+    for path in paths:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:20])
+        with pytest.raises(UsageError, match=rf"cannot read the image .*{path.name}"):
+            read_map(*paths, 8, 7)
+        path.write_bytes(whole)

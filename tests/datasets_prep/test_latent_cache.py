@@ -137,6 +137,27 @@ def test_finished_cache_is_left_alone(tmp_path, autoencoder, monkeypatch):
     assert files_of(tmp_path / "cache") == before
 
 
+def test_a_cache_that_another_run_is_building_is_waited_for(tmp_path, autoencoder, monkeypatch, capsys):
+    dataset = tiny_dataset()
+    build(tmp_path / "whole", dataset, autoencoder)
+    (tmp_path / "cache").mkdir()
+    lock = tmp_path / "cache" / "build.lock"
+    lock.write_text('{"host": "elsewhere", "pid": 7, "identity": "", "since": "yesterday"}')
+
+    def nap(seconds):  # in which the other run comes to its end
+        for name, data in files_of(tmp_path / "whole").items():
+            (tmp_path / "cache" / name).write_bytes(data)
+        lock.unlink()
+
+    monkeypatch.setattr("runtime.locks.time.sleep", nap)
+    stop_after(monkeypatch, 0)
+    build(tmp_path / "cache", dataset, autoencoder)
+    assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
+    out = capsys.readouterr().out
+    assert "waiting: process 7 on elsewhere, since yesterday is building this latent cache" in out
+    assert f"if it is dead, delete {lock}" in out
+
+
 def test_processes_share_the_shards(tmp_path, autoencoder, monkeypatch):
     dataset = tiny_dataset()
     build(tmp_path / "alone", dataset, autoencoder)

@@ -1,11 +1,14 @@
 """Latents made beforehand: a training's moments are those of the files, and pixels are never asked for."""
 
+import gc
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 
+from command_line import parse_options
 from datasets_prep import build_latents
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from datasets_prep.latent_cache import LatentCacheOptions
@@ -18,7 +21,7 @@ from models.autoencoder import (
     load_autoencoder,
     new_autoencoder_kl,
 )
-from options import UsageError, parse_options
+from options import UsageError
 from runtime.distributed import Processes
 from runtime.precision import Machine
 
@@ -92,6 +95,26 @@ def test_a_mean_alone_has_no_variance(tmp_path, autoencoder):
 def test_a_leading_axis_of_one_is_dropped(tmp_path, autoencoder):
     write_folder(tmp_path, arrays(8)[:, None])
     assert moments_of(open_split(tmp_path), autoencoder).moments(CHOSEN, UPRIGHT).shape == (3, 4, 8, 8)
+
+
+def test_threads_read_headers_one_at_a_time(tmp_path):
+    """Python code that runs while numpy parses a header, as at a garbage collection, lets another thread parse its own."""
+    stored = write_folder(tmp_path / "train", arrays(200))
+    write_folder(tmp_path / "val", arrays(2))
+    dataset = open_split(tmp_path)
+    interval, threshold = sys.getswitchinterval(), gc.get_threshold()
+    callbacks = list(gc.callbacks)
+    try:
+        gc.callbacks.append(lambda phase, info: [None for _ in range(100)])
+        sys.setswitchinterval(1e-6)
+        gc.set_threshold(50)
+        read = [dataset.stored(torch.arange(200), torch.zeros(200, dtype=torch.bool)) for _ in range(5)]
+    finally:
+        gc.callbacks[:] = callbacks
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*threshold)
+    for values in read:
+        np.testing.assert_array_equal(values.numpy(), stored)
 
 
 class Malicious:

@@ -1,6 +1,7 @@
 """fid_score.py, cal_inpainting.py and compute_dataset_stat.py as a user runs them."""
 
 import json
+import os
 import runpy
 import shutil
 import subprocess
@@ -113,3 +114,26 @@ def test_inpainting_scores_are_those_of_pairs(run, grey_sets, tmp_path):
     assert "P-IDS" in printed
     with pytest.raises(UsageError, match="validation lacks the partners of 4, 5, 6, 7"):
         run("cal_inpainting", grey_sets / "fake", grey_sets / "data" / "validation", *flags)
+
+
+def test_pairs_are_scored_by_name_whatever_the_order_of_the_files(run, tmp_path):
+    """The partners are written in other orders, with other suffixes and times, some of them in folders."""
+    from PIL import Image
+
+    generator = np.random.default_rng(1)
+    names = ["b", "a10", "a9", "deep/c", "Z", "deep/a"]
+    offsets = dict(zip(names, (3, 5, 8, 13, 21, 34), strict=True))
+    originals = {name: generator.integers(0, 200, (28, 28, 3), dtype=np.uint8) for name in names}
+    for folder, order, suffix in (("real", names, "png"), ("fake", sorted(names, key=lambda n: offsets[n] % 5), "bmp")):
+        for age, name in enumerate(order):
+            path = tmp_path / folder / f"{name}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image = originals[name] + np.uint8(offsets[name] if folder == "fake" else 0)
+            Image.fromarray(image).save(path)
+            os.utime(path, (10**9 - age, 10**9 - age))
+    flags = ["--features", "fashion_mnist", "--device", "cpu", "--output_json", tmp_path / "r.json"]
+    run("cal_inpainting", tmp_path / "fake", tmp_path / "real", *flags)
+    score = json.loads((tmp_path / "r.json").read_text())["scores"]["psnr"]
+    expected = [20 * np.log10(255 / offset) for offset in offsets.values()]
+    assert score["value"] == pytest.approx(np.mean(expected), rel=1e-6)
+    assert score["error"] == pytest.approx(np.std(expected, ddof=1) / 6**0.5, rel=1e-6)

@@ -7,11 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
+from command_line import parse_options
 from datasets_prep.datasets import DatasetFacts
 from evaluation.modes import MODE_GROUPS, run_modes
 from models.dit import DiTOptions
 from models.registry import build_network
-from options import UsageError, parse_options
+from options import UsageError
 from runtime.checkpoints import save_weights
 
 SIDE = 8
@@ -105,6 +106,23 @@ def test_an_interrupted_start_draws_only_what_is_missing(call, tmp_path):
         call(*flags, "--n_sample", 7, "--num_steps", 3, output="begun")
 
 
+def test_a_result_is_named_after_its_steps_where_they_are_fixed(call, tmp_path):
+    results = [
+        call("--method", *flags, "--n_sample", 1)[0]
+        for flags in (["euler", "--num_steps", 1], ["euler", "--step_size", 0.5], ["dopri5", "--atol", 1, "--rtol", 1])
+    ]
+    stems = [f"model_1_{name}_cfg1_seed42" for name in ("euler_1steps", "euler_2steps", "dopri5")]
+    assert [result["grid"] for result in results] == [str(tmp_path / "out" / f"{stem}.png") for stem in stems]
+    for stem, result in zip(stems, results, strict=True):
+        assert json.loads((tmp_path / "out" / f"{stem}.json").read_text())["nfe"] == result["nfe"]
+
+
+def test_a_result_says_how_its_images_were_decoded(call):
+    (result,) = call("--method", "euler", "--num_steps", 1, "--n_sample", 1)
+    assert result["precision"] == "fp32"
+    assert result["decoding"] == {"precision": "fp32", "rounding": "round(127.5 x + 127.5), clamped to 0..255"}
+
+
 def test_labels_of_a_file_are_asked_for_and_recorded(call, tmp_path):
     (tmp_path / "labels.txt").write_text("1 1 1 0")
     flags = ["--method", "euler", "--num_steps", 1, "--save_images", "npz", "--n_sample", 4]
@@ -196,5 +214,5 @@ def test_measurements_share_a_call_and_are_written(call, tmp_path):
     for row in times["timing"]:
         assert 0 < row["network"]["fastest_s"] <= row["network"]["median_s"] <= row["network"]["slowest_s"]
         assert row["pipeline"]["fastest_s"] > 0
-    written = json.loads((tmp_path / "out" / "model_1_euler_cfg1_seed42_time.json").read_text())
+    written = json.loads((tmp_path / "out" / "model_1_euler_2steps_cfg1_seed42_time.json").read_text())
     assert written["timing"] == times["timing"]

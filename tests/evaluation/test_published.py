@@ -9,14 +9,22 @@ from pathlib import Path
 import pytest
 import torch
 
+from command_line import parse_options
+from datasets_prep.masks import MaskSetOptions
+from datasets_prep.tasks import GENERATE, INPAINT, SEMANTIC
+from evaluation.conditioned_source import CONDITIONED_GROUPS
+from evaluation.inpainting import InpaintingOptions
+from evaluation.opening import open_sampler
 from evaluation.published import open_published, published_facts
 from evaluation.sampling import SAMPLING_GROUPS
+from evaluation.semantic import SegmentationOptions
 from flow.guidance import GuidanceOptions, GuidedVelocity
 from models.autoencoder import AutoencoderOptions, new_autoencoder_kl
 from models.conditions import Condition
-from options import UsageError, parse_options
+from models.guided_unet import GuidedUNet, GuidedUNetOptions
+from options import UsageError
 from runtime.checkpoints import load_model, read_weights
-from runtime.published import condition_stage_beside, read_published
+from runtime.published import condition_stage_beside, read_published, read_sampled
 
 ROOT = Path(__file__).parents[2]
 CASES = {path.stem: path for path in sorted((ROOT / "tests" / "golden").glob("*.safetensors"))}
@@ -96,8 +104,10 @@ def options_of(flags):
 @torch.no_grad()
 def assert_golden(model, case, golden):
     tensors = case.tensors
-    condition = Condition(tensors.get("in.y"))
-    velocity = model.network(tensors["in.t"], tensors["in.x"], condition)
+    latents = model.header["latent_channels"]
+    x, beside = tensors["in.x"][:, :latents], tensors["in.x"][:, latents:]
+    condition = Condition(tensors.get("in.y"), beside if beside.shape[1] else None)
+    velocity = model.network(tensors["in.t"], x, condition)
     assert (velocity - tensors["out.velocity"]).abs().max() <= golden.LIMITS["velocity"]
     if case.cfg_scale is not None:
         null = Condition(torch.full_like(tensors["in.y"], model.header["num_classes"]))
@@ -324,3 +334,149 @@ def test_the_test_script_finds_and_samples_a_published_file(golden, autoencoder,
     (record,) = (folder / "samples").glob("model_475_*.json")
     result = json.loads(record.read_text())
     assert (result["checkpoint"], result["samples"], result["step"]) == (str(folder / "model_475.pth"), 2, None)
+
+
+# What the flags of the two downstream scripts' networks are here, --use_origin_adm being their default.
+DOWNSTREAM = [
+    "--dataset",
+    "celeba_256",
+    "--image_size",
+    "64",
+    "--nf",
+    "32",
+    "--num_res_blocks",
+    "1",
+    "--ch_mult",
+    "1",
+    "2",
+]
+DOWNSTREAM += ["--attn_resolution", "2", "--num_out_channels", "4"]
+CLASSES = 19
+
+
+def plain_network(channels, golden):
+    """guided-diffusion's U-Net with so many channels of input, filled as the golden cases are."""
+    options = GuidedUNetOptions(channels, 4, nf=32, num_res_blocks=1, ch_mult=(1, 2), attn_resolutions=(2,))
+    network = GuidedUNet(8, options).eval()
+    for name, value in network.state_dict().items():
+        value.copy_(torch.from_numpy(golden._fill_weight(name, tuple(value.shape))))
+    return network
+
+
+@pytest.fixture
+def open_with(autoencoder):
+    """open_with(task, path, flags) opens a file as the task's test script does."""
+
+    def open_(task, path, *flags):
+        own = {INPAINT: (MaskSetOptions, InpaintingOptions), SEMANTIC: (SegmentationOptions,)}[task]
+        flags = [
+            "--pretrained_autoencoder_ckpt",
+            autoencoder,
+            *DOWNSTREAM,
+            "--checkpoint",
+            path,
+            "--precision",
+            "fp32",
+            *flags,
+        ]
+        options = parse_options("", (*CONDITIONED_GROUPS, *own), [str(flag) for flag in flags])
+        return open_sampler(options, tasks=(task, GENERATE) if task is INPAINT else (task,))
+
+    return open_
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@torch.no_grad()
+def test_a_published_inpainting_network_gives_the_golden_velocity(prefix, golden, open_with, tmp_path):
+    case = golden.read_case(CASES["guided_diffusion_inpainting_9ch"])
+    torch.save({prefix + key: value for key, value in weights_of(case, golden).items()}, tmp_path / "model_500.pth")
+    opened = open_with(INPAINT, tmp_path / "model_500.pth", "--num_in_channels", 9)
+    assert opened.task is INPAINT
+    assert opened.header["dense"] == {"channels": 5, "classes": None, "dropout": 0.0}
+    t, x = case.tensors["in.t"], case.tensors["in.x"]
+    velocity = opened.sampler.velocity(torch.zeros(len(x), dtype=torch.long), x[:, 4:])(t, x[:, :4])
+    assert (velocity - case.tensors["out.velocity"]).abs().max() <= golden.LIMITS["velocity"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("flags", [["--num_in_channels", "8"], []], ids=["channels", "no channels"])
+@torch.no_grad()
+def test_a_published_semantic_network_maps_labels_by_the_stage_beside_it(prefix, flags, golden, open_with, tmp_path):
+    plain = plain_network(8, golden)
+    generator = torch.Generator().manual_seed(0)
+    stage = torch.randn(4, CLASSES, 1, 1, generator=generator)
+    torch.save({prefix + name: value for name, value in plain.state_dict().items()}, tmp_path / "model_175.pth")
+    torch.save({f"{prefix}channel_mapper.weight": stage}, tmp_path / "cond_stage_model_175.pth")
+    opened = open_with(SEMANTIC, tmp_path / "model_175.pth", *flags)
+    assert opened.task is SEMANTIC
+    assert opened.header["dense"] == {"channels": 4, "classes": CLASSES, "dropout": 0.0}
+    t, x = torch.rand(2, generator=generator), torch.randn(2, 4, 8, 8, generator=generator)
+    shares = torch.rand(2, CLASSES, 8, 8, generator=generator)
+    velocity = opened.sampler.velocity(torch.zeros(2, dtype=torch.long), shares)(t, x)
+    mapped = torch.einsum("ck,bkhw->bchw", stage[:, :, 0, 0], shares)
+    expected = plain(t, torch.cat([x, mapped], dim=1))
+    assert (velocity - expected).abs().max() <= golden.LIMITS["velocity"]
+
+
+def test_a_semantic_network_without_its_stage_is_refused_and_not_taken_for_another(golden, open_with, tmp_path):
+    torch.save(plain_network(8, golden).state_dict(), tmp_path / "model_175.pth")
+    for task in (SEMANTIC, INPAINT):
+        with pytest.raises(UsageError, match=r"semantic synthesis, which needs cond_stage_model_175\.pth beside it"):
+            open_with(task, tmp_path / "model_175.pth", "--num_in_channels", 8)
+
+
+@pytest.mark.parametrize("name", ["guided_diffusion_inpainting_9ch", "dit_unconditional"])
+def test_a_content_of_the_published_code_names_its_own_network(name, golden, autoencoder, tmp_path):
+    """The downstream scripts' default is for files that do not; a network of generation serves without training."""
+    case = golden.read_case(CASES[name])
+    arguments = case.arguments | {"model_type": model_type_of(case.arguments), "dataset": "celeba_256"}
+    if name == "guided_diffusion_inpainting_9ch":
+        arguments.pop("use_origin_adm")
+    torch.save(content_of(case, weights_of(case, golden), **arguments), tmp_path / "content.pth")
+    flags = ["--pretrained_autoencoder_ckpt", str(autoencoder), "--checkpoint", str(tmp_path / "content.pth")]
+    options = parse_options("", (*CONDITIONED_GROUPS, MaskSetOptions, InpaintingOptions), flags)
+    opened = open_sampler(options, tasks=(INPAINT, GENERATE))
+    assert opened.task is (GENERATE if name == "dit_unconditional" else INPAINT)
+    assert opened.header["model_type"] == ("DiT-Golden/2" if name == "dit_unconditional" else "origin_adm")
+
+
+def test_each_script_refuses_the_other_tasks_published_network(golden, autoencoder, open_with, tmp_path):
+    case = golden.read_case(CASES["guided_diffusion_inpainting_9ch"])
+    torch.save(weights_of(case, golden), tmp_path / "model_1.pth")
+    with pytest.raises(UsageError, match=r"trained for inpainting: use test_flow_latent_inpainting\.py"):
+        open_with(SEMANTIC, tmp_path / "model_1.pth", "--num_in_channels", 9)
+    flags = [*flags_of(case.arguments, autoencoder), "--checkpoint", str(tmp_path / "model_1.pth")]
+    with pytest.raises(UsageError, match=r"trained for inpainting: use test_flow_latent_inpainting\.py"):
+        open_sampler(options_of(flags))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_semantic_network_there_and_back_in_both_files(named, convert, golden, autoencoder, tmp_path):
+    weights, stage = plain_network(8, golden).state_dict(), torch.randn(4, CLASSES, 1, 1)
+    torch.save(weights, tmp_path / "model_175.pth")
+    torch.save({"module.channel_mapper.weight": stage}, tmp_path / "cond_stage_model_175.pth")
+    flags = [*DOWNSTREAM, "--use_origin_adm", "--pretrained_autoencoder_ckpt", autoencoder]
+    flags += ["--num_in_channels", 8] if named else []
+    code, _, err = convert(tmp_path / "model_175.pth", tmp_path / "m.safetensors", *flags)
+    assert code == 0, err
+    whole, header = read_weights(tmp_path / "m.safetensors")
+    assert list(header["dense"].values()) == [4, CLASSES, 0.0]
+    assert header["task"] == "semantic"
+    assert set(whole) == {*weights, "channel_mapper.weight"}
+    assert load_model(tmp_path / "m.safetensors").network.state_dict().keys() == whole.keys()
+    code, _, err = convert(tmp_path / "m.safetensors", tmp_path / "back" / "model_9.pth", "--module_prefix")
+    assert code == 0, err
+    for name, expected in (("model_9.pth", weights), ("cond_stage_model_9.pth", {"channel_mapper.weight": stage})):
+        back = torch.load(tmp_path / "back" / name, weights_only=True)
+        assert set(back) == {f"module.{key}" for key in expected}
+        assert all(torch.equal(back[f"module.{key}"], value) for key, value in expected.items())
+
+
+def test_training_starts_from_a_published_network_and_its_stage(golden, tmp_path):
+    weights, stage = plain_network(8, golden).state_dict(), torch.randn(4, CLASSES, 1, 1)
+    torch.save(weights, tmp_path / "model_175.pth")
+    assert read_sampled(tmp_path / "model_175.pth").keys() == weights.keys()
+    torch.save({"channel_mapper.weight": stage}, tmp_path / "cond_stage_model_175.pth")
+    sampled = read_sampled(tmp_path / "model_175.pth")
+    assert torch.equal(sampled["channel_mapper.weight"], stage)
+    assert all(torch.equal(sampled[name], value) for name, value in weights.items())

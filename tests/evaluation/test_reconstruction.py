@@ -8,7 +8,7 @@ from PIL import Image
 
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from evaluation import reconstruction
-from evaluation.reconstruction import measure_reconstruction
+from evaluation.reconstruction import draw_reconstructions, measure_reconstruction
 from models.autoencoder import Autoencoder, PixelSpace, new_autoencoder_kl
 
 
@@ -51,6 +51,20 @@ def test_a_colour_autoencoder_is_measured_on_grey_images():
     assert statistics.count == 9
 
 
+def test_drawn_images_come_from_all_over_the_split_and_stand_above_their_reconstructions(tmp_path):
+    images = (6 * torch.arange(40, dtype=torch.uint8)).view(40, 1, 1, 1).expand(40, 1, 56, 56)
+    facts = DatasetFacts("toy", 56, 1, None, False, ())
+    dataset = ImageDataset(facts, "validation", np.zeros(40), images.__getitem__, "f")
+    ratio = draw_reconstructions(Brighter(1), dataset, "cpu", tmp_path / "picture.png")
+    assert ratio == pytest.approx(20 * math.log10(255 / 2), abs=1e-4)
+    with Image.open(tmp_path / "picture.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.shape == (2 * 58 + 2, 16 * 58 + 2)
+    above, below = (pixels[row, 30::58][:16].astype(int).tolist() for row in (30, 88))
+    assert above == [6 * (number * 40 // 16) for number in range(16)]
+    assert below == [grey + 2 for grey in above]
+
+
 def test_the_command_end_to_end(tmp_path, monkeypatch, capsys):
     generator = np.random.default_rng(0)
     for split, count in (("train", 6), ("validation", 4)):
@@ -67,6 +81,6 @@ def test_the_command_end_to_end(tmp_path, monkeypatch, capsys):
     assert (result["images"], result["reference_images"]) == (4, 6)
     assert result["reconstructions"]["value"] == pytest.approx(result["real"]["value"], rel=1e-6)
     assert result["features"]["label"] == "FD (fashion-mnist features)"
-    assert Image.open(picture).size == (4 * 28, 2 * 28)
+    assert Image.open(picture).size == (2 * (4 * 30 + 2), 2 * (2 * 30 + 2))  # enlarged, with lines of 2 pixels
     assert "FD (fashion-mnist features)" in capsys.readouterr().out
     assert len(list((tmp_path / "data" / "statistics").iterdir())) == 2

@@ -10,7 +10,7 @@ def ends():
     return torch.randn(2, 5, 2, 3, 3, generator=generator, dtype=torch.float64).unbind(0)
 
 
-@pytest.mark.parametrize("sigma_min", [0.0, 1e-5, 0.3])
+@pytest.mark.parametrize("sigma_min", [0.0, 1e-5, 1e-3, 0.3])
 def test_velocity_is_the_finite_difference_of_the_path(sigma_min, ends):
     path, h = straight_path, 1e-6
     t = torch.tensor([0.01, 0.2, 0.5, 0.75, 0.99], dtype=torch.float64)
@@ -18,7 +18,7 @@ def test_velocity_is_the_finite_difference_of_the_path(sigma_min, ends):
     torch.testing.assert_close(path(t, *ends, sigma_min).velocity, difference, rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("sigma_min", [0.0, 0.3])
+@pytest.mark.parametrize("sigma_min", [0.0, 1e-3, 0.3])
 def test_path_leads_from_data_with_a_remainder_of_noise_to_noise(sigma_min, ends):
     data, noise = ends
     start, end = (
@@ -43,3 +43,15 @@ def test_the_default_remainder_is_the_published_one(ends):
     assert PathOptions().sigma_min == 1e-5
     assert torch.equal(straight_path(t, data, noise).x_t, straight_path(t, data, noise, 1e-5).x_t)
     torch.testing.assert_close(straight_path(t, data, noise).velocity, (1 - 1e-5) * noise - data, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("sigma_min", [1e-3, 1e-5])
+def test_it_is_the_optimal_transport_path_in_the_other_direction_of_time(sigma_min, ends):
+    """(1 - (1 - s) t') noise + t' data at t' = 1 - t, whose velocity in t' is data - (1 - s) noise."""
+    data, noise = ends
+    t = torch.tensor([0.0, 0.2, 0.5, 0.75, 1.0], dtype=torch.float64)
+    forward = (1 - t).view(-1, 1, 1, 1)
+    sample = straight_path(t, data, noise, sigma_min)
+    expected = (1 - (1 - sigma_min) * forward) * noise + forward * data
+    torch.testing.assert_close(sample.x_t, expected, rtol=0, atol=1e-14)
+    torch.testing.assert_close(-sample.velocity, data - (1 - sigma_min) * noise, rtol=0, atol=1e-14)

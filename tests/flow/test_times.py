@@ -1,3 +1,4 @@
+from fractions import Fraction
 from statistics import NormalDist
 
 import pytest
@@ -46,3 +47,21 @@ def test_stratified_times_cover_the_interval_evenly_with_one_offset():
     other = torch.cat([UNIFORM[:1], torch.zeros(6)])
     assert torch.equal(training_times(other, options), training_times(UNIFORM, options))
     assert training_times(UNIFORM, options)[0] == UNIFORM[0]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 32])
+@pytest.mark.parametrize("offset", [0.0, 0.25, 0.984375])  # exact in binary
+def test_stratified_times_by_their_formula(batch, offset):
+    """(u + i / B) mod 1, in fractions; reversed, the same with 1 - u in place of u."""
+    uniform = torch.full((batch,), offset)
+    t = training_times(uniform, PathOptions(time_sampling="stratified"))
+    exact = [(Fraction(offset) + Fraction(i, batch)) % 1 for i in range(batch)]
+    assert t.tolist() == [pytest.approx(float(value), abs=1e-7) for value in exact]
+    reversed_exact = {(1 - value) % 1 for value in exact}
+    assert reversed_exact == {(1 - Fraction(offset) + Fraction(i, batch)) % 1 for i in range(batch)}
+
+
+def test_stratified_times_have_one_in_every_stratum():
+    for offset in torch.rand(20, generator=torch.Generator().manual_seed(0)):
+        t = training_times(offset.expand(32), PathOptions(time_sampling="stratified"))
+        assert sorted((t * 32).long().tolist()) == list(range(32))

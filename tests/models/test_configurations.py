@@ -11,11 +11,12 @@ from models.conditions import Condition
 from models.dit import DiT, DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.guided_unet import AttentionBlock, GuidedUNetOptions
+from models.plain_unet import PlainUNetOptions
 from models.registry import NETWORKS, ORIGIN_ADM, build_network
 from options import UsageError
 
 SIDE = 8
-KINDS = ("DiT", "adm", "ddpm++", "ncsn++", ORIGIN_ADM)
+KINDS = ("DiT", "adm", "ddpm++", "ncsn++", ORIGIN_ADM, "unet")
 
 
 def random_options(kind, seed):
@@ -24,8 +25,9 @@ def random_options(kind, seed):
     channels = {"num_in_channels": draw.choice([3, 4, 9]), "num_out_channels": draw.choice([3, 4])}
     classes = draw.choice([None, 3])
     dropout = draw.choice([0.0, 0.1]) if classes else 0.0
-    if kind == "DiT":
-        return DiTOptions(**channels, num_classes=classes, label_dropout=dropout)
+    if kind in ("DiT", "unet"):
+        own = {"DiT": DiTOptions, "unet": PlainUNetOptions}[kind]
+        return own(**channels, num_classes=classes, label_dropout=dropout)
     unet = {
         "nf": 32,
         "ch_mult": tuple(draw.choice([1, 2]) for _ in range(draw.choice([1, 2, 3]))),
@@ -119,6 +121,7 @@ def test_gradient_checkpointing_changes_neither_output_nor_gradients(kind, seed)
 def test_no_labels_are_the_null_class(kind):
     options = {
         "DiT": DiTOptions(num_classes=3, label_dropout=0.1),
+        "unet": PlainUNetOptions(num_classes=3, label_dropout=0.1),
         ORIGIN_ADM: GuidedUNetOptions(nf=32, ch_mult=(1,), num_classes=3, label_dropout=0.1),
     }.get(kind, EdmUNetOptions(nf=32, ch_mult=(1,), label_dim=3))
     network = new_network(kind, options)
@@ -138,7 +141,7 @@ def test_guided_form_without_a_null_class_needs_labels():
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_sides_run_and_those_that_do_not_fit_are_named(kind):
     unet = {"nf": 32, "ch_mult": (1, 1, 1), "num_res_blocks": 1}
-    options = DiTOptions() if kind == "DiT" else NETWORKS[kind].options(**unet)
+    options = {"DiT": DiTOptions(), "unet": PlainUNetOptions()}.get(kind) or NETWORKS[kind].options(**unet)
     network = new_network(kind, options)
     with torch.no_grad():
         for height, width in [(8, 12), (16, 4), (12, 12)]:

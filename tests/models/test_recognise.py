@@ -37,7 +37,7 @@ def architecture_of(case):
 @pytest.mark.parametrize("path", CASES, ids=stems)
 def test_what_the_names_of_a_golden_case_show(path, golden):
     case = golden.read_case(path)
-    model_type, size, options = architecture_of(case)
+    model_type, size, options, _ = architecture_of(case)
     found = recognise(listed(case))
     assert found.pop("model_type") == model_type
     assert found.pop("latent_size", size) == size
@@ -66,7 +66,7 @@ OTHER_VALUES = {
 @pytest.mark.parametrize("path", CASES, ids=stems)
 def test_a_wrong_flag_is_found_out(path, golden):
     case = golden.read_case(path)
-    weights, (model_type, size, options) = listed(case), architecture_of(case)
+    weights, (model_type, size, options, _) = listed(case), architecture_of(case)
     tried = 0
     for name, other in OTHER_VALUES.items():
         if not hasattr(options, name):

@@ -217,10 +217,10 @@ def test_a_file_of_torch_save_is_no_checkpoint_of_ours(tmp_path):
 
 
 def test_run_without_checkpoints_says_what_to_do(tmp_path):
-    for folder in (tmp_path, tmp_path / "absent"):
+    for folder, found in ((tmp_path, "it has: no checkpoints"), (tmp_path / "absent", "no such folder")):
         with pytest.raises(
             UsageError,
-            match=rf"no model_<epoch>\.safetensors or model_<epoch>\.pth in {folder} .*no checkpoints.*run\.sh",
+            match=rf"no model_<epoch>\.safetensors or model_<epoch>\.pth in {folder} .*{found}.*run\.sh",
         ):
             newest_model(folder)
 

@@ -169,3 +169,20 @@ def test_size_that_cannot_be_halved():
 def test_batch_larger_than_the_dataset():
     with pytest.raises(UsageError, match="--batch_size 16 is larger than the dataset of 15 images"):
         train_autoencoder(dataset_of(blobs(15)), TINY, CPU)
+
+
+@pytest.mark.parametrize("image_channels", [None, 1, 3])
+def test_grey_images_are_repeated_for_an_autoencoder_of_colour(image_channels):
+    dataset = dataset_of(blobs(32))
+    network = train_autoencoder(dataset, dataclasses.replace(TINY, image_channels=image_channels), CPU)
+    assert network.config.in_channels == network.config.out_channels == (image_channels or 1)
+    autoencoder = Autoencoder(network, "x")
+    assert autoencoder.decode(autoencoder.sample(autoencoder.encode(blobs(2)))).shape[1] == (image_channels or 1)
+    assert len(posterior_statistics(network, dataset, CPU)["latents_mean"]) == 2
+
+
+@pytest.mark.parametrize(("channels", "image_channels"), [(1, 2), (3, 1), (3, 4)])
+def test_channels_that_the_images_cannot_have(channels, image_channels):
+    dataset = dataset_of(blobs(32).expand(-1, channels, -1, -1))
+    with pytest.raises(UsageError, match=f"--image_channels {image_channels} is not for images of {channels}"):
+        train_autoencoder(dataset, dataclasses.replace(TINY, image_channels=image_channels), CPU)

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 
+from models.conditions import DenseConditioned, DenseInput
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError, as_json
@@ -20,10 +21,10 @@ OPTIONS = DiTOptions(2, 2, num_classes=3, label_dropout=0.1)
 HEADER = {"model_type": "DiT-Mi/2", "latent_size": 4, "network": as_json(OPTIONS)}
 
 
-def new_network(seed):
+def new_network(seed, options=OPTIONS):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_network("DiT-Mi/2", 4, OPTIONS)
+        network = build_network("DiT-Mi/2", 4, options)
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(0.02 * torch.randn_like(parameter))
@@ -37,9 +38,9 @@ def fill_gradients(network, seed):
             parameter.grad = torch.randn(parameter.shape, generator=generator)
 
 
-def published_run(averaged=True):
+def published_run(averaged=True, options=OPTIONS):
     """A network, the AdamW that the published trainer gave all its parameters to, and their content.pth."""
-    network = new_network(1)
+    network = new_network(1, options)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
     for seed in range(3):
         fill_gradients(network, seed)
@@ -133,3 +134,25 @@ def test_another_network_s_content_is_refused_with_the_flag_that_explains_it(tmp
     torch.save({name: value for name, value in content.items() if name != "epoch"}, tmp_path / "content.pth")
     with pytest.raises(UsageError, match="does not say its epoch"):
         continue_run(new_state(), tmp_path / "content.pth", 10, HEADER)
+
+
+def test_a_published_run_of_inpainting_goes_on_inside_the_wrapper(tmp_path):
+    """The state of each parameter arrives at the one of its name, though the wrapper calls it network.<name>."""
+    options = DiTOptions(5, 2, num_classes=3, label_dropout=0.1)
+    network, optimizer, content = published_run(options=options)
+    torch.save(content, tmp_path / "content.pth")
+    wrapped = DenseConditioned(new_network(2, options), DenseInput(3))
+    state = TrainingState(wrapped, MACHINE, 0.99, OptimizerOptions())
+    header = HEADER | {"network": as_json(options), "dense": as_json(DenseInput(3))}
+    trained = sum(parameter.requires_grad for parameter in network.parameters())
+    line = continue_run(state, tmp_path / "content.pth", per_epoch=10, header=header)
+    assert f"{trained} moving averages, the moments of {trained} of {trained} trained parameters" in line
+    for name, value in network.state_dict().items():
+        assert torch.equal(wrapped.network.state_dict()[name], value), name
+    inner = dict(wrapped.network.named_parameters())
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                found = state.optimizers[0].state[inner[name]][moment]
+                assert torch.equal(found, optimizer.state[parameter][moment]), name
+            assert torch.equal(state.ema.weights[name], optimizer.state[parameter]["ema"]), name

@@ -5,6 +5,7 @@ import torch
 
 from flow.paths import PathOptions
 from models.autoencoder import Autoencoder, PixelSpace, new_autoencoder_kl
+from models.conditions import DenseInput
 from options import UsageError
 from runtime.distributed import Processes
 from training.data import Batch, batches, epoch_indices, steps_per_epoch
@@ -29,6 +30,18 @@ class Numbered:
         return moments
 
 
+class NumberedCondition:
+    """Maps that hold the image's number, whether it is mirrored, the number of the draw, and the noise."""
+
+    dense = DenseInput(4)
+
+    def read(self, indices, mirrored, draws):
+        return torch.stack([indices, mirrored.long(), torch.tensor(list(draws))], dim=1)[..., None, None]
+
+    def encode(self, raw, noise):
+        return torch.cat([raw.float().expand(-1, -1, 2, 2), noise[:, :1]], dim=1)
+
+
 def draw(first, last, *, source=None, processes=Processes(), batch_size=6, seed=3, **changes):  # noqa: B008
     settings = {"flips": True, "num_classes": CLASSES, "label_dropout": 0.2, "device": torch.device("cpu")} | changes
     autoencoder = settings.pop("autoencoder", PixelSpace(1))
@@ -42,7 +55,13 @@ def images_of(batch):
 
 
 def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    pairs = zip(one, other, strict=True)
+    return all(a is None is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
+
+
+def joined(batches):
+    columns = zip(*batches, strict=True)
+    return Batch(*(None if column[0] is None else torch.cat(column) for column in columns))
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "stratified"])
@@ -52,8 +71,7 @@ def test_processes_see_the_slices_of_what_one_would_see(sampling):
     for count in (2, 3):
         shares = [draw(2, 9, path=path, processes=Processes(r, count), batch_size=6 // count) for r in range(count)]
         for step, whole in enumerate(alone):
-            together = Batch(*(torch.cat(parts) for parts in zip(*(share[step] for share in shares), strict=True)))
-            assert same(together, whole)
+            assert same(joined([share[step] for share in shares]), whole)
 
 
 def test_posterior_samples_are_shared_out_alike():
@@ -146,6 +164,40 @@ def test_parts_of_a_batch_are_the_batch():
     for count in (1, 2, 3, 6):
         parts = batch.split(count)
         assert [len(part.t) for part in parts] == [6 // count] * count
-        assert same(Batch(*(torch.cat(pieces) for pieces in zip(*parts, strict=True))), batch)
+        assert same(joined(parts), batch)
     with pytest.raises(ValueError, match="6 cannot be cut into 4"):
         batch.split(4)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_conditions_are_of_the_batchs_images_and_every_draw_has_a_number_of_its_own(count):
+    alone = draw(0, 9, condition=NumberedCondition())
+    settings = {"condition": NumberedCondition(), "batch_size": 6 // count}
+    shares = [draw(0, 9, processes=Processes(rank, count), **settings) for rank in range(count)]
+    for step, whole in enumerate(alone):
+        assert same(joined([share[step] for share in shares]), whole)
+        numbers, mirrored, draws, _ = whole.dense[:, :, 0, 0].long().T
+        assert numbers.tolist() == images_of(whole)
+        assert torch.equal(mirrored, whole.data[:, 0, 0, 1].long())
+        assert draws.tolist() == list(range(6 * step, 6 * step + 6))
+    without = draw(0, 9)
+    assert all(same(a[:4], b[:4]) for a, b in zip(alone, without, strict=True))  # a condition changes nothing else
+    halves = alone[0].split(2)
+    assert torch.equal(halves[1].dense, alone[0].dense[3:])
+    assert without[0].split(2)[1].dense is None
+
+
+def test_a_condition_is_hidden_with_its_probability():
+    always, never, often = (
+        torch.cat([batch.dense for batch in draw(0, 90, condition=NumberedCondition(), condition_dropout=p)])
+        for p in (1.0, 0.0, 0.25)
+    )
+    assert not always.any()
+    hidden = ~often.flatten(1).any(1)
+    assert torch.equal(often[~hidden], never[~hidden])
+    assert 0.2 < hidden.double().mean() < 0.3  # of 540: four standard deviations are 0.07
+
+
+def test_labels_and_conditions_are_hidden_together():
+    for batch in draw(0, 9, condition=NumberedCondition(), condition_dropout=0.4, label_dropout=0.4):
+        assert torch.equal(batch.labels == CLASSES, ~batch.dense.flatten(1).any(1))

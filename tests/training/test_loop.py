@@ -20,7 +20,8 @@ from runtime.checkpoints import load_content, read_weights
 from runtime.distributed import Processes
 from runtime.precision import Machine
 from training.experiment import ExperimentOptions
-from training.loop import Job, TrainingOptions, train
+from training.job import Job, TrainingOptions
+from training.loop import train
 from training.review import Review
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
@@ -67,7 +68,7 @@ def new_job(folder, event=None, experiment=None, processes=Processes(), **traini
         seed=1,
         machine=MACHINE,
         sigma_min=1e-5,
-        datadir="",
+        derived="",
         samples=0,
         features=None,
         processes=Processes() if training.get("fsdp") else processes,

@@ -1,0 +1,224 @@
+"""Which solver, in how many evaluations? FD of every solver's samples against its evaluations of the velocity (NFE).
+
+    python -m benchmarks.fd_against_nfe [--output docs/fd_against_nfe] [flags of test_flow_latent.py]
+
+The network, its guidance and the noises are those of run_test.sh (--args_file chooses another file). All settings draw the
+first --screened samples; then the best three of at most 16 evaluations, and the cheapest among those as good as the
+reference, dopri5 at tolerance 1e-5, are drawn on to --finalists samples, and timed in turn with the reference. The choice is
+the best finalist, if its FD is at most 3 % above the reference's; of several within 3 % of the best, the one with the fewest
+network evaluations. Draws OUTPUT.png; rows and features of all samples are kept in --keep, so that an
+interrupted run, or one with further --evaluations, goes on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks._draws import Bench, DrawOptions, benchmark_options, varied
+from benchmarks._timing import compare, markdown_table
+from flow.problem import GRID_NAMES
+from flow.solvers import SOLVERS, SolverOptions, solve
+from options import exit_cleanly, option
+from runtime.files import write_json
+
+REFERENCE = SolverOptions("dopri5", atol=1e-5, rtol=1e-5)
+TWINS = ("multistep", "torchdiffeq_dopri5")  # ab2 by another name, and a dopri5 whose samples depend on their batch
+TOLERANCES = {
+    "dopri5": (1e-1, 1e-2, 1e-3),
+    "adaptive_heun": (1e-1, 1e-2),
+    "bosh3": (1e-1, 1e-2),
+    "dopri8": (1e-1,),
+}
+ON_GRIDS = ("euler", "heun", "ab2", "dpm")
+SHIFTS = (0.5, 2.0)
+FEW, CLOSE = 16, 1.03  # evaluations of a choice, and its FD as a multiple of the reference's
+HEADER = ["solver", "evaluations", "of networks", "FD", "against dopri5 at 1e-5", "seconds"]
+
+
+@dataclass(frozen=True)
+class FrontierOptions(DrawOptions):
+    """Benchmark."""
+
+    output: str = option("docs/fd_against_nfe", "path, without suffix, of the PNG to write")
+    finalists: int = option(10000, "samples of the best", minimum=16)
+    timed: int = option(100, "samples that the best draw in turn, three times, to be timed", minimum=1)
+    evaluations: tuple[int, ...] = option((4, 8, 16, 32, 64), "NFE to give fixed-step solvers, at most", minimum=1)
+    grid_evaluations: tuple[int, ...] = option((8,), "the same for the other time grids", minimum=1)
+
+
+class Setting(NamedTuple):
+    """A row of the table, on a line of the plot."""
+
+    line: str
+    name: str
+    solver: SolverOptions
+
+
+def settings_of(options: FrontierOptions) -> list[Setting]:
+    """The reference, every fixed-step solver at rising numbers of evaluations, on other grids, and the adaptive solvers."""
+    found = [Setting("dopri5", "dopri5, 1e-05", REFERENCE)]
+    for nfe in options.evaluations:
+        for method in (name for name, kind in SOLVERS.items() if not kind.adaptive and name not in TWINS):
+            found += fixed(method, nfe, method, SolverOptions(method))
+    for nfe in options.grid_evaluations:
+        for method in ON_GRIDS:
+            for grid in GRID_NAMES[1:]:
+                found += fixed(f"{method}, {grid}", nfe, method, SolverOptions(method, time_grid=grid))
+            for shift in SHIFTS:
+                found += fixed(f"{method}, shift {shift:g}", nfe, method, SolverOptions(method, time_shift=shift))
+    for method, tolerances in TOLERANCES.items():
+        for tolerance in tolerances:
+            solver = SolverOptions(method, atol=tolerance, rtol=tolerance)
+            found.append(Setting(method, f"{method}, {tolerance:g}", solver))
+    return list(dict.fromkeys(found))
+
+
+def fixed(line: str, nfe: int, method: str, solver: SolverOptions) -> list[Setting]:
+    """The setting of most steps within `nfe` evaluations, if one step is."""
+    steps = [steps for steps in range(1, nfe + 1) if evaluations_of(method, steps) <= nfe]
+    return [Setting(line, f"{line}, {steps[-1]} steps", replace(solver, num_steps=steps[-1]))] if steps else []
+
+
+def evaluations_of(method: str, steps: int) -> int:
+    """Evaluations that a fixed-step method takes, by counting."""
+    nothing = torch.zeros(1, 1)
+    return int(solve(lambda t, x: x, nothing, SolverOptions(method, steps), draw=lambda step: nothing).evaluations)
+
+
+def measure(bench: Bench, setting: Setting, count: int) -> dict[str, Any]:
+    """A finished row."""
+    draws = bench.draw(varied(bench.opened, setting.solver), count)
+    theirs = bench.draw(varied(bench.opened, REFERENCE), count)
+    fd, reference = bench.distance(draws.features), bench.distance(theirs.features)
+    return {
+        "line": setting.line,
+        "name": setting.name,
+        "solver": setting.solver,
+        "samples": count,
+        "fd": fd,
+        "ratio": fd / reference,
+        "ratio_error": bench.error_of_difference(draws, theirs) / reference,
+        **draws.costs(),
+    }
+
+
+def written(row: dict[str, Any]) -> list[str]:
+    ratio = "1" if not row["ratio_error"] else f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}"
+    costs = [f"{row['nfe']:.4g}", f"{row['network_evaluations']:.4g}"]
+    return [row["name"], *costs, f"{row['fd']:.4f}", ratio, f"{row['seconds']:.1f}"]
+
+
+def print_row(row: list[str]) -> None:
+    print("| " + " | ".join(row) + " |", flush=True)
+
+
+def finalists_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best three of few evaluations, and the cheapest that is as good as the reference."""
+    few = sorted((row for row in rows if row["nfe"] <= FEW), key=lambda row: row["fd"])
+    cheap = [row for row in few if row["ratio"] <= CLOSE]
+    return few[:3] + [row for row in sorted(cheap, key=cost)[:1] if row not in few[:3]]
+
+
+def cost(row: dict[str, Any]) -> tuple[float, float]:
+    return row["network_evaluations"], row["fd"]
+
+
+def run_final(bench: Bench, settings: list[Setting], options: FrontierOptions) -> list[dict[str, Any]]:
+    """More samples of the chosen settings; the seconds are those of `timed` samples, drawn in turn."""
+    timed = min(options.timed, options.finalists)
+    seconds = compare(
+        {setting.name: bench.call(varied(bench.opened, setting.solver), timed) for setting in settings}, 3
+    )
+    rows = [measure(bench, setting, options.finalists) for setting in settings]
+    return [{**row, "timed": timed, "seconds": seconds[row["name"]]} for row in rows]
+
+
+def summary_table(rows: list[dict[str, Any]], budgets: Sequence[int]) -> str:
+    """FD of the fixed-step solvers in at most so many evaluations."""
+    table: dict[str, dict[int, str]] = {}
+    for row in rows:
+        if not SOLVERS[row["solver"].method].adaptive:
+            budget = min(budget for budget in budgets if row["nfe"] <= budget)
+            table.setdefault(row["line"], {})[budget] = f"{row['fd']:.4f}"
+    body = [[line, *(cells.get(budget, "") for budget in budgets)] for line, cells in table.items()]
+    return markdown_table(["FD in at most", *map(str, budgets)], body)
+
+
+def draw_picture(rows: list[dict[str, Any]], path: str) -> None:
+    """FD of all solvers over evaluations, and of some over the time grids."""
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained", sharey=True)
+    plain = dict.fromkeys(row["line"] for row in rows if ", " not in row["line"])
+    for number, line in enumerate(plain):
+        points = sorted((row["nfe"], row["fd"]) for row in rows if row["line"] == line)
+        style = {"marker": "osv^Dd<>Px"[number % 10], "linestyle": "-" if number < 10 else "--"}
+        left.loglog(*zip(*points, strict=True), markersize=5, label=line, **style)
+    few = min(row["nfe"] for row in rows if ", " in row["line"])
+    grids = ["uniform", *GRID_NAMES[1:], *(f"shift {shift:g}" for shift in SHIFTS)]
+    found = {row["line"]: row["fd"] for row in rows if row["nfe"] == few}
+    for marker, method in zip("osv^", ON_GRIDS, strict=True):
+        values = [found[method if grid == "uniform" else f"{method}, {grid}"] for grid in grids]
+        right.semilogy(grids, values, marker=marker, markersize=7, linestyle=":", label=method)
+    reference = rows[0]["fd"]
+    for axis in (left, right):
+        axis.axhline(reference, color="grey", linewidth=1, label="dopri5 at 1e-5")
+        axis.axhspan(reference / CLOSE, reference * CLOSE, color="grey", alpha=0.2)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8, ncols=2)
+        axis.set_yticks(ticks := [0.06, 0.07, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4], ticks)
+        axis.minorticks_off()
+    left.set(
+        title="all solvers, uniform grid",
+        xlabel="evaluations of the velocity per sample",
+        ylabel="FD",
+        ylim=(0.07, 0.4),
+    )
+    left.set_xticks(ticks := [4, 8, 16, 32, 64, 128, 256], ticks)
+    right.set(title=f"time grids, {few:g} evaluations")
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    """Screen, confirm, choose; print the tables as they grow."""
+    options = benchmark_options(str(__doc__), FrontierOptions)
+    own, bench = options[FrontierOptions], Bench(options, options[FrontierOptions].keep)
+    print(f"{own.screened} samples of {bench.opened.path}\n")
+    print(markdown_table(HEADER, []))
+    rows = []
+    settings = {setting.name: setting for setting in settings_of(own)}
+    for setting in settings.values():
+        rows.append(measure(bench, setting, own.screened))
+        print_row(written(rows[-1]))
+        save(bench, own.output, rows, [])
+    print(f"\n{summary_table(rows, sorted({*own.evaluations, *own.grid_evaluations}))}")
+    chosen = [settings[row["name"]] for row in [*finalists_of(rows[1:]), rows[0]]]
+    final = run_final(bench, chosen, own)
+    print(f"\n{own.finalists} samples; seconds for {final[0]['timed']}\n")
+    print(markdown_table(HEADER, [written(row) for row in final]))
+    save(bench, own.output, rows, final)
+    draw_picture(rows, f"{own.output}.png")
+    print(f"\n{verdict(final)}")
+
+
+def save(bench: Bench, output: str, rows: list[dict[str, Any]], final: list[dict[str, Any]]) -> None:
+    content = {**bench.opened.result(), "screening": rows, "final": final}
+    write_json(bench.folder / f"{Path(output).name}.json", content)
+
+
+def verdict(final: list[dict[str, Any]]) -> str:
+    """The choice by the rule of this page."""
+    *candidates, reference = final
+    least = min(row["fd"] for row in candidates)
+    if least > CLOSE * reference["fd"]:
+        return "no finalist is within 3 % of the reference"
+    best = min((row for row in candidates if row["fd"] <= CLOSE * least), key=cost)
+    faster = reference["seconds"] / best["seconds"]
+    return f"choice: {best['name']}, FD {best['ratio']:.3f} of the reference's, {faster:.1f} times as fast"
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,61 @@
+"""Embeddings of times and labels, and the sines and cosines that stand for a number.
+
+A number v becomes cosines and sines of falling frequencies (Vaswani et al. 2017, section 3.5):
+
+    cos(v f_i), sin(v f_i),      f_i = 10000^(-i / n),      i = 0, ..., n - 1.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+__all__ = ["LabelEmbedding", "TimeEmbedding", "sinusoids"]
+
+LONGEST_PERIOD = 10000.0
+
+
+def sinusoids(values: torch.Tensor, count: int, *, sines_first: bool = False, endpoint: bool = False) -> torch.Tensor:
+    """All cosines, then all sines [N, 2 count] of values [N], in the values' precision.
+
+    Args:
+        values: floating-point numbers.
+        count: number of frequencies n.
+        sines_first: all sines, then all cosines.
+        endpoint: f_i = 10000^(-i / (n - 1)), whose last is 1 / 10000.
+    """
+    exponents = torch.arange(count, device=values.device, dtype=values.dtype) / (count - 1 if endpoint else count)
+    angles = values[:, None] * torch.exp(-math.log(LONGEST_PERIOD) * exponents)
+    waves = (angles.sin(), angles.cos()) if sines_first else (angles.cos(), angles.sin())
+    return torch.cat(waves, dim=1)
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of times t [B], through two linear layers, to [B, D].
+
+    Args:
+        count: number of frequencies.
+        width: D.
+        sines_first: their order.
+    """
+
+    def __init__(self, count: int, width: int, *, sines_first: bool = False) -> None:
+        super().__init__()
+        self.count, self.sines_first = count, sines_first
+        self.mlp = nn.Sequential(nn.Linear(2 * count, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        """Embed t [B]."""
+        return self.mlp(sinusoids(t.float(), self.count, sines_first=self.sines_first))
+
+
+class LabelEmbedding(nn.Module):
+    """One row per class, and one more for the null class where labels are dropped in training."""
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+
+    def forward(self, labels: torch.Tensor | None) -> torch.Tensor:
+        """Rows [B, D] of labels [B]; the last row [D] for None."""
+        return self.embedding_table.weight[-1] if labels is None else self.embedding_table(labels)

@@ -1,0 +1,135 @@
+"""A plain U-Net for small images in pixel space (Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, arXiv:2006.11239).
+
+    input        C -> 32
+    encoder      32 -> 64,            64 -> 128 with attention,       a 4 x 4 convolution halves after each
+    middle       128 -> 64 with attention,    64 -> 64
+    decoder      64 + 128 -> 64 with attention,    64 + 64 -> 32,     a transposed one doubles before each
+    output       32 -> C
+
+"64 + 128" are the channels from below and those of the encoder's level of that side, before it is halved.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+from models.attention import SelfAttention
+from models.conditions import Condition
+from models.embeddings import LabelEmbedding, TimeEmbedding
+from models.family import ClassOptions, check_sides
+
+__all__ = ["PlainUNet", "PlainUNetOptions"]
+
+WIDTHS = (32, 64, 128)  # before the first level, and after each
+MIDDLE = 64
+EMBEDDING = 128  # of time: as many sines and cosines, and as many values after the linear layers
+GROUPS = 8
+HEADS = 4
+LEVELS = len(WIDTHS)  # sides of feature maps
+
+
+@dataclass(frozen=True)
+class PlainUNetOptions(ClassOptions):
+    """unet."""
+
+
+class PlainUNet(nn.Module):
+    """Velocity network `unet`, for images of any sides that are multiples of 4.
+
+    Args:
+        size: the images' side, which is checked; no weight depends on it.
+        options: channels, classes and label dropout.
+
+    Raises:
+        UsageError: a side that cannot be halved twice.
+    """
+
+    def __init__(self, size: int, options: PlainUNetOptions) -> None:
+        super().__init__()
+        check_sides(size, size, LEVELS, "unet")
+        self.options = options
+        self.time = TimeEmbedding(EMBEDDING // 2, EMBEDDING, sines_first=True)
+        self.labels = LabelEmbedding(options.label_rows, EMBEDDING) if options.label_rows else None
+        self.input = nn.Conv2d(options.num_in_channels, WIDTHS[0], 3, padding=1)
+        levels = list(pairwise(WIDTHS))
+        attends = [False, True]
+        self.encoder = nn.ModuleList(Block(*widths, attend) for widths, attend in zip(levels, attends, strict=True))
+        self.down = nn.ModuleList(nn.Conv2d(width, width, 4, stride=2, padding=1) for _, width in levels)
+        self.middle = nn.ModuleList([Block(WIDTHS[-1], MIDDLE, attend=True), Block(MIDDLE, MIDDLE)])
+        self.up, self.decoder = nn.ModuleList(), nn.ModuleList()
+        width = MIDDLE
+        for (outputs, skip), attend in zip(reversed(levels), reversed(attends), strict=True):
+            self.up.append(nn.ConvTranspose2d(width, width, 4, stride=2, padding=1))
+            self.decoder.append(Block(width + skip, outputs, attend))
+            width = outputs
+        last = nn.Conv2d(width, options.num_out_channels, 3, padding=1)
+        self.output = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.SiLU(), last)
+        self.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+
+    def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
+        """Velocity [B, C, H, W] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', H, W].
+
+        Where there are classes, samples without labels use the last row of the label table (the null class, where there
+        is one).
+
+        Raises:
+            UsageError: sides H, W that cannot be halved twice.
+        """
+        check_sides(x.shape[2], x.shape[3], LEVELS, "unet")
+        embedding = self.time(t.expand(x.shape[0]))  # [B, E]
+        if self.labels is not None:
+            embedding = embedding + self.labels(condition.labels)
+        x, skips = self.input(x), []
+        for block, down in zip(self.encoder, self.down, strict=True):
+            x = self._run(block, x, embedding)
+            skips.append(x)
+            x = down(x)
+        for block in self.middle:
+            x = self._run(block, x, embedding)
+        for block, up in zip(self.decoder, self.up, strict=True):
+            x = self._run(block, torch.cat([up(x), skips.pop()], dim=1), embedding)
+        return self.output(x)
+
+    def _run(self, block: nn.Module, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        if self.options.use_grad_checkpointing and self.training:
+            return checkpoint(block, x, embedding, use_reentrant=False)
+        return block(x, embedding)
+
+
+class Block(nn.Module):
+    """Two convolutions with time added between them, and a convolution around them; then self-attention, if asked for."""
+
+    def __init__(self, inputs: int, outputs: int, attend: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(GROUPS, inputs)
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.affine = nn.Linear(EMBEDDING, outputs)
+        self.norm2 = nn.GroupNorm(GROUPS, outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
+        self.skip = nn.Conv2d(inputs, outputs, 1)
+        self.attend = Attention(outputs) if attend else None
+
+    def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        """x [B, C, H, W] under the embedding [B, E]."""
+        h = self.conv1(functional.silu(self.norm1(x)))
+        h = h + self.affine(functional.silu(embedding))[:, :, None, None]
+        x = self.skip(x) + self.conv2(functional.silu(self.norm2(h)))
+        return x if self.attend is None else self.attend(x)
+
+
+class Attention(nn.Module):
+    """Self-attention among the places of x [B, C, H, W], added to x."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.attention = SelfAttention(channels, HEADS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend."""
+        tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, L, C]
+        return x + self.attention(tokens).transpose(1, 2).reshape(x.shape)

@@ -1,0 +1,285 @@
+"""content.pth survives kills, full disks and flipped bits; older checkpoints go, and the disk's space is known beforehand."""
+
+import errno
+import os
+import resource
+import shutil
+import signal
+import sys
+import zipfile
+from itertools import count, pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from options import UsageError
+from runtime.checkpoints import load_content
+from runtime.distributed import Processes
+from runtime.files import remove_leftovers
+from runtime.torch_files import read_torch_file
+from tests.training.test_loop import assert_same_run, new_job
+from training.content import has_content, keep_content, read_newest
+from training.disk import check_space, predict_use
+from training.keeping import remove_older
+from training.loop import train
+from training.optimizers import OptimizerOptions
+from training.state import TrainingState
+
+OFTEN = {"save_content_every_steps": 3}
+OPERATIONS = {"open", "os.rename", "os.link", "os.remove"}
+
+
+def content_of(step):
+    return {"step": step, "weights": torch.full((5000,), float(step))}
+
+
+def in_child(action):
+    """Run `action` in a forked process; the signal that killed it, or 0."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return os.WTERMSIG(os.waitpid(child, 0)[1])
+
+
+def kill_before(operation, folder):
+    """From now on, this process is killed before its n-th operation on a file in `folder`."""
+    seen = count()
+
+    def look(event, arguments):
+        if event in OPERATIONS and str(folder) in str(arguments[0]) and next(seen) == operation:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(look)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_kill_before_any_operation_leaves_a_whole_content(tmp_path, monkeypatch, links):
+    def refuse(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+    for operation in count():
+        folder = tmp_path / str(operation)
+        for step in (1, 2):
+            keep_content(folder, content_of(step))
+
+        def save(operation=operation, folder=folder):
+            kill_before(operation, folder)
+            keep_content(folder, content_of(3))
+
+        killed = in_child(save)
+        content = read_newest(folder / "content.pth", read_torch_file, Processes())[1]
+        assert content["step"] in (2, 3)
+        assert content["weights"].unique().tolist() == [content["step"]]
+        if not killed:
+            break
+    assert operation >= 4  # open, flush, give a second name, rename at least
+    steps = [load_content(folder / name)["step"] for name in ("content.pth", "content.previous.pth")]
+    assert steps == [3, 2]
+    assert sorted(path.name for path in folder.iterdir()) == ["content.previous.pth", "content.pth"]
+
+
+def test_a_kill_in_the_middle_of_writing_leaves_both(tmp_path):
+    for step in (1, 2):
+        keep_content(tmp_path, content_of(step))
+
+    def save():
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        keep_content(tmp_path, content_of(3))
+
+    assert in_child(save) == signal.SIGXFSZ
+    assert [load_content(tmp_path / name)["step"] for name in ("content.pth", "content.previous.pth")] == [2, 1]
+    (half,) = tmp_path.glob("*.tmp-*")
+    assert half.stat().st_size == 5000
+    (tmp_path / f"own.tmp-{os.getpid()}").touch()
+    (tmp_path / "notes.tmp-x").touch()
+    assert remove_leftovers(tmp_path) == [half]
+    assert len(list(tmp_path.glob("*.tmp-*"))) == 2
+
+
+def test_a_failed_write_leaves_both(tmp_path, monkeypatch):
+    for step in (1, 2):
+        keep_content(tmp_path, content_of(step))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        keep_content(tmp_path, content_of(3))
+    assert [load_content(tmp_path / name)["step"] for name in ("content.pth", "content.previous.pth")] == [2, 1]
+
+
+def test_what_one_of_several_processes_cannot_read_none_goes_on_from(tmp_path, monkeypatch):
+    for step in (1, 2):
+        keep_content(tmp_path, content_of(step))
+    somewhere = iter([True, False])  # whether any process failed to read the newest, the one before it
+    monkeypatch.setattr(Processes, "any", lambda self, failed: next(somewhere))
+    path, content = read_newest(tmp_path / "content.pth", read_torch_file, Processes(1, 2))
+    assert (path.name, content["step"]) == ("content.previous.pth", 1)
+    assert (tmp_path / "content.pth").exists()  # the main process moves it
+
+
+def crash():
+    raise RuntimeError("power cut")
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults") / "whole"
+    assert train(new_job(folder, experiment=OFTEN), resume=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def crashed(tmp_path_factory):
+    """A run with content.pth of step 9 and content.previous.pth of step 6."""
+    folder = tmp_path_factory.mktemp("faults") / "crashed"
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(new_job(folder, event=(12, crash), experiment=OFTEN), resume=False)
+    return folder
+
+
+class Malicious:
+    def __reduce__(self):
+        return (print, ("this must not run",))
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def flip(path):
+    with zipfile.ZipFile(path) as archive:
+        entry = max(archive.infolist(), key=lambda entry: entry.file_size)
+    data = bytearray(path.read_bytes())
+    data[entry.header_offset + entry.file_size // 2] ^= 4
+    path.write_bytes(data)
+
+
+DAMAGES = {
+    "cut": cut,
+    "flipped": flip,
+    "empty": lambda path: path.write_bytes(b""),
+    "code": lambda path: torch.save(Malicious(), path),
+    "another thing": lambda path: torch.save({"step": 9}, path),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_content_is_kept_aside_and_the_run_goes_on_from_the_one_before(
+    damage, crashed, whole_run, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(crashed, folder)
+    DAMAGES[damage](folder / "content.pth")
+    damaged = (folder / "content.pth").read_bytes()
+    assert train(new_job(folder, experiment=OFTEN), resume=True)
+    out = capsys.readouterr().out
+    assert f"{folder}/content.pth" in out
+    assert "it is kept as content.pth.damaged-1. The run goes on from content.previous.pth" in out
+    assert "continuing at step 6 of 14" in out
+    assert "this must not run" not in out
+    assert (folder / "content.pth.damaged-1").read_bytes() == damaged
+    assert_same_run(folder, whole_run)
+
+
+def test_a_kill_between_two_renames_is_no_loss(crashed, whole_run, tmp_path, capsys):
+    shutil.copytree(crashed, tmp_path / "run")
+    (tmp_path / "run" / "content.pth").unlink()
+    assert has_content(tmp_path / "run")
+    assert train(new_job(tmp_path / "run", experiment=OFTEN), resume=True)
+    assert "continuing at step 6 of 14" in capsys.readouterr().out
+    assert_same_run(tmp_path / "run", whole_run)
+
+
+def test_where_both_are_damaged_nothing_is_touched(crashed, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(crashed, folder)
+    for name in ("content.pth", "content.previous.pth"):
+        cut(folder / name)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    message = r"cannot read .*content\.pth: .*cannot read .*content\.previous\.pth: .*--overwrite .*--init_from"
+    with pytest.raises(UsageError, match=message):
+        train(new_job(folder, experiment=OFTEN), resume=True)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_saving_by_the_clock(tmp_path):
+    """So often that every step is saved: the crash at the fetch of batch 12 costs a step or two."""
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(
+            new_job(tmp_path / "run", event=(12, crash), experiment={"save_content_every_minutes": 1e-9}), resume=False
+        )
+    assert load_content(tmp_path / "run" / "content.pth")["step"] >= 10
+    previous = load_content(tmp_path / "run" / "content.previous.pth")["step"]
+    assert previous == load_content(tmp_path / "run" / "content.pth")["step"] - 1
+
+
+def test_the_clock_begins_anew_with_every_saving(tmp_path, monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr("training.clock.time.monotonic", lambda: float(next(now)))
+    saved = []
+    monkeypatch.setattr("training.keeping.keep_content", lambda folder, content: saved.append(content["step"]))
+    train(new_job(tmp_path / "run", experiment={"save_content_every_minutes": 0.25}), resume=False)
+    steps = [later - earlier for earlier, later in pairwise(saved)]
+    assert len(saved) > 2
+    assert 1 < max(steps[:-1]) < 14  # neither every step nor none
+    assert saved[-1] == 14
+
+
+def test_older_checkpoints_are_removed(whole_run, tmp_path):
+    assert train(new_job(tmp_path / "run", experiment={**OFTEN, "keep_last": 2}), resume=False)
+    names = {path.name for path in (tmp_path / "run").glob("*.safetensors")}
+    assert names == {"model_2.safetensors", "model_3.safetensors", "best.safetensors"}
+    for name in names:
+        assert (tmp_path / "run" / name).read_bytes() == (whole_run / name).read_bytes()
+
+
+def test_nothing_but_numbered_checkpoints_is_removed(tmp_path):
+    others = {"best.safetensors", "model_1.pth", "model_x.safetensors", "model_2.safetensors.tmp-1", "content.pth"}
+    for name in {*others, *(f"model_{epoch}.safetensors" for epoch in (2, 9, 10, 100))}:
+        (tmp_path / name).touch()
+    remove_older(tmp_path, 3)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left - others == {f"model_{epoch}.safetensors" for epoch in (9, 10, 100)}
+    remove_older(tmp_path, 1)
+    assert {path.name for path in tmp_path.iterdir()} == others | {"model_100.safetensors"}
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_predicted_use_is_that_of_the_files(tmp_path, optimizer):
+    """Up to the names and headers in them, some kilobytes for each tensor."""
+    job = new_job(tmp_path / "run", experiment=OFTEN, optimizer=optimizer)
+    state = TrainingState(job.network, job.machine, 0.9, OptimizerOptions(optimizer=optimizer))
+    use = predict_use(state, job.experiment, per_epoch=5, last_step=14)
+    assert train(job, resume=False)
+    folder = tmp_path / "run"
+    assert use.checkpoints == len(list(folder.glob("*.safetensors"))) == 4
+    assert use.contents == len(list(folder.glob("content*.pth"))) == 2
+    tensors = len(job.network.state_dict())
+    assert 0 < (folder / "best.safetensors").stat().st_size - use.weights < 8000
+    assert 0 < (folder / "content.pth").stat().st_size - use.content < 1000 * 6 * tensors
+    assert use.total == 4 * use.weights + 2 * use.content + use.content
+
+
+def test_a_run_without_room_for_one_saving_does_not_begin(tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    job = new_job(tmp_path / "run", experiment=OFTEN)
+    state = TrainingState(job.network, job.machine, 0.9, OptimizerOptions())
+    use = predict_use(state, job.experiment, 5, 14)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.one_saving - 1))
+    with pytest.raises(UsageError, match=r"one saving .* takes .* but only .* are free: make room, or .*--save_root"):
+        train(job, resume=False)
+    assert list((tmp_path / "run").iterdir()) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.one_saving))
+    assert "too little for all: see --keep_last" in check_space(tmp_path, use)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.total))
+    assert "too little" not in check_space(tmp_path, use)

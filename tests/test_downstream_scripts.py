@@ -1,0 +1,548 @@
+"""The scripts of inpainting and semantic synthesis as a user runs them, on small files in the real layouts."""
+
+import io
+import json
+import os
+import re
+import runpy
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import lmdb
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy import ndimage
+
+from datasets_prep.celebamask import merge_tree
+from evaluation import features
+from models.autoencoder import new_autoencoder_kl
+from runtime.checkpoints import load_content, newest_model, read_weights
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.usefixtures("process_restored")
+TASKS = {"inpaint": "_inpainting", "semantic": "_semantic_syn", "generate": ""}
+RUNS = {"inpaint": "latent_flow_inpaint", "semantic": "latent_flow_mask2image", "generate": "latent_flow"}
+PUBLISHED = (
+    "--exp {task}_kl --dataset celeba_256 --batch_size 64 --lr 5e-5 --scale_factor 0.18215 --num_epoch {epochs} "
+    "--image_size 256 --num_in_channels {channels} --num_out_channels 4 --ch_mult 1 2 3 4 --attn_resolution 16 8 "
+    "--num_process_per_node 2 --save_content"
+)
+COMMANDS = {
+    "inpaint": PUBLISHED.format(task="inpainting", epochs=500, channels=9).split(),
+    "semantic": PUBLISHED.format(task="semantic", epochs=175, channels=8).split(),
+}
+MACHINE = ["--precision", "fp32", "--num_threads", 1, "--device", "cpu"]
+SOLVER = ["--method", "euler", "--num_steps", 2]
+HELD_OUT = 5
+LIMIT_S = 900
+
+
+def script_of(kind, task):
+    return f"{kind}_flow_latent{TASKS[task]}.py"
+
+
+def start(script, flags):
+    """Run a script in this process: (exit code, stdout, stderr)."""
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(io.StringIO()) as out,
+        redirect_stderr(io.StringIO()) as err,
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", [script, *map(str, flags)])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return ended.value.code, out.getvalue(), err.getvalue()
+
+
+def run(script, flags):
+    """The same of a script that succeeds; its stdout."""
+    code, out, err = start(script, flags)
+    assert code == 0, err
+    return out
+
+
+def refusal(script, flags):
+    """The one line of a script that refuses its flags."""
+    code, _, err = start(script, flags)
+    assert code == 2, err
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert "Traceback" not in err
+    return line
+
+
+def picture(seed, side):
+    """Random colours of four squares, uint8 [side, side, 3]."""
+    colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    return colours.repeat(side // 2, axis=0).repeat(side // 2, axis=1)
+
+
+def write_celeba(folder):
+    """NVAE's layout: LMDBs of raw bytes."""
+    folder.mkdir()
+    for split, count in (("train", 4), ("validation", 3)):
+        with lmdb.open(str(folder / f"{split}.lmdb"), map_size=1 << 22) as base, base.begin(write=True) as transaction:
+            for index in range(count):
+                transaction.put(str(index).encode(), picture(index, 64).tobytes())
+
+
+def write_celebamask(folder):
+    """The official tree of 20 faces with merged maps; two are held out."""
+    tree = folder / "CelebAMask-HQ"
+    (tree / "CelebA-HQ-img").mkdir(parents=True)
+    (tree / "CelebAMask-HQ-mask-anno" / "0").mkdir(parents=True)
+    for number in range(20):
+        Image.fromarray(picture(number, 64)).save(tree / "CelebA-HQ-img" / f"{number}.jpg")
+        for part, place in (("skin", np.s_[4:28, 6:20]), ("l_eye", np.s_[10:14, 8:12]), ("hair", np.s_[0:10, 10:30])):
+            mask = np.zeros((32, 32), np.uint8)
+            mask[place] = 255
+            Image.fromarray(mask).save(tree / "CelebAMask-HQ-mask-anno" / "0" / f"{number:05d}_{part}.png")
+    merge_tree(tree, 1)
+
+
+def write_folders(folder):
+    """Two classes, six images of 16 x 16 for training and five held out."""
+    for split, count in (("train", 6), ("validation", HELD_OUT)):
+        for index in range(count):
+            path = folder / split / ("cat", "dog")[index % 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(picture(index + 100 * (split == "train"), 16)).save(path)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, write_idx):
+    """All data, and ae/, an autoencoder in the shape of Stable Diffusion's: f = 8, 4 latent channels, but 8 wide."""
+    place = tmp_path_factory.mktemp("downstream")
+    write_celeba(place / "celeba")
+    write_celebamask(place / "faces")
+    write_folders(place / "photos")
+    write_idx(place / "fashion", {"train": 40, "t10k": 12})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        new_autoencoder_kl(3, (8, 8, 8, 8), 4, 64, {"scaling_factor": 0.18215}).save_pretrained(place / "ae")
+    return place
+
+
+PIXELS = ["--pretrained_autoencoder_ckpt", "none"]
+TINY = [*PIXELS, "--model_type", "DiT-Mi/4", "--batch_size", 4, "--lr", 1e-2, "--no_lr_decay", "--log_every", 1]
+LABELS = ["--num_classes", 2, "--label_dropout", 0.1]
+
+
+def photos(place, exp):
+    return [
+        "--dataset", "folder", "--datadir", place / "photos", "--image_size", 16, "--save_root", place / "saved",
+        "--exp", exp, *SOLVER, *MACHINE,
+    ]  # fmt: skip
+
+
+def fashion(place, exp):
+    return [
+        "--dataset", "fashion_mnist", "--datadir", place / "fashion", "--image_size", 32, "--save_root", place / "saved",
+        "--exp", exp, *SOLVER, *MACHINE,
+    ]  # fmt: skip
+
+
+def folder_of(place, task, exp, dataset="folder"):
+    return place / "saved" / RUNS[task] / dataset / exp
+
+
+@pytest.fixture(scope="module")
+def labelled(place):
+    """The experiment of a DiT with labels, trained to inpaint; labels and conditions were dropped."""
+    flags = [*photos(place, "labelled"), *TINY, *LABELS, "--condition_dropout", 0.2, "--max_steps", 6]
+    run(script_of("train", "inpaint"), flags)
+    return "labelled"
+
+
+@pytest.fixture(scope="module")
+def semantic(place):
+    """The experiment of a DiT trained on silhouettes."""
+    flags = [*fashion(place, "maps"), *PIXELS, "--model_type", "DiT-Mi/8", "--batch_size", 8, "--max_steps", 2]
+    run(script_of("train", "semantic"), flags)
+    return "maps"
+
+
+@pytest.fixture(scope="module")
+def generator(place):
+    """The checkpoint of a network of generation."""
+    run(script_of("train", "generate"), [*photos(place, "free"), *TINY, "--max_steps", 2])
+    return newest_model(folder_of(place, "generate", "free"))
+
+
+def complete(place, output, *flags, exp="labelled"):
+    """Inpaint into the folder `output`; the result."""
+    run(script_of("test", "inpaint"), [*photos(place, exp), "--output_dir", output, *flags])
+    return json.loads((output / "result.json").read_text())
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.glob("*.png"))
+
+
+def pictures(folder):
+    """The images of a folder, int [N, H, W] or [N, H, W, 3]."""
+    return np.stack([np.asarray(Image.open(folder / name)) for name in names_in(folder)]).astype(int)
+
+
+# The published commands.
+
+
+class MeanColours:
+    """In the place of Inception."""
+
+    label, name, dims, sha256 = "FID", "inception", 3, "0" * 64
+
+    def __init__(self, options, device):
+        pass
+
+    def __call__(self, images):
+        return images.float().mean((2, 3))
+
+
+@pytest.mark.parametrize("task", COMMANDS)
+def test_published_commands_train_and_their_networks_sample(task, place, tmp_path, monkeypatch):
+    monkeypatch.setitem(features.FEATURES, "inception", MeanColours)
+    exp, channels, count = {"inpaint": ("inpainting_kl", 9, 3), "semantic": ("semantic_kl", 8, 2)}[task]
+    data = {"inpaint": place / "celeba", "semantic": place / "faces"}[task]
+    own = ["--datadir", data, "--save_root", tmp_path / "saved", "--image_size", 64, "--nf", 32, *SOLVER, *MACHINE]
+    small = [*own, "--pretrained_autoencoder_ckpt", place / "ae", "--batch_size", 2, "--num_process_per_node", 1]
+    out = run(script_of("train", task), [*COMMANDS[task], *small, "--max_steps", 2])
+    folder = folder_of(tmp_path, task, exp, "celeba_256")
+    assert f"complete; sample with {script_of('test', task)}" in out.splitlines()[-1]
+    assert load_content(folder / "content.pth")["step"] == 2
+    weights, header = read_weights(newest_model(folder))
+    assert (header["task"], header["model_type"], header["latent_size"]) == (task, "origin_adm", 8)
+    assert header["autoencoder"]["scale_factor"] == 0.18215
+    assert (header["network"]["num_in_channels"], header["network"]["attn_resolutions"]) == (channels, [16, 8])
+    assert weights["input_blocks.0.0.weight"].shape == (32, channels, 3, 3)
+    assert weights["out.2.weight"].shape[0] == 4
+    if task == "semantic":
+        assert weights["channel_mapper.weight"].shape == (4, 19, 1, 1)
+    with Image.open(folder / "samples" / "step_0000002.png") as preview:
+        assert np.asarray(preview).std() > 1
+
+    flags = ["--exp", exp, "--dataset", "celeba_256", *own, "--compute_fid", "--batch_size", 2]
+    out = run(script_of("test", task), [*flags, "--output_dir", tmp_path / "out", "--output_log", tmp_path / "log"])
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["scores"].keys() == {"fid", "p_ids", "u_ids", "psnr", "ssim"}
+    assert (result["samples"], result["reference_samples"], result["nfe"]) == (count, count, 2)
+    assert (tmp_path / "log").read_text() == out.splitlines()[-1] + "\n"
+    folders = {"inpaint": ["originals", "masks", "masked", "completions"], "semantic": ["originals", "maps", "samples"]}
+    expected = [f"{index:06d}.png" for index in range(count)]
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == set(folders[task])
+    for name in folders[task]:
+        assert names_in(tmp_path / "out" / name) == expected
+        assert pictures(tmp_path / "out" / name).shape[1:3] == (64, 64)
+    if task == "inpaint":
+        assert (pictures(tmp_path / "out" / "originals")[2] == picture(2, 64)).all()
+        assert {"psnr_hole", "psnr_hole_mean_colour"} <= result.keys()
+    with Image.open(tmp_path / "out" / "contact_sheet.png") as sheet:
+        assert sheet.width > 64 * len(folders[task])
+
+
+# Training.
+
+
+@pytest.mark.parametrize("task", ["inpaint", "semantic"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(task, place):
+    """Labels and conditions are dropped, images are mirrored, masks are drawn: all by the step's number."""
+    network = [*PIXELS, "--model_type", "DiT-Mi/8", "--batch_size", 4, "--no_lr_decay", "--log_every", 1]
+    dropout = [*LABELS[:-1], 0.3] if task == "inpaint" else ["--num_classes", 10, "--label_dropout", 0.3]
+    flags = [*network, *dropout, "--condition_dropout", 0.3, "--optimizer", "muon", "--save_content_every_steps", 1]
+    contents, records = [], []
+    for exp, stops in (("steady", [7]), ("stopped", [3, 4, 7])):
+        data = {"inpaint": photos, "semantic": fashion}[task](place, exp)
+        for number, stop in enumerate(stops):
+            resume = ["--resume"] if number else []
+            out = run(script_of("train", task), [*data, *flags, "--max_steps", stop, *resume])
+        folder = folder_of(place, task, exp, {"inpaint": "folder", "semantic": "fashion_mnist"}[task])
+        contents.append(load_content(folder / "content.pth"))
+        entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        records.append([(e["step"], e["loss"]) for e in entries if e["kind"] == "train"])
+    assert "continuing at step 4 of 7" in out
+    assert records[0] == records[1]
+    assert len(records[0]) == 7
+    one, other = contents
+    for part in (lambda content: content["network"], lambda content: content["ema"]["weights"]):
+        assert part(one).keys() == part(other).keys()
+        assert all(torch.equal(value, part(other)[name]) for name, value in part(one).items())
+    assert ("channel_mapper.weight" in one["network"]) == (task == "semantic")
+    states = [[optimizer["state"] for optimizer in content["optimizers"]] for content in contents]
+    assert len(states[0]) == 2
+    for first, second in zip(*states, strict=True):
+        assert first.keys() == second.keys()
+        for number, values in first.items():
+            assert all(torch.equal(value, second[number][name]) for name, value in values.items())
+
+
+def test_mistakes_in_training(place):
+    inpaint, semantic = script_of("train", "inpaint"), script_of("train", "semantic")
+    flags = [*photos(place, "mistake"), *TINY]
+    assert re.search(
+        r"--num_in_channels 9 contradicts the autoencoder.* 3 channels and those of the condition beside them 4: 7",
+        refusal(inpaint, [*flags, "--num_in_channels", 9]),
+    )
+    assert "there are no label maps for the dataset 'folder': expected one of celeba" in refusal(semantic, flags)
+    assert "python -m datasets_prep.celebamask" not in refusal(semantic, [*flags, "--dataset", "ade20k"])
+    assert "--mask_kind" in refusal(inpaint, [*flags, "--mask_kind", "dots"])
+    assert "needs a network with a null class" in refusal(inpaint, [*flags, "--cfg_scale", 2])
+
+
+def test_another_kind_of_mask_is_another_run(place, labelled):
+    flags = [*photos(place, labelled), *TINY, *LABELS, "--condition_dropout", 0.2, "--max_steps", 6]
+    assert "--mask_kind was mixed, now half" in refusal(script_of("train", "inpaint"), [*flags, "--mask_kind", "half"])
+    assert "complete" in run(script_of("train", "inpaint"), flags).splitlines()[-1]
+
+
+# Sampling.
+
+
+@pytest.fixture(scope="module")
+def completed(place, labelled, tmp_path_factory):
+    """The folder of two completions for each image, and its result."""
+    folder = tmp_path_factory.mktemp("completed")
+    return folder, complete(place, folder, "--num_completions", 2)
+
+
+def test_folders_of_matching_names_and_known_pixels_that_are_exact(place, completed):
+    folder, result = completed
+    kinds = ["originals", "masks", "masked", "completions", "completions_1"]
+    assert {path.name for path in folder.iterdir() if path.is_dir()} == set(kinds)
+    assert all(names_in(folder / kind) == [f"{index:06d}.png" for index in range(HELD_OUT)] for kind in kinds)
+    originals, masks, masked, first, second = (pictures(folder / kind) for kind in kinds)
+    order = [0, 2, 4, 1, 3]  # cats come first
+    np.testing.assert_array_equal(originals, np.stack([picture(index, 16) for index in order]))
+    assert set(np.unique(masks)) == {0, 255}
+    holes = masks > 0
+    assert result["hole_ratio"] == pytest.approx(holes.mean())
+    assert len({hole.tobytes() for hole in holes}) == HELD_OUT
+    for known in (masked, first, second):
+        np.testing.assert_array_equal(known[~holes], originals[~holes])
+    assert (masked[holes] == 128).all()
+    for completion in (first, second):
+        assert np.abs(completion - originals)[holes].mean() > 5
+    assert np.abs(first - second)[holes].mean() > 5
+    assert (result["samples"], result["completions"], result["nfe"], result["network_evaluations"]) == (
+        HELD_OUT,
+        2,
+        2,
+        2,
+    )
+    assert Path(result["sheet"]).is_file()
+    assert "value" not in result
+
+
+def test_further_completions_and_batches_change_nothing(place, completed, tmp_path):
+    folder, _ = completed
+    complete(place, tmp_path, "--batch_size", 2)
+    assert np.abs(pictures(tmp_path / "completions") - pictures(folder / "completions")).max() <= 1
+    complete(place, tmp_path / "b", "--seed", 43)  # completion 1 is that of the following seed
+    np.testing.assert_array_equal(pictures(tmp_path / "b" / "completions"), pictures(folder / "completions_1"))
+
+
+def state_of(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(folder.rglob("*.png"))}
+
+
+def test_what_is_there_is_not_drawn_again(place, labelled, tmp_path):
+    first = complete(place, tmp_path, "--n_sample", 3)
+    before = state_of(tmp_path / "completions")
+    assert first["samples"] == len(before) == 3
+    script, flags = script_of("test", "inpaint"), [*photos(place, labelled), "--output_dir", tmp_path]
+    assert "3 of 5 samples are in" in run(script, flags)  # of more images, the others
+    both = state_of(tmp_path / "completions")
+    assert len(both) == HELD_OUT
+    assert all(both[path] == value for path, value in before.items())
+    assert "5 of 5 samples are in" in run(script, flags)
+    assert state_of(tmp_path / "completions") == both
+    result = json.loads((tmp_path / "result.json").read_text())
+    (tmp_path / "completions" / "000001.png").unlink()
+    assert "4 of 5 samples are in" in run(script, flags)
+    again = json.loads((tmp_path / "result.json").read_text())
+    assert {**again, "seconds": 0} == {**result, "seconds": 0}
+    for path, (_, data) in state_of(tmp_path / "completions").items():
+        assert (
+            np.abs(np.asarray(Image.open(path)).astype(int) - np.asarray(Image.open(io.BytesIO(both[path][1])))).max()
+            <= 1
+        )
+        assert path.name == "000001.png" or data == both[path][1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--mask_seed", 1], r"masks\.seed was 0, now 1"),
+        (["--mask_kind", "half"], r"masks\.kind was mixed, now half"),
+        (["--no-paste_known"], r"inpainting\.paste_known was True, now False"),
+        (["--seed", 1], r"seed was 42, now 1"),
+        (["--no-use_labels"], r"use_labels was True, now False"),
+    ],
+    ids=lambda value: str(value[0]).lstrip("-") if isinstance(value, list) else "",
+)
+def test_a_folder_of_other_samples_is_refused_and_left_alone(change, message, place, labelled, tmp_path):
+    complete(place, tmp_path, "--n_sample", 2)
+    before = state_of(tmp_path)
+    flags = [*photos(place, labelled), "--output_dir", tmp_path, *change]
+    assert re.search(message, refusal(script_of("test", "inpaint"), flags))
+    assert state_of(tmp_path) == before  # no mask of the new kind lies among the old ones
+
+
+def test_guidance_leads_away_from_labels_and_condition(place, completed, tmp_path):
+    folder, _ = completed
+    result = complete(place, tmp_path, "--cfg_scale", 2)
+    assert (result["nfe"], result["network_evaluations"]) == (2, 4)
+    guided, plain = pictures(tmp_path / "completions"), pictures(folder / "completions")
+    holes = pictures(folder / "masks") > 0
+    assert (guided != plain)[holes].mean() > 0.1
+    np.testing.assert_array_equal(guided[~holes], plain[~holes])
+
+
+def test_guidance_over_the_condition_alone(place, tmp_path):
+    """A network without a null class is asked for the same class in both terms."""
+    for exp, labels in (("unlabelled", []), ("no_null_class", ["--num_classes", 2])):
+        flags = [*photos(place, exp), *TINY, *labels, "--condition_dropout", 0.5, "--max_steps", 2]
+        run(script_of("train", "inpaint"), [*flags, "--cfg_scale", 3])  # the preview is guided, too
+        result = complete(place, tmp_path / exp, "--cfg_scale", 2, exp=exp)
+        assert result["network_evaluations"] == 4
+    run(script_of("train", "inpaint"), [*photos(place, "never"), *TINY, "--max_steps", 1])
+    flags = [*photos(place, "never"), "--output_dir", tmp_path / "never", "--cfg_scale", 2]
+    assert "--label_dropout or --condition_dropout above 0" in refusal(script_of("test", "inpaint"), flags)
+
+
+def test_labels_may_be_kept_from_the_network(place, completed, tmp_path):
+    folder, _ = completed
+    result = complete(place, tmp_path, "--no-use_labels")
+    assert result["use_labels"] is False
+    unlabelled, plain = pictures(tmp_path / "completions"), pictures(folder / "completions")
+    holes = pictures(folder / "masks") > 0
+    assert (unlabelled != plain)[holes].mean() > 0.1
+    np.testing.assert_array_equal(unlabelled[~holes], plain[~holes])
+
+
+def test_seams(place, completed, tmp_path):
+    folder, _ = completed
+    originals, holes = pictures(folder / "originals"), pictures(folder / "masks") > 0
+    complete(place, tmp_path / "raw", "--no-paste_known")
+    raw = pictures(tmp_path / "raw" / "completions")
+    assert np.abs(raw - originals)[~holes].mean() > 5
+    np.testing.assert_array_equal(raw[holes], pictures(folder / "completions")[holes])
+    complete(place, tmp_path / "soft", "--feather", 2)
+    soft = pictures(tmp_path / "soft" / "completions")
+    for hole, one, original, sample in zip(holes, soft, originals, raw, strict=True):
+        distance = ndimage.distance_transform_cdt(~hole, "chessboard")
+        weight = np.clip(1 - distance / 3, 0, 1)[..., None]
+        assert np.abs(one - (weight * sample + (1 - weight) * original)).max() <= 0.5 + 1e-3
+
+
+def test_masks_of_a_folder(place, labelled, tmp_path):
+    (tmp_path / "masks").mkdir()
+    holes = np.zeros((2, 16, 16), bool)
+    holes[0, 3:9, 5:12], holes[1, :, 12:] = True, True
+    for name, hole in zip(("b.png", "a.png"), holes, strict=True):
+        Image.fromarray(np.uint8(255 * hole)).save(tmp_path / "masks" / name)
+    complete(place, tmp_path / "out", "--mask_dir", tmp_path / "masks")
+    expected = np.stack([holes[1 - index % 2] for index in range(HELD_OUT)])
+    np.testing.assert_array_equal(pictures(tmp_path / "out" / "masks") > 0, expected)
+    Image.new("L", (16, 16)).save(tmp_path / "masks" / "a.png")
+    flags = [*photos(place, labelled), "--output_dir", tmp_path / "x", "--mask_dir", tmp_path / "masks"]
+    said = refusal(script_of("test", "inpaint"), flags)
+    assert re.search(r"the mask .*a\.png covers nothing at 16 x 16", said)
+
+
+def test_a_network_of_generation_inpaints_without_training(place, generator, tmp_path):
+    script = script_of("test", "inpaint")
+    flags = [*photos(place, "labelled"), "--checkpoint", generator, "--resamplings", 3, "--method", "dopri5"]
+    out = run(script, [*flags, "--num_steps", 4, "--output_dir", tmp_path, "--num_completions", 2])
+    assert "is a network of generation: 4 Euler steps with the known part put back, 3 times each" in out
+    assert "has no effect" not in out
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["nfe"], result["solver"]["method"], result["inpainting"]["resamplings"]) == (12, "euler", 3)
+    originals, holes = pictures(tmp_path / "originals"), pictures(tmp_path / "masks") > 0
+    first, second = pictures(tmp_path / "completions"), pictures(tmp_path / "completions_1")
+    for completion in (first, second):
+        np.testing.assert_array_equal(completion[~holes], originals[~holes])
+    assert np.abs(first - second)[holes].mean() > 5
+    run(script, [*flags, "--num_steps", 4, "--output_dir", tmp_path / "b", "--batch_size", 2])
+    assert np.abs(pictures(tmp_path / "b" / "completions") - first).max() <= 1
+
+
+def test_each_script_refuses_the_networks_of_the_others_and_names_theirs(place, labelled, semantic, generator):
+    inpainting = newest_model(folder_of(place, "inpaint", labelled))
+    synthesis = newest_model(folder_of(place, "semantic", semantic, "fashion_mnist"))
+    for task, checkpoint, said in [
+        ("semantic", generator, r"was trained for generation: use test_flow_latent\.py$"),
+        ("semantic", inpainting, r"was trained for inpainting: use test_flow_latent_inpainting\.py$"),
+        ("generate", inpainting, r"was trained for inpainting: use test_flow_latent_inpainting\.py$"),
+        ("generate", synthesis, r"was trained for semantic synthesis: use test_flow_latent_semantic_syn\.py$"),
+        ("inpaint", synthesis, r"was trained for semantic synthesis: use test_flow_latent_semantic_syn\.py$"),
+    ]:
+        flags = ["--checkpoint", checkpoint, "--save_root", place / "saved", *SOLVER, *MACHINE]
+        assert re.search(said, refusal(script_of("test", task), flags)), task
+
+
+def test_images_of_silhouettes_are_scored_against_their_maps(place, semantic, tmp_path):
+    out = run(script_of("test", "semantic"), [*fashion(place, semantic), "--output_dir", tmp_path, "--compute_fid"])
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["metric"] == "FD (fashion-mnist features)"
+    assert result["extra_scores"] == ["recognised", "recognised_originals", "miou", "pixel_accuracy", "foreground_iou"]
+    assert all(0 <= result[name] <= 1 for name in result["extra_scores"])
+    assert f"foreground_iou {result['foreground_iou']:.4g}, FD" in out.splitlines()[-1]
+    originals, maps, samples = (pictures(tmp_path / name) for name in ("originals", "maps", "samples"))
+    assert originals.shape == samples.shape == (12, 28, 28)
+    assert maps.shape == (12, 28, 28, 3)
+    np.testing.assert_array_equal(maps.any(-1), originals > 20)
+    colours = [np.unique(image[original > 20], axis=0) for image, original in zip(maps, originals, strict=True)]
+    assert [len(colour) for colour in colours] == [1] * 12
+    assert len({colour.tobytes() for colour in colours}) == 10
+
+
+# Several processes.
+
+
+def in_two_processes(script, flags):
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    command = [sys.executable, script, *map(str, flags), "--num_process_per_node", "2"]
+    finished = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def test_two_processes_complete_and_score_as_one(place, tmp_path):
+    run(script_of("train", "inpaint"), [*fashion(place, "shared"), *PIXELS, "--model_type", "DiT-Mi/8", "--batch_size", 8,
+        "--max_steps", 2])  # fmt: skip
+    script, flags = script_of("test", "inpaint"), [*fashion(place, "shared"), "--compute_fid", "--num_completions", 2]
+    out = in_two_processes(script, [*flags, "--batch_size", 5, "--output_dir", tmp_path / "2"])
+    run(script, [*flags, "--batch_size", 5, "--output_dir", tmp_path / "1"])
+    one, two = (json.loads((tmp_path / count / "result.json").read_text()) for count in "12")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    for name in ("value", "psnr_hole", "psnr_hole_mean_colour", "recognised", "hole_ratio", "nfe", "samples"):
+        assert two[name] == pytest.approx(one[name], rel=1e-6), name
+    for name, score in one["scores"].items():
+        assert two["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-6), name
+    pictures_of = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.png")} for n in "12"]
+    assert pictures_of[0] == pictures_of[1]
+    assert len(pictures_of[0]) == 5 * 12 + 1
+    assert out.count("contact_sheet.png") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["inpaint", "semantic"])
+def test_two_processes_train_as_one(task, place):
+    data = {"inpaint": photos, "semantic": fashion}[task]
+    network = [*PIXELS, "--model_type", "DiT-Mi/8", "--condition_dropout", 0.3, "--log_every", 1, "--max_steps", 4]
+    run(script_of("train", task), [*data(place, "one"), *network, "--batch_size", 4])
+    in_two_processes(script_of("train", task), [*data(place, "two"), *network, "--batch_size", 2])
+    losses = []
+    for exp in ("one", "two"):
+        folder = folder_of(place, task, exp, {"inpaint": "folder", "semantic": "fashion_mnist"}[task])
+        entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        losses.append([entry["loss"] for entry in entries])
+        assert sum(entry["kind"] == "train" for entry in entries) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
