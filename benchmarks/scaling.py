@@ -1,0 +1,124 @@
+"""What the published experiments cost, by counting: operations, bytes and GPU-hours, without a GPU or any data.
+
+    python -m benchmarks.scaling [--flops 312e12] [--utilisation 0.4]
+
+Builds each network of train_args/ without memory (torch's meta device) and counts the floating-point operations of a forward
+pass. A training step takes three times that, four with gradient checkpointing; with images encoded at every step, as
+published, an image takes the encoder's forward pass besides. GPU-hours are those operations over --flops (the default is an
+A100's bfloat16, dense) times --utilisation: two assumptions, to be replaced by your own.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks._timing import markdown_table
+from command_line import parse_options
+from datasets_prep.datasets import DatasetOptions
+from models.registry import NETWORKS, NetworkOptions, build_network
+from runtime.launch import LaunchOptions
+from training.job import TrainingOptions
+from training.setup import TRAINING_GROUPS
+
+IMAGES = {  # of the training splits
+    "celeba_256": 27_000,
+    "celeba_512": 27_000,
+    "celeba_1024": 27_000,
+    "ffhq_256": 60_000,
+    "lsun_church": 126_227,
+    "lsun_bedroom": 3_033_042,
+    "imagenet_256": 1_281_167,
+}
+FACTOR = 8  # of Stable Diffusion's autoencoder
+BYTES_PER_PARAMETER = 20  # float32: weight, gradient, two moments, average
+MOMENT_BYTES = 2 * 4 * 2  # mean and log-variance of four channels in float16, per place of the latents
+
+
+class Cost(NamedTuple):
+    """Of one experiment: parameters, operations per image of a forward pass and of encoding, images seen, and bytes."""
+
+    parameters: int
+    forward: int
+    encoding: int
+    passes: int
+    seen: int
+    cache: int
+
+
+def operations(network: nn.Module, *inputs: torch.Tensor) -> int:
+    """Floating-point operations of a forward pass on the meta device: two for each multiplication."""
+    with FlopCounterMode(display=False) as counter:
+        network.requires_grad_(False)(*inputs)
+    return counter.get_total_flops()
+
+
+def encoder() -> nn.Module:
+    """The encoder of Stable Diffusion's autoencoder, without memory."""
+    import diffusers
+
+    levels: dict[str, Any] = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "block_out_channels": (128, 256, 512, 512),
+    }
+    with torch.device("meta"):
+        return diffusers.AutoencoderKL(latent_channels=4, layers_per_block=2, **levels).encoder
+
+
+def cost_of(file: Path, encode: nn.Module) -> Cost | None:
+    """Count an experiment; None for one that is not the paper's, or for another task."""
+    if "TASK=" in file.read_text():
+        return None
+    options = parse_options("", (*TRAINING_GROUPS, LaunchOptions), [f"--args_file={file}"])
+    data, training = options[DatasetOptions], options[TrainingOptions]
+    if data.dataset not in IMAGES:
+        return None
+    model_type, side = options[NetworkOptions].resolve(), data.image_size // FACTOR
+    family = options[NETWORKS[model_type].options]
+    with torch.device("meta"):
+        network = build_network(model_type, side, family)
+        forward = operations(network, torch.rand(1), torch.rand(1, family.num_in_channels, side, side))
+        encoding = operations(encode, torch.rand(1, 3, data.image_size, data.image_size))
+    images = IMAGES[data.dataset]
+    mirrored = 2  # every dataset of the paper flips
+    return Cost(
+        sum(parameter.numel() for parameter in network.parameters()),
+        forward,
+        encoding,
+        4 if family.use_grad_checkpointing else 3,
+        images * training.num_epoch,
+        images * mirrored * MOMENT_BYTES * side**2,
+    )
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--flops", type=float, default=312e12, help="of the device, per second")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of them that training reaches")
+    options = parser.parse_args()
+    rate, encode, rows = options.flops * options.utilisation * 3600, encoder(), []
+    for file in sorted(Path(__file__).parents[1].glob("train_args/*.txt")):
+        cost = cost_of(file, encode)
+        if cost is None:
+            continue
+        ours, published = (cost.seen * (cost.passes * cost.forward + encoded) for encoded in (0, cost.encoding))
+        row = [file.stem, f"{cost.parameters / 1e6:.0f} M", f"{cost.forward / 1e9:.0f}", f"{cost.encoding / 1e9:.0f}"]
+        row += [
+            f"{cost.seen / 1e6:.1f} M",
+            f"{ours / rate:,.0f}",
+            f"{published / rate:,.0f}",
+            f"{published / ours:.2f}",
+        ]
+        rows.append([*row, f"{cost.parameters * BYTES_PER_PARAMETER / 1e9:.1f}", f"{cost.cache / 1e9:.1f}"])
+    header = ["experiment", "parameters", "GFLOP forward", "GFLOP encoding", "images seen", "GPU-hours from the cache"]
+    header += ["GPU-hours encoding every image", "ratio", "GB of weights and moments", "GB of cache"]
+    print(f"{options.flops / 1e12:.0f} TFLOP/s at {100 * options.utilisation:.0f} %\n\n{markdown_table(header, rows)}")
+
+
+if __name__ == "__main__":
+    main()

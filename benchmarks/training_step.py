@@ -1,0 +1,231 @@
+"""Claim: a training step here is several times faster than the published kind of step, on the same processor.
+
+    python -m benchmarks.training_step [NETWORK ...] [--rounds 5] [--output docs/training_step.png]
+
+The reference is a plain step in float32: eager, AdamW one parameter after another, an average over all parameters stacked
+into one vector. Ours is `TrainingState.advance` with --precision bf16 --compile, on the same weights and batch; their losses
+must agree to 1e-2. Each optimisation is also added to the reference by itself, in turn with it, so that its share shows. The
+rate is that of multiplications counted in the reference's forward pass, times three for both passes, over the best of
+several large products of bfloat16 matrices in the same run.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks._timing import compare, markdown_table
+from models.conditions import Condition
+from models.dit import DiTOptions
+from models.edm_unet import EdmUNetOptions
+from models.family import FamilyOptions
+from models.guided_unet import GuidedUNetOptions
+from models.registry import ORIGIN_ADM, build_network
+from runtime.precision import Machine
+from training.data import Batch
+from training.optimizers import OptimizerOptions
+from training.state import TrainingState
+
+RATE, DECAY = 1e-4, 0.9999
+AGREEMENT = 1e-2  # of the losses
+UNET: dict[str, Any] = {"nf": 128, "ch_mult": (1, 2, 2), "num_in_channels": 4, "num_out_channels": 4}
+
+
+class Case(NamedTuple):
+    """A network and what goes through it."""
+
+    model_type: str
+    size: int
+    batch_size: int
+    options: FamilyOptions
+
+
+CASES = {
+    "embedded default": Case("DiT-Mi/2", 8, 256, DiTOptions(num_classes=10)),
+    "DiT-S/2": Case("DiT-S/2", 32, 16, DiTOptions(num_classes=10)),
+    "DiT-B/2": Case("DiT-B/2", 32, 16, DiTOptions(num_classes=10)),
+    "adm": Case("adm", 32, 8, EdmUNetOptions(**UNET)),
+    "guided-diffusion": Case(ORIGIN_ADM, 32, 8, GuidedUNetOptions(**UNET)),
+}
+
+
+class PlainStep:
+    """One step after another on one batch, each optimisation by a switch; `loss` is that of the latest."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        batch: Batch,
+        *,
+        fused: bool = False,
+        in_place: bool = False,
+        bf16: bool = False,
+        compiled: bool = False,
+    ) -> None:
+        self.network, self.batch, self.in_place = network, batch, in_place
+        self.velocity = torch.compile(network) if compiled else network
+        self.machine = Machine(torch.device("cpu"), "bf16" if bf16 else "fp32")
+        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, foreach=False, fused=fused)
+        self.averages = [parameter.detach().clone() for parameter in self.parameters]
+        self.stacked = torch.cat([average.flatten() for average in self.averages])
+        self.loss = torch.zeros(())
+
+    def __call__(self) -> None:
+        """Take a step."""
+        t = self.batch.t.view(-1, 1, 1, 1)
+        x_t = (1 - t) * self.batch.data + t * self.batch.noise
+        self.optimizer.zero_grad()
+        with self.machine.autocast():
+            predicted = self.velocity(self.batch.t, x_t, Condition(self.batch.labels))
+        self.loss = functional.mse_loss(predicted.float(), self.batch.noise - self.batch.data)
+        self.loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            if self.in_place:
+                torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - DECAY)
+            else:
+                stacked = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+                self.stacked.mul_(DECAY).add_(stacked, alpha=1 - DECAY)
+
+
+SHARES = {
+    "fused AdamW": {"fused": True},
+    "average in place": {"in_place": True},
+    "bfloat16": {"bf16": True},
+    "compile": {"compiled": True},
+    "bfloat16 and compile": {"bf16": True, "compiled": True},
+}
+
+
+class OurStep:
+    """The step of training/state.py on one batch."""
+
+    def __init__(self, network: nn.Module, batch: Batch) -> None:
+        self.state = TrainingState(network, Machine(torch.device("cpu"), "bf16"), DECAY, OptimizerOptions(lr=RATE))
+        self.velocity, self.batch = torch.compile(network), batch
+
+    def __call__(self) -> None:
+        """Take a step."""
+        self.state.advance(self.velocity, self.batch, 0.0, RATE, 0.0)  # type: ignore[arg-type]
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """Of the only step so far."""
+        return self.state.sums[0]
+
+
+def new_network(case: Case) -> nn.Module:
+    """With weights by a fixed seed; the layers that begin as zeros are made small, so that gradients reach every weight."""
+    torch.manual_seed(0)
+    network = build_network(case.model_type, case.size, case.options)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.02)
+    return network
+
+
+def new_batch(case: Case) -> Batch:
+    torch.manual_seed(1)
+    data, noise = torch.randn(2, case.batch_size, 4, case.size, case.size)
+    return Batch(data, noise, torch.rand(case.batch_size), torch.zeros(case.batch_size, dtype=torch.long))
+
+
+def forward_operations(case: Case) -> int:
+    """Floating-point operations of a forward pass on the batch: two for each multiplication."""
+    network, batch = new_network(case).requires_grad_(False), new_batch(case)
+    with FlopCounterMode(display=False) as counter:
+        network(batch.t, batch.data, Condition(batch.labels))
+    return counter.get_total_flops()
+
+
+def peak(side: int = 4096) -> float:
+    """FLOP/s of the best of several products of square bfloat16 matrices."""
+    a, b = torch.randn(2, side, side).bfloat16()
+    seconds = min(compare({"product": lambda: a @ b}, rounds=1)["product"] for _ in range(5))
+    return 2 * side**3 / seconds
+
+
+def measure(case: Case, rounds: int) -> tuple[dict[str, float], float]:
+    """Seconds of a step by side, and how many times faster than the reference each optimisation alone makes it.
+
+    Raises:
+        SystemExit: the two sides' losses differ.
+    """
+    batch = new_batch(case)
+    reference, ours = PlainStep(new_network(case), batch), OurStep(new_network(case), batch)
+    for step in (reference, ours):
+        step()
+    if abs(reference.loss.item() / ours.loss.item() - 1) > AGREEMENT:
+        raise SystemExit(f"error: losses differ: {reference.loss.item()} and {ours.loss.item()}")
+    seconds = compare({"reference": reference, "ours": ours}, rounds)
+    del ours
+    shares: dict[str, float] = {}
+    for name, switches in SHARES.items():
+        pair: dict[str, Callable[[], object]] = {
+            "reference": reference,
+            name: PlainStep(copy.deepcopy(reference.network), batch, **switches),
+        }
+        alternating = compare(pair, rounds)
+        shares[name] = alternating["reference"] / alternating[name]
+    seconds |= {name: seconds["reference"] / share for name, share in shares.items()}
+    return seconds, forward_operations(case)
+
+
+def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
+    """Times faster than the reference, by network and optimisation."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
+    names = [*SHARES, "ours"]
+    for number, name in enumerate(names):
+        places = [place + (number - len(names) / 2) * 0.13 for place in range(len(results))]
+        axis.bar(places, [seconds["reference"] / seconds[name] for seconds in results.values()], 0.12, label=name)
+    axis.axhline(1, color="grey", linewidth=1)
+    axis.set_xticks(range(len(results)), list(results))
+    axis.set_ylabel("times as fast as the reference")
+    axis.legend(fontsize=8, ncols=3)
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    """Print a table of all cases, and draw it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(CASES))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("docs/training_step.png"))
+    options = parser.parse_args()
+    if unknown := set(options.networks) - CASES.keys():
+        parser.error(f"unknown networks: {', '.join(unknown)}; expected some of {', '.join(CASES)}")
+    best, results, rows = peak(), {}, []
+    print(f"bfloat16 peak {best / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads\n")
+    for name in options.networks or CASES:
+        case = CASES[name]
+        results[name], operations = measure(case, options.rounds)
+        seconds = results[name]
+        gains = [f"{seconds['reference'] / seconds[side]:.2f}" for side in (*SHARES, "ours")]
+        rate = 3 * operations / seconds["ours"]
+        absolute = [f"{1e3 * seconds[side]:.0f} ms" for side in ("reference", "ours")]
+        rows.append([name, *absolute, *gains, f"{rate / 1e9:.0f}", f"{100 * rate / best:.0f} %"])
+        print(rows[-1], flush=True)
+    header = [
+        "network",
+        "reference",
+        "ours",
+        *(f"{side}, times" for side in (*SHARES, "ours")),
+        "GFLOP/s",
+        "of the peak",
+    ]
+    print(f"\n{markdown_table(header, rows)}")
+    draw_picture(results, options.output)
+
+
+if __name__ == "__main__":
+    main()
