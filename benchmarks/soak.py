@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks._timing import markdown_table
+from options import INTERRUPTED
 from runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,7 +54,7 @@ def watch(command: Sequence[str], minutes: float) -> list[Row]:
         if tree:
             rows.append({"minute": passed / 60} | {name: sum(held[name] for held in tree) for name in QUANTITIES})
         time.sleep(1)
-    if process.returncode:
+    if process.returncode not in (0, INTERRUPTED):
         sys.exit(f"error: {shlex.join(command)} ended with exit code {process.returncode}")
     return rows
 
