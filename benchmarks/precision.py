@@ -1,4 +1,8 @@
-"""Claim (runtime/precision.py): bfloat16 is faster than float32 on a CPU with AMX, and slower on one without."""
+"""Claim (runtime/precision.py): bfloat16 is faster than float32 on a CPU with AMX; on others, `--precision auto` is float32.
+
+Without AMX it depends. On two threads, a Xeon reached 94 to 147 GFLOP/s in bfloat16 and 190 to 270 in float32, an EPYC with
+AVX512_BF16 372 to 412 and 145 to 169: there `--precision bf16` is worth giving.
+"""
 
 import torch
 
