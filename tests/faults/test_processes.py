@@ -19,6 +19,7 @@ LAUNCHERS = {"flag": ([sys.executable], ["--num_process_per_node", "2"]), "torch
 WITHIN_S = 60  # promised
 START_S = 300
 STEPS = 150
+IN_PARTS = ["--grad_accumulation", 2, "--num_workers", 2]
 
 
 def start(launcher, script, flags):
@@ -159,7 +160,7 @@ def test_a_signal_to_the_launcher_leaves_minutes_for_saving():
 @pytest.fixture(scope="module")
 def unharmed(place):
     """The folder of a run of two processes that nothing disturbed."""
-    process = start("torchrun", TRAIN, train_flags(place, "unharmed", 8, STEPS))
+    process = start("torchrun", TRAIN, [*train_flags(place, "unharmed", 8, STEPS), *IN_PARTS])
     _, err = process.communicate(timeout=START_S)
     assert process.returncode == 0, err
     return folder_of(place, "unharmed")
@@ -171,7 +172,7 @@ def test_what_torchrun_starts_again_goes_on_and_ends_with_the_same_bits(place, u
     """Rank 0 leaves its lock; --overwrite is for the first start."""
     monkeypatch.setitem(LAUNCHERS, "torchrun", ([*TORCHRUN, "--max-restarts", "1"], []))
     exp = f"again_{rank}"
-    flags = [*train_flags(place, exp, 8, STEPS), "--save_content_every_steps", 10, "--overwrite"]
+    flags = [*train_flags(place, exp, 8, STEPS), *IN_PARTS, "--save_content_every_steps", 10, "--overwrite"]
     process = start("torchrun", TRAIN, flags)
     record = folder_of(place, exp) / "metrics.jsonl"
     wait_until(lambda: record.exists() and record.read_text().count("\n") > 30, process)
