@@ -17,8 +17,8 @@ __all__ = ["place"]  # the fixture
 TWO_RANKS = Path(__file__).with_name("two_ranks.py")
 LAUNCHERS = {"flag": ([sys.executable], ["--num_process_per_node", "2"]), "torchrun": (TORCHRUN, [])}
 WITHIN_S = 60  # promised
-START_S = 300
-STEPS = 150
+START_S = 900
+STEPS = 60
 IN_PARTS = ["--grad_accumulation", 2, "--num_workers", 2]
 
 
@@ -172,14 +172,14 @@ def test_what_torchrun_starts_again_goes_on_and_ends_with_the_same_bits(place, u
     """Rank 0 leaves its lock; --overwrite is for the first start."""
     monkeypatch.setitem(LAUNCHERS, "torchrun", ([*TORCHRUN, "--max-restarts", "1"], []))
     exp = f"again_{rank}"
-    flags = [*train_flags(place, exp, 8, STEPS), *IN_PARTS, "--save_content_every_steps", 10, "--overwrite"]
+    flags = [*train_flags(place, exp, 8, STEPS), *IN_PARTS, "--save_content_every_steps", 5, "--overwrite"]
     process = start("torchrun", TRAIN, flags)
     record = folder_of(place, exp) / "metrics.jsonl"
-    wait_until(lambda: record.exists() and record.read_text().count("\n") > 30, process)
+    wait_until(lambda: record.exists() and record.read_text().count("\n") > 15, process)
     os.kill(ranks_of(process)[rank], signal.SIGKILL)
     out, err = process.communicate(timeout=START_S)
     assert process.returncode == 0, err
-    assert re.search(rf"continuing at step \d+0 of {STEPS}", out)
+    assert re.search(rf"continuing at step \d*[05] of {STEPS}", out)
     assert ("run.lock was left by a process that has ended" in out) == (rank == 0)
     assert [path.name for path in record.parent.parent.glob(f"{exp}*")] == [exp]
     (record.parent / "content.previous.pth").unlink()
