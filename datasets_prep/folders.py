@@ -125,7 +125,7 @@ def state_of_files(paths: list[Path], root: Path, *, times: bool) -> str:
     for path in paths:
         state = path.stat()
         changed = f" {state.st_mtime_ns}" if times else ""
-        digest.update(f"{path.relative_to(root)} {state.st_size}{changed}\n".encode())
+        digest.update(f"{path.relative_to(root)} {state.st_size}{changed}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

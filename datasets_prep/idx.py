@@ -140,7 +140,10 @@ def _download(name: str, datadir: Path) -> None:
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
-        getattr(torchvision.datasets, TORCHVISION_CLASSES[name])(datadir, download=True)
+        with tempfile.TemporaryDirectory(dir=datadir) as temporary:  # torchvision keeps files whose checksum is wrong
+            getattr(torchvision.datasets, TORCHVISION_CLASSES[name])(temporary, download=True)
+            folder = TORCHVISION_CLASSES[name]
+            shutil.copytree(Path(temporary) / folder, datadir / folder, dirs_exist_ok=True)
     finally:
         socket.setdefaulttimeout(previous)
 

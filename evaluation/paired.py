@@ -108,7 +108,11 @@ def load_lpips(weights_file: str | None, device: torch.device | str) -> Perceptu
         import lpips
     except ImportError as error:
         raise UsageError("--lpips needs the package lpips: pip install lpips") from error
-    weights = download_weights(ALEXNET_URL, "AlexNet") if weights_file is None else read_weights_file(weights_file)
+    weights = (
+        download_weights(ALEXNET_URL, "AlexNet", check_hash=True)
+        if weights_file is None
+        else read_weights_file(weights_file)
+    )
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     layers = {name.partition(".")[2]: parameter for name, parameter in network.net.named_parameters()}
     try:

@@ -227,7 +227,8 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder 
     local = folder is not None
     if not local and not is_hub_id(name):
         raise UsageError(
-            f"--pretrained_autoencoder_ckpt {name}: no such folder (and no hub id of the form owner/name either)"
+            f"--pretrained_autoencoder_ckpt {name}: no such folder (and no hub id of the form owner/name, where no folder "
+            "here has the owner's name, either)"
         )
     try:
         with contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext():
@@ -247,7 +248,9 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder 
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` stands for an autoencoder on the hub, not for a local folder or pixel space."""
-    return _local_folder(name) is None and HUB_ID.fullmatch(name) is not None
+    if _local_folder(name) is not None or HUB_ID.fullmatch(name) is None:
+        return False
+    return _local_folder(name.partition("/")[0]) is None  # else a folder's name has a slip
 
 
 def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:

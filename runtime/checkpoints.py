@@ -133,8 +133,9 @@ def experiment_folder(save_root: str, dataset: str, exp: str, kind: str = "laten
     Raises:
         UsageError: a name that is not a plain folder name.
     """
-    if not re.fullmatch(r"\w[\w.+-]*", exp):
-        raise UsageError(f"--exp {exp!r}: expected a plain name of letters, digits, '_', '-', '.' and '+'")
+    for flag, name in (("exp", exp), ("dataset", dataset)):
+        if not re.fullmatch(r"\w[\w.+-]*", name):
+            raise UsageError(f"--{flag} {name!r}: expected a plain name of letters, digits, '_', '-', '.' and '+'")
     return Path(save_root) / kind / dataset / exp
 
 

@@ -21,7 +21,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from options import explain
 
-__all__ = ["Processes", "join_processes", "launched"]
+__all__ = ["Processes", "join_processes", "launched", "restarts"]
 
 T = TypeVar("T")
 
@@ -101,6 +101,11 @@ def launched() -> bool:
     return all(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
+def restarts() -> int:
+    """How many times the launcher has started the processes again after one of them died (torchrun --max-restarts)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
 @contextmanager
 def join_processes() -> Iterator[Processes]:
     """Join the processes that a launcher describes in the environment, if it does, for the length of the block.
@@ -115,6 +120,10 @@ def join_processes() -> Iterator[Processes]:
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     store, rank, count = next(rendezvous("env://"))
+    if (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):  # where the addresses of processes now dead still stand
+        store = PrefixStore(f"attempt {restarts()}", store)
     # The default backend: gloo for tensors on the CPU, the GPUs' own for those on GPUs.
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=count, timeout=LONGEST_WAIT)
     processes = Processes(rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", count)))

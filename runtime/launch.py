@@ -10,13 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
 from command_line import parse_options
 from options import INTERRUPTED, Options, UsageError, exit_cleanly, option
 from runtime.distributed import DEFECT, Processes, join_processes, launched
 
 __all__ = ["LaunchOptions", "run_script"]
 
-SECONDS_TO_SAVE = "300"  # after a signal, before the launcher kills
+SECONDS_TO_SAVE = "300"  # after a signal to the launcher, before it kills
+SECONDS_TO_FOLLOW = 30  # after the death of another, before it kills: torch's own, whatever the number above
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,6 @@ def run_script(
 def _launch(settings: LaunchOptions) -> int:
     """Run this command in several processes, by torchrun's elastic launch; returns the exit code of the first failure."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
@@ -110,9 +112,26 @@ def _launch(settings: LaunchOptions) -> int:
     except SignalException:
         return INTERRUPTED
     except ChildFailedError as error:
-        failures = sorted(error.failures.values(), key=lambda failure: failure.timestamp)
-        codes = [failure.exitcode for failure in failures if failure.exitcode > 0]
-        if not codes:
-            print(f"error: a process was killed by signal {-failures[0].exitcode}", file=sys.stderr)
-        return codes[0] if codes else DEFECT
+        if killed := _killed(error.failures):
+            print("", *killed, sep="\n", file=sys.stderr)  # the line before may be a progress bar's
+        codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode > 0]
+        return DEFECT if killed else codes[0]
     return 0
+
+
+def _killed(failures: Mapping[int, ProcessFailure]) -> list[str]:
+    """A line for each process that was killed, but by the launcher, which ends those that outlive another.
+
+    Args:
+        failures: by rank, in the order in which the launcher noticed them.
+    """
+    first = next(iter(failures.values()))
+    lines = []
+    for rank, failure in failures.items():
+        number = -failure.exitcode
+        late = failure.timestamp - first.timestamp >= SECONDS_TO_FOLLOW - 1  # timestamps are whole seconds
+        if number > 0 and (failure is first or not (number == signal.SIGTERM or late)):
+            lines.append(
+                f"error: rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}, signal {number}"
+            )
+    return lines

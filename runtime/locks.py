@@ -147,6 +147,8 @@ def _identity(pid: int) -> str:
     """What tells a process from others that had or will have its number; "" where the kernel does not say."""
     try:
         after_name = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        if after_name[0] in "ZX":
+            return "none: it has ended, and is still listed"
         return f"{BOOT_ID.read_text(encoding='utf-8').strip()} {after_name[19]}"
     except (OSError, IndexError):
         return ""

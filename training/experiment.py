@@ -23,9 +23,10 @@ from runtime.locks import locked
 from runtime.provenance import provenance
 from training.content import has_content
 
-__all__ = ["ExperimentOptions", "has_ended", "only_run_in", "open_experiment", "run_folder", "will_continue"]
+__all__ = ["DATA", "ExperimentOptions", "has_ended", "only_run_in", "open_experiment", "run_folder", "will_continue"]
 
 LOCK = "run.lock"
+DATA = "data"  # entry of config.json, beside the options: the state of the training images
 
 TAKES_OVER = "takes_over"  # entry of config.json: the run began with a content.pth of the published code
 # A run may go on under other values of these: they change when things are shown and kept, not what is learnt.
@@ -40,7 +41,7 @@ ROUNDING = frozenset("processes grad_accumulation fsdp num_threads threads compi
 # With --resume these may change too: the run goes on, but is no longer the one that its first options describe.
 ADJUSTABLE = frozenset(
     "max_steps num_epoch lr muon_lr lr_schedule no_lr_decay warmup_steps grad_clip precision".split()
-)
+) | {DATA}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,8 @@ class ExperimentOptions:
     exp: str = option("experiment", "name of the experiment, its folder's name")
     save_root: str = option("saved_info", "folder of all experiments")
     resume: bool = option(
-        False, "continue even if the length or learning rate was changed, or from a content.pth of the published code"
+        False,
+        "continue even if length, learning rate or images were changed, or from a content.pth of the published code",
     )
     overwrite: bool = option(False, "start anew; an existing run of this name is moved aside")
     init_from: str = option(
@@ -174,7 +176,7 @@ def _changed(previous: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
     changed = {
         name: (previous.get(name), value)
         for name, value in current.items()
-        if name not in HARMLESS and previous.get(name) != value
+        if name not in HARMLESS and previous.get(name, value if name == DATA else None) != value  # older runs lack it
     }
     changed.pop("batch_size", None)
     return changed | ({"batch_size times processes": (wholes[0], wholes[1])} if wholes[0] != wholes[1] else {})

@@ -1,11 +1,13 @@
 """What the training scripts have in common: they differ in the task."""
 
+from dataclasses import replace
+
 from datasets_prep.tasks import GENERATE, Task
 from models.registry import IGNORED_NETWORK_FLAGS, guided_diffusion_by_default
 from options import INTERRUPTED, Options
-from runtime.distributed import Processes
+from runtime.distributed import Processes, restarts
 from runtime.signals import orderly_exit
-from training.experiment import only_run_in, run_folder
+from training.experiment import ExperimentOptions, only_run_in, run_folder
 from training.loop import train
 from training.setup import prepare
 
@@ -23,6 +25,9 @@ def run_training(task: Task, options: Options, processes: Processes) -> int:
     """Train for a task, and say how to go on; returns the exit code."""
     if task is not GENERATE:
         options = guided_diffusion_by_default(options)
+    if restarts() and options[ExperimentOptions].overwrite:
+        print("note: the launcher has started the processes again: the run goes on, without --overwrite")
+        options = replace(options, values={**options.values, "overwrite": False})
     print(options.describe("those that differ from the defaults; all: config.json in the run's folder"))
     with orderly_exit(), only_run_in(run_folder(options, task), processes):
         job, resume = prepare(options, processes, task)

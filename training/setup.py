@@ -1,5 +1,6 @@
 """From options to a `Job`: data, autoencoder, network, and how the run looks at itself."""
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +36,7 @@ from runtime.provenance import provenance
 from runtime.published import read_sampled
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
-from training.experiment import ExperimentOptions, open_experiment, run_folder, will_continue
+from training.experiment import DATA, ExperimentOptions, open_experiment, run_folder, will_continue
 from training.job import Job, TrainingOptions
 from training.review import Review
 
@@ -89,7 +90,7 @@ def prepare(options: Options, processes: Processes, task: Task = GENERATE) -> tu
 
     processes.barrier()  # all have read what --overwrite may move aside
     resolved = {"precision": machine.precision, "processes": processes.count, "threads": torch.get_num_threads()}
-    resolved = {**options.values, **resolved}
+    resolved = {**options.values, **resolved, DATA: _state_of(inputs.dataset)}
     resume = processes.from_main(open_experiment(folder, resolved, experiment) if processes.is_main else False)
     if processes.is_main and not resume:
         _show_reconstructions(inputs, machine, folder / "samples" / "reconstructions.png")
@@ -115,6 +116,12 @@ def prepare(options: Options, processes: Processes, task: Task = GENERATE) -> tu
         condition=inputs.condition,
     )
     return job, resume
+
+
+def _state_of(dataset: ImageDataset) -> str:
+    """What tells that the images, labels or maps are no longer those that a run began with."""
+    state = dataset.fingerprint + getattr(dataset, "maps_fingerprint", "")
+    return f"{len(dataset)} images, {hashlib.sha256(state.encode()).hexdigest()[:12]}"
 
 
 def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -76,6 +76,17 @@ def test_what_a_dead_process_left_is_removed_with_a_note(tmp_path, other, capsys
     assert f"run.lock was left by a process that has ended (process {other.pid} on" in capsys.readouterr().out
 
 
+def test_a_dead_process_whose_parent_has_not_asked_for_it_is_dead(tmp_path, other, capsys):
+    """As many a container's first process leaves them."""
+    path = tmp_path / "run.lock"
+    write(path, holder_of(other))
+    other.kill()
+    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+    os.kill(other.pid, 0)  # it still has its number
+    with locked(path, "is training"):
+        assert "removed" in capsys.readouterr().out
+
+
 def test_a_process_that_got_the_number_of_a_dead_one_is_told_from_it(tmp_path, other, capsys):
     path = tmp_path / "run" / "run.lock"
     boot, tick = holder_of(other).identity.split()

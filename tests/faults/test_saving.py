@@ -2,10 +2,12 @@
 
 import errno
 import os
+import random
 import resource
 import shutil
 import signal
 import sys
+import time
 import zipfile
 from itertools import count, pairwise
 from pathlib import Path
@@ -34,6 +36,10 @@ def content_of(step):
     return {"step": step, "weights": torch.full((5000,), float(step))}
 
 
+def refuse_links(*_):
+    raise OSError(errno.EPERM, "no links here")
+
+
 def in_child(action):
     """Run `action` in a forked process; the signal that killed it, or 0."""
     child = os.fork()
@@ -58,11 +64,8 @@ def kill_before(operation, folder):
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_kill_before_any_operation_leaves_a_whole_content(tmp_path, monkeypatch, links):
-    def refuse(*_):
-        raise OSError(errno.EPERM, "no links here")
-
     if not links:
-        monkeypatch.setattr(Path, "hardlink_to", refuse)
+        monkeypatch.setattr(Path, "hardlink_to", refuse_links)
     for operation in count():
         folder = tmp_path / str(operation)
         for step in (1, 2):
@@ -102,6 +105,41 @@ def test_a_kill_in_the_middle_of_writing_leaves_both(tmp_path):
     (tmp_path / "notes.tmp-x").touch()
     assert remove_leftovers(tmp_path) == [half]
     assert len(list(tmp_path.glob("*.tmp-*"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("links", [True, False])
+def test_two_hundred_kills_at_random_moments_cost_nothing_that_was_saved(tmp_path, monkeypatch, links):
+    """A child saves without end until it is killed, some milliseconds on; then the next one goes on from what is found."""
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", refuse_links)
+    generator, found, halves, savings = random.Random(0), 0, 0, 0
+    for _ in range(200):
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            try:
+                for step in count(found + 1):
+                    keep_content(tmp_path, content_of(step))
+                    os.write(writer, b".")
+            finally:
+                os._exit(1)
+        os.close(writer)
+        time.sleep(generator.uniform(0.002, 0.06))
+        os.kill(child, signal.SIGKILL)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+        with os.fdopen(reader, "rb") as file:
+            done = len(file.read())
+        if has_content(tmp_path):
+            content = read_newest(tmp_path / "content.pth", read_torch_file, Processes())[1]
+            assert content["step"] in (found + done, found + done + 1)
+            assert content["weights"].unique().tolist() == [content["step"]]
+            found = content["step"]
+        assert has_content(tmp_path) or done == 0
+        halves, savings = halves + len(remove_leftovers(tmp_path)), savings + done
+    assert not list(tmp_path.glob("*damaged*"))
+    assert halves > 20  # many were hit while they wrote
+    assert savings > 100
 
 
 def test_a_failed_write_leaves_both(tmp_path, monkeypatch):

@@ -2,10 +2,11 @@ import os
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from options import UsageError
 from runtime.distributed import LAUNCHER_VARIABLES, Processes, join_processes, launched
-from runtime.launch import LaunchOptions
+from runtime.launch import LaunchOptions, _killed
 from runtime.precision import MachineOptions, choose_machine
 
 PAIR = Processes(0, 2, 0, 2)
@@ -80,3 +81,23 @@ def test_processes_of_a_machine_share_its_cores(environment):
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("failures", "killed"),
+    [
+        ([(1, -9, 0)], ["rank 1 (process 71) was killed by SIGKILL, signal 9"]),
+        ([(0, -15, 0), (1, -15, 0)], ["rank 0 (process 70) was killed by SIGTERM, signal 15"]),
+        ([(0, 1, 0), (1, -9, 0)], ["rank 1 (process 71) was killed by SIGKILL, signal 9"]),  # 0 missed it
+        ([(1, -11, 0), (0, -9, 30)], ["rank 1 (process 71) was killed by SIGSEGV, signal 11"]),  # 0 hung
+        ([(1, 2, 0), (0, -15, 0)], []),
+        ([(1, 2, 0), (0, -9, 30)], []),
+    ],
+)
+def test_those_whom_the_launcher_ended_were_not_killed(failures, killed):
+    """Failures (rank, exit code, seconds) in the order in which the launcher noticed them."""
+    found = {}
+    for rank, code, seconds in failures:
+        found[rank] = ProcessFailure(rank, 70 + rank, code, "")
+        found[rank].timestamp = 1000 + seconds
+    assert _killed(found) == [f"error: {line}" for line in killed]

@@ -8,7 +8,7 @@ from options import UsageError
 from runtime.checkpoints import experiment_folder
 from runtime.launch import LaunchOptions
 from runtime.provenance import REPOSITORY
-from training.experiment import ADJUSTABLE, HARMLESS, ROUNDING, ExperimentOptions, open_experiment
+from training.experiment import ADJUSTABLE, DATA, HARMLESS, ROUNDING, ExperimentOptions, open_experiment
 from training.setup import TRAINING_GROUPS
 
 VALUES = {"lr": 1e-3, "max_steps": 10, "dataset": "mnist", "adam_betas": (0.9, 0.999), "log_every": 50, "seed": 1}
@@ -167,7 +167,7 @@ def test_names_that_are_no_plain_folder_are_refused(name, tmp_path):
 def test_lists_of_options_name_real_ones():
     """A renamed option must not silently become one that forbids to continue."""
     groups = (*TRAINING_GROUPS, LaunchOptions)
-    known = {field.name for group in groups for field in fields(group)} | {"processes", "threads"}
+    known = {field.name for group in groups for field in fields(group)} | {"processes", "threads", DATA}
     assert known >= HARMLESS | ROUNDING | ADJUSTABLE
     assert not HARMLESS & ADJUSTABLE
     assert not ROUNDING & (HARMLESS | ADJUSTABLE)

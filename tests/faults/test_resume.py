@@ -1,0 +1,168 @@
+"""A run that is stopped, or dies without a word, goes on to the same bits, however it is trained.
+
+Of two processes: tests/training/test_parallel.py and test_processes.py; killed outright: tests/test_scripts.py.
+"""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from command_line import parse_options
+from datasets_prep import tasks
+from datasets_prep.masks import MaskOptions
+from models.autoencoder import new_autoencoder_kl
+from models.conditions import ConditionOptions
+from options import INTERRUPTED
+from runtime.checkpoints import load_content
+from runtime.distributed import Processes
+from tests.training.test_loop import assert_same_run
+from training import setup
+from training.script import IGNORED_FLAGS, run_training
+
+pytestmark = pytest.mark.usefixtures("process_restored")
+COUNT, STEPS, FETCH = 40, 14, 12  # five steps an epoch; something happens when the batch of step 12 is read
+LATENT = ["--pretrained_autoencoder_ckpt", "{place}/ae", "--model_type", "DiT-Mi/4", "--num_classes", 10]
+PIXELS = ["--pretrained_autoencoder_ckpt", "none", "--model_type", "DiT-Mi/8", "--num_classes", 10]
+UNET = [
+    "--pretrained_autoencoder_ckpt",
+    "none",
+    "--model_type",
+    "adm",
+    "--nf",
+    32,
+    "--ch_mult",
+    1,
+    1,
+    "--num_res_blocks",
+    1,
+]
+WAYS = {
+    "latent cache": (tasks.GENERATE, LATENT),
+    "encoded as it goes, by three workers": (tasks.GENERATE, [*LATENT, "--no_latent_cache", "--num_workers", 3]),
+    "in parts, by two optimizers": (
+        tasks.GENERATE,
+        [*PIXELS, "--grad_accumulation", 2, "--optimizer", "muon", "--grad_clip", 0.1, "--warmup_steps", 12],
+    ),
+    "without an average": (tasks.GENERATE, [*PIXELS, "--no-use_ema", "--lr_schedule", "trapezoid"]),
+    "dropout in the network": (tasks.GENERATE, [*UNET, "--label_dim", 10, "--dropout", 0.3, "--grad_accumulation", 2]),
+    "inpainting": (tasks.INPAINT, [*PIXELS, "--condition_dropout", 0.3]),
+    "label maps": (tasks.SEMANTIC, [*PIXELS, "--condition_dropout", 0.3, "--grad_accumulation", 2]),
+}
+GROUPS = {"generate": [], "inpaint": [MaskOptions, ConditionOptions], "semantic": [ConditionOptions]}
+OFTEN = [
+    "--save_content_every_steps",
+    3,
+    "--log_every",
+    1,
+    "--eval_every",
+    1,
+    "--plot_every",
+    1,
+    "--save_ckpt_every",
+    1,
+]
+
+
+FAST = "encoded as it goes, by three workers"
+SOME_SLOW = [way if way == FAST else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+
+
+class PowerCutError(Exception):
+    """Nothing is done after it."""
+
+
+def power_cut():
+    raise PowerCutError
+
+
+def ctrl_c():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+class Watched:
+    """A source of moments during whose n-th call something happens."""
+
+    def __init__(self, source, event):
+        self._source, self._event, self._calls = source, event, 0
+
+    def __len__(self):
+        return len(self._source)
+
+    @property
+    def labels(self):
+        return self._source.labels
+
+    def moments(self, indices, mirrored):
+        self._calls += 1
+        if self._calls == FETCH:
+            self._event()
+        return self._source.moments(indices, mirrored)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, write_idx):
+    place = tmp_path_factory.mktemp("resume")
+    write_idx(place / "data", {"train": COUNT, "t10k": 10})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        new_autoencoder_kl(1, (8, 8, 8), 2, 32, {"scaling_factor": 0.5}).save_pretrained(place / "ae")
+    return place
+
+
+def start(place, way, exp, event=None):
+    """Train in a way, or go on with it: exit code and folder."""
+    task, flags = WAYS[way]
+    shared = ["--dataset", "fashion_mnist", "--datadir", place / "data", "--batch_size", 8, "--label_dropout", 0.3]
+    shared += ["--max_steps", STEPS, "--lr", 1e-2, "--method", "euler", "--num_steps", 1, "--precision", "fp32"]
+    shared += ["--num_threads", 1, "--device", "cpu", "--save_root", place / "saved", "--exp", exp, *OFTEN]
+    words = [str(word).format(place=place) for word in (*shared, *flags)]
+    groups = [*setup.TRAINING_GROUPS, *GROUPS[task.name]]
+    options = parse_options("", groups, words, ignored=IGNORED_FLAGS, task=task.name)
+    folder = place / "saved" / task.runs / "fashion_mnist" / exp
+    with pytest.MonkeyPatch.context() as patch:
+        opened = setup.open_moments
+        if event:  # the first source is that of the training images
+            patch.setattr(setup, "open_moments", lambda *arguments: Watched(opened(*arguments), event))
+        return run_training(task, options, Processes()), folder
+
+
+@pytest.fixture(scope="module")
+def whole_run(place):
+    """whole_run(way): the folder of a run that nothing disturbed."""
+    folders = {}
+
+    def of(way):
+        if way not in folders:
+            code, folders[way] = start(place, way, f"whole_{len(folders)}")
+            assert code == 0
+        return folders[way]
+
+    return of
+
+
+@pytest.mark.parametrize("way", SOME_SLOW)
+def test_a_run_that_lost_its_power_goes_on_to_the_same_bits(place, whole_run, way):
+    exp = f"lost_{list(WAYS).index(way)}"
+    with pytest.raises(PowerCutError):
+        start(place, way, exp, power_cut)
+    folder = place / "saved" / WAYS[way][0].runs / "fashion_mnist" / exp
+    assert load_content(folder / "content.pth")["step"] == 9
+    with (folder / "metrics.jsonl").open("a") as file:  # what else a process leaves that gets no further
+        file.write('{"step": 1')
+    (folder / "content.pth.tmp-1").write_bytes(b"half of it")
+    assert start(place, way, exp)[0] == 0
+    assert_same_run(folder, whole_run(way))
+    assert not (folder / "content.pth.tmp-1").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(place, whole_run, way):
+    exp = f"interrupted_{list(WAYS).index(way)}"
+    code, folder = start(place, way, exp, ctrl_c)
+    assert code == INTERRUPTED
+    assert load_content(folder / "content.pth")["step"] in (FETCH - 1, FETCH)
+    assert start(place, way, exp)[0] == 0
+    assert_same_run(folder, whole_run(way))

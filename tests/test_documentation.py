@@ -1,0 +1,47 @@
+"""Every test that the documents name for their promises exists."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NAME = re.compile(r"`(?:(tests/[\w/]+\.py)(?:::(\w+))?|(test_\w+))`")
+HEADING = re.compile(
+    r"^\| promise .*?`(tests/[\w/]+\.py)`|^Tests without a file are in `(tests/[\w/]+\.py)`", re.MULTILINE
+)
+
+
+def names_of_tests(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
+
+
+def named_tests(text: str) -> list[tuple[str, str | None]]:
+    """File and test of each name; a bare one is of the file that its section names."""
+    found = []
+    for section in re.split(r"^## ", text, flags=re.MULTILINE):
+        heading = HEADING.search(section)
+        here = next(filter(None, heading.groups())) if heading else ""
+        found += [(file or here, test or bare) for file, test, bare in NAME.findall(section)]
+    return [(file, test or None) for file, test in found]
+
+
+@pytest.mark.parametrize("document", ["SECURITY.md", "docs/reliability.md"])
+def test_every_test_that_a_document_names_exists(document):
+    named = named_tests((ROOT / document).read_text(encoding="utf-8"))
+    assert len(named) > 15
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if not file or not (ROOT / file).is_file() or (test and test not in names_of_tests(ROOT / file))
+    ]
+    assert missing == []
+
+
+def test_a_name_that_no_file_has_is_found():
+    text = "## One\n| promise | test in `tests/a.py` |\n| x | `test_y`, `tests/b.py::test_z`, `tests/c.py` |\n## Two\n`test_w`"
+    assert named_tests(text) == [
+        ("tests/a.py", None), ("tests/a.py", "test_y"), ("tests/b.py", "test_z"), ("tests/c.py", None), ("", "test_w"),
+    ]  # fmt: skip
