@@ -101,8 +101,9 @@ def draw_picture(phases: dict[str, list[Row]], path: Path) -> None:
     )
     for line, (phase, rows) in zip(panels, phases.items(), strict=True):
         for panel, (quantity, name) in zip(line, QUANTITIES.items(), strict=True):
-            panel.plot([row["minute"] for row in rows], [row[quantity] for row in rows], linewidth=1)
-            panel.set(title=f"{phase}: {name}", xlabel="minutes", ylim=(0, None))
+            values = [row[quantity] for row in rows]
+            panel.plot([row["minute"] for row in rows], values, linewidth=1)
+            panel.set(title=f"{phase}: {name}", xlabel="minutes", ylim=(0, 1.1 * max(values)))
             panel.grid(alpha=0.3)
     figure.savefig(path, dpi=80)
 
