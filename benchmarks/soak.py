@@ -26,11 +26,12 @@ from runtime.files import write_json
 ROOT = Path(__file__).resolve().parents[1]
 QUANTITIES = {"memory": "resident memory, MiB", "handles": "open file handles", "threads": "threads"}
 ADMITTED = {"memory": 1.05, "handles": 1.0, "threads": 1.0}  # last quarter over second
+LEAST_ROWS = 60
 SPARE = {"memory": 16, "handles": 2, "threads": 2}  # what small numbers may grow by besides
 SCRIPTS = {"training": "train_flow_latent.py", "sampling": "test_flow_latent.py"}
 DEFAULTS = {
     "training": "--args_file train_args/fashion_mnist_dit.txt --exp soak --overwrite --max_steps 1000000",
-    "sampling": "--args_file test_args/fashion_mnist_dit.txt --exp soak --overwrite --n_sample 1000000",
+    "sampling": "--args_file test_args/fashion_mnist_dit.txt --exp soak --n_sample 1000000",
 }
 Row = dict[str, float]
 
@@ -44,19 +45,28 @@ def watch(command: Sequence[str], minutes: float) -> list[Row]:
     rows: list[Row] = []
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT)
+    try:
+        _look(process, rows, started, minutes)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait()
+    if process.returncode not in (0, INTERRUPTED):
+        sys.exit(f"error: {shlex.join(command)} ended with exit code {process.returncode}")
+    if len(rows) < LEAST_ROWS:
+        sys.exit(f"error: {shlex.join(command)} ended after {len(rows)} seconds: nothing can be said of growth")
+    return rows
+
+
+def _look(process: subprocess.Popen, rows: list[Row], started: float, minutes: float) -> None:
+    """Add a row every second until the process ends or its time is up."""
     while process.poll() is None:
         passed = time.monotonic() - started
         if passed > 60 * minutes:
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            return rows
+            return
         tree = [held for pid in process_tree(process.pid) if (held := held_by(pid))]
         if tree:
             rows.append({"minute": passed / 60} | {name: sum(held[name] for held in tree) for name in QUANTITIES})
         time.sleep(1)
-    if process.returncode not in (0, INTERRUPTED):
-        sys.exit(f"error: {shlex.join(command)} ended with exit code {process.returncode}")
-    return rows
 
 
 def process_tree(pid: int) -> list[int]:
@@ -122,7 +132,7 @@ def main() -> None:
         words = f"{SCRIPTS[phase]} {getattr(options, phase)}"
         rows = watch([sys.executable, *shlex.split(words)], options.minutes)
         write_json(options.keep / f"soak_{phase}.json", {"command": words, "rows": rows})
-    kept = {phase: options.keep / f"soak_{phase}.json" for phase in SCRIPTS}
+    kept = {phase: options.keep / f"soak_{phase}.json" for phase in options.phases}
     phases = {phase: json.loads(path.read_text())["rows"] for phase, path in kept.items() if path.exists()}
     table, grown = [], False
     for phase, rows in phases.items():

@@ -142,8 +142,10 @@ def _download(name: str, datadir: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(dir=datadir) as temporary:  # torchvision keeps files whose checksum is wrong
             getattr(torchvision.datasets, TORCHVISION_CLASSES[name])(temporary, download=True)
-            folder = TORCHVISION_CLASSES[name]
-            shutil.copytree(Path(temporary) / folder, datadir / folder, dirs_exist_ok=True)
+            folder = Path(TORCHVISION_CLASSES[name], "raw")
+            (datadir / folder).mkdir(parents=True, exist_ok=True)
+            for file in IDX_FILES:
+                (Path(temporary) / folder / file).replace(datadir / folder / file)
     finally:
         socket.setdefaulttimeout(previous)
 

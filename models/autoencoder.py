@@ -227,8 +227,7 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder 
     local = folder is not None
     if not local and not is_hub_id(name):
         raise UsageError(
-            f"--pretrained_autoencoder_ckpt {name}: no such folder (and no hub id of the form owner/name, where no folder "
-            "here has the owner's name, either)"
+            f"--pretrained_autoencoder_ckpt {name}: no such folder (and no hub id of the form owner/name either)"
         )
     try:
         with contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext():
@@ -242,15 +241,16 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder 
     except Exception as error:  # diffusers raises many kinds for one thing: it cannot be loaded
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = "" if local else "; without a network, name a local folder in diffusers format"
+        owner, _, rest = name.partition("/")
+        if not local and _local_folder(owner):
+            hint += f" (the folder {owner} is there, but has no {rest})"
         raise UsageError(f"cannot load the autoencoder {name}: {reason}{hint}") from error
     return _checked_factor(Autoencoder(network, name, options.scale_factor), options)
 
 
 def is_hub_id(name: str) -> bool:
     """Whether `name` stands for an autoencoder on the hub, not for a local folder or pixel space."""
-    if _local_folder(name) is not None or HUB_ID.fullmatch(name) is None:
-        return False
-    return _local_folder(name.partition("/")[0]) is None  # else a folder's name has a slip
+    return _local_folder(name) is None and HUB_ID.fullmatch(name) is not None
 
 
 def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:

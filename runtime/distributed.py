@@ -19,9 +19,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from options import explain
+from options import UsageError, explain
 
-__all__ = ["Processes", "join_processes", "launched", "restarts"]
+__all__ = ["Processes", "join_processes", "launch_id", "launched", "may_restart_several_machines", "restarts"]
 
 T = TypeVar("T")
 
@@ -102,8 +102,19 @@ def launched() -> bool:
 
 
 def restarts() -> int:
-    """How many times the launcher has started the processes again after one of them died (torchrun --max-restarts)."""
+    """How often the launcher has started this machine's processes again after one of them died (torchrun --max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def launch_id() -> str:
+    """What tells one launch from another, and is the same for all its restarts; "" without a launcher."""
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+
+
+def may_restart_several_machines() -> bool:
+    """Whether torchrun may start processes again on more than one machine, which count their restarts differently."""
+    machines, admitted = (int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    return machines > 1 and admitted > 0
 
 
 @contextmanager
@@ -112,6 +123,9 @@ def join_processes() -> Iterator[Processes]:
 
     Only the main process prints. An error in one process ends them all, and is reported by the first that meets it: what
     the others then meet (the same mistake, a broken connection) is no news, and ends them with the same exit code.
+
+    Raises:
+        UsageError: restarts on several machines with a store that would mislead them.
     """
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield Processes()
@@ -120,9 +134,12 @@ def join_processes() -> Iterator[Processes]:
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     store, rank, count = next(rendezvous("env://"))
-    if (
-        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    ):  # where the addresses of processes now dead still stand
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the processes, and keeps their addresses
+        if may_restart_several_machines():
+            raise UsageError(
+                "--max-restarts on several machines needs a store that ends with the processes: "
+                "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every machine"
+            )
         store = PrefixStore(f"attempt {restarts()}", store)
     # The default backend: gloo for tensors on the CPU, the GPUs' own for those on GPUs.
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=count, timeout=LONGEST_WAIT)

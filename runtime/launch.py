@@ -115,7 +115,7 @@ def _launch(settings: LaunchOptions) -> int:
         if killed := _killed(error.failures):
             print("", *killed, sep="\n", file=sys.stderr)  # the line before may be a progress bar's
         codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode > 0]
-        return DEFECT if killed else codes[0]
+        return codes[0] if codes and not killed else DEFECT
     return 0
 
 
@@ -130,7 +130,8 @@ def _killed(failures: Mapping[int, ProcessFailure]) -> list[str]:
     for rank, failure in failures.items():
         number = -failure.exitcode
         late = failure.timestamp - first.timestamp >= SECONDS_TO_FOLLOW - 1  # timestamps are whole seconds
-        if number > 0 and (failure is first or not (number == signal.SIGTERM or late)):
+        follows = number in (signal.SIGTERM, signal.SIGABRT) or late  # SIGABRT: GPUs' own way to miss a partner
+        if number > 0 and (failure is first or not follows):
             lines.append(
                 f"error: rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}, signal {number}"
             )

@@ -17,17 +17,28 @@ from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from options import Options, UsageError, as_json, option
 from runtime.checkpoints import experiment_folder, newest_model, read_weights
-from runtime.distributed import Processes
+from runtime.distributed import Processes, launch_id, restarts
 from runtime.files import move_aside, read_json, remove_leftovers, write_json
 from runtime.locks import locked
 from runtime.provenance import provenance
 from training.content import has_content
 
-__all__ = ["DATA", "ExperimentOptions", "has_ended", "only_run_in", "open_experiment", "run_folder", "will_continue"]
+__all__ = [
+    "IMAGES",
+    "STATE_OF_IMAGES",
+    "ExperimentOptions",
+    "begun_by_this_launch",
+    "has_ended",
+    "only_run_in",
+    "open_experiment",
+    "run_folder",
+    "will_continue",
+]
 
 LOCK = "run.lock"
-DATA = "data"  # entry of config.json, beside the options: the state of the training images
-
+# What config.json has among the options beside them: how many training images there are, and what tells that they are others.
+IMAGES, STATE_OF_IMAGES = "number of training images", "state of the training images"
+LAUNCH = "launch"  # entry of config.json: what started the run
 TAKES_OVER = "takes_over"  # entry of config.json: the run began with a content.pth of the published code
 # A run may go on under other values of these: they change when things are shown and kept, not what is learnt.
 HARMLESS = frozenset(
@@ -37,11 +48,12 @@ HARMLESS = frozenset(
     "num_process_per_node num_proc_node node_rank master_address master_port local_rank".split()
 ).union(field.name for group in (GridOptions, SolverOptions, GuidanceOptions) for field in fields(group))
 # These change the order in which numbers are added, and with it the last bits: the run goes on and says so.
-ROUNDING = frozenset("processes grad_accumulation fsdp num_threads threads compile".split())
+# So may the images' state, which copying them changes as well.
+ROUNDING = frozenset([*"processes grad_accumulation fsdp num_threads threads compile".split(), STATE_OF_IMAGES])
 # With --resume these may change too: the run goes on, but is no longer the one that its first options describe.
 ADJUSTABLE = frozenset(
     "max_steps num_epoch lr muon_lr lr_schedule no_lr_decay warmup_steps grad_clip precision".split()
-) | {DATA}
+) | {IMAGES}
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,8 @@ def open_experiment(folder: Path, values: Mapping[str, Any], options: Experiment
     refused = {name: pair for name, pair in changed.items() if not (options.resume and name in ADJUSTABLE)}
     refused = {name: pair for name, pair in refused.items() if name not in ROUNDING}
     if refused:
-        listed = ", ".join(f"--{name} was {old}, now {new}" for name, (old, new) in sorted(refused.items()))
+        flags = {name: name if " " in name else f"--{name}" for name in refused}
+        listed = ", ".join(f"{flags[name]} was {old}, now {new}" for name, (old, new) in sorted(refused.items()))
         way_out = "" if set(refused) - ADJUSTABLE else "--resume to go on with the change, "
         raise UsageError(
             f"{folder} holds a run with other options: {listed}. Choose {way_out}another --exp, "
@@ -132,6 +145,7 @@ def open_experiment(folder: Path, values: Mapping[str, Any], options: Experiment
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
         exact = " and not bit for bit as it would have" if set(changed) <= ROUNDING else ""
         print(f"note: the run goes on with changed options{exact}: {listed}")
+    if changed or IMAGES not in previous:
         write_json(config_path, {"options": current, **provenance()})
     return True
 
@@ -143,8 +157,14 @@ def _begin(config_path: Path, current: Mapping[str, Any], published: bool, resum
             f"{config_path.parent} holds a content.pth that no run here has written: choose --resume to continue it (files of "
             "the published code serve), another --exp, or --overwrite to start anew (the old folder is moved aside)"
         )
-    write_json(config_path, {"options": current, **provenance(), TAKES_OVER: published})
+    write_json(config_path, {"options": current, **provenance(), TAKES_OVER: published, LAUNCH: launch_id()})
     return published
+
+
+def begun_by_this_launch(folder: Path) -> bool:
+    """Whether the launcher's processes began the run in `folder`, died, and were started again."""
+    path = folder / "config.json"
+    return restarts() > 0 and path.exists() and read_json(path).get(LAUNCH) == launch_id()
 
 
 def will_continue(folder: Path, options: ExperimentOptions) -> bool:
@@ -176,7 +196,8 @@ def _changed(previous: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
     changed = {
         name: (previous.get(name), value)
         for name, value in current.items()
-        if name not in HARMLESS and previous.get(name, value if name == DATA else None) != value  # older runs lack it
+        if name not in HARMLESS
+        and previous.get(name, value if name in (IMAGES, STATE_OF_IMAGES) else None) != value  # older runs lack these
     }
     changed.pop("batch_size", None)
     return changed | ({"batch_size times processes": (wholes[0], wholes[1])} if wholes[0] != wholes[1] else {})

@@ -1,13 +1,14 @@
 """What the training scripts have in common: they differ in the task."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from datasets_prep.tasks import GENERATE, Task
 from models.registry import IGNORED_NETWORK_FLAGS, guided_diffusion_by_default
-from options import INTERRUPTED, Options
-from runtime.distributed import Processes, restarts
+from options import INTERRUPTED, Options, UsageError
+from runtime.distributed import Processes, may_restart_several_machines
 from runtime.signals import orderly_exit
-from training.experiment import ExperimentOptions, only_run_in, run_folder
+from training.experiment import ExperimentOptions, begun_by_this_launch, only_run_in, run_folder
 from training.loop import train
 from training.setup import prepare
 
@@ -25,9 +26,8 @@ def run_training(task: Task, options: Options, processes: Processes) -> int:
     """Train for a task, and say how to go on; returns the exit code."""
     if task is not GENERATE:
         options = guided_diffusion_by_default(options)
-    if restarts() and options[ExperimentOptions].overwrite:
-        print("note: the launcher has started the processes again: the run goes on, without --overwrite")
-        options = replace(options, values={**options.values, "overwrite": False})
+    if options[ExperimentOptions].overwrite:
+        options = _overwrite_once(options, run_folder(options, task))
     print(options.describe("those that differ from the defaults; all: config.json in the run's folder"))
     with orderly_exit(), only_run_in(run_folder(options, task), processes):
         job, resume = prepare(options, processes, task)
@@ -43,3 +43,15 @@ def run_training(task: Task, options: Options, processes: Processes) -> int:
     )
     print(f"{job.folder}: {next_step}")
     return 0 if complete else INTERRUPTED
+
+
+def _overwrite_once(options: Options, folder: Path) -> Options:
+    """The options without --overwrite where the launcher has started the processes of this very run again."""
+    if may_restart_several_machines():
+        raise UsageError(
+            "--overwrite with --max-restarts on several machines: move the old run aside, and leave the flag out"
+        )
+    if not begun_by_this_launch(folder):
+        return options
+    print("note: the launcher has started the processes again: the run goes on, without --overwrite")
+    return replace(options, values={**options.values, "overwrite": False})

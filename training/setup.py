@@ -36,7 +36,14 @@ from runtime.provenance import provenance
 from runtime.published import read_sampled
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
-from training.experiment import DATA, ExperimentOptions, open_experiment, run_folder, will_continue
+from training.experiment import (
+    IMAGES,
+    STATE_OF_IMAGES,
+    ExperimentOptions,
+    open_experiment,
+    run_folder,
+    will_continue,
+)
 from training.job import Job, TrainingOptions
 from training.review import Review
 
@@ -90,7 +97,7 @@ def prepare(options: Options, processes: Processes, task: Task = GENERATE) -> tu
 
     processes.barrier()  # all have read what --overwrite may move aside
     resolved = {"precision": machine.precision, "processes": processes.count, "threads": torch.get_num_threads()}
-    resolved = {**options.values, **resolved, DATA: _state_of(inputs.dataset)}
+    resolved = {**options.values, **resolved, IMAGES: len(inputs.dataset), STATE_OF_IMAGES: _state_of(inputs.dataset)}
     resume = processes.from_main(open_experiment(folder, resolved, experiment) if processes.is_main else False)
     if processes.is_main and not resume:
         _show_reconstructions(inputs, machine, folder / "samples" / "reconstructions.png")
@@ -121,7 +128,7 @@ def prepare(options: Options, processes: Processes, task: Task = GENERATE) -> tu
 def _state_of(dataset: ImageDataset) -> str:
     """What tells that the images, labels or maps are no longer those that a run began with."""
     state = dataset.fingerprint + getattr(dataset, "maps_fingerprint", "")
-    return f"{len(dataset)} images, {hashlib.sha256(state.encode()).hexdigest()[:12]}"
+    return hashlib.sha256(state.encode()).hexdigest()[:12]
 
 
 def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:

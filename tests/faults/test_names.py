@@ -112,17 +112,24 @@ def test_folders_of_classes_may_have_any_name(tmp_path, call):
 # Hub ids and paths.
 
 
-@pytest.mark.parametrize(
-    "name", ["/absent/model", "./absent", "../absent/model", "~/model", "a/b/c", "absent", "here/absent"]
-)
+@pytest.mark.parametrize("name", ["/absent/model", "./absent", "../absent/model", "~/model", "a/b/c", "absent"])
 def test_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch, name):
-    """Nor is one whose folder is here: there is a slip in the rest of it."""
-    (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", lambda *_, **__: pytest.fail("asked"))
     assert not is_hub_id(name)
     with pytest.raises(UsageError, match="no such folder"):
         load_autoencoder(AutoencoderOptions(pretrained_autoencoder_ckpt=name), 3)
+
+
+def test_a_slip_in_the_name_of_a_folder_is_suspected(tmp_path, monkeypatch):
+    def absent(*_, **__):
+        raise OSError("no such repository")
+
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", absent)
+    with pytest.raises(UsageError, match="no such repository.*the folder here is there, but has no absent"):
+        load_autoencoder(AutoencoderOptions(pretrained_autoencoder_ckpt="here/absent"), 3)
 
 
 def test_a_folder_that_looks_like_a_hub_id_is_not_asked_of_the_hub(tmp_path, monkeypatch):
@@ -138,8 +145,9 @@ def test_a_folder_that_looks_like_a_hub_id_is_not_asked_of_the_hub(tmp_path, mon
 
 
 @pytest.fixture
-def served(tmp_path):
+def served(tmp_path, monkeypatch):
     """A folder, and the address at which its files are to be had."""
+    monkeypatch.setenv("no_proxy", "*")
     (tmp_path / "served").mkdir()
     handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -226,13 +234,18 @@ def test_a_run_does_not_go_on_silently_with_other_images(tmp_path, call):
     (tmp_path / "images" / "cat" / "0.png").unlink()
     code, _, err = call(TRAIN, flags)
     assert code == 2
-    assert "other options: --data was 7 images, " in err
-    assert ", now 6 images, " in err
+    assert "other options: number of training images was 7, now 6. " in err
     assert "--resume to go on with the change" in err
     code, out, err = call(TRAIN, [*flags, "--resume"])
     assert code == 0, err
-    assert "the run goes on with changed options: data 7 images, " in out
+    assert (
+        "the run goes on with changed options: number of training images 7 -> 6, state of the training images " in out
+    )
     assert call(TRAIN, flags)[0] == 0  # it is told once
+    shutil.copytree(tmp_path / "images", tmp_path / "copy", copy_function=shutil.copyfile)
+    code, out, err = call(TRAIN, [*flags, "--datadir", tmp_path / "copy"])
+    assert code == 0, err
+    assert "not bit for bit as it would have: state of the training images " in out
 
 
 def test_a_run_from_before_the_images_were_remembered_goes_on(tmp_path, call):
@@ -240,9 +253,10 @@ def test_a_run_from_before_the_images_were_remembered_goes_on(tmp_path, call):
     assert call(TRAIN, train_flags(tmp_path))[0] == 0
     path = tmp_path / "saved" / "latent_flow" / "folder" / "run" / "config.json"
     config = json.loads(path.read_text())
-    del config["options"]["data"]
+    del config["options"]["number of training images"], config["options"]["state of the training images"]
     path.write_text(json.dumps(config))
     assert call(TRAIN, train_flags(tmp_path))[0] == 0
+    assert json.loads(path.read_text())["options"]["number of training images"] == 7  # from now on
 
 
 def test_an_image_that_goes_bad_between_runs_is_named(tmp_path):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,17 +19,34 @@ TWO_RANKS = Path(__file__).with_name("two_ranks.py")
 LAUNCHERS = {"flag": ([sys.executable], ["--num_process_per_node", "2"]), "torchrun": (TORCHRUN, [])}
 WITHIN_S = 60  # promised
 START_S = 900
-STEPS = 60
+STEPS = 300  # so many that a kill finds the run in their midst
 IN_PARTS = ["--grad_accumulation", 2, "--num_workers", 2]
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Whatever a test meets, its processes end with it."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        for pid in [*descendants(process.pid), process.pid] if process.poll() is None else []:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
 def start(launcher, script, flags):
     """The launcher of two processes."""
     before, after = LAUNCHERS[launcher]
     command = [*before, str(script), *map(str, flags), *after]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    STARTED.append(process)
+    return process
 
 
 def descendants(pid):
@@ -45,8 +63,10 @@ def ranks_of(process):
     """The process numbers of the launcher's ranks."""
     found = {}
     for pid in descendants(process.pid):
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        found |= {int(variable[5:]): pid for variable in variables if variable.startswith(b"RANK=")}
+        with suppress(OSError):  # it has just ended
+            for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                if variable.startswith(b"RANK="):
+                    found.setdefault(int(variable[5:]), pid)  # what a rank has started comes after it
     return found
 
 
@@ -58,9 +78,9 @@ def wait_until(condition, process):
         time.sleep(0.05)
 
 
-def end_of(process, pids):
+def end_of(process, pids, within=WITHIN_S):
     """The stderr of a launcher that fails in time, and leaves none of its processes behind."""
-    err = process.communicate(timeout=WITHIN_S)[1]
+    err = process.communicate(timeout=within)[1]
     assert process.returncode > 0
     assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
     return err
@@ -129,7 +149,7 @@ def test_a_rank_killed_in_sampling_ends_the_others(place, trained, launcher, ran
 @pytest.mark.parametrize("fate", ["killed", "defect", pytest.param("mistake", marks=pytest.mark.slow)])
 def test_the_reason_of_a_rank_that_dies_alone_is_told(launcher, fate):
     process = start(launcher, TWO_RANKS, ["--fate", fate])
-    err = end_of(process, ())
+    err = end_of(process, (), START_S)  # its start included
     if fate == "killed":
         return assert_names_the_killed(launcher, err, 1, r"\d+")
     reason = {"defect": "RuntimeError: the last words of rank 1", "mistake": "error: the last words of rank 1"}[fate]
@@ -145,7 +165,9 @@ def test_the_reason_of_a_rank_that_dies_alone_is_told(launcher, fate):
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_rank_that_hangs_after_the_death_of_another_is_ended(launcher):
     """Nor is its end taken for the cause."""
-    assert_names_the_killed(launcher, end_of(start(launcher, TWO_RANKS, ["--fate", "hangs"]), ()), 1, r"\d+")
+    process = start(launcher, TWO_RANKS, ["--fate", "hangs"])
+    assert process.stdout.readline() == "ready\n"
+    assert_names_the_killed(launcher, end_of(process, ()), 1, r"\d+")
 
 
 @pytest.mark.slow

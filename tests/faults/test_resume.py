@@ -123,8 +123,9 @@ def start(place, way, exp, event=None):
     folder = place / "saved" / task.runs / "fashion_mnist" / exp
     with pytest.MonkeyPatch.context() as patch:
         opened = setup.open_moments
-        if event:  # the first source is that of the training images
-            patch.setattr(setup, "open_moments", lambda *arguments: Watched(opened(*arguments), event))
+        if event:  # of the sources, that of the training images is the first
+            sources = iter([lambda source: Watched(source, event), lambda source: source])
+            patch.setattr(setup, "open_moments", lambda *arguments: next(sources)(opened(*arguments)))
         return run_training(task, options, Processes()), folder
 
 

@@ -45,6 +45,8 @@ def main(options: Options, processes: Processes) -> None:
     if fate == "hangs":  # as in a collective on GPUs whose partner is gone: no handler of a signal gets its turn
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     processes.barrier()
+    if fate == "hangs":
+        print("ready", flush=True)
     if fate == "saves":
         save()
     elif processes.is_main:

@@ -92,6 +92,7 @@ def test_processes_of_a_machine_share_its_cores(environment):
         ([(1, -11, 0), (0, -9, 30)], ["rank 1 (process 71) was killed by SIGSEGV, signal 11"]),  # 0 hung
         ([(1, 2, 0), (0, -15, 0)], []),
         ([(1, 2, 0), (0, -9, 30)], []),
+        ([(1, 2, 0), (0, -6, 1)], []),
     ],
 )
 def test_those_whom_the_launcher_ended_were_not_killed(failures, killed):

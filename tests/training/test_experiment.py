@@ -8,7 +8,15 @@ from options import UsageError
 from runtime.checkpoints import experiment_folder
 from runtime.launch import LaunchOptions
 from runtime.provenance import REPOSITORY
-from training.experiment import ADJUSTABLE, DATA, HARMLESS, ROUNDING, ExperimentOptions, open_experiment
+from training.experiment import (
+    ADJUSTABLE,
+    HARMLESS,
+    IMAGES,
+    ROUNDING,
+    STATE_OF_IMAGES,
+    ExperimentOptions,
+    open_experiment,
+)
 from training.setup import TRAINING_GROUPS
 
 VALUES = {"lr": 1e-3, "max_steps": 10, "dataset": "mnist", "adam_betas": (0.9, 0.999), "log_every": 50, "seed": 1}
@@ -78,9 +86,9 @@ def test_another_number_of_processes_with_the_same_whole_batch_goes_on_and_says_
     out = capsys.readouterr().out
     assert "goes on with changed options and not bit for bit as it would have: processes 2 -> 1, threads 4 -> 8" in out
     assert stored_options(folder)["processes"] == 1
-    with pytest.raises(UsageError, match="--batch_size times processes was 32, now 64"):
+    with pytest.raises(UsageError, match="batch_size times processes was 32, now 64"):
         open_experiment(folder, shared | {"processes": 4}, ExperimentOptions(resume=True))
-    with pytest.raises(UsageError, match="--batch_size times processes was 32, now 8"):
+    with pytest.raises(UsageError, match="batch_size times processes was 32, now 8"):
         open_experiment(folder, shared | {"processes": 1, "batch_size": 8}, ExperimentOptions())
 
 
@@ -167,7 +175,12 @@ def test_names_that_are_no_plain_folder_are_refused(name, tmp_path):
 def test_lists_of_options_name_real_ones():
     """A renamed option must not silently become one that forbids to continue."""
     groups = (*TRAINING_GROUPS, LaunchOptions)
-    known = {field.name for group in groups for field in fields(group)} | {"processes", "threads", DATA}
+    known = {field.name for group in groups for field in fields(group)} | {
+        "processes",
+        "threads",
+        IMAGES,
+        STATE_OF_IMAGES,
+    }
     assert known >= HARMLESS | ROUNDING | ADJUSTABLE
     assert not HARMLESS & ADJUSTABLE
     assert not ROUNDING & (HARMLESS | ADJUSTABLE)
