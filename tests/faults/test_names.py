@@ -65,7 +65,7 @@ def entries(folder):
 
 @pytest.mark.parametrize("script", [TRAIN, TEST])
 @pytest.mark.parametrize(
-    ("flag", "name"), [("exp", "../../x"), ("exp", "/tmp/x"), ("dataset", "../../x"), ("dataset", "..")]
+    ("flag", "name"), [("exp", "../../x"), ("exp", f"{os.sep}x"), ("dataset", "../../x"), ("dataset", "..")]
 )
 @pytest.mark.parametrize("by_file", [False, True])
 def test_names_that_lead_elsewhere_are_refused_and_make_nothing(tmp_path, call, script, flag, name, by_file):
