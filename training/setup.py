@@ -119,7 +119,6 @@ def prepare(options: Options, processes: Processes, task: Task = GENERATE) -> tu
         machine=machine,
         processes=processes,
         review=_review(options, machine, inputs, held_out_source, header, processes),
-        compile=options[MachineOptions].compile,
         condition=inputs.condition,
     )
     return job, resume
