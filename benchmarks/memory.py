@@ -189,7 +189,7 @@ def draw_picture(peaks: dict[str, float], theory: dict[str, float], path: Path) 
         axis.axvline((theory["states"] + theory[kind]) / 1e9, color="grey", linestyle=style, label=name)
     axis.set(xlabel="GB at the peak of a step", xlim=(0, 1.1e-9 * max(peaks.values())))
     axis.invert_yaxis()
-    axis.legend(fontsize=8, loc="lower right")
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     figure.savefig(path, dpi=80)
 
 
