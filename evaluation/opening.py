@@ -18,6 +18,7 @@ from models.registry import NetworkOptions
 from options import Options, UsageError, as_json, option
 from runtime.checkpoints import LoadedModel, experiment_folder, find_checkpoint, load_model, newest_model
 from runtime.distributed import Processes
+from runtime.inference import compile_for_batches, hold_weights, keep_freed_memory
 from runtime.precision import MachineOptions, choose_machine
 from runtime.randomness import NOISE_SOURCES
 from runtime.torch_files import is_torch_file
@@ -105,8 +106,11 @@ def open_sampler(
     if adaptive and (unused := sorted(OF_FIXED_STEPS & options.explicit)):
         flags = ", ".join(f"--{name}" for name in unused)
         print(f"note: {flags} has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol")
+    if machine.device.type == "cpu":
+        keep_freed_memory()
+    network = hold_weights(model.network, machine)
     sampler = Sampler(
-        network=torch.compile(model.network) if options[MachineOptions].compile else model.network,
+        network=compile_for_batches(network) if options[MachineOptions].compile else network,
         autoencoder=model.autoencoder,
         facts=DatasetFacts(**stored | {"class_names": tuple(stored["class_names"])}),
         latent_shape=(header["latent_channels"], header["latent_size"], header["latent_size"]),
@@ -115,7 +119,7 @@ def open_sampler(
         machine=machine,
         seed=source.seed,
         guidance=guidance,
-        guide=guide.network if guide else None,
+        guide=hold_weights(guide.network, machine) if guide else None,
         generator=source.generator,
         drops_labels=bool(header["network"].get("label_dropout")),
         drops_dense=bool((header.get("dense") or {}).get("dropout")),
