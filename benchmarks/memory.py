@@ -26,8 +26,7 @@ from benchmarks._timing import markdown_table
 from benchmarks.training_step import DECAY, RATE, Case, new_batch, new_network
 from models.conditions import Condition
 from models.dit import DiTOptions
-from runtime.inference import keep_freed_memory
-from runtime.precision import Machine
+from runtime.precision import Machine, keep_freed_memory
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState
 

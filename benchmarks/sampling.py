@@ -28,12 +28,11 @@ from models.conditions import Condition
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import exit_cleanly, option
-from runtime.inference import compile_for_batches, hold_weights, keep_freed_memory
-from runtime.precision import Machine
+from runtime.inference import compile_for_batches, hold_weights
+from runtime.precision import Machine, keep_freed_memory
 
 CLASSES, SCALE = 10, 4.0
 REFERENCE = SolverOptions("dopri5", atol=1e-5, rtol=1e-5)
-BY_ITSELF = 32 << 20  # bytes above which glibc gives blocks back, where nobody tells it otherwise
 SIDES = ("two passes in float32", "halves in one batch", "bfloat16", "freed memory kept", "weights held", "compile")
 
 
@@ -57,7 +56,7 @@ class Evaluation(NamedTuple):
 
     def __call__(self) -> torch.Tensor:
         """Evaluate the velocity once."""
-        keep_freed_memory(*(() if self.keeps_memory else (BY_ITSELF,)))
+        keep_freed_memory(self.keeps_memory)
         return self.velocity()
 
 
@@ -134,7 +133,7 @@ def draw_in_turn(sides: Sequence[Bench], options: SpeedOptions) -> list[Draws]:
     for number in range(-1, options.batches):
         indices = range(CLASSES) if number < 0 else range(number * options.drawn, (number + 1) * options.drawn)
         for place, (bench, opened) in enumerate(zip(sides, openeds, strict=True)):
-            keep_freed_memory(*(() if place == 0 else (BY_ITSELF,)))
+            keep_freed_memory(place == 0)
             new, before = bench.draw_batch(opened, indices), drawn[place]
             if number >= 0:
                 drawn[place] = new if before is None else joined(before, new)

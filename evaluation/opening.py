@@ -18,7 +18,7 @@ from models.registry import NetworkOptions
 from options import Options, UsageError, as_json, option
 from runtime.checkpoints import LoadedModel, experiment_folder, find_checkpoint, load_model, newest_model
 from runtime.distributed import Processes
-from runtime.inference import compile_for_batches, hold_weights, keep_freed_memory
+from runtime.inference import for_sampling, hold_weights
 from runtime.precision import MachineOptions, choose_machine
 from runtime.randomness import NOISE_SOURCES
 from runtime.torch_files import is_torch_file
@@ -26,6 +26,7 @@ from runtime.torch_files import is_torch_file
 __all__ = ["Opened", "SourceOptions", "open_sampler"]
 
 
+ADAPTIVE_CALLS = 100  # of the network, about, for a batch
 OF_FIXED_STEPS = {"num_steps", "step_size", "time_grid", "time_shift", "grid_location", "grid_scale", "grid_rho"}
 
 
@@ -106,11 +107,11 @@ def open_sampler(
     if adaptive and (unused := sorted(OF_FIXED_STEPS & options.explicit)):
         flags = ", ".join(f"--{name}" for name in unused)
         print(f"note: {flags} has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol")
-    if machine.device.type == "cpu":
-        keep_freed_memory()
-    network = hold_weights(model.network, machine)
+    machine = machine.settled(_calls(options))
+    if processes.is_main:
+        print(machine.describe())
     sampler = Sampler(
-        network=compile_for_batches(network) if options[MachineOptions].compile else network,
+        network=for_sampling(model.network, machine),
         autoencoder=model.autoencoder,
         facts=DatasetFacts(**stored | {"class_names": tuple(stored["class_names"])}),
         latent_shape=(header["latent_channels"], header["latent_size"], header["latent_size"]),
@@ -174,6 +175,13 @@ def _open_guide(options: Options, model: LoadedModel, device: torch.device) -> L
             f"--guide_checkpoint {source.guide_checkpoint}: it was trained on another autoencoder's latents"
         )
     return guide
+
+
+def _calls(options: Options) -> float:
+    """How often the network is called for the samples that a script draws; adaptive solvers are taken for ADAPTIVE_CALLS."""
+    solver = options[SolverOptions]
+    steps = ADAPTIVE_CALLS if SOLVERS[solver.method].adaptive else solver.steps
+    return steps * options.values["n_sample"] / options.values["batch_size"]
 
 
 def _checkpoint_path(source: SourceOptions, dataset: str, task: Task) -> Path:

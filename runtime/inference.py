@@ -1,6 +1,5 @@
 """A network made ready for evaluation alone: weights kept as they are used, one compiled graph for all batch sizes."""
 
-import ctypes
 from collections.abc import Callable
 from typing import Any
 
@@ -9,13 +8,16 @@ from torch import nn
 
 from runtime.precision import Machine
 
-__all__ = ["compile_for_batches", "hold_weights", "keep_freed_memory"]
+__all__ = ["compile_for_batches", "for_sampling", "hold_weights"]
 
 # Layers whose inputs and weights autocast casts when they are called, and whose weights nothing else uses.
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-LARGEST = 2**31 - 1  # that mallopt can be told
+
+def for_sampling(network: nn.Module, machine: Machine) -> Callable[..., torch.Tensor]:
+    """The network as a sampler calls it; it must not be trained, averaged or saved any more."""
+    held = hold_weights(network, machine)
+    return compile_for_batches(held) if machine.compile else held
 
 
 def hold_weights(network: nn.Module, machine: Machine) -> nn.Module:
@@ -50,17 +52,3 @@ def compile_for_batches(network: nn.Module) -> Callable[..., torch.Tensor]:
         return compiled(t, x, condition)
 
     return evaluate
-
-
-def keep_freed_memory(below: int = LARGEST) -> bool:
-    """Let the C library keep freed blocks of fewer bytes than `below` for the next tensors; whether it was told so.
-
-    glibc by itself hands blocks above 32 MiB back to the system at once, which must then fill every page with zeros anew at
-    the next operation. Other C libraries are left as they are.
-    """
-    try:
-        library = ctypes.CDLL(None)
-        told = [library.mallopt(name, below) for name in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD)]
-    except (AttributeError, OSError, TypeError):
-        return False
-    return all(told)

@@ -87,16 +87,17 @@ class Machine:
         way = "compiled (the first step takes a minute)" if self.compile else "not compiled"
         return f"machine: {self.device}{threads}, {self.precision}, networks {way}"
 
-    def compiled(self, network: nn.Module, training: bool = False) -> nn.Module:
-        """The network, compiled if this machine compiles.
+    def compiled(self, network: nn.Module, graphs: bool) -> nn.Module:
+        """The network to be trained, compiled if this machine compiles.
 
-        On a GPU a training step, whose shapes never change, is replayed as CUDA graphs; a sampler keeps outputs of several
-        evaluations, which a replay would overwrite.
+        Args:
+            network: perhaps wrapped for several processes.
+            graphs: whether a GPU may replay it as CUDA graphs.
         """
         if not self.compile:
             return network
-        graphs = training and self.device.type != "cpu"
-        return torch.compile(network, mode="reduce-overhead" if graphs else None)  # type: ignore[return-value]
+        mode = "reduce-overhead" if graphs and self.device.type != "cpu" else None
+        return torch.compile(network, mode=mode)  # type: ignore[return-value]
 
 
 def choose_device(options: DeviceOptions, processes: Processes = Processes()) -> torch.device:  # noqa: B008

@@ -85,18 +85,18 @@ def test_without_a_compiler_networks_run_as_they_are_and_a_line_says_so(monkeypa
     machine = Machine(CPU, "bf16", True).settled(LONG)
     precision._why_not_compiled.cache_clear()
     network = nn.Linear(2, 2)
-    assert machine.compiled(network) is network
+    assert machine.compiled(network, graphs=True) is network
     assert capsys.readouterr().out == (
         "note: networks are not compiled, since torch.compile fails here: no g++ found\n"
     )
 
 
-def test_only_a_training_step_on_a_gpu_is_replayed_as_graphs(monkeypatch):
+def test_only_on_a_gpu_is_a_training_step_replayed_as_graphs(monkeypatch):
     modes = []
     monkeypatch.setattr(torch, "compile", lambda network, mode: modes.append(mode))
     gpu = Machine(torch.device("cuda"), "bf16", True)
-    for machine, training in ((gpu, True), (gpu, False), (replace(gpu, device=CPU), True)):
-        machine.compiled(nn.Linear(2, 2), training)
+    for machine, graphs in ((gpu, True), (gpu, False), (replace(gpu, device=CPU), True)):
+        machine.compiled(nn.Linear(2, 2), graphs)
     assert modes == ["reduce-overhead", None, None]
 
 
