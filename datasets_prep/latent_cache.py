@@ -39,7 +39,7 @@ __all__ = [
 FORMAT = "latent-cache-2"
 LABELS, LOCK = "labels.npy", "build.lock"
 SHARD_BYTES = 1 << 26
-PIXELS_PER_BATCH = 1 << 21  # pixels read ahead while as many are encoded: 32 images of 256 x 256
+PIXELS_PER_BATCH = 1 << 20  # pixels read ahead while as many are encoded: 16 images of 256 x 256
 
 
 @dataclass(frozen=True)
