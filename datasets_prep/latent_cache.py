@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets_prep.cached_moments import LatentCache
 from datasets_prep.image_dataset import ImageDataset
 from models.autoencoder import Autoencoder
 from options import UsageError, option
@@ -49,35 +50,6 @@ class LatentCacheOptions:
     no_latent_cache: bool = option(False, "encode images at every step instead of caching their latents")
     latent_cache_dir: str = option("", "folder of the caches; default: latent_cache below --datadir")
     num_workers: int = option(0, "threads that read image files", minimum=0)
-
-
-class LatentCache:
-    """Moments of every image of a split, read by index without touching a pixel."""
-
-    def __init__(self, folder: Path, manifest: dict[str, Any], labels: torch.Tensor) -> None:
-        self.folder = folder
-        self.labels = labels
-        self.orientations: int = manifest["orientations"]
-        self.shard_size: int = manifest["shard_size"]
-        self.shards = [np.load(folder / entry["file"], mmap_mode="r") for entry in manifest["shards"]]
-        self.moment_shape: tuple[int, ...] = tuple(manifest["moment_shape"])
-        rows = [min(self.shard_size, len(labels) - first) for first in range(0, len(labels), self.shard_size)]
-        expected = [(count, self.orientations, *self.moment_shape) for count in rows]
-        if [shard.shape for shard in self.shards] != expected:
-            raise ValueError("its shards have other shapes than it says")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def moments(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-        """float16 moments [B, 2 c, h, w] of images `indices` [B], of the mirror image where `mirrored` [B]."""
-        rows = np.empty((len(indices), *self.moment_shape), np.float16)
-        positions, orientations = indices.numpy(), mirrored.numpy().astype(int) % self.orientations
-        shard_of, row_of = np.divmod(positions, self.shard_size)
-        for shard in np.unique(shard_of):
-            chosen = np.flatnonzero(shard_of == shard)
-            rows[chosen] = self.shards[shard][row_of[chosen], orientations[chosen]]
-        return torch.from_numpy(rows)
 
 
 def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> Path:

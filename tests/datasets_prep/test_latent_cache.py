@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from datasets_prep import latent_cache
+from datasets_prep import cached_moments, latent_cache
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.latent_cache import build_latent_cache, cache_folder, open_latent_cache
 from models.autoencoder import Autoencoder, new_autoencoder_kl
@@ -84,6 +84,14 @@ def test_cache_is_the_direct_encoding_in_half_precision(tmp_path, autoencoder):
     assert len(cache) == COUNT
     assert torch.equal(cache.labels, dataset.labels)
     assert len(list((tmp_path / "cache").glob("moments_*.npy"))) == 5
+
+
+def test_a_system_that_takes_no_advice_reads_the_same(tmp_path, autoencoder, monkeypatch):
+    dataset = tiny_dataset(flips=True)
+    wanted = torch.tensor([22, 0, 7, 7, 4]), torch.tensor([True, False, True, False, True])
+    advised = build(tmp_path / "cache", dataset, autoencoder).moments(*wanted)
+    monkeypatch.setattr(cached_moments, "ADVISABLE", False)
+    assert torch.equal(open_latent_cache(tmp_path / "cache", dataset, autoencoder).moments(*wanted), advised)
 
 
 def test_both_orientations_where_the_dataset_flips(tmp_path, autoencoder):
