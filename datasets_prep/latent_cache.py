@@ -3,13 +3,13 @@
 A folder holds `manifest.json` (what was encoded, with which autoencoder, and each shard's CRC-32) and shards
 `moments_00000.npy` of shape [n, orientations, 2 c, h, w]; orientation 1 is the mirror image, stored where the dataset
 flips, since encode(flip(x)) is not flip(encode(x)); the images' labels are in `labels.npy`. Building goes on where it was
-interrupted.
+interrupted. Images are encoded in the machine's precision, which the manifest notes; a cache made in another serves too.
 """
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from datasets_prep.cached_moments import LatentCache
 from datasets_prep.image_dataset import ImageDataset
 from models.autoencoder import Autoencoder
 from options import UsageError, option
+from runtime.allocator import keep_freed_memory
 from runtime.distributed import Processes
 from runtime.files import UNREADABLE, atomic_path, read_json, write_json
 from runtime.locks import locked
@@ -39,7 +41,7 @@ __all__ = [
 FORMAT = "latent-cache-2"
 LABELS, LOCK = "labels.npy", "build.lock"
 SHARD_BYTES = 1 << 26
-IMAGES_PER_BATCH = 256
+PIXELS_PER_BATCH = 1 << 20  # pixels read ahead while as many are encoded: 16 images of 256 x 256
 
 
 @dataclass(frozen=True)
@@ -49,35 +51,6 @@ class LatentCacheOptions:
     no_latent_cache: bool = option(False, "encode images at every step instead of caching their latents")
     latent_cache_dir: str = option("", "folder of the caches; default: latent_cache below --datadir")
     num_workers: int = option(0, "threads that read image files", minimum=0)
-
-
-class LatentCache:
-    """Moments of every image of a split, read by index without touching a pixel."""
-
-    def __init__(self, folder: Path, manifest: dict[str, Any], labels: torch.Tensor) -> None:
-        self.folder = folder
-        self.labels = labels
-        self.orientations: int = manifest["orientations"]
-        self.shard_size: int = manifest["shard_size"]
-        self.shards = [np.load(folder / entry["file"], mmap_mode="r") for entry in manifest["shards"]]
-        self.moment_shape: tuple[int, ...] = tuple(manifest["moment_shape"])
-        rows = [min(self.shard_size, len(labels) - first) for first in range(0, len(labels), self.shard_size)]
-        expected = [(count, self.orientations, *self.moment_shape) for count in rows]
-        if [shard.shape for shard in self.shards] != expected:
-            raise ValueError("its shards have other shapes than it says")
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def moments(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-        """float16 moments [B, 2 c, h, w] of images `indices` [B], of the mirror image where `mirrored` [B]."""
-        rows = np.empty((len(indices), *self.moment_shape), np.float16)
-        positions, orientations = indices.numpy(), mirrored.numpy().astype(int) % self.orientations
-        shard_of, row_of = np.divmod(positions, self.shard_size)
-        for shard in np.unique(shard_of):
-            chosen = np.flatnonzero(shard_of == shard)
-            rows[chosen] = self.shards[shard][row_of[chosen], orientations[chosen]]
-        return torch.from_numpy(rows)
 
 
 def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> Path:
@@ -182,6 +155,8 @@ def _build(
     num_workers: int,
 ) -> None:
     """Encode what is missing."""
+    if machine.device.type == "cpu":
+        keep_freed_memory()
     if processes.is_main and not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", identity)
     processes.barrier()
@@ -211,26 +186,46 @@ def _write_shard(
     progress: tqdm,
     num_workers: int,
 ) -> None:
-    rows = []
-    with ThreadPoolExecutor(max(1, num_workers)) as readers:
-        for chosen in (images[i : i + IMAGES_PER_BATCH] for i in range(0, len(images), IMAGES_PER_BATCH)):
-            batch = torch.stack(list(readers.map(dataset.__getitem__, chosen)))
-            views = [batch, batch.flip(3)] if dataset.facts.flips else [batch]
-            encoded = [autoencoder.encode(view.to(machine.device)).cpu() for view in views]
-            rows.append(torch.stack(encoded, dim=1))
+    facts = dataset.facts
+    orientations = 2 if facts.flips else 1
+    side = facts.image_size // autoencoder.factor
+    moments = np.empty((len(images), orientations, autoencoder.moment_channels, side, side), np.float16)
+    sums = torch.zeros(2, autoencoder.latent_channels, dtype=torch.float64)
+    row = 0
+    with closing(_read_ahead(dataset, images, num_workers)) as batches:
+        for batch in batches:
+            batch = batch.to(machine.device)
+            for orientation in range(orientations):
+                with machine.autocast():
+                    encoded = autoencoder.encode(batch.flip(3) if orientation else batch).cpu()
+                moments[row : row + len(batch), orientation] = encoded.half().numpy()
+                mean, logvar = encoded.double().chunk(2, dim=1)
+                sums += torch.stack([mean, mean.square() + logvar.exp()]).sum((1, 3, 4))
+            row += len(batch)
             progress.update(len(batch))
-    moments = torch.cat(rows)
-    mean, logvar = moments.double().chunk(2, dim=2)
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, moments.half().numpy())
+        np.save(file, moments)
     entry = {
         "file": path.name,
         "crc32": _checksum(path),
-        "count": mean.numel() // mean.shape[2],
-        "sum": mean.sum((0, 1, 3, 4)).tolist(),
-        "sum_of_squares": (mean.square() + logvar.exp()).sum((0, 1, 3, 4)).tolist(),
+        "precision": machine.precision,
+        "count": len(images) * orientations * side * side,
+        "sum": sums[0].tolist(),
+        "sum_of_squares": sums[1].tolist(),
     }
     write_json(entry_file, entry)
+
+
+def _read_ahead(dataset: ImageDataset, images: range, num_workers: int) -> Generator[torch.Tensor, None, None]:
+    """Batches uint8 [B, C, H, W] of `images`; while one is used, threads read the next."""
+    size = max(1, PIXELS_PER_BATCH // dataset.facts.image_size**2)
+    batches = [images[first : first + size] for first in range(0, len(images), size)]
+    with ThreadPoolExecutor(max(1, num_workers)) as readers:
+        upcoming = readers.map(dataset.__getitem__, batches[0])
+        for following in [*batches[1:], range(0)]:
+            batch = torch.stack(list(upcoming))
+            upcoming = readers.map(dataset.__getitem__, following)
+            yield batch
 
 
 def _finish(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndarray) -> None:
@@ -243,8 +238,13 @@ def _finish(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndar
     listed = [{"file": entry["file"], "crc32": entry["crc32"]} for entry in entries]
     with atomic_path(folder / LABELS) as temporary, temporary.open("wb") as file:
         np.save(file, labels)
-    labelled = {"file": LABELS, "crc32": _checksum(folder / LABELS)}
-    write_json(folder / "manifest.json", identity | {"statistics": statistics, "labels": labelled, "shards": listed})
+    found = {
+        "precision": " and ".join(sorted({entry.get("precision", "fp32") for entry in entries})),  # older ones lack it
+        "statistics": statistics,
+        "labels": {"file": LABELS, "crc32": _checksum(folder / LABELS)},
+        "shards": listed,
+    }
+    write_json(folder / "manifest.json", identity | found)
 
 
 def _identity(dataset: ImageDataset, autoencoder: Autoencoder) -> dict[str, Any]:

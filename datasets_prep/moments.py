@@ -30,7 +30,7 @@ class MomentSource(Protocol):
 
 
 class EncodedImages:
-    """Moments of images that are read by `workers` threads and encoded at every call."""
+    """Moments of images that are read by `workers` threads and encoded at every call, in the machine's precision."""
 
     def __init__(
         self, dataset: ImageDataset, encode: Callable[[torch.Tensor], torch.Tensor], machine: Machine, workers: int
@@ -48,7 +48,8 @@ class EncodedImages:
         """Moments [B, 2 c, h, w] on the machine's device."""
         images = torch.stack(list(self._readers.map(self._dataset.__getitem__, indices.tolist())))
         images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(3), images)
-        return self._encode(images.to(self._machine.device))
+        with self._machine.autocast():
+            return self._encode(images.to(self._machine.device))
 
 
 def open_moments(

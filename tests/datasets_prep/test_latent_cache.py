@@ -1,12 +1,13 @@
 """Every image is encoded once, as it would be directly, in shards that are resumed, checked and refused by name."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from datasets_prep import latent_cache
+from datasets_prep import cached_moments, latent_cache
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.latent_cache import build_latent_cache, cache_folder, open_latent_cache
 from models.autoencoder import Autoencoder, new_autoencoder_kl
@@ -33,9 +34,9 @@ def tiny_dataset(flips=False, count=COUNT, image_size=8, fingerprint="f"):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    """Shards of 5 images of 4 x 4 x 4 moments, in batches of 2."""
+    """Shards of 5 images of 8 x 8 pixels and 4 x 4 x 4 moments, in batches of 2."""
     monkeypatch.setattr(latent_cache, "SHARD_BYTES", SHARD * 4 * 4 * 4 * 2)
-    monkeypatch.setattr(latent_cache, "IMAGES_PER_BATCH", 2)
+    monkeypatch.setattr(latent_cache, "PIXELS_PER_BATCH", 2 * 8 * 8)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,14 @@ def test_cache_is_the_direct_encoding_in_half_precision(tmp_path, autoencoder):
     assert len(cache) == COUNT
     assert torch.equal(cache.labels, dataset.labels)
     assert len(list((tmp_path / "cache").glob("moments_*.npy"))) == 5
+
+
+def test_a_system_that_takes_no_advice_reads_the_same(tmp_path, autoencoder, monkeypatch):
+    dataset = tiny_dataset(flips=True)
+    wanted = torch.tensor([22, 0, 7, 7, 4]), torch.tensor([True, False, True, False, True])
+    advised = build(tmp_path / "cache", dataset, autoencoder).moments(*wanted)
+    monkeypatch.setattr(cached_moments, "ADVISABLE", False)
+    assert torch.equal(open_latent_cache(tmp_path / "cache", dataset, autoencoder).moments(*wanted), advised)
 
 
 def test_both_orientations_where_the_dataset_flips(tmp_path, autoencoder):
@@ -216,3 +225,50 @@ def test_a_missing_shard_is_named(tmp_path, autoencoder):
     (folder / "moments_00001.npy").unlink()
     with pytest.raises(UsageError, match=r"moments_00001\.npy"):
         open_latent_cache(folder, dataset, autoencoder)
+
+
+def test_precision_is_noted_and_any_of_them_serves(tmp_path, autoencoder, monkeypatch):
+    folder, dataset, bf16 = tmp_path / "cache", tiny_dataset(), Machine(torch.device("cpu"), "bf16")
+    everything = torch.arange(COUNT), torch.zeros(COUNT, dtype=torch.bool)
+    build_latent_cache(folder, dataset, autoencoder, bf16)
+    before = files_of(folder)
+    cache = build(folder, dataset, autoencoder)  # a run in float32 uses it as it is
+    assert files_of(folder) == before
+    assert noted_precision(folder) == "bf16"
+    with bf16.autocast():
+        direct = autoencoder.encode(all_images(dataset))
+    found = cache.moments(*everything).float()
+    torch.testing.assert_close(found, direct, rtol=2**-6, atol=2**-7)  # of bfloat16: other batches round differently
+    assert not torch.equal(found, build(tmp_path / "fp32", dataset, autoencoder).moments(*everything).float())
+    assert noted_precision(tmp_path / "fp32") == "fp32"
+
+
+def test_a_cache_made_in_two_precisions_says_so(tmp_path, autoencoder, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 6)
+        build_latent_cache(tmp_path / "cache", tiny_dataset(), autoencoder, Machine(torch.device("cpu"), "bf16"))
+    build(tmp_path / "cache", tiny_dataset(), autoencoder)
+    assert noted_precision(tmp_path / "cache") == "bf16 and fp32"
+
+
+def noted_precision(folder):
+    return json.loads((folder / "manifest.json").read_text())["precision"]
+
+
+def test_next_batch_is_read_while_one_is_encoded(tmp_path, autoencoder, monkeypatch):
+    dataset, encode, ahead = tiny_dataset(count=SHARD), Autoencoder.encode, []
+    read = [threading.Event() for _ in range(SHARD)]
+
+    def noted(index):
+        read[index].set()
+        return dataset[index]
+
+    def waiting(self, batch):
+        following = 2 * (len(ahead) + 1)  # batches of 2
+        ahead.append(following >= SHARD or read[following].wait(60))
+        return encode(self, batch)
+
+    monkeypatch.setattr(Autoencoder, "encode", waiting)
+    watched = ImageDataset(dataset.facts, "train", dataset.stored_labels, noted, "f")
+    build(tmp_path / "cache", watched, autoencoder)
+    assert ahead == [True, True, True]

@@ -69,3 +69,13 @@ def test_images_are_read_in_order_by_several_workers(tmp_path):
     order = torch.randperm(11, generator=torch.Generator().manual_seed(1))
     upright = torch.zeros(11, dtype=torch.bool)
     assert torch.equal(source.moments(order, upright), images_to_pixels(IMAGES[order]))
+
+
+def test_images_are_encoded_in_the_machine_s_precision(tmp_path, autoencoder):
+    data, uncached = DatasetOptions(datadir=str(tmp_path)), LatentCacheOptions(no_latent_cache=True)
+    machine = Machine(torch.device("cpu"), "bf16")
+    found = open_moments(dataset(), autoencoder, data, uncached, machine).moments(INDICES, torch.zeros(4).bool())
+    with machine.autocast():
+        expected = autoencoder.encode(IMAGES[INDICES])
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, autoencoder.encode(IMAGES[INDICES]))

@@ -3,6 +3,8 @@ import sys
 import diffusers
 import pytest
 import torch
+from sklearn.datasets import load_digits
+from torch.nn import functional
 from tqdm import tqdm
 
 from models import autoencoder as module
@@ -143,6 +145,25 @@ def test_chunks_change_nothing(monkeypatch):
     assert seen == [3, 3, 1]
     torch.testing.assert_close(parts, whole)
     assert (autoencoder.decode(autoencoder.sample(whole)).int() - pictures.int()).abs().max() <= 1
+
+
+def test_moments_in_bfloat16_are_close_to_those_in_float32():
+    """As the cache holds them on many machines: what they lose is little beside the posterior, less beside rounding."""
+    autoencoder = load("pretrained/fashion_mnist_autoencoder", channels=1)
+    digits = torch.from_numpy(load_digits().images[:64, None]).float() * 255 / 16
+    images = functional.interpolate(digits, size=(32, 32), mode="bilinear").round().byte()
+    exact = autoencoder.encode(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = autoencoder.encode(images)
+    assert rounded.dtype == torch.float32
+    latents = [autoencoder.sample(moments) for moments in (exact, rounded)]  # of about unit scale
+    error = (latents[1] - latents[0]).square().mean().sqrt()
+    posterior = (exact.chunk(2, dim=1)[1].exp().mean((0, 2, 3)).sqrt() / autoencoder.std.flatten()).min()
+    assert 0 < error < 0.02
+    assert error < posterior / 2
+    assert (rounded - exact).chunk(2, dim=1)[1].abs().max() < 0.2  # log-variances, around -5
+    grey = [autoencoder.decode(part).double() for part in latents]
+    assert (grey[1] - grey[0]).square().mean().sqrt() < 1  # of 256 levels
 
 
 def test_grey_images_are_repeated_for_a_colour_autoencoder():

@@ -1,0 +1,143 @@
+"""Claim: a training step on 256-pixel images costs a fraction of the published one, which encodes them each time.
+
+    python -m benchmarks.published_step [NETWORK ...] [--batch_size 8] [--rounds 3]
+
+The published kind of step encodes its images with Stable Diffusion's autoencoder (its shape, random weights), draws from the
+posterior, and is the plain step of benchmarks/training_step.py on that: all in float32 and eager, with an average over
+parameters stacked into one vector. Its images lie in memory: reading them costs it nothing here. Ours is the step of
+training/state.py in bfloat16 and compiled, on batches of training/data.py from a latent cache of random moments. The two take
+turns.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks._latents import new_autoencoder, open_random_cache, write_random_cache
+from benchmarks._timing import compare, markdown_table
+from benchmarks.training_step import CASES, Case, OurStep, PlainStep, new_batch, new_network, peak
+from datasets_prep.latent_cache import SHARD_BYTES
+from flow.paths import PathOptions
+from models.autoencoder import Autoencoder, images_to_pixels
+from runtime.distributed import Processes
+from training.data import Batch, batches
+
+NETWORKS = ("DiT-S/2", "DiT-B/2")
+SIDE = 256
+
+
+class PublishedStep:
+    """Encode the images, then take the plain step."""
+
+    def __init__(self, step: PlainStep, autoencoder: Autoencoder, images: torch.Tensor) -> None:
+        self.step, self.autoencoder, self.images = step, autoencoder, images
+        self.batch = step.batch
+
+    def encode(self) -> torch.Tensor:
+        """Latents in float32, the whole batch at a time, of a posterior sample."""
+        with torch.no_grad():
+            posterior = self.autoencoder.network.encode(images_to_pixels(self.images)).latent_dist
+            return (posterior.sample() - self.autoencoder.mean) / self.autoencoder.std
+
+    def __call__(self) -> None:
+        """Take a step."""
+        self.step.batch = self.batch._replace(data=self.encode())
+        self.step()
+
+
+class CachedStep:
+    """Take the next batch from the cache, then our step."""
+
+    def __init__(self, step: OurStep, upcoming: Iterator[Batch]) -> None:
+        self.step, self.upcoming = step, upcoming
+
+    def __call__(self) -> None:
+        """Take a step."""
+        self.step.batch = next(self.upcoming)
+        self.step()
+
+
+def batches_from_cache(folder: Path, autoencoder: Autoencoder, batch_size: int) -> Iterator[Batch]:
+    return batches(
+        open_random_cache(folder, write_random_cache(folder, SHARD_BYTES)),
+        autoencoder,
+        PathOptions(),
+        batch_size=batch_size,
+        first_step=0,
+        last_step=1 << 20,
+        seed=0,
+        flips=True,
+        num_classes=10,
+        label_dropout=0.1,
+        device=torch.device("cpu"),
+        processes=Processes(),
+    )
+
+
+def measure(case: Case, rounds: int) -> dict[str, float]:
+    """Seconds of a step by side, and those that encoding takes of the published one."""
+    batch, images = new_batch(case), torch.randint(256, (case.batch_size, 3, SIDE, SIDE), dtype=torch.uint8)
+    plain = new_autoencoder()
+    plain.network.to(memory_format=torch.contiguous_format)
+    published = PublishedStep(PlainStep(new_network(case), batch), plain, images)
+    with tempfile.TemporaryDirectory() as folder:
+        upcoming = batches_from_cache(Path(folder), plain, case.batch_size)
+        cached = CachedStep(OurStep(new_network(case), batch), upcoming)
+        return compare({"published": published, "encoding": published.encode, "ours": cached}, rounds)
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(NETWORKS))
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("docs/published_step.png"))
+    options = parser.parse_args()
+    if unknown := set(options.networks) - set(NETWORKS):
+        parser.error(f"unknown networks: {', '.join(unknown)}; expected some of {', '.join(NETWORKS)}")
+    print(f"bfloat16 peak {peak() / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads\n")
+    results, rows = {}, []
+    for name in options.networks or NETWORKS:
+        seconds = results[name] = measure(CASES[name]._replace(batch_size=options.batch_size), options.rounds)
+        published, encoding, ours = (seconds[side] for side in ("published", "encoding", "ours"))
+        times = [f"{published:.2f} s", f"{encoding:.2f} s", f"{1e3 * ours:.0f} ms"]
+        rows.append(
+            [name, str(options.batch_size), *times, f"{published / ours:.1f}", f"{(published - encoding) / ours:.1f}"]
+        )
+        print(rows[-1], flush=True)
+    header = [
+        "network",
+        "batch",
+        "as published",
+        "of that encoding",
+        "ours from the cache",
+        "times",
+        "times without encoding",
+    ]
+    print(f"\n{markdown_table(header, rows)}")
+    draw_picture(results, options.output)
+
+
+def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
+    """Seconds of a step, the published one's parts stacked."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    for place, (name, seconds) in enumerate(results.items()):
+        first = place == 0
+        step, encoding = seconds["published"] - seconds["encoding"], seconds["encoding"]
+        axis.barh(f"{name}, as published", encoding, color="C0", label="encoding" if first else None)
+        axis.barh(f"{name}, as published", step, left=encoding, color="C1", label="the step itself" if first else None)
+        axis.barh(f"{name}, ours", seconds["ours"], color="C2", label="ours, from the cache" if first else None)
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds a step")
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=80)
+
+
+if __name__ == "__main__":
+    main()
