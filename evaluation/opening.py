@@ -26,6 +26,9 @@ from runtime.torch_files import is_torch_file
 __all__ = ["Opened", "SourceOptions", "open_sampler"]
 
 
+FINE_TOLERANCE = (
+    1e-3  # below it, an adaptive solver takes bfloat16's rounding for its own error and makes more, smaller steps
+)
 ADAPTIVE_CALLS = 100  # of the network, about, for a batch
 OF_FIXED_STEPS = {"num_steps", "step_size", "time_grid", "time_shift", "grid_location", "grid_scale", "grid_rho"}
 
@@ -93,7 +96,9 @@ def open_sampler(
     """
     source, solver, guidance = options[SourceOptions], options[SolverOptions], options[GuidanceOptions]
     check_method(solver)
-    machine = choose_machine(options[MachineOptions], processes)
+    adaptive = SOLVERS[solver.method].adaptive
+    fine = adaptive and min(solver.atol, solver.rtol) < FINE_TOLERANCE
+    machine = choose_machine(options[MachineOptions], processes, precise=fine)
     path = _checkpoint_path(source, options[DatasetOptions].dataset, tasks[0])
     with processes.main_first():  # the others find the autoencoder that it may have downloaded
         model = _open_model(path, options, machine.device, tasks[0])
@@ -103,8 +108,7 @@ def open_sampler(
         raise UsageError(
             f"{path} was trained for {task_of(header).purpose}: use test_flow_latent{task_of(header).script}.py"
         )
-    adaptive = SOLVERS[solver.method].adaptive and task_of(header) is tasks[0]  # others may have a way of their own
-    if adaptive and (unused := sorted(OF_FIXED_STEPS & options.explicit)):
+    if adaptive and task_of(header) is tasks[0] and (unused := sorted(OF_FIXED_STEPS & options.explicit)):
         flags = ", ".join(f"--{name}" for name in unused)
         print(f"note: {flags} has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol")
     machine = machine.settled(_calls(options))

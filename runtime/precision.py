@@ -13,7 +13,15 @@ from torch import nn
 from options import UsageError, option
 from runtime.distributed import Processes
 
-__all__ = ["DeviceOptions", "Machine", "MachineOptions", "choose_device", "choose_machine", "keep_freed_memory"]
+__all__ = [
+    "DeviceOptions",
+    "Machine",
+    "MachineOptions",
+    "PrecisionOptions",
+    "choose_device",
+    "choose_machine",
+    "keep_freed_memory",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CALLS_THAT_PAY = 1000  # of a network, for the minute that compiling it takes
@@ -33,13 +41,25 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
-class MachineOptions(DeviceOptions):
+class PrecisionOptions(DeviceOptions):
     """Machine."""
 
     precision: str = option(
         "auto",
-        "of matrix products: fp32, bf16, fp16 (with scaled losses), or auto: bf16 where the processor multiplies it natively "
-        "(GPUs since 2020, CPUs with AMX)",
+        "of matrix products: fp32, bf16, or auto: bf16 where the processor multiplies it natively (GPUs since 2020, CPUs "
+        "with AMX)",
+        choices=("auto", "fp32", "bf16"),
+    )
+
+
+@dataclass(frozen=True)
+class MachineOptions(PrecisionOptions):
+    """Machine."""
+
+    precision: str = option(
+        "auto",
+        "of matrix products: fp32, bf16, fp16 (losses are scaled), or auto: bf16 where the processor multiplies it natively "
+        "(GPUs since 2020, CPUs with AMX), but fp32 for adaptive solvers at tolerances below 1e-3",
         choices=("auto", *DTYPES),
     )
     compile: bool | None = option(
@@ -131,15 +151,19 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
     return device
 
 
-def choose_machine(options: MachineOptions, processes: Processes = Processes()) -> Machine:  # noqa: B008
-    """The device, and the precision on it with "auto" resolved; errors as `choose_device`."""
+def choose_machine(
+    options: PrecisionOptions,
+    processes: Processes = Processes(),  # noqa: B008
+    precise: bool = False,
+) -> Machine:
+    """The device, and the precision on it with "auto" resolved: to float32 if `precise`; errors as `choose_device`."""
     device = choose_device(options, processes)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
     precision = options.precision
     if precision == "auto":
-        precision = "bf16" if _multiplies_bfloat16(device) else "fp32"
-    return Machine(device, precision, options.compile)
+        precision = "bf16" if not precise and _multiplies_bfloat16(device) else "fp32"
+    return Machine(device, precision, options.compile if isinstance(options, MachineOptions) else False)
 
 
 def keep_freed_memory(keep: bool = True) -> None:

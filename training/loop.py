@@ -49,7 +49,7 @@ def train(job: Job, resume: bool) -> bool:
         print(check_space(job.folder, predict_use(state, experiment, per_epoch, last_step)))
         print(machine.describe(), flush=True)
     parallel = state.network if job.shares_out else replicate(state.network, processes)
-    velocity = machine.compiled(parallel, graphs=processes.count == 1)
+    velocity = machine.compiled(parallel, graphs=processes.count == options.grad_accumulation == 1)
     journal = Journal(job.folder, state.step) if processes.is_main else None
     clock = Clock(state)
     keeper = Keeper(job, state, journal, clock, per_epoch)

@@ -1,7 +1,7 @@
 import resource
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ from torch import nn
 
 from options import UsageError
 from runtime import precision
-from runtime.precision import DeviceOptions, Machine, MachineOptions, choose_device, choose_machine
+from runtime.precision import DeviceOptions, Machine, MachineOptions, PrecisionOptions, choose_device, choose_machine
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -41,6 +41,20 @@ def test_precision_is_the_one_asked_for(name):
 def test_automatic_precision_is_bfloat16_where_the_processor_multiplies_it(monkeypatch, native, chosen):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
     assert choose_machine(MachineOptions("cpu")).precision == chosen
+
+
+def test_what_must_be_precise_is_float32_unless_asked_otherwise(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert choose_machine(MachineOptions("cpu"), precise=True).precision == "fp32"
+    assert choose_machine(MachineOptions("cpu", precision="bf16"), precise=True).precision == "bf16"
+
+
+def test_only_scripts_that_train_or_sample_networks_compile_and_scale_losses():
+    assert choose_machine(PrecisionOptions("cpu")).compile is False
+    assert {field.name for field in fields(MachineOptions)} - {field.name for field in fields(PrecisionOptions)} == {
+        "compile"
+    }
+    assert "fp16" not in PrecisionOptions.__dataclass_fields__["precision"].metadata["choices"]
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "cpu:x"])
