@@ -54,6 +54,14 @@ def test_held_weights_change_no_bit(model_type):
     assert all(layer.weight.dtype == torch.float32 for layer in others)
 
 
+@pytest.mark.parametrize("model_type", CASES)
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 2e-2), ("fp16", 3e-3)])
+def test_low_precision_moves_the_velocity_little(model_type, precision, bound):
+    network = new_network(model_type, CASES[model_type])
+    exact, low = evaluate(network, FP32), evaluate(network, Machine(torch.device("cpu"), precision)).float()
+    assert 0 < (low - exact).norm() < bound * exact.norm()
+
+
 def test_held_weights_with_a_dense_map():
     options = DiTOptions(num_in_channels=5, num_out_channels=3)
     network = new_network("DiT-Mi/2", options, DenseInput(2, classes=4))
