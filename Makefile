@@ -1,8 +1,12 @@
-# test, test-slow, lint, bench (which takes hours, and needs what bash run.sh trains); each sets up .venv first if the active Python lacks requirements-dev.txt.
+# Each target sets up .venv first if the active Python lacks requirements-dev.txt.
+#   bench       how fast this machine trains, samples and reads: each of them a few minutes; sampling needs what bash run.sh trains
+#   bench-long  what docs/sampling.md, docs/results.md and docs/reliability.md rest on: hours
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
+quick := precision attention gelu training_step step_cost published_step data memory sampling scaling scoring
+long := solver_orders optimizers fd_against_nfe guidance soak
 
-.PHONY: test test-slow lint bench
+.PHONY: test test-slow lint bench bench-long
 
 test:
 	$(python) -m pytest
@@ -13,5 +17,5 @@ test-slow:
 lint:
 	$(python) -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy
 
-bench:
-	$(python) -c '' && for file in benchmarks/[^_]*.py; do name=$${file##*/}; "$$python" -m "benchmarks.$${name%.py}" || exit; done
+bench bench-long:
+	$(python) -c '' && for name in $(if $(filter bench,$@),$(quick),$(long)); do "$$python" -m benchmarks.$$name || exit; done
