@@ -6,7 +6,7 @@ import shutil
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from options import exit_cleanly
-from runtime.precision import MachineOptions, choose_machine
+from runtime.precision import PrecisionOptions, choose_machine
 from training.autoencoder import (
     AutoencoderTrainingOptions,
     check_output,
@@ -19,10 +19,10 @@ from training.autoencoder import (
 
 def main() -> None:
     """Parse the flags, train, measure the latents' scale, save."""
-    options = parse_options(str(__doc__), [AutoencoderTrainingOptions, DatasetOptions, MachineOptions])
+    options = parse_options(str(__doc__), [AutoencoderTrainingOptions, DatasetOptions, PrecisionOptions])
     settings = options[AutoencoderTrainingOptions]
     check_output(settings.output)
-    machine = choose_machine(options[MachineOptions])
+    machine = choose_machine(options[PrecisionOptions])
     dataset = open_dataset(options[DatasetOptions], "train")
     network = train_autoencoder(dataset, settings, machine)
     save_autoencoder(network, snapshot_folder(settings), {}, settings)

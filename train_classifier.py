@@ -5,15 +5,15 @@ from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from evaluation.classifier import load_classifier, save_classifier
 from options import as_json, exit_cleanly
-from runtime.precision import MachineOptions, choose_machine
+from runtime.precision import PrecisionOptions, choose_machine
 from training.classifier import ClassifierTrainingOptions, accuracy, gather_images, train_classifier
 
 
 def main() -> None:
     """Parse the flags, train on the training images, save with the accuracy on the test images."""
-    options = parse_options(str(__doc__), [ClassifierTrainingOptions, DatasetOptions, MachineOptions])
+    options = parse_options(str(__doc__), [ClassifierTrainingOptions, DatasetOptions, PrecisionOptions])
     settings = options[ClassifierTrainingOptions]
-    machine = choose_machine(options[MachineOptions])
+    machine = choose_machine(options[PrecisionOptions])
     train, test = (open_dataset(options[DatasetOptions], split) for split in ("train", "validation"))
     network = train_classifier(gather_images(train), train.labels, train.facts.class_names, settings, machine)
     kept = {name: value for name, value in as_json(settings).items() if name != "output"}

@@ -26,7 +26,7 @@ from flow.solvers import SolverOptions
 from options import Options, as_json, option
 from runtime.files import atomic_path
 
-__all__ = ["Bench", "DrawOptions", "Draws", "benchmark_options", "varied"]
+__all__ = ["Bench", "DrawOptions", "Draws", "benchmark_options", "joined", "varied"]
 
 DEFAULT_FILE = "test_args/fashion_mnist_dit.txt"
 GROUPS = 8  # of samples, for error bars: evaluation.metrics.error_bars tells how
@@ -59,9 +59,9 @@ class Draws:
         return {"nfe": nfe, "network_evaluations": networks, "seconds": self.seconds.double().sum().item()}
 
 
-def benchmark_options(description: str, own: type) -> Options:
-    """The flags of a benchmark, its own and those of test_flow_latent.py; run_test.sh's file comes first."""
-    words = ["--args_file", DEFAULT_FILE, *sys.argv[1:]]
+def benchmark_options(description: str, own: type, *fixed: str) -> Options:
+    """The flags of a benchmark, its own and those of test_flow_latent.py; run_test.sh's file comes first, `fixed` last."""
+    words = ["--args_file", DEFAULT_FILE, *sys.argv[1:], *fixed]
     return parse_options(description, (own, *SAMPLING_GROUPS), words)
 
 
@@ -107,12 +107,20 @@ class Bench:
         draws = _read(path) if path.exists() else None
         held = 0 if draws is None else len(draws.seconds)
         for start in range(held, count, self._batch_size):
-            new = self._draw_batch(opened, range(start, min(start + self._batch_size, count)))
-            draws = new if draws is None else _joined(draws, new)
+            new = self.draw_batch(opened, range(start, min(start + self._batch_size, count)))
+            draws = new if draws is None else joined(draws, new)
             with atomic_path(path, durable=False) as temporary, temporary.open("wb") as file:
                 np.savez(file, **{name: value.numpy() for name, value in vars(draws).items()})
         assert draws is not None
         return draws.first(count)
+
+    def draw_batch(self, opened: Opened, indices: Sequence[int]) -> Draws:
+        """These samples, in one batch, drawn now; the seconds are those from noises to images."""
+        started = time.perf_counter()
+        (batch,) = generate(opened.sampler, indices, batch_size=len(indices))
+        seconds = time.perf_counter() - started
+        counts = torch.stack([batch.evaluations, batch.network_evaluations])
+        return Draws(self._network(batch.images).cpu(), counts, torch.full((len(indices),), seconds / len(indices)))
 
     def call(self, opened: Opened, count: int) -> Callable[[], object]:
         """Draws samples and keeps nothing: to be timed."""
@@ -137,13 +145,6 @@ class Bench:
     def _difference(self, half: torch.Tensor, ours: Draws, theirs: Draws | None) -> float:
         return self.distance(ours.features[half]) - (0.0 if theirs is None else self.distance(theirs.features[half]))
 
-    def _draw_batch(self, opened: Opened, indices: Sequence[int]) -> Draws:
-        started = time.perf_counter()
-        (batch,) = generate(opened.sampler, indices, batch_size=len(indices))
-        seconds = time.perf_counter() - started
-        counts = torch.stack([batch.evaluations, batch.network_evaluations])
-        return Draws(self._network(batch.images).cpu(), counts, torch.full((len(indices),), seconds / len(indices)))
-
     def _key(self, opened: Opened) -> str:
         told = json.dumps([opened.settings, self._network.sha256], sort_keys=True)
         return f"{opened.sampler.solver.method}_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
@@ -154,7 +155,8 @@ def _read(path: Path) -> Draws:
         return Draws(**{name: torch.from_numpy(content[name]) for name in content})
 
 
-def _joined(a: Draws, b: Draws) -> Draws:
+def joined(a: Draws, b: Draws) -> Draws:
+    """Both, one after the other."""
     return Draws(
         torch.cat([a.features, b.features]),
         torch.cat([a.evaluations, b.evaluations], dim=1),

@@ -28,8 +28,7 @@ from benchmarks.training_step import CASES, OurStep, new_batch, new_network, pea
 from datasets_prep.datasets import DatasetOptions, ImageDataset, open_dataset
 from datasets_prep.latent_cache import LatentCache, build_latent_cache
 from models.autoencoder import PIXELS_PER_CHUNK, Autoencoder, encode_moments, images_to_pixels
-from runtime.allocator import keep_freed_memory
-from runtime.precision import Machine
+from runtime.precision import Machine, keep_freed_memory
 
 STEP = "DiT-S/2"
 BATCH = CASES[STEP].batch_size
@@ -124,7 +123,7 @@ def measure_building(folder: Path, count: int, rounds: int) -> tuple[dict[str, f
         shutil.rmtree(folder / "cache", ignore_errors=True)
         build_latent_cache(folder / "cache", dataset, autoencoder, MACHINE)
 
-    keep_freed_memory()  # as building does
+    keep_freed_memory()  # as the scripts do
     seconds = compare({"building": build, "encoder alone": lambda: encode(autoencoder, pixels)}, rounds)
     return seconds | {"reading": _seconds_of_reading(dataset)}, 2 * len(dataset)
 

@@ -13,18 +13,18 @@ from models.autoencoder import AutoencoderOptions, PixelSpace, load_autoencoder
 from options import Options, UsageError
 from runtime.distributed import Processes
 from runtime.launch import run_script
-from runtime.precision import MachineOptions, choose_machine
+from runtime.precision import PrecisionOptions, choose_machine
 
 __all__ = ["GROUPS", "main"]
 
 
-GROUPS = (DatasetOptions, LatentCacheOptions, AutoencoderOptions, MachineOptions)
+GROUPS = (DatasetOptions, LatentCacheOptions, AutoencoderOptions, PrecisionOptions)
 
 
 def main(options: Options, processes: Processes) -> None:
     """Build the cache of each split."""
     data, caches = options[DatasetOptions], options[LatentCacheOptions]
-    machine = choose_machine(options[MachineOptions], processes)
+    machine = choose_machine(options[PrecisionOptions], processes)
     with processes.main_first():
         train = open_dataset(data, "train")
         held_out = open_dataset(data, "validation").head(HELD_OUT_IMAGES)

@@ -22,7 +22,6 @@ from datasets_prep.cached_moments import LatentCache
 from datasets_prep.image_dataset import ImageDataset
 from models.autoencoder import Autoencoder
 from options import UsageError, option
-from runtime.allocator import keep_freed_memory
 from runtime.distributed import Processes
 from runtime.files import UNREADABLE, atomic_path, read_json, write_json
 from runtime.locks import locked
@@ -155,8 +154,6 @@ def _build(
     num_workers: int,
 ) -> None:
     """Encode what is missing."""
-    if machine.device.type == "cpu":
-        keep_freed_memory()
     if processes.is_main and not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", identity)
     processes.barrier()

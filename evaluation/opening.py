@@ -18,6 +18,7 @@ from models.registry import NetworkOptions
 from options import Options, UsageError, as_json, option
 from runtime.checkpoints import LoadedModel, experiment_folder, find_checkpoint, load_model, newest_model
 from runtime.distributed import Processes
+from runtime.inference import for_sampling, hold_weights
 from runtime.precision import MachineOptions, choose_machine
 from runtime.randomness import NOISE_SOURCES
 from runtime.torch_files import is_torch_file
@@ -25,6 +26,10 @@ from runtime.torch_files import is_torch_file
 __all__ = ["Opened", "SourceOptions", "open_sampler"]
 
 
+FINE_TOLERANCE = (
+    1e-3  # below it, an adaptive solver takes bfloat16's rounding for its own error and makes more, smaller steps
+)
+ADAPTIVE_CALLS = 100  # of the network, about, for a batch
 OF_FIXED_STEPS = {"num_steps", "step_size", "time_grid", "time_shift", "grid_location", "grid_scale", "grid_rho"}
 
 
@@ -91,7 +96,9 @@ def open_sampler(
     """
     source, solver, guidance = options[SourceOptions], options[SolverOptions], options[GuidanceOptions]
     check_method(solver)
-    machine = choose_machine(options[MachineOptions], processes)
+    adaptive = SOLVERS[solver.method].adaptive
+    fine = adaptive and min(solver.atol, solver.rtol) < FINE_TOLERANCE
+    machine = choose_machine(options[MachineOptions], processes, precise=fine)
     path = _checkpoint_path(source, options[DatasetOptions].dataset, tasks[0])
     with processes.main_first():  # the others find the autoencoder that it may have downloaded
         model = _open_model(path, options, machine.device, tasks[0])
@@ -101,12 +108,14 @@ def open_sampler(
         raise UsageError(
             f"{path} was trained for {task_of(header).purpose}: use test_flow_latent{task_of(header).script}.py"
         )
-    adaptive = SOLVERS[solver.method].adaptive and task_of(header) is tasks[0]  # others may have a way of their own
-    if adaptive and (unused := sorted(OF_FIXED_STEPS & options.explicit)):
+    if adaptive and task_of(header) is tasks[0] and (unused := sorted(OF_FIXED_STEPS & options.explicit)):
         flags = ", ".join(f"--{name}" for name in unused)
         print(f"note: {flags} has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol")
+    machine = machine.settled(_calls(options))
+    if processes.is_main:
+        print(machine.describe())
     sampler = Sampler(
-        network=torch.compile(model.network) if options[MachineOptions].compile else model.network,
+        network=for_sampling(model.network, machine),
         autoencoder=model.autoencoder,
         facts=DatasetFacts(**stored | {"class_names": tuple(stored["class_names"])}),
         latent_shape=(header["latent_channels"], header["latent_size"], header["latent_size"]),
@@ -115,7 +124,7 @@ def open_sampler(
         machine=machine,
         seed=source.seed,
         guidance=guidance,
-        guide=guide.network if guide else None,
+        guide=hold_weights(guide.network, machine) if guide else None,
         generator=source.generator,
         drops_labels=bool(header["network"].get("label_dropout")),
         drops_dense=bool((header.get("dense") or {}).get("dropout")),
@@ -170,6 +179,13 @@ def _open_guide(options: Options, model: LoadedModel, device: torch.device) -> L
             f"--guide_checkpoint {source.guide_checkpoint}: it was trained on another autoencoder's latents"
         )
     return guide
+
+
+def _calls(options: Options) -> float:
+    """How often the network is called for the samples that a script draws; adaptive solvers are taken for ADAPTIVE_CALLS."""
+    solver = options[SolverOptions]
+    steps = ADAPTIVE_CALLS if SOLVERS[solver.method].adaptive else solver.steps
+    return steps * options.values["n_sample"] / options.values["batch_size"]
 
 
 def _checkpoint_path(source: SourceOptions, dataset: str, task: Task) -> Path:

@@ -70,7 +70,7 @@ class GuidedVelocity:
 
     def __call__(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Velocity [B, C, h, w] at times t, [] or [B], and points x [B, C, h, w]."""
-        times = t.expand(len(x))
+        times = t.expand(len(x)).contiguous()  # as those of a guided batch are: a compiled network tells strides apart
         rows = self._guided_rows(times)
         self._tally.append((self._rows, torch.ones_like(times, dtype=torch.long).index_fill_(0, rows, 2)))
         if len(rows) == 0:

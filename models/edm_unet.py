@@ -74,6 +74,7 @@ class EdmUNet(nn.Module):
             self.out_norm = Norm(width * options.ch_mult[0], self.style.eps)
             self.out_conv = Convolution(width * options.ch_mult[0], options.num_out_channels, 3)
         self._initialise()
+        self.to(memory_format=torch.channels_last)  # faster on CPUs, and on GPUs in low precision
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
         """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].

@@ -77,6 +77,7 @@ class GuidedUNet(nn.Module):
                 self.output_blocks.append(entry)
         last = nn.Conv2d(channels, options.num_out_channels, 3, padding=1)
         self.out = nn.Sequential(Norm(channels), nn.SiLU(), _zeroed(last))
+        self.to(memory_format=torch.channels_last)  # faster on CPUs, and on GPUs in low precision
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
         """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].

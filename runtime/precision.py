@@ -1,15 +1,31 @@
-"""Device and floating-point precision of a run."""
+"""Device, floating-point precision and compilation of a run: all that makes it faster without changing what it computes."""
 
+import ctypes
 import os
+import platform
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
+from torch import nn
 
 from options import UsageError, option
 from runtime.distributed import Processes
 
-__all__ = ["DeviceOptions", "Machine", "MachineOptions", "choose_device", "choose_machine"]
+__all__ = [
+    "DeviceOptions",
+    "Machine",
+    "MachineOptions",
+    "PrecisionOptions",
+    "choose_device",
+    "choose_machine",
+    "keep_freed_memory",
+]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CALLS_THAT_PAY = 1000  # of a network, for the minute that compiling it takes
+MMAP_MAX, TRIM_THRESHOLD = -4, -1  # glibc's names of mallopt's parameters
 
 
 @dataclass(frozen=True)
@@ -25,29 +41,83 @@ class DeviceOptions:
 
 
 @dataclass(frozen=True)
-class MachineOptions(DeviceOptions):
+class PrecisionOptions(DeviceOptions):
     """Machine."""
 
     precision: str = option(
         "auto",
-        "fp32, bf16 (autocast), or auto: bf16 where the processor multiplies it natively (GPUs since 2020, CPUs with AMX)",
+        "of matrix products: fp32, bf16, or auto: bf16 where the processor multiplies it natively (GPUs since 2020, CPUs "
+        "with AMX)",
         choices=("auto", "fp32", "bf16"),
     )
-    compile: bool = option(False, "compile the network with torch.compile (the first step takes a minute)")
+
+
+@dataclass(frozen=True)
+class MachineOptions(PrecisionOptions):
+    """Machine."""
+
+    precision: str = option(
+        "auto",
+        "of matrix products: fp32, bf16, fp16 (losses are scaled), or auto: bf16 where the processor multiplies it natively "
+        "(GPUs since 2020, CPUs with AMX), but fp32 for adaptive solvers at tolerances below 1e-3",
+        choices=("auto", *DTYPES),
+    )
+    compile: bool | None = option(
+        None,
+        "compile the network, which takes a minute; default: in bf16 or fp16, where the run is long enough to gain",
+    )
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and the precision used on it: "fp32" or "bf16"."""
+    """A device, the precision used on it (a key of DTYPES), and whether networks are compiled; None: where it pays."""
 
     device: torch.device
     precision: str
+    compile: bool | None = False
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What matrix products are computed in; weights, losses and latents are float32 everywhere."""
+        return DTYPES[self.precision]
 
     def autocast(self) -> AbstractContextManager:
-        """The context in which networks run; weights and losses stay in float32."""
+        """The context in which networks run."""
         if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device.type, self.dtype)
+
+    def settled(self, calls: float, whole: bool = True) -> "Machine":
+        """This machine with compilation decided on for a network that is called so many times.
+
+        Args:
+            calls: forward passes.
+            whole: whether the process holds the whole network (else only `--compile` compiles it).
+        """
+        pays = whole and self.precision != "fp32" and calls >= CALLS_THAT_PAY
+        wanted = pays if self.compile is None else self.compile
+        if wanted and (reason := _why_not_compiled(self.device)):
+            print(f"note: networks are not compiled, since torch.compile fails here: {reason}")
+            wanted = False
+        return replace(self, compile=wanted)
+
+    def describe(self) -> str:
+        """A line that says what was chosen."""
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        way = "compiled (the first step takes a minute)" if self.compile else "not compiled"
+        return f"machine: {self.device}{threads}, {self.precision}, networks {way}"
+
+    def compiled(self, network: nn.Module, graphs: bool) -> nn.Module:
+        """The network to be trained, compiled if this machine compiles.
+
+        Args:
+            network: perhaps wrapped for several processes.
+            graphs: whether a GPU may replay it as CUDA graphs.
+        """
+        if not self.compile:
+            return network
+        mode = "reduce-overhead" if graphs and self.device.type != "cpu" else None
+        return torch.compile(network, mode=mode)  # type: ignore[return-value]
 
 
 def choose_device(options: DeviceOptions, processes: Processes = Processes()) -> torch.device:  # noqa: B008
@@ -72,6 +142,8 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
     except (RuntimeError, AssertionError) as error:  # an unknown name; a GPU, or a driver, that is not there
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N of this machine ({reason})") from error
+    if device.type == "cpu":
+        keep_freed_memory()
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     elif processes.local_count > 1 and "OMP_NUM_THREADS" not in os.environ:
@@ -79,15 +151,41 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
     return device
 
 
-def choose_machine(options: MachineOptions, processes: Processes = Processes()) -> Machine:  # noqa: B008
-    """The device, and the precision on it with "auto" resolved; errors as `choose_device`."""
+def choose_machine(
+    options: PrecisionOptions,
+    processes: Processes = Processes(),  # noqa: B008
+    precise: bool = False,
+) -> Machine:
+    """The device, and the precision on it with "auto" resolved: to float32 if `precise`; errors as `choose_device`."""
     device = choose_device(options, processes)
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
     precision = options.precision
     if precision == "auto":
-        precision = "bf16" if _multiplies_bfloat16(device) else "fp32"
-    return Machine(device, precision)
+        precision = "bf16" if not precise and _multiplies_bfloat16(device) else "fp32"
+    return Machine(device, precision, options.compile if isinstance(options, MachineOptions) else False)
+
+
+def keep_freed_memory(keep: bool = True) -> None:
+    """Let glibc's allocator hold on to memory that is freed, which a training step asks for again.
+
+    Otherwise each tensor above some 32 MB, and often smaller ones, is new memory from the kernel, which clears it page by
+    page: up to a fifth of a step. Other C libraries are left alone. `keep=False` brings their defaults back.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(MMAP_MAX, 0 if keep else 65536)
+        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1 if keep else 128 * 1024)
+
+
+@cache
+def _why_not_compiled(device: torch.device) -> str:
+    """Why torch.compile fails here, in a few words; empty where it works, as a trial of a few seconds shows."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(2, device=device))
+    except Exception as error:  # torch raises many kinds for one thing: there is no compiler, or it lacks headers
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:

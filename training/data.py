@@ -112,9 +112,11 @@ def batches(
     share = slice(processes.rank * batch_size, (processes.rank + 1) * batch_size)
     choose = _order(seed, len(source), whole, share, flips)
 
+    pin = device.type != "cpu"  # so that no copy to the device holds up the host
+
     def request(step: int) -> Callable[[], _Read]:
         draws = range(step * whole + share.start, step * whole + share.stop)
-        return partial(_read, source, condition, *choose(step), draws)
+        return partial(_read, source, condition, *choose(step), draws, pin)
 
     for step, (moments, labels, raw) in _one_ahead(request, first_step, last_step):
         moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -150,9 +152,13 @@ def _read(
     chosen: torch.Tensor,
     mirrored: torch.Tensor,
     draws: Sequence[int],
+    pin: bool,
 ) -> _Read:
     raw = None if condition is None else condition.read(chosen, mirrored, draws)
-    return _Read(source.moments(chosen, mirrored), source.labels[chosen], raw)
+    moments, labels = source.moments(chosen, mirrored), source.labels[chosen]
+    if pin:
+        moments, labels = (x.pin_memory() if x.device.type == "cpu" else x for x in (moments, labels))
+    return _Read(moments, labels, raw)
 
 
 Choose = Callable[[int], tuple[torch.Tensor, torch.Tensor]]

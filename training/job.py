@@ -65,7 +65,6 @@ class Job:
     machine: Machine
     processes: Processes
     review: Review
-    compile: bool = False
     condition: ConditionSource | None = None
 
     @property

@@ -56,11 +56,6 @@ class Keeper:
         experiment, state = self._job.experiment, self._state
         if self._due(experiment.eval_every, ended):
             self._validate(ended)
-        if self._due(experiment.plot_every, ended):
-            sheet = self._job.review.preview(state.ema.network)
-            if self._journal:
-                picture = self._job.folder / "samples" / f"step_{state.step:07d}.png"
-                save_sheet(sheet.images, picture, sheet.columns)
         if self._due(experiment.save_ckpt_every, ended):
             self._save_model(f"model_{-(-state.step // self._per_epoch)}", ended)
             if self._journal and experiment.keep_last:
@@ -70,6 +65,11 @@ class Keeper:
             if self._journal:
                 keep_content(self._job.folder, content)
             self._clock.saved()
+        if self._due(experiment.plot_every, ended):  # after all that a run cannot do without
+            sheet = self._job.review.preview(state.ema.network)
+            if self._journal:
+                picture = self._job.folder / "samples" / f"step_{state.step:07d}.png"
+                save_sheet(sheet.images, picture, sheet.columns)
 
     def _due(self, every: int, ended: bool) -> bool:
         """Whether a number of epochs has just passed, or the run has ended."""

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from torch import nn
 
 from runtime.progress import progress_bar
 from runtime.randomness import seed_for
@@ -45,9 +44,12 @@ def train(job: Job, resume: bool) -> bool:
     state = _state(job, resume, per_epoch, last_step)
     if state is None or 0 < options.max_minutes * 60 <= state.seconds:
         return True  # it has ended, or its time was up before
+    machine = job.machine.settled(calls=last_step * options.grad_accumulation, whole=not job.shares_out)
     if processes.is_main:
-        print(check_space(job.folder, predict_use(state, experiment, per_epoch, last_step)), flush=True)
-    velocity = _wrap(state.network, job)
+        print(check_space(job.folder, predict_use(state, experiment, per_epoch, last_step)))
+        print(machine.describe(), flush=True)
+    parallel = state.network if job.shares_out else replicate(state.network, processes)
+    velocity = machine.compiled(parallel, graphs=processes.count == options.grad_accumulation == 1)
     journal = Journal(job.folder, state.step) if processes.is_main else None
     clock = Clock(state)
     keeper = Keeper(job, state, journal, clock, per_epoch)
@@ -106,11 +108,6 @@ def _state(job: Job, resume: bool, per_epoch: int, last_step: int) -> TrainingSt
         print(continue_run(state, job.folder / CONTENT, per_epoch, job.header, job.processes))
         print(f"continuing at step {state.step} of {last_step}", flush=True)
     return state
-
-
-def _wrap(network: nn.Module, job: Job) -> nn.Module:
-    parallel = network if job.shares_out else replicate(network, job.processes)
-    return torch.compile(parallel) if job.compile else parallel  # type: ignore[return-value]
 
 
 def _batches(job: Job, first_step: int, last_step: int) -> Iterator[Batch]:

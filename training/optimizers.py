@@ -35,10 +35,12 @@ class OptimizerOptions:
     weight_decay: float = option(0.0, "decay of the weights, relative to the learning rate", minimum=0)
 
 
-def make_optimizers(network: nn.Module, options: OptimizerOptions) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    network: nn.Module, options: OptimizerOptions, precision: str = "fp32"
+) -> list[torch.optim.Optimizer]:
     """The optimizers that share out the network's trained parameters.
 
-    A group's learning rate is `lr` times its entry "relative_lr".
+    A group's learning rate is `lr` times its entry "relative_lr". `precision` is that of the run's matrix products.
 
     Raises:
         UsageError: Muon for a network without blocks of matrices.
@@ -59,7 +61,12 @@ def make_optimizers(network: nn.Module, options: OptimizerOptions) -> list[torch
     if matrices:
         relative = options.muon_lr / options.lr if options.lr else 0.0
         optimizers.append(
-            Muon([{"params": matrices, "relative_lr": relative}], options.muon_lr, weight_decay=options.weight_decay)
+            Muon(
+                [{"params": matrices, "relative_lr": relative}],
+                options.muon_lr,
+                weight_decay=options.weight_decay,
+                dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+            )
         )
     return optimizers
 
@@ -72,6 +79,7 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate; an update has a spectral norm of about lr max(1, rows / columns)^(1/2).
         momentum: decay of the momentum, which is Nesterov's.
         weight_decay: decoupled, relative to the learning rate.
+        dtype: of the iteration that orthogonalises; it needs no more than bfloat16.
     """
 
     found_inf: torch.Tensor | None = None
@@ -82,7 +90,9 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -101,7 +111,8 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
             momentum.lerp_(slope, (1 - group["momentum"]) * good)
         average = torch.stack([self.state[matrix]["momentum"] for matrix in matrices])
-        update = orthogonalise(gradient.lerp(average, group["momentum"])) * max(1, shape[0] / shape[1]) ** 0.5
+        step = gradient.lerp(average, group["momentum"])
+        update = orthogonalise(step.to(self.dtype)).to(step.dtype) * max(1, shape[0] / shape[1]) ** 0.5
         for matrix, direction in zip(matrices, update, strict=True):
             matrix.sub_(group["lr"] * good * (direction + group["weight_decay"] * matrix))
 
@@ -109,14 +120,13 @@ class Muon(torch.optim.Optimizer):
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """U V^T of each matrix [N, rows, columns] with singular value decomposition U S V^T, nearly: S becomes 0.7 to 1.2.
 
-    A Newton-Schulz iteration; in bfloat16 on GPUs, where it needs no more.
+    A Newton-Schulz iteration, in the matrices' precision.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
-    x = x.mT if tall else x
+    x = matrices.mT if tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    return x.mT if tall else x

@@ -119,7 +119,6 @@ def prepare(options: Options, processes: Processes, task: Task = GENERATE) -> tu
         machine=machine,
         processes=processes,
         review=_review(options, machine, inputs, held_out_source, header, processes),
-        compile=options[MachineOptions].compile,
         condition=inputs.condition,
     )
     return job, resume
@@ -168,6 +167,8 @@ def _check(options: Options) -> None:
         raise UsageError(
             f"--fsdp shares every matrix out, and --optimizer {training.optimizer} needs it whole: use adamw"
         )
+    if training.fsdp and options[MachineOptions].precision == "fp16":
+        raise UsageError("--fsdp: the scale of fp16's losses is not shared among processes: use --precision bf16")
     if training.batch_size % training.grad_accumulation:
         raise UsageError(
             f"--grad_accumulation {training.grad_accumulation} cuts the batch of a process into equal parts, so it must "

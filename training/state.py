@@ -47,7 +47,8 @@ class TrainingState:
         self.ema = Ema(network, ema_decay, place)
         place(network)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.optimizers = make_optimizers(network, optimizer)
+        self.optimizers = make_optimizers(network, optimizer, machine.precision)
+        self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
         self.step = 0
         self.seconds = 0.0
         self.best = math.inf
@@ -83,6 +84,8 @@ class TrainingState:
             for part in first:
                 loss += self._backward(velocity, part, sigma_min, accumulation)
         loss += self._backward(velocity, last, sigma_min, accumulation)
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)
         norm = full(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if grad_clip:
             clip_grads_with_norm_(self.parameters, grad_clip, norm)
@@ -92,6 +95,7 @@ class TrainingState:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["relative_lr"]
             optimizer.step()
+        self.scaler.update()
         self.ema.update(self.network, 1 - bad)
         zero = torch.zeros_like(norm)
         good = self._good + torch.stack([loss, norm, zero, zero])
@@ -115,7 +119,7 @@ class TrainingState:
         with self.machine.autocast():
             predicted = velocity(part.t, x_t, Condition(part.labels, part.dense))
         loss = functional.mse_loss(predicted.float(), target) / parts
-        loss.backward()
+        self.scaler.scale(loss).backward()
         return loss.detach()
 
     def content(self, processes: Processes = Processes()) -> dict[str, Any]:  # noqa: B008
@@ -136,6 +140,7 @@ class TrainingState:
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),  # empty but in fp16
         }
         return whole(content, keep=processes.is_main)
 
@@ -145,6 +150,8 @@ class TrainingState:
         self.best, self.best_of = content["best"], content["best_of"]
         sums = content["sums"].view(-1, len(self.sums))
         self.sums.copy_(sums[processes.rank] if len(sums) == processes.count else sums.mean(0))
+        if content.get("scaler") and self.scaler.is_enabled():
+            self.scaler.load_state_dict(content["scaler"])
         if "streak" in content:  # not in older files
             self.streak = content["streak"].to(self.sums)
             self._flags = list(content["flags"].to(self.sums))

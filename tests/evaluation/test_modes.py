@@ -10,6 +10,7 @@ from PIL import Image
 from command_line import parse_options
 from datasets_prep.datasets import DatasetFacts
 from evaluation.modes import MODE_GROUPS, run_modes
+from evaluation.opening import open_sampler
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError
@@ -59,6 +60,23 @@ def call(tmp_path, photo_dir):
         return list(run_modes(parse_options("", MODE_GROUPS, [*map(str, fixed), *map(str, flags)])))
 
     return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        (("--method", "dopri5", "--atol", "1e-5", "--rtol", "1e-5"), "fp32"),
+        (("--method", "dopri5", "--atol", "1e-2", "--rtol", "1e-2"), "bf16"),
+        (("--method", "dopri5", "--precision", "bf16"), "bf16"),
+        (("--method", "euler", "--num_steps", "2"), "bf16"),
+    ],
+)
+def test_an_adaptive_solver_at_a_fine_tolerance_is_float32_by_itself(tmp_path, monkeypatch, capsys, flags, chosen):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
+    words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--n_sample", "2", *flags]
+    assert open_sampler(parse_options("", MODE_GROUPS, words)).sampler.machine.precision == chosen
+    assert f"threads, {chosen}, networks not compiled" in capsys.readouterr().out
 
 
 def npz(folder):

@@ -150,3 +150,32 @@ def test_muon_s_rate_follows_the_options_of_the_run_that_goes_on():
     advance(state, batch_of(0))
     other.restore(state.content())
     assert [group["relative_lr"] for optimizer in other.optimizers for group in optimizer.param_groups] == [1.0, 1.0]
+
+
+def half_state():
+    return TrainingState(tiny_network(), Machine(torch.device("cpu"), "fp16"), 0.99, OptimizerOptions(lr=1e-2))
+
+
+def test_scaled_losses_in_half_precision_train_as_float32_does():
+    half, exact = half_state(), new_state(weight_decay=0.0)
+    for seed in range(5):
+        for state in (half, exact):
+            advance(state, batch_of(seed))
+    assert half.scaler.get_scale() == 2.0**16  # so the gradients were unscaled
+    torch.testing.assert_close(half.sums, exact.sums, rtol=2e-3, atol=0)
+    start, ours, theirs = (
+        torch.cat([p.detach().flatten() for p in n.parameters()]) for n in (tiny_network(), half.network, exact.network)
+    )
+    assert (ours - theirs).norm() < 0.05 * (theirs - start).norm()
+
+
+def test_an_overflow_in_half_precision_skips_the_step_and_lowers_the_scale():
+    state = half_state()
+    advance(state, batch_of(0))
+    before = learnt(state)
+    advance(state, batch_of(1, 1e6))
+    assert differing(before, learnt(state)) == set()
+    assert state.scaler.get_scale() == 2.0**15
+    restored = half_state()
+    restored.restore(state.content())
+    assert restored.scaler.state_dict() == state.scaler.state_dict()

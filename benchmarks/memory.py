@@ -1,0 +1,223 @@
+"""Claim: a training step holds little more than theory asks for: at most a quarter.
+
+    python -m benchmarks.memory [--network DiT-L/2] [--batch_size 4] [--output docs/memory.png]
+
+Each row is a process of its own that takes two steps on random 32 x 32 x 4 latents with `TrainingState.advance` in
+bfloat16, eager, and tells its peak of resident memory, less what it held after its imports. Theory: weights, gradients, two
+moments and the average, 20 bytes a parameter, and activations: all tensors that autograd saves in the forward pass, each
+storage once, without weights and their casts. With gradient checkpointing these are the inputs of the blocks, what is saved
+outside of them, and what one block saves. Linux only, where ru_maxrss counts KiB.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks._timing import markdown_table
+from benchmarks.training_step import DECAY, RATE, Case, new_batch, new_network
+from models.conditions import Condition
+from models.dit import DiTOptions
+from runtime.precision import Machine, keep_freed_memory
+from training.optimizers import OptimizerOptions
+from training.state import TrainingState
+
+BYTES = 20  # a parameter: weight, gradient, two moments, average
+ADMITTED = 1.25
+BF16 = Machine(torch.device("cpu"), "bf16")
+OPTIONS = DiTOptions(num_classes=10)
+PASSED_ON = {
+    "ToCopyBackward0",
+    "TBackward0",
+    "ViewBackward0",
+    "TransposeBackward0",
+}  # from a weight to what is saved of it
+
+
+class StackingEma:
+    """The average as the published code keeps it: all parameters in one vector, stacked anew at every step."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self.stacked = stack(network)
+
+    def update(self, network: nn.Module, keep: torch.Tensor) -> None:
+        """Move towards the network."""
+        self.stacked.mul_(DECAY).add_(stack(network), alpha=1 - DECAY)
+
+
+def stack(network: nn.Module) -> torch.Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+
+
+class ForeachAdamW(torch.optim.AdamW):
+    """AdamW that computes on all parameters at once, with temporaries, and skips no step."""
+
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        """Step without the fused one's switch, which this one refuses."""
+        self.found_inf = None
+        return super().step(closure)
+
+
+def with_foreach(state: TrainingState) -> None:
+    """AdamW with temporaries."""
+    group = {"params": state.parameters, "relative_lr": 1.0}
+    state.optimizers = [ForeachAdamW([group], weight_decay=0.0, foreach=True)]
+
+
+def with_both(state: TrainingState) -> None:
+    """AdamW with temporaries, and the stacking average."""
+    with_foreach(state)
+    with_stacking(state)
+
+
+def with_stacking(state: TrainingState) -> None:
+    """The stacking average in the place of the one in place."""
+    del state.ema
+    state.ema = StackingEma(state.network)  # type: ignore[assignment]
+
+
+def as_it_is(state: TrainingState) -> None:
+    """Ours."""
+
+
+def with_kept_memory(state: TrainingState) -> None:
+    """Ours, with the C library told to keep freed blocks."""
+    keep_freed_memory()
+
+
+# By name: gradient checkpointing, and what is changed before the first step.
+ROWS: dict[str, tuple[bool, Callable[[TrainingState], None]]] = {
+    "ours": (False, as_it_is),
+    "ours, checkpointing": (True, as_it_is),
+    "ours, freed memory kept": (False, with_kept_memory),
+    "foreach AdamW": (False, with_foreach),
+    "stacking average": (False, with_stacking),
+    "foreach AdamW, stacking average": (False, with_both),
+}
+
+
+def held() -> float:
+    """Bytes: the peak of resident memory so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_of(name: str, case: Case) -> dict[str, float]:
+    """Bytes that two steps of a row hold at their peak."""
+    baseline = held()
+    checkpointing, change = ROWS[name]
+    case = case._replace(options=replace(case.options, use_grad_checkpointing=checkpointing))
+    network, batch = new_network(case), new_batch(case)
+    state = TrainingState(network.train(), BF16, DECAY, OptimizerOptions(lr=RATE))
+    change(state)
+    for _ in range(2):
+        state.advance(network, batch, 0.0, RATE, 0.0)
+    return {"peak": held() - baseline}
+
+
+def theory_of(case: Case) -> dict[str, float]:
+    """Bytes of parameters and of activations, without and with gradient checkpointing, and of the weights' casts."""
+    network, batch = new_network(case).train(), new_batch(case)
+    owned = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    saved: dict[int, tuple[int, bool, bool, torch.Tensor]] = {}
+    inputs: dict[int, int] = {}
+    inside = [False]
+
+    def enter(block: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        inside[0] = True
+        inputs.update({a.untyped_storage().data_ptr(): a.untyped_storage().nbytes() for a in arguments})
+
+    def leave(*_: object) -> None:
+        inside[0] = False
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:  # the tensor is kept, so that nothing else gets its place
+            saved.setdefault(storage.data_ptr(), (storage.nbytes(), inside[0], is_cast(tensor), tensor))
+        return tensor
+
+    blocks = list(network.blocks)  # type: ignore[arg-type]
+    for block in blocks:
+        block.register_forward_pre_hook(enter)
+        block.register_forward_hook(leave)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), BF16.autocast():
+        output = network(batch.t, batch.data, Condition(batch.labels))
+    of_blocks = sum(size for size, inner, cast, _ in saved.values() if inner and not cast)
+    others = sum(size for key, (size, inner, cast, _) in saved.items() if not (inner or cast) and key not in inputs)
+    del output
+    return {
+        "states": BYTES * sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
+        "activations": of_blocks + others,
+        "checkpointed": sum(inputs.values()) + others + of_blocks / len(blocks),
+        "casts": sum(size for size, _, cast, _ in saved.values() if cast),
+    }
+
+
+def is_cast(tensor: torch.Tensor) -> bool:
+    """Whether a saved tensor is a weight in another precision or another view."""
+    node = tensor.grad_fn
+    while node is not None and node.name() in PASSED_ON:
+        node = node.next_functions[0][0]
+    return node is not None and node is not tensor.grad_fn and hasattr(node, "variable")
+
+
+def in_process(name: str, options: argparse.Namespace) -> dict[str, float]:
+    """What this module prints for a row, in a process of its own."""
+    flags = ["--network", options.network, "--batch_size", str(options.batch_size)]
+    command = [sys.executable, "-m", "benchmarks.memory", "--row", name, *flags]
+    result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def draw_picture(peaks: dict[str, float], theory: dict[str, float], path: Path) -> None:
+    """Peaks, and theory as lines."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
+    bars = axis.barh(list(peaks), [peak / 1e9 for peak in peaks.values()])
+    axis.bar_label(bars, [f"{peak / 1e9:.1f}" for peak in peaks.values()], padding=3)
+    for kind, style in (("activations", "-"), ("checkpointed", "--")):
+        name = "theory" if kind == "activations" else "theory, checkpointing"
+        axis.axvline((theory["states"] + theory[kind]) / 1e9, color="grey", linestyle=style, label=name)
+    axis.set(xlabel="GB at the peak of a step", xlim=(0, 1.1e-9 * max(peaks.values())))
+    axis.invert_yaxis()
+    axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
+    figure.savefig(path, dpi=80)
+
+
+def main() -> None:
+    """Print the table and draw it; exit code 1 where ours exceeds what is admitted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="DiT-L/2", help="a DiT")
+    parser.add_argument("--batch_size", type=int, default=4)
+    parser.add_argument("--output", type=Path, default=Path("docs/memory.png"))
+    parser.add_argument("--row", choices=("theory", *ROWS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    case = Case(options.network, 32, options.batch_size, OPTIONS)
+    if options.row:
+        print(json.dumps(theory_of(case) if options.row == "theory" else peak_of(options.row, case)))
+        return
+    theory, peaks, rows, exceeds = in_process("theory", options), {}, [], False
+    for name, (checkpointing, _) in ROWS.items():
+        peaks[name] = in_process(name, options)["peak"]
+        expected = theory["states"] + theory["checkpointed" if checkpointing else "activations"]
+        exceeds |= name.startswith("ours") and peaks[name] > ADMITTED * expected
+        rows.append([name, *(f"{value / 1e9:.2f} GB" for value in (peaks[name], expected))])
+        rows[-1].append(f"{peaks[name] / expected:.3f}")
+        print(rows[-1], flush=True)
+    print(f"\n{options.network}, batch {options.batch_size}: {theory['states'] / BYTES / 1e6:.0f} M parameters\n")
+    print("; ".join(f"{name} {size / 1e9:.2f} GB" for name, size in theory.items()))
+    print(f"\n{markdown_table(['step', 'peak', 'theory', 'ratio'], rows)}")
+    draw_picture(peaks, theory, options.output)
+    sys.exit(exceeds)
+
+
+if __name__ == "__main__":
+    main()
