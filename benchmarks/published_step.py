@@ -25,6 +25,7 @@ from datasets_prep.latent_cache import SHARD_BYTES
 from flow.paths import PathOptions
 from models.autoencoder import Autoencoder, images_to_pixels
 from runtime.distributed import Processes
+from runtime.precision import keep_freed_memory
 from training.data import Batch, batches
 
 NETWORKS = ("DiT-S/2", "DiT-B/2")
@@ -47,6 +48,7 @@ class PublishedStep:
 
     def __call__(self) -> None:
         """Take a step."""
+        keep_freed_memory(self.step.keeps_memory)
         started = time.perf_counter()
         self.step.batch = self.batch._replace(data=self.encode())
         self.encoding.append(time.perf_counter() - started)
