@@ -152,6 +152,7 @@ def draw_picture(reading: dict[str, float], building: dict[str, float], path: Pa
     for axis, rates, title in zip(axes, (reading, building), ("from the cache", "into the cache"), strict=True):
         bars = axis.bar(list(rates), list(rates.values()), 0.6)
         axis.bar_label(bars, fmt=lambda rate: f"{rate:.3g}" if rate < 100 else f"{rate:,.0f}")
+        axis.margins(y=0.12)
         axis.set_ylabel("images a second")
         axis.set_title(title)
     axes[0].set_yscale("log")
