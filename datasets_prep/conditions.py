@@ -16,6 +16,7 @@ from datasets_prep.image_dataset import ImageDataset, shown_side
 from datasets_prep.segmented_dataset import SegmentedDataset, colour_map, mirror_map
 from models.autoencoder import Autoencoder, PixelSpace
 from models.conditions import DenseInput
+from runtime.precision import Machine
 
 __all__ = ["ConditionSource", "LabelMaps", "MaskDraw", "MaskedImages", "class_shares"]
 
@@ -48,13 +49,17 @@ class MaskedImages:
         dataset: the images.
         autoencoder: encodes them; the latent is a posterior sample.
         masks: number `draws[i]` is that of image i, as large as the image without its padding, which is never hidden.
+        machine: its precision is that of encoding.
     """
 
-    def __init__(self, dataset: ImageDataset, autoencoder: Autoencoder | PixelSpace, masks: MaskDraw) -> None:
+    def __init__(
+        self, dataset: ImageDataset, autoencoder: Autoencoder | PixelSpace, masks: MaskDraw, machine: Machine
+    ) -> None:
         self.dense = DenseInput(autoencoder.latent_channels + 1)
         self._dataset = dataset
         self._autoencoder = autoencoder
         self._masks = masks
+        self._machine = machine
         self._border = (dataset.facts.image_size - shown_side(dataset.facts)) // 2
 
     def read(self, indices: torch.Tensor, mirrored: torch.Tensor, draws: Sequence[int]) -> torch.Tensor:
@@ -69,7 +74,9 @@ class MaskedImages:
     def encode(self, raw: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """[latent, mask], float32 [B, c + 1, h, w]; the mask is resized by nearest neighbour."""
         raw = raw.to(noise.device)
-        latents = self._autoencoder.sample(self._autoencoder.encode(raw[:, :-1]), noise)
+        with self._machine.autocast():
+            moments = self._autoencoder.encode(raw[:, :-1])
+        latents = self._autoencoder.sample(moments, noise)
         holes = functional.interpolate(raw[:, -1:].float(), latents.shape[2:], mode="nearest")
         return torch.cat([latents, 2 * holes - 1], dim=1)
 

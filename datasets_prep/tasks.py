@@ -12,6 +12,7 @@ from datasets_prep.segmentation import open_segmentation
 from datasets_prep.segmented_dataset import SegmentedDataset
 from models.autoencoder import Autoencoder, PixelSpace
 from options import Options
+from runtime.precision import Machine
 
 __all__ = ["GENERATE", "INPAINT", "SEMANTIC", "TASKS", "Task", "task_of"]
 
@@ -19,7 +20,7 @@ __all__ = ["GENERATE", "INPAINT", "SEMANTIC", "TASKS", "Task", "task_of"]
 class Task(NamedTuple):
     """A task by `name`, for messages `purpose`, whose experiments lie below the folder `runs`.
 
-    `open` opens a split of its data, `condition(dataset, autoencoder, options, seed)` makes the dense conditions of
+    `open` opens a split of its data, `condition(dataset, autoencoder, machine, options, seed)` makes the dense conditions of
     training; without it there are none. `script` is the end of the scripts' names.
     """
 
@@ -28,7 +29,7 @@ class Task(NamedTuple):
     runs: str
     script: str
     open: Callable[[DatasetOptions, Split], ImageDataset]
-    condition: Callable[[ImageDataset, Autoencoder | PixelSpace, Options, int], ConditionSource] | None = None
+    condition: Callable[[ImageDataset, Autoencoder | PixelSpace, Machine, Options, int], ConditionSource] | None = None
 
 
 def _open_images(options: DatasetOptions, split: Split) -> ImageDataset:
@@ -38,14 +39,14 @@ def _open_images(options: DatasetOptions, split: Split) -> ImageDataset:
 
 
 def _masked_images(
-    dataset: ImageDataset, autoencoder: Autoencoder | PixelSpace, options: Options, seed: int
+    dataset: ImageDataset, autoencoder: Autoencoder | PixelSpace, machine: Machine, options: Options, seed: int
 ) -> ConditionSource:
     masks = partial(draw_mask, options[MaskOptions].mask_kind, shown_side(dataset.facts), seed)
-    return MaskedImages(dataset, autoencoder, masks)
+    return MaskedImages(dataset, autoencoder, masks, machine)
 
 
 def _label_maps(
-    dataset: ImageDataset, autoencoder: Autoencoder | PixelSpace, options: Options, seed: int
+    dataset: ImageDataset, autoencoder: Autoencoder | PixelSpace, machine: Machine, options: Options, seed: int
 ) -> ConditionSource:
     return LabelMaps(cast(SegmentedDataset, dataset), autoencoder)
 

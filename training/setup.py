@@ -186,7 +186,7 @@ def _inputs(options: Options, task: Task, machine: Machine, processes: Processes
         features = choose_features(options[FeatureOptions], data.dataset, machine) if scores else None
     seeds = options[TrainingOptions].seed, seed_for("held-out conditions")
     condition, held_out_condition = (
-        task.condition(split, autoencoder, options, seed) if task.condition else None
+        task.condition(split, autoencoder, machine, options, seed) if task.condition else None
         for split, seed in zip((dataset, held_out), seeds, strict=True)
     )
     return _Inputs(dataset, held_out, autoencoder, condition, held_out_condition, features)

@@ -9,7 +9,9 @@ from datasets_prep.conditions import LabelMaps, MaskedImages, class_shares
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset
 from datasets_prep.segmented_dataset import NO_CLASS, MapClasses, SegmentedDataset
 from models.autoencoder import Autoencoder, PixelSpace, new_autoencoder_kl
+from runtime.precision import Machine
 
+MACHINE = Machine(torch.device("cpu"), "fp32")
 SIDE = 16
 CLASSES = MapClasses(("nothing", "left", "right", "sky", "sea"), mirrored=((1, 2),))
 
@@ -73,13 +75,13 @@ def test_what_the_hole_hides_has_no_influence(autoencoder):
     images, noise = random((2, 3, SIDE, SIDE), 256, seed=0), torch.randn(2, 2, 4, 4)
     changed = torch.where(torch.stack([square(0), square(1)])[:, None], 255 - images, images)
     for space in (autoencoder, PixelSpace(3)):
-        conditions = [MaskedImages(dataset_of(data), space, square) for data in (images, changed)]
+        conditions = [MaskedImages(dataset_of(data), space, square, MACHINE) for data in (images, changed)]
         one, other = (condition.read(PLACES, UNMIRRORED, [0, 1]) for condition in conditions)
         assert torch.equal(one, other)
         assert torch.equal(conditions[0].encode(one, noise), conditions[1].encode(other, noise))
         outside = images.clone()
         outside[:, :, 0, 0] ^= 255
-        third = MaskedImages(dataset_of(outside), space, square)
+        third = MaskedImages(dataset_of(outside), space, square, MACHINE)
         assert not torch.equal(
             third.encode(third.read(PLACES, UNMIRRORED, [0, 1]), noise), conditions[0].encode(one, noise)
         )
@@ -88,7 +90,7 @@ def test_what_the_hole_hides_has_no_influence(autoencoder):
 def test_the_condition_is_the_latent_of_the_masked_image_and_the_mask(autoencoder):
     """(1 - m) image in [0, 1], brought to [-1, 1]; a posterior sample; 2 m - 1, resized by nearest neighbour."""
     images, noise = random((2, 3, SIDE, SIDE), 256, seed=1), torch.randn(2, 2, 4, 4)
-    condition = MaskedImages(dataset_of(images), autoencoder, square)
+    condition = MaskedImages(dataset_of(images), autoencoder, square, MACHINE)
     raw = condition.read(PLACES, UNMIRRORED, [5, 0])
     assert (raw.dtype, raw.shape) == (torch.uint8, (2, 4, SIDE, SIDE))
     holes = torch.stack([square(5), square(0)])[:, None].float()
@@ -103,9 +105,20 @@ def test_the_condition_is_the_latent_of_the_masked_image_and_the_mask(autoencode
     assert not torch.equal(condition.encode(raw, -noise)[:, :2], map_[:, :2])
 
 
+def test_images_are_encoded_in_the_machine_s_precision(autoencoder):
+    images, noise = random((2, 3, SIDE, SIDE), 256, seed=1), torch.randn(2, 2, 4, 4)
+    exact, rounded = (
+        MaskedImages(dataset_of(images), autoencoder, square, Machine(torch.device("cpu"), precision))
+        for precision in ("fp32", "bf16")
+    )
+    raw = exact.read(PLACES, UNMIRRORED, [5, 0])
+    assert not torch.equal(rounded.encode(raw, noise), exact.encode(raw, noise))
+    torch.testing.assert_close(rounded.encode(raw, noise), exact.encode(raw, noise), rtol=0, atol=0.5)
+
+
 def test_the_image_is_mirrored_and_the_mask_is_not():
     images = random((2, 3, SIDE, SIDE), 255, seed=2) + 1
-    condition = MaskedImages(dataset_of(images), PixelSpace(3), square)
+    condition = MaskedImages(dataset_of(images), PixelSpace(3), square, MACHINE)
     raw = condition.read(PLACES, torch.tensor([False, True]), [0, 0])
     hole = square(0)
     assert torch.equal(raw[:, 3] > 0, hole.expand(2, -1, -1))
@@ -116,7 +129,7 @@ def test_the_image_is_mirrored_and_the_mask_is_not():
 
 def test_draws_decide_on_masks_and_indices_on_images():
     images = random((4, 3, SIDE, SIDE), 255, seed=3) + 1
-    condition = MaskedImages(dataset_of(images), PixelSpace(3), square)
+    condition = MaskedImages(dataset_of(images), PixelSpace(3), square, MACHINE)
     raw = condition.read(torch.tensor([3, 3]), UNMIRRORED, [2, 4])
     for row, number in zip(raw, (2, 4), strict=True):
         assert torch.equal(row[3] > 0, square(number))
@@ -130,7 +143,9 @@ def test_the_padding_is_never_hidden():
     facts = DatasetFacts("fashion_mnist", SIDE, 3, SIDE - 4, False, ())
     images = random((1, 3, SIDE, SIDE), 255, seed=3) + 1
     dataset = ImageDataset(facts, "train", np.zeros(1), images.__getitem__, "x")
-    condition = MaskedImages(dataset, PixelSpace(3), lambda draw: torch.ones(SIDE - 4, SIDE - 4, dtype=torch.bool))
+    condition = MaskedImages(
+        dataset, PixelSpace(3), lambda draw: torch.ones(SIDE - 4, SIDE - 4, dtype=torch.bool), MACHINE
+    )
     raw = condition.read(torch.tensor([0]), torch.tensor([False]), [0])[0]
     inside = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     inside[2:-2, 2:-2] = True

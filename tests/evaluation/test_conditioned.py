@@ -16,6 +16,7 @@ from flow.solvers import SolverOptions
 from models.autoencoder import Autoencoder, PixelSpace, new_autoencoder_kl
 from runtime.precision import Machine
 
+MACHINE = Machine(torch.device("cpu"), "fp32")
 NAMES = ("cat", "dog", "owl")
 FACTS = DatasetFacts("folder", 8, 3, None, True, NAMES)
 IMAGES = torch.randint(256, (4, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -39,7 +40,7 @@ def still(t, x, condition):
 
 
 def test_samples_beyond_the_images_begin_at_the_first_again():
-    conditioned = ConditionedImages(DATASET, MaskedImages(DATASET, PixelSpace(3), mask))
+    conditioned = ConditionedImages(DATASET, MaskedImages(DATASET, PixelSpace(3), mask, MACHINE))
     places = conditioned.places([0, 3, 4, 9])
     assert places.tolist() == [0, 3, 0, 1]
     assert torch.equal(conditioned.originals(places), IMAGES[places])
@@ -55,7 +56,7 @@ def test_the_network_sees_the_condition_of_its_sample_whatever_the_batches():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         space = Autoencoder(new_autoencoder_kl(3, (8, 8), 3, 8, {}), "tiny")
-    conditioned = ConditionedImages(DATASET, MaskedImages(DATASET, space, mask))
+    conditioned = ConditionedImages(DATASET, MaskedImages(DATASET, space, mask, MACHINE))
     seen = []
 
     def network(t, x, condition):
