@@ -1,9 +1,10 @@
 # Each target sets up .venv first if the active Python lacks requirements-dev.txt.
-#   bench       how fast this machine trains, samples and reads: each of them a few minutes; sampling needs what bash run.sh trains
+#   bench       how fast this machine trains, samples and reads: a few minutes each; sampling needs what bash run.sh trains,
+#               memory 13 GB, data 8 GB of disk
 #   bench-long  what docs/sampling.md, docs/results.md and docs/reliability.md rest on: hours
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
-quick := precision attention gelu training_step step_cost published_step data memory sampling scaling scoring
+quick := precision attention gelu training_step step_cost published_step data memory scaling scoring sampling
 long := solver_orders optimizers fd_against_nfe guidance soak
 
 .PHONY: test test-slow lint bench bench-long

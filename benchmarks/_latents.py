@@ -7,7 +7,8 @@ import diffusers
 import numpy as np
 import torch
 
-from datasets_prep.latent_cache import SHARD_BYTES, LatentCache
+from datasets_prep.cached_moments import LatentCache
+from datasets_prep.latent_cache import SHARD_BYTES
 from models.autoencoder import Autoencoder
 
 __all__ = ["MOMENT_SHAPE", "ORIENTATIONS", "new_autoencoder", "open_random_cache", "write_random_cache"]

@@ -25,8 +25,9 @@ from PIL import Image
 from benchmarks._latents import new_autoencoder, open_random_cache, write_random_cache
 from benchmarks._timing import compare, markdown_table
 from benchmarks.training_step import CASES, OurStep, new_batch, new_network, peak
+from datasets_prep.cached_moments import LatentCache
 from datasets_prep.datasets import DatasetOptions, ImageDataset, open_dataset
-from datasets_prep.latent_cache import LatentCache, build_latent_cache
+from datasets_prep.latent_cache import build_latent_cache
 from models.autoencoder import PIXELS_PER_CHUNK, Autoencoder, encode_moments, images_to_pixels
 from runtime.precision import Machine, keep_freed_memory
 

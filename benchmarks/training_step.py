@@ -101,7 +101,7 @@ class OurStep:
     def __init__(self, network: nn.Module, batch: Batch) -> None:
         machine = Machine(torch.device("cpu"), "bf16", compile=True)
         self.state = TrainingState(network, machine, DECAY, OptimizerOptions(lr=RATE))
-        self.velocity, self.batch = machine.compiled(network, graphs=False), batch
+        self.velocity, self.batch = machine.compiled(network), batch
 
     def __call__(self) -> None:
         """Take a step."""

@@ -23,6 +23,7 @@ class LatentCache:
     def __init__(self, folder: Path, manifest: dict[str, Any], labels: torch.Tensor) -> None:
         self.folder = folder
         self.labels = labels
+        self.precision: str = manifest.get("precision", "fp32")  # of encoding; older ones lack it
         self.orientations: int = manifest["orientations"]
         self.shard_size: int = manifest["shard_size"]
         self.shards = [_map_rows(folder / entry["file"]) for entry in manifest["shards"]]

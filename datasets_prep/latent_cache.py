@@ -29,7 +29,6 @@ from runtime.precision import Machine
 from runtime.progress import progress_bar
 
 __all__ = [
-    "LatentCache",
     "LatentCacheOptions",
     "build_latent_cache",
     "cache_folder",
@@ -200,6 +199,11 @@ def _write_shard(
                 sums += torch.stack([mean, mean.square() + logvar.exp()]).sum((1, 3, 4))
             row += len(batch)
             progress.update(len(batch))
+    if not np.isfinite(moments).all():
+        raise UsageError(
+            f"the autoencoder {autoencoder.identity} encodes some of the images {images.start} to {images.stop - 1} to numbers "
+            f"that float16 cannot hold (in {machine.precision}): try --precision fp32 or --no_latent_cache"
+        )
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, moments)
     entry = {

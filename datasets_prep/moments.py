@@ -71,4 +71,7 @@ def open_moments(
     root = Path(cache.latent_cache_dir or data.derived / "latent_cache")
     folder = cache_folder(root, dataset, autoencoder)
     build_latent_cache(folder, dataset, autoencoder, machine, processes, cache.num_workers)
-    return open_latent_cache(folder, dataset, autoencoder)
+    opened = open_latent_cache(folder, dataset, autoencoder)
+    if opened.precision != machine.precision:
+        print(f"note: the latent cache {folder} was encoded in {opened.precision}, not in {machine.precision} as now")
+    return opened

@@ -12,23 +12,20 @@ from datasets_prep.tasks import GENERATE, Task, task_of
 from evaluation.generate import Sampler, check_guidance
 from evaluation.published import open_published
 from flow.guidance import GuidanceOptions
-from flow.solvers import SOLVERS, SolverOptions, check_method
+from flow.solvers import SOLVERS, SolverOptions, check_method, needs_float32
 from models.autoencoder import AutoencoderOptions
 from models.registry import NetworkOptions
 from options import Options, UsageError, as_json, option
 from runtime.checkpoints import LoadedModel, experiment_folder, find_checkpoint, load_model, newest_model
 from runtime.distributed import Processes
-from runtime.inference import for_sampling, hold_weights
-from runtime.precision import MachineOptions, choose_machine
+from runtime.inference import for_sampling
+from runtime.precision import MachineOptions, choose_device, choose_machine
 from runtime.randomness import NOISE_SOURCES
 from runtime.torch_files import is_torch_file
 
 __all__ = ["Opened", "SourceOptions", "open_sampler"]
 
 
-FINE_TOLERANCE = (
-    1e-3  # below it, an adaptive solver takes bfloat16's rounding for its own error and makes more, smaller steps
-)
 ADAPTIVE_CALLS = 100  # of the network, about, for a batch
 OF_FIXED_STEPS = {"num_steps", "step_size", "time_grid", "time_shift", "grid_location", "grid_scale", "grid_rho"}
 
@@ -71,7 +68,8 @@ class Opened(NamedTuple):
 
     def result(self) -> dict[str, Any]:
         """What a result says first: the checkpoint and how it was used."""
-        return {"checkpoint": str(self.path), "step": self.header["step"], **self.settings}
+        compiled = {"compiled": self.sampler.machine.compile}
+        return {"checkpoint": str(self.path), "step": self.header["step"], **self.settings, **compiled}
 
     @property
     def task(self) -> Task:
@@ -88,32 +86,32 @@ def open_sampler(
     options: Options,
     processes: Processes = Processes(),  # noqa: B008
     tasks: Sequence[Task] = (GENERATE,),
+    batches: float = 0,
 ) -> Opened:
     """The sampler that the options describe, of a network for one of `tasks`; experiments are looked for in the first's.
+
+    `batches`, about as many as each process will draw, decides whether compiling the network pays.
 
     Raises:
         UsageError: no such checkpoint, one for another task, flags that contradict it, or a guide of another kind.
     """
     source, solver, guidance = options[SourceOptions], options[SolverOptions], options[GuidanceOptions]
     check_method(solver)
-    adaptive = SOLVERS[solver.method].adaptive
-    fine = adaptive and min(solver.atol, solver.rtol) < FINE_TOLERANCE
-    machine = choose_machine(options[MachineOptions], processes, precise=fine)
+    device = choose_device(options[MachineOptions], processes)
     path = _checkpoint_path(source, options[DatasetOptions].dataset, tasks[0])
     with processes.main_first():  # the others find the autoencoder that it may have downloaded
-        model = _open_model(path, options, machine.device, tasks[0])
-        guide = _open_guide(options, model, machine.device)
+        model = _open_model(path, options, device, tasks[0])
+        guide = _open_guide(options, model, device)
     header, stored = model.header, model.header["dataset"]
     if task_of(header) not in tasks:
         raise UsageError(
             f"{path} was trained for {task_of(header).purpose}: use test_flow_latent{task_of(header).script}.py"
         )
-    if adaptive and task_of(header) is tasks[0] and (unused := sorted(OF_FIXED_STEPS & options.explicit)):
-        flags = ", ".join(f"--{name}" for name in unused)
-        print(f"note: {flags} has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol")
-    machine = machine.settled(_calls(options))
-    if processes.is_main:
-        print(machine.describe())
+    own_way = task_of(header) is not tasks[0]  # of using the network, whatever the solver
+    _note_unused_flags(options, solver, own_way)
+    precise = needs_float32(solver) and not own_way
+    machine = choose_machine(options[MachineOptions], processes, precise).settled(batches * _calls(solver), processes)
+    print(machine.describe())
     sampler = Sampler(
         network=for_sampling(model.network, machine),
         autoencoder=model.autoencoder,
@@ -124,7 +122,7 @@ def open_sampler(
         machine=machine,
         seed=source.seed,
         guidance=guidance,
-        guide=hold_weights(guide.network, machine) if guide else None,
+        guide=for_sampling(guide.network, machine) if guide else None,
         generator=source.generator,
         drops_labels=bool(header["network"].get("label_dropout")),
         drops_dense=bool((header.get("dense") or {}).get("dropout")),
@@ -181,11 +179,17 @@ def _open_guide(options: Options, model: LoadedModel, device: torch.device) -> L
     return guide
 
 
-def _calls(options: Options) -> float:
-    """How often the network is called for the samples that a script draws; adaptive solvers are taken for ADAPTIVE_CALLS."""
-    solver = options[SolverOptions]
-    steps = ADAPTIVE_CALLS if SOLVERS[solver.method].adaptive else solver.steps
-    return steps * options.values["n_sample"] / options.values["batch_size"]
+def _note_unused_flags(options: Options, solver: SolverOptions, own_way: bool) -> None:
+    if own_way or not SOLVERS[solver.method].adaptive:
+        return
+    if unused := sorted(OF_FIXED_STEPS & options.explicit):
+        flags = ", ".join(f"--{name}" for name in unused)
+        print(f"note: {flags} has no effect on the adaptive solver {solver.method}, which follows --atol and --rtol")
+
+
+def _calls(solver: SolverOptions) -> int:
+    """Of the network, for a batch."""
+    return ADAPTIVE_CALLS if SOLVERS[solver.method].adaptive else solver.steps
 
 
 def _checkpoint_path(source: SourceOptions, dataset: str, task: Task) -> Path:

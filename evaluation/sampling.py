@@ -84,7 +84,8 @@ def sample_and_score(options: Options, processes: Processes = Processes()) -> di
     Raises:
         UsageError: no such checkpoint, flags that contradict it, or a folder with other samples.
     """
-    sampling, opened = options[SamplingOptions], open_sampler(options, processes)
+    sampling = options[SamplingOptions]
+    opened = open_sampler(options, processes, batches=sampling.n_sample / sampling.batch_size / processes.count)
     if sampling.real_img_dir and not sampling.compute_fid:
         print("note: --real_img_dir has no effect without --compute_fid")
     labels, label_rule = labels_of(sampling, opened.sampler)

@@ -14,7 +14,7 @@ from flow.stochastic import heun, reverse_sde
 from flow.torchdiffeq_methods import torchdiffeq_solver
 from options import UsageError
 
-__all__ = ["SOLVERS", "Method", "Solution", "SolverOptions", "Velocity", "check_method", "solve"]
+__all__ = ["SOLVERS", "Method", "Solution", "SolverOptions", "Velocity", "check_method", "needs_float32", "solve"]
 
 
 class Method(NamedTuple):
@@ -38,6 +38,14 @@ SOLVERS: dict[str, Method] = {
     "torchdiffeq_dopri5": Method(partial(torchdiffeq_solver, "dopri5"), adaptive=True),
     **{name: Method(partial(torchdiffeq_solver, name), adaptive=True) for name in ("dopri8", "adaptive_heun", "bosh3")},
 }
+
+
+FINEST_IN_BF16 = 1e-3  # tolerance
+
+
+def needs_float32(options: SolverOptions) -> bool:
+    """Whether the solver would take bfloat16's rounding for its own error, and make more and smaller steps."""
+    return SOLVERS[options.method].adaptive and min(options.atol, options.rtol) < FINEST_IN_BF16
 
 
 def check_method(options: SolverOptions, backwards: bool = False) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-__all__ = ["SelfAttention", "attention"]
+__all__ = ["SelfAttention", "attention", "plain_attention"]
 
 # In bfloat16 on a CPU (that is, with AMX) plain matrix products beat torch's fused kernel in training, for short sequences;
 # in float32, and where no gradient is wanted, the fused one is faster (benchmarks/attention.py).
@@ -15,9 +15,14 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     """softmax(q k^T / sqrt(d)) v for q, k, v [B, heads, L, d] (Vaswani et al. 2017, eq. 1)."""
     short, trained = query.shape[-2] <= LONGEST_PLAIN, torch.is_grad_enabled()
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and short and trained:
-        scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        return scores.softmax(dim=-1) @ value
+        return plain_attention(query, key, value)
     return functional.scaled_dot_product_attention(query, key, value)
+
+
+def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The same by matrix products and a softmax."""
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
+    return scores.softmax(dim=-1) @ value
 
 
 class SelfAttention(nn.Module):

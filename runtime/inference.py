@@ -43,6 +43,7 @@ def compile_for_batches(network: nn.Module) -> Callable[..., torch.Tensor]:
     Samplers have several: the last batch is smaller, guidance within an interval doubles some. Each would be compiled
     anew, at a cost of some ten seconds.
     """
+    torch._functorch.config.donated_buffer = False  # an exact trace goes back through one graph several times
     compiled = torch.compile(network)
 
     def evaluate(t: torch.Tensor, x: torch.Tensor, condition: Any) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Device, floating-point precision and compilation of a run: all that makes it faster without changing what it computes."""
+"""Device, floating-point precision, compilation and memory of a run: all that decides how fast it computes."""
 
 import ctypes
 import os
@@ -25,7 +25,7 @@ __all__ = [
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CALLS_THAT_PAY = 1000  # of a network, for the minute that compiling it takes
-MMAP_MAX, TRIM_THRESHOLD = -4, -1  # glibc's names of mallopt's parameters
+TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's parameters in glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,17 @@ class Machine:
     device: torch.device
     precision: str
     compile: bool | None = False
+    replays: bool = False  # a training step as CUDA graphs; only where --compile was given
 
     @property
     def dtype(self) -> torch.dtype:
         """What matrix products are computed in; weights, losses and latents are float32 everywhere."""
         return DTYPES[self.precision]
+
+    @property
+    def for_encoding(self) -> "Machine":
+        """For autoencoders, some of which overflow in float16."""
+        return replace(self, precision="fp32") if self.precision == "fp16" else self
 
     def autocast(self) -> AbstractContextManager:
         """The context in which networks run."""
@@ -87,41 +93,47 @@ class Machine:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def settled(self, calls: float, whole: bool = True) -> "Machine":
-        """This machine with compilation decided on for a network that is called so many times.
+    def settled(self, calls: float, processes: Processes, whole: bool = True) -> "Machine":
+        """This machine with compilation decided on, for all processes, by the main one.
 
         Args:
-            calls: forward passes.
-            whole: whether the process holds the whole network (else only `--compile` compiles it).
+            calls: forward passes of a network, about.
+            processes: those of the run.
+            whole: whether each holds the whole network (else only `--compile` compiles it).
         """
         pays = whole and self.precision != "fp32" and calls >= CALLS_THAT_PAY
         wanted = pays if self.compile is None else self.compile
-        if wanted and (reason := _why_not_compiled(self.device)):
+        if processes.is_main and wanted and (reason := _why_not_compiled(self.device)):
             print(f"note: networks are not compiled, since torch.compile fails here: {reason}")
             wanted = False
-        return replace(self, compile=wanted)
+        replays = self.compile is True and self.device.type != "cpu"
+        return replace(self, compile=processes.from_main(wanted), replays=replays)
 
     def describe(self) -> str:
         """A line that says what was chosen."""
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        way = "compiled (the first step takes a minute)" if self.compile else "not compiled"
+        way = "compiled, which takes a minute at first" if self.compile else "not compiled"
         return f"machine: {self.device}{threads}, {self.precision}, networks {way}"
 
-    def compiled(self, network: nn.Module, graphs: bool) -> nn.Module:
-        """The network to be trained, compiled if this machine compiles.
+    def compiled(self, network: nn.Module, always_alike: bool = False) -> nn.Module:
+        """The network, compiled if this machine compiles; random numbers stay those of the network as it is.
 
         Args:
             network: perhaps wrapped for several processes.
-            graphs: whether a GPU may replay it as CUDA graphs.
+            always_alike: whether all calls have one shape, and no output or gradient outlives the next call, so that GPUs
+                may replay it as CUDA graphs.
         """
         if not self.compile:
             return network
-        mode = "reduce-overhead" if graphs and self.device.type != "cpu" else None
+        torch._inductor.config.fallback_random = True
+        mode = "reduce-overhead" if self.replays and always_alike else None
         return torch.compile(network, mode=mode)  # type: ignore[return-value]
 
 
 def choose_device(options: DeviceOptions, processes: Processes = Processes()) -> torch.device:  # noqa: B008
     """Resolve "auto" and set the number of threads; every process of a machine gets a GPU and its share of the cores.
+
+    On a CPU the process keeps the memory that it frees (`keep_freed_memory`).
 
     Raises:
         UsageError: a device that torch does not know or cannot use here, or more processes than GPUs.
@@ -157,25 +169,26 @@ def choose_machine(
     precise: bool = False,
 ) -> Machine:
     """The device, and the precision on it with "auto" resolved: to float32 if `precise`; errors as `choose_device`."""
-    device = choose_device(options, processes)
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = options.precision != "fp32"
-    precision = options.precision
+    device, precision = choose_device(options, processes), options.precision
     if precision == "auto":
         precision = "bf16" if not precise and _multiplies_bfloat16(device) else "fp32"
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
     return Machine(device, precision, options.compile if isinstance(options, MachineOptions) else False)
 
 
 def keep_freed_memory(keep: bool = True) -> None:
     """Let glibc's allocator hold on to memory that is freed, which a training step asks for again.
 
-    Otherwise each tensor above some 32 MB, and often smaller ones, is new memory from the kernel, which clears it page by
-    page: up to a fifth of a step. Other C libraries are left alone. `keep=False` brings their defaults back.
+    By itself it gives large blocks back to the system at once, and the next tensor waits for new pages, cleared one by one:
+    up to a fifth of a step. `keep=False` brings back the thresholds that it settles on by itself. Other C libraries are left
+    alone.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(MMAP_MAX, 0 if keep else 65536)
-        libc.mallopt(TRIM_THRESHOLD, 2**31 - 1 if keep else 128 * 1024)
+        libc.mallopt(MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(TRIM_THRESHOLD, -1 if keep else 64 << 20)
 
 
 @cache

@@ -45,3 +45,9 @@ def test_a_name_that_no_file_has_is_found():
     assert named_tests(text) == [
         ("tests/a.py", None), ("tests/a.py", "test_y"), ("tests/b.py", "test_z"), ("tests/c.py", None), ("", "test_w"),
     ]  # fmt: skip
+
+
+def test_make_runs_every_benchmark_once():
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    named = [name for line in lines if line.startswith(("quick :=", "long :=")) for name in line.split()[2:]]
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))

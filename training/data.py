@@ -156,9 +156,10 @@ def _read(
 ) -> _Read:
     raw = None if condition is None else condition.read(chosen, mirrored, draws)
     moments, labels = source.moments(chosen, mirrored), source.labels[chosen]
-    if pin:
-        moments, labels = (x.pin_memory() if x.device.type == "cpu" else x for x in (moments, labels))
-    return _Read(moments, labels, raw)
+    read = _Read(moments, labels, raw)
+    if not pin:
+        return read
+    return _Read(*(x if x is None or x.device.type != "cpu" else x.pin_memory() for x in read))  # type: ignore[arg-type]
 
 
 Choose = Callable[[int], tuple[torch.Tensor, torch.Tensor]]

@@ -44,6 +44,10 @@ class TrainingOptions(OptimizerOptions):
     ema_decay: float = option(0.9999, "decay of the moving average per step, after a warm-up", minimum=0, maximum=1)
     max_bad_steps: int = option(100, "stop after so many steps in a row without a finite gradient; 0: never", minimum=0)
 
+    def last_step(self, per_epoch: int) -> int:
+        """The number of optimizer steps, where an epoch has `per_epoch`."""
+        return self.max_steps or self.num_epoch * per_epoch
+
     def rate_at(self, step: int, last_step: int) -> float:
         """The learning rate of optimizer step number `step`, from 0 on."""
         schedule = "constant" if self.no_lr_decay else self.lr_schedule

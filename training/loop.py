@@ -38,18 +38,16 @@ def train(job: Job, resume: bool) -> bool:
     options, experiment, processes = job.training, job.experiment, job.processes
     whole_batch = options.batch_size * processes.count
     per_epoch = steps_per_epoch(len(job.source), whole_batch)
-    last_step = options.max_steps or options.num_epoch * per_epoch
+    last_step = options.last_step(per_epoch)
 
     # Where the run stands.
     state = _state(job, resume, per_epoch, last_step)
     if state is None or 0 < options.max_minutes * 60 <= state.seconds:
         return True  # it has ended, or its time was up before
-    machine = job.machine.settled(calls=last_step * options.grad_accumulation, whole=not job.shares_out)
     if processes.is_main:
-        print(check_space(job.folder, predict_use(state, experiment, per_epoch, last_step)))
-        print(machine.describe(), flush=True)
+        print(check_space(job.folder, predict_use(state, experiment, per_epoch, last_step)), flush=True)
     parallel = state.network if job.shares_out else replicate(state.network, processes)
-    velocity = machine.compiled(parallel, graphs=processes.count == options.grad_accumulation == 1)
+    velocity = job.machine.compiled(parallel, always_alike=processes.count == options.grad_accumulation == 1)
     journal = Journal(job.folder, state.step) if processes.is_main else None
     clock = Clock(state)
     keeper = Keeper(job, state, journal, clock, per_epoch)

@@ -1,7 +1,7 @@
 """How a run looks at itself: validation loss, score and sample grid of the averaged network."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,8 @@ class Review:
     """What is needed to judge a network: held-out moments, real images, a solver, and the scoring network if any.
 
     A network with a dense condition is judged on the `conditioned` held-out images, and may know the null map, as one
-    with labels may know the null class. The `processes` share the work, and all get the result; each must call the methods.
+    with labels may know the null class. Samples are drawn in float32 if `precise`. The `processes` share the work, and all
+    get the result; each must call the methods.
     """
 
     dataset: ImageDataset
@@ -52,6 +53,7 @@ class Review:
     conditioned: ConditionedImages | None = None
     drops_labels: bool = True
     drops_dense: bool = False
+    precise: bool = False
 
     @property
     def objective(self) -> str:
@@ -93,7 +95,7 @@ class Review:
             latent_shape=self.latent_shape,
             num_classes=self.num_classes,
             solver=self.solver,
-            machine=self.machine,
+            machine=replace(self.machine, precision="fp32") if self.precise else self.machine,
             seed=self.seed,
             guidance=self.guidance,
             drops_labels=self.drops_labels,

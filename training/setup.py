@@ -21,7 +21,7 @@ from evaluation.pictures import GridOptions
 from evaluation.reconstruction import draw_reconstructions
 from flow.guidance import GuidanceOptions
 from flow.paths import PathOptions
-from flow.solvers import SolverOptions, check_method
+from flow.solvers import SolverOptions, check_method, needs_float32
 from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, load_autoencoder
 from models.conditions import ConditionOptions, DenseInput
 from models.edm_unet import EdmUNetOptions
@@ -36,6 +36,7 @@ from runtime.provenance import provenance
 from runtime.published import read_sampled
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
+from training.data import steps_per_epoch
 from training.experiment import (
     IMAGES,
     STATE_OF_IMAGES,
@@ -87,7 +88,11 @@ def prepare(options: Options, processes: Processes, task: Task = GENERATE) -> tu
     machine = choose_machine(options[MachineOptions], processes)
     data, experiment, training = options[DatasetOptions], options[ExperimentOptions], options[TrainingOptions]
     _check(options)
-    inputs = _inputs(options, task, machine, processes)
+    inputs = _inputs(options, task, machine.for_encoding, processes)
+    whole = training.batch_size * processes.count
+    steps = training.last_step(steps_per_epoch(len(inputs.dataset), whole))
+    machine = machine.settled(steps * training.grad_accumulation, processes, whole=not training.fsdp)
+    print(machine.describe())
     architecture = _architecture(options, inputs)
     folder = run_folder(options, task)
     start_from = None
@@ -96,14 +101,15 @@ def prepare(options: Options, processes: Processes, task: Task = GENERATE) -> tu
     network = _network(architecture, training.seed, start_from)
 
     processes.barrier()  # all have read what --overwrite may move aside
-    resolved = {"precision": machine.precision, "processes": processes.count, "threads": torch.get_num_threads()}
+    resolved: dict[str, Any] = {"precision": machine.precision, "compile": machine.compile}
+    resolved |= {"processes": processes.count, "threads": torch.get_num_threads()}
     resolved = {**options.values, **resolved, IMAGES: len(inputs.dataset), STATE_OF_IMAGES: _state_of(inputs.dataset)}
     resume = processes.from_main(open_experiment(folder, resolved, experiment) if processes.is_main else False)
     if processes.is_main and not resume:
         _show_reconstructions(inputs, machine, folder / "samples" / "reconstructions.png")
     caches = options[LatentCacheOptions]
     source, held_out_source = (
-        open_moments(split, inputs.autoencoder, data, caches, machine, processes)
+        open_moments(split, inputs.autoencoder, data, caches, machine.for_encoding, processes)
         for split in (inputs.dataset, inputs.held_out)
     )
     header = _header(options, machine, task, inputs, architecture)
@@ -229,6 +235,7 @@ def _header(
         "path": options[PathOptions],
         "training": options[TrainingOptions],
         "precision": machine.precision,
+        "compiled": machine.compile,
         "reproducible": options[TrainingOptions].max_minutes == 0,
         **provenance(),
     }
@@ -255,6 +262,7 @@ def _review(
         guidance=options[GuidanceOptions],
         seed=options[TrainingOptions].seed,
         machine=machine,
+        precise=needs_float32(options[SolverOptions]) and options[MachineOptions].precision == "auto",
         sigma_min=options[PathOptions].sigma_min,
         derived=options[DatasetOptions].derived,
         samples=options[ExperimentOptions].eval_samples,

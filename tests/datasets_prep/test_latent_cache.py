@@ -272,3 +272,11 @@ def test_next_batch_is_read_while_one_is_encoded(tmp_path, autoencoder, monkeypa
     watched = ImageDataset(dataset.facts, "train", dataset.stored_labels, noted, "f")
     build(tmp_path / "cache", watched, autoencoder)
     assert ahead == [True, True, True]
+
+
+def test_what_float16_cannot_hold_is_never_cached(tmp_path, autoencoder, monkeypatch):
+    encode = Autoencoder.encode
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, batch: encode(self, batch) + 1e6)
+    with pytest.raises(UsageError, match=r"images 0 to \d+ to numbers that float16 cannot hold \(in fp32\)"):
+        build(tmp_path / "cache", tiny_dataset(), autoencoder)
+    assert not list((tmp_path / "cache").glob("*.npy"))

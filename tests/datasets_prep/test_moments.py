@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from datasets_prep import latent_cache
+from datasets_prep.cached_moments import LatentCache
 from datasets_prep.datasets import DatasetFacts, DatasetOptions, ImageDataset
-from datasets_prep.latent_cache import LatentCache, LatentCacheOptions
+from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import EncodedImages, open_moments
 from models.autoencoder import Autoencoder, PixelSpace, images_to_pixels, new_autoencoder_kl
 from runtime.precision import Machine

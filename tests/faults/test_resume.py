@@ -47,6 +47,8 @@ WAYS = {
     ),
     "without an average": (tasks.GENERATE, [*PIXELS, "--no-use_ema", "--lr_schedule", "trapezoid"]),
     "dropout in the network": (tasks.GENERATE, [*UNET, "--label_dim", 10, "--dropout", 0.3, "--grad_accumulation", 2]),
+    "compiled, in bfloat16": (tasks.GENERATE, [*PIXELS, "--precision", "bf16", "--compile"]),
+    "scaled losses in float16": (tasks.GENERATE, [*PIXELS, "--precision", "fp16", "--optimizer", "muon"]),
     "inpainting": (tasks.INPAINT, [*PIXELS, "--condition_dropout", 0.3]),
     "label maps": (tasks.SEMANTIC, [*PIXELS, "--condition_dropout", 0.3, "--grad_accumulation", 2]),
 }

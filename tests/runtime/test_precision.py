@@ -1,7 +1,6 @@
 import resource
 import subprocess
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,8 @@ from torch import nn
 
 from options import UsageError
 from runtime import precision
-from runtime.precision import DeviceOptions, Machine, MachineOptions, PrecisionOptions, choose_device, choose_machine
+from runtime.distributed import Processes
+from runtime.precision import DeviceOptions, Machine, MachineOptions, choose_device, choose_machine
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -49,14 +49,6 @@ def test_what_must_be_precise_is_float32_unless_asked_otherwise(monkeypatch):
     assert choose_machine(MachineOptions("cpu", precision="bf16"), precise=True).precision == "bf16"
 
 
-def test_only_scripts_that_train_or_sample_networks_compile_and_scale_losses():
-    assert choose_machine(PrecisionOptions("cpu")).compile is False
-    assert {field.name for field in fields(MachineOptions)} - {field.name for field in fields(PrecisionOptions)} == {
-        "compile"
-    }
-    assert "fp16" not in PrecisionOptions.__dataclass_fields__["precision"].metadata["choices"]
-
-
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "cpu:x"])
 def test_a_device_that_cannot_be_used_is_the_users_error(name):
     with pytest.raises(UsageError, match=f"--device {name}: expected auto, cpu, cuda or cuda:N of this machine"):
@@ -84,7 +76,7 @@ def test_autocast_follows_the_precision(name, dtype):
 )
 def test_compiles_when_asked_to_or_where_it_pays(monkeypatch, asked, calls, whole, name, compiles):
     monkeypatch.setattr(precision, "_why_not_compiled", lambda device: "")
-    machine = Machine(CPU, name, asked).settled(calls, whole)
+    machine = Machine(CPU, name, asked).settled(calls, Processes(), whole)
     assert machine.compile is compiles
     assert ("networks compiled" in machine.describe()) == compiles
     assert name in machine.describe()
@@ -96,22 +88,37 @@ def test_without_a_compiler_networks_run_as_they_are_and_a_line_says_so(monkeypa
 
     monkeypatch.setattr(torch, "compile", broken)
     precision._why_not_compiled.cache_clear()
-    machine = Machine(CPU, "bf16", True).settled(LONG)
+    machine = Machine(CPU, "bf16", True).settled(LONG, Processes())
     precision._why_not_compiled.cache_clear()
     network = nn.Linear(2, 2)
-    assert machine.compiled(network, graphs=True) is network
+    assert machine.compiled(network, always_alike=True) is network
     assert capsys.readouterr().out == (
         "note: networks are not compiled, since torch.compile fails here: no g++ found\n"
     )
 
 
-def test_only_on_a_gpu_is_a_training_step_replayed_as_graphs(monkeypatch):
+def test_cuda_graphs_only_on_a_gpu_only_if_asked_for_and_where_calls_are_alike(monkeypatch):
     modes = []
     monkeypatch.setattr(torch, "compile", lambda network, mode: modes.append(mode))
-    gpu = Machine(torch.device("cuda"), "bf16", True)
-    for machine, graphs in ((gpu, True), (gpu, False), (replace(gpu, device=CPU), True)):
-        machine.compiled(nn.Linear(2, 2), graphs)
-    assert modes == ["reduce-overhead", None, None]
+    monkeypatch.setattr(precision, "_why_not_compiled", lambda device: "")
+    gpu = torch.device("cuda")
+    for device, asked, always_alike in ((gpu, True, True), (gpu, None, True), (gpu, True, False), (CPU, True, True)):
+        machine = Machine(device, "bf16", asked).settled(LONG, Processes())
+        machine.compiled(nn.Linear(2, 2), always_alike)
+    assert modes == ["reduce-overhead", None, None, None]
+
+
+def test_a_compiled_network_drops_out_as_the_network_itself():
+    network, x = nn.Dropout(0.5), torch.ones(64)
+    compiled = Machine(CPU, "fp32", True).compiled(network)
+    torch.manual_seed(0)
+    expected = network(x)
+    torch.manual_seed(0)
+    assert torch.equal(compiled(x), expected)
+
+
+def test_autoencoders_do_not_run_in_float16():
+    assert [Machine(CPU, name).for_encoding.precision for name in ("fp32", "bf16", "fp16")] == ["fp32", "bf16", "fp32"]
 
 
 @pytest.mark.skipif(precision.platform.libc_ver()[0] != "glibc", reason="another C library's allocator")
