@@ -14,6 +14,7 @@ from evaluation.opening import open_sampler
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError
+from runtime import precision
 from runtime.checkpoints import save_weights
 
 SIDE = 8
@@ -77,6 +78,15 @@ def test_an_adaptive_solver_at_a_fine_tolerance_is_float32_by_itself(tmp_path, m
     words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--n_sample", "2", *flags]
     assert open_sampler(parse_options("", MODE_GROUPS, words)).sampler.machine.precision == chosen
     assert f"threads, {chosen}, networks not compiled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("batches", "compiled"), [(1000, True), (10, False)])
+def test_many_batches_are_worth_compiling_and_the_result_says_so(tmp_path, monkeypatch, batches, compiled):
+    monkeypatch.setattr(precision, "_why_not_compiled", lambda device: "")
+    checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
+    words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--precision", "bf16", "--method", "euler"]
+    opened = open_sampler(parse_options("", MODE_GROUPS, [*words, "--num_steps", "2"]), batches=batches)
+    assert opened.sampler.machine.compile is opened.result()["compiled"] is compiled
 
 
 def npz(folder):

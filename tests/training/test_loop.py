@@ -193,6 +193,18 @@ def test_run_that_crashed_goes_on_from_its_last_content(whole_run, tmp_path):
     assert_same_run(folder, whole_run)
 
 
+def test_the_last_picture_is_drawn_after_the_run_is_saved(whole_run, tmp_path, monkeypatch):
+    def fail(review, network):
+        raise RuntimeError("no picture")
+
+    monkeypatch.setattr(Review, "preview", fail)
+    with pytest.raises(RuntimeError, match="no picture"):
+        train(new_job(tmp_path / "run", experiment={"plot_every": 1000}), resume=False)
+    assert load_content(tmp_path / "run" / "content.pth")["step"] == STEPS
+    for path in whole_run.glob("*.safetensors"):
+        assert (tmp_path / "run" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_complete_run_is_left_as_it_is(whole_run):
     before = {path: path.read_bytes() for path in whole_run.rglob("*") if path.is_file()}
     assert train(new_job(whole_run), resume=True)
