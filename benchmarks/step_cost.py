@@ -57,6 +57,8 @@ def draw_picture(costs: dict[str, list[Cost]], path: Path) -> None:
         values = [cost.value for cost in entries]
         axis.loglog(values, [cost.seconds for cost in entries], "o-", label="seconds a step")
         axis.loglog(values, [cost.activations / 1e9 for cost in entries], "s--", label="GB of activations")
+        axis.minorticks_off()
+        axis.set_xticks(values, [f"{value / 1e6:.3g} M" if value > 1e6 else f"{value:g}" for value in values])
         axis.set_xlabel(name)
     axes[0].legend(fontsize=8)
     figure.savefig(path, dpi=80)
