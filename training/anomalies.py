@@ -71,9 +71,11 @@ class Anomalies:
             listed = {step: self._images(step) for step in skipped[:LISTED_STEPS]}
             for step, images in listed.items():  # under the step of now: a run that goes on from before will know again
                 self._journal.write(self._state.step, "skipped", {"skipped_step": step, "indices": images})
+            scaled = self._job.machine.precision == "fp16"
             print(
                 f"warning: {len(skipped)} steps without a finite gradient were skipped, the first one step {skipped[0]} "
-                f"with the images {_written(listed[skipped[0]])}",
+                f"with the images {_written(listed[skipped[0]])}"
+                + ("; in fp16 some are, while the scale of the losses is sought" if scaled else ""),
                 flush=True,
             )
         limit = self._job.training.max_bad_steps
