@@ -142,7 +142,7 @@ def _setting(
 ) -> Setting:
     masking, inpainting = options[MaskSetOptions], options[InpaintingOptions]
     masks = mask_set(masking, shown_side(dataset.facts))
-    condition = MaskedImages(dataset, opened.sampler.autoencoder, masks, opened.sampler.machine)
+    condition = MaskedImages(dataset, opened.sampler.autoencoder, masks, opened.sampler.machine.for_encoding)
     conditioned = ConditionedImages(dataset, condition)
 
     def holes(places: torch.Tensor) -> torch.Tensor:
@@ -195,7 +195,7 @@ def _training_free(
         raw = conditioned.raw(places).to(sampler.machine.device)
         images, holes = raw[:, :-1], raw[:, -1:] > 0
         filled = torch.where(holes, mean_colour(images, holes).round().to(torch.uint8), images)
-        with sampler.machine.autocast():
+        with sampler.machine.for_encoding.autocast():
             known = autoencoder.sample(autoencoder.encode(filled))
         hole = functional.max_pool2d(holes.float(), autoencoder.factor) > 0
         labels = conditioned.labels()(indices, sampler.num_classes)
