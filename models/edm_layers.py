@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from models.attention import attention
+from models.unet_layers import GroupNorm, double, halve
 from options import UsageError
 
 __all__ = ["SQRT_HALF", "STYLES", "Block", "Convolution", "Norm", "Style"]
@@ -81,6 +82,8 @@ class Convolution(nn.Module):
         return functional.conv2d(x, weight, bias, padding=padding)
 
     def _resample(self, x: torch.Tensor, padding: int) -> torch.Tensor:
+        if self.resample_filter.shape[-1] == 2:  # of equal taps, and never padded
+            return double(x) if self.up else halve(x)
         channels = x.shape[1]
         filters = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
         if self.up:
@@ -88,7 +91,7 @@ class Convolution(nn.Module):
         return functional.conv2d(x, filters, stride=2, padding=padding, groups=channels)
 
 
-class Norm(nn.GroupNorm):
+class Norm(GroupNorm):
     """Group norm with min(32, C // 4) groups.
 
     Raises:

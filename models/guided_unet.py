@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import attention
@@ -17,6 +16,7 @@ from models.conditions import Condition
 from models.edm_unet import UNetOptions
 from models.embeddings import sinusoids
 from models.family import ClassOptions, check_sides
+from models.unet_layers import GroupNorm, double, halve
 from options import UsageError, option
 
 __all__ = ["GuidedUNet", "GuidedUNetOptions"]
@@ -134,7 +134,7 @@ class GuidedUNet(nn.Module):
         return (Upsample if way == "up" else Downsample)(channels, options.resamp_with_conv)
 
 
-class Norm(nn.GroupNorm):
+class Norm(GroupNorm):
     """Group norm of 32 groups, computed in float32.
 
     Raises:
@@ -183,7 +183,8 @@ class ResBlock(nn.Module):
         norm, silu, convolution = self.in_layers
         h = silu(norm(x))
         if self.way is not None:
-            h, x = _resize(h, self.way), _resize(x, self.way)
+            resize = double if self.way == "up" else halve
+            h, x = resize(h), resize(x)
         h = convolution(h)
         affine = self.emb_layers(embedding)[:, :, None, None]
         if self.film:
@@ -236,7 +237,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W] to [B, C, 2 H, 2 W]."""
-        return self.conv(_resize(x, "up"))
+        return self.conv(double(x))
 
 
 class Downsample(nn.Module):
@@ -249,12 +250,6 @@ class Downsample(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W] to [B, C, H / 2, W / 2]."""
         return self.op(x)
-
-
-def _resize(x: torch.Tensor, way: str) -> torch.Tensor:
-    if way == "up":
-        return functional.interpolate(x, scale_factor=2, mode="nearest")
-    return functional.avg_pool2d(x, 2)
 
 
 def _zeroed(module: Any) -> Any:

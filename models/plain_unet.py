@@ -21,6 +21,7 @@ from models.attention import SelfAttention
 from models.conditions import Condition
 from models.embeddings import LabelEmbedding, TimeEmbedding
 from models.family import ClassOptions, check_sides
+from models.unet_layers import GroupNorm
 
 __all__ = ["PlainUNet", "PlainUNetOptions"]
 
@@ -67,7 +68,7 @@ class PlainUNet(nn.Module):
             self.decoder.append(Block(width + skip, outputs, attend))
             width = outputs
         last = nn.Conv2d(width, options.num_out_channels, 3, padding=1)
-        self.output = nn.Sequential(nn.GroupNorm(GROUPS, width), nn.SiLU(), last)
+        self.output = nn.Sequential(GroupNorm(GROUPS, width), nn.SiLU(), last)
         self.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
@@ -105,10 +106,10 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, attend: bool = False) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(GROUPS, inputs)
+        self.norm1 = GroupNorm(GROUPS, inputs)
         self.conv1 = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.affine = nn.Linear(EMBEDDING, outputs)
-        self.norm2 = nn.GroupNorm(GROUPS, outputs)
+        self.norm2 = GroupNorm(GROUPS, outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1)
         self.skip = nn.Conv2d(inputs, outputs, 1)
         self.attend = Attention(outputs) if attend else None
@@ -126,7 +127,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(GROUPS, channels)
+        self.norm = GroupNorm(GROUPS, channels)
         self.attention = SelfAttention(channels, HEADS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ __all__ = [
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Dropout draws as it does eagerly; short sums over a group's channels stay tables (models/unet_layers.py).
+COMPILER: dict[str, Any] = {"fallback_random": True, "unroll_reductions_threshold": 1}
 CALLS_THAT_PAY = 1000  # of a network, for the minute that compiling it takes
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's parameters in glibc's malloc.h
 
@@ -125,9 +128,8 @@ class Machine:
         """
         if not self.compile:
             return network
-        torch._inductor.config.fallback_random = True
-        mode = "reduce-overhead" if self.replays and always_alike else None
-        return torch.compile(network, mode=mode)  # type: ignore[return-value]
+        options = COMPILER | {"triton.cudagraphs": self.replays and always_alike}
+        return torch.compile(network, options=options)  # type: ignore[return-value]
 
 
 def choose_device(options: DeviceOptions, processes: Processes = Processes()) -> torch.device:  # noqa: B008

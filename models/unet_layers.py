@@ -1,0 +1,49 @@
+"""Layers that the U-Nets share, in forms of which compilers make fast code where tensors lie channels last.
+
+Run as they are, they are torch's own. torch's forms are compiled into loops that turn tensors around in the backward pass of
+a norm, and scatter gradients one by one in that of an interpolation (benchmarks/unet_layers.py).
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+__all__ = ["GroupNorm", "double", "halve"]
+
+
+class GroupNorm(nn.GroupNorm):
+    """Group norm (Wu & He 2018, arXiv:1803.08494), computed in float32 where compiled."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise x [B, C, ...] among the channels of each group and all positions."""
+        if not torch.compiler.is_compiling():
+            return super().forward(x)
+        wide, positions = x.float(), tuple(range(2, x.ndim))
+        mean = self._average(wide.mean(positions, keepdim=True))
+        centred = wide - mean.detach()  # the gradient of the variance by the mean is zero
+        variance = self._average(centred.square().mean(positions, keepdim=True))
+        affine = (-1, *[1] * len(positions))  # [C, 1, ...]
+        scale = torch.rsqrt(variance + self.eps) * self.weight.view(affine)
+        return (wide * scale + (self.bias.view(affine) - mean * scale)).to(x.dtype)
+
+    def _average(self, values: torch.Tensor) -> torch.Tensor:
+        """The average of each channel's group, for values [B, C, 1, ...].
+
+        Each channel takes it anew: compilers keep sums as tables, but a repeated value would be looked up at each position.
+        """
+        each = self.num_channels // self.num_groups
+        grouped = values.view(-1, self.num_groups, 1, each).expand(-1, -1, each, -1)
+        return grouped.mean(-1).view_as(values)
+
+
+def halve(x: torch.Tensor) -> torch.Tensor:
+    """Averages [B, C, H / 2, W / 2] of squares of 2 x 2 of x [B, C, H, W]."""
+    return functional.avg_pool2d(x, 2)
+
+
+def double(x: torch.Tensor) -> torch.Tensor:
+    """The nearest neighbours [B, C, 2 H, 2 W] of x [B, C, H, W]."""
+    if not torch.compiler.is_compiling():
+        return functional.interpolate(x, scale_factor=2, mode="nearest")
+    batch, channels, height, width = x.shape
+    return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(batch, channels, 2 * height, 2 * width)
