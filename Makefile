@@ -4,8 +4,8 @@
 #   bench-long  what docs/sampling.md, docs/results.md and docs/reliability.md rest on: hours
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
-quick := precision attention gelu training_step step_cost published_step data memory scaling scoring sampling
-long := solver_orders optimizers fd_against_nfe guidance soak
+quick := precision attention gelu unet_layers training_step step_cost published_step data memory scaling scoring sampling
+long := solver_orders optimizers training_precision fd_against_nfe guidance soak
 
 .PHONY: test test-slow lint bench bench-long
 

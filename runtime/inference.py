@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.precision import Machine
+from runtime.precision import COMPILER, Machine
 
 __all__ = ["compile_for_batches", "for_sampling", "hold_weights"]
 
@@ -44,7 +44,7 @@ def compile_for_batches(network: nn.Module) -> Callable[..., torch.Tensor]:
     anew, at a cost of some ten seconds.
     """
     torch._functorch.config.donated_buffer = False  # an exact trace goes back through one graph several times
-    compiled = torch.compile(network)
+    compiled = torch.compile(network, options=COMPILER)
 
     def evaluate(t: torch.Tensor, x: torch.Tensor, condition: Any) -> torch.Tensor:
         for tensor in (t, x, *condition):

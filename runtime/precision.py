@@ -15,6 +15,7 @@ from options import UsageError, option
 from runtime.distributed import Processes
 
 __all__ = [
+    "COMPILER",
     "DeviceOptions",
     "Machine",
     "MachineOptions",

@@ -32,6 +32,7 @@ def share_out(network: nn.Module, device: torch.device, processes: Processes) ->
 
     Blocks, the entries of its lists and dictionaries of modules, are gathered one at a time, the rest together.
     """
+    network.to(memory_format=torch.contiguous_format)  # FSDP2 refuses weights that lie channels last
     mesh = init_device_mesh(device.type, (processes.count,))
     containers = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.ModuleDict)]
     for block in (block for container in containers for block in container.children()):

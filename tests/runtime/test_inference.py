@@ -80,7 +80,7 @@ def test_float32_and_trained_weights_are_left_alone():
 def test_one_graph_for_all_batch_sizes(monkeypatch):
     graphs = []
 
-    def compile_by_counting(network):
+    def compile_by_counting(network, options):
         return torch._dynamo.optimize(lambda graph, inputs: graphs.append(graph) or graph.forward)(network)
 
     network = new_network("DiT-Mi/2", CASES["DiT-Mi/2"])
@@ -89,3 +89,20 @@ def test_one_graph_for_all_batch_sizes(monkeypatch):
     for batch_size in (4, 8, 3):
         torch.testing.assert_close(evaluate(compiled, FP32, batch_size), evaluate(network, FP32, batch_size))
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("model_type", CASES)
+def test_forms_for_compilers_have_the_same_velocity_and_gradients(model_type):
+    network = new_network(model_type, CASES[model_type]).requires_grad_(True)
+    generator = torch.Generator().manual_seed(1)
+    t, x, slope = torch.rand(4, generator=generator), *torch.randn(2, 4, 3, 8, 8, generator=generator)
+    weights = [parameter for parameter in network.parameters() if parameter.is_floating_point()]
+
+    def all_of(function):
+        velocity = function(t, x, Condition(torch.arange(4) % 2))
+        return velocity.detach(), *torch.autograd.grad(velocity, weights, slope, allow_unused=True)
+
+    for mine, theirs in zip(all_of(torch.compile(network, backend="eager")), all_of(network), strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)

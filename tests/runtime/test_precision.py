@@ -98,14 +98,14 @@ def test_without_a_compiler_networks_run_as_they_are_and_a_line_says_so(monkeypa
 
 
 def test_cuda_graphs_only_on_a_gpu_only_if_asked_for_and_where_calls_are_alike(monkeypatch):
-    modes = []
-    monkeypatch.setattr(torch, "compile", lambda network, mode: modes.append(mode))
+    graphs = []
+    monkeypatch.setattr(torch, "compile", lambda network, options: graphs.append(options["triton.cudagraphs"]))
     monkeypatch.setattr(precision, "_why_not_compiled", lambda device: "")
     gpu = torch.device("cuda")
     for device, asked, always_alike in ((gpu, True, True), (gpu, None, True), (gpu, True, False), (CPU, True, True)):
         machine = Machine(device, "bf16", asked).settled(LONG, Processes())
         machine.compiled(nn.Linear(2, 2), always_alike)
-    assert modes == ["reduce-overhead", None, None, None]
+    assert graphs == [True, False, False, False]
 
 
 def test_a_compiled_network_drops_out_as_the_network_itself():
