@@ -32,4 +32,6 @@ def records_of(run: Path, kind: str) -> list[dict[str, Any]]:
 
 def _call(script: str, args: str, folder: str, name: str, flags: tuple[str, ...]) -> None:
     command = [sys.executable, script, "--args_file", f"{args}/fashion_mnist_dit.txt"]
-    subprocess.run([*command, "--save_root", folder, "--exp", name, *flags], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [*command, "--save_root", folder, "--exp", name, *flags], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+    )

@@ -99,7 +99,7 @@ def evaluations(batch_size: int) -> dict[str, Evaluation]:
         side(plain, "bf16", False),
         side(plain, "bf16", True),
         side(held, "bf16", True),
-        side(compile_for_batches(held), "bf16", True),
+        side(compile_for_batches(held, machine), "bf16", True),
     )
     return dict(zip(SIDES, sides, strict=True))
 

@@ -90,7 +90,7 @@ class DiT(nn.Module):
         embedding = self.t_embedder(t.expand(x.shape[0])) + self.y_embedder(condition.labels)  # [B, D] or broadcast
         embedding = embedding.expand(x.shape[0], -1)
         positions = self._positions(height // self.patch_size, width // self.patch_size)
-        tokens = self.x_embedder(x).contiguous() + positions  # [B, L, D], as all that follow lie in memory
+        tokens = self.x_embedder(x).contiguous() + positions  # [B, L, D]; else all that follow lie transposed
         for block in self.blocks:
             if self.options.use_grad_checkpointing and self.training:
                 tokens = checkpoint(block, tokens, embedding, use_reentrant=False)

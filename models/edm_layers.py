@@ -67,6 +67,7 @@ class Convolution(nn.Module):
         table = torch.outer(taps, taps)[None, None] / taps.sum().square()
         self.register_buffer("resample_filter", table if up or down else None)
         self.filter_padding = (len(filter) - 1) // 2
+        self.averages = filter == (1, 1)  # whose table is there for the published names
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Resample and convolve x [B, C, H, W]."""
@@ -82,7 +83,7 @@ class Convolution(nn.Module):
         return functional.conv2d(x, weight, bias, padding=padding)
 
     def _resample(self, x: torch.Tensor, padding: int) -> torch.Tensor:
-        if self.resample_filter.shape[-1] == 2:  # of equal taps, and never padded
+        if self.averages:
             return double(x) if self.up else halve(x)
         channels = x.shape[1]
         filters = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)

@@ -1,7 +1,8 @@
-"""Layers that the U-Nets share, in forms of which compilers make fast code where tensors lie channels last.
+"""Layers that the U-Nets share.
 
-Run as they are, they are torch's own. torch's forms are compiled into loops that turn tensors around in the backward pass of
-a norm, and scatter gradients one by one in that of an interpolation (benchmarks/unet_layers.py).
+Run eagerly, they call torch's own kernels. Compiled, a norm and a doubling are other formulas for the same values: of torch's,
+the compiler makes loops that turn tensors which lie channels last around in the backward pass of a norm, and scatter the
+gradients of an interpolation one by one (benchmarks/unet_layers.py).
 """
 
 import torch
@@ -12,15 +13,15 @@ __all__ = ["GroupNorm", "double", "halve"]
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm (Wu & He 2018, arXiv:1803.08494), computed in float32 where compiled."""
+    """Group norm (Wu & He 2018, arXiv:1803.08494), of the input's precision and computed in float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise x [B, C, ...] among the channels of each group and all positions."""
+        """Normalise x [B, C, L] or [B, C, H, W] among the channels of each group and all positions."""
         if not torch.compiler.is_compiling():
-            return super().forward(x)
+            return super().forward(x).to(x.dtype)
         wide, positions = x.float(), tuple(range(2, x.ndim))
         mean = self._average(wide.mean(positions, keepdim=True))
-        centred = wide - mean.detach()  # the gradient of the variance by the mean is zero
+        centred = wide - mean.detach()  # the variance's derivative by the mean is zero
         variance = self._average(centred.square().mean(positions, keepdim=True))
         affine = (-1, *[1] * len(positions))  # [C, 1, ...]
         scale = torch.rsqrt(variance + self.eps) * self.weight.view(affine)
@@ -29,7 +30,8 @@ class GroupNorm(nn.GroupNorm):
     def _average(self, values: torch.Tensor) -> torch.Tensor:
         """The average of each channel's group, for values [B, C, 1, ...].
 
-        Each channel takes it anew: compilers keep sums as tables, but a repeated value would be looked up at each position.
+        Every channel computes it anew. The compiler stores what a reduction gives as a table [B, C]; from a table [B, groups]
+        it would look the group of each channel up at each position, one value at a time.
         """
         each = self.num_channels // self.num_groups
         grouped = values.view(-1, self.num_groups, 1, each).expand(-1, -1, each, -1)
@@ -44,6 +46,6 @@ def halve(x: torch.Tensor) -> torch.Tensor:
 def double(x: torch.Tensor) -> torch.Tensor:
     """The nearest neighbours [B, C, 2 H, 2 W] of x [B, C, H, W]."""
     if not torch.compiler.is_compiling():
-        return functional.interpolate(x, scale_factor=2, mode="nearest")
+        return functional.interpolate(x, scale_factor=2, mode="nearest").to(x.dtype)
     batch, channels, height, width = x.shape
     return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(batch, channels, 2 * height, 2 * width)

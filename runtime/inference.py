@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.precision import COMPILER, Machine
+from runtime.precision import Machine
 
 __all__ = ["compile_for_batches", "for_sampling", "hold_weights"]
 
@@ -17,7 +17,7 @@ CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvT
 def for_sampling(network: nn.Module, machine: Machine) -> Callable[..., torch.Tensor]:
     """The network as a sampler calls it; it must not be trained, averaged or saved any more."""
     held = hold_weights(network, machine)
-    return compile_for_batches(held) if machine.compile else held
+    return compile_for_batches(held, machine) if machine.compile else held
 
 
 def hold_weights(network: nn.Module, machine: Machine) -> nn.Module:
@@ -37,14 +37,14 @@ def hold_weights(network: nn.Module, machine: Machine) -> nn.Module:
     return network
 
 
-def compile_for_batches(network: nn.Module) -> Callable[..., torch.Tensor]:
+def compile_for_batches(network: nn.Module, machine: Machine) -> Callable[..., torch.Tensor]:
     """network(t, x, condition), compiled once for all batch sizes above 1.
 
     Samplers have several: the last batch is smaller, guidance within an interval doubles some. Each would be compiled
     anew, at a cost of some ten seconds.
     """
     torch._functorch.config.donated_buffer = False  # an exact trace goes back through one graph several times
-    compiled = torch.compile(network, options=COMPILER)
+    compiled = torch.compile(network, options=machine.compiler_options)
 
     def evaluate(t: torch.Tensor, x: torch.Tensor, condition: Any) -> torch.Tensor:
         for tensor in (t, x, *condition):

@@ -15,7 +15,6 @@ from options import UsageError, option
 from runtime.distributed import Processes
 
 __all__ = [
-    "COMPILER",
     "DeviceOptions",
     "Machine",
     "MachineOptions",
@@ -26,8 +25,6 @@ __all__ = [
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Dropout draws as it does eagerly; short sums over a group's channels stay tables (models/unet_layers.py).
-COMPILER: dict[str, Any] = {"fallback_random": True, "unroll_reductions_threshold": 1}
 CALLS_THAT_PAY = 1000  # of a network, for the minute that compiling it takes
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's parameters in glibc's malloc.h
 
@@ -91,6 +88,15 @@ class Machine:
         """For autoencoders, some of which overflow in float16."""
         return replace(self, precision="fp32") if self.precision == "fp16" else self
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        """Of torch.compile: dropout draws as it does eagerly; on a CPU, short sums are stored, not unrolled into later loops.
+
+        Such are those over the channels of a group (models/unet_layers.py).
+        """
+        own = {"unroll_reductions_threshold": 1} if self.device.type == "cpu" else {}
+        return {"fallback_random": True, **own}
+
     def autocast(self) -> AbstractContextManager:
         """The context in which networks run."""
         if self.precision == "fp32":
@@ -107,7 +113,7 @@ class Machine:
         """
         pays = whole and self.precision != "fp32" and calls >= CALLS_THAT_PAY
         wanted = pays if self.compile is None else self.compile
-        if processes.is_main and wanted and (reason := _why_not_compiled(self.device)):
+        if processes.is_main and wanted and (reason := _why_not_compiled(self)):
             print(f"note: networks are not compiled, since torch.compile fails here: {reason}")
             wanted = False
         replays = self.compile is True and self.device.type != "cpu"
@@ -129,7 +135,7 @@ class Machine:
         """
         if not self.compile:
             return network
-        options = COMPILER | {"triton.cudagraphs": self.replays and always_alike}
+        options = self.compiler_options | {"triton.cudagraphs": self.replays and always_alike}
         return torch.compile(network, options=options)  # type: ignore[return-value]
 
 
@@ -195,10 +201,10 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 
 @cache
-def _why_not_compiled(device: torch.device) -> str:
+def _why_not_compiled(machine: Machine) -> str:
     """Why torch.compile fails here, in a few words; empty where it works, as a trial of a few seconds shows."""
     try:
-        torch.compile(torch.neg)(torch.zeros(2, device=device))
+        torch.compile(torch.neg, options=machine.compiler_options)(torch.zeros(2, device=machine.device))
     except Exception as error:  # torch raises many kinds for one thing: there is no compiler, or it lacks headers
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ""

@@ -20,6 +20,7 @@ from runtime.published import (
 )
 from runtime.torch_files import read_torch_file
 from training.content import read_newest
+from training.optimizers import load_moments
 from training.parallel import is_shared_out
 from training.state import TrainingState
 
@@ -88,8 +89,7 @@ def _take_over(
         for index, name in enumerate(names)
         if published.states.get(name, {}).keys() >= set(MOMENTS)
     }
-    optimizer = state.optimizers[0]
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
+    load_moments(state.optimizers[0], moments)
     state.step = published.epoch * per_epoch
     state.ema.updates.fill_(state.step)  # its warm-up is over
     averages = (

@@ -5,7 +5,7 @@ https://kellerjordan.github.io/posts/muon) moves a hidden matrix along the ortho
 learns more from each image; embeddings, biases, first and last layer are left to AdamW.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,8 +15,9 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from options import UsageError, option
+from training.parallel import laid_out_as
 
-__all__ = ["Muon", "OptimizerOptions", "make_optimizers", "orthogonalise"]
+__all__ = ["Muon", "OptimizerOptions", "load_moments", "make_optimizers", "orthogonalise"]
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic whose iteration drives singular values to about 1
 NEWTON_SCHULZ_STEPS = 5
@@ -69,6 +70,20 @@ def make_optimizers(
             )
         )
     return optimizers
+
+
+def load_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+    """Give an optimizer the state of its parameters, by their number; its rates stay as they are.
+
+    Moments are brought into the order in memory that their parameter has: torch's fused AdamW takes it for granted, and would
+    move each weight by the moments of another.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        number: {name: laid_out_as(value, parameters[number]) for name, value in values.items()}
+        for number, values in moments.items()
+    }
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 class Muon(torch.optim.Optimizer):

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime.distributed import Processes
 
-__all__ = ["full", "is_shared_out", "like_part_of", "local_gradients", "replicate", "share_out", "whole"]
+__all__ = ["full", "is_shared_out", "laid_out_as", "local_gradients", "replicate", "share_out", "whole"]
 
 
 def replicate(network: nn.Module, processes: Processes) -> nn.Module:
@@ -30,9 +30,10 @@ def replicate(network: nn.Module, processes: Processes) -> nn.Module:
 def share_out(network: nn.Module, device: torch.device, processes: Processes) -> None:
     """Leave 1 / N of every parameter in each process, on `device`, in place; the network is called as before.
 
-    Blocks, the entries of its lists and dictionaries of modules, are gathered one at a time, the rest together.
+    Blocks, the entries of its lists and dictionaries of modules, are gathered one at a time, the rest together. Weights that
+    lay channels last do so no more, since FSDP2 refuses them.
     """
-    network.to(memory_format=torch.contiguous_format)  # FSDP2 refuses weights that lie channels last
+    network.to(memory_format=torch.contiguous_format)
     mesh = init_device_mesh(device.type, (processes.count,))
     containers = [module for module in network.modules() if isinstance(module, nn.ModuleList | nn.ModuleDict)]
     for block in (block for container in containers for block in container.children()):
@@ -80,8 +81,10 @@ def whole(value: Any, keep: bool = True) -> Any:
     return [whole(item, keep) for item in value] if isinstance(value, list) else value
 
 
-def like_part_of(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """The whole `tensor` shared out as `model` is, if it is and if they have the same shape."""
-    if isinstance(model, DTensor) and tensor.shape == model.shape:
+def laid_out_as(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+    """The whole `tensor`, shared out and ordered in memory as `model` is; as it is if their shapes differ."""
+    if tensor.shape != model.shape:
+        return tensor
+    if isinstance(model, DTensor):
         return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
-    return tensor
+    return torch.empty_like(model, dtype=tensor.dtype, requires_grad=False).copy_(tensor)

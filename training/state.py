@@ -16,8 +16,8 @@ from runtime.distributed import Processes
 from runtime.precision import Machine
 from training.data import Batch
 from training.ema import Ema
-from training.optimizers import OptimizerOptions, make_optimizers
-from training.parallel import full, like_part_of, local_gradients, whole
+from training.optimizers import OptimizerOptions, load_moments, make_optimizers
+from training.parallel import full, laid_out_as, local_gradients, whole
 
 __all__ = ["TrainingState"]
 
@@ -159,14 +159,9 @@ class TrainingState:
         average = content["ema"] | {"weights": _parts(content["ema"]["weights"], self.ema.weights)}
         self.ema.load_state_dict(average)
         for optimizer, stored in zip(self.optimizers, content["optimizers"], strict=True):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            state = {
-                number: {name: like_part_of(value, parameters[number]) for name, value in values.items()}
-                for number, values in stored["state"].items()
-            }
-            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})  # rates are those of the options
+            load_moments(optimizer, stored["state"])
 
 
 def _parts(weights: Mapping[str, torch.Tensor], models: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a state dict, those shared out that are so in `models`."""
-    return {name: like_part_of(value, models[name]) if name in models else value for name, value in weights.items()}
+    return {name: laid_out_as(value, models[name]) if name in models else value for name, value in weights.items()}

@@ -82,7 +82,7 @@ def test_an_adaptive_solver_at_a_fine_tolerance_is_float32_by_itself(tmp_path, m
 
 @pytest.mark.parametrize(("batches", "compiled"), [(1000, True), (10, False)])
 def test_many_batches_are_worth_compiling_and_the_result_says_so(tmp_path, monkeypatch, batches, compiled):
-    monkeypatch.setattr(precision, "_why_not_compiled", lambda device: "")
+    monkeypatch.setattr(precision, "_why_not_compiled", lambda machine: "")
     checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
     words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--precision", "bf16", "--method", "euler"]
     opened = open_sampler(parse_options("", MODE_GROUPS, [*words, "--num_steps", "2"]), batches=batches)

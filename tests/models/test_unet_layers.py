@@ -1,4 +1,4 @@
-"""The U-Nets' layers: compiled, they are other formulas for the same values and gradients."""
+"""The U-Nets' layers: compiled, two of them are other formulas for the same values and gradients."""
 
 import pytest
 import torch
@@ -8,9 +8,24 @@ from torch.nn import functional
 from models.unet_layers import GroupNorm, double, halve
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch._dynamo.reset()
+
+
 def compiled(layer):
     """As traced for compilation, and run by torch itself."""
-    return torch.compile(layer, backend="eager")
+    return torch.compile(layer, backend="eager", fullgraph=True)
+
+
+@pytest.mark.parametrize(("layer", "torchs"), [(GroupNorm(2, 4), "group_norm"), (double, "interpolate")])
+def test_compilers_see_other_formulas(layer, torchs):
+    calls = []
+    torch.compile(layer, backend=lambda graph, inputs: calls.append(graph.code) or graph.forward)(
+        torch.randn(1, 4, 2, 2)
+    )
+    assert calls
+    assert torchs not in calls[0]
 
 
 def gradients(function, inputs):

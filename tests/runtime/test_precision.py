@@ -75,7 +75,7 @@ def test_autocast_follows_the_precision(name, dtype):
     ],
 )
 def test_compiles_when_asked_to_or_where_it_pays(monkeypatch, asked, calls, whole, name, compiles):
-    monkeypatch.setattr(precision, "_why_not_compiled", lambda device: "")
+    monkeypatch.setattr(precision, "_why_not_compiled", lambda machine: "")
     machine = Machine(CPU, name, asked).settled(calls, Processes(), whole)
     assert machine.compile is compiles
     assert ("networks compiled" in machine.describe()) == compiles
@@ -83,7 +83,7 @@ def test_compiles_when_asked_to_or_where_it_pays(monkeypatch, asked, calls, whol
 
 
 def test_without_a_compiler_networks_run_as_they_are_and_a_line_says_so(monkeypatch, capsys):
-    def broken(function):
+    def broken(function, options):
         raise RuntimeError("no g++ found\nand more")
 
     monkeypatch.setattr(torch, "compile", broken)
@@ -100,7 +100,7 @@ def test_without_a_compiler_networks_run_as_they_are_and_a_line_says_so(monkeypa
 def test_cuda_graphs_only_on_a_gpu_only_if_asked_for_and_where_calls_are_alike(monkeypatch):
     graphs = []
     monkeypatch.setattr(torch, "compile", lambda network, options: graphs.append(options["triton.cudagraphs"]))
-    monkeypatch.setattr(precision, "_why_not_compiled", lambda device: "")
+    monkeypatch.setattr(precision, "_why_not_compiled", lambda machine: "")
     gpu = torch.device("cuda")
     for device, asked, always_alike in ((gpu, True, True), (gpu, None, True), (gpu, True, False), (CPU, True, True)):
         machine = Machine(device, "bf16", asked).settled(LONG, Processes())

@@ -8,6 +8,7 @@ from flow.paths import straight_path
 from models.conditions import Condition
 from models.dit import DiT, DiTOptions
 from runtime.precision import Machine
+from tests.models.small_networks import SMALL, new_network
 from training.data import Batch
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState
@@ -179,3 +180,25 @@ def test_an_overflow_in_half_precision_skips_the_step_and_lowers_the_scale():
     restored = half_state()
     restored.restore(state.content())
     assert restored.scaler.state_dict() == state.scaler.state_dict()
+
+
+@pytest.mark.parametrize("model_type", SMALL)
+def test_moments_are_restored_in_the_order_in_memory_of_their_weights(model_type):
+    """Those of a run with --fsdp, or of the published code, lie in order; weights of U-Nets lie channels last."""
+
+    def state_of_small_network():
+        network = new_network(model_type, SMALL[model_type]).requires_grad_(True)
+        return TrainingState(network, MACHINE, 0.9, OptimizerOptions())
+
+    torch.manual_seed(0)
+    data, noise = torch.randn(2, 4, 3, 8, 8)
+    batch = Batch(data, noise, torch.rand(4), torch.arange(4) % 2)
+    state, other = state_of_small_network(), state_of_small_network()
+    advance(state, batch)
+    content = copy.deepcopy(state.content())
+    for moments in content["optimizers"][0]["state"].values():
+        moments.update({name: value.contiguous() for name, value in moments.items()})
+    other.restore(content)
+    advance(state, batch)
+    advance(other, batch)
+    assert differing(learnt(state), learnt(other)) == set()

@@ -14,11 +14,6 @@ sys.path.insert(0, str(ROOT))
 from evaluation.generate import GeneratedBatch, first_images  # noqa: E402
 from evaluation.statistics import RunningMoments  # noqa: E402
 from evaluation.writer import SampleWriter  # noqa: E402
-from models.dit import DiTOptions  # noqa: E402
-from models.edm_unet import EdmUNetOptions  # noqa: E402
-from models.guided_unet import GuidedUNetOptions  # noqa: E402
-from models.plain_unet import PlainUNetOptions  # noqa: E402
-from models.registry import ORIGIN_ADM, build_network  # noqa: E402
 from runtime.distributed import join_processes  # noqa: E402
 from training.data import Batch  # noqa: E402
 from training.loop import train  # noqa: E402
@@ -26,10 +21,17 @@ from training.optimizers import OptimizerOptions  # noqa: E402
 from training.parallel import replicate, share_out  # noqa: E402
 from training.state import TrainingState  # noqa: E402
 
-specification = importlib.util.spec_from_file_location("test_loop", Path(__file__).with_name("test_loop.py"))
-runs = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(runs)
 
+def module_of(path):
+    """`tests` is also the name of an installed package."""
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+runs = module_of(Path(__file__).with_name("test_loop.py"))
+small_networks = module_of(ROOT / "tests" / "models" / "small_networks.py")
 
 RATE = 1e-4  # Adam moves a weight by as much even where its gradient is but rounding
 
@@ -78,46 +80,35 @@ def skipped_step(folder, processes):
         assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
 
 
-CHANNELS = {"num_in_channels": 1, "num_out_channels": 1}
-SMALL_UNET = {**CHANNELS, "nf": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
-FAMILIES = {
-    "DiT-Mi/2": DiTOptions(**CHANNELS),
-    "adm": EdmUNetOptions(**SMALL_UNET),
-    ORIGIN_ADM: GuidedUNetOptions(**SMALL_UNET),
-    "unet": PlainUNetOptions(**CHANNELS),
-}
-
-
 def every_family(processes):
-    """A step of half a batch each is that of one process with the whole, replicated or shared out, in each kind of layout."""
+    """A step of half a batch each is that of one process with the whole batch, with weights channels last or not."""
     torch.manual_seed(0)
-    data, noise = torch.randn(2, 4, 1, 8, 8)
-    batch = Batch(data, noise, torch.rand(4), torch.zeros(4, dtype=torch.long))
+    data, noise = torch.randn(2, 4, 3, 8, 8)
+    batch = Batch(data, noise, torch.rand(4), torch.arange(4) % 2)
     part = batch.split(2)[processes.rank]
-    for model_type, options in FAMILIES.items():
+    for model_type, options in small_networks.SMALL.items():
         contents = []
         for way in ("alone", "replicated", "shared out"):
-            torch.manual_seed(1)
-            network = build_network(model_type, 8, options)
-            with torch.no_grad():
-                for parameter in network.parameters():
-                    parameter.add_(0.02 * torch.randn_like(parameter))
+            network = small_networks.new_network(model_type, options).requires_grad_(True)
             place = partial(share_out, device=torch.device("cpu"), processes=processes) if way == "shared out" else None
             state = TrainingState(network, runs.MACHINE, 0.9, OptimizerOptions(), place)
             velocity = replicate(network, processes) if way == "replicated" else network
             state.advance(velocity, batch if way == "alone" else part, 1e-5, RATE, 0.0)
             contents.append(state.content(processes))
         if processes.is_main:
-            alone, *others = (content["optimizers"][0]["state"] for content in contents)
-            for other in others:
-                for number, moments in alone.items():
-                    expected = moments["exp_avg"]
-                    assert (other[number]["exp_avg"] - expected).abs().max() <= 1e-5 * max(1e-2, expected.abs().max())
-            flat = [torch.cat([value.flatten() for value in content["network"].values()]) for content in contents]
-            for weights in flat[
-                1:
-            ]:  # Adam's first step is the rate, whose sign is chance where the gradient is but rounding
-                assert ((weights - flat[0]).abs() < RATE / 10).float().mean() > 0.99, model_type
+            assert_same_step(*contents, model_type)
+
+
+def assert_same_step(alone, replicated, shared_out, model_type):
+    """Gradients are a tenth of Adam's first moments; its first step is the rate, of a sign that is chance where they are 0."""
+    moments = alone["optimizers"][0]["state"]
+    assert max(values["exp_avg"].abs().max() for values in moments.values()) > 1e-3
+    for other in (replicated, shared_out):
+        for number, values in moments.items():
+            expected, found = values["exp_avg"], other["optimizers"][0]["state"][number]["exp_avg"]
+            assert (found - expected).abs().max() <= 1e-5 * max(1e-2, expected.abs().max()), (model_type, number)
+        differences = [(other["network"][name] - value).abs().flatten() for name, value in alone["network"].items()]
+        assert (torch.cat(differences) < RATE / 10).float().mean() > 0.99, model_type
 
 
 def tensors_of(content):

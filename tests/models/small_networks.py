@@ -1,0 +1,34 @@
+"""Small networks of every family, for tests that must hold for all."""
+
+import torch
+from torch import nn
+
+from models.conditions import DenseInput
+from models.dit import DiTOptions
+from models.edm_unet import EdmUNetOptions
+from models.family import FamilyOptions
+from models.guided_unet import GuidedUNetOptions
+from models.plain_unet import PlainUNetOptions
+from models.registry import ORIGIN_ADM, build_network
+
+__all__ = ["SMALL", "new_network"]
+
+CHANNELS = {"num_in_channels": 3, "num_out_channels": 3}
+UNET = {**CHANNELS, "nf": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
+SMALL: dict[str, FamilyOptions] = {
+    "DiT-Mi/2": DiTOptions(**CHANNELS, num_classes=2, label_dropout=0.1),
+    "adm": EdmUNetOptions(**UNET, label_dim=2),
+    "ncsn++": EdmUNetOptions(**UNET, label_dim=2),
+    ORIGIN_ADM: GuidedUNetOptions(**UNET | {"attn_resolutions": (2,)}, num_classes=2),
+    "unet": PlainUNetOptions(**CHANNELS, num_classes=2),
+}
+
+
+def new_network(model_type: str, options: FamilyOptions, dense: DenseInput | None = None) -> nn.Module:
+    """On inputs of side 8, in evaluation, without gradients; no weight is zero, and always the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_network(model_type, 8, options, dense).eval().requires_grad_(False)
+        for parameter in network.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return network
