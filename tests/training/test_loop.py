@@ -160,7 +160,7 @@ def test_another_seed_gives_another_run(whole_run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("fetch", "number"), [(2, signal.SIGINT), (7, signal.SIGINT), (11, signal.SIGTERM), (STEPS, signal.SIGUSR1)]
+    ("fetch", "number"), [(2, signal.SIGINT), (7, signal.SIGINT), (11, signal.SIGTERM), (STEPS - 1, signal.SIGUSR1)]
 )
 def test_interrupted_run_resumes_bit_for_bit(whole_run, tmp_path, fetch, number):
     folder = tmp_path / "run"
