@@ -47,5 +47,7 @@ def double(x: torch.Tensor) -> torch.Tensor:
     """The nearest neighbours [B, C, 2 H, 2 W] of x [B, C, H, W]."""
     if not torch.compiler.is_compiling():
         return functional.interpolate(x, scale_factor=2, mode="nearest").to(x.dtype)
-    batch, channels, height, width = x.shape
-    return x[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2).reshape(batch, channels, 2 * height, 2 * width)
+    last = x.permute(0, 2, 3, 1)  # so that the result lies channels last
+    batch, height, width, channels = last.shape
+    twice = last[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).reshape(batch, 2 * height, 2 * width, channels)
+    return twice.permute(0, 3, 1, 2)
