@@ -5,6 +5,7 @@
 The reference is a plain step in float32: eager, AdamW one parameter after another, an average over all parameters stacked
 into one vector. Each side after it adds one optimisation to the side before, up to ours: `TrainingState.advance` on the
 compiled network. All take steps on the same batch from the same weights, in turn, and their first losses must agree to 1e-2.
+In its turn a side takes two steps, and the second is timed: in training, too, the step before was one of the same kind.
 The rate is that of multiplications counted in the reference's forward pass, times three for both passes, over the best of
 several large products of bfloat16 matrices in the same run. Two minutes a network, half of them for its compilation.
 """
@@ -172,7 +173,7 @@ def measure(case: Case, rounds: int) -> dict[str, float]:
         step()
         if abs(sides["reference"].loss.item() / step.loss.item() - 1) > AGREEMENT:
             raise SystemExit(f"error: {name}: its loss is {step.loss}, but the reference's {sides['reference'].loss}")
-    return compare(sides, rounds)
+    return compare(sides, rounds, settled=True)
 
 
 def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
