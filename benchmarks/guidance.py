@@ -9,24 +9,21 @@ recipe trained for --guide_steps. All draw the first --screened samples, and the
 """
 
 import dataclasses
-import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks._draws import Bench, DrawOptions, benchmark_options, varied
+from benchmarks._runs import run_default
 from benchmarks._timing import markdown_table
 from datasets_prep.datasets import DatasetOptions
 from evaluation.opening import Opened, SourceOptions, open_sampler
 from flow.guidance import GuidanceOptions
 from options import Options, exit_cleanly, option
-from runtime.checkpoints import experiment_folder, newest_model
+from runtime.checkpoints import newest_model
 from runtime.files import write_json
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPE = "train_args/fashion_mnist_dit.txt"
 ALWAYS = (0.0, 1.0)
 PLAIN, INTERVAL, AUTO = "plain", "interval", "autoguidance"
 HEADER = ["guidance", "scale", "evaluations", "of networks", "FD", "seconds"]
@@ -79,11 +76,9 @@ def settings_at(
 def trained_guide(options: Options, steps: int) -> Path:
     """A checkpoint of the same recipe after a few steps; what an earlier start has trained is found again."""
     source, data = options[SourceOptions], options[DatasetOptions]
-    name = f"{source.exp}_{steps}_steps"
-    command = [sys.executable, "train_flow_latent.py", "--args_file", RECIPE, "--exp", name, "--max_steps", str(steps)]
-    command += ["--datadir", str(Path(data.datadir).resolve()), "--save_root", str(Path(source.save_root).resolve())]
-    subprocess.run(command, cwd=ROOT, check=True)
-    return newest_model(experiment_folder(source.save_root, data.dataset, name), None)
+    root, datadir = (str(Path(path).resolve()) for path in (source.save_root, data.datadir))
+    run = run_default(root, f"{source.exp}_{steps}_steps", "--max_steps", str(steps), "--datadir", datadir)
+    return newest_model(run, None)
 
 
 def measure(bench: Bench, setting: Setting, count: int) -> dict[str, Any]:
