@@ -10,11 +10,11 @@ __all__ = ["compare", "markdown_table"]
 def compare(sides: Mapping[str, Callable[[], object]], rounds: int = 7, settled: bool = False) -> dict[str, float]:
     """Median seconds of each side over `rounds` alternating rounds, after one warm-up call each.
 
-    `settled`: in its turn a side is called twice, and timed the second time, so that it finds caches and freed memory as it
-    left them itself.
+    `settled`: the warm-up call comes in every turn, so that a side finds caches and freed memory as it left them itself.
     """
-    for run in sides.values():
-        run()
+    if not settled:
+        for run in sides.values():
+            run()
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():

@@ -1,6 +1,6 @@
 """Claim: the latent cache gives images 20 times as fast as a DiT-S/2 step takes them, and is built at the encoder's own speed.
 
-    python -m benchmarks.data [--gigabytes 8] [--images 40] [--folder saved_info/benchmarks/data] [--keep]
+    python -m benchmarks.data [--gigabytes 8] [--images 20] [--folder saved_info/benchmarks/data] [--keep]
 
 Reading: shuffled batches of 16 from random moments in the cache's own format, with the shards dropped from the page cache
 (posix_fadvise, after fsync; the bytes that then come from the disk are counted) and with all of them in it, against a step

@@ -108,7 +108,7 @@ def evaluations(batch_size: int) -> dict[str, Evaluation]:
 def compare_evaluations(options: SpeedOptions) -> dict[str, float]:
     """Print the table of the first part; seconds of each side."""
     sides = evaluations(options.evaluated)
-    seconds = compare(sides, options.rounds)
+    seconds = compare(sides, options.rounds, settled=True)
     rows, before, reference = [], SIDES[0], sides[SIDES[0]]
     truth = reference.velocity(), reference.network()
     for name, side in sides.items():

@@ -1,6 +1,6 @@
 """Claim: a training step here is several times faster than the published kind of step, on the same processor.
 
-    python -m benchmarks.training_step [NETWORK ...] [--rounds 5] [--output docs/training_step.png]
+    python -m benchmarks.training_step [NETWORK ...] [--rounds 3] [--output docs/training_step.png]
 
 The reference is a plain step in float32: eager, AdamW one parameter after another, an average over all parameters stacked
 into one vector. Each side after it adds one optimisation to the side before, up to ours: `TrainingState.advance` on the
@@ -197,7 +197,7 @@ def main() -> None:
     """Print a table of all cases, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(CASES))
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("docs/training_step.png"))
     options = parser.parse_args()
     if unknown := set(options.networks) - CASES.keys():
