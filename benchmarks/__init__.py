@@ -1,1 +1,1 @@
-"""One file per claim of speed; each compares its sides in one run, alternating, and prints medians as a Markdown table."""
+"""One file per claim of speed; sides are compared in one run, alternating, and a Markdown table tells medians."""

@@ -3,9 +3,10 @@
     python -m benchmarks.guidance [--output docs/guidance] [flags of test_flow_latent.py]
 
 Network, solver and noises are those of run_test.sh (--args_file chooses another file). Plain guidance acts at all times,
-interval guidance at some; autoguidance, at all times, leads away from --guide_checkpoint, by default a network of the same
-recipe trained for --guide_steps. All draw the first --screened samples, and the best two of every family go on to
---finalists. Draws OUTPUT.png; rows and features are kept in --keep, so that an interrupted run goes on.
+interval guidance at some; autoguidance, at all times, leads away from --guide_checkpoint, by default the embedded default
+trained for --guide_steps, which serves only where that is guided. All draw the first --screened samples, and the best two
+of every family go on to --finalists. Draws OUTPUT.png; rows and features are kept in --keep, so that an interrupted run goes
+on.
 """
 
 import dataclasses
@@ -74,7 +75,7 @@ def settings_at(
 
 
 def trained_guide(options: Options, steps: int) -> Path:
-    """A checkpoint of the same recipe after a few steps; what an earlier start has trained is found again."""
+    """The embedded default after a few steps; what an earlier start has trained is found again."""
     source, data = options[SourceOptions], options[DatasetOptions]
     root, datadir = (str(Path(path).resolve()) for path in (source.save_root, data.datadir))
     run = run_default(root, f"{source.exp}_{steps}_steps", "--max_steps", str(steps), "--datadir", datadir)

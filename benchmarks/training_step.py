@@ -7,7 +7,7 @@ into one vector. Each side after it adds one optimisation to the side before, up
 compiled network. All take steps on the same batch from the same weights, in turn, and their first losses must agree to 1e-2.
 In its turn a side takes two steps, and the second is timed: in training, too, the step before was one of the same kind.
 The rate is that of multiplications counted in the reference's forward pass, times three for both passes, over the best of
-several large products of bfloat16 matrices in the same run. Two minutes a network, half of them for its compilation.
+several large products of bfloat16 matrices in the same run. Two to six minutes a network, one of them for its compilation.
 """
 
 import argparse

@@ -73,7 +73,7 @@ class MaskedImages:
 
     def encode(self, raw: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """[latent, mask], float32 [B, c + 1, h, w]; the mask is resized by nearest neighbour."""
-        raw = raw.to(noise.device)
+        raw = raw.to(noise.device, non_blocking=True)
         with self._machine.autocast():
             moments = self._autoencoder.encode(raw[:, :-1])
         latents = self._autoencoder.sample(moments, noise)
@@ -108,7 +108,7 @@ class LabelMaps:
 
     def encode(self, raw: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Shares in [0, 1], float32 [B, K, h, w]."""
-        return class_shares(raw.to(noise.device)[:, 0], self._dataset.classes.count, self._factor)
+        return class_shares(raw.to(noise.device, non_blocking=True)[:, 0], self._dataset.classes.count, self._factor)
 
     def show(self, raw: torch.Tensor) -> torch.Tensor:
         """The maps in their classes' colours, uint8 [B, 3, H, W]."""

@@ -188,7 +188,7 @@ def _note_unused_flags(options: Options, solver: SolverOptions, own_way: bool) -
 
 
 def _calls(solver: SolverOptions) -> int:
-    """Of the network, for a batch."""
+    """Of the network, for a batch; at least so many, since some methods make several in a step."""
     return ADAPTIVE_CALLS if SOLVERS[solver.method].adaptive else solver.steps
 
 

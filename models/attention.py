@@ -6,8 +6,8 @@ from torch.nn import functional
 
 __all__ = ["SelfAttention", "attention", "plain_attention"]
 
-# In bfloat16 on a CPU (that is, with AMX) plain matrix products beat torch's fused kernel in training, for short sequences;
-# in float32, and where no gradient is wanted, the fused one is faster (benchmarks/attention.py).
+# In bfloat16 on a CPU (chosen by itself with AMX) plain matrix products beat torch's fused kernel in training, for short
+# sequences; in float32, and without gradients from 64 tokens on, the fused one is faster (benchmarks/attention.py).
 LONGEST_PLAIN = 256
 
 

@@ -149,10 +149,6 @@ class Norm(GroupNorm):
             )
         super().__init__(32, channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise x [B, C, ...]."""
-        return super().forward(x.float()).to(x.dtype)
-
 
 class Entry(nn.Sequential):
     """Modules in a row, of which residual blocks also get the embedding."""

@@ -3,7 +3,8 @@
 import ctypes
 import os
 import platform
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -100,9 +101,7 @@ class Machine:
 
     def autocast(self) -> AbstractContextManager:
         """The context in which networks run."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return nullcontext() if self.precision == "fp32" else _reduced_precision(self.device, self.dtype)
 
     def settled(self, calls: float, processes: Processes, whole: bool = True) -> "Machine":
         """This machine with compilation decided on, for all processes, by the main one.
@@ -182,8 +181,7 @@ def choose_machine(
     device, precision = choose_device(options, processes), options.precision
     if precision == "auto":
         precision = "bf16" if not precise and _multiplies_bfloat16(device) else "fp32"
-    if device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != "fp32"
+    _allow_tf32(False)  # where there is no autocast: in decoding and scores
     return Machine(device, precision, options.compile if isinstance(options, MachineOptions) else False)
 
 
@@ -199,6 +197,22 @@ def keep_freed_memory(keep: bool = True) -> None:
         libc.mallopt(MMAP_MAX, 0 if keep else 65536)
         libc.mallopt(MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(TRIM_THRESHOLD, -1 if keep else 64 << 20)
+
+
+@contextmanager
+def _reduced_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Autocast; on a GPU, products that it leaves in float32 are computed in TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        _allow_tf32(device.type == "cuda")
+        with torch.autocast(device.type, dtype):
+            yield
+    finally:
+        _allow_tf32(before)
+
+
+def _allow_tf32(allow: bool) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
 
 
 @cache

@@ -185,8 +185,9 @@ def _order(seed: int, count: int, whole: int, share: slice, flips: bool) -> Choo
 def _one_ahead(request: Callable[[int], Callable[[], T]], first: int, last: int) -> Iterator[tuple[int, T]]:
     """Steps first .. last - 1 with the result of `request(step)()`, had in a thread while the step before is computed.
 
-    The thread does nothing but read. torch's parallel loops in it would give it OpenMP threads of its own, and once there are
-    more of these than processors, all of them go to sleep at the end of every loop, in the training step too.
+    From a cache the thread does nothing but read. torch's parallel loops in it give it OpenMP threads of its own, and once
+    there are more of these than processors, all of them go to sleep at the end of every loop, in the training step too. Images
+    that are encoded at every step pay for that.
     """
     with ThreadPoolExecutor(1) as thread:
         upcoming: deque[Future[T]] = deque()

@@ -101,18 +101,23 @@ def test_facts_of_any_configuration(kind, seed):
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_checkpointing_changes_neither_output_nor_gradients(kind, seed):
+def test_gradient_checkpointing_recomputes_and_changes_neither_output_nor_gradients(kind, seed):
     options = random_options(kind, seed)
     network = new_network(kind, options).train()
     t, x, condition = inputs(options)
-    found = []
+    found, counts, calls = [], [], []
+    for module in network.modules():
+        module.register_forward_pre_hook(lambda *_: calls.append(1))
     for use in (False, True):
         network.options = replace(options, use_grad_checkpointing=use)
         network.zero_grad()
         torch.manual_seed(1)  # of the dropout
+        calls.clear()
         velocity = network(t, x, condition)
         velocity.square().mean().backward()
+        counts.append(len(calls))
         found.append([velocity.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)])
+    assert counts[1] > 1.3 * counts[0]  # what is recomputed
     for plain, recomputed in zip(*found, strict=True):
         torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
 

@@ -1,6 +1,8 @@
 import resource
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +18,10 @@ ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 LONG, SHORT = 10_000, 10  # calls of a network
 FAULTS = """
-import resource, torch
+import ctypes, resource, torch
 from runtime.precision import keep_freed_memory
+
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of 4 kB wherever it runs
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -115,6 +119,21 @@ def test_a_compiled_network_drops_out_as_the_network_itself():
     expected = network(x)
     torch.manual_seed(0)
     assert torch.equal(compiled(x), expected)
+
+
+def test_tf32_is_for_networks_in_reduced_precision_only():
+    def allowed():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    torch.backends.cudnn.allow_tf32 = True  # as it is by itself
+    machine = choose_machine(MachineOptions("cpu", precision="bf16"))
+    assert allowed() == (False, False)
+    for name, device, expected in (("bf16", "cuda", True), ("fp32", "cuda", False), ("bf16", "cpu", False)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # there may be no GPU
+            with replace(machine, device=torch.device(device), precision=name).autocast():
+                assert allowed() == (expected, expected)
+    assert allowed() == (False, False)
 
 
 def test_autoencoders_do_not_run_in_float16():
