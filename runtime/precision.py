@@ -202,13 +202,12 @@ def keep_freed_memory(keep: bool = True) -> None:
 @contextmanager
 def _reduced_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
     """Autocast; on a GPU, products that it leaves in float32 are computed in TF32."""
-    before = torch.backends.cudnn.allow_tf32
     try:
         _allow_tf32(device.type == "cuda")
         with torch.autocast(device.type, dtype):
             yield
     finally:
-        _allow_tf32(before)
+        _allow_tf32(False)  # not what it was before: that may be another thread's
 
 
 def _allow_tf32(allow: bool) -> None:
