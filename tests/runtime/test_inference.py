@@ -103,10 +103,11 @@ def test_forms_for_compilers_have_the_same_velocity_and_gradients(model_type, ch
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", SMALL)
-def test_compiled_in_bfloat16_velocity_and_gradients_stay_near_those_in_float32(model_type):
+def test_compiled_in_bfloat16_velocity_and_gradients_are_as_near_to_float32_as_eager_ones(model_type):
     torch._dynamo.reset()
     network, weights = trained_network(model_type, checkpointing=False)
     compiled = Machine(torch.device("cpu"), "bf16", compile=True).compiled(network)
-    ours = velocity_and_gradients(compiled, weights, BF16.autocast())
-    for mine, theirs in zip(ours, velocity_and_gradients(network, weights, FP32.autocast()), strict=True):
-        assert (mine - theirs).norm() < 0.05 * theirs.norm() + 1e-3
+    exact = velocity_and_gradients(network, weights, FP32.autocast())
+    sides = (velocity_and_gradients(function, weights, BF16.autocast()) for function in (compiled, network))
+    for mine, eager, theirs in zip(*sides, exact, strict=True):
+        assert (mine - theirs).norm() < 2 * (eager - theirs).norm() + 0.02 * theirs.norm() + 1e-3
