@@ -9,8 +9,9 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-__all__ = ["LabelEmbedding", "TimeEmbedding", "sinusoids"]
+__all__ = ["LabelEmbedding", "RowTable", "TimeEmbedding", "sinusoids"]
 
 LONGEST_PERIOD = 10000.0
 
@@ -49,12 +50,27 @@ class TimeEmbedding(nn.Module):
         return self.mlp(sinusoids(t.float(), self.count, sines_first=self.sines_first))
 
 
+class RowTable(nn.Embedding):
+    """Rows by number, with gradients that are the same in every run.
+
+    Compiled for a CPU, a lookup's gradient is added up by all threads at once, in an order, and with last bits, that change
+    from run to run; a product with one-hot rows, exact in float32, has one order. Elsewhere it is torch's lookup.
+    """
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Rows [..., D] of numbers [...]."""
+        if not (torch.compiler.is_compiling() and self.weight.device.type == "cpu"):
+            return super().forward(input)
+        with torch.autocast("cpu", enabled=False):
+            return functional.one_hot(input, self.num_embeddings).to(self.weight.dtype) @ self.weight
+
+
 class LabelEmbedding(nn.Module):
     """One row per class, and one more for the null class where labels are dropped in training."""
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = nn.Embedding(rows, width)
+        self.embedding_table = RowTable(rows, width)
 
     def forward(self, labels: torch.Tensor | None) -> torch.Tensor:
         """Rows [B, D] of labels [B]; the last row [D] for None."""

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from models.attention import attention
 from models.conditions import Condition
 from models.edm_unet import UNetOptions
-from models.embeddings import sinusoids
+from models.embeddings import RowTable, sinusoids
 from models.family import ClassOptions, check_sides
 from models.unet_layers import GroupNorm, double, halve
 from options import UsageError, option
@@ -47,7 +47,7 @@ class GuidedUNet(nn.Module):
         width, embedding = options.nf, 4 * options.nf
         self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         if options.label_rows:
-            self.label_emb = nn.Embedding(options.label_rows, embedding)
+            self.label_emb = RowTable(options.label_rows, embedding)
         channels = width * options.ch_mult[0]
         self.input_blocks = nn.ModuleList([Entry(nn.Conv2d(options.num_in_channels, channels, 3, padding=1))])
         skips, factor, deepest = [channels], 1, len(options.ch_mult) - 1
