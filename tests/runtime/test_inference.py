@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from models.conditions import Condition, DenseInput
 from models.dit import DiTOptions
@@ -111,3 +112,15 @@ def test_compiled_in_bfloat16_velocity_and_gradients_are_as_near_to_float32_as_e
     sides = (velocity_and_gradients(function, weights, BF16.autocast()) for function in (compiled, network))
     for mine, eager, theirs in zip(*sides, exact, strict=True):
         assert (mine - theirs).norm() < 2 * (eager - theirs).norm() + 0.02 * theirs.norm() + 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", SMALL)
+def test_threads_of_a_compiled_network_add_in_one_order(model_type):
+    torch._dynamo.reset()
+    network, weights = trained_network(model_type, checkpointing=False)
+    compiled = Machine(torch.device("cpu"), "bf16", compile=True).compiled(network)
+    with fresh_cache():
+        _, codes = run_and_get_code(velocity_and_gradients, compiled, weights, BF16.autocast())
+    assert len(codes) == 2  # both passes
+    assert not any("atomic_add" in code for code in codes)
