@@ -91,6 +91,13 @@ def trained_network(model_type, checkpointing):
     return network, list(network.parameters())
 
 
+def compiled_network(model_type):
+    torch._dynamo.reset()
+    network, weights = trained_network(model_type, checkpointing=False)
+    compiled = Machine(torch.device("cpu"), "bf16", compile=True).compiled(network)
+    return compiled, network, weights
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model_type", SMALL)
 def test_forms_for_compilers_have_the_same_velocity_and_gradients(model_type, checkpointing):
@@ -105,9 +112,7 @@ def test_forms_for_compilers_have_the_same_velocity_and_gradients(model_type, ch
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", SMALL)
 def test_compiled_in_bfloat16_velocity_and_gradients_are_as_near_to_float32_as_eager_ones(model_type):
-    torch._dynamo.reset()
-    network, weights = trained_network(model_type, checkpointing=False)
-    compiled = Machine(torch.device("cpu"), "bf16", compile=True).compiled(network)
+    compiled, network, weights = compiled_network(model_type)
     exact = velocity_and_gradients(network, weights, FP32.autocast())
     sides = (velocity_and_gradients(function, weights, BF16.autocast()) for function in (compiled, network))
     for mine, eager, theirs in zip(*sides, exact, strict=True):
@@ -117,9 +122,7 @@ def test_compiled_in_bfloat16_velocity_and_gradients_are_as_near_to_float32_as_e
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", SMALL)
 def test_threads_of_a_compiled_network_add_in_one_order(model_type):
-    torch._dynamo.reset()
-    network, weights = trained_network(model_type, checkpointing=False)
-    compiled = Machine(torch.device("cpu"), "bf16", compile=True).compiled(network)
+    compiled, _, weights = compiled_network(model_type)
     with fresh_cache():
         _, codes = run_and_get_code(velocity_and_gradients, compiled, weights, BF16.autocast())
     assert len(codes) == 2  # both passes
