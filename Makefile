@@ -4,7 +4,7 @@
 #   bench-long  what docs/sampling.md, docs/results.md and docs/reliability.md rest on: hours
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
-quick := precision attention gelu unet_layers training_step step_cost published_step data memory scaling scoring sampling
+quick := precision attention layers training_step step_cost published_step data memory scaling scoring sampling
 long := solver_orders optimizers training_precision fd_against_nfe guidance soak
 
 .PHONY: test test-slow lint bench bench-long

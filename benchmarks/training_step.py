@@ -2,9 +2,9 @@
 
     python -m benchmarks.training_step [NETWORK ...] [--rounds 3] [--output docs/training_step.png]
 
-The reference is a plain step in float32: eager, AdamW one parameter after another, an average over all parameters stacked
-into one vector. Each side after it adds one optimisation to the side before, up to ours: `TrainingState.advance` on the
-compiled network. All take steps on the same batch from the same weights, in turn, and their first losses must agree to 1e-2.
+The reference is a plain step in float32: eager, of torch's and timm's layers, AdamW one parameter after another, an average
+over all parameters stacked into one vector. Each side after it adds one optimisation to the side before, up to ours: `TrainingState.advance` on the
+compiled network of our layers. All take steps on the same batch from the same weights, in turn, and their first losses must agree to 1e-2.
 In its turn a side takes two steps, and the second is timed: in training, too, the step before was one of the same kind.
 The rate is that of multiplications counted in the reference's forward pass, times three for both passes, over the best of
 several large products of bfloat16 matrices in the same run. Two to six minutes a network, one of them for its compilation.
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from timm.layers import PatchEmbed
 from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks._timing import compare, markdown_table
 from models.conditions import Condition
-from models.dit import DiTOptions
+from models.dit import DiT, DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.family import FamilyOptions
 from models.guided_unet import GuidedUNetOptions
@@ -67,7 +68,8 @@ class PlainStep:
         bf16: bool = False,
         keeps_memory: bool = False,
     ) -> None:
-        self.network, self.batch, self.in_place, self.keeps_memory = network, batch, in_place, keeps_memory
+        self.network, self.batch = with_timms_patches(network), batch
+        self.in_place, self.keeps_memory = in_place, keeps_memory
         self.machine = Machine(torch.device("cpu"), "bf16" if bf16 else "fp32")
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, foreach=False, fused=fused)
@@ -94,6 +96,19 @@ class PlainStep:
 
     def _stack(self) -> torch.Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+
+
+def with_timms_patches(network: nn.Module) -> nn.Module:
+    """The network, a DiT's patches embedded by timm's layer: a convolution, after which tokens lie transposed.
+
+    The other layers are torch's where they are not compiled.
+    """
+    if isinstance(network, DiT):
+        ours = network.x_embedder
+        channels, width = network.options.num_in_channels, network.pos_embed.shape[-1]
+        network.x_embedder = PatchEmbed(None, network.patch_size, channels, width, strict_img_size=False)
+        network.x_embedder.load_state_dict(ours.state_dict())
+    return network
 
 
 class OurStep:

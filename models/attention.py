@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from models.dit_layers import Linear
+
 __all__ = ["SelfAttention", "attention", "plain_attention"]
 
 # In bfloat16 on a CPU (chosen by itself with AMX) plain matrix products beat torch's fused kernel in training, for short
@@ -31,8 +33,8 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.qkv = Linear(hidden_size, 3 * hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Attend among the tokens."""

@@ -3,19 +3,17 @@
 Names and shapes of the state dict are those of the published LFM checkpoints.
 """
 
-import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from timm.layers import Mlp, PatchEmbed
 from torch import nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from models.attention import SelfAttention
 from models.conditions import Condition
+from models.dit_layers import Linear, Mlp, PatchEmbed
 from models.embeddings import LabelEmbedding, TimeEmbedding, sinusoids
 from models.family import ClassOptions
 from options import UsageError
@@ -90,7 +88,7 @@ class DiT(nn.Module):
         embedding = self.t_embedder(t.expand(x.shape[0])) + self.y_embedder(condition.labels)  # [B, D] or broadcast
         embedding = embedding.expand(x.shape[0], -1)
         positions = self._positions(height // self.patch_size, width // self.patch_size)
-        tokens = self.x_embedder(x).contiguous() + positions  # [B, L, D]; else all that follow lie transposed
+        tokens = self.x_embedder(x) + positions  # [B, L, D]
         for block in self.blocks:
             if self.options.use_grad_checkpointing and self.training:
                 tokens = checkpoint(block, tokens, embedding, use_reentrant=False)
@@ -137,7 +135,7 @@ class DiTBlock(nn.Module):
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
         self.attn = SelfAttention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(hidden_size, 4 * hidden_size, act_layer=Gelu)
+        self.mlp = Mlp(hidden_size)
         self.adaLN_modulation = _modulation(hidden_size, 6)
 
     def forward(self, tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
@@ -147,28 +145,13 @@ class DiTBlock(nn.Module):
         return tokens + gate2 * self.mlp(_modulate(self.norm2(tokens), shift2, scale2))
 
 
-class Gelu(nn.Module):
-    """GELU in its tanh approximation (Hendrycks & Gimpel 2016, arXiv:1606.08415).
-
-    A compiler makes faster code of the logistic function (benchmarks/gelu.py): with u = sqrt(2 / pi) (x + 0.044715 x^3),
-    x / 2 (1 + tanh u) = x sigmoid(2 u).
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Each value of x by itself."""
-        if not torch.compiler.is_compiling():
-            return functional.gelu(x, approximate="tanh")
-        wide = x.float()
-        return (wide * torch.sigmoid(math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3))).to(x.dtype)
-
-
 class FinalLayer(nn.Module):
     """Modulated norm and a linear map from tokens to patches."""
 
     def __init__(self, hidden_size: int, patch_values: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.linear = nn.Linear(hidden_size, patch_values)
+        self.linear = Linear(hidden_size, patch_values)
         self.adaLN_modulation = _modulation(hidden_size, 2)
 
     def forward(self, tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
@@ -178,7 +161,7 @@ class FinalLayer(nn.Module):
 
 
 def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, parts * hidden_size))
+    return nn.Sequential(nn.SiLU(), Linear(hidden_size, parts * hidden_size))
 
 
 def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 Run eagerly, they call torch's own kernels. Compiled, a norm and a doubling are other formulas for the same values: of torch's,
 the compiler makes loops that turn tensors which lie channels last around in the backward pass of a norm, and scatter the
-gradients of an interpolation one by one (benchmarks/unet_layers.py).
+gradients of an interpolation one by one (benchmarks/layers.py).
 """
 
 import torch

@@ -1,0 +1,62 @@
+"""Claim (models/unet_layers.py, models/dit_layers.py): compiled for a CPU, layers train faster in our forms than in torch's."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from benchmarks._timing import compare, markdown_table
+from models.dit_layers import Gelu, Mlp
+from models.unet_layers import GroupNorm, double
+from runtime.precision import Machine, keep_freed_memory
+
+IMAGES = ((8, 256, 16, 16), (8, 128, 32, 32), (8, 384, 32, 32))  # channels last
+TOKENS = ((256, 16, 128), (16, 256, 384), (16, 256, 768))
+GROUPS = 32
+SIDES = ("torch", "torch, compiled", "ours, compiled")
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
+
+def cases() -> Iterator[tuple[str, torch.Tensor, Layer, Layer]]:
+    """A name, an input, torch's layer and ours."""
+    for shape in IMAGES:
+        x, channels = torch.randn(shape).bfloat16().to(memory_format=torch.channels_last), shape[1]
+        torchs, ours = nn.GroupNorm(GROUPS, channels), GroupNorm(GROUPS, channels)
+        yield "group norm and SiLU", x, nn.Sequential(torchs, nn.SiLU()), nn.Sequential(ours, nn.SiLU())
+        yield "doubling", x, lambda x: functional.interpolate(x, scale_factor=2, mode="nearest"), double
+    for shape in TOKENS:
+        x, width = torch.randn(shape).bfloat16(), shape[2]
+        torchs = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
+        yield "GELU", x.repeat(1, 1, 4), nn.GELU("tanh"), Gelu()
+        yield "linear layers around GELU", x, torchs, Mlp(width)
+
+
+def main() -> None:
+    """Time forward and backward pass, in bfloat16, of each pair; print a table."""
+    keep_freed_memory()
+    machine, rows = Machine(torch.device("cpu"), "bf16"), []
+    for name, x, torchs, ours in cases():
+        x.requires_grad_()
+        torch._dynamo.reset()  # else the second shape would be compiled for all
+        layers = (torchs, *(torch.compile(layer, options=machine.compiler_options) for layer in (torchs, ours)))
+        with machine.autocast():
+            slope = torch.randn_like(torchs(x))
+
+        def step(layer: Layer, x: torch.Tensor = x, slope: torch.Tensor = slope) -> Callable[[], object]:
+            weights = list(layer.parameters()) if isinstance(layer, nn.Module) else []
+
+            def run() -> object:
+                with machine.autocast():
+                    value = layer(x)
+                return torch.autograd.grad(value, [x, *weights], slope.to(value.dtype))
+
+            return run
+
+        seconds = compare({side: step(layer) for side, layer in zip(SIDES, layers, strict=True)}, rounds=15)
+        rows.append([name, " x ".join(map(str, x.shape)), *(f"{1e3 * value:.2f} ms" for value in seconds.values())])
+    print(markdown_table(["layer", "input", *SIDES], rows))
+
+
+if __name__ == "__main__":
+    main()
