@@ -3,11 +3,12 @@
     python -m benchmarks.training_step [NETWORK ...] [--rounds 3] [--output docs/training_step.png]
 
 The reference is a plain step in float32: eager, of torch's and timm's layers, AdamW one parameter after another, an average
-over all parameters stacked into one vector. Each side after it adds one optimisation to the side before, up to ours: `TrainingState.advance` on the
-compiled network of our layers. All take steps on the same batch from the same weights, in turn, and their first losses must agree to 1e-2.
-In its turn a side takes two steps, and the second is timed: in training, too, the step before was one of the same kind.
-The rate is that of multiplications counted in the reference's forward pass, times three for both passes, over the best of
-several large products of bfloat16 matrices in the same run. Two to six minutes a network, one of them for its compilation.
+over all parameters stacked into one vector. Each side after it adds one optimisation to the side before, up to ours:
+`TrainingState.advance` on the compiled network of our layers. All take steps on the same batch from the same weights, in
+turn, and their first losses must agree to 1e-2. In its turn a side takes steps for a second, at least two, and all but the
+first are timed: in training, too, the step before was one of the same kind. The rate is that of multiplications counted in
+the reference's forward pass, times three for both passes, over the best of several large products of bfloat16 matrices in
+the same run. One to six minutes a network, one of them for its compilation.
 """
 
 import argparse

