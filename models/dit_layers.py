@@ -139,4 +139,5 @@ class PatchEmbed(ConvolvedPatches):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, L, D] of x [B, C, h, w], row by row of patches."""
         patches = functional.pixel_unshuffle(x, self.patch_size[0]).flatten(2).transpose(1, 2)  # [B, L, C p p]
-        return functional.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        # Contiguous, or the order of torch's sums would depend on whether weights need gradients.
+        return functional.linear(patches.contiguous(), self.proj.weight.flatten(1), self.proj.bias)
