@@ -10,10 +10,10 @@ TURN = 1.0  # seconds
 
 
 def compare(sides: Mapping[str, Callable[[], object]], rounds: int = 7, settled: bool = False) -> dict[str, float]:
-    """Median seconds of each side over `rounds` alternating rounds, after one warm-up call each.
+    """Median seconds of each side over `rounds` alternating rounds.
 
-    `settled`: in each of its turns a side runs for a second, at least twice, and the first call is left out, since it finds
-    caches and freed memory as another side left them.
+    A side runs once in its turn, after one warm-up call each at the start. `settled`: it runs for a second, at least twice, and
+    of all calls but the first, which finds caches and freed memory as another side left them, the median counts.
     """
     if not settled:
         for run in sides.values():
@@ -21,11 +21,15 @@ def compare(sides: Mapping[str, Callable[[], object]], rounds: int = 7, settled:
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
-            times = [_seconds(run)]
-            while settled and (len(times) < 2 or sum(times) < TURN):
-                times.append(_seconds(run))
-            seconds[name] += times[settled:]
+            seconds[name].append(_settled_seconds(run) if settled else _seconds(run))
     return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def _settled_seconds(run: Callable[[], object]) -> float:
+    times = [_seconds(run), _seconds(run)]
+    while sum(times) < TURN:
+        times.append(_seconds(run))
+    return statistics.median(times[1:])
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -41,7 +41,7 @@ class SpeedOptions(DrawOptions):
     """Benchmark."""
 
     output: str = option("docs/sampling_speed.png", "plot to write")
-    rounds: int = option(3, "evaluations of each side of the first part", minimum=1)
+    rounds: int = option(3, "turns of each side of the first part", minimum=1)
     evaluated: int = option(16, "samples of an evaluation", minimum=1)
     batches: int = option(3, "batches that each side of the second part draws", minimum=1)
     drawn: int = option(240, "samples of such a batch; a multiple of 80, for the error bar", minimum=80)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from models.dit_layers import Linear
+from models.transformer_layers import Linear
 
 __all__ = ["SelfAttention", "attention", "plain_attention"]
 

@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from models.attention import SelfAttention
 from models.conditions import Condition
-from models.dit_layers import Linear, Mlp, PatchEmbed
 from models.embeddings import LabelEmbedding, TimeEmbedding, sinusoids
 from models.family import ClassOptions
+from models.transformer_layers import Linear, Mlp, PatchEmbed
 from options import UsageError
 
 __all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "with_own_positions"]
@@ -68,7 +68,7 @@ class DiT(nn.Module):
         self.grid = size // patch_size
         self.pos_embed = nn.Parameter(_sincos_table(self.grid, self.grid, hidden_size), requires_grad=False)
         self._other_grids: dict[tuple[int, int], torch.Tensor] = {}
-        self.x_embedder = PatchEmbed(None, patch_size, options.num_in_channels, hidden_size, strict_img_size=False)
+        self.x_embedder = PatchEmbed(patch_size, options.num_in_channels, hidden_size)
         self.t_embedder = TimeEmbedding(FREQUENCIES, hidden_size)
         self.y_embedder = LabelEmbedding(options.label_rows, hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
@@ -119,7 +119,7 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         projection = self.x_embedder.proj
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        nn.init.zeros_(projection.bias)
+        nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
         for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(embedding.weight, std=0.02)  # type: ignore[arg-type]
         for layer in (*self.blocks, self.final_layer):

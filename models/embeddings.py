@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from models.compilation import compiled_for_a_cpu
+
 __all__ = ["LabelEmbedding", "RowTable", "TimeEmbedding", "sinusoids"]
 
 LONGEST_PERIOD = 10000.0
@@ -59,7 +61,7 @@ class RowTable(nn.Embedding):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Rows [..., D] of numbers [...]."""
-        if not (torch.compiler.is_compiling() and self.weight.device.type == "cpu"):
+        if not compiled_for_a_cpu(self.weight):
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):
             return functional.one_hot(input, self.num_embeddings).to(self.weight.dtype) @ self.weight

@@ -91,9 +91,9 @@ def trained_network(model_type, checkpointing):
     return network, list(network.parameters())
 
 
-def compiled_network(model_type):
+def compiled_network(model_type, checkpointing=False):
     torch._dynamo.reset()
-    network, weights = trained_network(model_type, checkpointing=False)
+    network, weights = trained_network(model_type, checkpointing)
     compiled = Machine(torch.device("cpu"), "bf16", compile=True).compiled(network)
     return compiled, network, weights
 
@@ -110,9 +110,9 @@ def test_forms_for_compilers_have_the_same_velocity_and_gradients(model_type, ch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", SMALL)
-def test_compiled_in_bfloat16_velocity_and_gradients_are_as_near_to_float32_as_eager_ones(model_type):
-    compiled, network, weights = compiled_network(model_type)
+@pytest.mark.parametrize(("model_type", "checkpointing"), [*((name, False) for name in SMALL), ("DiT-Mi/2", True)])
+def test_compiled_in_bfloat16_velocity_and_gradients_are_as_near_to_float32_as_eager_ones(model_type, checkpointing):
+    compiled, network, weights = compiled_network(model_type, checkpointing)
     exact = velocity_and_gradients(network, weights, FP32.autocast())
     sides = (velocity_and_gradients(function, weights, BF16.autocast()) for function in (compiled, network))
     for mine, eager, theirs in zip(*sides, exact, strict=True):

@@ -1,7 +1,7 @@
 """Layers of transformers.
 
-Run eagerly, or on a GPU, they call torch's own kernels. Compiled for a CPU, they are other formulas for the same values, of
-which the compiler makes faster loops (benchmarks/layers.py).
+Compiled for a CPU, a linear layer and, in bfloat16, GELU are other formulas for torch's values, of which the compiler makes
+faster loops (benchmarks/layers.py). Elsewhere they call torch's own kernels.
 """
 
 import math
@@ -11,17 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.polynomial import Chebyshev, Polynomial
-from timm.layers import PatchEmbed as ConvolvedPatches
 from torch import nn
 from torch.nn import functional
+
+from models.compilation import compiled_for_a_cpu
 
 __all__ = ["Gelu", "Linear", "Mlp", "PatchEmbed"]
 
 BOUND, DEGREE = 4.1, 8  # of the polynomials for GELU and its derivative
-
-
-def _compiled_for_a_cpu(x: torch.Tensor) -> bool:
-    return torch.compiler.is_compiling() and x.device.type == "cpu"
 
 
 class Linear(nn.Linear):
@@ -31,27 +28,31 @@ class Linear(nn.Linear):
     of its output; and its gradient is summed over a sample's tokens, then over samples, in loops that stay in the cache.
     """
 
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map [N, D] to [N, D'], or [B, L, D] to [B, L, D']."""
-        if not _compiled_for_a_cpu(input):
+        if not compiled_for_a_cpu(input):
             return super().forward(input)
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else input.dtype
         return _BiasOutside.apply(input.to(dtype), self.weight.to(dtype), self.bias)
 
 
 class _BiasOutside(torch.autograd.Function):
-    """A product, and a bias in float32, with gradients written for the compiler."""
+    """A product and a bias, rounded as autocast does, and a bias's gradient that is not rounded."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        return (functional.linear(x, weight) + bias).to(x.dtype)
+        ctx.bias_dtype = bias.dtype
+        return functional.linear(x, weight) + bias.to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x, weight = ctx.saved_tensors
         (slope,) = slopes
-        rows, sums = slope.flatten(0, -2), slope.float()
+        rows, sums = slope.flatten(0, -2), slope.to(ctx.bias_dtype)
         while sums.ndim > 1:
             sums = sums.sum(-2)
         return (rows @ weight).view(x.shape), rows.t() @ x.flatten(0, -2), sums
@@ -68,7 +69,7 @@ class Gelu(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Each value of x by itself."""
-        if _compiled_for_a_cpu(x) and x.dtype == torch.bfloat16:
+        if compiled_for_a_cpu(x) and x.dtype == torch.bfloat16:
             return _PolynomialGelu.apply(x)
         return functional.gelu(x, approximate="tanh")
 
@@ -90,14 +91,15 @@ def _fit(function: Callable[[np.ndarray], np.ndarray]) -> list[float]:
         return (function(x) - 0.5) / x
 
     p = Chebyshev.interpolate(odd_part, DEGREE)
-    return [float(c * 0.5 / BOUND / p(1)) for c in p.convert(kind=Polynomial).coef]
+    scale = 0.5 / BOUND / float(p(1))
+    return [scale * coefficient for coefficient in p.convert(kind=Polynomial).coef.tolist()]
 
 
 SHARE, DERIVATIVE = _fit(_share), _fit(_derivative)
 
 
 def _evaluate(coefficients: list[float], x: torch.Tensor) -> torch.Tensor:
-    """What was fitted, within BOUND; below it 0, above it 1."""
+    """What was fitted, within BOUND; below it 0, above it 1, to a rounding."""
     x = x.clamp(-BOUND, BOUND)
     w = x * x * (2 / BOUND**2) - 1
     total = coefficients[-1] * w + coefficients[-2]
@@ -133,11 +135,22 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
-class PatchEmbed(ConvolvedPatches):
-    """Tokens of patches: timm's layer and its weights, as a linear map, which leaves each token's values side by side."""
+class PatchEmbed(nn.Module):
+    """Tokens of patches: a convolution by its weights and their names, computed as a linear map of each patch's values.
+
+    Args:
+        patch_size: side of a patch.
+        channels: C of the input.
+        width: D of the tokens.
+    """
+
+    def __init__(self, patch_size: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Tokens [B, L, D] of x [B, C, h, w], row by row of patches."""
-        patches = functional.pixel_unshuffle(x, self.patch_size[0]).flatten(2).transpose(1, 2)  # [B, L, C p p]
+        patches = functional.pixel_unshuffle(x, self.patch_size).flatten(2).transpose(1, 2)  # [B, L, C p p]
         # Contiguous, or the order of torch's sums would depend on whether weights need gradients.
         return functional.linear(patches.contiguous(), self.proj.weight.flatten(1), self.proj.bias)
