@@ -26,19 +26,24 @@ runs = importlib.util.module_from_spec(specification)
 specification.loader.exec_module(runs)
 
 
+def launch(folder, *arguments):
+    """`two_processes.py FOLDER [...]` in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    finished = subprocess.run(
+        [*command, HERE / "two_processes.py", folder, *arguments],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("all is well") == 1  # one process speaks for both
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The runs of two processes, and `alone` and `alone, first step` of one."""
     folder = tmp_path_factory.mktemp("parallel")
     stop = (3, runs.signalled(signal.SIGTERM))
     assert not train(runs.new_job(folder / "begun alone", event=stop, lr=RATE), resume=False)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    finished = subprocess.run(
-        [*command, HERE / "two_processes.py", folder],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("all is well") == 1  # one process speaks for both
+    launch(folder)
     assert train(runs.new_job(folder / "alone", lr=RATE), resume=False)
     assert train(runs.new_job(folder / "alone, first step", lr=RATE, max_steps=1), resume=False)
     return folder
@@ -55,17 +60,26 @@ def greatest_difference(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-@pytest.mark.parametrize("name", ["first step", "first step, in parts", "first step, shared out"])
-def test_gradients_are_those_of_one_process(folder, name):
+def assert_same_gradients(one, other):
     """Adam's first moment is a tenth of the only gradient so far."""
-    one, other = (
-        load_content(folder / run / "content.pth")["optimizers"][0]["state"] for run in ("alone, first step", name)
-    )
+    one, other = (load_content(run / "content.pth")["optimizers"][0]["state"] for run in (one, other))
     assert one.keys() == other.keys()
     for number in one:
         gradient, same = one[number]["exp_avg"], other[number]["exp_avg"]
         assert (gradient - same).abs().max() <= 1e-6 * max(1e-2, gradient.abs().max())
     assert max(values["exp_avg"].abs().max() for values in one.values()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["first step", "first step, in parts", "first step, shared out"])
+def test_gradients_are_those_of_one_process(folder, name):
+    assert_same_gradients(folder / "alone, first step", folder / name)
+
+
+@pytest.mark.slow
+def test_compiled_gradients_of_two_processes_are_those_of_one_that_is_not(tmp_path):
+    launch(tmp_path, "compiled")
+    assert train(runs.new_job(tmp_path / "alone", lr=RATE, max_steps=1), resume=False)
+    assert_same_gradients(tmp_path / "alone", tmp_path / "first step, compiled")
 
 
 @pytest.mark.parametrize("name", ["replicated", "shared out", "begun alone"])

@@ -1,5 +1,6 @@
-"""What test_parallel.py runs in each of two processes: `python two_processes.py FOLDER`, started by a launcher."""
+"""What test_parallel.py runs in each of two processes: `python two_processes.py FOLDER [compiled]`, started by a launcher."""
 
+import dataclasses
 import importlib.util
 import signal
 import sys
@@ -157,15 +158,24 @@ def samples(folder, processes):
         assert abs(together.covariance - alone.covariance).max() < 1e-14
 
 
+def compiled(folder, processes):
+    job = runs.new_job(folder / "first step, compiled", processes=processes, lr=RATE, max_steps=1)
+    assert train(dataclasses.replace(job, machine=dataclasses.replace(job.machine, compile=True)), resume=False)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 def main(folder):
     torch.set_num_threads(1)
     with join_processes() as processes:
         assert (processes.count, processes.local_count) == (2, 2)
-        exchange(processes)
-        skipped_step(folder / "skipped", processes)
-        every_family(processes)
-        samples(folder / "samples", processes)
-        training(folder, processes)
+        if sys.argv[2:] == ["compiled"]:
+            compiled(folder, processes)
+        else:
+            exchange(processes)
+            skipped_step(folder / "skipped", processes)
+            every_family(processes)
+            samples(folder / "samples", processes)
+            training(folder, processes)
         print("all is well")
 
 
