@@ -204,6 +204,7 @@ def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
     axis.bar_label(bars, fmt="%.1f", padding=2)
     axis.axhline(1, color="grey", linewidth=1)
     axis.set_xticks(range(len(results)), list(results))
+    axis.margins(y=0.1)
     axis.set_ylabel("times as fast as the reference")
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, frameon=False)
     figure.savefig(path, dpi=80)
