@@ -6,5 +6,5 @@ __all__ = ["compiled_for_a_cpu"]
 
 
 def compiled_for_a_cpu(tensor: torch.Tensor) -> bool:
-    """Whether code for a CPU is being compiled, where `tensor` is."""
+    """Whether the code that handles `tensor` is being compiled, for a CPU."""
     return torch.compiler.is_compiling() and tensor.device.type == "cpu"
