@@ -24,7 +24,7 @@ from PIL import Image
 
 from benchmarks._latents import new_autoencoder, open_random_cache, write_random_cache
 from benchmarks._timing import compare, markdown_table
-from benchmarks.training_step import CASES, OurStep, new_batch, new_network, peak
+from benchmarks.training_step import CASES, OurStep, peak
 from datasets_prep.cached_moments import LatentCache
 from datasets_prep.datasets import DatasetOptions, ImageDataset, open_dataset
 from datasets_prep.latent_cache import build_latent_cache
@@ -91,7 +91,7 @@ def measure_reading(folder: Path, size: int, rounds: int) -> tuple[dict[str, flo
 def consumption(rounds: int) -> float:
     """Images a second that training takes."""
     case = CASES[STEP]
-    step = OurStep(new_network(case), new_batch(case))
+    step = OurStep(case)
     return case.batch_size / compare({"step": step}, rounds)["step"]
 
 

@@ -20,7 +20,7 @@ import torch
 
 from benchmarks._latents import new_autoencoder, open_random_cache, write_random_cache
 from benchmarks._timing import compare, markdown_table
-from benchmarks.training_step import CASES, Case, OurStep, PlainStep, new_batch, new_network, peak
+from benchmarks.training_step import CASES, Case, OurStep, PlainStep, peak
 from datasets_prep.latent_cache import SHARD_BYTES
 from flow.paths import PathOptions
 from models.autoencoder import Autoencoder, images_to_pixels
@@ -86,13 +86,13 @@ def batches_from_cache(folder: Path, autoencoder: Autoencoder, batch_size: int) 
 
 def measure(case: Case, rounds: int) -> dict[str, float]:
     """Seconds of a step by side, and those that encoding takes of the published one."""
-    batch, images = new_batch(case), torch.randint(256, (case.batch_size, 3, SIDE, SIDE), dtype=torch.uint8)
+    images = torch.randint(256, (case.batch_size, 3, SIDE, SIDE), dtype=torch.uint8)
     plain = new_autoencoder()
     plain.network.to(memory_format=torch.contiguous_format)
-    published = PublishedStep(PlainStep(new_network(case), batch), plain, images)
+    published = PublishedStep(PlainStep(case), plain, images)
     with tempfile.TemporaryDirectory() as folder:
         upcoming = batches_from_cache(Path(folder), plain, case.batch_size)
-        cached = CachedStep(OurStep(new_network(case), batch), upcoming)
+        cached = CachedStep(OurStep(case), upcoming)
         seconds = compare({"published": published, "ours": cached}, rounds, settled=True)
     if len(published.encoding) != 2 * rounds:
         raise SystemExit("error: this machine takes more than two steps in a turn, of which the second is told")

@@ -5,13 +5,14 @@
 The reference is a plain step in float32: eager, of torch's and timm's layers, AdamW one parameter after another, an average
 over all parameters stacked into one vector. Each side after it adds one optimisation to the side before, up to ours:
 `TrainingState.advance` on the compiled network of our layers. All take steps on the same batch from the same weights, in
-turn, and their first losses must agree to 1e-2. In its turn a side takes steps for a second, at least two, and all but the
-first are timed: in training, too, the step before was one of the same kind. The rate is that of multiplications counted in
-the reference's forward pass, times three for both passes, over the best of several large products of bfloat16 matrices in
-the same run. One to six minutes a network, one of them for its compilation.
+turns of a second or of one step, each in a process of its own, as in training; their first losses must agree to 1e-2. The
+rate is that of multiplications counted in the reference's forward pass, times three for both passes, over the best of several
+large products of bfloat16 matrices in the same run. TIME a network, up to one of them for its compilation.
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks._timing import compare, markdown_table
+from benchmarks._timing import compare, compare_apart, markdown_table
 from models.conditions import Condition
 from models.dit import DiT, DiTOptions
 from models.edm_unet import EdmUNetOptions
@@ -57,43 +58,42 @@ CASES = {
 
 
 class PlainStep:
-    """One step after another on one batch, each optimisation by a switch; `loss` is that of the latest."""
+    """One step after another on one batch, each optimisation by a switch."""
 
     def __init__(
         self,
-        network: nn.Module,
-        batch: Batch,
+        case: Case,
         *,
         fused: bool = False,
         in_place: bool = False,
         bf16: bool = False,
         keeps_memory: bool = False,
     ) -> None:
-        self.network, self.batch = with_timms_patches(network), batch
+        self.network, self.batch = with_timms_patches(new_network(case)), new_batch(case)
         self.in_place, self.keeps_memory = in_place, keeps_memory
         self.machine = Machine(torch.device("cpu"), "bf16" if bf16 else "fp32")
-        self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        self.parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=RATE, foreach=False, fused=fused)
         self.averages = [parameter.detach().clone() for parameter in self.parameters] if in_place else []
         self.stacked = torch.empty(0) if in_place else self._stack()
-        self.loss = torch.zeros(())
 
-    def __call__(self) -> None:
-        """Take a step."""
+    def __call__(self) -> float:
+        """Take a step; returns its loss."""
         keep_freed_memory(self.keeps_memory)
         t = self.batch.t.view(-1, 1, 1, 1)
         x_t = (1 - t) * self.batch.data + t * self.batch.noise
         self.optimizer.zero_grad()
         with self.machine.autocast():
             predicted = self.network(self.batch.t, x_t, Condition(self.batch.labels))
-        self.loss = functional.mse_loss(predicted.float(), self.batch.noise - self.batch.data)
-        self.loss.backward()
+        loss = functional.mse_loss(predicted.float(), self.batch.noise - self.batch.data)
+        loss.backward()
         self.optimizer.step()
         with torch.no_grad():
             if self.in_place:
                 torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - DECAY)
             else:
                 self.stacked.mul_(DECAY).add_(self._stack(), alpha=1 - DECAY)
+        return loss.item()
 
     def _stack(self) -> torch.Tensor:
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters])
@@ -115,20 +115,18 @@ def with_timms_patches(network: nn.Module) -> nn.Module:
 class OurStep:
     """The step of training/state.py on one batch, compiled."""
 
-    def __init__(self, network: nn.Module, batch: Batch) -> None:
+    def __init__(self, case: Case) -> None:
         machine = Machine(torch.device("cpu"), "bf16", compile=True)
+        network = new_network(case)
         self.state = TrainingState(network, machine, DECAY, OptimizerOptions(lr=RATE))
-        self.velocity, self.batch = machine.compiled(network), batch
+        self.velocity, self.batch = machine.compiled(network), new_batch(case)
 
-    def __call__(self) -> None:
-        """Take a step."""
+    def __call__(self) -> float:
+        """Take a step; returns its loss."""
         keep_freed_memory()
+        before = self.state.sums[0].item()
         self.state.advance(self.velocity, self.batch, 0.0, RATE, 0.0)
-
-    @property
-    def loss(self) -> torch.Tensor:
-        """Of the only step so far."""
-        return self.state.sums[0]
+        return self.state.sums[0].item() - before
 
 
 # Each with the switches of the sides before it; ours comes after them.
@@ -138,7 +136,7 @@ SWITCHES = {
     "bfloat16": "bf16",
     "freed memory kept": "keeps_memory",
 }
-OURS = "compiled (ours)"
+REFERENCE, OURS = "reference", "compiled (ours)"
 
 
 def new_network(case: Case) -> nn.Module:
@@ -179,17 +177,17 @@ def measure(case: Case, rounds: int) -> dict[str, float]:
     Raises:
         SystemExit: the sides' losses differ.
     """
-    batch, switches = new_batch(case), dict[str, bool]()
-    sides: dict[str, PlainStep | OurStep] = {"reference": PlainStep(new_network(case), batch)}
+    sides: dict[str, Callable[[], PlainStep | OurStep]] = {REFERENCE: partial(PlainStep, case)}
+    switches = dict[str, bool]()
     for name, switch in SWITCHES.items():
         switches[switch] = True
-        sides[name] = PlainStep(new_network(case), batch, **switches)
-    sides[OURS] = OurStep(new_network(case), batch)
-    for name, step in sides.items():
-        step()
-        if abs(sides["reference"].loss.item() / step.loss.item() - 1) > AGREEMENT:
-            raise SystemExit(f"error: {name}: its loss is {step.loss}, but the reference's {sides['reference'].loss}")
-    return compare(sides, rounds, settled=True)
+        sides[name] = partial(PlainStep, case, **switches)
+    sides[OURS] = partial(OurStep, case)
+    seconds, losses = compare_apart(sides, rounds)
+    for name, loss in losses.items():
+        if abs(losses[REFERENCE] / loss - 1) > AGREEMENT:
+            raise SystemExit(f"error: {name}: its loss is {loss}, but the reference's {losses[REFERENCE]}")
+    return seconds
 
 
 def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
@@ -200,7 +198,7 @@ def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
     names = [*SWITCHES, OURS]
     for number, name in enumerate(names):
         places = [place + (number - (len(names) - 1) / 2) * 0.16 for place in range(len(results))]
-        bars = axis.bar(places, [times["reference"] / times[name] for times in results.values()], 0.15, label=name)
+        bars = axis.bar(places, [times[REFERENCE] / times[name] for times in results.values()], 0.15, label=name)
     axis.bar_label(bars, fmt="%.1f", padding=2)
     axis.axhline(1, color="grey", linewidth=1)
     axis.set_xticks(range(len(results)), list(results))
@@ -224,8 +222,8 @@ def main() -> None:
     for name in options.networks or CASES:
         results[name] = seconds = measure(CASES[name], options.rounds)
         rate = 3 * forward_operations(CASES[name]) / seconds[OURS]
-        rows.append([name, *(f"{1e3 * seconds[side]:.0f} ms" for side in ("reference", OURS))])
-        rows[-1] += [f"{seconds['reference'] / seconds[side]:.2f}" for side in (*SWITCHES, OURS)]
+        rows.append([name, *(f"{1e3 * seconds[side]:.0f} ms" for side in (REFERENCE, OURS))])
+        rows[-1] += [f"{seconds[REFERENCE] / seconds[side]:.2f}" for side in (*SWITCHES, OURS)]
         rows[-1] += [f"{rate / 1e9:.0f}", f"{100 * rate / best:.0f} %"]
         print(rows[-1], flush=True)
     header = ["network", "reference", "ours", *SWITCHES, OURS, "GFLOP/s", "of the peak"]

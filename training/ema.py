@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from training.parallel import reshard
+
 __all__ = ["Ema"]
 
 
@@ -47,8 +49,9 @@ class Ema:
         self.updates += keep
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
         rate = (keep * (1 - decay)).float()
+        reshard(self.network)
         averages, currents = [], []
-        for average, value in zip(self.weights.values(), network.state_dict().values(), strict=True):
+        for average, value in zip(_tensors(self.network), _tensors(network), strict=True):
             if value.is_floating_point():
                 averages.append(_own_part(average))
                 currents.append(_own_part(value))
@@ -64,6 +67,10 @@ class Ema:
         """Continue from `state_dict()`'s value; names and shapes must fit."""
         self.updates.fill_(state["updates"])
         self.network.load_state_dict(state["weights"])
+
+
+def _tensors(network: nn.Module) -> list[torch.Tensor]:
+    return [*network.parameters(), *network.buffers()]
 
 
 def _own_part(tensor: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime.distributed import Processes
 
-__all__ = ["full", "is_shared_out", "laid_out_as", "local_gradients", "replicate", "share_out", "whole"]
+__all__ = ["full", "is_shared_out", "laid_out_as", "local_gradients", "replicate", "reshard", "share_out", "whole"]
 
 
 def replicate(network: nn.Module, processes: Processes) -> nn.Module:
@@ -46,6 +46,12 @@ def share_out(network: nn.Module, device: torch.device, processes: Processes) ->
 def is_shared_out(network: nn.Module) -> bool:
     """Whether `share_out` was called with the network."""
     return isinstance(network, FSDPModule)
+
+
+def reshard(network: nn.Module) -> None:
+    """Drop the weights that a network holds gathered since its forward pass, before those that are shared out change."""
+    if isinstance(network, FSDPModule):
+        network.reshard()
 
 
 @contextmanager
