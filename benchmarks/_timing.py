@@ -4,10 +4,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
 from multiprocessing import get_context
+from typing import NamedTuple
 
-__all__ = ["compare", "compare_apart", "markdown_table"]
+__all__ = ["Comparison", "compare", "compare_apart", "markdown_table"]
 
 TURN = 1.0  # seconds
 
@@ -28,31 +28,46 @@ def compare(sides: Mapping[str, Callable[[], object]], rounds: int = 7, settled:
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
-def compare_apart(
-    sides: Mapping[str, Callable[[], Callable[[], float]]], rounds: int
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Median seconds of each side over alternating turns of a second, and what its very first call returned.
+class Comparison(NamedTuple):
+    """Median seconds of a side and of the reference, in turns with it, and what the first call of each returned."""
 
-    Each side is made, by a function that can be pickled, in a process of its own, so that its memory and the allocator's
-    settings are those of a program that does nothing else.
+    reference: float
+    side: float
+    first_of_reference: float
+    first: float
+
+
+Maker = Callable[[], Callable[[], float]]
+
+
+def compare_apart(reference: Maker, sides: Mapping[str, Maker], seconds: float) -> dict[str, Comparison]:
+    """Compare one side after another with the reference: for some seconds, at least twice, both take a turn of a second.
+
+    What is compared is made, by functions that can be pickled, in processes of their own, so that memory and the settings of
+    its allocator are those of a program that does nothing else.
     """
-    with ExitStack() as stack:
-        processes = {
-            name: stack.enter_context(ProcessPoolExecutor(1, get_context("spawn"), _make_side, (make,)))
-            for name, make in sides.items()
-        }
-        first = {name: process.submit(_call_side).result() for name, process in processes.items()}
-        seconds: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(rounds):
-            for name, process in processes.items():
-                seconds[name].append(process.submit(_turn, _call_side).result())
-    return {name: statistics.median(times) for name, times in seconds.items()}, first
+    results = {}
+    with _process(reference) as base:
+        first_of_reference = base.submit(_call_side).result()
+        for name, make in sides.items():
+            with _process(make) as process:
+                first, _ = (process.submit(_call_side).result() for _ in range(2))  # memory settles after the second
+                turns, end = [], time.monotonic() + seconds
+                while time.monotonic() < end or len(turns) < 2:
+                    turns.append([each.submit(_turn, _call_side).result() for each in (base, process)])
+            medians = [statistics.median(times) for times in zip(*turns, strict=True)]
+            results[name] = Comparison(*medians, first_of_reference, first)
+    return results
+
+
+def _process(make: Maker) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, get_context("spawn"), _make_side, (make,))
 
 
 _sides: list[Callable[[], float]] = []  # of this process: one
 
 
-def _make_side(make: Callable[[], Callable[[], float]]) -> None:
+def _make_side(make: Maker) -> None:
     _sides.append(make())
 
 

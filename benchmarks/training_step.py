@@ -1,13 +1,13 @@
 """Claim: a training step here is several times faster than the published kind of step, on the same processor.
 
-    python -m benchmarks.training_step [NETWORK ...] [--rounds 3] [--output docs/training_step.png]
+    python -m benchmarks.training_step [NETWORK ...] [--seconds 20] [--output docs/training_step.png]
 
 The reference is a plain step in float32: eager, of torch's and timm's layers, AdamW one parameter after another, an average
 over all parameters stacked into one vector. Each side after it adds one optimisation to the side before, up to ours:
-`TrainingState.advance` on the compiled network of our layers. All take steps on the same batch from the same weights, in
-turns of a second or of one step, each in a process of its own, as in training; their first losses must agree to 1e-2. The
-rate is that of multiplications counted in the reference's forward pass, times three for both passes, over the best of several
-large products of bfloat16 matrices in the same run. TIME a network, up to one of them for its compilation.
+`TrainingState.advance` on the compiled network of our layers. Each side runs beside the reference, in a process of its own, as
+in training; the two take turns of a second or of one step, on the same batch and from the same weights, and their first losses
+must agree to 1e-2. The rate is that of multiplications counted in the reference's forward pass, times three for both passes,
+over the best of several large products of bfloat16 matrices in the same run. Three to five minutes a network.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks._timing import compare, compare_apart, markdown_table
+from benchmarks._timing import Comparison, compare, compare_apart, markdown_table
 from models.conditions import Condition
 from models.dit import DiT, DiTOptions
 from models.edm_unet import EdmUNetOptions
@@ -136,7 +136,7 @@ SWITCHES = {
     "bfloat16": "bf16",
     "freed memory kept": "keeps_memory",
 }
-REFERENCE, OURS = "reference", "compiled (ours)"
+OURS = "compiled (ours)"
 
 
 def new_network(case: Case) -> nn.Module:
@@ -171,26 +171,28 @@ def peak(side: int = 4096) -> float:
     return 2 * side**3 / seconds
 
 
-def measure(case: Case, rounds: int) -> dict[str, float]:
-    """Seconds of a step by side.
+def measure(case: Case, seconds: float) -> dict[str, Comparison]:
+    """Each side beside the reference.
 
     Raises:
-        SystemExit: the sides' losses differ.
+        SystemExit: their losses differ.
     """
-    sides: dict[str, Callable[[], PlainStep | OurStep]] = {REFERENCE: partial(PlainStep, case)}
+    sides: dict[str, Callable[[], PlainStep | OurStep]] = {}
     switches = dict[str, bool]()
     for name, switch in SWITCHES.items():
         switches[switch] = True
         sides[name] = partial(PlainStep, case, **switches)
     sides[OURS] = partial(OurStep, case)
-    seconds, losses = compare_apart(sides, rounds)
-    for name, loss in losses.items():
-        if abs(losses[REFERENCE] / loss - 1) > AGREEMENT:
-            raise SystemExit(f"error: {name}: its loss is {loss}, but the reference's {losses[REFERENCE]}")
-    return seconds
+    results = compare_apart(partial(PlainStep, case), sides, seconds)
+    for name, result in results.items():
+        if abs(result.first_of_reference / result.first - 1) > AGREEMENT:
+            raise SystemExit(
+                f"error: {name}: its loss is {result.first}, but the reference's {result.first_of_reference}"
+            )
+    return results
 
 
-def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
+def draw_picture(results: dict[str, dict[str, Comparison]], path: Path) -> None:
     """Times as fast as the reference, by network and side."""
     import matplotlib.pyplot as plt
 
@@ -198,7 +200,8 @@ def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
     names = [*SWITCHES, OURS]
     for number, name in enumerate(names):
         places = [place + (number - (len(names) - 1) / 2) * 0.16 for place in range(len(results))]
-        bars = axis.bar(places, [times[REFERENCE] / times[name] for times in results.values()], 0.15, label=name)
+        ratios = [sides[name].reference / sides[name].side for sides in results.values()]
+        bars = axis.bar(places, ratios, 0.15, label=name)
     axis.bar_label(bars, fmt="%.1f", padding=2)
     axis.axhline(1, color="grey", linewidth=1)
     axis.set_xticks(range(len(results)), list(results))
@@ -212,7 +215,9 @@ def main() -> None:
     """Print a table of all cases, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(CASES))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="of each side's comparison, with at least two turns each"
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/training_step.png"))
     options = parser.parse_args()
     if unknown := set(options.networks) - CASES.keys():
@@ -220,10 +225,11 @@ def main() -> None:
     best, results, rows = peak(), {}, []
     print(f"bfloat16 peak {best / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads\n")
     for name in options.networks or CASES:
-        results[name] = seconds = measure(CASES[name], options.rounds)
-        rate = 3 * forward_operations(CASES[name]) / seconds[OURS]
-        rows.append([name, *(f"{1e3 * seconds[side]:.0f} ms" for side in (REFERENCE, OURS))])
-        rows[-1] += [f"{seconds[REFERENCE] / seconds[side]:.2f}" for side in (*SWITCHES, OURS)]
+        results[name] = sides = measure(CASES[name], options.seconds)
+        ours = sides[OURS]
+        rate = 3 * forward_operations(CASES[name]) / ours.side
+        rows.append([name, f"{1e3 * ours.reference:.0f} ms", f"{1e3 * ours.side:.0f} ms"])
+        rows[-1] += [f"{side.reference / side.side:.2f}" for side in sides.values()]
         rows[-1] += [f"{rate / 1e9:.0f}", f"{100 * rate / best:.0f} %"]
         print(rows[-1], flush=True)
     header = ["network", "reference", "ours", *SWITCHES, OURS, "GFLOP/s", "of the peak"]
