@@ -24,39 +24,45 @@ def compare(sides: Mapping[str, Callable[[], object]], rounds: int = 7, settled:
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
-            seconds[name].append(_turn(run, unsettled=1) if settled else _seconds(run))
+            seconds[name].append(statistics.median(_times(run, TURN, least=2)[1:]) if settled else _seconds(run))
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 class Comparison(NamedTuple):
-    """Median seconds of a side and of the reference, in turns with it, and what the first call of each returned."""
+    """Of a side and the reference: median seconds of each, and the median over turns of how many times as fast the side was."""
 
     reference: float
     side: float
-    first_of_reference: float
-    first: float
+    times: float
 
 
-Maker = Callable[[], Callable[[], float]]
+Maker = Callable[[], Callable[[], float]]  # of something whose calls are timed
 
 
-def compare_apart(reference: Maker, sides: Mapping[str, Maker], seconds: float) -> dict[str, Comparison]:
-    """Compare one side after another with the reference: for some seconds, at least twice, both take a turn of a second.
+def compare_apart(
+    reference: Maker, sides: Mapping[str, Maker], seconds: float, tolerance: float
+) -> dict[str, Comparison]:
+    """Compare one side after another with the reference: for some seconds, at least twice, each takes a turn of a second.
 
     What is compared is made, by functions that can be pickled, in processes of their own, so that memory and the settings of
-    its allocator are those of a program that does nothing else.
+    its allocator are those of a program that does nothing else. A turn's first call counts only where it fills the turn.
+
+    Raises:
+        SystemExit: what a side's first call returns differs from the reference's by more than a share of `tolerance`.
     """
     results = {}
     with _process(reference) as base:
-        first_of_reference = base.submit(_call_side).result()
+        expected = _warm_up(base)
         for name, make in sides.items():
             with _process(make) as process:
-                first, _ = (process.submit(_call_side).result() for _ in range(2))  # memory settles after the second
+                value = _warm_up(process)
+                if not abs(value - expected) <= tolerance * abs(expected):
+                    raise SystemExit(f"error: {name}: its first value is {value}, but the reference's {expected}")
                 turns, end = [], time.monotonic() + seconds
                 while time.monotonic() < end or len(turns) < 2:
-                    turns.append([each.submit(_turn, _call_side).result() for each in (base, process)])
+                    turns.append([each.submit(_turn).result() for each in (base, process)])
             medians = [statistics.median(times) for times in zip(*turns, strict=True)]
-            results[name] = Comparison(*medians, first_of_reference, first)
+            results[name] = Comparison(*medians, statistics.median(slow / fast for slow, fast in turns))
     return results
 
 
@@ -64,23 +70,35 @@ def _process(make: Maker) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, get_context("spawn"), _make_side, (make,))
 
 
-_sides: list[Callable[[], float]] = []  # of this process: one
+def _warm_up(process: ProcessPoolExecutor) -> float:
+    """Two calls, after which memory is settled; returns the value of the first."""
+    value = process.submit(_call_side).result()
+    process.submit(_call_side).result()
+    return value
+
+
+_side: Callable[[], float]  # of this process
 
 
 def _make_side(make: Maker) -> None:
-    _sides.append(make())
+    global _side
+    _side = make()
 
 
 def _call_side() -> float:
-    return _sides[0]()
+    return _side()
 
 
-def _turn(run: Callable[[], object], unsettled: int = 0) -> float:
-    """Median seconds of calls for TURN seconds, without the first `unsettled` ones."""
+def _turn() -> float:
+    times = _times(_side, TURN)
+    return statistics.median(times[1:] or times)
+
+
+def _times(run: Callable[[], object], seconds: float, least: int = 1) -> list[float]:
     times: list[float] = []
-    while sum(times) < TURN or len(times) <= unsettled:
+    while sum(times) < seconds or len(times) < least:
         times.append(_seconds(run))
-    return statistics.median(times[unsettled:])
+    return times
 
 
 def _seconds(run: Callable[[], object]) -> float:

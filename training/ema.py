@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
-from training.parallel import reshard
+from training.parallel import own_part, reshard
 
 __all__ = ["Ema"]
 
@@ -17,8 +16,9 @@ class Ema:
     """Moving average of a network's weights, in place, with a warm-up that makes it right from the first step.
 
     After update number n the decay is min(decay, (1 + n) / (10 + n)), so the average forgets its random initial value at
-    once. `network` is a copy of the network that always has the averaged weights; buffers that are no floats are copied.
-    Where weights are shared out among processes, each process averages its part, so both networks must be shared out alike.
+    once. `network` is a copy of the network that always has the averaged weights; buffers are averaged as well, or copied
+    if they are no floats. Where weights are shared out among processes, each process averages its part, so both networks must
+    be shared out alike.
 
     Args:
         network: the network to follow, without any parallel wrapper.
@@ -49,12 +49,13 @@ class Ema:
         self.updates += keep
         decay = ((1 + self.updates) / (10 + self.updates)).clamp(max=self.decay)
         rate = (keep * (1 - decay)).float()
-        reshard(self.network)
+        for each in (self.network, network):
+            reshard(each)
         averages, currents = [], []
         for average, value in zip(_tensors(self.network), _tensors(network), strict=True):
             if value.is_floating_point():
-                averages.append(_own_part(average))
-                currents.append(_own_part(value))
+                averages.append(own_part(average))
+                currents.append(own_part(value))
             else:
                 average.copy_(value)
         torch._foreach_lerp_(averages, currents, [rate] * len(averages))
@@ -71,8 +72,3 @@ class Ema:
 
 def _tensors(network: nn.Module) -> list[torch.Tensor]:
     return [*network.parameters(), *network.buffers()]
-
-
-def _own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds, in place."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

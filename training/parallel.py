@@ -17,7 +17,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 from runtime.distributed import Processes
 
-__all__ = ["full", "is_shared_out", "laid_out_as", "local_gradients", "replicate", "reshard", "share_out", "whole"]
+__all__ = [
+    "full",
+    "is_shared_out",
+    "laid_out_as",
+    "local_gradients",
+    "own_part",
+    "replicate",
+    "reshard",
+    "share_out",
+    "whole",
+]
 
 
 def replicate(network: nn.Module, processes: Processes) -> nn.Module:
@@ -50,8 +60,10 @@ def is_shared_out(network: nn.Module) -> bool:
 
 def reshard(network: nn.Module) -> None:
     """Drop the weights that a network holds gathered since its forward pass, before those that are shared out change."""
-    if isinstance(network, FSDPModule):
-        network.reshard()
+    if is_shared_out(network):
+        for module in network.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
 
 @contextmanager
@@ -72,6 +84,11 @@ def local_gradients(network: nn.Module) -> Iterator[None]:
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that may be shared out, on its device; every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this process holds, in place; all of it where it is not shared out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(value: Any, keep: bool = True) -> Any:

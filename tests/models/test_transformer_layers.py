@@ -87,6 +87,7 @@ def test_compiled_gelu_is_made_of_the_polynomials(traced):
     assert torch.equal(found, (wide * _evaluate(SHARE, wide)).bfloat16())
     assert torch.equal(slopes, _evaluate(DERIVATIVE, wide).bfloat16())
     assert len(graphs[0].graph.find_nodes(op="placeholder")) == 1  # the coefficients are constants
+    assert "amax" in "".join(module.code for module in graphs[0].modules() if isinstance(module, torch.fx.GraphModule))
 
 
 def test_gelu_is_torchs_own_where_nothing_is_compiled_and_in_float32(traced):
@@ -99,12 +100,16 @@ def test_gelu_is_torchs_own_where_nothing_is_compiled_and_in_float32(traced):
 
 
 def test_compiled_gelu_is_zero_or_the_identity_far_out_and_spreads_what_is_not_a_number(traced):
-    x = torch.tensor([-1e3, 1e3, 1e30, float("nan")]).bfloat16()
+    x = torch.tensor([[-1e3, 1e3, 1e30, float("nan")], [-1e3, 0.0, 1.0, 1e3]]).bfloat16().requires_grad_()
     compiled, graphs = traced(Gelu())
-    found = compiled(x)
+    values = compiled(x)
+    (slopes,) = torch.autograd.grad(values.sum(), x)
+    found, x = values[0], x[0]
     assert found[0].abs() < 1e-3
     assert torch.equal(found[1:3], x[1:3])
     assert found[3].isnan()
+    assert slopes[0].isnan().all()
+    torch.testing.assert_close(slopes[1].float(), torch.tensor([0.0, 0.5, 1.0830, 1.0]), atol=1e-2, rtol=0)
     assert len(graphs) == 1
 
 
