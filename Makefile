@@ -1,6 +1,6 @@
 # Each target sets up .venv first if the active Python lacks requirements-dev.txt.
-#   bench       how fast this machine trains, samples and reads: some minutes each (training_step: eleven); sampling needs what bash
-#               run.sh trains, memory 13 GB, data 8 GB of disk
+#   bench       how fast this machine trains, samples and reads: some minutes each, training_step for each of five networks; sampling needs
+#               what bash run.sh trains, memory 13 GB, data 8 GB of disk
 #   bench-long  what docs/sampling.md, docs/results.md and docs/reliability.md rest on: hours
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
