@@ -1,5 +1,6 @@
-"""Alternating timings: noise that drifts over minutes hits all sides alike."""
+"""What benchmarks share. Timings alternate: noise that drifts over minutes hits all sides alike."""
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -7,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple
 
-__all__ = ["Comparison", "compare", "compare_apart", "markdown_table"]
+__all__ = ["Comparison", "compare", "compare_apart", "markdown_table", "parse_no_options"]
 
 TURN = 1.0  # seconds
 
@@ -111,3 +112,9 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def parse_no_options(documentation: str | None) -> None:
+    """Refuse flags, and answer `--help` with a benchmark's own documentation."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    argparse.ArgumentParser(description=documentation, formatter_class=formatter).parse_args()

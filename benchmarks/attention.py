@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks._timing import compare, markdown_table
+from benchmarks._timing import compare, markdown_table, parse_no_options
 from models.attention import plain_attention
 
 SHAPES = ((128, 4, 16, 48), (64, 6, 64, 64), (16, 12, 256, 64), (4, 12, 1024, 64))  # B, heads, L, width of a head
@@ -14,6 +14,7 @@ SHAPES = ((128, 4, 16, 48), (64, 6, 64, 64), (16, 12, 256, 64), (4, 12, 1024, 64
 
 def main() -> None:
     """Time both on the same tensors: forward and backward pass in both precisions, and the forward pass alone."""
+    parse_no_options(__doc__)
     sides = {"plain": plain_attention, "fused": scaled_dot_product_attention}
     rows = []
     for shape in SHAPES:

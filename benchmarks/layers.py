@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks._timing import compare, markdown_table
+from benchmarks._timing import compare, markdown_table, parse_no_options
 from models.transformer_layers import Gelu, Mlp
 from models.unet_layers import GroupNorm, double
 from runtime.precision import Machine, keep_freed_memory
@@ -34,6 +34,7 @@ def cases() -> Iterator[tuple[str, torch.Tensor, Layer, Layer]]:
 
 def main() -> None:
     """Time forward and backward pass, in bfloat16, of each pair; print a table."""
+    parse_no_options(__doc__)
     keep_freed_memory()
     machine, rows = Machine(torch.device("cpu"), "bf16"), []
     for name, x, torchs, ours in cases():

@@ -6,13 +6,14 @@ AVX512_BF16 372 to 412 and 145 to 169: there `--precision bf16` is worth giving.
 
 import torch
 
-from benchmarks._timing import compare, markdown_table
+from benchmarks._timing import compare, markdown_table, parse_no_options
 
 SIDES = (1024, 2048, 4096)
 
 
 def main() -> None:
     """Time square matrix products in both precisions."""
+    parse_no_options(__doc__)
     rows = []
     for side in SIDES:
         a, b = torch.randn(2, side, side)

@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from benchmarks._timing import compare, markdown_table
+from benchmarks._timing import compare, markdown_table, parse_no_options
 from evaluation.inception import InceptionFeatures
 from evaluation.metrics import frechet_distance
 from evaluation.statistics import RunningMoments, Statistics
@@ -25,6 +25,7 @@ ROWS = 5000  # of random features, so that covariances have full rank
 
 def main() -> None:
     """Time features and distance, and compare values."""
+    parse_no_options(__doc__)
     warnings.simplefilter("ignore", DeprecationWarning)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
