@@ -37,7 +37,7 @@ def run_training(task: Task, options: Options, processes: Processes) -> int:
         )
         complete = train(job, resume)
     next_step = (
-        f"complete; sample with run_test.sh, or test_flow_latent{task.script}.py"
+        f"complete; sample with test_flow_latent{task.script}.py, or run_test.sh"
         if complete
         else "interrupted; the same command (without --overwrite) continues it"
     )
