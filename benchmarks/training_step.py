@@ -7,7 +7,7 @@ over all parameters stacked into one vector. Each side after it adds one optimis
 `TrainingState.advance` on the compiled network of our layers. Each side is compared with the reference, in turns of a second
 or of one step, on the same batch and from the same weights, each of the two in a process of its own, as in training; their
 first losses must agree to 1e-2. The rate is that of multiplications counted in the reference's forward pass, times three for
-both passes, over the best of several large products of bfloat16 matrices just before. Three to five minutes a network.
+both passes, over the best of several large products of bfloat16 matrices just before. Two to six minutes a network.
 """
 
 import argparse
