@@ -1,6 +1,6 @@
 """Question: what does training in bfloat16, compiled, change in the score of the embedded default?
 
-    python -m benchmarks.training_precision [--steps 1000] [--seeds 4]
+    python -m benchmarks.training_precision [--steps 1000] [--seeds 4] [--first_seed 0]
 
 Each seed is trained in float32 and in bfloat16 (compiled, as it is chosen where bfloat16 is native), for the same steps, of
 the same images, noises and times; both networks are sampled in float32, from the same noises. What is told is the mean over
@@ -21,13 +21,14 @@ def main() -> None:
     """Print a row for each seed, and the differences."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--seeds", type=int, default=4, help="how many")
+    parser.add_argument("--first_seed", type=int, default=0, help="they count on from it; for more seeds after a run")
     options = parser.parse_args()
     if options.seeds < 2:
         parser.error("--seeds: expected at least 2, since their spread makes the error")
     rows, differences = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             values = [_train_and_score(folder, name, seed, options.steps) for name in SIDES]
             rows.append([str(seed), *(f"{value:.4f}" for pair in values for value in pair)])
             differences.append([low - full for full, low in zip(*values, strict=True)])
