@@ -43,7 +43,7 @@ Maker = Callable[[], Callable[[], float]]  # of something whose calls are timed
 def compare_apart(
     reference: Maker, sides: Mapping[str, Maker], seconds: float, tolerance: float
 ) -> dict[str, Comparison]:
-    """Compare one side after another with the reference: for some seconds, at least twice, each takes a turn of a second.
+    """Compare one side after another with the reference: for some seconds, each takes a turn of a second.
 
     What is compared is made, by functions that can be pickled, in processes of their own, so that memory and the settings of
     its allocator are those of a program that does nothing else. A turn's first call counts only where it fills the turn.
@@ -60,7 +60,7 @@ def compare_apart(
                 if not abs(value - expected) <= tolerance * abs(expected):
                     raise SystemExit(f"error: {name}: its first value is {value}, but the reference's {expected}")
                 turns, end = [], time.monotonic() + seconds
-                while time.monotonic() < end or len(turns) < 2:
+                while not turns or time.monotonic() < end:
                     turns.append([each.submit(_turn).result() for each in (base, process)])
             medians = [statistics.median(times) for times in zip(*turns, strict=True)]
             results[name] = Comparison(*medians, statistics.median(slow / fast for slow, fast in turns))

@@ -204,9 +204,7 @@ def main() -> None:
     """Print a table of all cases, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(CASES))
-    parser.add_argument(
-        "--seconds", type=float, default=20, help="of each side's comparison, with at least two turns each"
-    )
+    parser.add_argument("--seconds", type=float, default=20, help="of each side's comparison, in whole turns")
     parser.add_argument("--output", type=Path, default=Path("docs/training_step.png"))
     options = parser.parse_args()
     if unknown := set(options.networks) - CASES.keys():

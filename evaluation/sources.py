@@ -99,7 +99,7 @@ def image_batches(
     starts = processes.share(range(0, source.count, batch_size))
     with (
         ThreadPoolExecutor(READERS) as readers,
-        progress_bar(total=source.count // processes.count, desc=source.name, unit="image") as progress,
+        progress_bar(total=source.count // processes.count, desc=f"measuring {source.name}", unit="image") as progress,
     ):
 
         def request(start: int) -> list[Any]:
