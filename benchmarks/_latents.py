@@ -11,25 +11,27 @@ from datasets_prep.cached_moments import LatentCache
 from datasets_prep.latent_cache import SHARD_BYTES
 from models.autoencoder import Autoencoder
 
-__all__ = ["MOMENT_SHAPE", "ORIENTATIONS", "new_autoencoder", "open_random_cache", "write_random_cache"]
+__all__ = ["MOMENT_SHAPE", "ORIENTATIONS", "new_autoencoder", "new_network", "open_random_cache", "write_random_cache"]
 
 MOMENT_SHAPE, ORIENTATIONS = (8, 32, 32), 2  # of 256-pixel images that may be mirrored
 IMAGE_BYTES = ORIENTATIONS * int(np.prod(MOMENT_SHAPE)) * 2
 SHARD_SIZE = SHARD_BYTES // IMAGE_BYTES
 
 
-def new_autoencoder() -> Autoencoder:
-    """Stable Diffusion's autoencoder with random weights."""
+def new_network() -> diffusers.AutoencoderKL:
+    """Of the shape of Stable Diffusion's autoencoder."""
     levels: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
         "block_out_channels": (128, 256, 512, 512),
     }
+    return diffusers.AutoencoderKL(latent_channels=4, layers_per_block=2, sample_size=256, **levels)
+
+
+def new_autoencoder() -> Autoencoder:
+    """Stable Diffusion's autoencoder with random weights."""
     torch.manual_seed(0)
-    network = diffusers.AutoencoderKL(
-        latent_channels=4, layers_per_block=2, norm_num_groups=32, sample_size=256, **levels
-    )
-    return Autoencoder(network, "random weights")
+    return Autoencoder(new_network(), "random weights")
 
 
 def write_random_cache(folder: Path, size: int) -> int:

@@ -1,14 +1,15 @@
 """What benchmarks share. Timings alternate: noise that drifts over minutes hits all sides alike."""
 
 import argparse
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-__all__ = ["Comparison", "compare", "compare_apart", "markdown_table", "parse_no_options"]
+__all__ = ["Comparison", "Side", "compare", "compare_apart", "markdown_table", "parse_no_options"]
 
 TURN = 1.0  # seconds
 
@@ -37,11 +38,21 @@ class Comparison(NamedTuple):
     times: float
 
 
-Maker = Callable[[], Callable[[], float]]  # of something whose calls are timed
+class Side(Protocol):
+    """Something whose calls are timed."""
+
+    def __call__(self) -> object:
+        """Do what is timed."""
+
+    def results(self) -> dict[str, Sequence[float]]:
+        """Vectors that two calls must have led to on every side."""
+
+
+Maker = Callable[[], Side]
 
 
 def compare_apart(
-    reference: Maker, sides: Mapping[str, Maker], seconds: float, tolerance: float
+    reference: Maker, sides: Mapping[str, Maker], seconds: float, tolerances: Mapping[str, float]
 ) -> dict[str, Comparison]:
     """Compare one side after another with the reference: for some seconds, each takes a turn of a second.
 
@@ -49,16 +60,14 @@ def compare_apart(
     its allocator are those of a program that does nothing else. A turn's first call counts only where it fills the turn.
 
     Raises:
-        SystemExit: what a side's first call returns differs from the reference's by more than a share of `tolerance`.
+        SystemExit: a side's results after two calls are not those of the reference.
     """
     results = {}
     with _process(reference) as base:
         expected = _warm_up(base)
         for name, make in sides.items():
             with _process(make) as process:
-                value = _warm_up(process)
-                if not abs(value - expected) <= tolerance * abs(expected):
-                    raise SystemExit(f"error: {name}: its first value is {value}, but the reference's {expected}")
+                require_agreement(name, _warm_up(process), expected, tolerances)
                 turns, end = [], time.monotonic() + seconds
                 while not turns or time.monotonic() < end:
                     turns.append([each.submit(_turn).result() for each in (base, process)])
@@ -67,18 +76,30 @@ def compare_apart(
     return results
 
 
+def require_agreement(
+    side: str,
+    results: Mapping[str, Sequence[float]],
+    expected: Mapping[str, Sequence[float]],
+    tolerances: Mapping[str, float],
+) -> None:
+    """Raise SystemExit where a vector is further from the expected one than that share of its length."""
+    for name, tolerance in tolerances.items():
+        away = math.dist(results[name], expected[name]) / math.hypot(*expected[name])
+        print(f"{side}: {name} {100 * away:.2g} % from the reference's", flush=True)
+        if not away <= tolerance:
+            raise SystemExit(f"error: {side}: its {name} must be within {100 * tolerance:g} % of the reference's")
+
+
 def _process(make: Maker) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, get_context("spawn"), _make_side, (make,))
 
 
-def _warm_up(process: ProcessPoolExecutor) -> float:
-    """Two calls, after which memory is settled; returns the value of the first."""
-    value = process.submit(_call_side).result()
-    process.submit(_call_side).result()
-    return value
+def _warm_up(process: ProcessPoolExecutor) -> dict[str, Sequence[float]]:
+    """Results of two calls, after which memory is settled."""
+    return process.submit(_first_results).result()
 
 
-_side: Callable[[], float]  # of this process
+_side: Side  # of this process
 
 
 def _make_side(make: Maker) -> None:
@@ -86,8 +107,10 @@ def _make_side(make: Maker) -> None:
     _side = make()
 
 
-def _call_side() -> float:
-    return _side()
+def _first_results() -> dict[str, Sequence[float]]:
+    _side()
+    _side()
+    return _side.results()
 
 
 def _turn() -> float:

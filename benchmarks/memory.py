@@ -3,8 +3,9 @@
     python -m benchmarks.memory [--network DiT-L/2] [--batch_size 4] [--output docs/memory.png]
 
 Each row is a process of its own that takes two steps on random 32 x 32 x 4 latents with `TrainingState.advance` in
-bfloat16, eager, and tells its peak of resident memory, less what it held after its imports. Theory: weights, gradients, two
-moments and the average, 20 bytes a parameter, and activations: all tensors that autograd saves in the forward pass, each
+bfloat16, and tells its peak of resident memory, less what it held after its imports. Ours keeps freed memory, as training
+does on a CPU; the last rows return it, eager, to tell what the optimizer and the average hold. Theory: weights, gradients,
+two moments and the average, 20 bytes a parameter, and activations: all tensors that autograd saves in the forward pass, each
 storage once, without weights and their casts. With gradient checkpointing these are the inputs of the blocks, what is saved
 outside of them, and what one block saves. Linux only, where ru_maxrss counts KiB.
 """
@@ -17,13 +18,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from benchmarks._timing import markdown_table
-from benchmarks.training_step import DECAY, RATE, Case, new_batch, new_network
+from benchmarks.training_step import DECAY, RATE, Case, new_batch, new_network, stack
 from models.conditions import Condition
 from models.dit import DiTOptions
 from runtime.precision import Machine, keep_freed_memory
@@ -46,15 +47,11 @@ class StackingEma:
     """The average as the published code keeps it: all parameters in one vector, stacked anew at every step."""
 
     def __init__(self, network: nn.Module) -> None:
-        self.stacked = stack(network)
+        self.stacked = stack(network.parameters())
 
     def update(self, network: nn.Module, keep: torch.Tensor) -> None:
         """Move towards the network."""
-        self.stacked.mul_(DECAY).add_(stack(network), alpha=1 - DECAY)
-
-
-def stack(network: nn.Module) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+        self.stacked.mul_(DECAY).add_(stack(network.parameters()), alpha=1 - DECAY)
 
 
 class ForeachAdamW(torch.optim.AdamW):
@@ -84,23 +81,24 @@ def with_stacking(state: TrainingState) -> None:
     state.ema = StackingEma(state.network)  # type: ignore[assignment]
 
 
-def as_it_is(state: TrainingState) -> None:
-    """Ours."""
+class Row(NamedTuple):
+    """How a step is taken; `change` alters the state before the first one."""
+
+    checkpointing: bool = False
+    keeps_memory: bool = False
+    compile: bool = False
+    change: Callable[[TrainingState], None] = lambda state: None
 
 
-def with_kept_memory(state: TrainingState) -> None:
-    """Ours, with the C library told to keep freed blocks."""
-    keep_freed_memory()
-
-
-# By name: gradient checkpointing, and what is changed before the first step.
-ROWS: dict[str, tuple[bool, Callable[[TrainingState], None]]] = {
-    "ours": (False, as_it_is),
-    "ours, checkpointing": (True, as_it_is),
-    "ours, freed memory kept": (False, with_kept_memory),
-    "foreach AdamW": (False, with_foreach),
-    "stacking average": (False, with_stacking),
-    "foreach AdamW, stacking average": (False, with_both),
+ROWS = {
+    "ours, compiled": Row(keeps_memory=True, compile=True),
+    "ours, eager": Row(keeps_memory=True),
+    "ours, checkpointing, compiled": Row(checkpointing=True, keeps_memory=True, compile=True),
+    "ours, checkpointing, eager": Row(checkpointing=True, keeps_memory=True),
+    "ours, eager, freed memory returned": Row(),
+    "foreach AdamW": Row(change=with_foreach),
+    "stacking average": Row(change=with_stacking),
+    "foreach AdamW, stacking average": Row(change=with_both),
 }
 
 
@@ -111,14 +109,15 @@ def held() -> float:
 
 def peak_of(name: str, case: Case) -> dict[str, float]:
     """Bytes that two steps of a row hold at their peak."""
-    baseline = held()
-    checkpointing, change = ROWS[name]
-    case = case._replace(options=replace(case.options, use_grad_checkpointing=checkpointing))
-    network, batch = new_network(case), new_batch(case)
-    state = TrainingState(network.train(), BF16, DECAY, OptimizerOptions(lr=RATE))
-    change(state)
+    baseline, row = held(), ROWS[name]
+    keep_freed_memory(row.keeps_memory)
+    case = case._replace(options=replace(case.options, use_grad_checkpointing=row.checkpointing))
+    network, batch = new_network(case).train(), new_batch(case)
+    machine = replace(BF16, compile=row.compile)
+    state, velocity = TrainingState(network, machine, DECAY, OptimizerOptions(lr=RATE)), machine.compiled(network)
+    row.change(state)
     for _ in range(2):
-        state.advance(network, batch, 0.0, RATE, 0.0)
+        state.advance(velocity, batch, 0.0, RATE, 0.0)
     return {"peak": held() - baseline}
 
 
@@ -205,9 +204,9 @@ def main() -> None:
         print(json.dumps(theory_of(case) if options.row == "theory" else peak_of(options.row, case)))
         return
     theory, peaks, rows, exceeds = in_process("theory", options), {}, [], False
-    for name, (checkpointing, _) in ROWS.items():
+    for name, row in ROWS.items():
         peaks[name] = in_process(name, options)["peak"]
-        expected = theory["states"] + theory["checkpointed" if checkpointing else "activations"]
+        expected = theory["states"] + theory["checkpointed" if row.checkpointing else "activations"]
         exceeds |= name.startswith("ours") and peaks[name] > ADMITTED * expected
         rows.append([name, *(f"{value / 1e9:.2f} GB" for value in (peaks[name], expected))])
         rows[-1].append(f"{peaks[name] / expected:.3f}")

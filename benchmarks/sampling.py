@@ -21,7 +21,7 @@ import torch
 
 from benchmarks._draws import Bench, DrawOptions, Draws, benchmark_options, joined, varied
 from benchmarks._timing import compare, markdown_table
-from benchmarks.training_step import peak
+from benchmarks.training_step import peak, with_small_weights
 from flow.guidance import GuidanceOptions, GuidedVelocity
 from flow.solvers import SolverOptions
 from models.conditions import Condition
@@ -64,11 +64,7 @@ def new_network() -> torch.nn.Module:
     """With weights by a fixed seed; the layers that begin as zeros are made small, so that no trick sees zeros."""
     torch.manual_seed(0)
     network = build_network("DiT-B/2", 32, DiTOptions(num_classes=CLASSES, label_dropout=0.1))
-    network.eval().requires_grad_(False)
-    for parameter in network.parameters():
-        if not parameter.any():
-            parameter.normal_(std=0.02)
-    return network
+    return with_small_weights(network).eval().requires_grad_(False)
 
 
 def evaluations(batch_size: int) -> dict[str, Evaluation]:

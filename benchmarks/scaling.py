@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks._latents import new_network
 from benchmarks._timing import markdown_table
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions
@@ -49,7 +50,7 @@ class Cost(NamedTuple):
     cache: int
 
 
-def operations(network: nn.Module, *inputs: torch.Tensor) -> int:
+def operations(network: nn.Module, *inputs: Any) -> int:
     """Floating-point operations of a forward pass on the meta device: two for each multiplication."""
     with FlopCounterMode(display=False) as counter:
         network.requires_grad_(False)(*inputs)
@@ -58,15 +59,8 @@ def operations(network: nn.Module, *inputs: torch.Tensor) -> int:
 
 def encoder() -> nn.Module:
     """The encoder of Stable Diffusion's autoencoder, without memory."""
-    import diffusers
-
-    levels: dict[str, Any] = {
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "block_out_channels": (128, 256, 512, 512),
-    }
     with torch.device("meta"):
-        return diffusers.AutoencoderKL(latent_channels=4, layers_per_block=2, **levels).encoder
+        return new_network().encoder
 
 
 def cost_of(file: Path, encode: nn.Module) -> Cost | None:

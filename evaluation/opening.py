@@ -68,8 +68,7 @@ class Opened(NamedTuple):
 
     def result(self) -> dict[str, Any]:
         """What a result says first: the checkpoint and how it was used."""
-        compiled = {"compiled": self.sampler.machine.compile}
-        return {"checkpoint": str(self.path), "step": self.header["step"], **self.settings, **compiled}
+        return {"checkpoint": str(self.path), "step": self.header["step"], **self.settings}
 
     @property
     def task(self) -> Task:
@@ -137,6 +136,7 @@ def open_sampler(
         "solver": as_json(solver),
         "guidance": as_json(guidance),
         "precision": machine.precision,
+        "compiled": machine.compile,
     }
     return Opened(sampler, path, header, settings)
 

@@ -140,7 +140,7 @@ def _open_npz(path: Path) -> ImageSource:
     if images is None or images.dtype != np.uint8 or images.ndim != 4:
         raise UsageError(f"{path}: expected images uint8 [N, H, W, C] under {' or '.join(NPZ_KEYS)}")
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
-    meta = {"file": str(path), "fingerprint": hashlib.sha256(images.tobytes()).hexdigest()}
+    meta = {"file": str(path), "fingerprint": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()}
     return ImageSource(path.stem, len(tensor), tensor.__getitem__, meta)
 
 

@@ -123,8 +123,9 @@ class Muon(torch.optim.Optimizer):
         good = gradient.new_ones(()) if self.found_inf is None else 1 - self.found_inf
         gradient = torch.where(good > 0, gradient, 0)
         for matrix, slope in zip(matrices, gradient, strict=True):
-            momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-            momentum.lerp_(slope, (1 - group["momentum"]) * good)
+            if "momentum" not in self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+            self.state[matrix]["momentum"].lerp_(slope, (1 - group["momentum"]) * good)
         average = torch.stack([self.state[matrix]["momentum"] for matrix in matrices])
         step = gradient.lerp(average, group["momentum"])
         update = orthogonalise(step.to(self.dtype)).to(step.dtype) * max(1, shape[0] / shape[1]) ** 0.5

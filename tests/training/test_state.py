@@ -1,7 +1,10 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional
 
 from flow.paths import straight_path
@@ -202,3 +205,24 @@ def test_moments_are_restored_in_the_order_in_memory_of_their_weights(model_type
     advance(state, batch)
     advance(other, batch)
     assert differing(learnt(state), learnt(other)) == set()
+
+
+class Valueless(FakeTensorMode):
+    """Tensors made in it have no values, and refuse to be read; so do their copies."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_host_reads_nothing_of_a_step(optimizer, precision):
+    with Valueless():
+        network, options = tiny_network(), OptimizerOptions(optimizer=optimizer, lr=1e-2)
+        state = TrainingState(
+            network, replace(MACHINE, precision=precision), 0.99, options, place=lambda module: module
+        )
+        batch = Batch(*torch.rand(2, 4, 2, 4, 4), torch.rand(4), torch.zeros(4, dtype=torch.long))
+        state.advance(network, batch, 1e-5, 1e-2, grad_clip=1.0, accumulation=2)
+        with pytest.raises(DataDependentOutputException):
+            state.sums.tolist()
