@@ -1,4 +1,7 @@
-"""Claim (models/attention.py): plain matrix products beat torch's fused attention only in training, in bfloat16 with AMX."""
+"""Claim (models/attention.py): in bfloat16, plain matrix products beat torch's fused attention on short sequences.
+
+Most of all in training; without gradients up to 16 tokens on every processor seen, up to 64 on some.
+"""
 
 from collections.abc import Callable
 from functools import partial

@@ -8,15 +8,15 @@ from models.transformer_layers import Linear
 
 __all__ = ["SelfAttention", "attention", "plain_attention"]
 
-# In bfloat16 on a CPU (chosen by itself with AMX) plain matrix products beat torch's fused kernel in training, for short
-# sequences; in float32, and without gradients from 64 tokens on, the fused one is faster (benchmarks/attention.py).
-LONGEST_PLAIN = 256
+# In bfloat16 on a CPU (chosen by itself with AMX) plain matrix products beat torch's fused kernel up to so many tokens, with
+# and without gradients; in float32 the fused one is faster (benchmarks/attention.py).
+LONGEST_TRAINED, LONGEST_SAMPLED = 256, 16
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """softmax(q k^T / sqrt(d)) v for q, k, v [B, heads, L, d] (Vaswani et al. 2017, eq. 1)."""
-    short, trained = query.shape[-2] <= LONGEST_PLAIN, torch.is_grad_enabled()
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and short and trained:
+    short = query.shape[-2] <= (LONGEST_TRAINED if torch.is_grad_enabled() else LONGEST_SAMPLED)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and short:
         return plain_attention(query, key, value)
     return functional.scaled_dot_product_attention(query, key, value)
 

@@ -116,21 +116,23 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             given = [matrix for matrix in group["params"] if matrix.grad is not None]
             for shape, alike in groupby(sorted(given, key=lambda p: p.shape), key=lambda p: p.shape):
-                self._advance(list(alike), shape, group)
+                self._advance([*alike], shape, group)
 
-    def _advance(self, matrices: list[nn.Parameter], shape: torch.Size, group: dict[str, Any]) -> None:
+    def _advance(self, matrices: list[torch.Tensor], shape: torch.Size, group: dict[str, Any]) -> None:
         gradient = torch.stack([matrix.grad for matrix in matrices])  # type: ignore[misc]
         good = gradient.new_ones(()) if self.found_inf is None else 1 - self.found_inf
         gradient = torch.where(good > 0, gradient, 0)
-        for matrix, slope in zip(matrices, gradient, strict=True):
+        for matrix in matrices:
             if "momentum" not in self.state[matrix]:
                 self.state[matrix]["momentum"] = torch.zeros_like(matrix)
-            self.state[matrix]["momentum"].lerp_(slope, (1 - group["momentum"]) * good)
-        average = torch.stack([self.state[matrix]["momentum"] for matrix in matrices])
-        step = gradient.lerp(average, group["momentum"])
-        update = orthogonalise(step.to(self.dtype)).to(step.dtype) * max(1, shape[0] / shape[1]) ** 0.5
-        for matrix, direction in zip(matrices, update, strict=True):
-            matrix.sub_(group["lr"] * good * (direction + group["weight_decay"] * matrix))
+        averages = [self.state[matrix]["momentum"] for matrix in matrices]
+        torch._foreach_lerp_(averages, gradient.unbind(), [(1 - group["momentum"]) * good] * len(averages))
+        step = gradient.lerp(torch.stack(averages), group["momentum"])
+        rate = group["lr"] * good
+        if group["weight_decay"]:
+            torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
+        update = orthogonalise(step.to(self.dtype)).to(step.dtype) * (rate * max(1, shape[0] / shape[1]) ** 0.5)
+        torch._foreach_sub_(matrices, update.unbind())
 
 
 def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
