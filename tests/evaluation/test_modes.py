@@ -86,7 +86,7 @@ def test_many_batches_are_worth_compiling_and_the_result_says_so(tmp_path, monke
     checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
     words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--precision", "bf16", "--method", "euler"]
     opened = open_sampler(parse_options("", MODE_GROUPS, [*words, "--num_steps", "2"]), batches=batches)
-    assert opened.sampler.machine.compile is opened.result()["compiled"] is compiled
+    assert opened.sampler.machine.compile is opened.settings["compiled"] is opened.result()["compiled"] is compiled
 
 
 def npz(folder):
