@@ -214,6 +214,7 @@ class Valueless(FakeTensorMode):
         return self
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # as torch itself does
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_the_host_reads_nothing_of_a_step(optimizer, precision):
