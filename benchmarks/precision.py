@@ -1,12 +1,13 @@
-"""Claim (runtime/precision.py): bfloat16 is faster than float32 on a CPU with AMX; on others, `--precision auto` is float32.
+"""Claim (runtime/precision.py): bfloat16 is faster than float32 on CPUs with AMX, and on AMD's with AVX512_BF16.
 
-Without AMX it depends. On two threads, a Xeon reached 94 to 147 GFLOP/s in bfloat16 and 190 to 270 in float32, an EPYC with
-AVX512_BF16 372 to 412 and 145 to 169: there `--precision bf16` is worth giving.
+Elsewhere `--precision auto` is float32. On two threads, a Xeon without AMX reached 94 to 147 GFLOP/s in bfloat16 and 190 to
+270 in float32, an EPYC with AVX512_BF16 372 to 412 and 145 to 169.
 """
 
 import torch
 
 from benchmarks._timing import compare, markdown_table, parse_no_options
+from runtime.precision import PrecisionOptions, choose_machine
 
 SIDES = (1024, 2048, 4096)
 
@@ -21,7 +22,7 @@ def main() -> None:
         seconds = compare({"fp32": lambda a=a, b=b: a @ b, "bf16": lambda a=low_a, b=low_b: a @ b})  # type: ignore[misc]
         rates = [2 * side**3 / seconds[name] / 1e9 for name in ("fp32", "bf16")]
         rows.append([str(side), *(f"{rate:.0f}" for rate in rates)])
-    print(f"AMX: {torch.cpu._is_amx_tile_supported()}, {torch.get_num_threads()} threads")
+    print(f"by itself {choose_machine(PrecisionOptions('cpu')).precision}, {torch.get_num_threads()} threads")
     print(markdown_table(["side", "fp32 GFLOP/s", "bf16 GFLOP/s"], rows))
 
 

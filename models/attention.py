@@ -8,8 +8,8 @@ from models.transformer_layers import Linear
 
 __all__ = ["SelfAttention", "attention", "plain_attention"]
 
-# In bfloat16 on a CPU (chosen by itself with AMX) plain matrix products beat torch's fused kernel up to so many tokens, with
-# and without gradients; in float32 the fused one is faster (benchmarks/attention.py).
+# In bfloat16 on a CPU plain matrix products beat torch's fused kernel up to so many tokens, with and without gradients; in
+# float32 the fused one is faster (benchmarks/attention.py).
 LONGEST_TRAINED, LONGEST_SAMPLED = 256, 16
 
 

@@ -48,8 +48,8 @@ class PrecisionOptions(DeviceOptions):
 
     precision: str = option(
         "auto",
-        "of matrix products: fp32, bf16, or auto: bf16 where the processor multiplies it natively (GPUs since 2020, CPUs "
-        "with AMX)",
+        "of matrix products: fp32, bf16, or auto: bf16 where the processor is faster in it (GPUs since 2020, CPUs with "
+        "AMX, AMD's with AVX512_BF16)",
         choices=("auto", "fp32", "bf16"),
     )
 
@@ -60,8 +60,8 @@ class MachineOptions(PrecisionOptions):
 
     precision: str = option(
         "auto",
-        "of matrix products: fp32, bf16, fp16 (losses are scaled), or auto: bf16 where the processor multiplies it natively "
-        "(GPUs since 2020, CPUs with AMX), but fp32 for adaptive solvers at tolerances below 1e-3",
+        "of matrix products: fp32, bf16, fp16 (losses are scaled), or auto: bf16 where the processor is faster in "
+        "it (GPUs since 2020, CPUs with AMX, AMD's with AVX512_BF16), but fp32 for adaptive solvers at tolerances below 1e-3",
         choices=("auto", *DTYPES),
     )
     compile: bool | None = option(
@@ -227,4 +227,10 @@ def _why_not_compiled(machine: Machine) -> str:
 def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or _is_amd_with_bfloat16())
+
+
+def _is_amd_with_bfloat16() -> bool:
+    """Whether this is an AMD processor with AVX512_BF16; a Xeon with that alone is slower than in float32."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+    return bool(capabilities.get("avx512_bf16")) and str(capabilities.get("cpu_name")).startswith("AMD")

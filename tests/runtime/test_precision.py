@@ -41,9 +41,21 @@ def test_precision_is_the_one_asked_for(name):
     assert choose_machine(MachineOptions("cpu", precision=name)) == Machine(CPU, name, compile=None)
 
 
-@pytest.mark.parametrize(("native", "chosen"), [(True, "bf16"), (False, "fp32")])
-def test_automatic_precision_is_bfloat16_where_the_processor_multiplies_it(monkeypatch, native, chosen):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: native)
+@pytest.mark.parametrize(
+    ("amx", "name", "avx512_bf16", "chosen"),
+    [
+        (True, "Intel(R) Xeon(R) Processor", True, "bf16"),
+        (False, "Intel(R) Xeon(R) Processor", True, "fp32"),
+        (False, "AMD EPYC", True, "bf16"),
+        (False, "AMD EPYC", False, "fp32"),
+    ],
+)
+def test_automatic_precision_is_bfloat16_where_the_processor_is_faster_in_it(
+    monkeypatch, amx, name, avx512_bf16, chosen
+):
+    capabilities = {"cpu_name": name, "avx512_bf16": avx512_bf16}
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert choose_machine(MachineOptions("cpu")).precision == chosen
 
 
