@@ -20,7 +20,7 @@ RUNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=400, help="of each of four runs; default: 400")
     steps = parser.parse_args().steps
     print(f"| optimizer, learning rate | validation loss after {steps} steps | images/s |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
