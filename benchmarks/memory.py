@@ -69,12 +69,6 @@ def with_foreach(state: TrainingState) -> None:
     state.optimizers = [ForeachAdamW([group], weight_decay=0.0, foreach=True)]
 
 
-def with_both(state: TrainingState) -> None:
-    """AdamW with temporaries, and the stacking average."""
-    with_foreach(state)
-    with_stacking(state)
-
-
 def with_stacking(state: TrainingState) -> None:
     """The stacking average in the place of the one in place."""
     del state.ema
@@ -92,13 +86,10 @@ class Row(NamedTuple):
 
 ROWS = {
     "ours, compiled": Row(keeps_memory=True, compile=True),
-    "ours, eager": Row(keeps_memory=True),
     "ours, checkpointing, compiled": Row(checkpointing=True, keeps_memory=True, compile=True),
-    "ours, checkpointing, eager": Row(checkpointing=True, keeps_memory=True),
     "ours, eager, freed memory returned": Row(),
     "foreach AdamW": Row(change=with_foreach),
     "stacking average": Row(change=with_stacking),
-    "foreach AdamW, stacking average": Row(change=with_both),
 }
 
 
