@@ -8,7 +8,7 @@ over all parameters stacked into one vector. Each side after it adds one optimis
 or of one step, on the same batch and from the same weights, each of the two in a process of its own, as in training. Their
 first losses must agree to 1e-2, and what two steps change in the velocity of a few images to AGREEMENT. The rate is that of
 the operations counted in a forward pass, times three for both passes, over the best of several large products of bfloat16
-matrices just before. Two to five minutes a network.
+matrices just before. Two to six minutes a network.
 """
 
 import argparse
