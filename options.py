@@ -108,7 +108,12 @@ class Options:
 
 
 def as_json(value: Any) -> Any:
-    """`value` (a dataclass, mapping, sequence or scalar) in JSON's types, so that a round trip compares equal."""
+    """`value` (a dataclass, mapping, sequence or scalar) in JSON's types, so that a round trip compares equal.
+
+    A dataclass whose JSON has other entries than its fields defines `to_json()`.
+    """
+    if hasattr(value, "to_json"):
+        return as_json(value.to_json())
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: as_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):

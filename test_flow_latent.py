@@ -4,14 +4,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from datasets_prep.tasks import GENERATE
-from evaluation.modes import IGNORED_FLAGS, MODE_GROUPS, run_modes
-from evaluation.sampling import SamplingOptions
+from checkpoints.tasks import GENERATE
 from evaluation.score import result_line
 from options import Options
 from runtime.distributed import Processes
 from runtime.files import append_line
 from runtime.launch import run_script
+from sampling.sample_and_score import SamplingOptions
+from sampling.script import IGNORED_FLAGS, MODE_GROUPS, run_modes
 
 
 def main(options: Options, processes: Processes) -> None:

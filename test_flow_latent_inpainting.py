@@ -4,14 +4,14 @@
 Given a network of generation, it puts the known part back at every step instead, which needs no training.
 """
 
+from checkpoints.tasks import INPAINT
 from datasets_prep.masks import MaskSetOptions
-from datasets_prep.tasks import INPAINT
-from evaluation.conditioned_sampling import report
-from evaluation.conditioned_source import CONDITIONED_GROUPS, IGNORED_FLAGS
-from evaluation.inpainting import InpaintingOptions, inpaint
 from options import Options
 from runtime.distributed import Processes
 from runtime.launch import run_script
+from tasks.conditioned_sampling import report
+from tasks.conditioned_setup import CONDITIONED_GROUPS, IGNORED_FLAGS
+from tasks.inpainting import InpaintingOptions, inpaint
 
 
 def main(options: Options, processes: Processes) -> None:

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
 """Make images of the held-out images' label maps with a trained network, and score them against the images."""
 
-from datasets_prep.tasks import SEMANTIC
-from evaluation.conditioned_sampling import report
-from evaluation.conditioned_source import CONDITIONED_GROUPS, IGNORED_FLAGS
-from evaluation.semantic import SegmentationOptions, synthesise
+from checkpoints.tasks import SEMANTIC
 from options import Options
 from runtime.distributed import Processes
 from runtime.launch import run_script
+from tasks.conditioned_sampling import report
+from tasks.conditioned_setup import CONDITIONED_GROUPS, IGNORED_FLAGS
+from tasks.semantic_synthesis import SegmentationOptions, synthesise
 
 
 def main(options: Options, processes: Processes) -> None:

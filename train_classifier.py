@@ -3,7 +3,7 @@
 
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
-from evaluation.classifier import load_classifier, save_classifier
+from evaluation.features.classifier import load_classifier, save_classifier
 from options import as_json, exit_cleanly
 from runtime.precision import PrecisionOptions, choose_machine
 from training.classifier import ClassifierTrainingOptions, accuracy, gather_images, train_classifier

@@ -4,14 +4,8 @@
 The network is guided-diffusion's U-Net (--use_origin_adm) unless another --model_type, or --no-use_origin_adm, is given.
 """
 
-from functools import partial
-
-from datasets_prep.tasks import SEMANTIC
-from models.conditions import ConditionOptions
-from runtime.launch import run_script
-from training.script import IGNORED_FLAGS, run_training
-from training.setup import TRAINING_GROUPS
+from tasks.semantic_synthesis import SEMANTIC_SYNTHESIS
+from training.script import run_training_script
 
 if __name__ == "__main__":
-    groups = (*TRAINING_GROUPS, ConditionOptions)
-    run_script(partial(run_training, SEMANTIC), str(__doc__), groups, ignored=IGNORED_FLAGS, task=SEMANTIC.name)
+    run_training_script(SEMANTIC_SYNTHESIS, str(__doc__))

@@ -14,17 +14,17 @@ import torch
 
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions
-from evaluation.features import FeatureNetwork, FeatureOptions, choose_features
-from evaluation.generate import generate
+from evaluation.features.networks import FeatureNetwork, FeatureOptions, choose_features
 from evaluation.metrics import frechet_distance
-from evaluation.opening import Opened, open_sampler
-from evaluation.sampling import SAMPLING_GROUPS, SamplingOptions
 from evaluation.score import reference_statistics
 from evaluation.statistics import RunningMoments, Statistics
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from options import Options, as_json, option
 from runtime.files import atomic_path
+from sampling.sample_and_score import SAMPLING_GROUPS, SamplingOptions
+from sampling.sampler import generate
+from sampling.setup import Opened, open_sampler
 
 __all__ = ["Bench", "DrawOptions", "Draws", "benchmark_options", "joined", "varied"]
 

@@ -28,7 +28,9 @@ from benchmarks.training_step import CASES, OurStep, peak
 from datasets_prep.cached_moments import LatentCache
 from datasets_prep.datasets import DatasetOptions, ImageDataset, open_dataset
 from datasets_prep.latent_cache import build_latent_cache
-from models.autoencoder import PIXELS_PER_CHUNK, Autoencoder, encode_moments, images_to_pixels
+from models.autoencoders.kl import PIXELS_PER_CHUNK, encode_moments
+from models.autoencoders.pixels import images_to_pixels
+from models.autoencoders.protocol import Autoencoder
 from runtime.precision import Machine, keep_freed_memory
 
 STEP = "DiT-S/2"

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks._draws import Bench, DrawOptions, benchmark_options, varied
 from benchmarks._timing import compare, markdown_table
-from flow.problem import GRID_NAMES
+from flow.ode import GRID_NAMES
 from flow.solvers import SOLVERS, SolverOptions, solve
 from options import exit_cleanly, option
 from runtime.files import write_json

@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 from benchmarks._draws import Bench, DrawOptions, benchmark_options, varied
 from benchmarks._runs import run_default
 from benchmarks._timing import markdown_table
+from checkpoints.experiments import newest_model
 from datasets_prep.datasets import DatasetOptions
-from evaluation.opening import Opened, SourceOptions, open_sampler
 from flow.guidance import GuidanceOptions
 from options import Options, exit_cleanly, option
-from runtime.checkpoints import newest_model
 from runtime.files import write_json
+from sampling.setup import Opened, SourceOptions, open_sampler
 
 ALWAYS = (0.0, 1.0)
 PLAIN, INTERVAL, AUTO = "plain", "interval", "autoguidance"

@@ -23,7 +23,8 @@ from benchmarks._timing import compare, markdown_table
 from benchmarks.training_step import CASES, Case, OurStep, PlainStep, peak
 from datasets_prep.latent_cache import SHARD_BYTES
 from flow.paths import PathOptions
-from models.autoencoder import Autoencoder, images_to_pixels
+from models.autoencoders.pixels import images_to_pixels
+from models.autoencoders.protocol import Autoencoder
 from runtime.distributed import Processes
 from runtime.precision import keep_freed_memory
 from training.data import Batch, batches

@@ -22,7 +22,7 @@ from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions
 from models.registry import NETWORKS, NetworkOptions, build_network
 from runtime.launch import LaunchOptions
-from training.job import TrainingOptions
+from training.run import TrainingOptions
 from training.setup import TRAINING_GROUPS
 
 IMAGES = {  # of the training splits

@@ -1,4 +1,4 @@
-"""Claims (evaluation/inception.py, metrics.py): features 1.5x, the distance 5x faster than pip's pytorch_fid, equal values.
+"""Claims (features/inception.py, metrics.py): features 1.5x, distance 5x faster than pip's pytorch_fid, same values.
 
 Both see the same images and the same random weights; the distance is also taken with --feature_precision bf16.
 """
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks._timing import compare, markdown_table, parse_no_options
-from evaluation.inception import InceptionFeatures
+from evaluation.features.inception import InceptionFeatures
 from evaluation.metrics import frechet_distance
 from evaluation.statistics import RunningMoments, Statistics
 from pytorch_fid import fid_score, inception

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks._timing import markdown_table
-from flow.problem import DIFFUSION_NAMES, GRID_NAMES
+from flow.ode import DIFFUSION_NAMES, GRID_NAMES
 from flow.solvers import SOLVERS, SolverOptions, solve
 
 ANGLES = 2 * math.pi * torch.arange(5, dtype=torch.float64) / 5

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, open_dataset
 from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder
-from models.autoencoder import AutoencoderOptions, PixelSpace, load_autoencoder
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from options import Options, UsageError
 from runtime.distributed import Processes
 from runtime.launch import run_script
@@ -29,7 +29,7 @@ def main(options: Options, processes: Processes) -> None:
         train = open_dataset(data, "train")
         held_out = open_dataset(data, "validation").head(HELD_OUT_IMAGES)
         autoencoder = load_autoencoder(options[AutoencoderOptions], train.facts.channels)
-    if isinstance(autoencoder, PixelSpace):
+    if autoencoder.is_pixel_space:
         raise UsageError("--pretrained_autoencoder_ckpt none makes no latents: name an autoencoder")
     autoencoder = autoencoder.to(machine.device)
     root = Path(caches.latent_cache_dir or data.derived / "latent_cache")

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from command_line import leading_word, parse_options
-from datasets_prep.celebamask_hq import MAPS, PARTS, find_celebamask, numbered_images
+from datasets_prep.label_maps.celebamask_hq import MAPS, PARTS, find_celebamask, numbered_images
 from options import UsageError, exit_cleanly, option
 from runtime.files import atomic_path
 from runtime.progress import progress_bar

@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional
 
 from datasets_prep.image_dataset import ImageDataset, shown_side
-from datasets_prep.segmented_dataset import SegmentedDataset, colour_map, mirror_map
-from models.autoencoder import Autoencoder, PixelSpace
+from datasets_prep.label_maps.segmented_dataset import SegmentedDataset, colour_map, mirror_map
+from models.autoencoders.protocol import Autoencoder
 from models.conditions import DenseInput
 from runtime.precision import Machine
 
@@ -52,9 +52,7 @@ class MaskedImages:
         machine: its precision is that of encoding.
     """
 
-    def __init__(
-        self, dataset: ImageDataset, autoencoder: Autoencoder | PixelSpace, masks: MaskDraw, machine: Machine
-    ) -> None:
+    def __init__(self, dataset: ImageDataset, autoencoder: Autoencoder, masks: MaskDraw, machine: Machine) -> None:
         self.dense = DenseInput(autoencoder.latent_channels + 1)
         self._dataset = dataset
         self._autoencoder = autoencoder
@@ -93,7 +91,7 @@ class LabelMaps:
         autoencoder: its factor f and channels c.
     """
 
-    def __init__(self, dataset: SegmentedDataset, autoencoder: Autoencoder | PixelSpace) -> None:
+    def __init__(self, dataset: SegmentedDataset, autoencoder: Autoencoder) -> None:
         self.dense = DenseInput(autoencoder.latent_channels, dataset.classes.count)
         self._dataset = dataset
         self._factor = autoencoder.factor

@@ -35,7 +35,10 @@ class ImageDataset:
     """Images uint8 [C, H, W] by index, labels int64 [N] (zeros without classes), facts and a fingerprint of the files.
 
     `labels` may be zeroed for an unconditional network; `stored_labels` int64 [N] are always those of the files.
+    `has_images` is False for a dataset of latents.
     """
+
+    has_images = True
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from datasets_prep.cached_moments import LatentCache
 from datasets_prep.image_dataset import ImageDataset
-from models.autoencoder import Autoencoder
+from models.autoencoders.protocol import Autoencoder
 from options import UsageError, option
 from runtime.distributed import Processes
 from runtime.files import UNREADABLE, atomic_path, read_json, write_json
@@ -54,7 +54,7 @@ class LatentCacheOptions:
 def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> Path:
     """The folder of one dataset, size, split and autoencoder below `root`."""
     facts = dataset.facts
-    return root / f"{facts.name}_{facts.image_size}_{dataset.split}_{autoencoder.sha256[:8]}"
+    return root / f"{facts.name}_{facts.image_size}_{dataset.split}_{(autoencoder.describe().sha256 or '')[:8]}"
 
 
 def open_latent_cache(folder: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> LatentCache:
@@ -201,8 +201,8 @@ def _write_shard(
             progress.update(len(batch))
     if not np.isfinite(moments).all():
         raise UsageError(
-            f"the autoencoder {autoencoder.identity} encodes some of the images {images.start} to {images.stop - 1} to numbers "
-            f"that float16 cannot hold (in {machine.precision}): try --precision fp32 or --no_latent_cache"
+            f"the autoencoder {autoencoder.describe().id} encodes some of the images {images.start} to {images.stop - 1} to "
+            f"numbers that float16 cannot hold (in {machine.precision}): try --precision fp32 or --no_latent_cache"
         )
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, moments)
@@ -260,7 +260,7 @@ def _identity(dataset: ImageDataset, autoencoder: Autoencoder) -> dict[str, Any]
         "dataset_fingerprint": dataset.fingerprint,
         "count": len(dataset),
         "image_size": facts.image_size,
-        "autoencoder_sha256": autoencoder.sha256,
+        "autoencoder_sha256": autoencoder.describe().sha256,
         "orientations": orientations,
         "moment_shape": list(shape),
         "shard_size": max(1, SHARD_BYTES // (orientations * int(np.prod(shape)) * 2)),

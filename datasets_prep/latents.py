@@ -19,7 +19,8 @@ import torch
 from datasets_prep.folders import list_split, state_of_files
 from datasets_prep.image_dataset import LISTED_CLASSES, DatasetFacts, ImageDataset, Split
 from datasets_prep.latent_cache import open_standalone_cache
-from models.autoencoder import LOGVAR_RANGE, Autoencoder, PixelSpace
+from models.autoencoders.kl import LOGVAR_RANGE
+from models.autoencoders.protocol import Autoencoder
 from options import UsageError
 from runtime.files import UNREADABLE, read_json
 
@@ -36,6 +37,8 @@ class LatentDataset(ImageDataset):
 
     `autoencoder_sha256` is None where the files do not tell what made them.
     """
+
+    has_images = False
 
     def __init__(
         self,
@@ -74,18 +77,19 @@ class StoredMoments:
         UsageError: the latents are of another autoencoder or size.
     """
 
-    def __init__(self, dataset: LatentDataset, autoencoder: Autoencoder | PixelSpace) -> None:
+    def __init__(self, dataset: LatentDataset, autoencoder: Autoencoder) -> None:
         self.labels = dataset.labels
         self._stored = dataset.stored
         self._channels = autoencoder.latent_channels
-        if isinstance(autoencoder, PixelSpace):
+        if autoencoder.is_pixel_space:
             raise UsageError(
                 f"{dataset.facts.name} holds latents: --pretrained_autoencoder_ckpt none does not fit them"
             )
-        if dataset.autoencoder_sha256 not in (None, autoencoder.sha256):
+        sha256 = autoencoder.describe().sha256
+        if dataset.autoencoder_sha256 not in (None, sha256):
             raise UsageError(
                 f"the latents of {dataset.facts.name} were made by the autoencoder {dataset.autoencoder_sha256}, but "
-                f"--pretrained_autoencoder_ckpt names {autoencoder.sha256} (SHA-256 of the weights)"
+                f"--pretrained_autoencoder_ckpt names {sha256} (SHA-256 of the weights)"
             )
         side = dataset.facts.image_size // autoencoder.factor
         admitted = [(channels, side, side) for channels in (self._channels, 2 * self._channels)]

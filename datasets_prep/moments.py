@@ -10,7 +10,7 @@ import torch
 from datasets_prep.datasets import DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder, open_latent_cache
 from datasets_prep.latents import LatentDataset, StoredMoments
-from models.autoencoder import Autoencoder, PixelSpace
+from models.autoencoders.protocol import Autoencoder
 from runtime.distributed import Processes
 from runtime.precision import Machine
 
@@ -54,7 +54,7 @@ class EncodedImages:
 
 def open_moments(
     dataset: ImageDataset,
-    autoencoder: Autoencoder | PixelSpace,
+    autoencoder: Autoencoder,
     data: DatasetOptions,
     cache: LatentCacheOptions,
     machine: Machine,
@@ -66,7 +66,7 @@ def open_moments(
     """
     if isinstance(dataset, LatentDataset):
         return StoredMoments(dataset, autoencoder)
-    if cache.no_latent_cache or isinstance(autoencoder, PixelSpace):
+    if cache.no_latent_cache or autoencoder.is_pixel_space:
         return EncodedImages(dataset, autoencoder.encode, machine, cache.num_workers)
     root = Path(cache.latent_cache_dir or data.derived / "latent_cache")
     folder = cache_folder(root, dataset, autoencoder)

@@ -15,16 +15,18 @@ import torch
 
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, ImageDataset, crop_padding, like_originals, open_dataset
-from evaluation.features import FeatureNetwork, FeatureOptions, choose_features, describe_features
+from evaluation.features.networks import FeatureNetwork, FeatureOptions, choose_features, describe_features
 from evaluation.metrics import psnr
-from evaluation.pictures import save_sheet
 from evaluation.reference import summarise
 from evaluation.score import MetricOptions, needs_of, reference_statistics, result_line, score_summaries
 from evaluation.sources import ImageSource, dataset_source, image_batches
 from evaluation.summary import Gatherer, Summary
-from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, images_to_pixels, load_autoencoder
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.autoencoders.pixels import images_to_pixels
+from models.autoencoders.protocol import Autoencoder
 from options import exit_cleanly, option
 from runtime.files import write_json
+from runtime.pictures import save_sheet
 from runtime.precision import DeviceOptions, Machine, choose_device
 
 __all__ = ["PICTURED", "ReconstructionOptions", "draw_reconstructions", "measure_reconstruction", "reconstruct"]
@@ -41,13 +43,13 @@ class ReconstructionOptions:
     picture: str | None = option(None, "PNG file to draw to: originals above reconstructions")
 
 
-def reconstruct(autoencoder: Autoencoder | PixelSpace, images: torch.Tensor) -> torch.Tensor:
+def reconstruct(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     """Images uint8 [B, C, H, W], decoded from their posterior means, as uint8 [B, C, H, W] on the same device."""
     return autoencoder.decode(autoencoder.sample(autoencoder.encode(images)))
 
 
 def measure_reconstruction(
-    autoencoder: Autoencoder | PixelSpace,
+    autoencoder: Autoencoder,
     dataset: ImageDataset,
     features: FeatureNetwork,
     device: torch.device | str,
@@ -68,7 +70,7 @@ def measure_reconstruction(
 
 
 def draw_reconstructions(
-    autoencoder: Autoencoder | PixelSpace, dataset: ImageDataset, device: torch.device | str, path: str | Path
+    autoencoder: Autoencoder, dataset: ImageDataset, device: torch.device | str, path: str | Path
 ) -> float:
     """Draw PICTURED images from all over a split above their reconstructions, as PNG; returns the PSNR of these in dB."""
     count = min(PICTURED, len(dataset))

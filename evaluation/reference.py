@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.features import FeatureNetwork, describe_features
+from evaluation.features.networks import FeatureNetwork, describe_features
 from evaluation.sources import ImageSource, image_batches, open_source
 from evaluation.statistics import Statistics, load_statistics, save_statistics
 from evaluation.summary import Gatherer, Summary

@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from datasets_prep.datasets import ImageDataset
-from evaluation.features import FeatureNetwork
-from evaluation.generate import GeneratedBatch
+from evaluation.features.networks import FeatureNetwork
 from evaluation.jpeg import through_jpeg
 from evaluation.metrics import METRICS, compute_metrics, error_bars, frechet_distance
 from evaluation.reference import summarise
@@ -24,12 +23,12 @@ __all__ = [
     "LabelledImages",
     "MetricOptions",
     "ScoreOptions",
+    "ScoredBatch",
     "check_metrics",
     "needs_of",
     "reference_statistics",
     "result_line",
     "score_images",
-    "score_samples",
     "score_summaries",
 ]
 
@@ -63,8 +62,27 @@ class ScoreOptions(MetricOptions):
 QUICK = ScoreOptions(error_bar=False)
 
 
-class LabelledImages(NamedTuple):
+class ScoredBatch(Protocol):
     """A batch to score: images uint8 [B, C, H, W], their indices in the set, and labels [B] or None."""
+
+    @property
+    def images(self) -> torch.Tensor:
+        """uint8 [B, C, H, W]."""
+        ...
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Places of the images in the set."""
+        ...
+
+    @property
+    def labels(self) -> torch.Tensor | None:
+        """Class ids [B], where they were asked for."""
+        ...
+
+
+class LabelledImages(NamedTuple):
+    """The plain `ScoredBatch`."""
 
     images: torch.Tensor
     indices: Sequence[int]
@@ -101,21 +119,8 @@ def reference_statistics(
     return summarise(dataset_source(dataset), features, needs, Path(folder) / "statistics", processes=processes)
 
 
-def score_samples(
-    batches: Iterable[GeneratedBatch],
-    features: FeatureNetwork,
-    reference: Summary,
-    class_names: Sequence[str] = (),
-    options: ScoreOptions = QUICK,
-    processes: Processes = Processes(),  # noqa: B008
-) -> dict[str, Any]:
-    """`score_images` of generated batches; each is seen once."""
-    labelled = (LabelledImages(batch.images, batch.indices, batch.labels) for batch in batches)
-    return score_images(labelled, features, reference, class_names, options, processes)
-
-
 def score_images(
-    batches: Iterable[LabelledImages],
+    batches: Iterable[ScoredBatch],
     features: FeatureNetwork,
     reference: Summary,
     class_names: Sequence[str] = (),

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from evaluation.features import FeatureNetwork, describe_features, extract
+from evaluation.features.networks import FeatureNetwork, describe_features, extract
 from evaluation.statistics import RunningMoments, Statistics
 from runtime.distributed import Processes
 

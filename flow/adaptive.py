@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flow.problem import Draw, Solution, SolverOptions, Velocity, of_rows
+from flow.ode import Draw, Solution, SolverOptions, Velocity, of_rows
 from flow.runge_kutta import Tableau, combine
 from options import UsageError
 

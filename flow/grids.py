@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from flow.problem import SolverOptions
+from flow.ode import SolverOptions
 from options import UsageError
 
 __all__ = ["GRIDS", "time_grid"]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from flow.problem import SolverOptions, Velocity, of_rows
+from flow.ode import SolverOptions, Velocity, of_rows
 from flow.solvers import solve
 
 __all__ = ["Likelihood", "log_likelihood"]

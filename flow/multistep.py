@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from flow.problem import Draw, Solution, SolverOptions, Velocity, counted, moment
+from flow.ode import Draw, Solution, SolverOptions, Velocity, counted, moment
 from flow.runge_kutta import TABLEAUS, combine, slopes_of_step
 
 __all__ = ["adams_bashforth", "dpm_solver"]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from flow.problem import Draw, Solution, SolverOptions, Velocity, counted, moment
+from flow.ode import Draw, Solution, SolverOptions, Velocity, counted, moment
 
 __all__ = ["TABLEAUS", "Tableau", "combine", "runge_kutta", "slopes_of_step"]
 

@@ -8,7 +8,7 @@ import torch
 from flow.adaptive import dopri5
 from flow.grids import time_grid
 from flow.multistep import adams_bashforth, dpm_solver
-from flow.problem import Draw, Solution, Solver, SolverOptions, Velocity
+from flow.ode import Draw, Solution, Solver, SolverOptions, Velocity
 from flow.runge_kutta import TABLEAUS, runge_kutta
 from flow.stochastic import heun, reverse_sde
 from flow.torchdiffeq_methods import torchdiffeq_solver

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torchdiffeq
 
-from flow.problem import Draw, Solution, SolverOptions, Velocity, counted
+from flow.ode import Draw, Solution, SolverOptions, Velocity, counted
 
 __all__ = ["torchdiffeq_solver"]
 

@@ -1,6 +1,5 @@
 """What a velocity is conditioned on, the null condition that stands for "nothing", and how dense maps enter a network."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -50,11 +49,6 @@ class DenseInput:
     channels: int
     classes: int | None = None
     dropout: float = 0.0
-
-    @staticmethod
-    def of_header(stored: Mapping[str, Any] | None) -> "DenseInput | None":
-        """The entry `dense` of a checkpoint's header."""
-        return None if stored is None else DenseInput(**stored)
 
 
 class DenseConditioned(nn.Module):

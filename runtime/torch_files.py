@@ -1,5 +1,6 @@
 """Files of torch.save: written atomically, read without ever executing what is in them."""
 
+import hashlib
 import re
 import zipfile
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ import torch
 from options import UsageError
 from runtime.files import atomic_path
 
-__all__ = ["is_torch_file", "load_content", "read_torch_file", "save_content"]
+__all__ = ["is_torch_file", "load_content", "read_torch_file", "save_content", "weights_hash"]
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin, those since version 1.6 and the older ones
 
@@ -65,3 +66,12 @@ def load_content(path: str | Path, device: torch.device | str = "cpu") -> dict[s
         UsageError: a torn or altered file, or one that holds more than tensors and plain values.
     """
     return read_torch_file(path, device)
+
+
+def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the names and values of a state dict."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

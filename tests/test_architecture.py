@@ -12,18 +12,24 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     "options": 0,
     "command_line": 1,
-    "models": 1,
-    "flow": 1,
     "runtime": 2,
-    "datasets_prep": 3,
-    "evaluation": 4,
-    "training": 5,
+    "models": 3,
+    "flow": 3,
+    "datasets_prep": 4,
+    "checkpoints": 5,
+    "evaluation": 6,
+    "sampling": 7,
+    "tasks": 8,
+    "training": 9,
 }
-SCRIPTS = 6
 AT_THE_ROOT = [ROOT / "options.py", ROOT / "command_line.py"]
 # Commands whose name python -m gives: scripts, though they lie in a layer's folder.
-COMMANDS = {"models/convert.py"}
-OWNERS = {"torchdiffeq": "flow/", "diffusers": "models/autoencoder.py", "pytorch_fid": "evaluation/inception.py"}
+COMMANDS = {"checkpoints/convert.py"}
+OWNERS = {
+    "torchdiffeq": "flow/",
+    "diffusers": "models/autoencoders/kl.py",
+    "pytorch_fid": "evaluation/features/inception.py",
+}
 
 
 def library_files() -> list[Path]:

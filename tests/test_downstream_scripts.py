@@ -17,10 +17,12 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
+from checkpoints.experiments import newest_model
+from checkpoints.files import read_weights
 from datasets_prep.celebamask import merge_tree
-from evaluation import features
-from models.autoencoder import new_autoencoder_kl
-from runtime.checkpoints import load_content, newest_model, read_weights
+from evaluation.features import networks as features
+from models.autoencoders.kl import new_autoencoder_kl
+from runtime.torch_files import load_content
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("process_restored")

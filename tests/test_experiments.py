@@ -14,20 +14,20 @@ import torch
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions
 from datasets_prep.masks import MaskOptions
-from evaluation.conditioned_source import ConditionedOptions
-from evaluation.opening import SourceOptions
-from evaluation.pictures import GridOptions
-from evaluation.sampling import SamplingOptions
 from flow.guidance import GuidanceOptions
 from flow.paths import PathOptions
 from flow.solvers import SOLVERS, SolverOptions
-from models.autoencoder import AutoencoderOptions
+from models.autoencoders.loading import AutoencoderOptions
 from models.conditions import ConditionOptions
 from models.registry import NETWORKS, NetworkOptions, build_network, guided_diffusion_by_default
 from runtime.launch import LaunchOptions
+from runtime.pictures import GridOptions
 from runtime.precision import MachineOptions
+from sampling.sample_and_score import SamplingOptions
+from sampling.setup import SourceOptions
+from tasks.conditioned_setup import ConditionedOptions
 from training.experiment import ExperimentOptions
-from training.job import TrainingOptions
+from training.run import TrainingOptions
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("train", "test")

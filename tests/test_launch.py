@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.checkpoints import load_content
+from runtime.torch_files import load_content
 
 ROOT = Path(__file__).parents[1]
 TRAIN, TEST = "train_flow_latent.py", "test_flow_latent.py"

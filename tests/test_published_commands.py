@@ -18,9 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation import features
-from models.autoencoder import new_autoencoder_kl
-from runtime.checkpoints import load_content, read_weights
+from checkpoints.files import read_weights
+from evaluation.features import networks as features
+from models.autoencoders.kl import new_autoencoder_kl
+from runtime.torch_files import load_content
 
 ROOT = Path(__file__).parents[1]
 COUNTS = {"train": 4, "validation": 2}

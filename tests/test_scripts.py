@@ -19,12 +19,15 @@ import pytest
 import torch
 from PIL import Image
 
-from evaluation.features import FeatureOptions, load_features
+from checkpoints.experiments import newest_model
+from checkpoints.files import load_model, read_weights, save_weights
+from evaluation.features.networks import FeatureOptions, load_features
 from evaluation.reference import summarise
 from evaluation.sources import open_source
 from evaluation.statistics import save_statistics
-from models.autoencoder import AutoencoderOptions, load_autoencoder, new_autoencoder_kl
-from runtime.checkpoints import load_content, load_model, newest_model, read_weights, save_weights
+from models.autoencoders.kl import new_autoencoder_kl
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from runtime.torch_files import load_content
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("process_restored")
@@ -602,9 +605,9 @@ def test_sampling_onto_a_full_disk(place, trained, call, tmp_path):
 def test_five_lines_of_python(checkpoint):
     """Load a checkpoint, sample, look: what the README shows."""
     from datasets_prep.datasets import DatasetFacts
-    from evaluation.generate import Sampler, generate
     from flow.solvers import SolverOptions
     from runtime.precision import Machine
+    from sampling.sampler import Sampler, generate
 
     model = load_model(checkpoint)
     shape = (model.header["latent_channels"], model.header["latent_size"], model.header["latent_size"])

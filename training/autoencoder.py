@@ -16,14 +16,8 @@ from torch import nn
 from torch.nn import functional
 
 from datasets_prep.datasets import ImageDataset
-from models.autoencoder import (
-    LOGVAR_RANGE,
-    Autoencoder,
-    decode_pixels,
-    encode_moments,
-    images_to_pixels,
-    new_autoencoder_kl,
-)
+from models.autoencoders.kl import LOGVAR_RANGE, KLAutoencoder, decode_pixels, encode_moments, new_autoencoder_kl
+from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
 from runtime.files import replace_folder, write_json
 from runtime.precision import Machine
@@ -120,7 +114,7 @@ def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Mac
     The variance of a sample is the variance of the posterior's mean plus the mean of its variance, so a channel that the
     autoencoder does not use (mean 0, variance 1) is not blown up.
     """
-    autoencoder = Autoencoder(network, "unsaved", scale_factor=1.0).to(machine.device)
+    autoencoder = KLAutoencoder(network, "unsaved", scale_factor=1.0).to(machine.device)
     count, total, square, variance = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
     for start in progress_bar(range(0, len(dataset), 512), desc="latent statistics", unit="batch"):
         images = torch.stack([dataset[i] for i in range(start, min(start + 512, len(dataset)))])

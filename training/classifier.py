@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional
 
 from datasets_prep.datasets import ImageDataset, crop_padding
-from evaluation.classifier import SIDE, FashionClassifier
-from models.autoencoder import images_to_pixels
+from evaluation.features.classifier import SIDE, FashionClassifier
+from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
 from runtime.precision import Machine
 from runtime.progress import progress_bar

@@ -16,7 +16,7 @@ from datasets_prep.conditions import ConditionSource
 from datasets_prep.moments import MomentSource
 from flow.paths import PathOptions
 from flow.times import training_times
-from models.autoencoder import Autoencoder, PixelSpace
+from models.autoencoders.protocol import Autoencoder
 from models.conditions import drop_labels
 from options import UsageError
 from runtime.distributed import Processes
@@ -75,7 +75,7 @@ def first_images(seed: int, step: int, count: int, batch_size: int, wanted: int)
 
 def batches(
     source: MomentSource,
-    autoencoder: Autoencoder | PixelSpace,
+    autoencoder: Autoencoder,
     path: PathOptions,
     *,
     batch_size: int,

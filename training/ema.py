@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from training.parallel import own_part, reshard
+from runtime.parallel import own_part, reshard
 
 __all__ = ["Ema"]
 

@@ -10,18 +10,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from checkpoints.experiments import experiment_folder, newest_model
+from checkpoints.files import read_weights
+from checkpoints.tasks import Task
 from datasets_prep.datasets import DatasetOptions
-from datasets_prep.tasks import Task
-from evaluation.pictures import GridOptions
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from options import Options, UsageError, as_json, option
-from runtime.checkpoints import experiment_folder, newest_model, read_weights
 from runtime.distributed import Processes, launch_id, restarts
 from runtime.files import move_aside, read_json, remove_leftovers, write_json
 from runtime.locks import locked
+from runtime.pictures import GridOptions
 from runtime.provenance import provenance
-from training.content import has_content
+from training.state_file import has_content
 
 __all__ = [
     "IMAGES",
@@ -182,12 +183,12 @@ def has_ended(folder: Path, last_step: int) -> bool:
         return False
     newest = newest_model(folder)
     header = read_weights(newest)[1]
-    if header.get("ended") and header["step"] < last_step and not header["training"]["max_minutes"]:
+    if header.ended and (header.step or 0) < last_step and not header.training.get("max_minutes"):
         raise UsageError(
-            f"{folder} ended at step {header['step']} and kept no content.pth to go on from: use --init_from {newest} "
+            f"{folder} ended at step {header.step} and kept no content.pth to go on from: use --init_from {newest} "
             "with another --exp, or --overwrite to start anew (the old run is moved aside)"
         )
-    return bool(header.get("ended"))
+    return header.ended
 
 
 def _changed(previous: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

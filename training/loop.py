@@ -6,21 +6,21 @@ from functools import partial
 
 import torch
 
+from runtime.parallel import replicate, share_out
 from runtime.progress import progress_bar
 from runtime.randomness import seed_for
 from runtime.signals import StopSignals
-from training.anomalies import Anomalies
+from training.checkpointing import Keeper
 from training.clock import Clock
-from training.content import CONTENT, has_content
-from training.continuation import continue_run
 from training.data import Batch, batches, steps_per_epoch
 from training.disk import check_space, predict_use
 from training.experiment import has_ended
-from training.job import Job
-from training.journal import Journal
-from training.keeping import Keeper
-from training.parallel import replicate, share_out
+from training.metrics_log import Journal
+from training.nan_guard import Anomalies
+from training.resume import continue_run
+from training.run import Job
 from training.state import TrainingState
+from training.state_file import CONTENT, has_content
 
 __all__ = ["train"]
 
@@ -117,11 +117,11 @@ def _batches(job: Job, first_step: int, last_step: int) -> Iterator[Batch]:
         first_step=first_step,
         last_step=last_step,
         seed=job.training.seed,
-        flips=job.header["dataset"]["flips"],
-        num_classes=job.header["num_classes"],
-        label_dropout=job.header["network"].get("label_dropout", 0.0),
+        flips=job.header.dataset.flips,
+        num_classes=job.header.num_classes,
+        label_dropout=job.header.network.label_dropout,
         device=job.machine.device,
         processes=job.processes,
         condition=job.condition,
-        condition_dropout=(job.header.get("dense") or {}).get("dropout", 0.0),
+        condition_dropout=job.header.dense.dropout if job.header.dense else 0.0,
     )

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from options import UsageError, option
-from training.parallel import laid_out_as
+from runtime.parallel import laid_out_as
 
 __all__ = ["Muon", "OptimizerOptions", "load_moments", "make_optimizers", "orthogonalise"]
 

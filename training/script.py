@@ -1,18 +1,21 @@
 """What the training scripts have in common: they differ in the task."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from datasets_prep.tasks import GENERATE, Task
+from checkpoints.tasks import GENERATE
 from models.registry import IGNORED_NETWORK_FLAGS, guided_diffusion_by_default
 from options import INTERRUPTED, Options, UsageError
 from runtime.distributed import Processes, may_restart_several_machines
+from runtime.launch import run_script
 from runtime.signals import orderly_exit
+from tasks.task import TrainingTask
 from training.experiment import ExperimentOptions, begun_by_this_launch, only_run_in, run_folder
 from training.loop import train
-from training.setup import prepare
+from training.setup import TRAINING_GROUPS, prepare
 
-__all__ = ["IGNORED_FLAGS", "run_training"]
+__all__ = ["IGNORED_FLAGS", "run_training", "run_training_script"]
 
 # Published flags without an effect, here or there.
 IGNORED_FLAGS = {
@@ -22,22 +25,26 @@ IGNORED_FLAGS = {
 }
 
 
-def run_training(task: Task, options: Options, processes: Processes) -> int:
+def run_training_script(task: TrainingTask, description: str) -> None:
+    """The whole of a training script: parse the command line, start the processes, train, exit."""
+    groups = (*TRAINING_GROUPS, *task.options)
+    run_script(partial(run_training, task), description, groups, ignored=IGNORED_FLAGS, task=task.task.name)
+
+
+def run_training(task: TrainingTask, options: Options, processes: Processes) -> int:
     """Train for a task, and say how to go on; returns the exit code."""
-    if task is not GENERATE:
+    if task.task is not GENERATE:
         options = guided_diffusion_by_default(options)
     if options[ExperimentOptions].overwrite:
-        options = _overwrite_once(options, run_folder(options, task))
+        options = _overwrite_once(options, run_folder(options, task.task))
     print(options.describe("those that differ from the defaults; all: config.json in the run's folder"))
-    with orderly_exit(), only_run_in(run_folder(options, task), processes):
+    with orderly_exit(), only_run_in(run_folder(options, task.task), processes):
         job, resume = prepare(options, processes, task)
         parameters = sum(p.numel() for p in job.network.parameters())
-        print(
-            f"{job.header['model_type']}, {parameters / 1e6:.1f} M parameters, {len(job.source)} images; {job.folder}"
-        )
+        print(f"{job.header.model_type}, {parameters / 1e6:.1f} M parameters, {len(job.source)} images; {job.folder}")
         complete = train(job, resume)
     next_step = (
-        f"complete; sample with test_flow_latent{task.script}.py, or run_test.sh"
+        f"complete; sample with test_flow_latent{task.task.script}.py, or run_test.sh"
         if complete
         else "interrupted; the same command (without --overwrite) continues it"
     )

@@ -8,34 +8,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from checkpoints.experiments import find_checkpoint
+from checkpoints.files import read_weights
+from checkpoints.header import Header
+from checkpoints.lfm import read_sampled
 from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions
-from datasets_prep.latents import LatentDataset
 from datasets_prep.moments import MomentSource, open_moments
-from datasets_prep.tasks import GENERATE, Task
-from evaluation.conditioned import ConditionedImages
-from evaluation.features import FeatureNetwork, FeatureOptions, choose_features
-from evaluation.generate import check_guidance
-from evaluation.pictures import GridOptions
+from evaluation.features.networks import FeatureNetwork, FeatureOptions, choose_features
 from evaluation.reconstruction import draw_reconstructions
 from flow.guidance import GuidanceOptions
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions, check_method, needs_float32
-from models.autoencoder import Autoencoder, AutoencoderOptions, PixelSpace, load_autoencoder
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions, DenseInput
 from models.edm_unet import EdmUNetOptions
 from models.family import FamilyOptions
 from models.registry import FAMILY_OPTIONS, NETWORKS, Architecture, NetworkOptions, build_network
 from options import Options, UsageError, as_json
-from runtime.checkpoints import find_checkpoint, read_weights
 from runtime.distributed import Processes
 from runtime.files import write_json
+from runtime.pictures import GridOptions
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.provenance import provenance
-from runtime.published import read_sampled
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
+from sampling.sampler import check_guidance
+from tasks.conditioned_images import ConditionedImages
+from tasks.task import GENERATION, TrainingTask
 from training.data import steps_per_epoch
 from training.experiment import (
     IMAGES,
@@ -45,8 +47,8 @@ from training.experiment import (
     run_folder,
     will_continue,
 )
-from training.job import Job, TrainingOptions
-from training.review import Review
+from training.run import Job, TrainingOptions
+from training.validation import Review
 
 __all__ = ["TRAINING_GROUPS", "load_what_fits", "prepare"]
 
@@ -73,13 +75,13 @@ class _Inputs(NamedTuple):
 
     dataset: ImageDataset
     held_out: ImageDataset
-    autoencoder: Autoencoder | PixelSpace
+    autoencoder: Autoencoder
     condition: ConditionSource | None
     held_out_condition: ConditionSource | None
     features: FeatureNetwork | None
 
 
-def prepare(options: Options, processes: Processes, task: Task = GENERATE) -> tuple[Job, bool]:
+def prepare(options: Options, processes: Processes, task: TrainingTask = GENERATION) -> tuple[Job, bool]:
     """The job of a task that the options describe, and whether it continues an existing run.
 
     Raises:
@@ -94,7 +96,7 @@ def prepare(options: Options, processes: Processes, task: Task = GENERATE) -> tu
     machine = machine.settled(steps * training.grad_accumulation, processes, whole=not training.fsdp)
     print(machine.describe())
     architecture = _architecture(options, inputs)
-    folder = run_folder(options, task)
+    folder = run_folder(options, task.task)
     start_from = None
     if experiment.init_from and not will_continue(folder, experiment):
         start_from = find_checkpoint(experiment.init_from, folder)
@@ -156,7 +158,7 @@ def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None
 def _show_reconstructions(inputs: _Inputs, machine: Machine, picture: Path) -> None:
     """What the autoencoder alone loses, which no network on its latents can bring back: a picture, and its PSNR beside it."""
     autoencoder = inputs.autoencoder
-    if isinstance(autoencoder, PixelSpace) or isinstance(inputs.held_out, LatentDataset):
+    if autoencoder.is_pixel_space or not inputs.held_out.has_images:
         return
     ratio = draw_reconstructions(autoencoder, inputs.held_out, machine.device, picture)
     write_json(picture.with_suffix(".json"), {"psnr_db": ratio, "autoencoder": autoencoder.describe()})
@@ -182,7 +184,7 @@ def _check(options: Options) -> None:
         )
 
 
-def _inputs(options: Options, task: Task, machine: Machine, processes: Processes) -> _Inputs:
+def _inputs(options: Options, task: TrainingTask, machine: Machine, processes: Processes) -> _Inputs:
     data, scores = options[DatasetOptions], options[ExperimentOptions].eval_samples > 0
     with processes.main_first():  # the others find what it has downloaded
         dataset, held_out = task.open(data, "train"), task.open(data, "validation").head(HELD_OUT_IMAGES)
@@ -191,8 +193,9 @@ def _inputs(options: Options, task: Task, machine: Machine, processes: Processes
             dataset.check_images("--eval_samples")
         features = choose_features(options[FeatureOptions], data.dataset, machine) if scores else None
     seeds = options[TrainingOptions].seed, seed_for("held-out conditions")
+    own_options = options[task.condition_options] if task.condition_options else None
     condition, held_out_condition = (
-        task.condition(split, autoencoder, machine, options, seed) if task.condition else None
+        task.condition(split, autoencoder, machine, own_options, seed) if task.condition else None
         for split, seed in zip((dataset, held_out), seeds, strict=True)
     )
     return _Inputs(dataset, held_out, autoencoder, condition, held_out_condition, features)
@@ -207,7 +210,7 @@ def _architecture(options: Options, inputs: _Inputs) -> Architecture:
     return Architecture(options[NetworkOptions].resolve(), latent_size, network_options, dense)
 
 
-def _latent_size(data: DatasetOptions, autoencoder: Autoencoder | PixelSpace) -> int:
+def _latent_size(data: DatasetOptions, autoencoder: Autoencoder) -> int:
     """The latents' side."""
     size, remainder = divmod(data.image_size, autoencoder.factor)
     if remainder or not size:
@@ -219,27 +222,24 @@ def _latent_size(data: DatasetOptions, autoencoder: Autoencoder | PixelSpace) ->
 
 
 def _header(
-    options: Options, machine: Machine, task: Task, inputs: _Inputs, architecture: Architecture
-) -> dict[str, Any]:
+    options: Options, machine: Machine, task: TrainingTask, inputs: _Inputs, architecture: Architecture
+) -> Header:
     """What every checkpoint of the run says about it."""
-    header = {
-        "task": task.name,
-        "model_type": architecture.model_type,
-        "network": architecture.options,
-        "dense": architecture.dense,
-        "latent_size": architecture.latent_size,
-        "latent_channels": inputs.autoencoder.latent_channels,
-        "num_classes": architecture.options.classes,
-        "autoencoder": inputs.autoencoder.describe(),
-        "dataset": inputs.dataset.facts,
-        "path": options[PathOptions],
-        "training": options[TrainingOptions],
-        "precision": machine.precision,
-        "compiled": machine.compile,
-        "reproducible": options[TrainingOptions].max_minutes == 0,
+    return Header(
+        model_type=architecture.model_type,
+        network=architecture.options,
+        latent_size=architecture.latent_size,
+        autoencoder=inputs.autoencoder.describe(),
+        dataset=inputs.dataset.facts,
+        task=task.task.name,
+        dense=architecture.dense,
+        path=options[PathOptions],
+        training=as_json(options[TrainingOptions]),
+        precision=machine.precision,
+        compiled=machine.compile,
+        reproducible=options[TrainingOptions].max_minutes == 0,
         **provenance(),
-    }
-    return as_json(header)
+    )
 
 
 def _review(
@@ -247,7 +247,7 @@ def _review(
     machine: Machine,
     inputs: _Inputs,
     held_out: MomentSource,
-    header: dict[str, Any],
+    header: Header,
     processes: Processes,
 ) -> Review:
     """How the run looks at itself."""
@@ -256,8 +256,8 @@ def _review(
         dataset=inputs.dataset,
         held_out=held_out,
         autoencoder=inputs.autoencoder,
-        latent_shape=(header["latent_channels"], header["latent_size"], header["latent_size"]),
-        num_classes=header["num_classes"],
+        latent_shape=header.latent_shape,
+        num_classes=header.num_classes,
         solver=options[SolverOptions],
         guidance=options[GuidanceOptions],
         seed=options[TrainingOptions].seed,
@@ -271,8 +271,8 @@ def _review(
         # A network that is shared out takes part as a whole: all processes draw every sample with it.
         processes=Processes() if options[TrainingOptions].fsdp else processes,
         conditioned=ConditionedImages(inputs.held_out, condition) if condition else None,
-        drops_labels=bool(header["network"].get("label_dropout")),
-        drops_dense=options[ConditionOptions].condition_dropout > 0,
+        drops_labels=header.drops_labels,
+        drops_dense=header.drops_dense,
     )
 
 
@@ -289,7 +289,7 @@ def _network(architecture: Architecture, seed: int, start_from: Path | None) -> 
 
 def _network_options(
     options: Options,
-    autoencoder: Autoencoder | PixelSpace,
+    autoencoder: Autoencoder,
     splits: tuple[ImageDataset, ...],
     dense: DenseInput | None,
 ) -> FamilyOptions:
@@ -321,5 +321,5 @@ def _network_options(
                 f"the dataset has labels up to {int(split.labels.max())}, out of range for --{flag} "
                 f"{chosen.classes}: labels must lie in 0..{chosen.classes - 1}"
             )
-    check_guidance(as_json(chosen), as_json(dense), options[GuidanceOptions].cfg_scale)
+    check_guidance(chosen.label_dropout, dense, options[GuidanceOptions].cfg_scale)
     return replace(chosen, **channels)

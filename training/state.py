@@ -13,11 +13,11 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from flow.paths import straight_path
 from models.conditions import Condition
 from runtime.distributed import Processes
+from runtime.parallel import full, laid_out_as, local_gradients, whole
 from runtime.precision import Machine
 from training.data import Batch
 from training.ema import Ema
 from training.optimizers import OptimizerOptions, load_moments, make_optimizers
-from training.parallel import full, laid_out_as, local_gradients, whole
 
 __all__ = ["TrainingState"]
 

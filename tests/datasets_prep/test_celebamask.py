@@ -9,10 +9,10 @@ from PIL import Image
 
 from datasets_prep import celebamask
 from datasets_prep.celebamask import merge_parts, merge_tree
-from datasets_prep.celebamask_hq import CELEBA_CLASSES, PARTS
 from datasets_prep.datasets import DatasetOptions
 from datasets_prep.images import read_image
-from datasets_prep.segmentation import open_segmentation
+from datasets_prep.label_maps.celebamask_hq import CELEBA_CLASSES, PARTS
+from datasets_prep.label_maps.datasets import open_segmentation
 from options import UsageError
 
 NUMBERS = [*range(15), 1999, 2000, 4001, 27000, 29999]  # 20 images in four folders of masks

@@ -7,8 +7,9 @@ from torch.nn import functional
 
 from datasets_prep.conditions import LabelMaps, MaskedImages, class_shares
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset
-from datasets_prep.segmented_dataset import NO_CLASS, MapClasses, SegmentedDataset
-from models.autoencoder import Autoencoder, PixelSpace, new_autoencoder_kl
+from datasets_prep.label_maps.segmented_dataset import NO_CLASS, MapClasses, SegmentedDataset
+from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.pixels import PixelSpace
 from runtime.precision import Machine
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
@@ -52,7 +53,7 @@ def test_what_is_unlabelled_counts_nowhere():
 def autoencoder():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return Autoencoder(new_autoencoder_kl(3, (8, 8, 8), 2, SIDE, {}), "tiny")  # factor 4
+        return KLAutoencoder(new_autoencoder_kl(3, (8, 8, 8), 2, SIDE, {}), "tiny")  # factor 4
 
 
 def dataset_of(images):

@@ -10,7 +10,8 @@ import torch
 from datasets_prep import cached_moments, latent_cache
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.latent_cache import build_latent_cache, cache_folder, open_latent_cache
-from models.autoencoder import Autoencoder, new_autoencoder_kl
+from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.protocol import Autoencoder
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.precision import Machine
@@ -22,7 +23,7 @@ COUNT, SHARD = 23, 5  # images, and images a shard where they are not mirrored: 
 def tiny_autoencoder(seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Autoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), f"tiny-{seed}")
+        return KLAutoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), f"tiny-{seed}")
 
 
 def tiny_dataset(flips=False, count=COUNT, image_size=8, fingerprint="f"):

@@ -13,14 +13,9 @@ from datasets_prep import build_latents
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import open_moments
-from models.autoencoder import (
-    LOGVAR_RANGE,
-    Autoencoder,
-    AutoencoderOptions,
-    PixelSpace,
-    load_autoencoder,
-    new_autoencoder_kl,
-)
+from models.autoencoders.kl import LOGVAR_RANGE, KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.autoencoders.pixels import PixelSpace
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.precision import Machine
@@ -212,7 +207,7 @@ def test_caches_that_do_not_fit(cached, autoencoder):
         open_split(cached / "latents", size=32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        other = Autoencoder(new_autoencoder_kl(3, (8, 8), 2, 16, {}), "other")
+        other = KLAutoencoder(new_autoencoder_kl(3, (8, 8), 2, 16, {}), "other")
     with pytest.raises(UsageError, match=f"made by the autoencoder {autoencoder.sha256}, but .* {other.sha256}"):
         moments_of(open_split(cached / "latents"), other)
     train = next((cached / "latents").glob("*_train_*"))

@@ -9,7 +9,8 @@ from PIL import Image
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from evaluation import reconstruction
 from evaluation.reconstruction import draw_reconstructions, measure_reconstruction
-from models.autoencoder import Autoencoder, PixelSpace, new_autoencoder_kl
+from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.pixels import PixelSpace
 
 
 class Rows:
@@ -46,7 +47,7 @@ def test_psnr_is_that_of_the_pixels_in_minus_one_to_one():
 
 def test_a_colour_autoencoder_is_measured_on_grey_images():
     network = new_autoencoder_kl(3, (8, 8), 2, 32, {})
-    ratio, statistics = measure_reconstruction(Autoencoder(network, "toy"), padded_dataset(), Rows(), "cpu", 4)
+    ratio, statistics = measure_reconstruction(KLAutoencoder(network, "toy"), padded_dataset(), Rows(), "cpu", 4)
     assert math.isfinite(ratio)
     assert statistics.count == 9
 

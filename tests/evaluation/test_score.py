@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.generate import GeneratedBatch
-from evaluation.score import LabelledImages, ScoreOptions, result_line, score_images, score_samples
+from evaluation.score import LabelledImages, ScoreOptions, result_line, score_images
 from evaluation.statistics import Statistics
 from evaluation.summary import Gatherer, Summary
 from options import UsageError
+from sampling.sampler import GeneratedBatch
 
 
 class Pixels:
@@ -135,7 +135,7 @@ def test_lowered_precision_tells_its_effect(capsys, monkeypatch):
 def test_generated_batches_are_scored_with_their_labels():
     images = random_images(20, 0)
     batches = [GeneratedBatch(range(20), images, torch.arange(20) % 4, *torch.full((2, 20), 3))]
-    assert score_samples(batches, Pixels(), reference(images))["labels"] == {"0": 5, "1": 5, "2": 5, "3": 5}
+    assert score_images(batches, Pixels(), reference(images))["labels"] == {"0": 5, "1": 5, "2": 5, "3": 5}
 
 
 def test_many_classes_are_summed_up():

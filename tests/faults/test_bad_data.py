@@ -15,19 +15,19 @@ import torch
 from PIL import Image
 from safetensors.torch import save as serialize
 
+from checkpoints.files import read_weights, save_weights
+from checkpoints.lfm import read_published
 from command_line import read_arguments_file
 from datasets_prep.idx import read_idx
 from datasets_prep.images import BadImageError, decode_image, read_image, read_map
 from datasets_prep.latent_cache import open_standalone_cache
 from datasets_prep.latents import open_latents
 from datasets_prep.lmdb_file import open_lmdb_file
+from evaluation.features.weights import read_weights_file
 from evaluation.sources import open_source
 from evaluation.statistics import load_statistics
-from evaluation.weights import read_weights_file
 from options import UsageError, option
-from runtime.checkpoints import read_weights, save_weights
 from runtime.files import UNREADABLE, read_json
-from runtime.published import read_published
 from runtime.torch_files import read_torch_file
 from runtime.unpickling import load_numpy_pickle
 from tests.conftest import smooth_image

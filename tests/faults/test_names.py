@@ -18,12 +18,15 @@ import torchvision
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
+from checkpoints.experiments import newest_model
+from checkpoints.files import read_weights
 from datasets_prep import cifar10, idx
 from datasets_prep.datasets import DatasetOptions, open_dataset
-from evaluation import inception, paired, weights
-from models.autoencoder import AutoencoderOptions, is_hub_id, load_autoencoder, new_autoencoder_kl
+from evaluation import pairs as paired
+from evaluation.features import inception, weights
+from models.autoencoders.kl import new_autoencoder_kl
+from models.autoencoders.loading import AutoencoderOptions, is_hub_id, load_autoencoder
 from options import UsageError
-from runtime.checkpoints import newest_model, read_weights
 
 pytestmark = pytest.mark.usefixtures("process_restored")
 TRAIN, TEST = "train_flow_latent.py", "test_flow_latent.py"

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from options import DivergedError, explain
-from runtime.checkpoints import load_content
+from runtime.torch_files import load_content
 from tests.training.test_loop import BATCH, COUNT, STEPS, assert_same_run, new_job, record_of, signalled
-from training.anomalies import LossCourse
 from training.data import epoch_indices
 from training.loop import train
+from training.nan_guard import LossCourse
 
 
 class Poisoned:
@@ -128,7 +128,7 @@ def test_a_streak_that_ends_in_time_is_no_end(tmp_path):
 
 def test_what_is_due_in_a_bad_step_is_saved_after_the_next_good_one(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr("training.keeping.keep_content", lambda folder, content: saved.append(content["step"]))
+    monkeypatch.setattr("training.checkpointing.keep_content", lambda folder, content: saved.append(content["step"]))
     options = {"save_content_every_steps": 4}
     train(poisoned_job(tmp_path / "run", lambda call, _: call in (4, 5), experiment=options), resume=False)
     assert saved == [6, 8, 12, STEPS]

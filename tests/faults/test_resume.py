@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from command_line import parse_options
-from datasets_prep import tasks
 from datasets_prep.masks import MaskOptions
-from models.autoencoder import new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.conditions import ConditionOptions
 from options import INTERRUPTED
-from runtime.checkpoints import load_content
 from runtime.distributed import Processes
+from runtime.torch_files import load_content
+from tasks.inpainting import INPAINTING
+from tasks.semantic_synthesis import SEMANTIC_SYNTHESIS
+from tasks.task import GENERATION
 from tests.training.test_loop import assert_same_run
 from training import setup
 from training.script import IGNORED_FLAGS, run_training
@@ -39,18 +41,18 @@ UNET = [
     1,
 ]
 WAYS = {
-    "latent cache": (tasks.GENERATE, LATENT),
-    "encoded as it goes, by three workers": (tasks.GENERATE, [*LATENT, "--no_latent_cache", "--num_workers", 3]),
+    "latent cache": (GENERATION, LATENT),
+    "encoded as it goes, by three workers": (GENERATION, [*LATENT, "--no_latent_cache", "--num_workers", 3]),
     "in parts, by two optimizers": (
-        tasks.GENERATE,
+        GENERATION,
         [*PIXELS, "--grad_accumulation", 2, "--optimizer", "muon", "--grad_clip", 0.1, "--warmup_steps", 12],
     ),
-    "without an average": (tasks.GENERATE, [*PIXELS, "--no-use_ema", "--lr_schedule", "trapezoid"]),
-    "dropout in the network": (tasks.GENERATE, [*UNET, "--label_dim", 10, "--dropout", 0.3, "--grad_accumulation", 2]),
-    "compiled, in bfloat16": (tasks.GENERATE, [*PIXELS, "--precision", "bf16", "--compile"]),
-    "scaled losses in float16": (tasks.GENERATE, [*PIXELS, "--precision", "fp16", "--optimizer", "muon"]),
-    "inpainting": (tasks.INPAINT, [*PIXELS, "--condition_dropout", 0.3]),
-    "label maps": (tasks.SEMANTIC, [*PIXELS, "--condition_dropout", 0.3, "--grad_accumulation", 2]),
+    "without an average": (GENERATION, [*PIXELS, "--no-use_ema", "--lr_schedule", "trapezoid"]),
+    "dropout in the network": (GENERATION, [*UNET, "--label_dim", 10, "--dropout", 0.3, "--grad_accumulation", 2]),
+    "compiled, in bfloat16": (GENERATION, [*PIXELS, "--precision", "bf16", "--compile"]),
+    "scaled losses in float16": (GENERATION, [*PIXELS, "--precision", "fp16", "--optimizer", "muon"]),
+    "inpainting": (INPAINTING, [*PIXELS, "--condition_dropout", 0.3]),
+    "label maps": (SEMANTIC_SYNTHESIS, [*PIXELS, "--condition_dropout", 0.3, "--grad_accumulation", 2]),
 }
 GROUPS = {"generate": [], "inpaint": [MaskOptions, ConditionOptions], "semantic": [ConditionOptions]}
 OFTEN = [

@@ -16,17 +16,16 @@ import pytest
 import torch
 
 from options import UsageError
-from runtime.checkpoints import load_content
 from runtime.distributed import Processes
 from runtime.files import remove_leftovers
-from runtime.torch_files import read_torch_file
+from runtime.torch_files import load_content, read_torch_file
 from tests.training.test_loop import assert_same_run, new_job
-from training.content import has_content, keep_content, read_newest
+from training.checkpointing import remove_older
 from training.disk import check_space, predict_use
-from training.keeping import remove_older
 from training.loop import train
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState
+from training.state_file import has_content, keep_content, read_newest
 
 OFTEN = {"save_content_every_steps": 3}
 OPERATIONS = {"open", "os.rename", "os.link", "os.remove"}
@@ -265,7 +264,7 @@ def test_the_clock_begins_anew_with_every_saving(tmp_path, monkeypatch):
     now = iter(range(1000))
     monkeypatch.setattr("training.clock.time.monotonic", lambda: float(next(now)))
     saved = []
-    monkeypatch.setattr("training.keeping.keep_content", lambda folder, content: saved.append(content["step"]))
+    monkeypatch.setattr("training.checkpointing.keep_content", lambda folder, content: saved.append(content["step"]))
     train(new_job(tmp_path / "run", experiment={"save_content_every_minutes": 0.25}), resume=False)
     steps = [later - earlier for earlier, later in pairwise(saved)]
     assert len(saved) > 2

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flow.grids import GRIDS, time_grid
-from flow.problem import GRID_NAMES, SolverOptions
+from flow.ode import GRID_NAMES, SolverOptions
 from options import UsageError
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from flow.problem import DIFFUSION_NAMES
+from flow.ode import DIFFUSION_NAMES
 from flow.solvers import SolverOptions, solve
 from flow.stochastic import DIFFUSIONS, _kept_share
 from options import UsageError

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from checkpoints.files import load_model, read_weights, save_weights
+from checkpoints.state_dicts import load_weights, suggest_flags
 from models.conditions import Condition, DenseConditioned, DenseInput
 from models.dit import DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.guided_unet import GuidedUNetOptions
-from models.loading import load_weights, suggest_flags
 from models.registry import NETWORKS, Architecture, build_network
 from options import UsageError
-from runtime.checkpoints import load_model, read_weights, save_weights
 from training.ema import Ema
 from training.optimizers import OptimizerOptions, make_optimizers
 

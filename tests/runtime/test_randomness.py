@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.randomness import NOISE_SOURCES, generator_for, noise_for_indices, seed_for
+from runtime.randomness import generator_for, seed_for
+from sampling.noise import NOISE_SOURCES, noise_for_indices
 
 ROOT = Path(__file__).parents[2]
 

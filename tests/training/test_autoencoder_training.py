@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from datasets_prep.datasets import DatasetFacts, ImageDataset
-from models.autoencoder import Autoencoder, AutoencoderOptions, images_to_pixels, load_autoencoder, new_autoencoder_kl
+from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.autoencoders.pixels import images_to_pixels
 from options import UsageError
 from runtime.precision import Machine
 from training import autoencoder as module
@@ -43,7 +45,7 @@ def tiny_network(channels=1):
 def test_training_learns_to_reconstruct():
     images = blobs(128)
     settings = dataclasses.replace(TINY, max_steps=250, lr=1e-2, ema_decay=0.9)
-    autoencoder = Autoencoder(train_autoencoder(dataset_of(images), settings, CPU), "x")
+    autoencoder = KLAutoencoder(train_autoencoder(dataset_of(images), settings, CPU), "x")
     restored = images_to_pixels(autoencoder.decode(autoencoder.sample(autoencoder.encode(images))))
     pixels = images_to_pixels(images)
     error = (restored - pixels).square().mean()
@@ -121,7 +123,7 @@ def test_statistics_are_those_of_drawn_samples():
     with torch.no_grad():
         network.quant_conv.bias.copy_(torch.tensor([0.7, -0.3, -1.0, 0.5]))
     statistics = posterior_statistics(network, dataset_of(images), CPU)
-    autoencoder = Autoencoder(network, "x", scale_factor=1.0)
+    autoencoder = KLAutoencoder(network, "x", scale_factor=1.0)
     moments = autoencoder.encode(images)
     mean = moments[:, :2]
     noise = torch.randn(20, *mean.shape, generator=torch.Generator().manual_seed(0))
@@ -176,7 +178,7 @@ def test_grey_images_are_repeated_for_an_autoencoder_of_colour(image_channels):
     dataset = dataset_of(blobs(32))
     network = train_autoencoder(dataset, dataclasses.replace(TINY, image_channels=image_channels), CPU)
     assert network.config.in_channels == network.config.out_channels == (image_channels or 1)
-    autoencoder = Autoencoder(network, "x")
+    autoencoder = KLAutoencoder(network, "x")
     assert autoencoder.decode(autoencoder.sample(autoencoder.encode(blobs(2)))).shape[1] == (image_channels or 1)
     assert len(posterior_statistics(network, dataset, CPU)["latents_mean"]) == 2
 

@@ -1,6 +1,6 @@
 import torch
 
-from evaluation.classifier import load_classifier, save_classifier
+from evaluation.features.classifier import load_classifier, save_classifier
 from runtime.precision import Machine
 from training.classifier import ClassifierTrainingOptions, accuracy, train_classifier
 

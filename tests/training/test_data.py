@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from flow.paths import PathOptions
-from models.autoencoder import Autoencoder, PixelSpace, new_autoencoder_kl
+from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.pixels import PixelSpace
 from models.conditions import DenseInput
 from options import UsageError
 from runtime.distributed import Processes
@@ -77,7 +78,7 @@ def test_processes_see_the_slices_of_what_one_would_see(sampling):
 def test_posterior_samples_are_shared_out_alike():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        autoencoder = Autoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), "tiny")
+        autoencoder = KLAutoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), "tiny")
     settings = {"source": Numbered(channels=4), "autoencoder": autoencoder}
     (whole,) = draw(0, 1, **settings)
     (first,), (second,) = (draw(0, 1, **settings, processes=Processes(r, 2), batch_size=3) for r in (0, 1))

@@ -4,8 +4,8 @@ from dataclasses import fields
 
 import pytest
 
+from checkpoints.experiments import experiment_folder
 from options import UsageError
-from runtime.checkpoints import experiment_folder
 from runtime.launch import LaunchOptions
 from runtime.provenance import REPOSITORY
 from training.experiment import (

@@ -8,21 +8,22 @@ import numpy as np
 import pytest
 import torch
 
+from checkpoints.files import read_weights
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.moments import EncodedImages
 from flow.guidance import GuidanceOptions
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions
-from models.autoencoder import PixelSpace
+from models.autoencoders.pixels import PixelSpace
 from models.dit import DiT, DiTOptions
 from options import UsageError, as_json
-from runtime.checkpoints import load_content, read_weights
 from runtime.distributed import Processes
 from runtime.precision import Machine
+from runtime.torch_files import load_content
 from training.experiment import ExperimentOptions
-from training.job import Job, TrainingOptions
 from training.loop import train
-from training.review import Review
+from training.run import Job, TrainingOptions
+from training.validation import Review
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
 COUNT, BATCH, STEPS = 40, 8, 14  # five steps an epoch, and a last epoch that is not whole

@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime.checkpoints import load_content, read_weights
+from checkpoints.files import read_weights
+from runtime.torch_files import load_content
 from training.loop import train
 
 HERE = Path(__file__).parent

@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from tests.small_networks import SMALL, new_network
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional
@@ -11,7 +12,6 @@ from flow.paths import straight_path
 from models.conditions import Condition
 from models.dit import DiT, DiTOptions
 from runtime.precision import Machine
-from tests.models.small_networks import SMALL, new_network
 from training.data import Batch
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState

@@ -4,10 +4,10 @@ import torch
 
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.moments import EncodedImages
-from models.autoencoder import PixelSpace
+from models.autoencoders.pixels import PixelSpace
 from runtime.precision import Machine
-from training import validation
-from training.validation import validation_loss
+from training import validation_loss as validation
+from training.validation_loss import validation_loss
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
 COUNT = 48

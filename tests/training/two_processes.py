@@ -12,14 +12,14 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from evaluation.generate import GeneratedBatch, first_images  # noqa: E402
 from evaluation.statistics import RunningMoments  # noqa: E402
-from evaluation.writer import SampleWriter  # noqa: E402
 from runtime.distributed import join_processes  # noqa: E402
+from runtime.parallel import replicate, share_out  # noqa: E402
+from sampling.sampler import GeneratedBatch, first_images  # noqa: E402
+from sampling.writer import SampleWriter  # noqa: E402
 from training.data import Batch  # noqa: E402
 from training.loop import train  # noqa: E402
 from training.optimizers import OptimizerOptions  # noqa: E402
-from training.parallel import replicate, share_out  # noqa: E402
 from training.state import TrainingState  # noqa: E402
 
 

@@ -1,0 +1,100 @@
+"""Turn a published file into one that describes itself, and back.
+
+    python -m checkpoints.convert model_475.pth model.safetensors --args_file test_args/celeb256_dit.txt [flags]
+    python -m checkpoints.convert model.safetensors model_475.pth [--module_prefix]
+
+The stage of label maps, cond_stage_<name>.pth beside a model of semantic synthesis, is read and written along. Of
+content.pth the moving averages are taken. A command like the scripts at the root: it lies here for its name.
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints.files import read_weights, save_weights
+from checkpoints.lfm import (
+    PREFIX,
+    STAGE_WEIGHT,
+    autoencoder_options,
+    build_published,
+    condition_stage_path,
+    read_published,
+    with_arguments,
+)
+from checkpoints.lfm_loading import published_facts
+from command_line import parse_options
+from models.autoencoders.loading import is_hub_id, load_autoencoder
+from models.autoencoders.protocol import Autoencoder
+from options import Options, UsageError, exit_cleanly, option
+from runtime.torch_files import is_torch_file, save_content
+from sampling.script import IGNORED_FLAGS, MODE_GROUPS
+
+
+@dataclass(frozen=True)
+class ConversionOptions:
+    """Conversion. The flags below that do not describe network, autoencoder or data have no effect."""
+
+    module_prefix: bool = option(False, "to .pth: names behind 'module.', as data parallelism writes them")
+
+
+def main() -> None:
+    """Convert the way that the first file's kind asks for."""
+    paths, flags = _split_paths(sys.argv[1:])
+    options = parse_options(
+        str(__doc__).splitlines()[0], [ConversionOptions, *MODE_GROUPS], flags, ignored=IGNORED_FLAGS
+    )
+    source, target = paths
+    if is_torch_file(source):
+        _from_published(source, target, options)
+    else:
+        _to_published(source, target, options[ConversionOptions].module_prefix)
+    print(f"{source} -> {target}")
+
+
+def _from_published(source: Path, target: Path, options: Options) -> None:
+    _check_suffix(target, ".safetensors", f"{source} is a file of torch.save")
+    published = read_published(source)
+    options = with_arguments(options, published)
+    facts = published_facts(options)
+    chosen = autoencoder_options(options)
+    autoencoder: Autoencoder | None = None
+    if is_hub_id(chosen.pretrained_autoencoder_ckpt):
+        print(
+            f"note: {chosen.pretrained_autoencoder_ckpt} is not fetched: {target} knows its id and scale, not its hash"
+        )
+    else:
+        autoencoder = load_autoencoder(chosen, facts.channels)
+    network, header = build_published(published, source, options, autoencoder, facts)
+    save_weights(target, network.state_dict(), header)
+
+
+def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
+    _check_suffix(target, ".pth", f"{source} is no file of torch.save")
+    weights, header = read_weights(source)
+    prefix = PREFIX if module_prefix else ""
+    stage = {name: weights.pop(name) for name in (STAGE_WEIGHT,) if name in weights}
+    for path, part in ((target, weights), (condition_stage_path(target), stage)):
+        if part:
+            save_content(path, {prefix + name: value for name, value in part.items()})
+    if header.autoencoder.latents_std and header.autoencoder.scale_factor is None:
+        print(
+            "note: statistics of the autoencoder scale these latents, which a published file's --scale_factor cannot say"
+        )
+
+
+def _check_suffix(target: Path, suffix: str, reason: str) -> None:
+    if target.suffix != suffix:
+        raise UsageError(f"{target}: expected a name ending in {suffix}, since {reason}")
+
+
+def _split_paths(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    if "-h" in arguments or "--help" in arguments:
+        return [], ["--help"]
+    paths, flags = arguments[:2], arguments[2:]
+    if len(paths) < 2 or any(path.startswith("-") for path in paths):
+        raise UsageError("expected IN OUT [flags]: a .pth file and a .safetensors file, or the other way round")
+    return [Path(path) for path in paths], flags
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,105 @@
+"""Checkpoints that describe themselves: safetensors weights, with a header that rebuilds network and autoencoder.
+
+Files of the published LFM code are in checkpoints/lfm.py, content.pth in training/state_file.py.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import nn
+
+from checkpoints.header import FORMAT, Header
+from checkpoints.state_dicts import load_weights
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.autoencoders.protocol import Autoencoder
+from models.registry import build_network
+from options import UsageError
+from runtime.files import atomic_path
+from runtime.torch_files import is_torch_file, weights_hash
+
+__all__ = [
+    "LoadedModel",
+    "load_model",
+    "read_weights",
+    "save_weights",
+]
+
+
+class LoadedModel(NamedTuple):
+    """A network in evaluation mode, its autoencoder, and the checkpoint's header."""
+
+    network: nn.Module
+    autoencoder: Autoencoder
+    header: Header
+
+
+def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], header: Header) -> None:
+    """Write a state dict and its header, atomically."""
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    full = replace(header, weights_sha256=weights_hash(weights)).to_json()
+    with atomic_path(path) as temporary:
+        # Not save_file, which reports a full disk as an error of its own kind and gives the file to its owner alone.
+        temporary.write_bytes(serialize(weights, metadata={"header": json.dumps(full)}))
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], Header]:
+    """The state dict and header that `save_weights` wrote.
+
+    Raises:
+        UsageError: a missing, torn or altered file, or one of another kind.
+    """
+    if is_torch_file(path):
+        raise UsageError(
+            f"{path} is a file of torch.save, which does not describe itself: see python -m checkpoints.convert"
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            stored = json.loads((file.metadata() or {}).get("header", "null"))
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        raise UsageError(f"{path} is no checkpoint of this project: its header does not say {FORMAT}")
+    if weights_hash(weights) != stored.get("weights_sha256"):
+        raise UsageError(f"the checkpoint {path} is damaged: its weights do not have the checksum in its header")
+    try:
+        return weights, Header.from_json(stored)
+    except UsageError as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
+
+
+def load_model(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    autoencoder: AutoencoderOptions | None = None,
+) -> LoadedModel:
+    """Rebuild network and autoencoder from a checkpoint alone.
+
+    Args:
+        path: a `model_*.safetensors` file.
+        device: where both go.
+        autoencoder: where to load the autoencoder from, when it has moved since; its weights must be the same.
+
+    Raises:
+        UsageError: an unreadable checkpoint, or an autoencoder that is not the one it was trained with.
+    """
+    weights, header = read_weights(path)
+    network = build_network(*header.architecture)
+    load_weights(network, weights, str(path), header.architecture)
+    stored = header.autoencoder
+    source = replace(autoencoder or AutoencoderOptions(stored.id), scale_factor=stored.scale_factor)
+    loaded = load_autoencoder(source, header.dataset.channels)
+    found = loaded.describe().sha256 or ""
+    if stored.sha256 not in (None, found):  # None: converted where the autoencoder was not at hand
+        raise UsageError(
+            f"the checkpoint {path} was trained with the autoencoder {stored.id} (SHA-256 {stored.sha256[:12]}), "
+            f"but {source.pretrained_autoencoder_ckpt} has other weights ({found[:12]})"
+        )
+    loaded.restore_scale(stored)
+    return LoadedModel(network.eval().requires_grad_(False).to(device), loaded.to(device), header)

@@ -1,0 +1,141 @@
+"""A state dict into a network, whole or not at all: a mismatch is listed by name, with the flags that explain it."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from checkpoints.recognition import recognise
+from models.dit import with_own_positions
+from models.registry import NETWORKS, ORIGIN_ADM, Architecture, build_network
+from options import UsageError
+
+__all__ = ["Mismatch", "find_mismatch", "load_weights", "suggest_flags"]
+
+LISTED_NAMES = 10
+TYPICAL_LABEL_DROPOUT = 0.1  # of the published networks; that it is above 0 makes the null class
+
+Weights = Mapping[str, torch.Tensor]
+
+
+class Mismatch(NamedTuple):
+    """Names that the network has and the file has not, the other way round, and those whose shapes differ."""
+
+    missing: list[str]
+    unexpected: list[str]
+    misshapen: list[str]
+
+    def __str__(self) -> str:
+        parts = zip(("missing", "unexpected", "of another shape"), self, strict=True)
+        return "; ".join(f"{what}: {_some(names)}" for what, names in parts if names)
+
+
+def find_mismatch(own: Weights, weights: Weights) -> Mismatch:
+    """What keeps `weights` from being a state dict like `own`."""
+    return Mismatch(
+        [name for name in own if name not in weights],
+        [name for name in weights if name not in own],
+        [
+            f"{name} ({_shape(weights[name])} in the file, {_shape(value)} in the network)"
+            for name, value in own.items()
+            if name in weights and weights[name].shape != value.shape
+        ],
+    )
+
+
+def load_weights(network: nn.Module, weights: Weights, where: str, architecture: Architecture | None = None) -> None:
+    """Load a state dict into `network`; a DiT's table of positions for another grid is replaced, with a note.
+
+    Args:
+        network: to be filled.
+        weights: its state dict.
+        where: the file, for messages.
+        architecture: that of `network`, for the suggestion of other flags.
+
+    Raises:
+        UsageError: names or shapes differ. At most ten of each kind are listed, with the flags that explain them.
+    """
+    own = network.state_dict()
+    fitted = with_own_positions(own, weights)
+    mismatch = find_mismatch(own, fitted)
+    if any(mismatch):
+        kind = architecture.model_type if architecture else type(network).__name__
+        raise UsageError(f"{where} does not fit this {kind}; {mismatch}{_advice(fitted, architecture)}")
+    if fitted is not weights:
+        print(f"note: {where}: positions rebuilt, since the file's are for latents of another size", file=sys.stderr)
+    network.load_state_dict(fitted)
+
+
+def suggest_flags(weights: Weights, architecture: Architecture) -> dict[str, Any]:
+    """The fewest options that would have to be others for `weights` to fit; empty where none are found."""
+    found = recognise(weights)
+    current = _values(architecture)
+    if "label_rows" in found:
+        found |= _label_flags(found.pop("label_rows"), current)
+    changes = {name: value for name, value in found.items() if current.get(name) != value}
+    if not changes or not _fits(weights, current | changes):
+        return {}
+    for name in list(changes):
+        fewer = {key: value for key, value in changes.items() if key != name}
+        if _fits(weights, current | fewer):
+            changes = fewer
+    return changes
+
+
+def _label_flags(rows: int, current: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of N rows: N classes, or N - 1 and the null class; the number of classes is more often round."""
+    null = rows > 1 and (current.get("num_classes") == rows - 1 or current["label_dropout"] > 0 or rows % 10 == 1)
+    dropout = (current["label_dropout"] or TYPICAL_LABEL_DROPOUT) if null else 0.0
+    return {"num_classes": rows - null or None, "label_dropout": dropout}
+
+
+def _values(architecture: Architecture) -> dict[str, Any]:
+    model_type, latent_size, options, dense = architecture
+    values = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    return values | {"model_type": model_type, "latent_size": latent_size, "dense": dense}
+
+
+def _fits(weights: Weights, values: Mapping[str, Any]) -> bool:
+    if values["model_type"] not in NETWORKS:
+        return False  # a patch that no model type has
+    kind = NETWORKS[values["model_type"]].options
+    chosen = kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
+    try:
+        with torch.device("meta"):
+            own = build_network(values["model_type"], values["latent_size"], chosen, values["dense"]).state_dict()
+    except UsageError:
+        return False
+    return not any(find_mismatch(own, with_own_positions(own, weights)))
+
+
+def _advice(weights: Weights, architecture: Architecture | None) -> str:
+    if "channel_mapper.weight" in weights and len(weights) == 1:
+        return "; it holds the stage of the label map alone: name the model_<epoch>.pth beside it"
+    flags = suggest_flags(weights, architecture) if architecture else {}
+    if not flags:
+        return "; no flags were found that would explain it: is it another kind of file?"
+    return f"; the file looks like {' '.join(_spell(name, value) for name, value in flags.items())}"
+
+
+def _spell(name: str, value: Any) -> str:
+    if name == "model_type":
+        return "--use_origin_adm" if value == ORIGIN_ADM else f"--no-use_origin_adm --model_type {value}"
+    if name == "latent_size":
+        return f"latents of side {value} (--image_size divided by --f)"
+    if value is None:
+        return f"no --{name}"
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    return ", ".join(names[:LISTED_NAMES]) + more
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "scalar"

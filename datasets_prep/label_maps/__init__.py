@@ -1,0 +1,1 @@
+"""Datasets with label maps, for semantic synthesis."""

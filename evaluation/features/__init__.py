@@ -1,0 +1,1 @@
+"""Feature networks: images in, named features out."""

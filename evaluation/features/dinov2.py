@@ -1,0 +1,80 @@
+"""DINOv2's class token (Oquab et al. 2023) as features: the Fréchet distance that Stein et al. (2023) recommend.
+
+Images are resized to 224 x 224 bicubically and normalised as ImageNet is, as in arXiv:2306.04675, Appendix B.
+"""
+
+import timm
+import torch
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from torch.nn.functional import interpolate
+
+from evaluation.features.weights import download_weights, read_weights_file
+from options import UsageError
+from runtime.torch_files import weights_hash
+
+__all__ = ["DinoFeatures"]
+
+SIDE = 224
+DEFAULT_SIZE = "large"
+SIZE_OF_WIDTH = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
+
+
+class DinoFeatures:
+    """The class token of a DINOv2 transformer after its last normalisation; grey images are repeated to RGB.
+
+    Args:
+        weights_file: state dict, timm's or the published one; its width tells the network's size. None: ViT-L/14's,
+            downloaded once.
+        device: where the network runs.
+        precision: "fp32", or "bf16" for the network's weights and activations.
+    """
+
+    outputs = ("features",)
+
+    def __init__(self, weights_file: str | None, device: torch.device | str, precision: str = "fp32") -> None:
+        self.device, self.precision, self.weights_file = device, precision, weights_file
+        network, size = _build(weights_file)
+        self.name, self.dims = f"dinov2_{size}", network.num_features
+        self.label = f"FD (DINOv2 ViT-{size[0].upper()}/14)"
+        self.sha256 = weights_hash(network.state_dict())
+        self.type = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.network = network.to(device, self.type)
+        facts = network.pretrained_cfg
+        self.mean, self.std = (torch.tensor(facts[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
+
+    def exact(self) -> "DinoFeatures":
+        """The same network in float32."""
+        return DinoFeatures(self.weights_file, self.device)
+
+    @torch.inference_mode()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Images uint8 [B, 1 or 3, H, W] of any size to features float32 [B, dims]."""
+        pixels = images.to(self.device).float() / 255
+        if pixels.shape[2:] != (SIDE, SIDE):
+            resized = interpolate(pixels, size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
+            pixels = resized.clamp(0, 1)
+        return self.network(((pixels - self.mean) / self.std).to(self.type)).float()
+
+
+def _build(weights_file: str | None) -> tuple[VisionTransformer, str]:
+    if weights_file is None:
+        url = timm.get_pretrained_cfg(_timm_name(DEFAULT_SIZE)).url
+        weights = download_weights(str(url), "DINOv2")
+    else:
+        weights = read_weights_file(weights_file)
+    where = weights_file or "the downloaded weights"
+    try:
+        size = SIZE_OF_WIDTH[weights["cls_token"].shape[-1]]
+        network = timm.create_model(_timm_name(size), pretrained=False, img_size=SIDE, num_classes=0)
+        network.load_state_dict(checkpoint_filter_fn(weights, network))
+    except (KeyError, RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--feature_weights {where} does not fit: expected the state dict of a DINOv2 transformer with patches of 14 "
+            f"pixels and without registers, but: {reason}"
+        ) from error
+    return network.eval().requires_grad_(False), size
+
+
+def _timm_name(size: str) -> str:
+    return f"vit_{size}_patch14_dinov2.lvd142m"

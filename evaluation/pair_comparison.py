@@ -1,0 +1,119 @@
+"""Scores of image pairs, streamed or from two folders whose images are paired by name (cal_inpainting.py)."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from evaluation.comparison import ComparisonOptions
+from evaluation.features.networks import FeatureNetwork, FeatureOptions, load_features
+from evaluation.metrics import error_bars
+from evaluation.pairs import PixelScores, discriminative_scores, load_lpips, pair_by_name
+from evaluation.score import FEWEST_FOR_ERROR_BAR, IMAGE_FORMATS, ScoreOptions, needs_of, score_summaries
+from evaluation.sources import ImageSource, image_batches, open_source
+from evaluation.summary import Gatherer
+from options import Options, UsageError, option
+from runtime.distributed import Processes
+from runtime.precision import DeviceOptions, choose_device
+
+__all__ = ["Pair", "PairOptions", "compare_pairs", "score_pairs"]
+
+TITLES = {"p_ids": "P-IDS", "u_ids": "U-IDS", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS (AlexNet)"}
+
+
+@dataclass(frozen=True)
+class PairOptions:
+    """Pairs."""
+
+    lpips: bool = option(False, "also LPIPS, which needs the package lpips and AlexNet's weights")
+    lpips_weights: str | None = option(None, "file of AlexNet's weights (torchvision's); default: downloaded once")
+
+
+def compare_pairs(generated: str, real: str, options: Options) -> dict[str, Any]:
+    """Score the images of a folder against those of the same names in another.
+
+    Returns:
+        What `evaluation.score.score_summaries` says, with the paired metrics among "scores".
+
+    Raises:
+        UsageError: the folders are not paired, or their images differ in size.
+    """
+    settings = options[ComparisonOptions]
+    fake, true = _open_pairs(generated, real, settings.image_size)
+    device = choose_device(options[DeviceOptions])
+    features = load_features(options[FeatureOptions].features or "inception", options[FeatureOptions], device)
+    batches = (image_batches(source, settings.batch_size) for source in (fake, true))
+    pairs = (Pair(images, originals, indices) for (images, indices), (originals, _) in zip(*batches, strict=True))
+    return score_pairs(pairs, true.meta, features, device, options)
+
+
+class Pair(NamedTuple):
+    """Images uint8 [B, C, H, W], their partners, and the indices of both."""
+
+    images: torch.Tensor
+    originals: torch.Tensor
+    indices: Sequence[int]
+
+
+def score_pairs(
+    pairs: Iterable[Pair],
+    meta_of_originals: dict[str, Any],
+    features: FeatureNetwork,
+    device: torch.device,
+    options: Options,
+    processes: Processes = Processes(),  # noqa: B008
+) -> dict[str, Any]:
+    """Consume `pairs` and score the images against their partners, as `compare_pairs` says.
+
+    Args:
+        pairs: each is seen once; of several processes, each has its part.
+        meta_of_originals: what they are (JSON's types).
+        features: the feature network.
+        device: for LPIPS.
+        options: ScoreOptions and PairOptions.
+        processes: all get the result.
+    """
+    scoring, pairing = options[ScoreOptions], options[PairOptions]
+    pixels = PixelScores(load_lpips(pairing.lpips_weights, device) if pairing.lpips else None)
+    needs = needs_of(scoring.metrics, reference=False) | {"rows"}
+    fakes, reals = (Gatherer(features, needs, grouped=scoring.error_bar) for _ in range(2))
+    for pair in pairs:
+        images = IMAGE_FORMATS[scoring.image_format](pair.images)
+        pixels.update(images, pair.originals)
+        fakes.update(images, pair.indices)
+        reals.update(pair.originals, pair.indices)
+    for gathered in (fakes, reals, pixels):
+        gathered.merge_all(processes)
+    scored = _scored(fakes, reals, pixels, meta_of_originals, scoring) if processes.is_main else {}
+    return processes.from_main(scored)
+
+
+def _scored(
+    fakes: Gatherer, reals: Gatherer, pixels: PixelScores, meta_of_originals: dict[str, Any], scoring: ScoreOptions
+) -> dict[str, Any]:
+    meta = {"image_format": scoring.image_format}
+    samples, reference = fakes.summary(meta), reals.summary(meta_of_originals)
+    error_bar = scoring.error_bar and fakes.count >= FEWEST_FOR_ERROR_BAR
+    errors = error_bars(scoring.metrics, lambda groups: fakes.summary(meta, groups), reference) if error_bar else {}
+    result = score_summaries(scoring.metrics, samples, reference, errors)
+    assert samples.rows is not None
+    assert reference.rows is not None
+    told_apart = discriminative_scores(samples.rows.numpy(), reference.rows.numpy())
+    paired = {name: (value, None) for name, value in told_apart.items()} | pixels.result()
+    result["scores"] |= {
+        name: {"metric": TITLES[name], "value": value, "error": error} for name, (value, error) in paired.items()
+    }
+    return result
+
+
+def _open_pairs(generated: str, real: str, image_size: int | None) -> tuple[ImageSource, ImageSource]:
+    """Both folders' images in one order."""
+    for path in (generated, real):
+        if not Path(path).is_dir():
+            raise UsageError(f"{path}: expected a folder, whose images are paired by name with those of the other")
+    fake, true = (open_source(path, image_size) for path in (generated, real))
+    partner = dict(pair_by_name(fake, true))
+    return fake, dataclasses.replace(true, read=lambda index: true.read(partner[index]))

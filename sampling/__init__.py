@@ -1,0 +1,1 @@
+"""Sampling: a checkpoint, seeds and labels in, images out."""

@@ -1,0 +1,68 @@
+"""Bits per dimension of held-out images' latents under the flow (--compute_nll)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from datasets_prep.datasets import DatasetOptions
+from flow.likelihood import log_likelihood
+from flow.solvers import check_method
+from options import Options, option
+from runtime.files import write_json
+from runtime.progress import progress_bar
+from sampling.sample_and_score import SamplingOptions, output_folder
+from sampling.setup import open_sampler
+
+__all__ = ["LikelihoodOptions", "compute_nll"]
+
+
+@dataclass(frozen=True)
+class LikelihoodOptions:
+    """Likelihood (--compute_nll)."""
+
+    exact_trace: bool = option(False, "the divergence's exact trace, one backward pass per dimension, not an estimate")
+
+
+def compute_nll(options: Options) -> dict[str, Any]:
+    """Negative log-likelihood in bits per latent dimension of up to --n_sample held-out images, with its standard error.
+
+    The density is that of the scaled latents, posterior samples as in training; it is comparable only between networks
+    on the latents of one autoencoder.
+    """
+    sampling, opened = options[SamplingOptions], open_sampler(options)
+    sampler, exact = opened.sampler, options[LikelihoodOptions].exact_trace
+    check_method(sampler.solver, backwards=True)
+    dataset = opened.real_images(options[DatasetOptions], "validation").head(sampling.n_sample)
+    bits, evaluations = [], []
+    for start in progress_bar(range(0, len(dataset), sampling.batch_size), desc="likelihood", unit="batch"):
+        indices = range(start, min(start + sampling.batch_size, len(dataset)))
+        images = torch.stack([dataset[index] for index in indices]).to(sampler.machine.device)
+        latents = sampler.autoencoder.sample(
+            sampler.autoencoder.encode(images), sampler.other_noise(indices, "posterior")
+        )
+        labels = (
+            dataset.labels[list(indices)] if sampler.num_classes > 1 else torch.zeros(len(indices), dtype=torch.long)
+        )
+        probe = None if exact else sampler.other_noise(indices, "probe").sign()
+        likelihood = log_likelihood(sampler.velocity(labels), latents, sampler.solver, probe)
+        bits.append(likelihood.bits_per_dimension.double().cpu())
+        evaluations.append(likelihood.evaluations.cpu())
+    values = torch.cat(bits)
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+    result = {
+        **opened.result(),
+        "images": len(dataset),
+        "bits_per_dimension": values.mean().item(),
+        "standard_error": error,
+        "dimensions": math.prod(sampler.latent_shape),
+        "trace": "exact" if exact else "Hutchinson, one probe of signs an image",
+        "nfe": torch.cat(evaluations).double().mean().item(),
+    }
+    result["summary"] = (
+        f"{result['bits_per_dimension']:.4f} bits per latent dimension (standard error {error or math.nan:.4f}) of "
+        f"{len(dataset)} held-out images, {result['nfe']:g} evaluations each"
+    )
+    write_json(sampling.output_json or output_folder(sampling, opened) / f"{opened.stem}_nll.json", result)
+    return result

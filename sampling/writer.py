@@ -1,0 +1,183 @@
+"""Samples on the disk, when asked: one image file each, or all in one npz; an interrupted start goes on where it was.
+
+A folder of samples holds 000000.png, ... (or .jpg), and samples.npz with `indices`, `labels`, `evaluations` and
+`network_evaluations` [N], and for the format npz `images` uint8 [N, H, W, C]. samples.json says what made them. While
+samples are drawn, each batch leaves its own part of samples.npz, samples.part_000000.npz, once its images are written.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+
+from options import UsageError, as_json
+from runtime.distributed import Processes
+from runtime.files import UNREADABLE, atomic_path, read_json, write_json
+from runtime.progress import progress_bar
+from sampling.sampler import GeneratedBatch
+
+__all__ = ["FORMATS", "SampleWriter", "held_or_drawn"]
+
+FORMATS = ("png", "jpg", "npz")
+COLUMNS = ("indices", "labels", "evaluations", "network_evaluations")
+
+
+class SampleWriter:
+    """Writes batches to a folder, and knows those that it holds already.
+
+    Args:
+        folder: where to write; it is made if need be.
+        kind: one of FORMATS.
+        settings: all that the samples depend on; the folder's must be the same.
+        processes: each writes the samples that it draws.
+
+    Raises:
+        UsageError: a folder with samples of other settings, or of unknown ones.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        kind: str,
+        settings: Mapping[str, Any],
+        processes: Processes = Processes(),  # noqa: B008
+    ) -> None:
+        self.folder = folder
+        self.kind = kind
+        self._processes = processes
+        with processes.main_first():  # which writes what the others find
+            self._check({"format": kind, **as_json(settings)})
+
+    def held(self, wanted: range) -> set[int]:
+        """Which of the samples `wanted` are here already, whole."""
+        return {int(i) for table in self._tables() for i in table["indices"] if int(i) in wanted and self._has(int(i))}
+
+    def read(self, wanted: set[int], batch_size: int) -> Iterator[GeneratedBatch]:
+        """The samples `wanted` from the disk, at most `batch_size` at a time; those of jpg files are not what was drawn."""
+        missing = set(wanted)
+        for table in self._tables():
+            rows = [row for row, index in enumerate(table["indices"].tolist()) if index in missing]
+            missing -= set(table["indices"].tolist())
+            for first in range(0, len(rows), batch_size):
+                yield self._batch(table, rows[first : first + batch_size])
+
+    def add(self, batch: GeneratedBatch) -> None:
+        """Write a batch."""
+        if self.kind != "npz":
+            encoding = {"png": "PNG", "jpg": "JPEG"}[self.kind]
+            for index, image in zip(batch.indices, batch.images, strict=True):
+                with atomic_path(self._path(index), durable=False) as temporary:
+                    to_pil_image(image).save(temporary, format=encoding)
+        table = {
+            "indices": np.array(batch.indices),
+            **{name: getattr(batch, name).numpy() for name in COLUMNS[1:]},
+            **({"images": batch.images.permute(0, 2, 3, 1).numpy()} if self.kind == "npz" else {}),
+        }
+        _write_table(self.folder / f"samples.part_{batch.indices[0]:06d}.npz", table, durable=False)
+
+    def close(self) -> None:
+        """Gather the parts in samples.npz, in the order of the indices; every process must call it."""
+        self._processes.barrier()
+        if not self._processes.is_main:
+            return
+        parts = sorted(self.folder.glob("samples.part_*.npz"))
+        if not parts:
+            return
+        tables = list(self._tables())
+        whole = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
+        _, order = np.unique(whole["indices"], return_index=True)
+        _write_table(self.folder / "samples.npz", {name: column[order] for name, column in whole.items()})
+        for part in parts:
+            part.unlink()
+
+    def _batch(self, table: Mapping[str, np.ndarray], rows: list[int]) -> GeneratedBatch:
+        columns = {name: torch.from_numpy(table[name][rows]) for name in COLUMNS}
+        indices = columns.pop("indices").tolist()
+        if self.kind == "npz":
+            images = torch.from_numpy(table["images"][rows]).permute(0, 3, 1, 2)
+        else:
+            images = torch.stack([pil_to_tensor(Image.open(self._path(index))) for index in indices])
+        return GeneratedBatch(indices, images, **columns)
+
+    def _check(self, settings: dict[str, Any]) -> None:
+        manifest = self.folder / "samples.json"
+        if manifest.exists():
+            before = _flat(read_json(manifest))
+            now = _flat(settings)
+            changed = [f"{name} was {before.get(name)}, now {now.get(name)}" for name in {**before, **now}
+                       if before.get(name) != now.get(name)]  # fmt: skip
+            if changed:
+                raise UsageError(
+                    f"{self.folder} holds samples made otherwise ({'; '.join(changed)}): empty it, or name another folder"
+                )
+            return
+        if any(self.folder.glob(f"*.{self.kind}")):
+            raise UsageError(
+                f"{self.folder} already holds {self.kind} files, which would be scored with these samples: empty it first"
+            )
+        write_json(manifest, settings)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:06d}.{self.kind}"
+
+    def _has(self, index: int) -> bool:
+        return self.kind == "npz" or (self._path(index).is_file() and self._path(index).stat().st_size > 0)
+
+    def _tables(self) -> Iterator[dict[str, np.ndarray]]:
+        """What samples.npz and its parts hold; a part that a power loss tore counts as absent."""
+        for path in sorted(self.folder.glob("samples*.npz")):
+            try:
+                with np.load(path) as archive:  # never unpickles
+                    yield {name: archive[name] for name in archive.files}
+            except UNREADABLE:
+                if path.name == "samples.npz":
+                    raise UsageError(f"cannot read {path}: delete it, and the same command draws anew") from None
+
+
+def held_or_drawn(
+    wanted: range,
+    draw: Callable[[Sequence[int]], Iterator[GeneratedBatch]],
+    writer: SampleWriter | None,
+    batch_size: int,
+    processes: Processes = Processes(),  # noqa: B008
+    reread: bool = True,
+) -> Iterator[GeneratedBatch]:
+    """This process's share of the samples that the writer's folder holds, then of the missing ones, which are written.
+
+    Args:
+        wanted: indices of all samples.
+        draw: gives this process's share of some indices.
+        writer: None: nothing is kept, and all are drawn.
+        batch_size: how many to read at a time.
+        processes: all of them draw.
+        reread: whether what the folder holds serves.
+    """
+    held = processes.from_main(writer.held(wanted) if writer is not None and reread and processes.is_main else set())
+    if writer is not None and held:
+        print(f"{len(held)} of {len(wanted)} samples are in {writer.folder} already")
+        yield from writer.read(set(processes.share(sorted(held))), batch_size)
+    missing = [index for index in wanted if index not in held]
+    with progress_bar(total=len(missing) // processes.count, desc="sampling", unit="image") as bar:
+        for batch in draw(missing):
+            if writer is not None:
+                writer.add(batch)
+            bar.update(len(batch.indices))
+            yield batch
+
+
+def _write_table(path: Path, table: Mapping[str, np.ndarray], durable: bool = True) -> None:
+    with atomic_path(path, durable=durable) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **table)  # type: ignore[arg-type]
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with dotted names."""
+    items: Iterable[tuple[str, Any]] = value.items()
+    flat: dict[str, Any] = {}
+    for name, item in items:
+        flat |= _flat(item, f"{prefix}{name}.") if isinstance(item, dict) else {f"{prefix}{name}": item}
+    return flat

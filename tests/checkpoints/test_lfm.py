@@ -1,0 +1,483 @@
+"""Files in the published formats, built from the golden lists of names, through the code that opens them."""
+
+import argparse
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints.files import load_model, read_weights
+from checkpoints.lfm import condition_stage_beside, read_published, read_sampled
+from checkpoints.lfm_loading import open_published, published_facts
+from command_line import parse_options
+from datasets_prep.masks import MaskSetOptions
+from flow.guidance import GuidanceOptions, GuidedVelocity
+from models.autoencoders.kl import new_autoencoder_kl
+from models.autoencoders.loading import AutoencoderOptions
+from models.conditions import Condition
+from models.guided_unet import GuidedUNet, GuidedUNetOptions
+from options import UsageError
+from sampling.sample_and_score import SAMPLING_GROUPS
+from sampling.setup import open_sampler
+from tasks.conditioned_setup import CONDITIONED_GROUPS
+from tasks.inpainting import InpaintingOptions
+from tasks.semantic_synthesis import SegmentationOptions
+from checkpoints.tasks import GENERATE, INPAINT, SEMANTIC
+
+ROOT = Path(__file__).parents[2]
+CASES = {path.stem: path for path in sorted((ROOT / "tests" / "golden").glob("*.safetensors"))}
+NETWORK_FLAGS = (
+    "image_size f num_in_channels num_out_channels nf num_res_blocks attn_resolutions ch_mult label_dim num_classes "
+    "label_dropout use_origin_adm use_scale_shift_norm resblock_updown use_new_attention_order resamp_with_conv num_heads "
+    "num_head_upsample num_head_channels"
+).split()
+BUFFERS = ("resample_filter", "freqs")
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """A folder with an autoencoder like the published one: factor 8, four channels."""
+    folder = tmp_path_factory.mktemp("autoencoder")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        new_autoencoder_kl(3, (8, 8, 8, 8), 4, 64, {}).save_pretrained(folder)
+    return folder
+
+
+def weights_of(case, golden):
+    """The state dict that the case's list describes; its constant entries come from the network."""
+    constants = golden.build_case(case).state_dict()
+    return {
+        name: constants[name].clone()
+        if name in case.constant_weights
+        else torch.from_numpy(golden._fill_weight(name, tuple(shape)))
+        for name, shape in case.weights
+    }
+
+
+def model_type_of(arguments):
+    return "DiT-Golden/2" if arguments["model_type"] == "DiT" else arguments["model_type"]
+
+
+def flags_of(arguments, autoencoder):
+    flags = ["--model_type", model_type_of(arguments), "--pretrained_autoencoder_ckpt", str(autoencoder)]
+    for name in NETWORK_FLAGS:
+        value = arguments[name]
+        if value not in (None, []):
+            flags += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return [*flags, "--dataset", "celeba_256"]
+
+
+def content_of(case, weights, prefix="", **arguments):
+    """A published content.pth whose averages are `weights`; the weights themselves are others."""
+    parameters = [name for name, _ in case.weights if not name.endswith(BUFFERS)]
+    states = {
+        index: {
+            "step": torch.tensor(7.0),
+            "exp_avg": torch.full_like(weights[name], index),
+            "exp_avg_sq": torch.full_like(weights[name], 2 * index),
+            "ema": weights[name],
+        }
+        for index, name in enumerate(parameters)
+        if name != "pos_embed"  # frozen
+    }
+    moved = {
+        name: value + 1 if name in parameters and name != "pos_embed" else value for name, value in weights.items()
+    }
+    groups = [{"lr": 1e-4, "betas": (0.9, 0.999), "params": list(range(len(parameters)))}]
+    return {
+        "epoch": 3,
+        "global_step": 21,
+        "args": argparse.Namespace(**arguments),
+        "model_dict": {prefix + name: value for name, value in moved.items()},
+        "optimizer": {"state": states, "param_groups": groups},
+        "scheduler": {"last_epoch": 3, "_last_lr": [1e-4]},
+    }
+
+
+def options_of(flags):
+    return parse_options("", SAMPLING_GROUPS, flags)
+
+
+@torch.no_grad()
+def assert_golden(model, case, golden):
+    tensors = case.tensors
+    latents = model.header["latent_channels"]
+    x, beside = tensors["in.x"][:, :latents], tensors["in.x"][:, latents:]
+    condition = Condition(tensors.get("in.y"), beside if beside.shape[1] else None)
+    velocity = model.network(tensors["in.t"], x, condition)
+    assert (velocity - tensors["out.velocity"]).abs().max() <= golden.LIMITS["velocity"]
+    if case.cfg_scale is not None:
+        null = Condition(torch.full_like(tensors["in.y"], model.header["num_classes"]))
+        velocity = GuidedVelocity(model.network, condition, null, GuidanceOptions(case.cfg_scale))
+        guided = velocity(tensors["in.t_cfg"][0], tensors["in.x"])
+        assert (guided - tensors["out.velocity_cfg"]).abs().max() <= golden.LIMITS["velocity_cfg"]
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_published_weights_give_the_golden_velocities(name, prefix, golden, autoencoder, tmp_path):
+    case = golden.read_case(CASES[name])
+    path = tmp_path / "model_475.pth"
+    torch.save({prefix + key: value for key, value in weights_of(case, golden).items()}, path)
+    model = open_published(path, options_of(flags_of(case.arguments, autoencoder)), "cpu")
+    assert_golden(model, case, golden)
+    header = model.header
+    assert (header["epoch"], header["latent_size"], header["dataset"]["name"]) == (475, 8, "celeba_256")
+    assert header["autoencoder"]["scale_factor"] == 0.18215
+    torch.testing.assert_close(model.autoencoder.std.flatten(), torch.full((4,), 1 / 0.18215))
+    assert not any(parameter.requires_grad for parameter in model.network.parameters())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_of_content_the_averages_are_sampled_by_its_own_arguments(name, golden, autoencoder, tmp_path, capsys):
+    """Here without any flag of the network: content.pth holds the arguments of its run."""
+    case = golden.read_case(CASES[name])
+    arguments = case.arguments | {"model_type": model_type_of(case.arguments), "dataset": "celeba_256", "lr": 1e-4}
+    path = tmp_path / "content.pth"
+    torch.save(content_of(case, weights_of(case, golden), "module.", **arguments), path)
+    model = open_published(path, options_of(["--pretrained_autoencoder_ckpt", str(autoencoder)]), "cpu")
+    assert_golden(model, case, golden)
+    assert (model.header["epoch"], model.header["step"]) == (3, 21)
+    count = sum(not key.endswith((*BUFFERS, "pos_embed")) for key, _ in case.weights)
+    assert f"moving averages of {count} of its {len(case.weights)} weights" in capsys.readouterr().out
+
+
+def test_content_without_averages_gives_its_weights(golden, autoencoder, tmp_path, capsys):
+    case = golden.read_case(CASES["adm_unconditional"])
+    weights = weights_of(case, golden)
+    for optimizer in (content_of(case, weights)["optimizer"], {}):
+        for state in optimizer.get("state", {}).values():
+            state.pop("ema")
+        torch.save(
+            content_of(case, weights) | {"model_dict": weights, "optimizer": optimizer}, tmp_path / "content.pth"
+        )
+        model = open_published(tmp_path / "content.pth", options_of(flags_of(case.arguments, autoencoder)), "cpu")
+        assert_golden(model, case, golden)
+        assert "adm with its" in capsys.readouterr().out
+
+
+def test_flags_win_over_the_arguments_in_content(golden, autoencoder, tmp_path):
+    case = golden.read_case(CASES["adm_unconditional"])
+    path = tmp_path / "content.pth"
+    torch.save(content_of(case, weights_of(case, golden), **case.arguments | {"dataset": "ffhq_256", "seed": 5}), path)
+    flags = ["--pretrained_autoencoder_ckpt", str(autoencoder), "--dataset", "celeba_256", "--scale_factor", "0.5"]
+    header = open_published(path, options_of(flags), "cpu").header
+    assert (header["dataset"]["name"], header["autoencoder"]["scale_factor"]) == ("celeba_256", 0.5)
+    with pytest.raises(UsageError, match=r"content\.pth does not fit this adm; .*the file looks like --nf 32$"):
+        open_published(path, options_of([*flags, "--nf", "64"]), "cpu")
+
+
+def test_labels_of_edm_networks_may_always_be_guided(golden, autoencoder, tmp_path):
+    """Their null class is a vector of zeros: published files do not tell whether labels were dropped."""
+    case = golden.read_case(CASES["adm_class_conditional"])
+    torch.save(weights_of(case, golden), tmp_path / "model_1.pth")
+    flags = flags_of(case.arguments | {"label_dropout": None}, autoencoder)
+    assert open_published(tmp_path / "model_1.pth", options_of(flags), "cpu").header["network"]["label_dropout"] > 0
+
+
+def test_optimizer_of_other_parameters_is_refused(golden, tmp_path):
+    case = golden.read_case(CASES["dit_unconditional"])
+    content = content_of(case, weights_of(case, golden))
+    content["optimizer"]["state"] = {i + 1: state for i, state in content["optimizer"]["state"].items()}
+    torch.save(content, tmp_path / "content.pth")
+    with pytest.raises(UsageError, match=r"content\.pth: the optimizer's state is not that of the \d+ parameters"):
+        read_published(tmp_path / "content.pth")
+
+
+def test_stage_of_label_maps_beside_a_model(tmp_path):
+    weight = torch.randn(4, 19, 1, 1)
+    (tmp_path / "model_175.pth").touch()
+    assert condition_stage_beside(tmp_path / "model_175.pth") == {}
+    for prefix in ("", "module."):
+        torch.save({f"{prefix}channel_mapper.weight": weight}, tmp_path / "cond_stage_model_175.pth")
+        found = condition_stage_beside(tmp_path / "model_175.pth")
+        assert found.keys() == {"channel_mapper.weight"}
+        assert torch.equal(found["channel_mapper.weight"], weight)
+    assert read_published(tmp_path / "cond_stage_model_175.pth").epoch == 175
+
+
+@pytest.mark.parametrize(
+    "value", [3, [torch.zeros(1)], {"a": 1.0}, {}, {"a": torch.zeros(1), "module.a": torch.zeros(1)}]
+)
+def test_other_values_are_no_state_dict(value, tmp_path):
+    torch.save(value, tmp_path / "model_1.pth")
+    with pytest.raises(UsageError, match=r"model_1\.pth: (expected a state dict|some names stand there both)"):
+        read_published(tmp_path / "model_1.pth")
+
+
+class Trap:
+    """Unpickled without care, it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ["model_1.pth", "content.pth", "cond_stage_model_1.pth"])
+def test_code_in_a_published_file_is_never_executed(name, zipped, tmp_path):
+    marker, path = tmp_path / "executed", tmp_path / name
+    content = {"model_dict": {"a": torch.zeros(1)}, "args": argparse.Namespace(trap=Trap(marker))}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UsageError, match=r"holds more than tensors and plain values \(\S+\), which is never executed"):
+        open_published(path, options_of([]), "cpu")
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists()  # the trap works
+
+
+def test_facts_that_a_name_tells():
+    grey = published_facts(options_of(["--dataset", "fashion_mnist", "--image_size", "32"]))
+    assert (grey.channels, grey.crop, grey.flips) == (1, 28, False)
+    colour = published_facts(options_of(["--dataset", "celeba_256", "--image_size", "256"]))
+    assert (colour.channels, colour.crop, colour.flips) == (3, None, True)
+    with pytest.raises(UsageError, match="give --dataset and --image_size$"):
+        published_facts(options_of([]))
+
+
+@pytest.fixture
+def convert(monkeypatch, capsys):
+    """convert(arguments) runs `python -m checkpoints.convert` in this process and gives (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "models" / "convert.py"), run_name="__main__")
+        return (ended.value.code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_there_and_back(name, convert, golden, autoencoder, tmp_path):
+    case = golden.read_case(CASES[name])
+    weights = weights_of(case, golden)
+    torch.save(weights, tmp_path / "model_475.pth")
+    code, _, err = convert(
+        tmp_path / "model_475.pth", tmp_path / "m.safetensors", *flags_of(case.arguments, autoencoder)
+    )
+    assert code == 0, err
+    model = load_model(tmp_path / "m.safetensors")  # nothing else needs to be said
+    assert_golden(model, case, golden)
+    code, _, err = convert(tmp_path / "m.safetensors", tmp_path / "back.pth", "--module_prefix")
+    assert code == 0, err
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert set(back) == {f"module.{key}" for key in weights}
+    assert all(torch.equal(back[f"module.{key}"], value) for key, value in weights.items())
+
+
+def test_converted_by_an_arguments_file_without_the_autoencoder_at_hand(convert, golden, autoencoder, tmp_path):
+    """As with the published autoencoder where there is no network: its id and scale are kept, its hash is not known."""
+    case = golden.read_case(CASES["guided_diffusion_inpainting_9ch"])
+    torch.save(weights_of(case, golden), tmp_path / "model_500.pth")
+    (tmp_path / "arguments.txt").write_text(
+        "EPOCH_ID=500\nDATASET=celeba_256\nEXP=x\nMETHOD=dopri5\nSTEPS=0\nUSE_ORIGIN_ADM=True\nIMG_SIZE=64\nBASE_CH=32\n"
+        'CH_MULT="1 2"\nATTN_RES=2\nNUM_RES_BLOCKS=1\nNUM_IN_CHANNELS=9\n'
+    )
+    flags = ["--args_file", tmp_path / "arguments.txt"]
+    code, out, err = convert(tmp_path / "model_500.pth", tmp_path / "m.safetensors", *flags)
+    assert code == 0, err
+    assert "stabilityai/sd-vae-ft-mse is not fetched" in out
+    header = read_weights(tmp_path / "m.safetensors")[1]
+    assert (header["autoencoder"]["sha256"], header["autoencoder"]["scale_factor"]) == (None, 0.18215)
+    assert (header["network"]["num_in_channels"], header["latent_channels"], header["dataset"]["name"]) == (
+        9,
+        4,
+        "celeba_256",
+    )
+    model = load_model(tmp_path / "m.safetensors", autoencoder=AutoencoderOptions(str(autoencoder)))
+    assert_golden(model, case, golden)
+    assert model.autoencoder.describe()["latents_std"] == pytest.approx(header["autoencoder"]["latents_std"])
+
+
+def test_mistakes_in_converting(convert, golden, autoencoder, tmp_path):
+    case = golden.read_case(CASES["adm_unconditional"])
+    source, target = tmp_path / "model_1.pth", tmp_path / "m.safetensors"
+    torch.save(weights_of(case, golden), source)
+    flags = flags_of(case.arguments, autoencoder)
+    for arguments, message in [
+        ((source,), "expected IN OUT [flags]"),
+        ((source, tmp_path / "other.pth", *flags), "expected a name ending in .safetensors"),
+        ((tmp_path / "absent", target, *flags), "expected a name ending in .pth"),
+        ((tmp_path / "absent", tmp_path / "b.pth"), "cannot read the checkpoint"),
+        ((source, target, *flags, "--ch_mult", "1", "4"), "the file looks like --ch_mult 1 2"),
+        ((source, target, *flags, "--image_size", "65"), "--image_size 65 is no multiple of 8"),
+    ]:
+        code, _, err = convert(*arguments)
+        assert code == 2
+        assert message in err
+        assert len(err.splitlines()) == 1
+    assert not target.exists()
+    code, out, _ = convert("--help")
+    assert code == 0
+    assert "--module_prefix" in out
+
+
+def test_the_test_script_finds_and_samples_a_published_file(golden, autoencoder, tmp_path, monkeypatch, capsys):
+    case = golden.read_case(CASES["dit_class_conditional"])
+    folder = tmp_path / "saved_info" / "latent_flow" / "celeba_256" / "published"
+    folder.mkdir(parents=True)
+    for epoch in (450, 475):
+        torch.save(weights_of(case, golden), folder / f"model_{epoch}.pth")
+    run = ["--save_root", tmp_path / "saved_info", "--exp", "published", "--epoch_id", 475, "--precision", "fp32"]
+    drawn = ["--method", "euler", "--num_steps", 2, "--n_sample", 2, "--cfg_scale", 1.5]
+    monkeypatch.setattr(sys, "argv", ["x", *flags_of(case.arguments, autoencoder), *map(str, [*run, *drawn])])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "test_flow_latent.py"), run_name="__main__")
+    assert ended.value.code == 0, capsys.readouterr().err
+    (record,) = (folder / "samples").glob("model_475_*.json")
+    result = json.loads(record.read_text())
+    assert (result["checkpoint"], result["samples"], result["step"]) == (str(folder / "model_475.pth"), 2, None)
+
+
+# What the flags of the two downstream scripts' networks are here, --use_origin_adm being their default.
+DOWNSTREAM = [
+    "--dataset",
+    "celeba_256",
+    "--image_size",
+    "64",
+    "--nf",
+    "32",
+    "--num_res_blocks",
+    "1",
+    "--ch_mult",
+    "1",
+    "2",
+]
+DOWNSTREAM += ["--attn_resolution", "2", "--num_out_channels", "4"]
+CLASSES = 19
+
+
+def plain_network(channels, golden):
+    """guided-diffusion's U-Net with so many channels of input, filled as the golden cases are."""
+    options = GuidedUNetOptions(channels, 4, nf=32, num_res_blocks=1, ch_mult=(1, 2), attn_resolutions=(2,))
+    network = GuidedUNet(8, options).eval()
+    for name, value in network.state_dict().items():
+        value.copy_(torch.from_numpy(golden._fill_weight(name, tuple(value.shape))))
+    return network
+
+
+@pytest.fixture
+def open_with(autoencoder):
+    """open_with(task, path, flags) opens a file as the task's test script does."""
+
+    def open_(task, path, *flags):
+        own = {INPAINT: (MaskSetOptions, InpaintingOptions), SEMANTIC: (SegmentationOptions,)}[task]
+        flags = [
+            "--pretrained_autoencoder_ckpt",
+            autoencoder,
+            *DOWNSTREAM,
+            "--checkpoint",
+            path,
+            "--precision",
+            "fp32",
+            *flags,
+        ]
+        options = parse_options("", (*CONDITIONED_GROUPS, *own), [str(flag) for flag in flags])
+        return open_sampler(options, tasks=(task, GENERATE) if task is INPAINT else (task,))
+
+    return open_
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@torch.no_grad()
+def test_a_published_inpainting_network_gives_the_golden_velocity(prefix, golden, open_with, tmp_path):
+    case = golden.read_case(CASES["guided_diffusion_inpainting_9ch"])
+    torch.save({prefix + key: value for key, value in weights_of(case, golden).items()}, tmp_path / "model_500.pth")
+    opened = open_with(INPAINT, tmp_path / "model_500.pth", "--num_in_channels", 9)
+    assert opened.task is INPAINT
+    assert opened.header["dense"] == {"channels": 5, "classes": None, "dropout": 0.0}
+    t, x = case.tensors["in.t"], case.tensors["in.x"]
+    velocity = opened.sampler.velocity(torch.zeros(len(x), dtype=torch.long), x[:, 4:])(t, x[:, :4])
+    assert (velocity - case.tensors["out.velocity"]).abs().max() <= golden.LIMITS["velocity"]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize("flags", [["--num_in_channels", "8"], []], ids=["channels", "no channels"])
+@torch.no_grad()
+def test_a_published_semantic_network_maps_labels_by_the_stage_beside_it(prefix, flags, golden, open_with, tmp_path):
+    plain = plain_network(8, golden)
+    generator = torch.Generator().manual_seed(0)
+    stage = torch.randn(4, CLASSES, 1, 1, generator=generator)
+    torch.save({prefix + name: value for name, value in plain.state_dict().items()}, tmp_path / "model_175.pth")
+    torch.save({f"{prefix}channel_mapper.weight": stage}, tmp_path / "cond_stage_model_175.pth")
+    opened = open_with(SEMANTIC, tmp_path / "model_175.pth", *flags)
+    assert opened.task is SEMANTIC
+    assert opened.header["dense"] == {"channels": 4, "classes": CLASSES, "dropout": 0.0}
+    t, x = torch.rand(2, generator=generator), torch.randn(2, 4, 8, 8, generator=generator)
+    shares = torch.rand(2, CLASSES, 8, 8, generator=generator)
+    velocity = opened.sampler.velocity(torch.zeros(2, dtype=torch.long), shares)(t, x)
+    mapped = torch.einsum("ck,bkhw->bchw", stage[:, :, 0, 0], shares)
+    expected = plain(t, torch.cat([x, mapped], dim=1))
+    assert (velocity - expected).abs().max() <= golden.LIMITS["velocity"]
+
+
+def test_a_semantic_network_without_its_stage_is_refused_and_not_taken_for_another(golden, open_with, tmp_path):
+    torch.save(plain_network(8, golden).state_dict(), tmp_path / "model_175.pth")
+    for task in (SEMANTIC, INPAINT):
+        with pytest.raises(UsageError, match=r"semantic synthesis, which needs cond_stage_model_175\.pth beside it"):
+            open_with(task, tmp_path / "model_175.pth", "--num_in_channels", 8)
+
+
+@pytest.mark.parametrize("name", ["guided_diffusion_inpainting_9ch", "dit_unconditional"])
+def test_a_content_of_the_published_code_names_its_own_network(name, golden, autoencoder, tmp_path):
+    """The downstream scripts' default is for files that do not; a network of generation serves without training."""
+    case = golden.read_case(CASES[name])
+    arguments = case.arguments | {"model_type": model_type_of(case.arguments), "dataset": "celeba_256"}
+    if name == "guided_diffusion_inpainting_9ch":
+        arguments.pop("use_origin_adm")
+    torch.save(content_of(case, weights_of(case, golden), **arguments), tmp_path / "content.pth")
+    flags = ["--pretrained_autoencoder_ckpt", str(autoencoder), "--checkpoint", str(tmp_path / "content.pth")]
+    options = parse_options("", (*CONDITIONED_GROUPS, MaskSetOptions, InpaintingOptions), flags)
+    opened = open_sampler(options, tasks=(INPAINT, GENERATE))
+    assert opened.task is (GENERATE if name == "dit_unconditional" else INPAINT)
+    assert opened.header["model_type"] == ("DiT-Golden/2" if name == "dit_unconditional" else "origin_adm")
+
+
+def test_each_script_refuses_the_other_tasks_published_network(golden, autoencoder, open_with, tmp_path):
+    case = golden.read_case(CASES["guided_diffusion_inpainting_9ch"])
+    torch.save(weights_of(case, golden), tmp_path / "model_1.pth")
+    with pytest.raises(UsageError, match=r"trained for inpainting: use test_flow_latent_inpainting\.py"):
+        open_with(SEMANTIC, tmp_path / "model_1.pth", "--num_in_channels", 9)
+    flags = [*flags_of(case.arguments, autoencoder), "--checkpoint", str(tmp_path / "model_1.pth")]
+    with pytest.raises(UsageError, match=r"trained for inpainting: use test_flow_latent_inpainting\.py"):
+        open_sampler(options_of(flags))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_semantic_network_there_and_back_in_both_files(named, convert, golden, autoencoder, tmp_path):
+    weights, stage = plain_network(8, golden).state_dict(), torch.randn(4, CLASSES, 1, 1)
+    torch.save(weights, tmp_path / "model_175.pth")
+    torch.save({"module.channel_mapper.weight": stage}, tmp_path / "cond_stage_model_175.pth")
+    flags = [*DOWNSTREAM, "--use_origin_adm", "--pretrained_autoencoder_ckpt", autoencoder]
+    flags += ["--num_in_channels", 8] if named else []
+    code, _, err = convert(tmp_path / "model_175.pth", tmp_path / "m.safetensors", *flags)
+    assert code == 0, err
+    whole, header = read_weights(tmp_path / "m.safetensors")
+    assert list(header["dense"].values()) == [4, CLASSES, 0.0]
+    assert header["task"] == "semantic"
+    assert set(whole) == {*weights, "channel_mapper.weight"}
+    assert load_model(tmp_path / "m.safetensors").network.state_dict().keys() == whole.keys()
+    code, _, err = convert(tmp_path / "m.safetensors", tmp_path / "back" / "model_9.pth", "--module_prefix")
+    assert code == 0, err
+    for name, expected in (("model_9.pth", weights), ("cond_stage_model_9.pth", {"channel_mapper.weight": stage})):
+        back = torch.load(tmp_path / "back" / name, weights_only=True)
+        assert set(back) == {f"module.{key}" for key in expected}
+        assert all(torch.equal(back[f"module.{key}"], value) for key, value in expected.items())
+
+
+def test_training_starts_from_a_published_network_and_its_stage(golden, tmp_path):
+    weights, stage = plain_network(8, golden).state_dict(), torch.randn(4, CLASSES, 1, 1)
+    torch.save(weights, tmp_path / "model_175.pth")
+    assert read_sampled(tmp_path / "model_175.pth").keys() == weights.keys()
+    torch.save({"channel_mapper.weight": stage}, tmp_path / "cond_stage_model_175.pth")
+    sampled = read_sampled(tmp_path / "model_175.pth")
+    assert torch.equal(sampled["channel_mapper.weight"], stage)
+    assert all(torch.equal(sampled[name], value) for name, value in weights.items())

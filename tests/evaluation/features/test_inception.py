@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evaluation.features.inception import InceptionFeatures
+from options import UsageError
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randint(256, (3, 3, 40, 56), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def pip_network(weights: str, dims: int) -> torch.nn.Module:
+    from unittest import mock
+
+    from pytorch_fid import inception
+
+    with mock.patch.object(inception, "load_state_dict_from_url", return_value=torch.load(weights)):
+        return inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[dims]]).eval()
+
+
+@pytest.mark.parametrize("dims", [64, 192, 768, 2048])
+def test_features_equal_pip_pytorch_fids(inception_weights, images, dims):
+    features = InceptionFeatures(inception_weights, "cpu", dims)
+    with torch.no_grad():
+        expected = pip_network(inception_weights, dims)(images / 255)[0].mean((2, 3))
+    assert 0.01 < expected.std() < 100
+    assert features(images).shape == (3, dims)
+    torch.testing.assert_close(features(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_spatial_features_and_logits(inception_weights, images):
+    network = InceptionFeatures(inception_weights, "cpu")
+    found = network.extract(images)
+    assert {name: value.shape[1] for name, value in found.items()} == {
+        "features": 2048,
+        "spatial": 2023,
+        "logits": 1008,
+    }
+    pip = pip_network(inception_weights, 768)
+    captured = []
+    pip.blocks[2][6].register_forward_hook(lambda module, inputs, output: captured.append(output))
+    with torch.no_grad():
+        pip(images / 255)
+    torch.testing.assert_close(found["spatial"], captured[0][:, :7].flatten(1), rtol=1e-4, atol=1e-4)
+    weight = torch.load(inception_weights)["fc.weight"]
+    torch.testing.assert_close(found["logits"], found["features"] @ weight.T)
+
+
+def test_bfloat16_is_close_and_says_so(inception_weights, images):
+    exact, lowered = (InceptionFeatures(inception_weights, "cpu", 64, name) for name in ("fp32", "bf16"))
+    assert lowered(images).dtype == torch.float32
+    error = (lowered(images) - exact(images)).norm() / exact(images).norm()
+    assert 0 < error < 0.03
+    assert torch.equal(lowered.exact()(images), exact(images))
+    assert lowered.sha256 == exact.sha256
+
+
+def test_other_layers_are_refused(inception_weights):
+    with pytest.raises(UsageError, match="64, 192, 768, 2048"):
+        InceptionFeatures(inception_weights, "cpu", 100)
+
+
+def test_oblong_images_are_not_cropped(inception_weights, tmp_path):
+    from evaluation.sources import decode
+
+    pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert torch.equal(decode(tmp_path / "a.png", "a").permute(1, 2, 0), torch.from_numpy(pixels))

@@ -1,0 +1,34 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from runtime.pictures import GridOptions, save_sheet
+
+
+@pytest.mark.parametrize(
+    ("options", "num_classes", "columns", "count"),
+    [
+        (GridOptions(), 1, 8, 64),
+        (GridOptions(), 2, 2, 16),
+        (GridOptions(), 10, 10, 80),
+        (GridOptions(), 1000, 10, 80),
+        (GridOptions(grid_samples=16), 1, 8, 16),
+        (GridOptions(grid_columns=16), 10, 16, 128),
+        (GridOptions(grid_samples=128, grid_columns=16), 1, 16, 128),
+    ],
+)
+def test_shape_of_a_grid(options, num_classes, columns, count):
+    assert (options.columns(num_classes), options.count(num_classes)) == (columns, count)
+
+
+def test_a_sheet_goes_row_by_row(tmp_path):
+    """Five grey images of 56 pixels, which need no enlarging, three a row, with white lines of 2 pixels."""
+    images = (10 * torch.arange(5, dtype=torch.uint8)).view(5, 1, 1, 1).expand(5, 1, 56, 56)
+    save_sheet(images, tmp_path / "sheet.png", 3)
+    with Image.open(tmp_path / "sheet.png") as picture:
+        pixels = np.asarray(picture.convert("L"))
+    assert pixels.shape == (2 * 58 + 2, 3 * 58 + 2)
+    tiles = [pixels[2 + 58 * (i // 3) :, 2 + 58 * (i % 3) :][:56, :56] for i in range(5)]
+    assert [(tile.min(), tile.max()) for tile in tiles] == [(10 * i, 10 * i) for i in range(5)]
+    assert pixels[0].tolist() == [255] * 176

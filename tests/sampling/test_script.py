@@ -1,0 +1,246 @@
+"""The test script's modes on a tiny network with random weights, on photographs in pixel space."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from checkpoints.files import save_weights
+from command_line import parse_options
+from datasets_prep.datasets import DatasetFacts
+from models.dit import DiTOptions
+from models.registry import build_network
+from options import UsageError
+from runtime import precision
+from sampling.script import MODE_GROUPS, run_modes
+from sampling.setup import open_sampler
+
+SIDE = 8
+NETWORK = DiTOptions(num_in_channels=3, num_out_channels=3, num_classes=2, label_dropout=0.1)
+
+
+def write_checkpoint(path, seed, **changes):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_network("DiT-Mi/4", SIDE, NETWORK)
+        for parameter in network.parameters():
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+    facts = DatasetFacts("folder", SIDE, 3, None, True, ("cat", "dog"))
+    header = {
+        "model_type": "DiT-Mi/4",
+        "network": NETWORK,
+        "latent_size": SIDE,
+        "latent_channels": 3,
+        "num_classes": 2,
+        "autoencoder": {"id": "none", "sha256": "none"},
+        "dataset": facts,
+        "step": 7,
+    }
+    save_weights(path, network.state_dict(), header | changes)
+    return path
+
+
+@pytest.fixture
+def call(tmp_path, photo_dir):
+    """call(*flags) runs the script's work on a fresh checkpoint, and gives the results."""
+    checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
+
+    def run(*flags, output="out"):
+        fixed = [
+            "--checkpoint",
+            checkpoint,
+            "--datadir",
+            photo_dir,
+            "--precision",
+            "fp32",
+            "--output_dir",
+            tmp_path / output,
+        ]
+        return list(run_modes(parse_options("", MODE_GROUPS, [*map(str, fixed), *map(str, flags)])))
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [
+        (("--method", "dopri5", "--atol", "1e-5", "--rtol", "1e-5"), "fp32"),
+        (("--method", "dopri5", "--atol", "1e-2", "--rtol", "1e-2"), "bf16"),
+        (("--method", "dopri5", "--precision", "bf16"), "bf16"),
+        (("--method", "euler", "--num_steps", "2"), "bf16"),
+    ],
+)
+def test_an_adaptive_solver_at_a_fine_tolerance_is_float32_by_itself(tmp_path, monkeypatch, capsys, flags, chosen):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
+    words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--n_sample", "2", *flags]
+    assert open_sampler(parse_options("", MODE_GROUPS, words)).sampler.machine.precision == chosen
+    assert f"threads, {chosen}, networks not compiled" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("batches", "compiled"), [(1000, True), (10, False)])
+def test_many_batches_are_worth_compiling_and_the_result_says_so(tmp_path, monkeypatch, batches, compiled):
+    monkeypatch.setattr(precision, "_why_not_compiled", lambda machine: "")
+    checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
+    words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--precision", "bf16", "--method", "euler"]
+    opened = open_sampler(parse_options("", MODE_GROUPS, [*words, "--num_steps", "2"]), batches=batches)
+    assert opened.sampler.machine.compile is opened.settings["compiled"] is opened.result()["compiled"] is compiled
+
+
+def npz(folder):
+    with np.load(folder / "samples.npz") as table:
+        return {name: table[name] for name in table.files}
+
+
+def tile_of(sheet, row, column):
+    """An image on a sheet: enlarged seven times, with a border of two pixels (of its own size) between images."""
+    top, left = (2 + (SIDE + 2) * place for place in (row, column))
+    return sheet[7 * top : 7 * (top + SIDE) : 7, 7 * left : 7 * (left + SIDE) : 7]
+
+
+@pytest.mark.parametrize(
+    "solver", [("stochastic", 4), ("heun", 3, "--churn", 2), ("dopri5", 1, "--atol", 1e-3, "--rtol", 1e-3)]
+)
+def test_samples_are_functions_of_seed_and_index_for_every_kind_of_solver(solver, call, tmp_path):
+    method, steps, *more = solver
+    flags = ["--method", method, "--num_steps", steps, *more, "--cfg_scale", 2, "--save_images", "npz", "--n_sample", 5]
+    call(*flags, "--batch_size", 5, output="a")
+    call(*flags, "--batch_size", 2, output="b")
+    a, b = npz(tmp_path / "a"), npz(tmp_path / "b")
+    assert np.abs(a["images"].astype(int) - b["images"]).max() <= 1
+    assert np.abs(a["images"][0].astype(int) - a["images"][2]).max() > 20
+    call(*flags, "--seed", 43, output="c")
+    assert np.abs(npz(tmp_path / "c")["images"].astype(int) - a["images"]).max() > 20
+
+
+def test_an_interrupted_start_draws_only_what_is_missing(call, tmp_path):
+    flags = ["--method", "euler", "--num_steps", 2, "--save_images", "png", "--batch_size", 2]
+    (whole,) = call(*flags, "--n_sample", 7, output="whole")
+    call(*flags, "--n_sample", 3, output="begun")
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "begun").glob("0*.png")}
+    (continued,) = call(*flags, "--n_sample", 7, output="begun")
+    for index in range(7):
+        name = f"{index:06d}.png"
+        pixels = [np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("whole", "begun")]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 1
+        if index < 3:
+            assert (tmp_path / "begun" / name).stat().st_mtime_ns == times[name]
+    assert continued["nfe"] == whole["nfe"] == 2
+    assert [run["label_rule"] for run in (continued, whole)] == ["balanced"] * 2
+    assert continued["label_counts"] == whole["label_counts"] == [4, 3]
+    with pytest.raises(UsageError, match=r"solver\.num_steps was 2, now 3"):
+        call(*flags, "--n_sample", 7, "--num_steps", 3, output="begun")
+
+
+def test_a_result_is_named_after_its_steps_where_they_are_fixed(call, tmp_path):
+    results = [
+        call("--method", *flags, "--n_sample", 1)[0]
+        for flags in (["euler", "--num_steps", 1], ["euler", "--step_size", 0.5], ["dopri5", "--atol", 1, "--rtol", 1])
+    ]
+    stems = [f"model_1_{name}_cfg1_seed42" for name in ("euler_1steps", "euler_2steps", "dopri5")]
+    assert [result["grid"] for result in results] == [str(tmp_path / "out" / f"{stem}.png") for stem in stems]
+    for stem, result in zip(stems, results, strict=True):
+        assert json.loads((tmp_path / "out" / f"{stem}.json").read_text())["nfe"] == result["nfe"]
+
+
+def test_a_result_says_how_its_images_were_decoded(call):
+    (result,) = call("--method", "euler", "--num_steps", 1, "--n_sample", 1)
+    assert result["precision"] == "fp32"
+    assert result["decoding"] == {"precision": "fp32", "rounding": "round(127.5 x + 127.5), clamped to 0..255"}
+
+
+def test_labels_of_a_file_are_asked_for_and_recorded(call, tmp_path):
+    (tmp_path / "labels.txt").write_text("1 1 1 0")
+    flags = ["--method", "euler", "--num_steps", 1, "--save_images", "npz", "--n_sample", 4]
+    (result,) = call(*flags, "--labels", tmp_path / "labels.txt")
+    assert npz(tmp_path / "out")["labels"].tolist() == [1, 1, 1, 0]
+    assert result["label_counts"] == [1, 3]
+    assert result["label_rule"].startswith("sha256 ")
+    with pytest.raises(UsageError, match="labels was sha256"):
+        call(*flags, "--labels", "random")
+
+
+def test_evaluations_under_an_interval(call):
+    (result,) = call(
+        "--compute_nfe", "--method", "euler", "--num_steps", 10, "--cfg_scale", 3, "--cfg_interval", 0.25, 0.75, "--n_sample", 3
+    )  # fmt: skip
+    assert (result["nfe"], result["network_evaluations"], result["nfe_range"]) == (10, 15, [10, 10])
+
+
+def test_autoguidance(call, tmp_path):
+    """Away from itself, guidance changes nothing; away from another network, it does."""
+    flags = ["--method", "euler", "--num_steps", 2, "--save_images", "npz", "--n_sample", 2]
+    call(*flags, output="plain")
+    call(*flags, "--cfg_scale", 3, "--guide_checkpoint", tmp_path / "model_1.safetensors", output="itself")
+    weaker = write_checkpoint(tmp_path / "weaker.safetensors", seed=1)
+    (result,) = call(*flags, "--cfg_scale", 3, "--guide_checkpoint", weaker, output="weaker")
+    plain, itself, away = (npz(tmp_path / name)["images"].astype(int) for name in ("plain", "itself", "weaker"))
+    assert np.abs(plain - itself).max() <= 1
+    assert np.abs(plain - away).max() > 5
+    assert (result["nfe"], result["network_evaluations"]) == (2, 4)
+    other = write_checkpoint(tmp_path / "other.safetensors", seed=1, num_classes=3)
+    with pytest.raises(UsageError, match=r"--guide_checkpoint .*other.safetensors: its num_classes is 3, but .* is 2"):
+        call(*flags, "--cfg_scale", 3, "--guide_checkpoint", other)
+
+
+def test_inversion_returns_to_the_images(call, tmp_path):
+    (result,) = call("--mode", "invert", "--method", "rk4", "--num_steps", 10, "--pictured", 2)
+    assert result["images"] == 1  # all that is held out
+    assert result["latent_rms_error"] < 1e-2
+    assert result["psnr_db"] is None or result["psnr_db"] > 45
+    (noise,) = tmp_path.glob("out/*_inverted.npz")
+    assert np.load(noise)["noise"].shape == (1, 3, SIDE, SIDE)
+    with pytest.raises(UsageError, match="--method stochastic does not lead from data to noise"):
+        call("--mode", "invert", "--method", "stochastic")
+
+
+def test_interpolation_ends_at_the_samples_of_both_seeds(call, tmp_path):
+    flags = ["--method", "euler", "--num_steps", 2]
+    (result,) = call("--mode", "interpolate", *flags, "--pictured", 2, "--frames", 3, "--seeds", 5, 9)
+    sheet = np.asarray(Image.open(result["picture"]).convert("RGB")).astype(int)
+    for seed, column in ((5, 0), (9, 2)):
+        call(*flags, "--seed", seed, "--n_sample", 2, "--save_images", "npz", output=f"seed{seed}")
+        images = npz(tmp_path / f"seed{seed}")["images"].astype(int)
+        for row in range(2):
+            tile = tile_of(sheet, row, column)
+            assert np.abs(tile - images[row]).max() <= 1
+    with pytest.raises(UsageError, match="--seeds: expected two seeds, but 3 were given"):
+        call("--mode", "interpolate", *flags, "--seeds", 1, 2, 3)
+
+
+def test_trajectory_ends_at_the_sample(call, tmp_path):
+    flags = ["--method", "euler", "--num_steps", 4]
+    (result,) = call("--mode", "trajectory", *flags, "--pictured", 2, "--frames", 5, "--gif")
+    call(*flags, "--n_sample", 2, "--save_images", "npz", output="samples")
+    sheet = np.asarray(Image.open(result["picture"]).convert("RGB")).astype(int)
+    images = npz(tmp_path / "samples")["images"].astype(int)
+    for row in range(4):  # of each sample, the point and the guess; at the end both are the sample
+        tile = tile_of(sheet, row, 4)
+        assert np.abs(tile - images[row // 2]).max() <= 1
+    with Image.open(result["picture"].replace(".png", ".gif")) as animation:
+        assert animation.n_frames == 5
+
+
+def test_likelihood_of_held_out_images(call):
+    flags = ["--compute_nll", "--method", "euler", "--num_steps", 2]
+    (exact,) = call(*flags, "--exact_trace")
+    (estimated,) = call(*flags)
+    assert (exact["images"], exact["dimensions"], exact["nfe"]) == (1, 3 * SIDE**2, 2)
+    assert exact["bits_per_dimension"] == pytest.approx(estimated["bits_per_dimension"], abs=0.1)
+    assert exact["bits_per_dimension"] != estimated["bits_per_dimension"]
+
+
+def test_measurements_share_a_call_and_are_written(call, tmp_path):
+    times, counts = call(
+        "--measure_time", "--compute_nfe", "--method", "euler", "--num_steps", 2, "--n_sample", 3,
+        "--time_batch_sizes", 1, 2, "--time_repeats", 3,
+    )[::-1]  # fmt: skip
+    assert counts["nfe"] == 2
+    assert [row["batch_size"] for row in times["timing"]] == [1, 2]
+    for row in times["timing"]:
+        assert 0 < row["network"]["fastest_s"] <= row["network"]["median_s"] <= row["network"]["slowest_s"]
+        assert row["pipeline"]["fastest_s"] > 0
+    written = json.loads((tmp_path / "out" / "model_1_euler_2steps_cfg1_seed42_time.json").read_text())
+    assert written["timing"] == times["timing"]

@@ -1,0 +1,71 @@
+import json
+import math
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from training.metrics_log import Journal
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def record(folder, step, steps):
+    journal = Journal(folder, step)
+    for number in steps:
+        journal.write(number, "train", {"loss": number / 10, "note": "text"})
+    journal.close()
+
+
+def test_one_object_a_line(tmp_path):
+    journal = Journal(tmp_path, 0)
+    journal.write(5, "train", {"loss": 0.5, "skipped": 0.0})
+    assert lines(tmp_path) == [{"step": 5, "kind": "train", "loss": 0.5, "skipped": 0.0}]  # before it is closed
+    journal.write(5, "validation", {"loss": 0.1 + 0.2})
+    journal.close()
+    assert lines(tmp_path)[1] == {"step": 5, "kind": "validation", "loss": 0.30000000000000004}
+
+
+def test_entries_beyond_the_step_that_a_run_resumes_from_are_dropped(tmp_path):
+    record(tmp_path, 0, [1, 2, 3, 4])
+    record(tmp_path, 2, [3, 4, 5])
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_new_start_drops_all(tmp_path):
+    record(tmp_path, 0, [1, 2])
+    record(tmp_path, 0, [])
+    assert lines(tmp_path) == []
+
+
+@pytest.mark.parametrize("torn", ['{"step": 4, "ki', "[4]", "{}", "4", '{"step": "4"}', ""])
+def test_a_line_torn_by_a_crash_is_dropped(tmp_path, torn):
+    record(tmp_path, 0, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    record(tmp_path, 2, [3])
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
+
+
+def test_tensorboard_shows_the_numbers_of_the_last_continuation(tmp_path):
+    record(tmp_path, 0, [1, 2, 3])
+    journal = Journal(tmp_path, 2)
+    journal.write(3, "train", {"loss": 7.0})
+    journal.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
+        (1, pytest.approx(0.1)),
+        (2, pytest.approx(0.2)),
+        (3, 7.0),
+    ]
+    assert "train/note" not in events.Tags()["scalars"]
+
+
+def test_a_loss_that_is_no_number_does_not_stop_the_record(tmp_path):
+    journal = Journal(tmp_path, 0)
+    journal.write(1, "train", {"loss": math.nan})
+    journal.close()
+    record(tmp_path, 1, [2])
+    assert math.isnan(lines(tmp_path)[0]["loss"])
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]

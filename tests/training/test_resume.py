@@ -1,0 +1,158 @@
+"""A run of the published code goes on: the next step is the one that its own optimizer would have made."""
+
+import argparse
+import copy
+
+import pytest
+import torch
+
+from models.conditions import DenseConditioned, DenseInput
+from models.dit import DiTOptions
+from models.registry import build_network
+from options import UsageError, as_json
+from runtime.precision import Machine
+from runtime.torch_files import save_content
+from training.optimizers import OptimizerOptions
+from training.resume import continue_run
+from training.state import TrainingState
+
+MACHINE = Machine(torch.device("cpu"), "fp32")
+OPTIONS = DiTOptions(2, 2, num_classes=3, label_dropout=0.1)
+HEADER = {"model_type": "DiT-Mi/2", "latent_size": 4, "network": as_json(OPTIONS)}
+
+
+def new_network(seed, options=OPTIONS):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = build_network("DiT-Mi/2", 4, options)
+        for parameter in network.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(0.02 * torch.randn_like(parameter))
+    return network
+
+
+def fill_gradients(network, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+def published_run(averaged=True, options=OPTIONS):
+    """A network, the AdamW that the published trainer gave all its parameters to, and their content.pth."""
+    network = new_network(1, options)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
+    for seed in range(3):
+        fill_gradients(network, seed)
+        optimizer.step()
+    for number, parameter in enumerate(network.parameters()):
+        if averaged and parameter.requires_grad:
+            optimizer.state[parameter]["ema"] = torch.full_like(parameter, number)
+    content = {
+        "epoch": 4,
+        "global_step": 40,
+        "args": argparse.Namespace(lr=1e-3),
+        "model_dict": {f"module.{name}": value for name, value in network.state_dict().items()},
+        "optimizer": optimizer.state_dict(),
+        "scheduler": {"last_epoch": 4},
+    }
+    return network, optimizer, copy.deepcopy(content)
+
+
+def new_state():
+    return TrainingState(new_network(2), MACHINE, 0.99, OptimizerOptions())
+
+
+def test_weights_averages_moments_and_epoch_are_taken_over(tmp_path):
+    network, optimizer, content = published_run()
+    torch.save(content, tmp_path / "content.pth")
+    state = new_state()
+    line = continue_run(state, tmp_path / "content.pth", per_epoch=10, header=HEADER)
+    trained = sum(parameter.requires_grad for parameter in network.parameters())
+    assert f"{trained} moving averages, the moments of {trained} of {trained} trained parameters, and epoch 4" in line
+    assert state.step == 40
+    for name, value in network.state_dict().items():
+        assert torch.equal(state.network.state_dict()[name], value), name
+    for number, (name, parameter) in enumerate(state.ema.network.named_parameters()):
+        expected = network.pos_embed if name == "pos_embed" else torch.full_like(parameter, number)
+        assert torch.equal(parameter, expected), name
+    fill_gradients(network, 9)
+    fill_gradients(state.network, 9)
+    before = state.network.blocks[0].attn.qkv.weight.clone()
+    for one in (optimizer, *state.optimizers):
+        one.param_groups[0]["lr"] = 1e-3
+        one.step()
+    assert (state.network.blocks[0].attn.qkv.weight - before).abs().max() > 1e-5
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(state.network.state_dict()[name], value, atol=1e-7, rtol=1e-6, msg=name)
+
+
+def test_without_averages_the_average_begins_at_the_weights(tmp_path):
+    network, _, content = published_run(averaged=False)
+    torch.save(content, tmp_path / "content.pth")
+    state = new_state()
+    assert "no moving average (it begins anew)" in continue_run(state, tmp_path / "content.pth", 10, HEADER)
+    for name, value in network.state_dict().items():
+        assert torch.equal(state.ema.weights[name], value), name
+
+
+def test_the_average_after_a_long_run_does_not_warm_up_again(tmp_path):
+    _, _, content = published_run()
+    torch.save(content | {"epoch": 1000}, tmp_path / "content.pth")
+    state = new_state()
+    continue_run(state, tmp_path / "content.pth", 10, HEADER)
+    before, current = (
+        state.ema.weights["blocks.0.attn.proj.bias"].clone(),
+        state.network.blocks[0].attn.proj.bias.detach(),
+    )
+    state.ema.update(state.network)
+    torch.testing.assert_close(state.ema.weights["blocks.0.attn.proj.bias"], 0.99 * before + 0.01 * current)
+
+
+def test_content_of_our_own_is_restored_whole(tmp_path):
+    state, other = new_state(), new_state()
+    fill_gradients(state.network, 1)
+    state.optimizers[0].step()
+    state.step = 17
+    save_content(tmp_path / "content.pth", state.content())
+    assert "the whole state" in continue_run(other, tmp_path / "content.pth", 10, HEADER)
+    assert other.step == 17
+    assert all(
+        torch.equal(value, other.network.state_dict()[name]) for name, value in state.network.state_dict().items()
+    )
+
+
+def test_another_network_s_content_is_refused_with_the_flag_that_explains_it(tmp_path):
+    _, _, content = published_run()
+    torch.save(content, tmp_path / "content.pth")
+    options = DiTOptions(2, 2, num_classes=5, label_dropout=0.1)
+    network = build_network("DiT-Mi/2", 4, options)
+    state = TrainingState(network, MACHINE, 0.99, OptimizerOptions())
+    header = HEADER | {"network": as_json(options)}
+    with pytest.raises(UsageError, match=r"embedding_table.* the file looks like --num_classes 3$"):
+        continue_run(state, tmp_path / "content.pth", 10, header)
+    torch.save({name: value for name, value in content.items() if name != "epoch"}, tmp_path / "content.pth")
+    with pytest.raises(UsageError, match="does not say its epoch"):
+        continue_run(new_state(), tmp_path / "content.pth", 10, HEADER)
+
+
+def test_a_published_run_of_inpainting_goes_on_inside_the_wrapper(tmp_path):
+    """The state of each parameter arrives at the one of its name, though the wrapper calls it network.<name>."""
+    options = DiTOptions(5, 2, num_classes=3, label_dropout=0.1)
+    network, optimizer, content = published_run(options=options)
+    torch.save(content, tmp_path / "content.pth")
+    wrapped = DenseConditioned(new_network(2, options), DenseInput(3))
+    state = TrainingState(wrapped, MACHINE, 0.99, OptimizerOptions())
+    header = HEADER | {"network": as_json(options), "dense": as_json(DenseInput(3))}
+    trained = sum(parameter.requires_grad for parameter in network.parameters())
+    line = continue_run(state, tmp_path / "content.pth", per_epoch=10, header=header)
+    assert f"{trained} moving averages, the moments of {trained} of {trained} trained parameters" in line
+    for name, value in network.state_dict().items():
+        assert torch.equal(wrapped.network.state_dict()[name], value), name
+    inner = dict(wrapped.network.named_parameters())
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            for moment in ("exp_avg", "exp_avg_sq"):
+                found = state.optimizers[0].state[inner[name]][moment]
+                assert torch.equal(found, optimizer.state[parameter][moment]), name
+            assert torch.equal(state.ema.weights[name], optimizer.state[parameter]["ema"]), name
