@@ -10,7 +10,7 @@ import torch
 from checkpoints.experiments import experiment_folder, find_checkpoint, newest_model
 from checkpoints.files import LoadedModel, load_model
 from checkpoints.header import Header
-from checkpoints.lfm_loading import open_published
+from checkpoints.lfm import open_published
 from checkpoints.tasks import GENERATE, TASKS, Task
 from datasets_prep.datasets import DatasetOptions, ImageDataset, Split, open_dataset
 from flow.guidance import GuidanceOptions
@@ -146,7 +146,8 @@ def open_sampler(
 def _open_model(path: Path, options: Options, device: torch.device, task: Task) -> LoadedModel:
     """The model of a checkpoint, which the flags must fit, or of a published file, which they describe."""
     if is_torch_file(path):
-        return open_published(path, options, device, guided=task is not GENERATE)
+        given = {name: options.values[name] for name in options.explicit}
+        return open_published(path, given, device, downstream=task is not GENERATE)
     model = load_model(path, device, _moved_autoencoder(options))
     data_of_its_own = {"dataset"} if task is not GENERATE else set()
     _refuse_contradictions(options, model.header, path, data_of_its_own)

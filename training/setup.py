@@ -11,7 +11,7 @@ from torch import nn
 from checkpoints.experiments import find_checkpoint
 from checkpoints.files import read_weights
 from checkpoints.header import Header
-from checkpoints.lfm import read_sampled
+from checkpoints.lfm_files import read_sampled
 from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions
