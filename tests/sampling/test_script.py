@@ -14,8 +14,9 @@ from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError
 from runtime import precision
+from sampling.loading import load_sampler
+from sampling.request import sampler_request
 from sampling.script import MODE_GROUPS, run_modes
-from sampling.setup import open_sampler
 
 SIDE = 8
 NETWORK = DiTOptions(num_in_channels=3, num_out_channels=3, num_classes=2, label_dropout=0.1)
@@ -76,7 +77,8 @@ def test_an_adaptive_solver_at_a_fine_tolerance_is_float32_by_itself(tmp_path, m
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
     words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--n_sample", "2", *flags]
-    assert open_sampler(parse_options("", MODE_GROUPS, words)).sampler.machine.precision == chosen
+    loaded = load_sampler(sampler_request(parse_options("", MODE_GROUPS, words)))
+    assert loaded.sampler.machine.precision == chosen
     assert f"threads, {chosen}, networks not compiled" in capsys.readouterr().out
 
 
@@ -85,8 +87,9 @@ def test_many_batches_are_worth_compiling_and_the_result_says_so(tmp_path, monke
     monkeypatch.setattr(precision, "_why_not_compiled", lambda machine: "")
     checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
     words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--precision", "bf16", "--method", "euler"]
-    opened = open_sampler(parse_options("", MODE_GROUPS, [*words, "--num_steps", "2"]), batches=batches)
-    assert opened.sampler.machine.compile is opened.settings["compiled"] is opened.result()["compiled"] is compiled
+    request = sampler_request(parse_options("", MODE_GROUPS, [*words, "--num_steps", "2"]))
+    loaded = load_sampler(request, batches=batches)
+    assert loaded.sampler.machine.compile is loaded.settings["compiled"] is loaded.describe()["compiled"] is compiled
 
 
 def npz(folder):

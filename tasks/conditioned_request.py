@@ -1,6 +1,5 @@
-"""What the downstream test scripts sample for: their options, the held-out images, and the labels that the network is told."""
+"""The flags of the downstream test scripts, the request that they amount to, and the held-out images that it names."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from datasets_prep.datasets import DatasetOptions, ImageDataset
@@ -12,17 +11,18 @@ from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from models.autoencoders.loading import AutoencoderOptions
 from models.registry import FAMILY_OPTIONS, IGNORED_NETWORK_FLAGS, NetworkOptions
-from options import Options, UsageError, option
+from options import UsageError, option
 from runtime.precision import MachineOptions
-from sampling.setup import Opened, SourceOptions
+from sampling.loading import LoadedSampler
+from sampling.request import SamplerRequest, SourceOptions
 from tasks.task import TrainingTask
 
 __all__ = [
     "CONDITIONED_GROUPS",
     "IGNORED_FLAGS",
     "ConditionedOptions",
-    "images_to_sample_for",
-    "note_unused",
+    "ConditionedRequest",
+    "open_held_out",
     "set_labels",
 ]
 
@@ -57,7 +57,7 @@ CONDITIONED_GROUPS = (
     *FAMILY_OPTIONS,
     MachineOptions,
 )
-# Published flags without an effect, here or there.
+# Published flags without an effect, there or here.
 IGNORED_FLAGS = {
     **IGNORED_NETWORK_FLAGS,
     "use_karras_samplers": "see --time_grid edm",
@@ -68,44 +68,58 @@ IGNORED_FLAGS = {
 }
 
 
-def images_to_sample_for(opened: Opened, task: TrainingTask, options: Options) -> ImageDataset:
-    """The validation images of --dataset, by default that of training, as a task has them.
+@dataclass(frozen=True)
+class ConditionedRequest:
+    """Samples for held-out images, and their scores.
+
+    Args:
+        sampler: the network, solver and guidance; its `given` are all flags that the user gave.
+        conditioned: number of images and samples, labels, and the folder of results.
+        data: the images.
+        scores: metrics of the samples as a set.
+        pairs: metrics of samples paired with their images.
+        features: the feature network.
+    """
+
+    sampler: SamplerRequest
+    conditioned: ConditionedOptions
+    data: DatasetOptions
+    scores: ScoreOptions
+    pairs: PairOptions
+    features: FeatureOptions
+
+
+def open_held_out(request: ConditionedRequest, loaded: LoadedSampler, task: TrainingTask) -> ImageDataset:
+    """Open the validation images of --dataset, or of the network's own dataset if the flag was not given.
 
     Raises:
-        UsageError: images of another kind than the network's.
+        UsageError: the images differ from the network's in channels or size.
     """
-    data, stored = options[DatasetOptions], opened.header.dataset
-    name = data.dataset if "dataset" in options.explicit else stored.name
-    dataset = task.open(replace(data, dataset=name, image_size=stored.image_size), "validation")
-    theirs, ours = (
-        (dataset.facts.channels, shown_side(dataset.facts)),
-        (stored.channels, shown_side(opened.sampler.facts)),
-    )
+    stored = loaded.header.dataset
+    name = request.data.dataset if "dataset" in request.sampler.given else stored.name
+    dataset = task.open(replace(request.data, dataset=name, image_size=stored.image_size), "validation")
+    theirs = dataset.facts.channels, shown_side(dataset.facts)
+    ours = stored.channels, shown_side(stored)
     if theirs != ours:
         raise UsageError(
-            f"--dataset {name} does not suit {opened.path}: its images have {theirs[0]} channels and {theirs[1]} pixels "
+            f"--dataset {name} does not suit {loaded.path}: its images have {theirs[0]} channels and {theirs[1]} pixels "
             f"a side, those of {stored.name}, which it was trained on, {ours[0]} and {ours[1]}"
         )
     return dataset
 
 
-def set_labels(dataset: ImageDataset, opened: Opened, options: Options) -> None:
-    """Let the images' labels be what the network is told: their classes, the null class, or the only one there is.
+def set_labels(dataset: ImageDataset, loaded: LoadedSampler, use_labels: bool) -> None:
+    """Set the labels that the network is given for the images: their classes, or the null class without `use_labels`.
+
+    An unconditional network gets label 0.
 
     Raises:
-        UsageError: the null class is asked of a network that does not know it.
+        UsageError: the network was not trained with the null class that is asked for.
     """
-    classes = opened.header.num_classes
+    classes = loaded.header.num_classes
     if classes == 1:
         dataset.labels.zero_()
-    elif not options[ConditionedOptions].use_labels:
-        if not opened.sampler.drops_labels:
+    elif not use_labels:
+        if not loaded.sampler.drops_labels:
             raise UsageError("--no-use_labels needs a network with a null class (trained with --label_dropout above 0)")
         dataset.labels.fill_(classes)
-
-
-def note_unused(options: Options, names: Iterable[str], reason: str) -> None:
-    """Say which of the flags `names` were given although they have no effect."""
-    given = [f"--{name}" for name in names if name in options.explicit]
-    if given:
-        print(f"note: {', '.join(given)} has no effect {reason}")
