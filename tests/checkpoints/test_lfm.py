@@ -12,7 +12,6 @@ import torch
 from checkpoints.files import load_model, read_weights
 from checkpoints.lfm import open_published
 from checkpoints.lfm_files import read_condition_stage, read_published, read_sampled
-from checkpoints.lfm_request import published_facts, request_network
 from command_line import parse_options
 from datasets_prep.masks import MaskSetOptions
 from flow.guidance import GuidanceOptions, GuidedVelocity
@@ -237,15 +236,6 @@ def test_code_in_a_published_file_is_never_executed(name, zipped, tmp_path):
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists()  # the trap works
-
-
-def test_facts_that_a_name_tells():
-    grey = published_facts("fashion_mnist", 32)
-    assert (grey.channels, grey.crop, grey.flips) == (1, 28, False)
-    colour = published_facts("celeba_256", 256)
-    assert (colour.channels, colour.crop, colour.flips) == (3, None, True)
-    with pytest.raises(UsageError, match="give --dataset and --image_size$"):
-        request_network({})
 
 
 @pytest.fixture
