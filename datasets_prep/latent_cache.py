@@ -47,8 +47,10 @@ class LatentCacheOptions:
     """Latent cache."""
 
     no_latent_cache: bool = option(False, "encode images at every step instead of caching their latents")
-    latent_cache_dir: str = option("", "folder of the caches; default: latent_cache below --datadir")
-    num_workers: int = option(0, "threads that read image files", minimum=0)
+    latent_cache_dir: str = option(
+        "", "folder of the caches; default: latent_cache below --datadir", on_resume="freely"
+    )
+    num_workers: int = option(0, "threads that read image files", minimum=0, on_resume="freely")
 
 
 def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> Path:
