@@ -1,4 +1,8 @@
-"""The start of a script: alone, as one of the processes of a launcher, or as the launcher of several."""
+"""Starts a script in one or several processes, by elastic_launch; torchrun, the command around it, loses exit codes.
+
+`--num_process_per_node N` ends with the scripts' own exit code (2 for a mistake, 3 for a run that diverged, 130 for an
+interruption) and one line that names a killed process; torchrun ends with 1 and a report. It also leaves minutes to save.
+"""
 
 import io
 import logging
