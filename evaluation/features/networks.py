@@ -42,16 +42,21 @@ class FeatureOptions:
         None,
         "inception, dinov2 or fashion_mnist; default: fashion_mnist for that dataset, else inception (whose score is the FID)",
         choices=("inception", "dinov2", "fashion_mnist"),
+        on_resume="freely",
     )
     feature_weights: str | None = option(
-        None, "file of the network's weights; default: the published ones (downloaded once), or the bundled ones"
+        None,
+        "file of the network's weights; default: the published ones (downloaded once), or the bundled ones",
+        on_resume="freely",
     )
     feature_precision: str = option(
         "fp32", "precision of inception and dinov2; bf16 is faster on GPUs and says how much it changes the score",
         choices=("fp32", "bf16"),
-    )  # fmt: skip
+    on_resume="freely")  # fmt: skip
     dims: int = option(
-        INCEPTION_DIMS[-1], "layer of inception, by its number of features: 64, 192, 768, or 2048 (the FID's)"
+        INCEPTION_DIMS[-1],
+        "layer of inception, by its number of features: 64, 192, 768, or 2048 (the FID's)",
+        on_resume="freely",
     )
 
 
