@@ -13,7 +13,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,8 +34,6 @@ from runtime.torch_files import is_torch_file
 from sampling.sampler import Sampler, balanced_labels, check_guidance
 
 __all__ = ["Flow", "load"]
-
-Options = TypeVar("Options", SolverOptions, GuidanceOptions)
 
 
 def load(
@@ -236,7 +234,7 @@ class Flow:
         return torch.full((count,), self.header.num_classes if self.header.drops_labels else 0)
 
 
-def _split(values: Mapping[str, Any], *groups: type[Options]) -> list[Any]:
+def _split(values: Mapping[str, Any], *groups: type) -> list[Any]:
     """An instance of each dataclass from the values that are its fields.
 
     Raises:

@@ -22,7 +22,7 @@ from flow.solvers import SolverOptions, check_method, needs_float32
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions, DenseInput
-from models.registry import NETWORKS, NetworkOptions, network_groups
+from models.registry import NETWORKS, Architecture, NetworkOptions, network_groups
 from options import Options, UsageError, as_json
 from runtime.distributed import Processes
 from runtime.files import write_json
@@ -106,15 +106,16 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     print(machine.describe())
 
     # The network and its objective.
-    model_type, name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
+    model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
     dense = inputs.dense(options[ConditionOptions].condition_dropout if task.condition else 0.0)
     given = {name: options.values[name] for name in options.explicit}
     chosen = options[NETWORKS[model_type].options]
     architecture = choose_architecture(model_type, chosen, given, data.image_size, inputs.autoencoder, dense)
     label_all_alike(architecture.options, (inputs.dataset, inputs.held_out))
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
-    header = _header(architecture, inputs, task, name, options[OBJECTIVES[name].options], training, machine)
-    objective = OBJECTIVES[name].build(header.path)
+    path = options[OBJECTIVES[objective_name].options]
+    header = _header(architecture, inputs, task, objective_name, path, training, machine)
+    objective = OBJECTIVES[objective_name].build(path)
     folder = run_folder(experiment, data.dataset, task.task)
     starts_from = experiment.init_from and not will_continue(folder, experiment)
     weights = find_checkpoint(experiment.init_from, folder) if starts_from else None
