@@ -17,11 +17,12 @@ from evaluation.features.networks import FeatureNetwork, FeatureOptions, choose_
 from evaluation.reconstruction import draw_reconstructions
 from flow.guidance import GuidanceOptions
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
+from flow.paths import PathOptions
 from flow.solvers import SolverOptions, check_method, needs_float32
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions, DenseInput
-from models.registry import NETWORKS, NetworkOptions, network_groups
+from models.registry import NETWORKS, Architecture, NetworkOptions, network_groups
 from options import Options, UsageError, as_json
 from runtime.distributed import Processes
 from runtime.files import write_json
@@ -91,61 +92,34 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         UsageError: options that contradict each other, the data, or the existing run.
     """
     data, experiment, training = options[DatasetOptions], options[ExperimentOptions], options[TrainingOptions]
-    solver, guidance = options[SolverOptions], options[GuidanceOptions]
-    _check(training, solver, options[MachineOptions])
+    _check(training, options[SolverOptions], options[MachineOptions])
     machine = choose_machine(options[MachineOptions], processes)
-    with processes.main_first():  # the others find what it has downloaded
+    scoring = options[FeatureOptions] if experiment.eval_samples else None
+    own_options = options[task.condition_options] if task.condition_options else None
+    with processes.main_first():  # the others find what the main process has downloaded
         inputs = _open_inputs(
-            task,
-            data,
-            options[AutoencoderOptions],
-            options[FeatureOptions] if experiment.eval_samples else None,
-            options[task.condition_options] if task.condition_options else None,
-            training.seed,
-            machine.for_encoding,
+            task, data, options[AutoencoderOptions], scoring, own_options, training.seed, machine.for_encoding
         )
     per_epoch = steps_per_epoch(len(inputs.dataset), training.batch_size * processes.count)
     calls = training.last_step(per_epoch) * training.grad_accumulation
     machine = machine.settled(calls, processes, whole=not training.fsdp)
     print(machine.describe())
 
-    # The network and what its checkpoints record.
-    model_type = options[NetworkOptions].resolve()
-    family = NETWORKS[model_type].options
-    dropout = options[ConditionOptions].condition_dropout if task.condition else 0.0
-    architecture = choose_architecture(
-        model_type,
-        options[family],
-        {name: options.values[name] for name in options.explicit},
-        data.image_size,
-        inputs.autoencoder,
-        inputs.dense(dropout),
-    )
+    # The network and its objective.
+    model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
+    dense = inputs.dense(options[ConditionOptions].condition_dropout if task.condition else 0.0)
+    given = {name: options.values[name] for name in options.explicit}
+    chosen = options[NETWORKS[model_type].options]
+    architecture = choose_architecture(model_type, chosen, given, data.image_size, inputs.autoencoder, dense)
     label_all_alike(architecture.options, (inputs.dataset, inputs.held_out))
-    check_guidance(architecture.options.label_dropout, architecture.dense, guidance.cfg_scale)
-    name = options[ObjectiveOptions].objective
-    path = options[OBJECTIVES[name].options]
-    header = Header(
-        model_type=model_type,
-        network=architecture.options,
-        latent_size=architecture.latent_size,
-        autoencoder=inputs.autoencoder.describe(),
-        dataset=inputs.dataset.facts,
-        task=task.task.name,
-        dense=architecture.dense,
-        path=path,
-        objective=name,
-        training=as_json(training),
-        precision=machine.precision,
-        compiled=machine.compile,
-        reproducible=training.max_minutes == 0,
-        **provenance(),
-    )
+    check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
+    path = options[OBJECTIVES[objective_name].options]
+    header = _header(architecture, inputs, task, objective_name, path, training, machine)
+    objective = OBJECTIVES[objective_name].build(path)
     folder = run_folder(experiment, data.dataset, task.task)
-    continues = experiment.init_from and not will_continue(folder, experiment)
-    network = new_network(
-        architecture, training.seed, find_checkpoint(experiment.init_from, folder) if continues else None
-    )
+    starts_from = experiment.init_from and not will_continue(folder, experiment)
+    weights = find_checkpoint(experiment.init_from, folder) if starts_from else None
+    network = new_network(architecture, training.seed, weights)
 
     # The folder, once all processes have read what --overwrite may move aside.
     processes.barrier()
@@ -157,7 +131,6 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         open_moments(split, inputs.autoencoder, data, options[LatentCacheOptions], machine.for_encoding, processes)
         for split in (inputs.dataset, inputs.held_out)
     )
-    objective = OBJECTIVES[name].build(path)
     condition = inputs.held_out_condition
     validation = Validation(
         header=header,
@@ -165,11 +138,11 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         held_out=held_out,
         autoencoder=inputs.autoencoder,
         objective=objective,
-        solver=solver,
-        guidance=guidance,
+        solver=options[SolverOptions],
+        guidance=options[GuidanceOptions],
         seed=training.seed,
         machine=machine,
-        precise=needs_float32(solver) and options[MachineOptions].precision == "auto",
+        precise=needs_float32(options[SolverOptions]) and options[MachineOptions].precision == "auto",
         derived=data.derived,
         samples=experiment.eval_samples,
         features=inputs.features,
@@ -193,6 +166,34 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         condition=inputs.condition,
     )
     return run, resume
+
+
+def _header(
+    architecture: Architecture,
+    inputs: _Inputs,
+    task: TrainingTask,
+    objective: str,
+    path: PathOptions,
+    training: TrainingOptions,
+    machine: Machine,
+) -> Header:
+    """What every checkpoint of the run records."""
+    return Header(
+        model_type=architecture.model_type,
+        network=architecture.options,
+        latent_size=architecture.latent_size,
+        autoencoder=inputs.autoencoder.describe(),
+        dataset=inputs.dataset.facts,
+        task=task.task.name,
+        dense=architecture.dense,
+        path=path,
+        objective=objective,
+        training=as_json(training),
+        precision=machine.precision,
+        compiled=machine.compile,
+        reproducible=training.max_minutes == 0,
+        **provenance(),
+    )
 
 
 def _check(training: TrainingOptions, solver: SolverOptions, machine: MachineOptions) -> None:
