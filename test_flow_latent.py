@@ -3,7 +3,7 @@
 
 from checkpoints.tasks import GENERATE
 from runtime.launch import run_script
-from sampling.script import IGNORED_FLAGS, MODE_GROUPS, run
+from sampling.script import IGNORED_FLAGS, mode_groups, run
 
 if __name__ == "__main__":
-    run_script(run, str(__doc__), MODE_GROUPS, ignored=IGNORED_FLAGS, task=GENERATE.name)
+    run_script(run, str(__doc__), mode_groups(), ignored=IGNORED_FLAGS, task=GENERATE.name)

@@ -24,7 +24,7 @@ from flow.solvers import SolverOptions
 from options import option
 from runtime.files import atomic_path
 from sampling.loading import LoadedSampler, load_sampler
-from sampling.request import SAMPLING_GROUPS, SamplerRequest, SamplingOptions, sampler_request
+from sampling.request import SamplerRequest, SamplingOptions, sampler_request, sampling_groups
 from sampling.sampler import generate
 
 __all__ = ["Bench", "BenchmarkRequest", "DrawOptions", "Draws", "joined", "request_benchmark", "varied"]
@@ -76,7 +76,7 @@ class BenchmarkRequest(Generic[T]):
 def request_benchmark(description: str, own: type[T], *fixed: str) -> BenchmarkRequest[T]:
     """Parse a benchmark's flags: first run_test.sh's arguments file, then the command line, then the flags `fixed`."""
     words = ["--args_file", DEFAULT_FILE, *sys.argv[1:], *fixed]
-    options = parse_options(description, (own, *SAMPLING_GROUPS), words)
+    options = parse_options(description, (own, *sampling_groups()), words)
     return BenchmarkRequest(
         own=options[own],
         sampler=sampler_request(options),

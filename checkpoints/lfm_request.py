@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from datasets_prep.image_dataset import DatasetFacts
 from models.autoencoders.loading import AutoencoderOptions
 from models.family import FamilyOptions
-from models.registry import FAMILY_OPTIONS, NETWORKS, NetworkOptions
+from models.registry import NETWORKS, NetworkOptions, network_groups
 from options import UsageError
 
 __all__ = ["NetworkRequest", "published_facts", "request_network"]
@@ -16,10 +16,6 @@ T = TypeVar("T")
 
 SCALE_FACTOR = 0.18215  # of stabilityai/sd-vae-ft-mse, the published autoencoder
 OTHER_SPELLINGS = {"attn_resolution": "attn_resolutions"}
-# Arguments of a published run that describe its network, its data and its latents.
-ARGUMENTS = {
-    field.name for group in (NetworkOptions, AutoencoderOptions, *FAMILY_OPTIONS) for field in fields(group)
-} | {"dataset", "image_size"}
 # The only grey datasets, with the side of their images before padding.
 GREY_SIDES = {"mnist": 28, "fashion_mnist": 28}
 
@@ -85,12 +81,14 @@ def published_facts(dataset: str, image_size: int) -> DatasetFacts:
 
 
 def _own_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a published run as this project spells them; None means not given."""
+    """The arguments of a published run about network, latents and data, as this project spells them; None: not given."""
+    groups = (NetworkOptions, AutoencoderOptions, *network_groups())
+    known = {field.name for group in groups for field in fields(group)} | {"dataset", "image_size"}
     named = {OTHER_SPELLINGS.get(name, name): value for name, value in arguments.items()}
     return {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in named.items()
-        if name in ARGUMENTS and value is not None
+        if name in known and value is not None
     }
 
 

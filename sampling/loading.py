@@ -13,7 +13,8 @@ from checkpoints.header import Header
 from checkpoints.lfm import open_published
 from checkpoints.tasks import GENERATE, TASKS, Task
 from datasets_prep.datasets import DatasetOptions, ImageDataset, Split, open_dataset
-from flow.guidance import GuidanceOptions
+from flow.guidance import GuidanceOptions, Network
+from flow.objectives import OBJECTIVES
 from flow.solvers import SOLVERS, SolverOptions, check_method, needs_float32
 from models.autoencoders.loading import AutoencoderOptions
 from models.autoencoders.protocol import AutoencoderFacts
@@ -182,7 +183,7 @@ def _choose_machine(request: SamplerRequest, processes: Processes, batches: floa
 def _make_sampler(request: SamplerRequest, model: LoadedModel, guide: LoadedModel | None, machine: Machine) -> Sampler:
     header = model.header
     return Sampler(
-        network=for_sampling(model.network, machine),
+        network=_velocity_network(model, machine),
         autoencoder=model.autoencoder,
         facts=header.dataset,
         latent_shape=header.latent_shape,
@@ -191,11 +192,17 @@ def _make_sampler(request: SamplerRequest, model: LoadedModel, guide: LoadedMode
         machine=machine,
         seed=request.source.seed,
         guidance=request.guidance,
-        guide=for_sampling(guide.network, machine) if guide else None,
+        guide=_velocity_network(guide, machine) if guide else None,
         generator=request.source.generator,
         drops_labels=header.drops_labels,
         drops_dense=header.drops_dense,
     )
+
+
+def _velocity_network(model: LoadedModel, machine: Machine) -> Network:
+    """The network as its objective has samplers read it, in the machine's precision."""
+    objective = OBJECTIVES[model.header.objective].build(model.header.path)
+    return objective.velocity(for_sampling(model.network, machine))
 
 
 def _settings(request: SamplerRequest, header: Header, guide: LoadedModel | None, machine: Machine) -> dict[str, Any]:

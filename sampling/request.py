@@ -10,14 +10,14 @@ from evaluation.score import ScoreOptions
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from models.autoencoders.loading import AutoencoderOptions
-from models.registry import FAMILY_OPTIONS, NetworkOptions
+from models.registry import NetworkOptions, network_groups
 from options import Options, option
 from runtime.pictures import GridOptions
 from runtime.precision import MachineOptions
 from sampling.noise import NOISE_SOURCES
 from sampling.writer import FORMATS
 
-__all__ = ["SAMPLING_GROUPS", "SamplerRequest", "SamplingOptions", "SourceOptions", "note_unused", "sampler_request"]
+__all__ = ["SamplerRequest", "SamplingOptions", "SourceOptions", "note_unused", "sampler_request", "sampling_groups"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class SourceOptions:
     generator: str = option(
         "determ-indiv",
         "source of the noise: a stream per sample (determ, determ-indiv), or torch's global generator (dummy)",
-        choices=tuple(NOISE_SOURCES),
+        choices=NOISE_SOURCES,
     )
 
 
@@ -62,20 +62,22 @@ class SamplingOptions:
     output_log: str = option("", "also append the result's line to this file")
 
 
-SAMPLING_GROUPS = (
-    SourceOptions,
-    SamplingOptions,
-    GridOptions,
-    SolverOptions,
-    GuidanceOptions,
-    ScoreOptions,
-    FeatureOptions,
-    DatasetOptions,
-    AutoencoderOptions,
-    NetworkOptions,
-    *FAMILY_OPTIONS,
-    MachineOptions,
-)
+def sampling_groups() -> tuple[type, ...]:
+    """The option dataclasses of `sampler_request` and of plain sampling, in the order of `--help`."""
+    return (
+        SourceOptions,
+        SamplingOptions,
+        GridOptions,
+        SolverOptions,
+        GuidanceOptions,
+        ScoreOptions,
+        FeatureOptions,
+        DatasetOptions,
+        AutoencoderOptions,
+        NetworkOptions,
+        *network_groups(),
+        MachineOptions,
+    )
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from sampling.cost import TimingOptions, count_evaluations, measure_time
 from sampling.latent_paths import PictureOptions, interpolate, invert, trajectory
 from sampling.likelihood import LikelihoodOptions, compute_nll
 from sampling.loading import load_sampler
-from sampling.request import SAMPLING_GROUPS, SamplingOptions, sampler_request
+from sampling.request import SamplingOptions, sampler_request, sampling_groups
 from sampling.sample_and_score import sample_and_score, summary_of_samples
 
-__all__ = ["IGNORED_FLAGS", "MODES", "MODE_GROUPS", "Mode", "ModeOptions", "run", "run_modes"]
+__all__ = ["IGNORED_FLAGS", "MODES", "Mode", "ModeOptions", "mode_groups", "run", "run_modes"]
 
 
 class Mode(NamedTuple):
@@ -29,16 +29,15 @@ class Mode(NamedTuple):
         run: run(loaded sampler, *options) returns a result in JSON's types. Its "summary" is the line to print.
         options: the option dataclasses that `run` takes.
         parallel: whether several processes can share the work; `run` then also takes `processes`.
-        switch: whether it is asked for by a flag of its own name, alone or with others, instead of --mode.
     """
 
     run: Callable[..., dict[str, Any]]
     options: tuple[type, ...]
     parallel: bool = False
-    switch: bool = False
 
 
 SAMPLE = "sample"
+# Keys are the values of --mode. A new mode is one entry; its options become flags.
 MODES = {
     SAMPLE: Mode(
         sample_and_score, (SamplingOptions, GridOptions, ScoreOptions, FeatureOptions, DatasetOptions), parallel=True
@@ -46,9 +45,9 @@ MODES = {
     "invert": Mode(invert, (SamplingOptions, DatasetOptions, PictureOptions)),
     "interpolate": Mode(interpolate, (SamplingOptions, PictureOptions)),
     "trajectory": Mode(trajectory, (SamplingOptions, PictureOptions)),
-    "compute_nfe": Mode(count_evaluations, (SamplingOptions,), switch=True),
-    "measure_time": Mode(measure_time, (SamplingOptions, TimingOptions), switch=True),
-    "compute_nll": Mode(compute_nll, (SamplingOptions, DatasetOptions, LikelihoodOptions), switch=True),
+    "compute_nfe": Mode(count_evaluations, (SamplingOptions,)),
+    "measure_time": Mode(measure_time, (SamplingOptions, TimingOptions)),
+    "compute_nll": Mode(compute_nll, (SamplingOptions, DatasetOptions, LikelihoodOptions)),
 }
 
 
@@ -58,8 +57,9 @@ class ModeOptions:
 
     mode: str = option(
         SAMPLE,
-        "sample; invert (held-out images to noise and back); interpolate (between two seeds); trajectory (noise to data)",
-        choices=tuple(name for name, mode in MODES.items() if not mode.switch),
+        "sample; invert (held-out images to noise and back); interpolate (between two seeds); trajectory (noise to data); "
+        "or one of the next three",
+        choices=MODES,
     )
     compute_nfe: bool = option(False, "only count the evaluations that --n_sample samples take")
     measure_time: bool = option(False, "only time the network, and the whole way from noise to image")
@@ -69,8 +69,8 @@ class ModeOptions:
 
     @property
     def chosen(self) -> list[str]:
-        """Keys of MODES: the switches that are on, or else the mode."""
-        return [name for name, mode in MODES.items() if mode.switch and getattr(self, name)] or [self.mode]
+        """Keys of MODES: those whose own flags are on, or else --mode."""
+        return [name for name in MODES if getattr(self, name, False)] or [self.mode]
 
 
 # Published flags without an effect, there or here.
@@ -79,7 +79,12 @@ IGNORED_FLAGS = {
     "use_karras_samplers": "see --time_grid edm",
     "perturb": "it changed nothing that is sampled here",
 }
-MODE_GROUPS = (ModeOptions, *SAMPLING_GROUPS, TimingOptions, PictureOptions, LikelihoodOptions)
+
+
+def mode_groups() -> tuple[type, ...]:
+    """The option dataclasses of test_flow_latent.py, in the order of `--help`."""
+    own = (group for mode in MODES.values() for group in mode.options)
+    return tuple(dict.fromkeys((ModeOptions, *sampling_groups(), *own)))
 
 
 def run(options: Options, processes: Processes) -> None:
@@ -94,7 +99,7 @@ def run(options: Options, processes: Processes) -> None:
 
 
 def run_modes(options: Options, processes: Processes = Processes()) -> Iterator[dict[str, Any]]:  # noqa: B008
-    """Load the sampler once and yield the result of each mode that the flags (of MODE_GROUPS) ask for.
+    """Load the sampler once and yield the result of each mode that the flags (of `mode_groups`) ask for.
 
     Raises:
         UsageError: several processes for a mode that one process does, or one output file for several results.

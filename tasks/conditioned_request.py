@@ -10,7 +10,7 @@ from evaluation.score import ScoreOptions
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from models.autoencoders.loading import AutoencoderOptions
-from models.registry import FAMILY_OPTIONS, IGNORED_NETWORK_FLAGS, NetworkOptions
+from models.registry import IGNORED_NETWORK_FLAGS, NetworkOptions, network_groups
 from options import UsageError, option
 from runtime.precision import MachineOptions
 from sampling.loading import LoadedSampler
@@ -18,10 +18,10 @@ from sampling.request import SamplerRequest, SourceOptions
 from tasks.task import TrainingTask
 
 __all__ = [
-    "CONDITIONED_GROUPS",
     "IGNORED_FLAGS",
     "ConditionedOptions",
     "ConditionedRequest",
+    "conditioned_groups",
     "open_held_out",
     "set_labels",
 ]
@@ -43,20 +43,24 @@ class ConditionedOptions:
     output_log: str = option("", "also append the result's line to this file")
 
 
-CONDITIONED_GROUPS = (
-    SourceOptions,
-    ConditionedOptions,
-    SolverOptions,
-    GuidanceOptions,
-    ScoreOptions,
-    PairOptions,
-    FeatureOptions,
-    DatasetOptions,
-    AutoencoderOptions,
-    NetworkOptions,
-    *FAMILY_OPTIONS,
-    MachineOptions,
-)
+def conditioned_groups() -> tuple[type, ...]:
+    """The option dataclasses that all downstream test scripts have, in the order of `--help`."""
+    return (
+        SourceOptions,
+        ConditionedOptions,
+        SolverOptions,
+        GuidanceOptions,
+        ScoreOptions,
+        PairOptions,
+        FeatureOptions,
+        DatasetOptions,
+        AutoencoderOptions,
+        NetworkOptions,
+        *network_groups(),
+        MachineOptions,
+    )
+
+
 # Published flags without an effect, there or here.
 IGNORED_FLAGS = {
     **IGNORED_NETWORK_FLAGS,

@@ -14,7 +14,7 @@ from runtime.distributed import Processes
 from runtime.files import append_line
 from runtime.launch import run_script
 from sampling.request import sampler_request
-from tasks.conditioned_request import CONDITIONED_GROUPS, IGNORED_FLAGS, ConditionedOptions, ConditionedRequest
+from tasks.conditioned_request import IGNORED_FLAGS, ConditionedOptions, ConditionedRequest, conditioned_groups
 
 __all__ = ["run_conditioned_script", "summary_of_pairs"]
 
@@ -27,11 +27,11 @@ def run_conditioned_script(
     Args:
         task: the script's task.
         sample: called as sample(ConditionedRequest, *options, processes=processes), returns the result.
-        groups: the classes of those options, which the script has in addition to CONDITIONED_GROUPS.
+        groups: the classes of those options, which the script has in addition to `conditioned_groups`.
         description: first paragraph of `--help`.
     """
     main = partial(_run, sample, groups)
-    run_script(main, description, (*CONDITIONED_GROUPS, *groups), ignored=IGNORED_FLAGS, task=task.name)
+    run_script(main, description, (*conditioned_groups(), *groups), ignored=IGNORED_FLAGS, task=task.name)
 
 
 def _run(

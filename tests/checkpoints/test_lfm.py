@@ -22,8 +22,8 @@ from models.conditions import Condition, DenseInput
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
 from options import UsageError
 from sampling.loading import load_sampler
-from sampling.request import SAMPLING_GROUPS, sampler_request
-from tasks.conditioned_request import CONDITIONED_GROUPS
+from sampling.request import sampler_request, sampling_groups
+from tasks.conditioned_request import conditioned_groups
 from tasks.inpainting import InpaintingOptions
 from tasks.semantic_synthesis import SegmentationOptions
 
@@ -100,7 +100,7 @@ def content_of(case, weights, prefix="", **arguments):
 
 def request_of(flags):
     """The request of test_flow_latent.py with these flags."""
-    return sampler_request(parse_options("", SAMPLING_GROUPS, flags))
+    return sampler_request(parse_options("", sampling_groups(), flags))
 
 
 def given_of(flags):
@@ -373,7 +373,7 @@ def open_with(autoencoder):
             "fp32",
             *flags,
         ]
-        options = parse_options("", (*CONDITIONED_GROUPS, *own), [str(flag) for flag in flags])
+        options = parse_options("", (*conditioned_groups(), *own), [str(flag) for flag in flags])
         return load_sampler(sampler_request(options), tasks=(task, GENERATE) if task is INPAINT else (task,))
 
     return open_
@@ -428,7 +428,7 @@ def test_a_content_of_the_published_code_names_its_own_network(name, golden, aut
         arguments.pop("use_origin_adm")
     torch.save(content_of(case, weights_of(case, golden), **arguments), tmp_path / "content.pth")
     flags = ["--pretrained_autoencoder_ckpt", str(autoencoder), "--checkpoint", str(tmp_path / "content.pth")]
-    options = parse_options("", (*CONDITIONED_GROUPS, MaskSetOptions, InpaintingOptions), flags)
+    options = parse_options("", (*conditioned_groups(), MaskSetOptions, InpaintingOptions), flags)
     opened = load_sampler(sampler_request(options), tasks=(INPAINT, GENERATE))
     assert opened.task is (GENERATE if name == "dit_unconditional" else INPAINT)
     assert opened.header.model_type == ("DiT-Golden/2" if name == "dit_unconditional" else "origin_adm")

@@ -17,7 +17,7 @@ from options import UsageError
 from runtime import precision
 from sampling.loading import load_sampler
 from sampling.request import sampler_request
-from sampling.script import MODE_GROUPS, run_modes
+from sampling.script import mode_groups, run_modes
 from tests.headers import header_of
 
 SIDE = 8
@@ -52,7 +52,7 @@ def call(tmp_path, photo_dir):
             "--output_dir",
             tmp_path / output,
         ]
-        return list(run_modes(parse_options("", MODE_GROUPS, [*map(str, fixed), *map(str, flags)])))
+        return list(run_modes(parse_options("", mode_groups(), [*map(str, fixed), *map(str, flags)])))
 
     return run
 
@@ -70,7 +70,7 @@ def test_an_adaptive_solver_at_a_fine_tolerance_is_float32_by_itself(tmp_path, m
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
     words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--n_sample", "2", *flags]
-    loaded = load_sampler(sampler_request(parse_options("", MODE_GROUPS, words)))
+    loaded = load_sampler(sampler_request(parse_options("", mode_groups(), words)))
     assert loaded.sampler.machine.precision == chosen
     assert f"threads, {chosen}, networks not compiled" in capsys.readouterr().out
 
@@ -80,7 +80,7 @@ def test_many_batches_are_worth_compiling_and_the_result_says_so(tmp_path, monke
     monkeypatch.setattr(precision, "_why_not_compiled", lambda machine: "")
     checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
     words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--precision", "bf16", "--method", "euler"]
-    request = sampler_request(parse_options("", MODE_GROUPS, [*words, "--num_steps", "2"]))
+    request = sampler_request(parse_options("", mode_groups(), [*words, "--num_steps", "2"]))
     loaded = load_sampler(request, batches=batches)
     assert loaded.sampler.machine.compile is loaded.settings["compiled"] is loaded.describe()["compiled"] is compiled
 
