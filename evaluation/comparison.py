@@ -10,7 +10,8 @@ import torch
 
 from datasets_prep.datasets import DATASETS, DatasetOptions, open_dataset
 from evaluation.features.inception import INCEPTION_DIMS
-from evaluation.features.networks import FEATURES, FeatureNetwork, FeatureOptions, load_features
+from evaluation.features.protocol import FeatureNetwork
+from evaluation.features.registry import FEATURES, FeatureOptions, load_features
 from evaluation.reference import holds_statistics, statistics_summary, summarise
 from evaluation.score import LabelledImages, ScoreOptions, needs_of, score_images, score_summaries
 from evaluation.sources import ImageSource, dataset_source, image_batches, open_source

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 
 from evaluation.comparison import ComparisonOptions
-from evaluation.features.networks import FeatureNetwork, FeatureOptions, load_features
+from evaluation.features.protocol import FeatureNetwork
+from evaluation.features.registry import FeatureOptions, load_features
 from evaluation.metrics import error_bars
 from evaluation.pairs import PixelScores, discriminative_scores, load_lpips, pair_by_name
 from evaluation.score import FEWEST_FOR_ERROR_BAR, IMAGE_FORMATS, ScoreOptions, needs_of, score_summaries

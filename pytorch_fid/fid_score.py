@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from command_line import parse_options
 from evaluation.comparison import ComparisonOptions, compare, split_paths
-from evaluation.features.networks import FeatureOptions
+from evaluation.features.registry import FeatureOptions
 from evaluation.score import ScoreOptions, result_line
 from options import exit_cleanly
 from runtime.files import write_json

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from evaluation.features.networks import FeatureNetwork, FeatureOptions, choose_features
+from evaluation.features.protocol import FeatureNetwork
+from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.pair_comparison import Pair, score_pairs
 from evaluation.score import result_line
 from evaluation.sources import dataset_source

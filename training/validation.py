@@ -9,7 +9,7 @@ from torch import nn
 
 from datasets_prep.datasets import ImageDataset
 from datasets_prep.moments import MomentSource
-from evaluation.features.networks import FeatureNetwork
+from evaluation.features.protocol import FeatureNetwork
 from evaluation.score import reference_statistics, score_images
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
