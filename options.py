@@ -59,7 +59,7 @@ def option(
     Args:
         default: value when the flag is not given.
         help: one sentence for `--help`, with the unit.
-        choices: the values allowed, where they are few.
+        choices: the values allowed, of each element where the value is a tuple. A dictionary may still gain entries.
         flags: other spellings, such as "--attn_resolution".
         minimum: the smallest value allowed, for numbers.
         maximum: the largest.

@@ -44,7 +44,7 @@ class MetricOptions:
     """Metrics."""
 
     metrics: tuple[str, ...] = option(
-        ("fid",), f"which scores: {', '.join(METRICS)}; fid is the Frechet distance, whatever the features"
+        ("fid",), "scores; fid is the Frechet distance, whatever the features", choices=METRICS
     )
 
 
@@ -55,7 +55,7 @@ class ScoreOptions(MetricOptions):
     error_bar: bool = option(True, "estimate each score's standard deviation from halves of the samples")
     image_format: str = option(
         "png", "score samples as they are (png), or through JPEG at PIL's default quality, as published scores (jpg)",
-        choices=tuple(IMAGE_FORMATS),
+        choices=IMAGE_FORMATS,
     )  # fmt: skip
 
 

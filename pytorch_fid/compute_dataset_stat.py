@@ -27,7 +27,7 @@ class StatisticsOptions:
     image_format: str = option(
         "png",
         "take images as they are (png), or through JPEG at PIL's default quality (jpg)",
-        choices=tuple(IMAGE_FORMATS),
+        choices=IMAGE_FORMATS,
     )
     batch_size: int = option(50, "images at a time", minimum=1)
 

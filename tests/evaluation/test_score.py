@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.score import LabelledImages, ScoreOptions, result_line, score_images
+from command_line import parse_options
+from evaluation.metrics import METRICS, Metric
+from evaluation.score import LabelledImages, MetricOptions, ScoreOptions, result_line, score_images
 from evaluation.statistics import Statistics
 from evaluation.summary import Gatherer, Summary
 from options import UsageError
@@ -107,6 +109,22 @@ def test_metrics_of_inception_alone_are_refused_with_other_features(metric):
         score_images(
             labelled(random_images(9, 0)), Pixels(), reference(random_images(9, 1)), (), ScoreOptions((metric,))
         )
+
+
+def test_a_metric_is_one_entry(monkeypatch, capsys):
+    first = Metric("mean difference", "rows", lambda a, b: {"shift": float((a.rows.mean() - b.rows.mean()).abs())})
+    monkeypatch.setitem(METRICS, "shift", first)
+    scoring = parse_options("", [ScoreOptions], ["--metrics", "shift", "fid"])[ScoreOptions]
+    images = random_images(50, 0)
+    result = score_images(labelled(images), Pixels(), reference(images // 2), (), scoring)
+    assert list(result["scores"]) == ["shift", "fid"]
+    assert result["metric"] == "mean difference (pixels features)"
+    assert result["value"] == pytest.approx(float((images.float() - (images // 2).float()).mean() / 255), rel=1e-4)
+    with pytest.raises(SystemExit):
+        parse_options("", [MetricOptions], ["--help"])
+    assert "shift" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--metrics.*'fdi'.*'fid'.*'shift'"):
+        parse_options("", [MetricOptions], ["--metrics", "fid", "fdi"])
 
 
 class Classifier(Pixels):
