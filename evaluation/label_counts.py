@@ -36,7 +36,7 @@ class LabelCounts:
             self._recognised += int((predict_classes(self._features, images) == labels).sum())
 
     def merge_all(self, processes: Processes) -> None:
-        """Collect the counts of all processes in the main one."""
+        """Collect in the main process the counts of all processes."""
         shares = processes.gather((self._counts, self._recognised))
         for counts, recognised in shares[1:]:
             self._add(counts)

@@ -1,11 +1,11 @@
-"""What the metrics need to know of an image set, gathered in one pass over its images.
+"""Summaries of image sets: all that the metrics need, gathered in one pass over the images.
 
-Nothing keeps the images. Moments take 8 D^2 bytes (34 MB for 2048 features) however many images there are; metrics that
+Images are not kept. Moments take 8 D^2 bytes (34 MB for 2048 features) however many images there are; metrics that
 compare single images keep the features, 4 D bytes an image (8 KB, so 410 MB for 50,000), and the Inception Score the logits
 (4 KB an image).
 
-With `groups`, images are dealt to eight groups by their index, so that a metric can also be computed on halves of the set;
-see `evaluation.metrics.error_bar`. This takes eight times the memory for moments.
+A grouped gatherer deals images to eight groups by their index, so that a metric can also be computed on halves of the set
+(see `evaluation.metrics.error_bars`). This takes eight times the memory for moments.
 """
 
 import hashlib
@@ -112,12 +112,12 @@ class Gatherer:
                 self._add((need, group), outputs[NEEDS[need]][chosen], numbers[chosen])
 
     def merge_all(self, processes: Processes) -> None:
-        """Let the main process have what all processes gathered."""
+        """Collect in the main process what all processes gathered."""
         for share in processes.gather(self.share())[1:]:
             self.merge(share)
 
     def share(self) -> "Share":
-        """All that was gathered, in a form that another process can `merge`."""
+        """All that was gathered so far, in a form that another process can `merge`."""
         moments = {key: known.triple() for key, known in self._moments.items()}
         return Share(self._counts, self._resolutions, moments, self._rows)
 
