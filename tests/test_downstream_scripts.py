@@ -205,9 +205,9 @@ def test_published_commands_train_and_their_networks_sample(task, place, tmp_pat
     assert f"complete; sample with {script_of('test', task)}" in out.splitlines()[-1]
     assert load_content(folder / "content.pth")["step"] == 2
     weights, header = read_weights(newest_model(folder))
-    assert (header["task"], header["model_type"], header["latent_size"]) == (task, "origin_adm", 8)
-    assert header["autoencoder"]["scale_factor"] == 0.18215
-    assert (header["network"]["num_in_channels"], header["network"]["attn_resolutions"]) == (channels, [16, 8])
+    assert (header.task, header.model_type, header.latent_size) == (task, "origin_adm", 8)
+    assert header.autoencoder.scale_factor == 0.18215
+    assert (header.network.num_in_channels, header.network.attn_resolutions) == (channels, (16, 8))
     assert weights["input_blocks.0.0.weight"].shape == (32, channels, 3, 3)
     assert weights["out.2.weight"].shape[0] == 4
     if task == "semantic":

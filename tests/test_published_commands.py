@@ -142,8 +142,8 @@ def test_train_continue_sample_score(name, autoencoder, call, monkeypatch, tmp_p
     assert out.startswith("options (")
     assert f"  Run: exp={exp} " in out
     header = read_weights(folder / "model_1.safetensors")[1]
-    assert (header["step"], header["dataset"]["name"], header["latent_size"]) == (2, dataset, SMALL[name][1] // 8)
-    assert header["autoencoder"]["scale_factor"] == 0.18215
+    assert (header.step, header.dataset.name, header.latent_size) == (2, dataset, SMALL[name][1] // 8)
+    assert header.autoencoder.scale_factor == 0.18215
 
     code, out, err = call("train_flow_latent.py", ["--args_file", *train, "--max_steps", 4, "--resume"])
     assert code == 0, err

@@ -5,13 +5,12 @@ and tensors lie in memory channels-last; neither changes a feature by more than 
 """
 
 from collections.abc import Collection, Mapping
-from unittest import mock
 
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
 from torch.nn.utils import fuse_conv_bn_eval
-from torchvision.models.inception import BasicConv2d
+from torchvision.models.inception import BasicConv2d, Inception3, InceptionAux, InceptionB, InceptionD
 
 from evaluation.features.protocol import PRECISIONS
 from evaluation.features.weights import download_weights, read_weights_file
@@ -20,7 +19,15 @@ from runtime.torch_files import weights_hash
 
 __all__ = ["INCEPTION_DIMS", "InceptionFeatures"]
 
-INCEPTION_DIMS = (64, 192, 768, 2048)  # after the first and second pooling, before the auxiliary classifier, at the end
+# pytorch_fid's blocks of layers, by the number of features after each: first and second pooling, the last layer before the
+# auxiliary classifier, and the last layer of all.
+BLOCKS = {
+    64: ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1"),
+    192: ("Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2"),
+    768: (*(f"Mixed_5{letter}" for letter in "bcd"), *(f"Mixed_6{letter}" for letter in "abcde")),
+    2048: ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
+}
+INCEPTION_DIMS = tuple(BLOCKS)
 SIDE = 299  # pixels that the network sees
 SPATIAL_LAYER = (2, 6)  # block and place of Mixed_6d, which the TensorFlow graph calls mixed_6
 SPATIAL_CHANNELS = 7  # of 768, which gives about as many features as pooling does (Nash et al. 2021)
@@ -95,27 +102,34 @@ class InceptionFeatures:
 
 
 def _build(weights_file: str | None, dims: int) -> tuple[nn.ModuleList, torch.Tensor]:
-    """The blocks up to the layer of `dims` features, without its pooling, and the classifier's weight [1008, 2048]."""
+    """The blocks up to the layer of `dims` features, without its pooling, and the classifier's weight [1008, 2048].
+
+    torchvision assembles the network from pytorch_fid's layers, since pytorch_fid's own constructor always downloads.
+    """
     from pytorch_fid import inception  # pip's
 
     url = inception.FID_WEIGHTS_URL
     weights = (
         download_weights(url, "Inception", check_hash=True) if weights_file is None else read_weights_file(weights_file)
     )
-    last = inception.InceptionV3.BLOCK_INDEX_BY_DIM[dims]
-    # The constructor downloads unconditionally; for its duration it gets the weights that are already here.
-    with mock.patch.object(inception, "load_state_dict_from_url", return_value=weights):
-        try:
-            blocks = inception.InceptionV3([last]).eval().requires_grad_(False).blocks
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(
-                f"--feature_weights {weights_file} does not fit pytorch_fid's InceptionV3: expected the state dict "
-                f"published at {url}, but: {reason}"
-            ) from error
-    if isinstance(blocks[-1][-1], nn.AdaptiveAvgPool2d):
-        blocks[-1] = blocks[-1][:-1]
-    return blocks, weights["fc.weight"].float()
+    layers = [
+        BasicConv2d, inception.FIDInceptionA, InceptionB, inception.FIDInceptionC, InceptionD, inception.FIDInceptionE_1,
+        InceptionAux,
+    ]  # fmt: skip
+    network = Inception3(num_classes=1008, aux_logits=False, inception_blocks=layers, init_weights=False)
+    network.Mixed_7c = inception.FIDInceptionE_2(2048)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--feature_weights {weights_file} does not fit pytorch_fid's InceptionV3: expected the state dict "
+            f"published at {url}, but: {reason}"
+        ) from error
+    network.eval().requires_grad_(False)
+    needed = INCEPTION_DIMS[: INCEPTION_DIMS.index(dims) + 1]
+    blocks = [nn.Sequential(*(network.get_submodule(name) for name in BLOCKS[width])) for width in needed]
+    return nn.ModuleList(blocks), weights["fc.weight"].float()
 
 
 def _fold_normalisation(module: nn.Module) -> None:

@@ -5,6 +5,7 @@ A new network is one module with a class that fulfils `FeatureNetwork`, and one 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -39,6 +40,8 @@ FEATURES: dict[str, Loader] = {"inception": _inception, "dinov2": _dinov2, "fash
 @dataclass(frozen=True)
 class FeatureOptions:
     """Feature network of the scores."""
+
+    on_resume: ClassVar = "freely"
 
     features: str | None = option(
         None,

@@ -17,12 +17,12 @@ def random_statistics(seed: int, dims: int, count: int = 100_000) -> Statistics:
     return Statistics(rows.mean(0), np.cov(rows, rowvar=False), count)
 
 
-def of_rows(rows: np.ndarray) -> Statistics:
+def select_rows(rows: np.ndarray) -> Statistics:
     return Statistics(rows.mean(0), np.cov(rows, rowvar=False), len(rows))
 
 
 def summary_of(rows: torch.Tensor) -> Summary:
-    return Summary(len(rows), {}, rows=rows, statistics=of_rows(rows.double().numpy()), logits=rows)
+    return Summary(len(rows), {}, rows=rows, statistics=select_rows(rows.double().numpy()), logits=rows)
 
 
 def test_distance_of_diagonal_gaussians_is_the_closed_form():
@@ -48,7 +48,7 @@ def test_distance_is_symmetric_and_zero_to_itself():
 
 def test_singular_covariances_are_admitted():
     generator = np.random.default_rng(0)
-    few = of_rows(generator.normal(size=(5, 32)))
+    few = select_rows(generator.normal(size=(5, 32)))
     moved = Statistics(few.mean + 1, few.covariance, 5)
     assert frechet_distance(few, moved) == pytest.approx(32, rel=1e-9)
     # Fewer samples than features against a covariance of full rank, by the eigenvalues of a symmetric product.

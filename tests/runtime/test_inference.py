@@ -5,7 +5,6 @@ import dataclasses
 
 import pytest
 import torch
-from tests.small_networks import SMALL, new_network
 from torch import nn
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
@@ -13,6 +12,7 @@ from models.conditions import Condition, DenseInput
 from models.dit import DiTOptions
 from runtime.inference import compile_for_batches, hold_weights
 from runtime.precision import Machine
+from tests.small_networks import SMALL, new_network
 
 BF16, FP32 = (Machine(torch.device("cpu"), precision) for precision in ("bf16", "fp32"))
 
