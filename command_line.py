@@ -202,14 +202,18 @@ def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -
     names = [f"--{field.name}", *field.metadata["flags"]]
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     shown = ("on" if default else "off") if kind is bool else shown
-    explained = field.metadata["help"] + ("" if default in (None, "", ()) else f" [{shown}]")
+    choices = field.metadata["choices"] and tuple(field.metadata["choices"])
+    listed = f"; choices: {', '.join(choices)}" if many and choices else ""
+    explained = field.metadata["help"] + listed + ("" if default in (None, "", ()) else f" [{shown}]")
     common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": explained.replace("%", "%%")}
     if kind is bool:
         section.add_argument(*names, action=_BooleanAction, **common)
     elif many:
-        section.add_argument(*names, type=kind, nargs="+", action=_TupleAction, metavar=kind.__name__.upper(), **common)
+        metavar = kind.__name__.upper()
+        section.add_argument(
+            *names, type=kind, nargs="+", action=_TupleAction, choices=choices, metavar=metavar, **common
+        )
     else:
-        choices = field.metadata["choices"] and tuple(field.metadata["choices"])
         section.add_argument(
             *names, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), **common
         )

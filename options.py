@@ -69,7 +69,8 @@ def option(
     Args:
         default: value when the flag is not given.
         help: one sentence for `--help`, with the unit.
-        choices: the values allowed: the dictionary that they index, so that later entries count, or a sequence of names.
+        choices: the values allowed (for tuples, of each element): the dictionary that they index, so that later entries count,
+            or a sequence of names.
         flags: other spellings, such as "--attn_resolution".
         minimum: the smallest value allowed, for numbers.
         maximum: the largest.

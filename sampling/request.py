@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from datasets_prep.datasets import DatasetOptions
-from evaluation.features.networks import FeatureOptions
+from evaluation.features.registry import FeatureOptions
 from evaluation.score import ScoreOptions
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions

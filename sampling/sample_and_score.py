@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets_prep.datasets import DatasetOptions
-from evaluation.features.networks import FeatureOptions, choose_features
+from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.reference import summary_at
 from evaluation.score import ScoreOptions, needs_of, reference_statistics, result_line, score_images
 from models.autoencoders.pixels import DECODING

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from datasets_prep.datasets import DatasetOptions
-from evaluation.features.networks import FeatureOptions
+from evaluation.features.registry import FeatureOptions
 from evaluation.score import ScoreOptions
 from models.registry import IGNORED_NETWORK_FLAGS
 from options import Options, UsageError, option

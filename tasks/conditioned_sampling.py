@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from evaluation.features.networks import FeatureNetwork, choose_features
+from evaluation.features.protocol import FeatureNetwork
+from evaluation.features.registry import choose_features
 from evaluation.pair_comparison import Pair, score_pairs
 from evaluation.sources import dataset_source
 from models.autoencoders.pixels import DECODING
-from options import Options
 from runtime.distributed import Processes
 from runtime.files import atomic_path, write_json
 from runtime.pictures import save_sheet, side_by_side
@@ -221,10 +221,9 @@ def _score(run: _Run, batches: Iterable[GeneratedBatch], features: FeatureNetwor
                 pair_score.update(batch.images, originals, places)
             yield Pair(batch.images, originals, batch.indices)
 
-    scores, pairing = run.request.scores, run.request.pairs
-    options = Options({**vars(scores), **vars(pairing)}, frozenset(), (type(scores), type(pairing)))
     meta, device = dataset_source(images.images).meta, run.loaded.sampler.machine.device
-    result = score_pairs(pairs(), meta, features, device, options, run.processes)
+    scores, pairing = run.request.scores, run.request.pairs
+    result = score_pairs(pairs(), meta, features, scores, pairing, device, run.processes)
     extra: dict[str, Any] = {}
     for pair_score in pair_scores:
         extra |= pair_score.result(run.processes.sum(pair_score.totals()))

@@ -15,7 +15,7 @@ from datasets_prep.folders import list_files, state_of_files
 from datasets_prep.image_dataset import shown_side
 from datasets_prep.images import IMAGE_SUFFIXES
 from datasets_prep.masks import MaskOptions, MaskSetOptions, draw_mask, hole_ratio, mask_set
-from evaluation.features.networks import FeatureNetwork
+from evaluation.features.protocol import FeatureNetwork
 from flow.grids import time_grid
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions

@@ -6,7 +6,7 @@ from typing import Any
 
 from checkpoints.tasks import Task
 from datasets_prep.datasets import DatasetOptions
-from evaluation.features.networks import FeatureOptions
+from evaluation.features.registry import FeatureOptions
 from evaluation.pair_comparison import PairOptions
 from evaluation.score import ScoreOptions, result_line
 from options import Options

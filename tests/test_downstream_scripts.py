@@ -20,9 +20,10 @@ from scipy import ndimage
 from checkpoints.experiments import newest_model
 from checkpoints.files import read_weights
 from datasets_prep.celebamask import merge_tree
-from evaluation.features import networks as features
+from evaluation.features.registry import FEATURES
 from models.autoencoders.kl import new_autoencoder_kl
 from runtime.torch_files import load_content
+from tests.fake_features import MeanColours
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("process_restored")
@@ -192,21 +193,9 @@ def pictures(folder):
 # The published commands.
 
 
-class MeanColours:
-    """In the place of Inception."""
-
-    label, name, dims, sha256 = "FID", "inception", 3, "0" * 64
-
-    def __init__(self, options, device):
-        pass
-
-    def __call__(self, images):
-        return images.float().mean((2, 3))
-
-
 @pytest.mark.parametrize("task", COMMANDS)
 def test_published_commands_train_and_their_networks_sample(task, place, tmp_path, monkeypatch):
-    monkeypatch.setitem(features.FEATURES, "inception", MeanColours)
+    monkeypatch.setitem(FEATURES, "inception", MeanColours)
     exp, channels, count = {"inpaint": ("inpainting_kl", 9, 3), "semantic": ("semantic_kl", 8, 2)}[task]
     data = {"inpaint": place / "celeba", "semantic": place / "faces"}[task]
     own = ["--datadir", data, "--save_root", tmp_path / "saved", "--image_size", 64, "--nf", 32, *SOLVER, *MACHINE]

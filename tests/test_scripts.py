@@ -22,7 +22,7 @@ from PIL import Image
 
 from checkpoints.experiments import newest_model
 from checkpoints.files import load_model, read_weights, save_weights
-from evaluation.features.networks import FeatureOptions, load_features
+from evaluation.features.registry import FeatureOptions, load_features
 from evaluation.reference import summarise
 from evaluation.sources import open_source
 from evaluation.statistics import save_statistics

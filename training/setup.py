@@ -13,7 +13,8 @@ from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import open_moments
-from evaluation.features.networks import FeatureNetwork, FeatureOptions, choose_features
+from evaluation.features.protocol import FeatureNetwork
+from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.reconstruction import draw_reconstructions
 from flow.guidance import GuidanceOptions
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups

@@ -11,7 +11,7 @@ from checkpoints.header import Header
 from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, ImageDataset
 from datasets_prep.moments import MomentSource
-from evaluation.features.networks import FeatureNetwork
+from evaluation.features.protocol import FeatureNetwork
 from evaluation.score import reference_statistics, score_images
 from flow.guidance import GuidanceOptions
 from flow.objectives import Objective

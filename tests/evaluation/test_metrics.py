@@ -8,6 +8,7 @@ from evaluation.metrics import METRICS, compute_metrics, error_bars, frechet_dis
 from evaluation.statistics import Statistics
 from evaluation.summary import GROUPS, Gatherer, Summary
 from options import UsageError
+from tests.fake_features import Pixels
 
 
 def random_statistics(seed: int, dims: int, count: int = 100_000) -> Statistics:
@@ -127,13 +128,6 @@ def test_metrics_that_share_their_work_do_it_once(monkeypatch):
         monkeypatch.setitem(METRICS, name, type(METRICS[name])(name, "rows", counted))
     assert compute_metrics(["recall", "precision"], Summary(1, {}), Summary(1, {})) == {"recall": 0.2, "precision": 0.1}
     assert len(calls) == 1
-
-
-class Pixels:
-    label, name, dims, sha256 = "FD (pixels)", "pixels", 3, "0" * 64
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().mean((2, 3)) / 255
 
 
 def test_the_error_bar_is_the_spread_over_draws():
