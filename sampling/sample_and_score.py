@@ -53,10 +53,8 @@ def sample_and_score(
 ) -> dict[str, Any]:
     """Draw samples and save their grid; write and score them if `sampling` asks for it.
 
-    Several processes share the batches. The main process writes the grid and the result.
-
     Returns:
-        The result, in every process; it is also written as JSON.
+        The result, in every process. The main process also writes it as JSON.
 
     Raises:
         UsageError: the folder holds samples of other settings, or the reference is missing.
@@ -67,18 +65,13 @@ def sample_and_score(
     labels = choose_labels(sampling.labels, sampler.seed, num_classes, sampling.n_sample)
     rule = label_rule(sampling.labels)
     grid_folder, samples_folder = _output_folders(sampling, loaded)
-    writer = None
-    if sampling.save_images:
-        writer = SampleWriter(samples_folder, sampling.save_images, {**loaded.settings, "labels": rule}, processes)
+    settings, kind = {**loaded.settings, "labels": rule}, sampling.save_images
+    writer = SampleWriter(samples_folder, kind, settings, processes) if kind else None
     tally = Tally(grid.count(num_classes), num_classes)
     started = time.perf_counter()
     batches = tally.watch(_batches(sampler, labels, sampling, writer, processes))
-    if sampling.compute_fid:
-        reference = _Reference(scores, features, data, sampling.real_img_dir)
-        score = _score(batches, loaded, reference, sampling.batch_size, processes)
-    else:
-        score = {}
-        deque(batches, maxlen=0)
+    reference = _Reference(scores, features, data, sampling.real_img_dir) if sampling.compute_fid else None
+    score = _score(batches, loaded, reference, sampling.batch_size, processes)
     seconds = time.perf_counter() - started
     if writer is not None:
         writer.close()
@@ -129,11 +122,14 @@ def _batches(
 def _score(
     batches: Iterable[GeneratedBatch],
     loaded: LoadedSampler,
-    reference: _Reference,
+    reference: _Reference | None,
     batch_size: int,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Score the batches against the dataset's training images, or against `reference.other`."""
+    """Consume the batches and score them against the dataset's training images or `reference.other`; None: no score."""
+    if reference is None:
+        deque(batches, maxlen=0)
+        return {}
     stored, scores = loaded.header.dataset, reference.scores
     with processes.main_first():
         features = choose_features(reference.features, stored.name, loaded.sampler.machine)
