@@ -6,6 +6,7 @@ import pytest
 
 from checkpoints.header import FORMAT, Header
 from datasets_prep.image_dataset import DatasetFacts
+from flow.objectives import OBJECTIVES
 from flow.paths import PathOptions
 from models.autoencoders.protocol import AutoencoderFacts
 from models.conditions import DenseInput
@@ -15,6 +16,14 @@ from options import UsageError
 from tests.headers import header_of
 
 UNET = EdmUNetOptions(8, 4, label_dropout=0.1, ch_mult=(1, 2), attn_resolutions=(4, 2), label_dim=2)
+
+
+@pytest.fixture(autouse=True)
+def another_objective(monkeypatch):
+    """The objective of FULL, which is not the default."""
+    monkeypatch.setitem(OBJECTIVES, "another", OBJECTIVES["flow_matching"])
+
+
 FULL = Header(
     model_type="adm",
     network=UNET,
