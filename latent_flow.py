@@ -224,7 +224,7 @@ class Flow:
         )
 
     def _checked(self, labels: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        ids = torch.as_tensor(labels, dtype=torch.long)
+        ids = labels.long().cpu() if isinstance(labels, torch.Tensor) else torch.tensor([*labels], dtype=torch.long)
         largest = self.header.num_classes - (0 if self.header.drops_labels else 1)
         if ids.ndim != 1 or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= largest):
             raise ValueError(f"expected class ids [N] in 0..{largest}, but got {ids.tolist()}")

@@ -17,7 +17,6 @@ from models.plain_unet import PlainUNet, PlainUNetOptions
 from options import Options, UsageError, option
 
 __all__ = [
-    "FAMILY_OPTIONS",
     "IGNORED_NETWORK_FLAGS",
     "NETWORKS",
     "ORIGIN_ADM",
@@ -93,9 +92,6 @@ def network_groups() -> tuple[type[FamilyOptions], ...]:
     """The option dataclasses of all registered families, each base before what extends it."""
     bases = (base for family in NETWORKS.values() for base in reversed(family.options.__mro__))
     return tuple(dict.fromkeys(base for base in bases if issubclass(base, FamilyOptions)))
-
-
-FAMILY_OPTIONS = network_groups()
 
 
 def build_network(

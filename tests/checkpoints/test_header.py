@@ -71,7 +71,8 @@ OLD = {
 
 
 @pytest.mark.parametrize("header", [FULL, header_of(DiTOptions())], ids=["full", "least"])
-def test_there_and_back(header):
+def test_there_and_back(header, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "another", OBJECTIVES["flow_matching"])
     assert Header.from_json(json.loads(json.dumps(header.to_json()))) == header
 
 
@@ -134,10 +135,11 @@ def test_without_a_path_it_is_the_default_one():
         ({"model_type": "of tomorrow"}, "of tomorrow"),
         ({"autoencoder": {"id": "none", "sha256": "none", "wings": 2}}, "wings"),
         ({"dataset": OLD["dataset"] | {"wings": 2}}, "wings"),
+        ({"objective": "of tomorrow"}, "of tomorrow"),
         ({"path": {"wings": 2}}, "wings"),
         ({"dense": {"channels": 1, "wings": 2}}, "wings"),
     ],
-    ids=["header", "network", "model type", "autoencoder", "dataset", "path", "dense"],
+    ids=["header", "network", "model type", "autoencoder", "dataset", "objective", "path", "dense"],
 )
 def test_an_unknown_entry_is_refused_by_name(changes, named):
     with pytest.raises(UsageError, match=named):
