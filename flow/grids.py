@@ -1,23 +1,75 @@
 """Times at which the fixed-step solvers divide [0, 1]: functions of u, the even division from 1 down to 0."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 
-from options import UsageError
+from options import UsageError, option
 
-if TYPE_CHECKING:
-    from flow.ode import SolverOptions
-
-__all__ = ["GRIDS", "time_grid"]
+__all__ = ["GRIDS", "TimeGridOptions", "time_grid"]
 
 EDM_SIGMAS = (0.002, 80.0)  # Karras et al. 2022, table 1
 
 
-def time_grid(options: SolverOptions) -> list[float]:
+def _uniform(u: torch.Tensor, options: "TimeGridOptions") -> torch.Tensor:
+    return u
+
+
+def _quadratic(u: torch.Tensor, options: "TimeGridOptions") -> torch.Tensor:
+    return u.square()
+
+
+def _logit_normal(u: torch.Tensor, options: "TimeGridOptions") -> torch.Tensor:
+    """Quantiles of the logit-normal distribution (Esser et al. 2024, eq. 19)."""
+    return torch.sigmoid(options.grid_location + options.grid_scale * torch.special.ndtri(u))
+
+
+def _edm(u: torch.Tensor, options: "TimeGridOptions") -> torch.Tensor:
+    """EDM's noise levels (Karras et al. 2022, eq. 5), sigma = t / (1 - t); pure noise takes the place of the highest."""
+    steps = len(u) - 1
+    low, high = (sigma ** (1 / options.grid_rho) for sigma in EDM_SIGMAS)
+    place = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
+    sigma = (high + place * (low - high)) ** options.grid_rho
+    return torch.cat([u[:1], (sigma / (1 + sigma))[1:], u[-1:]])
+
+
+GRIDS: dict[str, Callable[[torch.Tensor, "TimeGridOptions"], torch.Tensor]] = {
+    "uniform": _uniform,
+    "quadratic": _quadratic,
+    "logit_normal": _logit_normal,
+    "edm": _edm,
+}
+
+
+@dataclass(frozen=True)
+class TimeGridOptions:
+    """Method and time grid."""
+
+    method: str = option(
+        "dopri5",
+        "euler, midpoint, heun, rk3, rk4, ab2 (or multistep), ab3, ab4, dpm, stochastic; adaptive: dopri5, "
+        "torchdiffeq_dopri5, dopri8, adaptive_heun, bosh3 (docs/solvers.md)",
+    )
+    num_steps: int = option(40, "intervals of the fixed-step solvers", minimum=0)
+    step_size: float | None = option(
+        None, "fixed-step solvers: length h of an interval, meaning 1/h of them", minimum=1e-6
+    )
+    time_grid: str = option("uniform", "fixed-step solvers: how the intervals are spaced", choices=GRIDS)
+    time_shift: float = option(
+        1.0, "fixed-step solvers: grid t' = s t / (1 + (s - 1) t); below 1, shorter steps near data", minimum=1e-6
+    )
+    grid_location: float = option(0.0, "logit_normal grid: its location; above 0, shorter steps near noise")
+    grid_scale: float = option(1.0, "logit_normal grid: its scale", minimum=1e-6)
+    grid_rho: float = option(7.0, "edm grid: its exponent; larger, shorter steps near data", minimum=1e-6)
+
+    @property
+    def steps(self) -> int:
+        """Intervals of the fixed-step solvers, from `step_size` if given, else from `num_steps`."""
+        return self.num_steps if self.step_size is None else max(1, round(1 / self.step_size))
+
+
+def time_grid(options: TimeGridOptions) -> list[float]:
     """Times from 1 down to 0, num_steps + 1 of them, both ends exact.
 
     Whatever the spacing, `time_shift` s moves it to t' = s t / (1 + (s - 1) t) (Esser et al. 2024, section 5.3.2).
@@ -34,33 +86,3 @@ def time_grid(options: SolverOptions) -> list[float]:
             f"--time_grid {options.time_grid}: its times coincide in {options.steps} steps; choose a more even one"
         )
     return t.tolist()
-
-
-def _uniform(u: torch.Tensor, options: SolverOptions) -> torch.Tensor:
-    return u
-
-
-def _quadratic(u: torch.Tensor, options: SolverOptions) -> torch.Tensor:
-    return u.square()
-
-
-def _logit_normal(u: torch.Tensor, options: SolverOptions) -> torch.Tensor:
-    """Quantiles of the logit-normal distribution (Esser et al. 2024, eq. 19)."""
-    return torch.sigmoid(options.grid_location + options.grid_scale * torch.special.ndtri(u))
-
-
-def _edm(u: torch.Tensor, options: SolverOptions) -> torch.Tensor:
-    """EDM's noise levels (Karras et al. 2022, eq. 5), sigma = t / (1 - t); pure noise takes the place of the highest."""
-    steps = len(u) - 1
-    low, high = (sigma ** (1 / options.grid_rho) for sigma in EDM_SIGMAS)
-    place = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
-    sigma = (high + place * (low - high)) ** options.grid_rho
-    return torch.cat([u[:1], (sigma / (1 + sigma))[1:], u[-1:]])
-
-
-GRIDS: dict[str, Callable[[torch.Tensor, SolverOptions], torch.Tensor]] = {
-    "uniform": _uniform,
-    "quadratic": _quadratic,
-    "logit_normal": _logit_normal,
-    "edm": _edm,
-}

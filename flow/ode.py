@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 
 from flow.diffusions import DIFFUSIONS
-from flow.grids import GRIDS
+from flow.grids import TimeGridOptions
 from options import UsageError, option
 
 __all__ = [
@@ -28,27 +28,11 @@ Draw = Callable[[int], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class SolverOptions:
+class SolverOptions(TimeGridOptions):
     """Solver."""
 
     on_resume: ClassVar = "freely"
 
-    method: str = option(
-        "dopri5",
-        "euler, midpoint, heun, rk3, rk4, ab2 (or multistep), ab3, ab4, dpm, stochastic; adaptive: dopri5, "
-        "torchdiffeq_dopri5, dopri8, adaptive_heun, bosh3 (docs/solvers.md)",
-    )
-    num_steps: int = option(40, "intervals of the fixed-step solvers", minimum=0)
-    step_size: float | None = option(
-        None, "fixed-step solvers: length h of an interval, meaning 1/h of them", minimum=1e-6
-    )
-    time_grid: str = option("uniform", "fixed-step solvers: how the intervals are spaced", choices=GRIDS)
-    time_shift: float = option(
-        1.0, "fixed-step solvers: grid t' = s t / (1 + (s - 1) t); below 1, shorter steps near data", minimum=1e-6
-    )
-    grid_location: float = option(0.0, "logit_normal grid: its location; above 0, shorter steps near noise")
-    grid_scale: float = option(1.0, "logit_normal grid: its scale", minimum=1e-6)
-    grid_rho: float = option(7.0, "edm grid: its exponent; larger, shorter steps near data", minimum=1e-6)
     atol: float = option(1e-5, "absolute tolerance of the adaptive solvers", minimum=0)
     rtol: float = option(1e-5, "relative tolerance of the adaptive solvers", minimum=0)
     churn: float = option(0.0, "heun: EDM's S_churn, noise renewed over all steps; 0: none", minimum=0)
@@ -60,11 +44,6 @@ class SolverOptions:
     def __post_init__(self) -> None:
         if len(self.churn_interval) != 2 or self.churn_interval[0] > self.churn_interval[1]:
             raise UsageError(f"--churn_interval: expected two times LOW <= HIGH, but {self.churn_interval} was given")
-
-    @property
-    def steps(self) -> int:
-        """Intervals of the fixed-step solvers, from `step_size` if given, else from `num_steps`."""
-        return self.num_steps if self.step_size is None else max(1, round(1 / self.step_size))
 
 
 class Solution(NamedTuple):

@@ -32,7 +32,7 @@ FULL = Header(
     dataset=DatasetFacts("folder", 32, 3, 28, True, ("cat", "dög")),
     task="semantic",
     dense=DenseInput(4, classes=6, dropout=0.2),
-    path=PathOptions(1e-3, "logit_normal", 0.5, 1.5),
+    path=PathOptions("logit_normal", 0.5, 1.5, sigma_min=1e-3),
     objective="another",
     training={"lr": 1e-4, "adam_betas": [0.9, 0.999], "use_ema": True},
     precision="bf16",
