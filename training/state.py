@@ -12,6 +12,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flow.paths import straight_path
 from models.conditions import Condition
+from runtime.cpu_kernels import with_cpu_kernels
 from runtime.distributed import Processes
 from runtime.parallel import full, laid_out_as, local_gradients, whole
 from runtime.precision import Machine
@@ -42,7 +43,7 @@ class TrainingState:
         place: Callable[[nn.Module], object] | None = None,
     ) -> None:
         place = place or (lambda module: module.to(machine.device))
-        self.network = network
+        self.network = with_cpu_kernels(network)  # before its average is made, which is a copy
         self.machine = machine
         self.ema = Ema(network, ema_decay, place)
         place(network)
