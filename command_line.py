@@ -50,7 +50,7 @@ def parse_options(
 
     Raises:
         UsageError: an unknown flag or key, a missing arguments file, or a value that does not fit.
-        SystemExit: `--help`.
+        SystemExit: `--help`, or `--print_config` after printing the configuration.
     """
     defaults, ignored = defaults or {}, ignored or {}
     parser, fields = _make_parser(description, groups, defaults, ignored)
@@ -60,6 +60,7 @@ def parse_options(
     if found.args_file:
         words = read_arguments_file(found.args_file, fields, ignored, task) + words
     given = vars(parser.parse_args(words))
+    show_tree = given.pop("print_config", False)
 
     for flag, reason in ignored.items():
         if given.pop(flag, None) is not None:
@@ -67,7 +68,11 @@ def parse_options(
     for name, value in given.items():
         _check_range(fields[name], value)
     values = {name: field.default for name, field in fields.items()} | dict(defaults) | given
-    return Options(values=values, explicit=frozenset(given), groups=tuple(groups))
+    options = Options(values=values, explicit=frozenset(given), groups=tuple(groups))
+    if show_tree:
+        print(options.tree())
+        raise SystemExit(0)
+    return options
 
 
 def leading_word(meaning: str, argv: Sequence[str] | None = None) -> tuple[str, list[str]]:
@@ -164,6 +169,12 @@ def _make_parser(
     )
     explained = "KEY=VALUE lines read before the flags; later flags win"
     parser.add_argument("--args_file", metavar="FILE", default=argparse.SUPPRESS, help=explained)
+    parser.add_argument(
+        "--print_config",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print the complete configuration and exit",
+    )
     fields = _add_groups(parser, groups, defaults)
     for flag in ignored:
         parser.add_argument(f"--{flag}", nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -191,14 +202,18 @@ def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -
     names = [f"--{field.name}", *field.metadata["flags"]]
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     shown = ("on" if default else "off") if kind is bool else shown
-    explained = field.metadata["help"] + ("" if default in (None, "", ()) else f" [{shown}]")
+    choices = field.metadata["choices"] and tuple(field.metadata["choices"])
+    listed = f"; choices: {', '.join(choices)}" if many and choices else ""
+    explained = field.metadata["help"] + listed + ("" if default in (None, "", ()) else f" [{shown}]")
     common: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": explained.replace("%", "%%")}
     if kind is bool:
         section.add_argument(*names, action=_BooleanAction, **common)
     elif many:
-        section.add_argument(*names, type=kind, nargs="+", action=_TupleAction, metavar=kind.__name__.upper(), **common)
+        metavar = kind.__name__.upper()
+        section.add_argument(
+            *names, type=kind, nargs="+", action=_TupleAction, choices=choices, metavar=metavar, **common
+        )
     else:
-        choices = field.metadata["choices"]
         section.add_argument(
             *names, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), **common
         )

@@ -11,11 +11,12 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 __all__ = [
     "INTERRUPTED",
     "DivergedError",
+    "OnResume",
     "Options",
     "UsageError",
     "as_json",
@@ -23,9 +24,17 @@ __all__ = [
     "explain",
     "group_title",
     "option",
+    "resume_policy",
 ]
 
 T = TypeVar("T")
+
+# Whether a run may resume with another value of an option:
+#   never     the run would no longer be the one that it began as
+#   on_request  with --resume; the run is then no longer the one that its first options describe
+#   rounding  yes; the order of floating-point sums changes, and with it the last bits
+#   freely    yes; the option decides when things are shown and saved, not what is learnt
+OnResume = Literal["never", "on_request", "rounding", "freely"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 ENVIRONMENT_ERRORS = frozenset(
@@ -53,19 +62,27 @@ def option(
     flags: tuple[str, ...] = (),
     minimum: float | None = None,
     maximum: float | None = None,
+    on_resume: OnResume | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
 
     Args:
         default: value when the flag is not given.
         help: one sentence for `--help`, with the unit.
-        choices: the values allowed, where they are few.
+        choices: the values allowed (for tuples, of each element): the dictionary that they index, so that later entries count,
+            or a sequence of names.
         flags: other spellings, such as "--attn_resolution".
         minimum: the smallest value allowed, for numbers.
         maximum: the largest.
+        on_resume: whether a run may resume with another value; None: as the dataclass says, else "never".
     """
     metadata = {"help": help, "choices": choices, "flags": flags, "minimum": minimum, "maximum": maximum}
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={**metadata, "on_resume": on_resume})
+
+
+def resume_policy(group: type, field: dataclasses.Field) -> OnResume:
+    """Whether a run may resume with another value of an option: its own policy, else its dataclass's, else "never"."""
+    return field.metadata["on_resume"] or getattr(group, "on_resume", "never")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +97,9 @@ class Options:
     groups: tuple[type, ...] = ()
 
     def __getitem__(self, group: type[T]) -> T:
-        names = [field.name for field in dataclasses.fields(group)]  # type: ignore[arg-type]
-        return group(**{name: self.values[name] for name in names if name in self.values})
+        if not any(issubclass(registered, group) for registered in self.groups):
+            raise KeyError(f"{group.__name__} is not among the option groups that this script registered")
+        return group(**{field.name: self.values[field.name] for field in dataclasses.fields(group)})  # type: ignore[arg-type]
 
     def given(self, group: type) -> dict[str, Any]:
         """The options of `group` that the user gave, on the command line or in the arguments file."""
@@ -100,6 +118,32 @@ class Options:
             if changed:
                 lines.append(f"  {group_title(group)}: " + " ".join(f"{n}={_written(self.values[n])}" for n in changed))
         return "\n".join(lines)
+
+    def tree(self) -> str:
+        """The complete configuration: a line for each group and, indented below it, for each option; `*` marks changes."""
+        lines, listed = list[str](), set[str]()
+        for group in self.groups:
+            own = [field for field in dataclasses.fields(group) if field.name not in listed]
+            listed |= {field.name for field in own}
+            width = max((len(field.name) for field in own), default=0)
+            for number, field in enumerate(own):
+                value = self.values[field.name]
+                branch, mark = "└─" if number == len(own) - 1 else "├─", "" if value == field.default else "  *"
+                lines += [group_title(group)] if not number else []
+                lines.append(f"{branch} {field.name:<{width}}  {'-' if value is None else _written(value)}{mark}")
+        return "\n".join(lines)
+
+    def policies(self) -> dict[str, OnResume]:
+        """Whether a run may resume with another value of each option."""
+        found: dict[str, OnResume] = {}
+        for group in self.groups:
+            for field in dataclasses.fields(group):
+                found.setdefault(field.name, resume_policy(group, field))
+        return found
+
+    def defaults(self) -> dict[str, Any]:
+        """The dataclasses' defaults, by name."""
+        return {field.name: field.default for group in self.groups for field in dataclasses.fields(group)}
 
     def completed(self, values: Mapping[str, Any]) -> "Options":
         """These options with `values` where the user gave none, as if an arguments file had held them."""

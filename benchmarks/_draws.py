@@ -14,7 +14,8 @@ import torch
 
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions
-from evaluation.features.networks import FeatureNetwork, FeatureOptions, choose_features
+from evaluation.features.protocol import FeatureNetwork
+from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.metrics import frechet_distance
 from evaluation.score import reference_statistics
 from evaluation.statistics import RunningMoments, Statistics
@@ -120,7 +121,11 @@ class Bench:
         (batch,) = generate(opened.sampler, indices, batch_size=len(indices))
         seconds = time.perf_counter() - started
         counts = torch.stack([batch.evaluations, batch.network_evaluations])
-        return Draws(self._network(batch.images).cpu(), counts, torch.full((len(indices),), seconds / len(indices)))
+        return Draws(
+            self._network(batch.images, {"features"})["features"].cpu(),
+            counts,
+            torch.full((len(indices),), seconds / len(indices)),
+        )
 
     def call(self, opened: Opened, count: int) -> Callable[[], object]:
         """Draws samples and keeps nothing: to be timed."""

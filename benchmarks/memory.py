@@ -24,8 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks._timing import markdown_table
-from benchmarks.training_step import DECAY, RATE, Case, new_batch, new_network, stack
-from models.conditions import Condition
+from benchmarks.training_step import DECAY, OBJECTIVE, RATE, Case, new_batch, new_network, stack
 from models.dit import DiTOptions
 from runtime.precision import Machine, keep_freed_memory
 from training.optimizers import OptimizerOptions
@@ -108,7 +107,7 @@ def peak_of(name: str, case: Case) -> dict[str, float]:
     state, velocity = TrainingState(network, machine, DECAY, OptimizerOptions(lr=RATE)), machine.compiled(network)
     row.change(state)
     for _ in range(2):
-        state.advance(velocity, batch, 0.0, RATE, 0.0)
+        state.advance(velocity, OBJECTIVE, batch, RATE, 0.0)
     return {"peak": held() - baseline}
 
 
@@ -138,7 +137,7 @@ def theory_of(case: Case) -> dict[str, float]:
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), BF16.autocast():
-        output = network(batch.t, batch.data, Condition(batch.labels))
+        output = network(batch.draws.t, batch.data, batch.condition)
     of_blocks = sum(size for size, inner, cast, _ in saved.values() if inner and not cast)
     others = sum(size for key, (size, inner, cast, _) in saved.items() if not (inner or cast) and key not in inputs)
     del output

@@ -23,7 +23,7 @@ from datasets_prep.datasets import DatasetOptions
 from models.registry import NETWORKS, NetworkOptions, build_network
 from runtime.launch import LaunchOptions
 from training.run import TrainingOptions
-from training.setup import TRAINING_GROUPS
+from training.setup import training_groups
 
 IMAGES = {  # of the training splits
     "celeba_256": 27_000,
@@ -67,7 +67,7 @@ def cost_of(file: Path, encode: nn.Module) -> Cost | None:
     """Count an experiment; None for one that is not the paper's, or for another task."""
     if "TASK=" in file.read_text():
         return None
-    options = parse_options("", (*TRAINING_GROUPS, LaunchOptions), [f"--args_file={file}"])
+    options = parse_options("", (*training_groups(), LaunchOptions), [f"--args_file={file}"])
     data, training = options[DatasetOptions], options[TrainingOptions]
     if data.dataset not in IMAGES:
         return None

@@ -5,6 +5,7 @@ Both see the same images and the same random weights; the distance is also taken
 
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -66,7 +67,10 @@ def time_features(weights: str) -> None:
     def pip() -> torch.Tensor:
         return theirs(images / 255)[0].flatten(1)
 
-    sides = {"pip pytorch_fid": pip, "fp32": lambda: ours["fp32"](images), "bf16": lambda: ours["bf16"](images)}
+    def side(name: str) -> Callable[[], torch.Tensor]:
+        return lambda: ours[name](images, {"features"})["features"]
+
+    sides = {"pip pytorch_fid": pip, "fp32": side("fp32"), "bf16": side("bf16")}
     seconds = compare(sides, rounds=3)
     expected = pip()
     rows = []
@@ -100,9 +104,9 @@ def _pip_moments(network: torch.nn.Module, sets: list[torch.Tensor]) -> list[np.
 
 
 def _statistics(network: InceptionFeatures, images: torch.Tensor) -> Statistics:
-    moments = RunningMoments(network.dims)
+    moments = RunningMoments(network.outputs["features"])
     for part in images.split(BATCH):
-        moments.update(network(part))
+        moments.update(network(part, {"features"})["features"])
     return moments.statistics()
 
 

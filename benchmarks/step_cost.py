@@ -15,7 +15,7 @@ import torch
 
 from benchmarks._timing import compare, markdown_table
 from benchmarks.memory import BF16, OPTIONS, theory_of
-from benchmarks.training_step import DECAY, RATE, Case, forward_operations, new_batch, new_network
+from benchmarks.training_step import DECAY, OBJECTIVE, RATE, Case, forward_operations, new_batch, new_network
 from runtime.precision import keep_freed_memory
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState
@@ -43,7 +43,7 @@ def cost_of(case: Case, varied: str, rounds: int) -> Cost:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     value = {"batch": case.batch_size, "tokens": (case.size // 2) ** 2, "parameters": parameters}[varied]
     state = TrainingState(network, BF16, DECAY, OptimizerOptions(lr=RATE))
-    step = partial(state.advance, network, batch, 0.0, RATE, 0.0)
+    step = partial(state.advance, network, OBJECTIVE, batch, RATE, 0.0)
     seconds = compare({"step": step}, rounds)["step"]
     return Cost(value, seconds, 3 * forward_operations(case) / seconds, theory_of(case)["activations"])
 

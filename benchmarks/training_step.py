@@ -24,6 +24,8 @@ from torch.nn import functional
 
 from benchmarks._timing import Comparison, Side, compare, compare_apart, markdown_table
 from benchmarks.scaling import operations
+from flow.objectives import FlowMatching, Times
+from flow.paths import PathOptions
 from models.conditions import Condition
 from models.dit import DiT, DiTOptions
 from models.edm_unet import EdmUNetOptions
@@ -37,6 +39,7 @@ from training.optimizers import OptimizerOptions
 from training.state import TrainingState
 
 RATE, DECAY = 1e-4, 0.9999
+OBJECTIVE = FlowMatching(PathOptions(sigma_min=0.0))
 AGREEMENT = {"first loss": 1e-2, "change of the velocity": 0.05}
 WATCHED = 2  # images whose velocity is
 UNET: dict[str, Any] = {"nf": 128, "ch_mult": (1, 2, 2), "num_in_channels": 4, "num_out_channels": 4}
@@ -65,7 +68,7 @@ class Effect:
 
     def __init__(self, network: nn.Module, batch: Batch) -> None:
         self.network = network
-        self.inputs = batch.t[:WATCHED], batch.data[:WATCHED], Condition(batch.labels[:WATCHED])  # type: ignore[index]
+        self.inputs = batch.draws.t[:WATCHED], batch.data[:WATCHED], Condition(batch.condition.labels[:WATCHED])  # type: ignore[index]
         self.before = self.velocity()
         self.losses: list[float] = []
 
@@ -104,11 +107,11 @@ class PlainStep:
     def __call__(self) -> None:
         """Take a step."""
         keep_freed_memory(self.keeps_memory)
-        t = self.batch.t.view(-1, 1, 1, 1)
+        t = self.batch.draws.t.view(-1, 1, 1, 1)
         x_t = (1 - t) * self.batch.data + t * self.batch.noise
         self.optimizer.zero_grad()
         with self.machine.autocast():
-            predicted = self.network(self.batch.t, x_t, Condition(self.batch.labels))
+            predicted = self.network(self.batch.draws.t, x_t, self.batch.condition)
         loss = functional.mse_loss(predicted.float(), self.batch.noise - self.batch.data)
         loss.backward()
         self.optimizer.step()
@@ -153,7 +156,7 @@ class OurStep:
         """Take a step."""
         keep_freed_memory()
         self.state.sums.zero_()
-        self.state.advance(self.velocity, self.batch, 0.0, RATE, 0.0)
+        self.state.advance(self.velocity, OBJECTIVE, self.batch, RATE, 0.0)
         self.effect.losses.append(self.state.sums[0].item())
 
 
@@ -188,7 +191,8 @@ def with_small_weights(network: nn.Module) -> nn.Module:
 def new_batch(case: Case) -> Batch:
     torch.manual_seed(1)
     data, noise = torch.randn(2, case.batch_size, 4, case.size, case.size)
-    return Batch(data, noise, torch.rand(case.batch_size), torch.zeros(case.batch_size, dtype=torch.long))
+    labels = torch.zeros(case.batch_size, dtype=torch.long)
+    return Batch(data, noise, Times(torch.rand(case.batch_size)), Condition(labels))
 
 
 def forward_operations(case: Case) -> int:
@@ -196,7 +200,7 @@ def forward_operations(case: Case) -> int:
     with torch.device("meta"):  # where those in attention are counted, too
         batch = new_batch(case)
         network = build_network(case.model_type, case.size, case.options)
-        return operations(network, batch.t, batch.data, Condition(batch.labels))
+        return operations(network, batch.draws.t, batch.data, batch.condition)
 
 
 def peak(side: int = 4096) -> float:

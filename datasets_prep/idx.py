@@ -1,4 +1,4 @@
-"""MNIST and Fashion-MNIST: finding their IDX files, fetching them, reading them.
+"""MNIST and Fashion-MNIST from IDX files; own reader, since torchvision's takes no gzip and rejects a torn file by an assert.
 
 The files are looked for in the data directory, then where Debian's package puts them; else torchvision downloads them;
 else Debian's package is fetched with apt-get and unpacked below the data directory, which needs no root.

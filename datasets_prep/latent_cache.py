@@ -47,8 +47,10 @@ class LatentCacheOptions:
     """Latent cache."""
 
     no_latent_cache: bool = option(False, "encode images at every step instead of caching their latents")
-    latent_cache_dir: str = option("", "folder of the caches; default: latent_cache below --datadir")
-    num_workers: int = option(0, "threads that read image files", minimum=0)
+    latent_cache_dir: str = option(
+        "", "folder of the caches; default: latent_cache below --datadir", on_resume="freely"
+    )
+    num_workers: int = option(0, "threads that read image files", minimum=0, on_resume="freely")
 
 
 def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> Path:
@@ -186,7 +188,6 @@ def _write_shard(
     orientations = 2 if facts.flips else 1
     side = facts.image_size // autoencoder.factor
     moments = np.empty((len(images), orientations, autoencoder.moment_channels, side, side), np.float16)
-    sums = torch.zeros(2, autoencoder.latent_channels, dtype=torch.float64)
     row = 0
     with closing(_read_ahead(dataset, images, num_workers)) as batches:
         for batch in batches:
@@ -195,8 +196,6 @@ def _write_shard(
                 with machine.autocast():
                     encoded = autoencoder.encode(batch.flip(3) if orientation else batch).cpu()
                 moments[row : row + len(batch), orientation] = encoded.half().numpy()
-                mean, logvar = encoded.double().chunk(2, dim=1)
-                sums += torch.stack([mean, mean.square() + logvar.exp()]).sum((1, 3, 4))
             row += len(batch)
             progress.update(len(batch))
     if not np.isfinite(moments).all():
@@ -206,15 +205,7 @@ def _write_shard(
         )
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, moments)
-    entry = {
-        "file": path.name,
-        "crc32": _checksum(path),
-        "precision": machine.precision,
-        "count": len(images) * orientations * side * side,
-        "sum": sums[0].tolist(),
-        "sum_of_squares": sums[1].tolist(),
-    }
-    write_json(entry_file, entry)
+    write_json(entry_file, {"file": path.name, "crc32": _checksum(path), "precision": machine.precision})
 
 
 def _read_ahead(dataset: ImageDataset, images: range, num_workers: int) -> Generator[torch.Tensor, None, None]:
@@ -230,18 +221,13 @@ def _read_ahead(dataset: ImageDataset, images: range, num_workers: int) -> Gener
 
 
 def _finish(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndarray) -> None:
-    """Write the labels, and the manifest with all shards and the per-channel statistics of (unscaled) posterior samples."""
+    """Write the labels, and the manifest with all shards."""
     entries = [read_json(folder / f"moments_{number:05d}.json") for number in range(shards)]
-    count = sum(entry["count"] for entry in entries)
-    mean = np.sum([entry["sum"] for entry in entries], axis=0) / count
-    square = np.sum([entry["sum_of_squares"] for entry in entries], axis=0) / count
-    statistics = {"mean": mean.tolist(), "std": np.sqrt(square - mean**2).tolist()}
     listed = [{"file": entry["file"], "crc32": entry["crc32"]} for entry in entries]
     with atomic_path(folder / LABELS) as temporary, temporary.open("wb") as file:
         np.save(file, labels)
     found = {
         "precision": " and ".join(sorted({entry.get("precision", "fp32") for entry in entries})),  # older ones lack it
-        "statistics": statistics,
         "labels": {"file": LABELS, "crc32": _checksum(folder / LABELS)},
         "shards": listed,
     }

@@ -1,4 +1,4 @@
-"""The work of fid_score.py and cal_inpainting.py: image sets by path, compared."""
+"""Scores of the images or statistics at one path against another's (fid_score.py)."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -10,13 +10,13 @@ import torch
 
 from datasets_prep.datasets import DATASETS, DatasetOptions, open_dataset
 from evaluation.features.inception import INCEPTION_DIMS
-from evaluation.features.networks import FEATURES, FeatureNetwork, FeatureOptions, load_features
+from evaluation.features.protocol import FeatureNetwork
+from evaluation.features.registry import FEATURES, FeatureOptions, load_features
 from evaluation.reference import holds_statistics, statistics_summary, summarise
 from evaluation.score import LabelledImages, ScoreOptions, needs_of, score_images, score_summaries
 from evaluation.sources import ImageSource, dataset_source, image_batches, open_source
 from evaluation.summary import Summary
-from options import Options, UsageError, option
-from runtime.precision import DeviceOptions, choose_device
+from options import UsageError, option
 
 __all__ = ["ComparisonOptions", "compare", "split_paths"]
 
@@ -51,39 +51,57 @@ def split_paths(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return list(paths), list(flags)
 
 
-def compare(generated: str, real: str, options: Options) -> dict[str, Any]:
-    """Score the images or statistics at one path against those at another; see `evaluation.score.score_images`.
+def compare(
+    generated: str,
+    real: str,
+    comparison: ComparisonOptions,
+    scoring: ScoreOptions,
+    features: FeatureOptions,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Score the images or statistics at one path against another's.
+
+    Args:
+        generated: path of a folder, an .npz, an LMDB, or a file of statistics.
+        real: the same, or the name of a dataset.
+        comparison: image size, batch size and the dataset's directory; its output file is the caller's concern.
+        scoring: metrics, error bars and image format.
+        features: the feature network. Two files of statistics need none.
+        device: where the feature network runs.
+
+    Returns:
+        The entries of `evaluation.score.score_images`; for statistics, of `score_summaries`.
 
     Raises:
         UsageError: nothing readable, unknown metrics, or sets that cannot be compared.
     """
-    scoring, settings = options[ScoreOptions], options[ComparisonOptions]
-    needs = {generated: needs_of(scoring.metrics, reference=False), real: needs_of(scoring.metrics, reference=True)}
+    needs = {generated: needs_of(scoring.metrics, reference=False)}
+    needs[real] = needs_of(scoring.metrics, reference=True) | needs.get(real, frozenset())
     known = {path: statistics_summary(path, needs[path]) for path in needs if holds_statistics(path)}
     if len(known) == len(needs):
         return score_summaries(scoring.metrics, known[generated], known[real])
-    features = _choose_features(known.values(), options[FeatureOptions], choose_device(options[DeviceOptions]))
+    network = _choose_features(known.values(), features, device)
     if real not in known:
-        source, cache_dir = _open_real(real, settings)
-        known[real] = summarise(source, features, needs[real], cache_dir, settings.batch_size)
+        source, cache_dir = _open_real(real, comparison)
+        known[real] = summarise(source, network, needs[real], cache_dir, comparison.batch_size)
     if generated in known and generated != real:
         return score_summaries(scoring.metrics, known[generated], known[real])
-    images = image_batches(open_source(generated, settings.image_size), settings.batch_size)
-    return score_images((LabelledImages(*batch) for batch in images), features, known[real], (), scoring)
+    images = image_batches(open_source(generated, comparison.image_size), comparison.batch_size)
+    return score_images((LabelledImages(*batch) for batch in images), network, known[real], (), scoring)
 
 
-def _open_real(real: str, settings: ComparisonOptions) -> tuple[ImageSource, Path | None]:
+def _open_real(real: str, comparison: ComparisonOptions) -> tuple[ImageSource, Path | None]:
     """The images, and where their statistics are kept, if they are a dataset's."""
     if real in DATASETS and not Path(real).exists():
-        data = DatasetOptions(dataset=real, datadir=settings.datadir)
-        if settings.image_size is not None:
-            data = dataclasses.replace(data, image_size=settings.image_size)
+        data = DatasetOptions(dataset=real, datadir=comparison.datadir)
+        if comparison.image_size is not None:
+            data = dataclasses.replace(data, image_size=comparison.image_size)
         return dataset_source(open_dataset(data, "train")), data.derived / "statistics"
-    return open_source(real, settings.image_size), None
+    return open_source(real, comparison.image_size), None
 
 
 def _choose_features(known: Iterable[Summary], options: FeatureOptions, device: torch.device) -> FeatureNetwork:
-    """Those asked for, else those of the statistics file, else Inception at the file's number of features."""
+    """Load the network asked for, else the one in the statistics file, else Inception at the file's number of features."""
     name = options.features
     for summary in known:
         recorded = summary.meta.get("features", {}).get("name", "inception")

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import torch
 
 from evaluation.comparison import ComparisonOptions
-from evaluation.features.networks import FeatureNetwork, FeatureOptions, load_features
+from evaluation.features.protocol import FeatureNetwork
+from evaluation.features.registry import FeatureOptions, load_features
 from evaluation.metrics import error_bars
 from evaluation.pairs import PixelScores, discriminative_scores, load_lpips, pair_by_name
 from evaluation.score import FEWEST_FOR_ERROR_BAR, IMAGE_FORMATS, ScoreOptions, needs_of, score_summaries
 from evaluation.sources import ImageSource, image_batches, open_source
 from evaluation.summary import Gatherer
-from options import Options, UsageError, option
+from options import UsageError, option
 from runtime.distributed import Processes
-from runtime.precision import DeviceOptions, choose_device
 
 __all__ = ["Pair", "PairOptions", "compare_pairs", "score_pairs"]
 
@@ -32,22 +32,37 @@ class PairOptions:
     lpips_weights: str | None = option(None, "file of AlexNet's weights (torchvision's); default: downloaded once")
 
 
-def compare_pairs(generated: str, real: str, options: Options) -> dict[str, Any]:
-    """Score the images of a folder against those of the same names in another.
+def compare_pairs(
+    generated: str,
+    real: str,
+    comparison: ComparisonOptions,
+    scoring: ScoreOptions,
+    pairing: PairOptions,
+    features: FeatureOptions,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Score the images of a folder against the images of the same names in another.
+
+    Args:
+        generated: the folder to score.
+        real: the folder with the partners.
+        comparison: image size and batch size.
+        scoring: metrics, error bars and image format.
+        pairing: whether LPIPS is computed, and its weights.
+        features: the feature network; default: Inception.
+        device: where networks run.
 
     Returns:
-        What `evaluation.score.score_summaries` says, with the paired metrics among "scores".
+        The entries of `evaluation.score.score_summaries`, with the paired metrics among "scores".
 
     Raises:
         UsageError: the folders are not paired, or their images differ in size.
     """
-    settings = options[ComparisonOptions]
-    fake, true = _open_pairs(generated, real, settings.image_size)
-    device = choose_device(options[DeviceOptions])
-    features = load_features(options[FeatureOptions].features or "inception", options[FeatureOptions], device)
-    batches = (image_batches(source, settings.batch_size) for source in (fake, true))
+    fake, true = _open_pairs(generated, real, comparison.image_size)
+    network = load_features(features.features or "inception", features, device)
+    batches = (image_batches(source, comparison.batch_size) for source in (fake, true))
     pairs = (Pair(images, originals, indices) for (images, indices), (originals, _) in zip(*batches, strict=True))
-    return score_pairs(pairs, true.meta, features, device, options)
+    return score_pairs(pairs, true.meta, network, scoring, pairing, device)
 
 
 class Pair(NamedTuple):
@@ -62,21 +77,22 @@ def score_pairs(
     pairs: Iterable[Pair],
     meta_of_originals: dict[str, Any],
     features: FeatureNetwork,
+    scoring: ScoreOptions,
+    pairing: PairOptions,
     device: torch.device,
-    options: Options,
     processes: Processes = Processes(),  # noqa: B008
 ) -> dict[str, Any]:
-    """Consume `pairs` and score the images against their partners, as `compare_pairs` says.
+    """Consume `pairs` and score the images against their partners; returns the entries that `compare_pairs` does.
 
     Args:
-        pairs: each is seen once; of several processes, each has its part.
-        meta_of_originals: what they are (JSON's types).
+        pairs: each is seen once; every process passes its own share.
+        meta_of_originals: describes the partners (JSON's types).
         features: the feature network.
-        device: for LPIPS.
-        options: ScoreOptions and PairOptions.
+        scoring: metrics, error bars and image format.
+        pairing: whether LPIPS is computed, and its weights.
+        device: where LPIPS runs.
         processes: all get the result.
     """
-    scoring, pairing = options[ScoreOptions], options[PairOptions]
     pixels = PixelScores(load_lpips(pairing.lpips_weights, device) if pairing.lpips else None)
     needs = needs_of(scoring.metrics, reference=False) | {"rows"}
     fakes, reals = (Gatherer(features, needs, grouped=scoring.error_bar) for _ in range(2))

@@ -15,7 +15,8 @@ import torch
 
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, ImageDataset, crop_padding, like_originals, open_dataset
-from evaluation.features.networks import FeatureNetwork, FeatureOptions, choose_features, describe_features
+from evaluation.features.protocol import FeatureNetwork, describe_features
+from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.metrics import psnr
 from evaluation.reference import summarise
 from evaluation.score import MetricOptions, needs_of, reference_statistics, result_line, score_summaries

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evaluation.features.networks import FeatureNetwork, describe_features
+from evaluation.features.protocol import FeatureNetwork, describe_features
 from evaluation.sources import ImageSource, image_batches, open_source
 from evaluation.statistics import Statistics, load_statistics, save_statistics
 from evaluation.summary import Gatherer, Summary
@@ -115,7 +115,7 @@ def _part_path(cache_dir: str | Path, source: ImageSource, features: FeatureNetw
 
 
 def _read_part(path: Path, need: str, source: ImageSource, features: FeatureNetwork) -> Summary | None:
-    """What a file holds, or None where it is missing or tells of other images or features."""
+    """What a file holds, or None where it is missing or describes other images or features."""
     if not path.exists():
         return None
     part: Statistics | torch.Tensor
@@ -127,7 +127,7 @@ def _read_part(path: Path, need: str, source: ImageSource, features: FeatureNetw
     expected = {**source.meta, "resolution": meta.get("resolution"), "features": describe_features(features)}
     if meta != expected:
         return None
-    return Summary(source.count, meta, getattr(features, "device", "cpu"), **{FIELDS[need]: part})  # type: ignore[arg-type]
+    return Summary(source.count, meta, features.device, **{FIELDS[need]: part})  # type: ignore[arg-type]
 
 
 def _load_rows(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:

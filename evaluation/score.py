@@ -8,9 +8,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from datasets_prep.datasets import ImageDataset
-from evaluation.features.networks import FeatureNetwork
+from evaluation.features.protocol import FeatureNetwork
 from evaluation.jpeg import through_jpeg
-from evaluation.metrics import METRICS, compute_metrics, error_bars, frechet_distance
+from evaluation.label_counts import LabelCounts
+from evaluation.metrics import METRICS, compute_metrics, error_bars
+from evaluation.precision_effect import PrecisionEffect
 from evaluation.reference import summarise
 from evaluation.sources import dataset_source
 from evaluation.summary import Gatherer, Summary
@@ -34,8 +36,6 @@ __all__ = [
 
 FEWEST_SAMPLES = 10_000  # with fewer, the bias of a Frechet distance is larger than most differences between methods
 FEWEST_FOR_ERROR_BAR = 100
-LISTED_CLASSES = 100
-PROBED = 1000  # images whose features are computed in both precisions
 IMAGE_FORMATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"png": lambda images: images, "jpg": through_jpeg}
 
 
@@ -44,7 +44,7 @@ class MetricOptions:
     """Metrics."""
 
     metrics: tuple[str, ...] = option(
-        ("fid",), f"which scores: {', '.join(METRICS)}; fid is the Frechet distance, whatever the features"
+        ("fid",), "scores; fid is the Frechet distance, whatever the features", choices=METRICS
     )
 
 
@@ -55,7 +55,7 @@ class ScoreOptions(MetricOptions):
     error_bar: bool = option(True, "estimate each score's standard deviation from halves of the samples")
     image_format: str = option(
         "png", "score samples as they are (png), or through JPEG at PIL's default quality, as published scores (jpg)",
-        choices=tuple(IMAGE_FORMATS),
+        choices=IMAGE_FORMATS,
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def check_metrics(names: Sequence[str]) -> None:
 
 
 def needs_of(names: Sequence[str], *, reference: bool) -> frozenset[str]:
-    """What the metrics need of the samples, or of the reference."""
+    """What the metrics need to know of the samples, or of the reference: keys of evaluation.summary.NEEDS."""
     check_metrics(names)
     needs = frozenset(METRICS[name].need for name in names if METRICS[name].against_reference or not reference)
     return needs or frozenset(("moments",))
@@ -133,37 +133,40 @@ def score_images(
         batches: images; each is seen once.
         features: the feature network that `reference` was made with.
         reference: what is known of the real images.
-        class_names: of the labels, where they were asked for.
+        class_names: names of the labels, where the sampler was asked for labels.
         options: which metrics, error bars, and the images' format.
         processes: each has its part of the batches, and all get the result.
 
     Returns:
-        What `score_summaries` says, and "labels", their distribution; "recognised", where the feature network is a classifier
-        of just these classes: the share of images it takes for their label; "feature_precision_effect" where features
-        are not in float32.
+        The entries of `score_summaries` and "labels", their distribution. If the feature network is a classifier of just
+        these classes, "recognised" is the share of images that it assigns to their label. If features are not computed in
+        float32, "feature_precision_effect" says how much this matters.
+
+    Raises:
+        UsageError: unknown metrics, metrics that the feature network cannot serve, or sets that cannot be compared.
     """
     gatherer = Gatherer(features, needs_of(options.metrics, reference=False), grouped=options.error_bar)
     transform = IMAGE_FORMATS[options.image_format]
-    labels = _Labels(features, class_names)
-    probe = _PrecisionProbe(features)
+    labels = LabelCounts(features, class_names)
+    effect = PrecisionEffect(features)
     for batch in batches:
         images = transform(batch.images)
         gatherer.update(images, batch.indices)
         labels.update(images, batch.labels)
-        probe.update(images)
+        effect.update(images)
     gatherer.merge_all(processes)
     labels.merge_all(processes)
-    return processes.from_main(_scored(gatherer, labels, probe, reference, options) if processes.is_main else {})
+    return processes.from_main(_scored(gatherer, labels, effect, reference, options) if processes.is_main else {})
 
 
 def _scored(
-    gatherer: Gatherer, labels: "_Labels", probe: "_PrecisionProbe", reference: Summary, options: ScoreOptions
+    gatherer: Gatherer, labels: LabelCounts, effect: PrecisionEffect, reference: Summary, options: ScoreOptions
 ) -> dict[str, Any]:
     meta = {"image_format": options.image_format}
     error_bar = options.error_bar and gatherer.count >= FEWEST_FOR_ERROR_BAR
     errors = error_bars(options.metrics, lambda groups: gatherer.summary(meta, groups), reference) if error_bar else {}
     result = score_summaries(options.metrics, gatherer.summary(meta), reference, errors)
-    return result | labels.result() | probe.result(reference)
+    return result | labels.result() | effect.result(reference)
 
 
 def score_summaries(
@@ -219,8 +222,8 @@ def _title(name: str, generated: Summary, reference: Summary) -> str:
     features = generated.meta.get("features") or reference.meta.get("features")
     if name == "fid":
         return features["label"] if features else "Frechet distance"
-    usual = not features or features["name"] == "inception"
-    return METRICS[name].title if usual else f"{METRICS[name].title} ({features['name']} features)"  # type: ignore[index]
+    title = METRICS[name].title
+    return title if not features or features["name"] == "inception" else f"{title} ({features['name']} features)"
 
 
 def _warnings(generated: Summary, reference: Summary) -> list[str]:
@@ -239,67 +242,3 @@ def _warnings(generated: Summary, reference: Summary) -> list[str]:
     if generated.meta.get("resolution") and not reference.meta.get("resolution"):
         found.append("the reference does not tell the size of its images, which should be that of the samples")
     return found
-
-
-class _Labels:
-    """Counts labels and, where the feature network is a classifier of these classes, the images taken for their label."""
-
-    def __init__(self, features: FeatureNetwork, class_names: Sequence[str]) -> None:
-        self._features, self._names = features, tuple(class_names)
-        self._classifies = bool(class_names) and self._names == tuple(getattr(features, "classes", ()))
-        self._counts = torch.zeros(0, dtype=torch.long)
-        self._recognised = 0
-
-    def update(self, images: torch.Tensor, labels: torch.Tensor | None) -> None:
-        if labels is None:
-            return
-        self._add(torch.bincount(labels))
-        if self._classifies:
-            predicted = self._features.probabilities(images).argmax(1)  # type: ignore[attr-defined]
-            self._recognised += int((predicted.cpu() == labels).sum())
-
-    def _add(self, counts: torch.Tensor) -> None:
-        longer, shorter = sorted((counts, self._counts), key=len, reverse=True)
-        self._counts = longer.clone()
-        self._counts[: len(shorter)] += shorter
-
-    def merge_all(self, processes: Processes) -> None:
-        """Let the main process have the counts of all processes."""
-        shares = processes.gather((self._counts, self._recognised))
-        for counts, recognised in shares[1:]:
-            self._add(counts)
-            self._recognised += recognised
-
-    def result(self) -> dict[str, Any]:
-        counts = self._counts.tolist()
-        if not counts:
-            return {}
-        if len(counts) <= LISTED_CLASSES:
-            names = self._names if len(self._names) == len(counts) else [str(label) for label in range(len(counts))]
-            result: dict[str, Any] = {"labels": dict(zip(names, counts, strict=True))}
-        else:
-            result = {"labels": {"classes": len(counts), "fewest": min(counts), "most": max(counts)}}
-        return result | ({"recognised": self._recognised / sum(counts)} if self._classifies else {})
-
-
-class _PrecisionProbe:
-    """How much features of lower precision change the distance of the first PROBED images from the reference."""
-
-    def __init__(self, features: FeatureNetwork) -> None:
-        lowered = getattr(features, "precision", "fp32") != "fp32"
-        networks = {features.precision: features, "fp32": features.exact()} if lowered else {}  # type: ignore[attr-defined]
-        self._gatherers = {name: Gatherer(network, ("moments",)) for name, network in networks.items()}
-
-    def update(self, images: torch.Tensor) -> None:
-        for gatherer in self._gatherers.values():
-            if gatherer.count < PROBED:
-                gatherer.update(images[: PROBED - gatherer.count])
-
-    def result(self, reference: Summary) -> dict[str, Any]:
-        if not self._gatherers or reference.statistics is None:
-            return {}
-        known = {name: gatherer.summary().statistics for name, gatherer in self._gatherers.items()}
-        values = {name: frechet_distance(s, reference.statistics) for name, s in known.items() if s is not None}
-        images = next(iter(self._gatherers.values())).count
-        print(f"effect of --feature_precision on the distance of the first {images} images: {values}")
-        return {"feature_precision_effect": {"images": images, **values}}

@@ -1,11 +1,11 @@
-"""What the metrics need to know of an image set, gathered in one pass over its images.
+"""Summaries of image sets: all that the metrics need, gathered in one pass over the images.
 
-Nothing keeps the images. Moments take 8 D^2 bytes (34 MB for 2048 features) however many images there are; metrics that
+Images are not kept. Moments take 8 D^2 bytes (34 MB for 2048 features) however many images there are; metrics that
 compare single images keep the features, 4 D bytes an image (8 KB, so 410 MB for 50,000), and the Inception Score the logits
 (4 KB an image).
 
-With `groups`, images are dealt to eight groups by their index, so that a metric can also be computed on halves of the set;
-see `evaluation.metrics.error_bar`. This takes eight times the memory for moments.
+A grouped gatherer deals images to eight groups by their index, so that a metric can also be computed on halves of the set
+(see `evaluation.metrics.error_bars`). This takes eight times the memory for moments.
 """
 
 import hashlib
@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from evaluation.features.networks import FeatureNetwork, describe_features, extract
+from evaluation.features.protocol import FeatureNetwork, describe_features
 from evaluation.statistics import RunningMoments, Statistics
+from options import UsageError
 from runtime.distributed import Processes
 
 __all__ = ["GROUPS", "NEEDS", "Gatherer", "Share", "Summary"]
 
 GROUPS = 8
-NEEDS = {"moments": "features", "spatial": "spatial", "rows": "features", "logits": "logits"}  # of which output
+NEEDS = {"moments": "features", "spatial": "spatial", "rows": "features", "logits": "logits"}  # to a network's output
 GOLDEN = 0x9E3779B1  # 2^32 / golden ratio: multiples of it fall evenly, whatever the classes' order
 
 
@@ -70,8 +71,11 @@ class Gatherer:
     Args:
         features: the feature network.
         needs: keys of NEEDS.
-        grouped: whether parts of the set will be asked for.
+        grouped: whether `summary` will be called for some of the groups.
         keep: indices of the images whose rows are kept; None: all.
+
+    Raises:
+        UsageError: the network lacks an output that is needed.
     """
 
     def __init__(
@@ -80,6 +84,11 @@ class Gatherer:
         self._counts = [0] * GROUPS
         self._features, self._needs = features, frozenset(needs)
         self._outputs = frozenset(NEEDS[need] for need in self._needs)
+        if missing := self._outputs - features.outputs.keys():
+            raise UsageError(
+                f"the features {features.name} have no {' or '.join(sorted(missing))}, which some of the --metrics need: "
+                "use --features inception at --dims 2048, or leave those metrics out"
+            )
         self._grouped, self._keep = grouped, keep
         self._moments: dict[tuple[str, int], RunningMoments] = {}
         self._rows: dict[tuple[str, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}  # with the images' indices
@@ -94,7 +103,7 @@ class Gatherer:
         """Add images uint8 [B, C, H, W], which have these `indices` in the set (default: the next ones)."""
         numbers = torch.arange(self.count, self.count + len(images)) if indices is None else torch.tensor([*indices])
         self._resolutions.add((images.shape[2], images.shape[3]))
-        outputs = {name: value.cpu() for name, value in extract(self._features, images, self._outputs).items()}
+        outputs = {name: value.cpu() for name, value in self._features(images, self._outputs).items()}
         groups = _group_of(numbers) if self._grouped else torch.zeros_like(numbers)
         for group in groups.unique().tolist():
             chosen = groups == group
@@ -103,12 +112,12 @@ class Gatherer:
                 self._add((need, group), outputs[NEEDS[need]][chosen], numbers[chosen])
 
     def merge_all(self, processes: Processes) -> None:
-        """Let the main process have what all processes gathered."""
+        """Collect in the main process what all processes gathered."""
         for share in processes.gather(self.share())[1:]:
             self.merge(share)
 
     def share(self) -> "Share":
-        """All that was gathered, in a form that another process can `merge`."""
+        """All that was gathered so far, in a form that another process can `merge`."""
         moments = {key: known.triple() for key, known in self._moments.items()}
         return Share(self._counts, self._resolutions, moments, self._rows)
 
@@ -123,13 +132,13 @@ class Gatherer:
             self._rows.setdefault(key, []).extend(parts)
 
     def summary(self, meta: dict[str, Any] | None = None, groups: Sequence[int] = range(GROUPS)) -> Summary:
-        """All images so far, or those of some `groups`; `meta` tells where they come from (JSON's types)."""
+        """Summarise all images so far, or some `groups`; `meta` (JSON's types) says where they come from."""
         resolution = list(next(iter(self._resolutions))) if len(self._resolutions) == 1 else "mixed"
         meta = {**(meta or {}), "resolution": resolution, "features": describe_features(self._features)}
         return Summary(
             sum(self._counts[group] for group in groups),
             meta,
-            getattr(self._features, "device", "cpu"),
+            self._features.device,
             self._merged("moments", groups, meta),
             self._merged("spatial", groups, meta),
             self._joined("rows", groups),

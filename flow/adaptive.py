@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from flow.ode import Draw, Solution, SolverOptions, Velocity, of_rows
+from flow.ode import Draw, Solution, SolverOptions, Velocity, select_rows
 from flow.runge_kutta import Tableau, combine
 from options import UsageError
 
@@ -72,7 +72,7 @@ def dopri5(velocity: Velocity, x: torch.Tensor, times: Sequence[float], options:
         if done.any():
             result[rows[done]] = x[done]
             rows, t, x, slope, h, rejected = (kept[~done] for kept in (rows, t, x, slope, h, rejected))
-            remaining_velocity = of_rows(velocity, rows)
+            remaining_velocity = select_rows(velocity, rows)
     return Solution(result, evaluations)
 
 

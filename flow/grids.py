@@ -1,11 +1,16 @@
 """Times at which the fixed-step solvers divide [0, 1]: functions of u, the even division from 1 down to 0."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from flow.ode import SolverOptions
 from options import UsageError
+
+if TYPE_CHECKING:
+    from flow.ode import SolverOptions
 
 __all__ = ["GRIDS", "time_grid"]
 

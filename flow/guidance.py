@@ -9,7 +9,7 @@ or on the first few.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,6 +26,8 @@ ALWAYS = (0.0, 1.0)
 @dataclass(frozen=True)
 class GuidanceOptions:
     """Guidance."""
+
+    on_resume: ClassVar = "freely"
 
     cfg_scale: float = option(1.0, "scale of classifier-free guidance (or autoguidance), 1: none", minimum=0)
     cfg_interval: tuple[float, ...] = option(
@@ -82,7 +84,7 @@ class GuidedVelocity:
         towards[:, channels] = away[:, channels]
         return asked.index_copy(0, rows, towards)
 
-    def of_rows(self, rows: torch.Tensor) -> "GuidedVelocity":
+    def select_rows(self, rows: torch.Tensor) -> "GuidedVelocity":
         """The velocity of some samples of the batch alone; it counts into the same tally."""
         part = copy.copy(self)
         part.condition, part.null_condition = _select(self.condition, rows), _select(self.null_condition, rows)

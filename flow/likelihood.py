@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from flow.ode import SolverOptions, Velocity, of_rows
+from flow.ode import SolverOptions, Velocity, select_rows
 from flow.solvers import solve
 
 __all__ = ["Likelihood", "log_likelihood"]
@@ -68,9 +68,9 @@ class _WithDivergence:
             divergence = _exact_trace(v, x) if self._probe is None else _hutchinson(v, x, self._probe)
         return torch.cat([v.detach().flatten(1), divergence[:, None]], dim=1)
 
-    def of_rows(self, rows: torch.Tensor) -> "_WithDivergence":
+    def select_rows(self, rows: torch.Tensor) -> "_WithDivergence":
         probe = None if self._probe is None else self._probe[rows]
-        return _WithDivergence(of_rows(self._velocity, rows), self._shape, probe)
+        return _WithDivergence(select_rows(self._velocity, rows), self._shape, probe)
 
 
 def _hutchinson(v: torch.Tensor, x: torch.Tensor, probe: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from flow.ode import Draw, Solution, SolverOptions, Velocity, counted, moment
+from flow.ode import Draw, Solution, SolverOptions, Velocity, solution_with_count, time_tensor
 from flow.runge_kutta import TABLEAUS, combine, slopes_of_step
 
 __all__ = ["adams_bashforth", "dpm_solver"]
@@ -31,12 +31,12 @@ def adams_bashforth(
             stages = slopes_of_step(tableau, velocity, x, start, end)
             slope, mean, used = stages[0], combine(tableau.weights, stages), len(stages)
         else:
-            slope, used = velocity(moment(start, x), x), 1
+            slope, used = velocity(time_tensor(start, x), x), 1
             mean = combine(mean_weights([start, *past], end), [slope, *slopes])
         x = x + (end - start) * mean
         past, slopes = [start, *past][: order - 1], [slope, *slopes][: order - 1]
         evaluations += used
-    return counted(x, evaluations)
+    return solution_with_count(x, evaluations)
 
 
 def dpm_solver(
@@ -53,13 +53,13 @@ def dpm_solver(
     """
     before: tuple[float, torch.Tensor] | None = None
     for start, end in pairwise(times):
-        data = guess = x - start * velocity(moment(start, x), x)
+        data = guess = x - start * velocity(time_tensor(start, x), x)
         if before is not None and end > 0:
             ratio = (_log_snr(end) - _log_snr(start)) / (_log_snr(start) - _log_snr(before[0]))
             guess = data + ratio / 2 * (data - before[1])
         x = end / start * x + (1 - end / start) * guess
         before = start, data
-    return counted(x, len(times) - 1)
+    return solution_with_count(x, len(times) - 1)
 
 
 def mean_weights(nodes: Sequence[float], end: float) -> list[float]:

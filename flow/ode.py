@@ -1,24 +1,24 @@
-"""What every solver is given and gives back: dx/dt = velocity(t, x), from t = 1 (noise) to t = 0 (data)."""
+"""The ODE dx/dt = velocity(t, x) from t = 1 (noise) to t = 0 (data): what every solver takes and returns."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
+from flow.diffusions import DIFFUSIONS
+from flow.grids import GRIDS
 from options import UsageError, option
 
 __all__ = [
-    "DIFFUSION_NAMES",
-    "GRID_NAMES",
     "Draw",
     "Solution",
     "Solver",
     "SolverOptions",
     "Velocity",
-    "counted",
-    "moment",
-    "of_rows",
+    "select_rows",
+    "solution_with_count",
+    "time_tensor",
 ]
 
 # velocity(t, x): t is a time [] or one a sample [B]; x and the result are [B, C, h, w].
@@ -26,13 +26,12 @@ Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # draw(step): standard normal noise like x, for solvers that need it; each sample has a stream of its own.
 Draw = Callable[[int], torch.Tensor]
 
-GRID_NAMES = ("uniform", "quadratic", "logit_normal", "edm")
-DIFFUSION_NAMES = ("constant", "sigma", "linear", "decreasing", "increasing_decreasing", "kl")
-
 
 @dataclass(frozen=True)
 class SolverOptions:
     """Solver."""
+
+    on_resume: ClassVar = "freely"
 
     method: str = option(
         "dopri5",
@@ -43,7 +42,7 @@ class SolverOptions:
     step_size: float | None = option(
         None, "fixed-step solvers: length h of an interval, meaning 1/h of them", minimum=1e-6
     )
-    time_grid: str = option("uniform", "fixed-step solvers: how the intervals are spaced", choices=GRID_NAMES)
+    time_grid: str = option("uniform", "fixed-step solvers: how the intervals are spaced", choices=GRIDS)
     time_shift: float = option(
         1.0, "fixed-step solvers: grid t' = s t / (1 + (s - 1) t); below 1, shorter steps near data", minimum=1e-6
     )
@@ -55,7 +54,7 @@ class SolverOptions:
     churn: float = option(0.0, "heun: EDM's S_churn, noise renewed over all steps; 0: none", minimum=0)
     churn_noise: float = option(1.0, "heun: EDM's S_noise, scale of the renewed noise", minimum=0)
     churn_interval: tuple[float, ...] = option((0.0, 1.0), "heun: times LOW HIGH between which to churn", minimum=0)
-    diffusion: str = option("sigma", "stochastic: diffusion w(t) of the SDE", choices=DIFFUSION_NAMES)
+    diffusion: str = option("sigma", "stochastic: diffusion w(t) of the SDE", choices=DIFFUSIONS)
     diffusion_norm: float = option(1.0, "stochastic: factor on w(t)", minimum=0)
 
     def __post_init__(self) -> None:
@@ -64,7 +63,7 @@ class SolverOptions:
 
     @property
     def steps(self) -> int:
-        """Intervals of the fixed-step solvers, whichever option tells them."""
+        """Intervals of the fixed-step solvers, from `step_size` if given, else from `num_steps`."""
         return self.num_steps if self.step_size is None else max(1, round(1 / self.step_size))
 
 
@@ -79,21 +78,20 @@ class Solution(NamedTuple):
 Solver = Callable[[Velocity, torch.Tensor, Sequence[float], SolverOptions, Draw], Solution]
 
 
-def moment(time: float, x: torch.Tensor) -> torch.Tensor:
-    """A time as a tensor [] of x's kind and place."""
+def time_tensor(time: float, x: torch.Tensor) -> torch.Tensor:
+    """`time` as a 0-d tensor with x's dtype and device."""
     return torch.full((), time, dtype=x.dtype, device=x.device)
 
 
-def counted(x: torch.Tensor, evaluations: int) -> Solution:
-    """The solution of a method that evaluates all samples alike."""
+def solution_with_count(x: torch.Tensor, evaluations: int) -> Solution:
+    """The solution of a method that evaluates every sample the same number of times."""
     return Solution(x, torch.full((len(x),), evaluations, device=x.device))
 
 
-def of_rows(velocity: Velocity, rows: torch.Tensor) -> Velocity:
-    """The velocity of some samples of its batch, for solvers that samples leave as they finish.
+def select_rows(velocity: Velocity, rows: torch.Tensor) -> Velocity:
+    """The velocity of some samples of its batch, for solvers whose batch shrinks as samples finish.
 
-    A velocity that tells the samples of its batch apart (by their labels) has a method `of_rows`; any other treats each
-    sample alike and serves as it is.
+    A velocity that depends on the sample (through its label, say) has a method `select_rows`; any other is returned as it is.
     """
-    select: Callable[[torch.Tensor], Velocity] | None = getattr(velocity, "of_rows", None)
+    select: Callable[[torch.Tensor], Velocity] | None = getattr(velocity, "select_rows", None)
     return velocity if select is None else select(rows)

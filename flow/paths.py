@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 
+from flow.times import TIME_SAMPLINGS
 from options import option
 
 __all__ = ["PathOptions", "PathSample", "straight_path"]
@@ -25,8 +26,8 @@ class PathOptions:
     sigma_min: float = option(1e-5, "share of noise that remains at the data's end of the path", minimum=0, maximum=1)
     time_sampling: str = option(
         "uniform",
-        "distribution of training times: uniform, logit_normal, stratified",
-        choices=("uniform", "logit_normal", "stratified"),
+        "distribution of training times",
+        choices=TIME_SAMPLINGS,
     )
     time_location: float = option(0.0, "location of logit_normal times; above 0 means more noise")
     time_scale: float = option(1.0, "scale of logit_normal times", minimum=0)

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from flow.ode import Draw, Solution, Velocity, counted, moment
+from flow.ode import Draw, Solution, Velocity, solution_with_count, time_tensor
 from flow.paths import straight_path
 
 __all__ = ["replace_known"]
@@ -46,14 +46,14 @@ def replace_known(
     number = 0
     for t, s in pairwise(times):
         for repetition in range(resamplings):
-            later = x + (s - t) * velocity(moment(t, x), x)
-            at_s = moment(s, x).expand(len(x))
+            later = x + (s - t) * velocity(time_tensor(t, x), x)
+            at_s = time_tensor(s, x).expand(len(x))
             fixed = known if s == 0 else straight_path(at_s, known, draw(number), sigma_min).x_t
             later = torch.where(hole, later, fixed)
             if repetition < resamplings - 1:
                 later = _back(later, s, t, draw(number + 1), sigma_min)
             x, number = later, number + 2
-    return counted(x, (len(times) - 1) * resamplings)
+    return solution_with_count(x, (len(times) - 1) * resamplings)
 
 
 def _back(x: torch.Tensor, s: float, t: float, noise: torch.Tensor, sigma_min: float) -> torch.Tensor:

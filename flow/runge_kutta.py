@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from flow.ode import Draw, Solution, SolverOptions, Velocity, counted, moment
+from flow.ode import Draw, Solution, SolverOptions, Velocity, solution_with_count, time_tensor
 
 __all__ = ["TABLEAUS", "Tableau", "combine", "runge_kutta", "slopes_of_step"]
 
@@ -44,7 +44,7 @@ def runge_kutta(
         slopes = slopes_of_step(tableau, velocity, x, start, end)
         x = x + (end - start) * combine(tableau.weights, slopes)
         evaluations += len(slopes)
-    return counted(x, evaluations)
+    return solution_with_count(x, evaluations)
 
 
 def slopes_of_step(
@@ -55,7 +55,7 @@ def slopes_of_step(
     slopes: list[torch.Tensor] = []
     for node, row in zip(tableau.nodes, tableau.stages, strict=True):
         point = x + step * combine(row, slopes) if any(row) else x
-        slopes.append(velocity(moment(start + node * step, x), point))
+        slopes.append(velocity(time_tensor(start + node * step, x), point))
     return slopes
 
 

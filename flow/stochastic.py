@@ -1,29 +1,19 @@
 """Solvers that add noise on their way: the reverse SDE of SiT, and EDM's churn."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
 import torch
 
-from flow.ode import Draw, Solution, SolverOptions, Velocity, counted, moment
+from flow.diffusions import DIFFUSIONS
+from flow.ode import Draw, Solution, SolverOptions, Velocity, solution_with_count, time_tensor
 from flow.runge_kutta import TABLEAUS, combine, slopes_of_step
 
-__all__ = ["DIFFUSIONS", "heun", "reverse_sde"]
+__all__ = ["heun", "reverse_sde"]
 
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(32)
-
-# w(t) of the reverse SDE (Ma et al. 2024, arXiv:2401.08740, section 2.4): any w >= 0 leaves the distributions as they are.
-# kl is the choice that minimises a bound on the divergence, 2 t / (1 - t) for the straight path.
-DIFFUSIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "constant": np.ones_like,
-    "sigma": lambda t: t,
-    "linear": lambda t: 1 - t,
-    "decreasing": lambda t: (1 + np.cos(np.pi * t)) ** 2 / 4,
-    "increasing_decreasing": lambda t: np.sin(np.pi * t) ** 2,
-    "kl": lambda t: 2 * t / (1 - t),
-}
 
 
 def reverse_sde(
@@ -40,11 +30,11 @@ def reverse_sde(
     weak order is 1 where w vanishes with t (sigma, increasing_decreasing, kl), else 1/2.
     """
     for step, (start, end) in enumerate(pairwise(times)):
-        v = velocity(moment(start, x), x)
+        v = velocity(time_tensor(start, x), x)
         kept = _kept_share(options, start, end)
         noise = kept * (x + (1 - start) * v) + math.sqrt(1 - kept**2) * draw(step) if end else 0
         x = (1 - end) * (x - start * v) + end * noise
-    return counted(x, len(times) - 1)
+    return solution_with_count(x, len(times) - 1)
 
 
 def heun(velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: SolverOptions, draw: Draw) -> Solution:
@@ -64,7 +54,7 @@ def heun(velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: S
         x = x + (end - start) * combine(
             TABLEAUS["heun"].weights, slopes_of_step(TABLEAUS["heun"], velocity, x, start, end)
         )
-    return counted(x, 2 * (len(times) - 1))
+    return solution_with_count(x, 2 * (len(times) - 1))
 
 
 def _kept_share(options: SolverOptions, start: float, end: float) -> float:

@@ -1,16 +1,20 @@
 """Distributions of training times in [0, 1], as functions of uniform numbers, so that the randomness stays outside."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from flow.paths import PathOptions
+if TYPE_CHECKING:
+    from flow.paths import PathOptions
 
 __all__ = ["TIME_SAMPLINGS", "training_times"]
 
 
 def training_times(uniform: torch.Tensor, options: PathOptions) -> torch.Tensor:
-    """Times [B] from uniform numbers [B] in [0, 1), one per sample of the whole batch."""
+    """Times [N] from uniform numbers [N] in [0, 1), one per sample of the global batch."""
     return TIME_SAMPLINGS[options.time_sampling](uniform, options)
 
 

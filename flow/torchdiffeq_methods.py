@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 import torchdiffeq
 
-from flow.ode import Draw, Solution, SolverOptions, Velocity, counted
+from flow.ode import Draw, Solution, SolverOptions, Velocity, solution_with_count
 
 __all__ = ["torchdiffeq_solver"]
 
@@ -20,7 +20,7 @@ def torchdiffeq_solver(
     counter = _Counter(velocity)
     ends = torch.tensor([times[0], times[-1]], dtype=x.dtype, device=x.device)
     path = torchdiffeq.odeint(counter, x, ends, method=method, atol=options.atol, rtol=options.rtol)
-    return counted(path[-1], counter.evaluations)
+    return solution_with_count(path[-1], counter.evaluations)
 
 
 class _Counter:

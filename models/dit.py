@@ -14,7 +14,6 @@ LFM checkpoints.
 """
 
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +22,11 @@ from torch.utils.checkpoint import checkpoint
 
 from models.conditions import Condition
 from models.embeddings import LabelEmbedding, TimeEmbedding, batch_times, sinusoids
-from models.family import ClassOptions
+from models.family import ClassOptions, Weights
 from models.transformer_layers import Mlp, PatchEmbed, SelfAttention
 from options import UsageError
 
-__all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "with_own_positions"]
+__all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "hidden_matrices", "with_own_positions"]
 
 # Hidden width, depth, heads. Ti and Mi are this project's own, for small images and small machines.
 DIT_SIZES = {
@@ -199,9 +198,13 @@ def _sincos_table(rows: int, columns: int, hidden_size: int) -> torch.Tensor:
     return torch.cat([across, down], dim=-1).reshape(1, rows * columns, hidden_size).float()
 
 
-def with_own_positions(
-    own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]
-) -> Mapping[str, torch.Tensor]:
+def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
+    """The matrices of the blocks of a DiT, which may lie inside a wrapper: what Muon trains."""
+    named = network.named_parameters()
+    return [parameter for name, parameter in named if "blocks" in name.split(".") and parameter.ndim == 2]
+
+
+def with_own_positions(own: Weights, weights: Weights) -> Weights:
     """`weights` for a DiT whose state dict is `own`: a table of positions for another grid is replaced by its own.
 
     Everything else is left as it is; without such a table, `weights` itself comes back.

@@ -7,7 +7,7 @@ of the feature maps here.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -41,6 +41,8 @@ class UNetOptions(FamilyOptions):
 @dataclass(frozen=True)
 class EdmUNetOptions(UNetOptions):
     """adm, ddpm++, ncsn++."""
+
+    class_flag: ClassVar[str] = "label_dim"
 
     label_dim: int = option(0, "number of classes of adm, ddpm++ and ncsn++; 0: unconditional", minimum=0)
 

@@ -1,15 +1,24 @@
-"""The options that families of velocity networks share."""
+"""What a family of velocity networks is: its options, its constructor, and what training and loading need to know of it."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import nn
 
 from options import UsageError, option
 
-__all__ = ["ClassOptions", "FamilyOptions", "check_sides"]
+__all__ = ["ClassOptions", "Family", "FamilyOptions", "Weights", "check_sides"]
+
+Weights = Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class FamilyOptions:
     """Every network."""
+
+    class_flag: ClassVar[str] = "num_classes"  # the option that holds the number of classes
 
     num_in_channels: int = option(4, "channels of the network's input; default: those of the latents", minimum=1)
     num_out_channels: int = option(4, "channels of the velocity; default: those of the latents", minimum=1)
@@ -39,6 +48,30 @@ class ClassOptions(FamilyOptions):
     def label_rows(self) -> int:
         """Rows of the label table (0: none): one per class, and the null class where labels are dropped."""
         return self.num_classes + (self.label_dropout > 0) if self.num_classes else 0
+
+
+def _no_matrices(network: nn.Module) -> list[nn.Parameter]:
+    return []
+
+
+def _as_stored(own: Weights, stored: Weights) -> Weights:
+    return stored
+
+
+class Family(NamedTuple):
+    """A model type, as models.registry.NETWORKS registers it.
+
+    Args:
+        options: the dataclass of its options.
+        build: (latent side, options) to the network with fresh weights.
+        hidden_matrices: the parameters [rows, columns] that Muon may train; empty: Muon is not for this family.
+        fit_grid: (the network's own state dict, a stored one) to the stored one, adapted to the network's grid of positions.
+    """
+
+    options: type[FamilyOptions]
+    build: Callable[[int, Any], nn.Module]
+    hidden_matrices: Callable[[nn.Module], list[nn.Parameter]] = _no_matrices
+    fit_grid: Callable[[Weights, Weights], Weights] = _as_stored
 
 
 def check_sides(height: int, width: int, levels: int, whose: str) -> None:

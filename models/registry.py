@@ -1,6 +1,6 @@
 """Velocity networks by model type: one dictionary from a name to its options and its constructor."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from models.conditions import DenseConditioned, DenseInput
-from models.dit import DIT_SIZES, DiTOptions, build_dit
+from models.dit import DIT_SIZES, DiTOptions, build_dit, hidden_matrices, with_own_positions
 from models.edm_layers import STYLES
-from models.edm_unet import EdmUNet, EdmUNetOptions, UNetOptions
-from models.family import ClassOptions, FamilyOptions
+from models.edm_unet import EdmUNet, EdmUNetOptions
+from models.family import Family, FamilyOptions
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
 from models.plain_unet import PlainUNet, PlainUNetOptions
 from options import Options, UsageError, option
@@ -22,10 +22,10 @@ __all__ = [
     "NETWORKS",
     "ORIGIN_ADM",
     "Architecture",
-    "Family",
     "NetworkOptions",
     "build_network",
     "guided_diffusion_by_default",
+    "network_groups",
     "options_from_header",
 ]
 
@@ -64,13 +64,6 @@ def guided_diffusion_by_default(options: Options) -> Options:
     return options if named else options.completed({"use_origin_adm": True})
 
 
-class Family(NamedTuple):
-    """A model type: the dataclass of its options and its constructor, called with (latent side, options)."""
-
-    options: type[FamilyOptions]
-    build: Callable[[int, Any], nn.Module]
-
-
 class Architecture(NamedTuple):
     """The arguments of `build_network`, which decide on a network's names and shapes."""
 
@@ -85,12 +78,25 @@ def _edm_unet(kind: str, size: int, options: EdmUNetOptions) -> EdmUNet:
 
 
 NETWORKS: dict[str, Family] = {
-    **{f"DiT-{name}/{p}": Family(DiTOptions, partial(build_dit, name, p)) for name in DIT_SIZES for p in (1, 2, 4, 8)},
+    **{
+        f"DiT-{name}/{patch}": Family(DiTOptions, partial(build_dit, name, patch), hidden_matrices, with_own_positions)
+        for name in DIT_SIZES
+        for patch in (1, 2, 4, 8)
+    },
     **{kind: Family(EdmUNetOptions, partial(_edm_unet, kind)) for kind in STYLES},
     ORIGIN_ADM: Family(GuidedUNetOptions, GuidedUNet),
     "unet": Family(PlainUNetOptions, PlainUNet),
 }
-FAMILY_OPTIONS = (FamilyOptions, ClassOptions, UNetOptions, EdmUNetOptions, GuidedUNetOptions)
+
+
+def network_groups() -> tuple[type[FamilyOptions], ...]:
+    """The option dataclasses of all registered families, each base before what extends it; those without options left out."""
+    bases = (base for family in NETWORKS.values() for base in reversed(family.options.__mro__))
+    own = (base for base in bases if issubclass(base, FamilyOptions) and set(base.__annotations__) - {"class_flag"})
+    return tuple(dict.fromkeys(own))
+
+
+FAMILY_OPTIONS = network_groups()
 
 
 def build_network(

@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from command_line import parse_options
 from evaluation.comparison import ComparisonOptions, split_paths
-from evaluation.features.networks import FeatureOptions
+from evaluation.features.registry import FeatureOptions
 from evaluation.pair_comparison import PairOptions, compare_pairs
 from evaluation.score import ScoreOptions, result_line
 from options import exit_cleanly
 from runtime.files import write_json
-from runtime.precision import DeviceOptions
+from runtime.precision import DeviceOptions, choose_device
 
 
 def main() -> None:
@@ -25,9 +25,17 @@ def main() -> None:
     options = parse_options(
         str(__doc__), [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions], flags
     )
-    result = compare_pairs(*paths, options)
-    if output := options[ComparisonOptions].output_json:
-        write_json(output, result)
+    comparison = options[ComparisonOptions]
+    result = compare_pairs(
+        *paths,
+        comparison=comparison,
+        scoring=options[ScoreOptions],
+        pairing=options[PairOptions],
+        features=options[FeatureOptions],
+        device=choose_device(options[DeviceOptions]),
+    )
+    if comparison.output_json:
+        write_json(comparison.output_json, result)
     print(result_line(result))
 
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
-from evaluation.features.networks import FeatureOptions, choose_features
+from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.reference import summarise
 from evaluation.score import IMAGE_FORMATS
 from evaluation.sources import dataset_source, transformed
@@ -27,7 +27,7 @@ class StatisticsOptions:
     image_format: str = option(
         "png",
         "take images as they are (png), or through JPEG at PIL's default quality (jpg)",
-        choices=tuple(IMAGE_FORMATS),
+        choices=IMAGE_FORMATS,
     )
     batch_size: int = option(50, "images at a time", minimum=1)
 

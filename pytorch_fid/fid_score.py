@@ -11,20 +11,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from command_line import parse_options
 from evaluation.comparison import ComparisonOptions, compare, split_paths
-from evaluation.features.networks import FeatureOptions
+from evaluation.features.registry import FeatureOptions
 from evaluation.score import ScoreOptions, result_line
 from options import exit_cleanly
 from runtime.files import write_json
-from runtime.precision import DeviceOptions
+from runtime.precision import DeviceOptions, choose_device
 
 
 def main() -> None:
     """Take the two paths, before or after the flags, and print their scores."""
     paths, flags = split_paths(sys.argv[1:])
     options = parse_options(str(__doc__), [ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions], flags)
-    result = compare(*paths, options)
-    if output := options[ComparisonOptions].output_json:
-        write_json(output, result)
+    comparison, device = options[ComparisonOptions], choose_device(options[DeviceOptions])
+    result = compare(*paths, comparison, options[ScoreOptions], options[FeatureOptions], device)
+    if comparison.output_json:
+        write_json(comparison.output_json, result)
     print(result_line(result))
 
 

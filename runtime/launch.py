@@ -1,4 +1,8 @@
-"""The start of a script: alone, as one of the processes of a launcher, or as the launcher of several."""
+"""Starts a script in one or several processes, by elastic_launch; torchrun, the command around it, loses exit codes.
+
+`--num_process_per_node N` ends with the scripts' own exit code (2 for a mistake, 3 for a run that diverged, 130 for an
+interruption) and one line that names a killed process; torchrun ends with 1 and a report. It also leaves minutes to save.
+"""
 
 import io
 import logging
@@ -26,12 +30,20 @@ SECONDS_TO_FOLLOW = 30  # after the death of another, before it kills: torch's o
 class LaunchOptions:
     """Several processes (torchrun and accelerate launch in front of the script work as well)."""
 
-    num_process_per_node: int | None = option(None, "start this many processes here, one per GPU", minimum=1)
-    num_proc_node: int | None = option(None, "machines; start the same command on each, with its node_rank", minimum=1)
-    node_rank: int = option(0, "number of this machine", minimum=0)
-    master_address: str = option("127.0.0.1", "name or address of machine number 0")
-    master_port: int = option(29500, "a free port of machine number 0, where there are several machines", minimum=1)
-    local_rank: int | None = option(None, "accepted; the launcher tells each process its rank", flags=("--local-rank",))
+    num_process_per_node: int | None = option(
+        None, "start this many processes here, one per GPU", minimum=1, on_resume="freely"
+    )
+    num_proc_node: int | None = option(
+        None, "machines; start the same command on each, with its node_rank", minimum=1, on_resume="freely"
+    )
+    node_rank: int = option(0, "number of this machine", minimum=0, on_resume="freely")
+    master_address: str = option("127.0.0.1", "name or address of machine number 0", on_resume="freely")
+    master_port: int = option(
+        29500, "a free port of machine number 0, where there are several machines", minimum=1, on_resume="freely"
+    )
+    local_rank: int | None = option(
+        None, "accepted; the launcher tells each process its rank", flags=("--local-rank",), on_resume="freely"
+    )
 
     @property
     def wanted(self) -> int:

@@ -18,15 +18,15 @@ from torch.nn.parallel import DistributedDataParallel
 from runtime.distributed import Processes
 
 __all__ = [
-    "full",
-    "is_shared_out",
-    "laid_out_as",
+    "arranged_like",
+    "gather_dtensor",
+    "gather_state",
+    "is_sharded",
     "local_gradients",
-    "own_part",
+    "local_shard",
     "replicate",
     "reshard",
-    "share_out",
-    "whole",
+    "shard",
 ]
 
 
@@ -37,7 +37,7 @@ def replicate(network: nn.Module, processes: Processes) -> nn.Module:
     return DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 
-def share_out(network: nn.Module, device: torch.device, processes: Processes) -> None:
+def shard(network: nn.Module, device: torch.device, processes: Processes) -> None:
     """Leave 1 / N of every parameter in each process, on `device`, in place; the network is called as before.
 
     Blocks, the entries of its lists and dictionaries of modules, are gathered one at a time, the rest together. Weights that
@@ -53,14 +53,14 @@ def share_out(network: nn.Module, device: torch.device, processes: Processes) ->
     network.to(device)  # what is no parameter
 
 
-def is_shared_out(network: nn.Module) -> bool:
-    """Whether `share_out` was called with the network."""
+def is_sharded(network: nn.Module) -> bool:
+    """Whether `shard` was called with the network."""
     return isinstance(network, FSDPModule)
 
 
 def reshard(network: nn.Module) -> None:
     """Drop the weights that a network holds gathered since its forward pass, before those that are shared out change."""
-    if is_shared_out(network):
+    if is_sharded(network):
         for module in network.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -81,30 +81,30 @@ def local_gradients(network: nn.Module) -> Iterator[None]:
         yield
 
 
-def full(tensor: torch.Tensor) -> torch.Tensor:
+def gather_dtensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that may be shared out, on its device; every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own_part(tensor: torch.Tensor) -> torch.Tensor:
+def local_shard(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that this process holds, in place; all of it where it is not shared out."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(value: Any, keep: bool = True) -> Any:
+def gather_state(value: Any, keep: bool = True) -> Any:
     """`value`, where dictionaries and lists may hold tensors that are shared out: they come as whole ones on the CPU.
 
     Every process must call it; one that does not `keep` the result gets empty tensors, and saves the memory.
     """
     if isinstance(value, DTensor):
-        gathered = full(value)
+        gathered = gather_dtensor(value)
         return gathered.cpu() if keep else gathered.new_empty(0)
     if isinstance(value, dict):
-        return {key: whole(item, keep) for key, item in value.items()}
-    return [whole(item, keep) for item in value] if isinstance(value, list) else value
+        return {key: gather_state(item, keep) for key, item in value.items()}
+    return [gather_state(item, keep) for item in value] if isinstance(value, list) else value
 
 
-def laid_out_as(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
+def arranged_like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
     """The whole `tensor`, shared out and ordered in memory as `model` is; as it is if their shapes differ."""
     if tensor.shape != model.shape:
         return tensor

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from PIL import Image
@@ -39,6 +39,8 @@ def side_by_side(groups: Sequence[torch.Tensor]) -> Sheet:
 @dataclass(frozen=True)
 class GridOptions:
     """Grids of samples."""
+
+    on_resume: ClassVar = "freely"
 
     grid_samples: int | None = option(None, "samples on a grid; default: eight rows", minimum=1)
     grid_columns: int | None = option(

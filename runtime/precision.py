@@ -3,7 +3,7 @@
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
@@ -35,11 +35,12 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's parameters in
 class DeviceOptions:
     """Device."""
 
-    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N")
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N", on_resume="freely")
     num_threads: int = option(
         0,
         "CPU threads, 0: the machine's, shared among its processes; results are bit-identical for one number",
         minimum=0,
+        on_resume="rounding",
     )
 
 
@@ -52,6 +53,7 @@ class PrecisionOptions(DeviceOptions):
         "of matrix products: fp32, bf16, or auto: bf16 where the processor is faster in it (GPUs since 2020, CPUs with "
         "AMX, AMD's with AVX512_BF16)",
         choices=("auto", "fp32", "bf16"),
+        on_resume="on_request",
     )
 
 
@@ -64,10 +66,12 @@ class MachineOptions(PrecisionOptions):
         "of matrix products: fp32, bf16, fp16 (losses are scaled), or auto: bf16 where the processor is faster in "
         "it (GPUs since 2020, CPUs with AMX, AMD's with AVX512_BF16), but fp32 for adaptive solvers at tolerances below 1e-3",
         choices=("auto", *DTYPES),
+        on_resume="on_request",
     )
     compile: bool | None = option(
         None,
         "compile the network, which takes a minute; default: in bf16 or fp16, where the run is long enough to gain",
+        on_resume="rounding",
     )
 
 
@@ -103,6 +107,15 @@ class Machine:
     def autocast(self) -> AbstractContextManager:
         """The context in which networks run."""
         return nullcontext() if self.precision == "fp32" else _reduced_precision(self.device, self.dtype)
+
+    def evaluating(self, network: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """The network, run in this machine's precision whatever surrounds the call."""
+
+        def evaluate(*arguments: Any) -> torch.Tensor:
+            with self.autocast():
+                return network(*arguments)
+
+        return evaluate
 
     def settled(self, calls: float, processes: Processes, whole: bool = True) -> "Machine":
         """This machine with compilation decided on, for all processes, by the main one.

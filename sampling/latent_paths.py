@@ -11,7 +11,7 @@ import torch
 
 from datasets_prep.datasets import DatasetOptions, crop_padding
 from evaluation.metrics import psnr
-from flow.ode import Velocity, of_rows
+from flow.ode import Velocity, select_rows
 from flow.solvers import check_method, solve
 from models.autoencoders.pixels import images_to_pixels
 from options import Options, UsageError, option
@@ -143,9 +143,9 @@ class Recorder:
             self._seen[row].append((time, point, guess))
         return v
 
-    def of_rows(self, rows: torch.Tensor) -> "Recorder":
+    def select_rows(self, rows: torch.Tensor) -> "Recorder":
         """The same for some samples of the batch."""
-        part = Recorder(of_rows(self._whole, rows), 0)
+        part = Recorder(select_rows(self._whole, rows), 0)
         part._rows, part._seen = [self._rows[row] for row in rows.tolist()], self._seen
         return part
 

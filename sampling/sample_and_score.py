@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from datasets_prep.datasets import DatasetOptions
-from evaluation.features.networks import FeatureOptions, choose_features
+from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.reference import summary_at
 from evaluation.score import ScoreOptions, needs_of, reference_statistics, score_images
 from flow.guidance import GuidanceOptions

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torchvision.transforms.functional import to_pil_image
 
-from evaluation.features.networks import FeatureNetwork, FeatureOptions, choose_features
-from evaluation.pair_comparison import Pair, score_pairs
-from evaluation.score import result_line
+from evaluation.features.protocol import FeatureNetwork
+from evaluation.features.registry import FeatureOptions, choose_features
+from evaluation.pair_comparison import Pair, PairOptions, score_pairs
+from evaluation.score import ScoreOptions, result_line
 from evaluation.sources import dataset_source
 from models.autoencoders.pixels import DECODING
 from options import Options
@@ -222,8 +223,8 @@ def _score(
                 pair_score.update(batch.images, originals, places)
             yield Pair(batch.images, originals, batch.indices)
 
-    device = choose_device(options[DeviceOptions], processes)
-    result = score_pairs(pairs(), dataset_source(images.images).meta, features, device, options, processes)
+    device, meta = choose_device(options[DeviceOptions], processes), dataset_source(images.images).meta
+    result = score_pairs(pairs(), meta, features, options[ScoreOptions], options[PairOptions], device, processes)
     extra: dict[str, Any] = {}
     for pair_score in pair_scores:
         extra |= pair_score.result(processes.sum(pair_score.totals()))

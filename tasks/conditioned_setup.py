@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from datasets_prep.datasets import DatasetOptions, ImageDataset
 from datasets_prep.image_dataset import shown_side
-from evaluation.features.networks import FeatureOptions
+from evaluation.features.registry import FeatureOptions
 from evaluation.pair_comparison import PairOptions
 from evaluation.score import ScoreOptions
 from flow.guidance import GuidanceOptions

@@ -16,7 +16,7 @@ from datasets_prep.folders import list_files, state_of_files
 from datasets_prep.image_dataset import shown_side
 from datasets_prep.images import IMAGE_SUFFIXES
 from datasets_prep.masks import MaskOptions, MaskSetOptions, draw_mask, hole_ratio, mask_set
-from evaluation.features.networks import FeatureNetwork
+from evaluation.features.protocol import FeatureNetwork
 from evaluation.metrics import psnr
 from flow.grids import time_grid
 from flow.repaint import replace_known

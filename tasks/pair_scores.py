@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 
 from datasets_prep.datasets import ImageDataset
-from evaluation.features.networks import FeatureNetwork
+from evaluation.features.protocol import FeatureNetwork, predict_classes
 
 __all__ = ["PairScore", "Recognition", "recognises", "recognition"]
 
@@ -36,7 +36,7 @@ class Recognition:
     def update(self, samples: torch.Tensor, originals: torch.Tensor, places: torch.Tensor) -> None:
         """See `PairScore`."""
         labels = self._labels[places]
-        right = [self._features.probabilities(images).argmax(1).cpu() == labels for images in (samples, originals)]  # type: ignore[attr-defined]
+        right = [predict_classes(self._features, images) == labels for images in (samples, originals)]
         self._totals += torch.tensor([float(right[0].sum()), float(right[1].sum()), float(len(labels))])
 
     def totals(self) -> torch.Tensor:
@@ -50,9 +50,9 @@ class Recognition:
 
 
 def recognises(features: FeatureNetwork, dataset: ImageDataset) -> bool:
-    """Whether the features are those of a classifier of the dataset's classes."""
+    """Whether the feature network is a classifier of the dataset's classes."""
     names = dataset.facts.class_names
-    return bool(names) and getattr(features, "classes", ()) == names
+    return bool(names) and features.classes == names
 
 
 def recognition(features: FeatureNetwork | None, dataset: ImageDataset) -> list[PairScore]:

@@ -8,7 +8,7 @@ from torchvision.transforms.functional import normalize
 
 from checkpoints.state_dicts import find_mismatch
 from datasets_prep.label_maps.silhouettes import silhouette
-from evaluation.features.networks import FeatureNetwork
+from evaluation.features.protocol import FeatureNetwork, predict_classes
 from evaluation.features.weights import read_weights_file
 from options import UsageError
 
@@ -23,7 +23,7 @@ def silhouette_segmenter(classifier: FeatureNetwork) -> Segmenter:
     """Of Fashion-MNIST: the garment's silhouette, filled with one more than the class that a classifier sees."""
 
     def segment(images: torch.Tensor) -> torch.Tensor:
-        garments = classifier.probabilities(images).argmax(1).cpu() + 1  # type: ignore[attr-defined]
+        garments = predict_classes(classifier, images) + 1
         grey = images.float().mean(1).round().to(torch.uint8)
         return silhouette(grey) * garments.view(-1, 1, 1)
 

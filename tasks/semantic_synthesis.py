@@ -11,7 +11,7 @@ from datasets_prep.conditions import ConditionSource, LabelMaps
 from datasets_prep.datasets import ImageDataset, crop_padding
 from datasets_prep.label_maps.datasets import open_segmentation
 from datasets_prep.label_maps.segmented_dataset import SegmentedDataset
-from evaluation.features.networks import FeatureNetwork
+from evaluation.features.protocol import FeatureNetwork
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions
 from options import Options, UsageError, option

@@ -20,9 +20,10 @@ from scipy import ndimage
 from checkpoints.experiments import newest_model
 from checkpoints.files import read_weights
 from datasets_prep.celebamask import merge_tree
-from evaluation.features import networks as features
+from evaluation.features.registry import FEATURES
 from models.autoencoders.kl import new_autoencoder_kl
 from runtime.torch_files import load_content
+from tests.fake_features import MeanColours
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("process_restored")
@@ -192,21 +193,9 @@ def pictures(folder):
 # The published commands.
 
 
-class MeanColours:
-    """In the place of Inception."""
-
-    label, name, dims, sha256 = "FID", "inception", 3, "0" * 64
-
-    def __init__(self, options, device):
-        pass
-
-    def __call__(self, images):
-        return images.float().mean((2, 3))
-
-
 @pytest.mark.parametrize("task", COMMANDS)
 def test_published_commands_train_and_their_networks_sample(task, place, tmp_path, monkeypatch):
-    monkeypatch.setitem(features.FEATURES, "inception", MeanColours)
+    monkeypatch.setitem(FEATURES, "inception", MeanColours)
     exp, channels, count = {"inpaint": ("inpainting_kl", 9, 3), "semantic": ("semantic_kl", 8, 2)}[task]
     data = {"inpaint": place / "celeba", "semantic": place / "faces"}[task]
     own = ["--datadir", data, "--save_root", tmp_path / "saved", "--image_size", 64, "--nf", 32, *SOLVER, *MACHINE]
@@ -216,9 +205,9 @@ def test_published_commands_train_and_their_networks_sample(task, place, tmp_pat
     assert f"complete; sample with {script_of('test', task)}" in out.splitlines()[-1]
     assert load_content(folder / "content.pth")["step"] == 2
     weights, header = read_weights(newest_model(folder))
-    assert (header["task"], header["model_type"], header["latent_size"]) == (task, "origin_adm", 8)
-    assert header["autoencoder"]["scale_factor"] == 0.18215
-    assert (header["network"]["num_in_channels"], header["network"]["attn_resolutions"]) == (channels, [16, 8])
+    assert (header.task, header.model_type, header.latent_size) == (task, "origin_adm", 8)
+    assert header.autoencoder.scale_factor == 0.18215
+    assert (header.network.num_in_channels, header.network.attn_resolutions) == (channels, (16, 8))
     assert weights["input_blocks.0.0.weight"].shape == (32, channels, 3, 3)
     assert weights["out.2.weight"].shape[0] == 4
     if task == "semantic":

@@ -19,9 +19,10 @@ import torch
 from PIL import Image
 
 from checkpoints.files import read_weights
-from evaluation.features import networks as features
+from evaluation.features.registry import FEATURES
 from models.autoencoders.kl import new_autoencoder_kl
 from runtime.torch_files import load_content
+from tests.fake_features import MeanColours
 
 ROOT = Path(__file__).parents[1]
 COUNTS = {"train": 4, "validation": 2}
@@ -87,18 +88,6 @@ LAYOUTS = {
 }  # fmt: skip
 
 
-class MeanColours:
-    """In the place of Inception."""
-
-    label, name, dims, sha256 = "FID", "inception", 3, "0" * 64
-
-    def __init__(self, weights_file, device):
-        pass
-
-    def __call__(self, images):
-        return images.float().mean((2, 3))
-
-
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
     """An autoencoder in the shape of Stable Diffusion's: f = 8, 4 latent channels, but 8 wide."""
@@ -143,7 +132,7 @@ def prepare(name, autoencoder, place):
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SMALL])
 def test_train_continue_sample_score(name, autoencoder, call, monkeypatch, tmp_path):
-    monkeypatch.setitem(features.FEATURES, "inception", MeanColours)
+    monkeypatch.setitem(FEATURES, "inception", MeanColours)
     train, test = prepare(name, autoencoder, tmp_path)
     exp, dataset = (value_of(train[0], key) for key in ("EXP", "DATASET"))
     folder = tmp_path / "saved" / "latent_flow" / dataset / exp
@@ -153,8 +142,8 @@ def test_train_continue_sample_score(name, autoencoder, call, monkeypatch, tmp_p
     assert out.startswith("options (")
     assert f"  Run: exp={exp} " in out
     header = read_weights(folder / "model_1.safetensors")[1]
-    assert (header["step"], header["dataset"]["name"], header["latent_size"]) == (2, dataset, SMALL[name][1] // 8)
-    assert header["autoencoder"]["scale_factor"] == 0.18215
+    assert (header.step, header.dataset.name, header.latent_size) == (2, dataset, SMALL[name][1] // 8)
+    assert header.autoencoder.scale_factor == 0.18215
 
     code, out, err = call("train_flow_latent.py", ["--args_file", *train, "--max_steps", 4, "--resume"])
     assert code == 0, err

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from PIL import Image
 
 from checkpoints.experiments import newest_model
 from checkpoints.files import load_model, read_weights, save_weights
-from evaluation.features.networks import FeatureOptions, load_features
+from evaluation.features.registry import FeatureOptions, load_features
 from evaluation.reference import summarise
 from evaluation.sources import open_source
 from evaluation.statistics import save_statistics
@@ -111,7 +112,7 @@ def test_training_leaves_checkpoint_picture_and_record(place, trained, checkpoin
     with Image.open(folder / "samples" / "reconstructions.png") as picture:
         assert picture.size == (2 * (16 * 30 + 2), 2 * (2 * 30 + 2))
     header = read_weights(checkpoint)[1]
-    assert (header["step"], header["dataset"]["crop"], header["autoencoder"]["id"]) == (4, 28, str(place / "ae"))
+    assert (header.step, header.dataset.crop, header.autoencoder.id) == (4, 28, str(place / "ae"))
     assert list((place / "data" / "latent_cache").glob("*/manifest.json"))
 
 
@@ -247,7 +248,7 @@ def test_own_photos_in_pixel_space(photo_dir, call, tmp_path):
     assert code == 0, err
     folder = tmp_path / "saved" / "latent_flow" / "folder" / "photos"
     header = read_weights(newest_model(folder))[1]
-    assert header["dataset"]["class_names"] == ["cat", "dog"]
+    assert header.dataset.class_names == ("cat", "dog")
     assert newest_model(folder).name == "model_2.safetensors"  # 24 images: three steps an epoch
     assert not (folder / "samples" / "reconstructions.png").exists()
     code, _, err = call(TEST, [*data, *run, "--n_sample", 5, "--save_images", "npz", "--output_dir", tmp_path])
@@ -285,9 +286,9 @@ def test_the_latent_dit_by_its_own_files(place, call, tmp_path):
     assert code == 0, err
     folder = tmp_path / "latent_flow" / "mnist" / name
     header = read_weights(newest_model(folder))[1]
-    assert (header["latent_channels"], header["latent_size"], header["num_classes"]) == (4, 4, 1)
-    assert (header["path"]["sigma_min"], header["path"]["time_sampling"]) == (1e-3, "stratified")
-    np.testing.assert_allclose(header["autoencoder"]["latents_std"], 1 / 0.18215, rtol=1e-6)  # diffusers' default
+    assert (header.latent_channels, header.latent_size, header.num_classes) == (4, 4, 1)
+    assert (header.path.sigma_min, header.path.time_sampling) == (1e-3, "stratified")
+    np.testing.assert_allclose(header.autoencoder.latents_std, 1 / 0.18215, rtol=1e-6)  # diffusers' default
     assert "held-out images above their reconstructions" in out
     with Image.open(folder / "samples" / "step_0000002.png") as picture:
         assert picture.size == (2 * (4 * 30 + 2), 2 * (4 * 30 + 2))
@@ -588,8 +589,8 @@ def test_corrupt_checkpoint(damage, place, checkpoint, call, tmp_path):
 def test_guidance_of_a_network_without_null_class(place, checkpoint, call, tmp_path):
     weights, header = read_weights(checkpoint)
     weights["y_embedder.embedding_table.weight"] = weights["y_embedder.embedding_table.weight"][:10]
-    header["network"]["label_dropout"] = 0.0
-    save_weights(tmp_path / "m", weights, header)
+    without = replace(header, network=replace(header.network, label_dropout=0.0))
+    save_weights(tmp_path / "m", weights, without)
     flags = [*sample_flags(place, tmp_path), "--checkpoint", tmp_path / "m"]
     code, _, err = call(TEST, [*flags, "--cfg_scale", "2"])
     assert_one_line(code, err, "--cfg_scale 2.0 needs a network with a null class")
@@ -604,14 +605,12 @@ def test_sampling_onto_a_full_disk(place, trained, call, tmp_path):
 
 def test_five_lines_of_python(checkpoint):
     """Load a checkpoint, sample, look: what the README shows."""
-    from datasets_prep.datasets import DatasetFacts
     from flow.solvers import SolverOptions
     from runtime.precision import Machine
     from sampling.sampler import Sampler, generate
 
     model = load_model(checkpoint)
-    shape = (model.header["latent_channels"], model.header["latent_size"], model.header["latent_size"])
-    facts = DatasetFacts(**model.header["dataset"])
+    facts, shape = model.header.dataset, model.header.latent_shape
     machine, solver = Machine(torch.device("cpu"), "fp32"), SolverOptions("heun", 2)
     sampler = Sampler(model.network, model.autoencoder, facts, shape, 10, solver, machine, seed=0)
     (batch,) = generate(sampler, range(4))

@@ -1,4 +1,4 @@
-"""What a run validates, draws and keeps, and when: at the ends of epochs and of the run, by steps, by minutes, on request."""
+"""When a run validates, draws samples and saves: at the ends of epochs and of the run, by steps, by minutes, on request."""
 
 import math
 import re
@@ -8,67 +8,68 @@ from typing import NamedTuple
 import torch
 
 from checkpoints.files import save_weights
-from runtime.parallel import whole
+from runtime.parallel import gather_state
 from runtime.pictures import save_sheet
 from runtime.signals import StopSignals
-from training.clock import Clock
-from training.metrics_log import Journal
-from training.run import Job
+from training.metrics_log import Clock, MetricsLog
+from training.run import TrainingRun
 from training.state import TrainingState
-from training.state_file import keep_content
+from training.state_file import save_state
 
-__all__ = ["Keeper", "Requests", "remove_older"]
+__all__ = ["Checkpointer", "Requests", "remove_older"]
 
 STEPS_BETWEEN_POLLS = 10  # at which several processes ask each other
 
 
 class Requests(NamedTuple):
-    """What any process was asked for: to stop, to end since the time is up, to save since the last saving is long ago."""
+    """What any process was asked for: to stop, to end because the time is up, to save because the last saving is long ago."""
 
     stop: bool
     out_of_time: bool
     save: bool
 
 
-class Keeper:
-    """Keeps what is due after each step. All processes take part, and the one with the journal writes."""
+class Checkpointer:
+    """Does what is due after each step. All processes take part, and the one with the metrics log writes."""
 
-    def __init__(self, job: Job, state: TrainingState, journal: Journal | None, clock: Clock, per_epoch: int) -> None:
-        self._job = job
+    def __init__(
+        self, run: TrainingRun, state: TrainingState, log: MetricsLog | None, clock: Clock, per_epoch: int
+    ) -> None:
+        self._run = run
         self._state = state
-        self._journal = journal
+        self._log = log
         self._clock = clock
         self._per_epoch = per_epoch
         self._put_off = False
 
     def poll(self, stop: StopSignals) -> Requests:
         """The requests so far; several processes agree on them now and then."""
-        processes, options = self._job.processes, self._job.experiment
+        processes, options = self._run.processes, self._run.experiment
         if processes.count > 1 and self._state.step % STEPS_BETWEEN_POLLS:
             return Requests(False, False, False)
-        out_of_time = 0 < self._job.training.max_minutes * 60 <= self._clock.total()
+        out_of_time = 0 < self._run.training.max_minutes * 60 <= self._clock.total()
         save = 0 < options.save_content_every_minutes * 60 <= self._clock.since_saving()
         own = torch.tensor([stop.requested, out_of_time, save], dtype=torch.float)
         return Requests(*(processes.sum(own) > 0).tolist())
 
-    def keep(self, ended: bool, requests: Requests) -> None:
+    def after_step(self, ended: bool, requests: Requests) -> None:
         """Validate, draw and save what is due."""
-        experiment, state = self._job.experiment, self._state
+        experiment, state = self._run.experiment, self._state
         if self._due(experiment.eval_every, ended):
             self._validate(ended)
         if self._due(experiment.save_ckpt_every, ended):
             self._save_model(f"model_{-(-state.step // self._per_epoch)}", ended)
-            if self._journal and experiment.keep_last:
-                remove_older(self._job.folder, experiment.keep_last)
+            if self._log and experiment.keep_last:
+                remove_older(self._run.folder, experiment.keep_last)
         if self._content_due(ended, requests):
-            content = state.content(self._job.processes)
-            if self._journal:
-                keep_content(self._job.folder, content)
+            content = state.content(self._run.processes)
+            if self._log:
+                save_state(self._run.folder, content)
             self._clock.saved()
         if self._due(experiment.plot_every, ended):  # after all that a run cannot do without
-            sheet = self._job.review.preview(state.ema.network)
-            if self._journal:
-                picture = self._job.folder / "samples" / f"step_{state.step:07d}.png"
+            sheet = self._run.validation.preview(state.ema.network)
+            if self._log:
+                picture = self._run.folder / "samples" / f"step_{state.step:07d}.png"
                 save_sheet(sheet.images, picture, sheet.columns)
 
     def _due(self, every: int, ended: bool) -> bool:
@@ -81,7 +82,7 @@ class Keeper:
 
         So that a run which never recovers leaves a content.pth of before.
         """
-        options, step = self._job.experiment, self._state.step
+        options, step = self._run.experiment, self._state.step
         every_steps = options.save_content_every_steps
         if requests.stop or not options.save_content:
             return requests.stop
@@ -89,29 +90,29 @@ class Keeper:
         due = regular or requests.save or self._put_off
         if not due or ended:
             return ended
-        self._put_off = bool(self._job.training.max_bad_steps and self._state.streak[0] > 0)
+        self._put_off = bool(self._run.training.max_bad_steps and self._state.streak[0] > 0)
         return not self._put_off
 
     def _validate(self, ended: bool) -> None:
-        job, state = self._job, self._state
-        values = job.review.evaluate(state.ema.network)
-        if self._journal:
-            self._journal.write(state.step, "validation", values)
+        run, state = self._run, self._state
+        values = run.validation.evaluate(state.ema.network)
+        if self._log:
+            self._log.write(state.step, "validation", values)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
         print(f"step {state.step}: {shown}", flush=True)
-        if job.review.objective != state.best_of:
-            state.best, state.best_of = math.inf, job.review.objective
-        objective = job.processes.from_main(values["objective"])
+        if run.validation.criterion != state.best_of:
+            state.best, state.best_of = math.inf, run.validation.criterion
+        objective = run.processes.from_main(values["objective"])
         if objective < state.best:
             state.best = objective
             self._save_model("best", ended)
 
     def _save_model(self, name: str, ended: bool) -> None:
-        job, step = self._job, self._state.step
-        weights = whole(self._state.ema.weights, keep=job.processes.is_main)
-        if job.processes.is_main:
-            header = job.header.at(step, -(-step // self._per_epoch), ended)
-            save_weights(job.folder / f"{name}.safetensors", weights, header)
+        run, step = self._run, self._state.step
+        weights = gather_state(self._state.ema.weights, keep=run.processes.is_main)
+        if run.processes.is_main:
+            header = run.header.at(step, -(-step // self._per_epoch), ended)
+            save_weights(run.folder / f"{name}.safetensors", weights, header)
 
 
 def remove_older(folder: Path, keep_last: int) -> None:

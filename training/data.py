@@ -1,54 +1,105 @@
-"""What one optimizer step sees, as a function of (seed, step, global sample index) alone.
+"""The batches of training: functions of (seed, step, global sample index) alone.
 
-The draws of a step are made for the whole batch of all processes, and each process takes its slice; so N processes see
-what one would, and a resumed run sees what an uninterrupted one would, without any random state to save.
+The draws of a step are made for the global batch, and each process takes its slice. So N processes see what one would, and a
+resumed run sees what an uninterrupted one would, without any random state to save.
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from datasets_prep.conditions import ConditionSource
 from datasets_prep.moments import MomentSource
-from flow.paths import PathOptions
-from flow.times import training_times
+from flow.objectives import Draws, Objective
 from models.autoencoders.protocol import Autoencoder
-from models.conditions import drop_labels
+from models.conditions import Condition, drop_labels
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.randomness import generator_for
 
-__all__ = ["Batch", "batches", "epoch_indices", "first_images", "steps_per_epoch"]
+__all__ = ["Batch", "StepStreams", "batches", "epoch_indices", "first_images", "steps_per_epoch"]
 
 T = TypeVar("T")
+Columns = TypeVar("Columns", bound=tuple)
 
 
 class Batch(NamedTuple):
-    """One process's share of a step: data and noise [B, c, h, w], times [B], labels [B] and a dense map [B, K, h, w] or None.
+    """One process's share of a step: data and noise [B, c, h, w], the objective's draws [B], and the condition.
 
-    Dropped labels are null, a dropped map is zero.
+    In the condition, dropped labels are the null class and dropped maps are zero.
     """
 
     data: torch.Tensor
     noise: torch.Tensor
-    t: torch.Tensor
-    labels: torch.Tensor
-    dense: torch.Tensor | None = None
+    draws: Draws
+    condition: Condition
 
     def split(self, count: int) -> "list[Batch]":
         """The batch in `count` equal parts.
 
         Raises:
-            ValueError: it cannot be cut so.
+            ValueError: `count` does not divide the batch.
         """
-        if len(self.t) % count:
-            raise ValueError(f"a batch of {len(self.t)} cannot be cut into {count} equal parts")
-        columns = [[None] * count if tensor is None else tensor.chunk(count) for tensor in self]
-        return [Batch(*parts) for parts in zip(*columns, strict=True)]
+        size, remainder = divmod(len(self.data), count)
+        if remainder:
+            raise ValueError(f"a batch of {len(self.data)} cannot be cut into {count} equal parts")
+        parts = [slice(first, first + size) for first in range(0, len(self.data), size)]
+        return [Batch(self.data[p], self.noise[p], _rows(self.draws, p), _rows(self.condition, p)) for p in parts]
+
+
+def _rows(columns: Columns, part: slice) -> Columns:
+    """Some rows of a named tuple of tensors or None."""
+    rows: Any = (None if column is None else column[part] for column in columns)
+    return type(columns)(*rows)
+
+
+class StepStreams:
+    """The random streams of one step, for the global batch.
+
+    The purposes that the first version had ("time", "dropout", "posterior", "noise", "condition") share one generator and are
+    drawn in this order, so that its runs resume exactly. Every other purpose has a generator of its own, named after it: a new
+    draw changes no other.
+
+    Args:
+        seed: the run's.
+        step: number of the step, from 0.
+        count: N, samples in the global batch.
+        shape: (c, h, w) of the latents.
+        device: where the numbers are drawn.
+    """
+
+    def __init__(self, seed: int, step: int, count: int, shape: Sequence[int], device: torch.device) -> None:
+        self._keys = seed, step
+        self._shape = count, *shape
+        self._device = device
+        self._first = generator_for(seed, "step", step, device=device)
+        time, dropout = torch.rand(2, count, generator=self._first, device=device)
+        self._uniform = {"time": time, "dropout": dropout}
+        self._normal = {purpose: self._randn(self._first) for purpose in ("posterior", "noise")}
+
+    def uniform(self, purpose: str) -> torch.Tensor:
+        """Numbers [N] in [0, 1)."""
+        if purpose not in self._uniform:
+            generator = self._own_generator(purpose)
+            self._uniform[purpose] = torch.rand(self._shape[0], generator=generator, device=self._device)
+        return self._uniform[purpose]
+
+    def normal(self, purpose: str) -> torch.Tensor:
+        """Standard normal numbers [N, c, h, w]."""
+        if purpose not in self._normal:
+            self._normal[purpose] = self._randn(self._first if purpose == "condition" else self._own_generator(purpose))
+        return self._normal[purpose]
+
+    def _own_generator(self, purpose: str) -> torch.Generator:
+        seed, step = self._keys
+        return generator_for(seed, "step", step, purpose, device=self._device)
+
+    def _randn(self, generator: torch.Generator) -> torch.Tensor:
+        return torch.randn(self._shape, generator=generator, device=self._device)
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
@@ -76,7 +127,7 @@ def first_images(seed: int, step: int, count: int, batch_size: int, wanted: int)
 def batches(
     source: MomentSource,
     autoencoder: Autoencoder,
-    path: PathOptions,
+    objective: Objective,
     *,
     batch_size: int,
     first_step: int,
@@ -95,7 +146,7 @@ def batches(
     Args:
         source: posterior moments by image index.
         autoencoder: samples the posterior and scales the latents.
-        path: distribution of training times.
+        objective: draws its times from the step's random streams.
         batch_size: images per process.
         first_step: the step to (re)start at.
         last_step: the step to stop before.
@@ -120,21 +171,17 @@ def batches(
 
     for step, (moments, labels, raw) in _one_ahead(request, first_step, last_step):
         moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        generator = generator_for(seed, "step", step, device=device)
-        uniform, dropout = torch.rand(2, whole, generator=generator, device=device)
-        shape = (whole, autoencoder.latent_channels, *moments.shape[2:])
-        posterior, noise = (torch.randn(shape, generator=generator, device=device)[share] for _ in range(2))
+        streams = StepStreams(seed, step, whole, (autoencoder.latent_channels, *moments.shape[2:]), device)
+        dropout = streams.uniform("dropout")[share]  # of labels and map alike, so that guidance leads away from both
         dense = None
         if condition is not None and raw is not None:
-            kept = dropout[share] >= condition_dropout  # the chance of the labels: guidance leads away from neither
-            dense = condition.encode(raw, torch.randn(shape, generator=generator, device=device)[share])
-            dense = dense * kept.view(-1, 1, 1, 1)
+            dense = condition.encode(raw, streams.normal("condition")[share])
+            dense = dense * (dropout >= condition_dropout).view(-1, 1, 1, 1)
         yield Batch(
-            data=autoencoder.sample(moments, posterior),
-            noise=noise,
-            t=training_times(uniform, path)[share],
-            labels=drop_labels(labels, dropout[share], label_dropout, num_classes),
-            dense=dense,
+            data=autoencoder.sample(moments, streams.normal("posterior")[share]),
+            noise=streams.normal("noise")[share],
+            draws=_rows(objective.draw(streams), share),
+            condition=Condition(drop_labels(labels, dropout, label_dropout, num_classes), dense),
         )
 
 

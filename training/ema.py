@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.parallel import own_part, reshard
+from runtime.parallel import local_shard, reshard
 
 __all__ = ["Ema"]
 
@@ -54,8 +54,8 @@ class Ema:
         averages, currents = [], []
         for average, value in zip(_tensors(self.network), _tensors(network), strict=True):
             if value.is_floating_point():
-                averages.append(own_part(average))
-                currents.append(own_part(value))
+                averages.append(local_shard(average))
+                currents.append(local_shard(value))
             else:
                 average.copy_(value)
         torch._foreach_lerp_(averages, currents, [rate] * len(averages))

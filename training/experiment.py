@@ -6,27 +6,24 @@ content.pth  content.previous.pth  metrics.jsonl  tensorboard/  samples/  run.lo
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoints.experiments import experiment_folder, newest_model
 from checkpoints.files import read_weights
 from checkpoints.tasks import Task
-from datasets_prep.datasets import DatasetOptions
-from flow.guidance import GuidanceOptions
-from flow.solvers import SolverOptions
-from options import Options, UsageError, as_json, option
+from options import OnResume, UsageError, as_json, option
 from runtime.distributed import Processes, launch_id, restarts
 from runtime.files import move_aside, read_json, remove_leftovers, write_json
 from runtime.locks import locked
-from runtime.pictures import GridOptions
 from runtime.provenance import provenance
-from training.state_file import has_content
+from training.state_file import has_state
 
 __all__ = [
     "IMAGES",
     "STATE_OF_IMAGES",
+    "Configuration",
     "ExperimentOptions",
     "begun_by_this_launch",
     "has_ended",
@@ -37,24 +34,18 @@ __all__ = [
 ]
 
 LOCK = "run.lock"
-# What config.json has among the options beside them: how many training images there are, and what tells that they are others.
+# Entries of config.json next to the options: the number of training images, and a hash that changes with the images.
 IMAGES, STATE_OF_IMAGES = "number of training images", "state of the training images"
 LAUNCH = "launch"  # entry of config.json: what started the run
 TAKES_OVER = "takes_over"  # entry of config.json: the run began with a content.pth of the published code
-# A run may go on under other values of these: they change when things are shown and kept, not what is learnt.
-HARMLESS = frozenset(
-    "resume overwrite save_root datadir latent_cache_dir num_workers device save_content save_content_every "
-    "save_content_every_steps save_content_every_minutes save_ckpt_every keep_last plot_every eval_every eval_samples "
-    "log_every max_minutes max_bad_steps skip_bad_images features feature_weights feature_precision dims "
-    "num_process_per_node num_proc_node node_rank master_address master_port local_rank".split()
-).union(field.name for group in (GridOptions, SolverOptions, GuidanceOptions) for field in fields(group))
-# These change the order in which numbers are added, and with it the last bits: the run goes on and says so.
-# So may the images' state, which copying them changes as well.
-ROUNDING = frozenset([*"processes grad_accumulation fsdp num_threads threads compile".split(), STATE_OF_IMAGES])
-# With --resume these may change too: the run goes on, but is no longer the one that its first options describe.
-ADJUSTABLE = frozenset(
-    "max_steps num_epoch lr muon_lr lr_schedule no_lr_decay warmup_steps grad_clip precision".split()
-) | {IMAGES}
+# Entries of config.json that are no options, and whether a run may resume with other values of them. The images' state may
+# change by copying them.
+RESOLVED: dict[str, OnResume] = {
+    IMAGES: "on_request",
+    STATE_OF_IMAGES: "rounding",
+    "processes": "rounding",
+    "threads": "rounding",
+}
 
 
 @dataclass(frozen=True)
@@ -62,39 +53,60 @@ class ExperimentOptions:
     """Run."""
 
     exp: str = option("experiment", "name of the experiment, its folder's name")
-    save_root: str = option("saved_info", "folder of all experiments")
+    save_root: str = option("saved_info", "folder of all experiments", on_resume="freely")
     resume: bool = option(
         False,
         "continue even if length, learning rate or images were changed, or from a content.pth of the published code",
+        on_resume="freely",
     )
-    overwrite: bool = option(False, "start anew; an existing run of this name is moved aside")
+    overwrite: bool = option(False, "start anew; an existing run of this name is moved aside", on_resume="freely")
     init_from: str = option(
         "",
         "start from the weights of this checkpoint, ours or a published .pth (what fits is loaded, the rest is listed)",
         flags=("--model_ckpt",),
     )
-    save_content: bool = option(True, "keep content.pth, all that an exact resume needs")
-    save_content_every: int = option(10, "epochs between savings of content.pth", minimum=1)
-    save_content_every_steps: int = option(0, "steps between savings of content.pth; 0: by epochs", minimum=0)
-    save_content_every_minutes: float = option(
-        0.0, "and after so many minutes without a saving; 0: not by the clock", minimum=0
+    save_content: bool = option(True, "keep content.pth, all that an exact resume needs", on_resume="freely")
+    save_content_every: int = option(10, "epochs between savings of content.pth", minimum=1, on_resume="freely")
+    save_content_every_steps: int = option(
+        0, "steps between savings of content.pth; 0: by epochs", minimum=0, on_resume="freely"
     )
-    keep_last: int = option(0, "checkpoints model_<epoch> to keep, of the last epochs; 0: all", minimum=0)
-    save_ckpt_every: int = option(25, "epochs between checkpoints model_<epoch>", minimum=1)
-    plot_every: int = option(5, "epochs between sample grids", minimum=1)
-    eval_every: int = option(5, "epochs between validations on held-out images", minimum=1)
-    eval_samples: int = option(0, "samples scored at every validation; 0: validation loss only", minimum=0)
-    log_every: int = option(50, "steps between lines of metrics.jsonl", minimum=1)
+    save_content_every_minutes: float = option(
+        0.0, "and after so many minutes without a saving; 0: not by the clock", minimum=0, on_resume="freely"
+    )
+    keep_last: int = option(
+        0, "checkpoints model_<epoch> to keep, of the last epochs; 0: all", minimum=0, on_resume="freely"
+    )
+    save_ckpt_every: int = option(25, "epochs between checkpoints model_<epoch>", minimum=1, on_resume="freely")
+    plot_every: int = option(5, "epochs between sample grids", minimum=1, on_resume="freely")
+    eval_every: int = option(5, "epochs between validations on held-out images", minimum=1, on_resume="freely")
+    eval_samples: int = option(
+        0, "samples scored at every validation; 0: validation loss only", minimum=0, on_resume="freely"
+    )
+    log_every: int = option(50, "steps between lines of metrics.jsonl", minimum=1, on_resume="freely")
 
 
-def run_folder(options: Options, task: Task) -> Path:
-    """The folder of the run that the options of a training describe.
+@dataclass(frozen=True)
+class Configuration:
+    """All that config.json records of a run's options.
+
+    Args:
+        values: by name, those that were resolved ("auto" and the like) as they came out.
+        policies: whether a run may resume with other values.
+        defaults: values of options that a run from before they existed had.
+    """
+
+    values: Mapping[str, Any]
+    policies: Mapping[str, OnResume]
+    defaults: Mapping[str, Any]
+
+
+def run_folder(experiment: ExperimentOptions, dataset: str, task: Task) -> Path:
+    """The folder of a run.
 
     Raises:
         UsageError: --exp is no plain name.
     """
-    experiment = options[ExperimentOptions]
-    return experiment_folder(experiment.save_root, options[DatasetOptions].dataset, experiment.exp, task.runs)
+    return experiment_folder(experiment.save_root, dataset, experiment.exp, task.runs)
 
 
 @contextmanager
@@ -111,15 +123,15 @@ def only_run_in(folder: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
-def open_experiment(folder: Path, values: Mapping[str, Any], options: ExperimentOptions) -> bool:
+def open_experiment(folder: Path, configuration: Configuration, options: ExperimentOptions) -> bool:
     """Prepare the folder and write config.json; returns whether an existing run is continued.
 
     Raises:
         UsageError: the folder holds a run with other options (the message names them), or one of the published code
             that --resume was not given for.
     """
-    config_path, saved = folder / "config.json", has_content(folder)
-    current = as_json(values)
+    config_path, saved = folder / "config.json", has_state(folder)
+    current = as_json(configuration.values)
     if options.overwrite and (config_path.exists() or saved):
         moved, saved = move_aside(folder), False
         print(f"--overwrite: the existing run is now {moved}")
@@ -131,20 +143,24 @@ def open_experiment(folder: Path, values: Mapping[str, Any], options: Experiment
     if not begun:  # a start that failed before its first step does not count
         return _begin(config_path, current, saved, options.resume)
     previous = config.get("options", {})
-    changed = _changed(previous, current)
-    refused = {name: pair for name, pair in changed.items() if not (options.resume and name in ADJUSTABLE)}
-    refused = {name: pair for name, pair in refused.items() if name not in ROUNDING}
+    policies = RESOLVED | dict(configuration.policies)
+    changed = _changed(previous, current, as_json(configuration.defaults), policies)
+    admitted = ("rounding", "on_request") if options.resume else ("rounding",)
+    refused = {name: pair for name, pair in changed.items() if policies.get(name) not in admitted}
     if refused:
         flags = {name: name if " " in name else f"--{name}" for name in refused}
         listed = ", ".join(f"{flags[name]} was {old}, now {new}" for name, (old, new) in sorted(refused.items()))
-        way_out = "" if set(refused) - ADJUSTABLE else "--resume to go on with the change, "
+        on_request = all(policies.get(name) == "on_request" for name in refused)
+        way_out = "--resume to go on with the change, " if on_request else ""
         raise UsageError(
             f"{folder} holds a run with other options: {listed}. Choose {way_out}another --exp, "
             "or --overwrite to start anew (the old run is moved aside)"
         )
     if changed:
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
-        exact = " and not bit for bit as it would have" if set(changed) <= ROUNDING else ""
+        exact = (
+            " and not bit for bit as it would have" if all(policies.get(name) == "rounding" for name in changed) else ""
+        )
         print(f"note: the run goes on with changed options{exact}: {listed}")
     if changed or IMAGES not in previous:
         write_json(config_path, {"options": current, **provenance()})
@@ -170,7 +186,7 @@ def begun_by_this_launch(folder: Path) -> bool:
 
 def will_continue(folder: Path, options: ExperimentOptions) -> bool:
     """Whether a start goes on from the folder's content.pth, which replaces whatever the weights are before."""
-    return not options.overwrite and has_content(folder)
+    return not options.overwrite and has_state(folder)
 
 
 def has_ended(folder: Path, last_step: int) -> bool:
@@ -191,14 +207,19 @@ def has_ended(folder: Path, last_step: int) -> bool:
     return header.ended
 
 
-def _changed(previous: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Old and new values of the options that matter; another batch per process does not if the whole one is the same."""
-    wholes = [values.get("batch_size", 0) * values.get("processes", 1) for values in (previous, current)]
+def _changed(
+    previous: Mapping[str, Any],
+    current: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    policies: Mapping[str, OnResume],
+) -> dict[str, tuple[Any, Any]]:
+    """Old and new values of the options that matter; another batch per process does not if the global one is the same."""
+    batches = [values.get("batch_size", 0) * values.get("processes", 1) for values in (previous, current)]
     changed = {
         name: (previous.get(name), value)
         for name, value in current.items()
-        if name not in HARMLESS
-        and previous.get(name, value if name in (IMAGES, STATE_OF_IMAGES) else None) != value  # older runs lack these
+        if policies.get(name) != "freely"
+        and previous.get(name, value if name in (IMAGES, STATE_OF_IMAGES) else defaults.get(name)) != value
     }
     changed.pop("batch_size", None)
-    return changed | ({"batch_size times processes": (wholes[0], wholes[1])} if wholes[0] != wholes[1] else {})
+    return changed | ({"batch_size times processes": (batches[0], batches[1])} if batches[0] != batches[1] else {})

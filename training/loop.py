@@ -6,122 +6,123 @@ from functools import partial
 
 import torch
 
-from runtime.parallel import replicate, share_out
+from models.registry import NETWORKS
+from runtime.parallel import replicate, shard
 from runtime.progress import progress_bar
 from runtime.randomness import seed_for
 from runtime.signals import StopSignals
-from training.checkpointing import Keeper
-from training.clock import Clock
+from training.checkpointing import Checkpointer
 from training.data import Batch, batches, steps_per_epoch
 from training.disk import check_space, predict_use
 from training.experiment import has_ended
-from training.metrics_log import Journal
-from training.nan_guard import Anomalies
-from training.resume import continue_run
-from training.run import Job
+from training.metrics_log import Clock, MetricsLog
+from training.nan_guard import NanGuard
+from training.resume import resume_run
+from training.run import TrainingRun
 from training.state import TrainingState
-from training.state_file import CONTENT, has_content
+from training.state_file import CONTENT, has_state
 
 __all__ = ["train"]
 
 
-def train(job: Job, resume: bool) -> bool:
+def train(run: TrainingRun, resume: bool) -> bool:
     """Train to the last step, or until interrupted; returns whether the run is complete.
 
     Args:
-        job: network, data, options, and what to call now and then.
+        run: network, data, options, and how to validate.
         resume: continue from the folder's content.pth, where there is one.
 
     Raises:
         DivergedError: the numbers have gone wrong for good.
     """
-    options, experiment, processes = job.training, job.experiment, job.processes
+    options, experiment, processes = run.training, run.experiment, run.processes
     whole_batch = options.batch_size * processes.count
-    per_epoch = steps_per_epoch(len(job.source), whole_batch)
+    per_epoch = steps_per_epoch(len(run.source), whole_batch)
     last_step = options.last_step(per_epoch)
 
     # Where the run stands.
-    state = _state(job, resume, per_epoch, last_step)
+    state = _state(run, resume, per_epoch, last_step)
     if state is None or 0 < options.max_minutes * 60 <= state.seconds:
         return True  # it has ended, or its time was up before
     if processes.is_main:
-        print(check_space(job.folder, predict_use(state, experiment, per_epoch, last_step)), flush=True)
-    parallel = state.network if job.shares_out else replicate(state.network, processes)
-    velocity = job.machine.compiled(parallel, always_alike=processes.count == options.grad_accumulation == 1)
-    journal = Journal(job.folder, state.step) if processes.is_main else None
+        print(check_space(run.folder, predict_use(state, experiment, per_epoch, last_step)), flush=True)
+    parallel = state.network if run.is_sharded else replicate(state.network, processes)
+    network = run.machine.compiled(parallel, always_alike=processes.count == options.grad_accumulation == 1)
+    log = MetricsLog(run.folder, state.step) if processes.is_main else None
     clock = Clock(state)
-    keeper = Keeper(job, state, journal, clock, per_epoch)
-    anomalies = Anomalies(job, state, journal, last_step)
+    checkpointer = Checkpointer(run, state, log, clock, per_epoch)
+    nan_guard = NanGuard(run, state, log, last_step)
 
     # The steps.
     ended = False
     bar = progress_bar(total=last_step, initial=state.step, desc="training", unit="step")
     with bar, StopSignals(once=processes.count == 1) as stop:
-        for batch in _batches(job, state.step, last_step):
+        for batch in _batches(run, state.step, last_step):
             torch.manual_seed(seed_for(options.seed, "dropout", state.step, processes.rank))
             rate = options.rate_at(state.step, last_step)
-            state.advance(velocity, batch, job.path.sigma_min, rate, options.grad_clip, options.grad_accumulation)
+            state.advance(network, run.objective, batch, rate, options.grad_clip, options.grad_accumulation)
             bar.update()
 
-            requests = keeper.poll(stop)
+            requests = checkpointer.poll(stop)
             ended = state.step == last_step or requests.out_of_time
             if state.step % experiment.log_every == 0:
                 values = clock.lap(whole_batch, processes) | {"lr": rate, "epoch": state.step / per_epoch}
                 shown = f"{values.get('loss', math.nan):.4f}"
                 bar.set_postfix(loss=shown, img_s=f"{values['images_per_s']:.0f}", refresh=False)
-                if journal:
-                    journal.write(state.step, "train", values)
+                if log:
+                    log.write(state.step, "train", values)
                 if "loss" in values:
-                    anomalies.report_loss(values["loss"])
+                    nan_guard.report_loss(values["loss"])
             if ended or state.step % experiment.log_every == 0:
-                anomalies.report_skipped()
+                nan_guard.report_skipped()
             state.seconds = clock.total()
-            keeper.keep(ended, requests)
+            checkpointer.after_step(ended, requests)
             if ended or requests.stop:
                 break
 
     # The end.
-    if journal:
-        journal.close()
+    if log:
+        log.close()
     if ended and state.step < last_step:
         print(f"--max_minutes ended the run at step {state.step} of {last_step}: it is not reproducible")
     return ended or state.step >= last_step
 
 
-def _state(job: Job, resume: bool, per_epoch: int, last_step: int) -> TrainingState | None:
+def _state(run: TrainingRun, resume: bool, per_epoch: int, last_step: int) -> TrainingState | None:
     """The state at the start: new, or continued from content.pth; None where the run has ended and kept no content.
 
     Raises:
         UsageError: it ended before `last_step`, and cannot be continued.
     """
-    options, goes_on = job.training, resume and has_content(job.folder)
+    options, goes_on = run.training, resume and has_state(run.folder)
     if resume and not goes_on:
-        if has_ended(job.folder, last_step):
+        if has_ended(run.folder, last_step):
             return None
-        print(f"{job.folder} has no {CONTENT} to continue from: the run starts at its first step")
+        print(f"{run.folder} has no {CONTENT} to continue from: the run starts at its first step")
     decay = options.ema_decay if options.use_ema else 0.0
-    place = partial(share_out, device=job.machine.device, processes=job.processes) if job.shares_out else None
-    state = TrainingState(job.network, job.machine, decay, options, place)
+    place = partial(shard, device=run.machine.device, processes=run.processes) if run.is_sharded else None
+    matrices = NETWORKS[run.header.model_type].hidden_matrices
+    state = TrainingState(run.network, run.machine, decay, options, place, matrices)
     if goes_on:
-        print(continue_run(state, job.folder / CONTENT, per_epoch, job.header, job.processes))
+        print(resume_run(state, run.folder / CONTENT, per_epoch, run.header, run.processes))
         print(f"continuing at step {state.step} of {last_step}", flush=True)
     return state
 
 
-def _batches(job: Job, first_step: int, last_step: int) -> Iterator[Batch]:
+def _batches(run: TrainingRun, first_step: int, last_step: int) -> Iterator[Batch]:
     return batches(
-        job.source,
-        job.autoencoder,
-        job.path,
-        batch_size=job.training.batch_size,
+        run.source,
+        run.autoencoder,
+        run.objective,
+        batch_size=run.training.batch_size,
         first_step=first_step,
         last_step=last_step,
-        seed=job.training.seed,
-        flips=job.header.dataset.flips,
-        num_classes=job.header.num_classes,
-        label_dropout=job.header.network.label_dropout,
-        device=job.machine.device,
-        processes=job.processes,
-        condition=job.condition,
-        condition_dropout=job.header.dense.dropout if job.header.dense else 0.0,
+        seed=run.training.seed,
+        flips=run.header.dataset.flips,
+        num_classes=run.header.num_classes,
+        label_dropout=run.header.network.label_dropout,
+        device=run.machine.device,
+        processes=run.processes,
+        condition=run.condition,
+        condition_dropout=run.header.dense.dropout if run.header.dense else 0.0,
     )

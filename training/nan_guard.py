@@ -7,19 +7,19 @@ from collections.abc import Iterable
 
 from options import DivergedError
 from training.data import first_images
-from training.metrics_log import Journal
-from training.run import Job
+from training.metrics_log import MetricsLog
+from training.run import TrainingRun
 from training.state import TrainingState
 from training.state_file import CONTENT
 
-__all__ = ["Anomalies", "LossCourse"]
+__all__ = ["LossHistory", "NanGuard"]
 
 SPIKE = 3.0  # times the running median
 REMEMBERED, NEEDED = 21, 5  # losses of intervals, for the median
 LISTED_STEPS, LISTED_IMAGES = 10, 8  # at most, of an interval and of a batch
 
 
-class LossCourse:
+class LossHistory:
     """The losses of the last intervals, and whether a new one leaps out of them.
 
     Args:
@@ -36,28 +36,28 @@ class LossCourse:
         return median if loss > SPIKE * median else None
 
 
-class Anomalies:
-    """Looks, once in an interval of the journal, at what the steps have left on the device.
+class NanGuard:
+    """Looks, once in an interval of the log, at what the steps have left on the device.
 
     Args:
-        job: the run.
+        run: the run.
         state: its network, whose steps count what they skip.
-        journal: where the main process records it.
+        log: where the main process records it.
         last_step: of the run.
     """
 
-    def __init__(self, job: Job, state: TrainingState, journal: Journal | None, last_step: int) -> None:
-        self._job = job
+    def __init__(self, run: TrainingRun, state: TrainingState, log: MetricsLog | None, last_step: int) -> None:
+        self._run = run
         self._state = state
-        self._journal = journal
+        self._log = log
         self._last_step = last_step
-        self._course = LossCourse(journal.past("train", "loss") if journal else ())
+        self._course = LossHistory(log.past("train", "loss") if log else ())
 
     def report_loss(self, loss: float) -> None:
         """Record an interval's mean loss if it leaps."""
         median = self._course.leap(loss)
-        if median is not None and self._journal:
-            self._journal.write(self._state.step, "spike", {"loss": loss, "median": median})
+        if median is not None and self._log:
+            self._log.write(self._state.step, "spike", {"loss": loss, "median": median})
             print(f"warning: step {self._state.step}: loss {loss:.4g}, but {median:.4g} before (median)", flush=True)
 
     def report_skipped(self) -> None:
@@ -67,18 +67,18 @@ class Anomalies:
             DivergedError: so many in a row that the run is lost.
         """
         skipped = self._state.take_skipped()
-        if skipped and self._journal:
+        if skipped and self._log:
             listed = {step: self._images(step) for step in skipped[:LISTED_STEPS]}
             for step, images in listed.items():  # under the step of now: a run that goes on from before will know again
-                self._journal.write(self._state.step, "skipped", {"skipped_step": step, "indices": images})
-            scaled = self._job.machine.precision == "fp16"
+                self._log.write(self._state.step, "skipped", {"skipped_step": step, "indices": images})
+            scaled = self._run.machine.precision == "fp16"
             print(
                 f"warning: {len(skipped)} steps without a finite gradient were skipped, the first one step {skipped[0]} "
                 f"with the images {_written(listed[skipped[0]])}"
                 + ("; in fp16 some are, while the scale of the losses is sought" if scaled else ""),
                 flush=True,
             )
-        limit = self._job.training.max_bad_steps
+        limit = self._run.training.max_bad_steps
         if limit:
             length, first_loss = self._state.streak.tolist()
             if length >= limit:
@@ -86,18 +86,18 @@ class Anomalies:
 
     def _images(self, step: int) -> list[int]:
         """The first images of the whole batch of a step, counted from 1 on."""
-        whole = self._job.training.batch_size * self._job.processes.count
-        return first_images(self._job.training.seed, step - 1, len(self._job.source), whole, LISTED_IMAGES)
+        whole = self._run.training.batch_size * self._run.processes.count
+        return first_images(self._run.training.seed, step - 1, len(self._run.source), whole, LISTED_IMAGES)
 
     def _diagnosis(self, length: int, loss: float) -> str:
         first = self._state.step - length + 1
-        rate = self._job.training.rate_at(first - 1, self._last_step)
-        kept = (self._job.folder / CONTENT).exists()
+        rate = self._run.training.rate_at(first - 1, self._last_step)
+        kept = (self._run.folder / CONTENT).exists()
         content = f"{CONTENT} is from before them" if kept else f"no {CONTENT} was saved before them"
-        precision = self._job.machine.precision
+        precision = self._run.machine.precision
         return (
             f"the last {length} steps had no finite gradient, so they changed nothing (--max_bad_steps "
-            f"{self._job.training.max_bad_steps}). It began at step {first}: learning rate {rate:.4g}, loss {loss:.4g}, "
+            f"{self._run.training.max_bad_steps}). It began at step {first}: learning rate {rate:.4g}, loss {loss:.4g}, "
             f"precision {precision}, images {_written(self._images(first))}; {content}. Go on with --resume and a smaller "
             "--lr, a --grad_clip (1, say) or --precision fp32; if the data are to blame, metrics.jsonl lists what was "
             'skipped (kind "skipped")'

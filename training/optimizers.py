@@ -5,7 +5,7 @@ https://kellerjordan.github.io/posts/muon) moves a hidden matrix along the ortho
 learns more from each image; embeddings, biases, first and last layer are left to AdamW.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -15,9 +15,9 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from options import UsageError, option
-from runtime.parallel import laid_out_as
+from runtime.parallel import arranged_like
 
-__all__ = ["Muon", "OptimizerOptions", "load_moments", "make_optimizers", "orthogonalise"]
+__all__ = ["Muon", "OptimizerOptions", "load_optimizer_state", "make_optimizers", "orthogonalise"]
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic whose iteration drives singular values to about 1
 NEWTON_SCHULZ_STEPS = 5
@@ -30,27 +30,32 @@ class OptimizerOptions:
     optimizer: str = option(
         "adamw", "adamw, or muon, which leaves the matrices of DiT's blocks to Muon", choices=("adamw", "muon")
     )
-    lr: float = option(5e-4, "learning rate", minimum=0)
-    muon_lr: float = option(0.02, "learning rate of Muon's matrices, on the same course as lr", minimum=0)
+    lr: float = option(5e-4, "learning rate", minimum=0, on_resume="on_request")
+    muon_lr: float = option(
+        0.02, "learning rate of Muon's matrices, on the same course as lr", minimum=0, on_resume="on_request"
+    )
     adam_betas: tuple[float, ...] = option((0.9, 0.999), "AdamW's two decay rates", minimum=0)
     weight_decay: float = option(0.0, "decay of the weights, relative to the learning rate", minimum=0)
 
 
 def make_optimizers(
-    network: nn.Module, options: OptimizerOptions, precision: str = "fp32"
+    network: nn.Module,
+    options: OptimizerOptions,
+    precision: str = "fp32",
+    hidden_matrices: Sequence[nn.Parameter] = (),
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers that share out the network's trained parameters.
+    """The optimizers of the network's trained parameters.
 
-    A group's learning rate is `lr` times its entry "relative_lr". `precision` is that of the run's matrix products.
+    A group's learning rate is `lr` times its entry "relative_lr". `precision` is the run's; `hidden_matrices` are the
+    parameters that its family leaves to Muon.
 
     Raises:
-        UsageError: Muon for a network without blocks of matrices.
+        UsageError: Muon for a family without hidden matrices.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     matrices: list[nn.Parameter] = []
     if options.optimizer == "muon":
-        of_blocks = (parameter for name, parameter in network.named_parameters() if "blocks" in name.split("."))
-        matrices = [parameter for parameter in of_blocks if parameter.requires_grad and parameter.ndim == 2]
+        matrices = [parameter for parameter in hidden_matrices if parameter.requires_grad]
         if not matrices:
             raise UsageError("--optimizer muon is for DiT, whose blocks are made of matrices: choose --optimizer adamw")
     of_muon = {id(matrix) for matrix in matrices}
@@ -72,7 +77,7 @@ def make_optimizers(
     return optimizers
 
 
-def load_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+def load_optimizer_state(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
     """Give an optimizer the state of its parameters, by their number; its rates stay as they are.
 
     Moments are brought into the order in memory that their parameter has: torch's fused AdamW takes it for granted, and would
@@ -80,7 +85,7 @@ def load_moments(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapping
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
-        number: {name: laid_out_as(value, parameters[number]) for name, value in values.items()}
+        number: {name: arranged_like(value, parameters[number]) for name, value in values.items()}
         for number, values in moments.items()
     }
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -17,19 +17,19 @@ from checkpoints.lfm import (
 from checkpoints.state_dicts import load_weights
 from options import UsageError
 from runtime.distributed import Processes
-from runtime.parallel import is_shared_out
+from runtime.parallel import is_sharded
 from runtime.torch_files import read_torch_file
-from training.optimizers import load_moments
+from training.optimizers import load_optimizer_state
 from training.state import TrainingState
 from training.state_file import read_newest
 
-__all__ = ["continue_run"]
+__all__ = ["resume_run"]
 
 PARTS = frozenset(("step", "seconds", "best", "best_of", "sums", "network", "ema", "optimizers"))  # of ours
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
 
 
-def continue_run(
+def resume_run(
     state: TrainingState,
     path: Path,
     per_epoch: int,
@@ -48,7 +48,7 @@ def continue_run(
     Raises:
         UsageError: an unreadable file, one of another network, or a published one for weights that are shared out.
     """
-    shared_out = is_shared_out(state.network)
+    shared_out = is_sharded(state.network)
     device = "cpu" if shared_out else state.machine.device
 
     def read(file: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def _take_over(state: TrainingState, published: Published, path: Path, per_epoch
         for index, name in enumerate(names)
         if published.states.get(name, {}).keys() >= set(MOMENTS)
     }
-    load_moments(state.optimizers[0], moments)
+    load_optimizer_state(state.optimizers[0], moments)
     state.step = published.epoch * per_epoch
     state.ema.updates.fill_(state.step)  # its warm-up is over
     averages = (

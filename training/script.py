@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from checkpoints.tasks import GENERATE
+from datasets_prep.datasets import DatasetOptions
 from models.registry import IGNORED_NETWORK_FLAGS, guided_diffusion_by_default
 from options import INTERRUPTED, Options, UsageError
 from runtime.distributed import Processes, may_restart_several_machines
@@ -13,7 +14,7 @@ from runtime.signals import orderly_exit
 from tasks.task import TrainingTask
 from training.experiment import ExperimentOptions, begun_by_this_launch, only_run_in, run_folder
 from training.loop import train
-from training.setup import TRAINING_GROUPS, prepare
+from training.setup import prepare, training_groups
 
 __all__ = ["IGNORED_FLAGS", "run_training", "run_training_script"]
 
@@ -27,7 +28,7 @@ IGNORED_FLAGS = {
 
 def run_training_script(task: TrainingTask, description: str) -> None:
     """The whole of a training script: parse the command line, start the processes, train, exit."""
-    groups = (*TRAINING_GROUPS, *task.options)
+    groups = (*training_groups(), *task.options)
     run_script(partial(run_training, task), description, groups, ignored=IGNORED_FLAGS, task=task.task.name)
 
 
@@ -35,20 +36,21 @@ def run_training(task: TrainingTask, options: Options, processes: Processes) -> 
     """Train for a task, and say how to go on; returns the exit code."""
     if task.task is not GENERATE:
         options = guided_diffusion_by_default(options)
+    folder = run_folder(options[ExperimentOptions], options[DatasetOptions].dataset, task.task)
     if options[ExperimentOptions].overwrite:
-        options = _overwrite_once(options, run_folder(options, task.task))
+        options = _overwrite_once(options, folder)
     print(options.describe("those that differ from the defaults; all: config.json in the run's folder"))
-    with orderly_exit(), only_run_in(run_folder(options, task.task), processes):
-        job, resume = prepare(options, processes, task)
-        parameters = sum(p.numel() for p in job.network.parameters())
-        print(f"{job.header.model_type}, {parameters / 1e6:.1f} M parameters, {len(job.source)} images; {job.folder}")
-        complete = train(job, resume)
+    with orderly_exit(), only_run_in(folder, processes):
+        run, resume = prepare(options, processes, task)
+        parameters = sum(p.numel() for p in run.network.parameters())
+        print(f"{run.header.model_type}, {parameters / 1e6:.1f} M parameters, {len(run.source)} images; {run.folder}")
+        complete = train(run, resume)
     next_step = (
         f"complete; sample with test_flow_latent{task.task.script}.py, or run_test.sh"
         if complete
         else "interrupted; the same command (without --overwrite) continues it"
     )
-    print(f"{job.folder}: {next_step}")
+    print(f"{run.folder}: {next_step}")
     return 0 if complete else INTERRUPTED
 
 

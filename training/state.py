@@ -1,4 +1,4 @@
-"""What changes during training, the one optimizer step that changes it, and its way to content.pth and back."""
+"""The state of a training run: what changes, the optimizer step that changes it, and how it is saved and restored."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -7,18 +7,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from flow.paths import straight_path
-from models.conditions import Condition
+from flow.objectives import Objective
 from runtime.cpu_kernels import with_cpu_kernels
 from runtime.distributed import Processes
-from runtime.parallel import full, laid_out_as, local_gradients, whole
+from runtime.parallel import arranged_like, gather_dtensor, gather_state, local_gradients
 from runtime.precision import Machine
 from training.data import Batch
 from training.ema import Ema
-from training.optimizers import OptimizerOptions, load_moments, make_optimizers
+from training.optimizers import OptimizerOptions, load_optimizer_state, make_optimizers
 
 __all__ = ["TrainingState"]
 
@@ -32,6 +30,7 @@ class TrainingState:
         ema_decay: decay of the average; 0: none.
         optimizer: how the weights are moved.
         place: brings a network to where it is trained, in place; None: to the machine's device.
+        hidden_matrices: the network family's, for Muon.
     """
 
     def __init__(
@@ -41,6 +40,7 @@ class TrainingState:
         ema_decay: float,
         optimizer: OptimizerOptions,
         place: Callable[[nn.Module], object] | None = None,
+        hidden_matrices: Callable[[nn.Module], list[nn.Parameter]] | None = None,
     ) -> None:
         place = place or (lambda module: module.to(machine.device))
         self.network = with_cpu_kernels(network)  # before its average is made, which is a copy
@@ -48,7 +48,8 @@ class TrainingState:
         self.ema = Ema(network, ema_decay, place)
         place(network)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        self.optimizers = make_optimizers(network, optimizer, machine.precision)
+        matrices = hidden_matrices(network) if hidden_matrices else []
+        self.optimizers = make_optimizers(network, optimizer, machine.precision, matrices)
         self.scaler = torch.amp.GradScaler(machine.device.type, enabled=machine.precision == "fp16")
         self.step = 0
         self.seconds = 0.0
@@ -64,30 +65,30 @@ class TrainingState:
 
     def advance(
         self,
-        velocity: nn.Module,
+        network: nn.Module,
+        objective: Objective,
         batch: Batch,
-        sigma_min: float,
         rate: float,
         grad_clip: float,
         accumulation: int = 1,
     ) -> None:
-        """One optimizer step on the flow matching loss (Dao et al. 2023, eq. 6) at learning rate `rate`.
+        """One optimizer step on the objective's mean loss at learning rate `rate`.
 
-        `velocity` is the network, perhaps compiled or wrapped for several processes. The batch goes through it in
-        `accumulation` equal parts, whose gradients add up to that of the whole. A step whose gradient is not finite
-        changes neither weights nor moments nor the average, and is counted, without the host waiting for the device.
+        `network` is the state's own, perhaps compiled or wrapped for several processes. The batch goes through it in
+        `accumulation` equal parts, whose gradients add up to the whole batch's. A step whose gradient is not finite changes
+        neither the weights nor the optimizer state nor the average; it is counted without the host waiting for the device.
         """
         for parameter in self.parameters:
             parameter.grad = None
         *first, last = batch.split(accumulation)
         loss = torch.zeros((), device=self.machine.device)
-        with local_gradients(velocity) if first else nullcontext():
+        with local_gradients(network) if first else nullcontext():
             for part in first:
-                loss += self._backward(velocity, part, sigma_min, accumulation)
-        loss += self._backward(velocity, last, sigma_min, accumulation)
+                loss += self._backward(network, objective, part, accumulation)
+        loss += self._backward(network, objective, last, accumulation)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
-        norm = full(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        norm = gather_dtensor(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
         if grad_clip:
             clip_grads_with_norm_(self.parameters, grad_clip, norm)
         bad = (~torch.isfinite(norm)).float()
@@ -114,12 +115,10 @@ class TrainingState:
         self._flags = []
         return [first + place for place, flag in enumerate(flags) if flag]
 
-    def _backward(self, velocity: nn.Module, part: Batch, sigma_min: float, parts: int) -> torch.Tensor:
-        """Add the gradient of a part's loss, divided by the number of `parts`; returns that loss."""
-        x_t, target = straight_path(part.t, part.data, part.noise, sigma_min)
-        with self.machine.autocast():
-            predicted = velocity(part.t, x_t, Condition(part.labels, part.dense))
-        loss = functional.mse_loss(predicted.float(), target) / parts
+    def _backward(self, network: nn.Module, objective: Objective, part: Batch, parts: int) -> torch.Tensor:
+        """Add the gradient of a part's mean loss, divided by the number of `parts`; returns that loss."""
+        losses = objective.loss(self.machine.evaluating(network), part.data, part.noise, part.draws, part.condition)
+        loss = losses.mean() / parts
         self.scaler.scale(loss).backward()
         return loss.detach()
 
@@ -143,7 +142,7 @@ class TrainingState:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),  # empty but in fp16
         }
-        return whole(content, keep=processes.is_main)
+        return gather_state(content, keep=processes.is_main)
 
     def restore(self, content: Mapping[str, Any], processes: Processes = Processes()) -> None:  # noqa: B008
         """Continue from `content()`'s value, of as many processes or of another number."""
@@ -160,9 +159,9 @@ class TrainingState:
         average = content["ema"] | {"weights": _parts(content["ema"]["weights"], self.ema.weights)}
         self.ema.load_state_dict(average)
         for optimizer, stored in zip(self.optimizers, content["optimizers"], strict=True):
-            load_moments(optimizer, stored["state"])
+            load_optimizer_state(optimizer, stored["state"])
 
 
 def _parts(weights: Mapping[str, torch.Tensor], models: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a state dict, those shared out that are so in `models`."""
-    return {name: laid_out_as(value, models[name]) if name in models else value for name, value in weights.items()}
+    return {name: arranged_like(value, models[name]) if name in models else value for name, value in weights.items()}

@@ -9,17 +9,17 @@ from runtime.distributed import Processes
 from runtime.files import move_aside
 from runtime.torch_files import save_content
 
-__all__ = ["CONTENT", "has_content", "keep_content", "read_newest"]
+__all__ = ["CONTENT", "has_state", "read_newest", "save_state"]
 
 CONTENT, PREVIOUS = "content.pth", "content.previous.pth"
 
 
-def has_content(folder: Path) -> bool:
+def has_state(folder: Path) -> bool:
     """Whether a run in `folder` has something to go on from."""
     return any((folder / name).exists() for name in (CONTENT, PREVIOUS))
 
 
-def keep_content(folder: Path, content: Mapping[str, Any]) -> None:
+def save_state(folder: Path, content: Mapping[str, Any]) -> None:
     """Write content.pth, and keep the one before it; whenever the process is killed, one of them is whole."""
     save_content(folder / CONTENT, content, folder / PREVIOUS)
 

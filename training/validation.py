@@ -1,4 +1,4 @@
-"""How a run looks at itself: validation loss, score and sample grid of the averaged network."""
+"""Validation: loss on held-out images, score and sample grid of the averaged network."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -7,57 +7,69 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from datasets_prep.datasets import ImageDataset
+from checkpoints.header import Header
+from datasets_prep.conditions import ConditionSource
+from datasets_prep.datasets import HELD_OUT_IMAGES, ImageDataset
 from datasets_prep.moments import MomentSource
-from evaluation.features.networks import FeatureNetwork
+from evaluation.features.protocol import FeatureNetwork
 from evaluation.score import reference_statistics, score_images
 from flow.guidance import GuidanceOptions
+from flow.objectives import Objective
 from flow.solvers import SolverOptions
 from models.autoencoders.protocol import Autoencoder
+from models.conditions import Condition
 from runtime.distributed import Processes
 from runtime.pictures import GridOptions, Sheet, side_by_side
 from runtime.precision import Machine
+from runtime.randomness import generator_for
 from sampling.sampler import GeneratedBatch, Sampler, first_images, generate
 from tasks.conditioned_images import ConditionedImages
-from training.validation_loss import validation_loss
 
-__all__ = ["Review"]
+__all__ = ["Validation", "validation_loss"]
 
 PREVIEWED = 24  # held-out images whose dense conditions are sampled
+IMAGES_PER_BATCH = 256
+QUARTERS = 4
 
 
 @dataclass(frozen=True)
-class Review:
-    """What is needed to judge a network: held-out moments, real images, a solver, and the scoring network if any.
+class Validation:
+    """Judges the averaged network of a run.
 
-    A network with a dense condition is judged on the `conditioned` held-out images, and may know the null map, as one
-    with labels may know the null class. Samples are drawn in float32 if `precise`. The `processes` share the work, and all
-    get the result; each must call the methods.
+    Args:
+        header: what the run's checkpoints record.
+        dataset: training images, the reference of scores.
+        held_out: moments of the held-out images, for the loss.
+        autoencoder: encodes and decodes.
+        objective: whose loss is validated.
+        solver, guidance, seed, grid: how samples are drawn and shown.
+        machine: device and precision; samples are drawn in float32 if `precise`.
+        derived: folder that caches the reference's statistics.
+        samples: how many are scored; without `features` there is no score.
+        conditioned: held-out images with dense conditions, for networks that take one.
+        processes: they share the work, and all get the result; every process must call the methods.
     """
 
+    header: Header
     dataset: ImageDataset
     held_out: MomentSource
     autoencoder: Autoencoder
-    latent_shape: tuple[int, int, int]
-    num_classes: int
+    objective: Objective
     solver: SolverOptions
     guidance: GuidanceOptions
     seed: int
     machine: Machine
-    sigma_min: float
     derived: str | Path
     samples: int
     features: FeatureNetwork | None
     grid: GridOptions = GridOptions()  # noqa: RUF009
     processes: Processes = Processes()  # noqa: RUF009
     conditioned: ConditionedImages | None = None
-    drops_labels: bool = True
-    drops_dense: bool = False
     precise: bool = False
 
     @property
-    def objective(self) -> str:
-        """What the objective is, with all that its value depends on."""
+    def criterion(self) -> str:
+        """The name of the number that decides on best.safetensors, with all that its value depends on."""
         if self.features is None:
             return "validation loss"
         return f"{self.features.label} of {self.samples} samples, {self.solver}, {self.guidance}"
@@ -66,7 +78,7 @@ class Review:
         """Values to record; "objective" is the score where samples are scored, else the validation loss."""
         condition = self.conditioned.condition if self.conditioned else None
         values = validation_loss(
-            network, self.held_out, self.autoencoder, self.machine, self.sigma_min, self.processes, condition
+            network, self.objective, self.held_out, self.autoencoder, self.machine, self.processes, condition
         )
         values["objective"] = values["loss"]
         if self.features is not None:
@@ -77,8 +89,9 @@ class Review:
         return values
 
     def preview(self, network: nn.Module) -> Sheet:
-        """Samples with fixed noise and labels in turn, or each beside the image that it was made for and its condition."""
-        count, columns = self.grid.count(self.num_classes), self.grid.columns(self.num_classes)
+        """Samples with fixed noise and labels in turn; with dense conditions, next to the image and its condition."""
+        classes = self.header.num_classes
+        count, columns = self.grid.count(classes), self.grid.columns(classes)
         if self.conditioned is not None:
             count = min(self.grid.grid_samples or PREVIEWED, len(self.conditioned.images))
         samples = first_images(self._draw(network, count), count, self.processes)
@@ -89,19 +102,60 @@ class Review:
 
     def _draw(self, network: nn.Module, count: int) -> Iterator[GeneratedBatch]:
         sampler = Sampler(
-            network=network,
+            network=self.objective.velocity(network),
             autoencoder=self.autoencoder,
             facts=self.dataset.facts,
-            latent_shape=self.latent_shape,
-            num_classes=self.num_classes,
+            latent_shape=self.header.latent_shape,
+            num_classes=self.header.num_classes,
             solver=self.solver,
             machine=replace(self.machine, precision="fp32") if self.precise else self.machine,
             seed=self.seed,
             guidance=self.guidance,
-            drops_labels=self.drops_labels,
-            drops_dense=self.drops_dense,
+            drops_labels=self.header.drops_labels,
+            drops_dense=self.header.drops_dense,
         )
         if self.conditioned is None:
             return generate(sampler, range(count), processes=self.processes)
         labels, dense = self.conditioned.labels(), self.conditioned.dense(sampler)
         return generate(sampler, range(count), labels=labels, dense=dense, processes=self.processes)
+
+
+@torch.no_grad()
+def validation_loss(
+    network: nn.Module,
+    objective: Objective,
+    source: MomentSource,
+    autoencoder: Autoencoder,
+    machine: Machine,
+    processes: Processes = Processes(),  # noqa: B008
+    condition: ConditionSource | None = None,
+) -> dict[str, float]:
+    """The objective's loss on the first images of `source`, at fixed times and noise: the same in all `processes`.
+
+    `condition`: of the same images; number i of its random parts goes to image i.
+
+    Returns:
+        "loss", and "loss_q1" .. "loss_q4" for t in [0, 1/4), ..., [3/4, 1].
+    """
+    count = min(len(source), HELD_OUT_IMAGES)
+    generator = generator_for(0, "validation")
+    times = (torch.randperm(count, generator=generator) + 0.5) / count
+    unmirrored = torch.zeros(count, dtype=torch.bool)
+    sides = source.moments(torch.tensor([0]), unmirrored[:1]).shape[2:]
+    own = torch.zeros(count)  # losses of this process's batches
+    for number, chosen in enumerate(torch.arange(count).split(IMAGES_PER_BATCH)):
+        shape = (len(chosen), autoencoder.latent_channels, *sides)
+        draws = 2 if condition is None else 3
+        posterior, noise, *others = (torch.randn(shape, generator=generator).to(machine.device) for _ in range(draws))
+        if number % processes.count != processes.rank:
+            continue
+        data = autoencoder.sample(source.moments(chosen, unmirrored[chosen]).to(machine.device), posterior)
+        dense = None
+        if condition is not None:
+            dense = condition.encode(condition.read(chosen, unmirrored[chosen], chosen.tolist()), *others)
+        asked = Condition(source.labels[chosen].to(machine.device), dense)
+        at = objective.at(times[chosen].to(machine.device))
+        own[chosen] = objective.loss(machine.evaluating(network), data, noise, at, asked).cpu()
+    losses, quarter = processes.sum(own), (times * QUARTERS).long().clamp(max=QUARTERS - 1)
+    by_quarter = {f"loss_q{q + 1}": losses[quarter == q].mean().item() for q in range(QUARTERS) if (quarter == q).any()}
+    return {"loss": losses.mean().item(), **by_quarter}

@@ -3,11 +3,14 @@
 Images are resized to 224 x 224 bicubically and normalised as ImageNet is, as in arXiv:2306.04675, Appendix B.
 """
 
+from collections.abc import Collection, Mapping
+
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch.nn.functional import interpolate
 
+from evaluation.features.protocol import PRECISIONS
 from evaluation.features.weights import download_weights, read_weights_file
 from options import UsageError
 from runtime.torch_files import weights_hash
@@ -23,37 +26,39 @@ class DinoFeatures:
     """The class token of a DINOv2 transformer after its last normalisation; grey images are repeated to RGB.
 
     Args:
-        weights_file: state dict, timm's or the published one; its width tells the network's size. None: ViT-L/14's,
+        weights_file: state dict, timm's or the published one, whose width gives the network's size. None: ViT-L/14's,
             downloaded once.
         device: where the network runs.
-        precision: "fp32", or "bf16" for the network's weights and activations.
+        precision: a key of PRECISIONS, for the network's weights and activations.
     """
 
-    outputs = ("features",)
+    classes: tuple[str, ...] = ()
 
     def __init__(self, weights_file: str | None, device: torch.device | str, precision: str = "fp32") -> None:
-        self.device, self.precision, self.weights_file = device, precision, weights_file
+        self.weights_file, self.device, self.precision = weights_file, device, precision
         network, size = _build(weights_file)
-        self.name, self.dims = f"dinov2_{size}", network.num_features
+        self.name = f"dinov2_{size}"
         self.label = f"FD (DINOv2 ViT-{size[0].upper()}/14)"
+        self.outputs: Mapping[str, int] = {"features": network.num_features}
         self.sha256 = weights_hash(network.state_dict())
-        self.type = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.network = network.to(device, self.type)
+        self.dtype = PRECISIONS[precision]
+        self.network = network.to(device, self.dtype)
         facts = network.pretrained_cfg
         self.mean, self.std = (torch.tensor(facts[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
 
     def exact(self) -> "DinoFeatures":
-        """The same network in float32."""
-        return DinoFeatures(self.weights_file, self.device)
+        """The same network in float32: itself, if it already is."""
+        return self if self.precision == "fp32" else DinoFeatures(self.weights_file, self.device)
 
     @torch.inference_mode()
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [B, 1 or 3, H, W] of any size to features float32 [B, dims]."""
+    def __call__(self, images: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
+        """Compute the output "features", float32 [B, D], of images uint8 [B, 1 or 3, H, W] of any size."""
         pixels = images.to(self.device).float() / 255
         if pixels.shape[2:] != (SIDE, SIDE):
             resized = interpolate(pixels, size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
             pixels = resized.clamp(0, 1)
-        return self.network(((pixels - self.mean) / self.std).to(self.type)).float()
+        found = {"features": self.network(((pixels - self.mean) / self.std).to(self.dtype)).float()}
+        return {name: found[name] for name in outputs}
 
 
 def _build(weights_file: str | None) -> tuple[VisionTransformer, str]:

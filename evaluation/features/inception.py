@@ -1,70 +1,82 @@
-"""pytorch_fid's InceptionV3 (the network of the FID), arranged to run fast, with all that the scores take from it.
+"""pytorch_fid's InceptionV3, the network of the FID, arranged to run fast.
 
-The weights are those of the TensorFlow graph of 2015 that every published FID uses. Batch normalisation is folded into the
-convolutions, and tensors lie in memory channels-last; neither changes a feature by more than rounding
-(benchmarks/scoring.py).
+Every published FID uses the weights of one TensorFlow graph from 2015. Batch normalisation is folded into the convolutions,
+and tensors lie in memory channels-last; neither changes a feature by more than rounding (benchmarks/scoring.py).
 """
 
-from unittest import mock
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
 from torch.nn.utils import fuse_conv_bn_eval
-from torchvision.models.inception import BasicConv2d
+from torchvision.models.inception import BasicConv2d, Inception3, InceptionAux, InceptionB, InceptionD
 
+from evaluation.features.protocol import PRECISIONS
 from evaluation.features.weights import download_weights, read_weights_file
 from options import UsageError
 from runtime.torch_files import weights_hash
 
 __all__ = ["INCEPTION_DIMS", "InceptionFeatures"]
 
-INCEPTION_DIMS = (64, 192, 768, 2048)  # after the first and second pooling, before the auxiliary classifier, at the end
+# pytorch_fid's blocks of layers, by the number of features after each: first and second pooling, the last layer before the
+# auxiliary classifier, and the last layer of all.
+BLOCKS = {
+    64: ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1"),
+    192: ("Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2"),
+    768: (*(f"Mixed_5{letter}" for letter in "bcd"), *(f"Mixed_6{letter}" for letter in "abcde")),
+    2048: ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
+}
+INCEPTION_DIMS = tuple(BLOCKS)
 SIDE = 299  # pixels that the network sees
 SPATIAL_LAYER = (2, 6)  # block and place of Mixed_6d, which the TensorFlow graph calls mixed_6
-SPATIAL_CHANNELS = 7  # of 768: 7 x 17 x 17 = 2023 features, about as many as the pooled ones (Nash et al. 2021)
+SPATIAL_CHANNELS = 7  # of 768, which gives about as many features as pooling does (Nash et al. 2021)
+SPATIAL_WIDTH = SPATIAL_CHANNELS * 17 * 17
 
 
 class InceptionFeatures:
     """Average-pooled activations of InceptionV3; grey images are repeated to RGB.
 
+    At 2048 features it also has "spatial", the first 7 channels of Mixed_6d (ReLU included), and "logits" without the bias,
+    from which the Inception Score has always been computed.
+
     Args:
-        weights_file: state dict of pytorch_fid's format; None: the published one, downloaded once.
+        weights_file: state dict in pytorch_fid's format; None: the published one, downloaded once.
         device: where the network runs.
         dims: the layer, by its number of features: 64, 192, 768 or 2048 (the FID's).
-        precision: "fp32", or "bf16" for the network's weights and activations.
+        precision: a key of PRECISIONS, for the network's weights and activations.
     """
+
+    classes: tuple[str, ...] = ()  # the logits' 1008 classes have no names here
 
     def __init__(
         self, weights_file: str | None, device: torch.device | str, dims: int = 2048, precision: str = "fp32"
     ) -> None:
         if dims not in INCEPTION_DIMS:
             raise UsageError(f"--dims {dims}: InceptionV3 has layers of {', '.join(map(str, INCEPTION_DIMS))} features")
-        self.device, self.dims, self.precision = device, dims, precision
-        self.weights_file = weights_file
-        self.name = "inception" if dims == INCEPTION_DIMS[-1] else f"inception_{dims}"
-        self.label = "FID" if dims == INCEPTION_DIMS[-1] else f"FID ({dims} features)"
+        whole = dims == INCEPTION_DIMS[-1]
+        self.weights_file, self.device, self.dims, self.precision = weights_file, device, dims, precision
+        self.name = "inception" if whole else f"inception_{dims}"
+        self.label = "FID" if whole else f"FID ({dims} features)"
         network, classifier = _build(weights_file, dims)
         self.sha256 = weights_hash(network.state_dict())
         self.classifier = classifier.to(device)
-        self.outputs = ("features", "spatial", "logits") if dims == INCEPTION_DIMS[-1] else ("features",)
+        further = {"spatial": SPATIAL_WIDTH, "logits": len(classifier)} if whole else {}
+        self.outputs: Mapping[str, int] = {"features": dims, **further}
         _fold_normalisation(network)
-        self.type = torch.bfloat16 if precision == "bf16" else torch.float32
-        self.network = network.to(device, self.type).to(memory_format=torch.channels_last)
+        self.dtype = PRECISIONS[precision]
+        self.network = network.to(device, self.dtype).to(memory_format=torch.channels_last)
 
     def exact(self) -> "InceptionFeatures":
-        """The same network in float32."""
-        return InceptionFeatures(self.weights_file, self.device, self.dims)
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [B, 1 or 3, H, W] of any size to features float32 [B, dims]."""
-        return self.extract(images)["features"]
+        """The same network in float32: itself, if it already is."""
+        return self if self.precision == "fp32" else InceptionFeatures(self.weights_file, self.device, self.dims)
 
     @torch.inference_mode()
-    def extract(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Images uint8 [B, 1 or 3, H, W] to `outputs`, float32: features [B, dims], spatial [B, 2023], logits [B, 1008].
+    def __call__(self, images: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
+        """Compute `outputs` of images uint8 [B, 1 or 3, H, W] of any size.
 
-        Logits are those without bias, from which the Inception Score has always been computed.
+        Returns:
+            Features [B, dims], spatial [B, 2023] and logits [B, 1008], as far as `outputs` names them, in float32.
         """
         found: dict[str, torch.Tensor] = {}
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -72,43 +84,52 @@ class InceptionFeatures:
             for number, block in enumerate(self.network):
                 for place, layer in enumerate(block.children()):
                     x = layer(x)
-                    if (number, place) == SPATIAL_LAYER and "spatial" in self.outputs:
+                    if (number, place) == SPATIAL_LAYER and "spatial" in outputs:
                         found["spatial"] = x[:, :SPATIAL_CHANNELS].float().flatten(1)
+                        if len(outputs) == 1:
+                            return found
         found["features"] = x.float().mean((2, 3))
-        if "logits" in self.outputs:
+        if "logits" in outputs:
             found["logits"] = found["features"] @ self.classifier.T
-        return found
+        return {name: found[name] for name in outputs}
 
     def _prepare(self, images: torch.Tensor) -> torch.Tensor:
         pixels = images.to(self.device).float() / 255
         if pixels.shape[2:] != (SIDE, SIDE):
             pixels = interpolate(pixels, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
         pixels = (2 * pixels - 1).expand(-1, 3, -1, -1)
-        return pixels.to(self.type).contiguous(memory_format=torch.channels_last)
+        return pixels.to(self.dtype).contiguous(memory_format=torch.channels_last)
 
 
 def _build(weights_file: str | None, dims: int) -> tuple[nn.ModuleList, torch.Tensor]:
-    """The blocks up to the layer of `dims` features, without its pooling, and the classifier's weight [1008, 2048]."""
+    """The blocks up to the layer of `dims` features, without its pooling, and the classifier's weight [1008, 2048].
+
+    torchvision assembles the network from pytorch_fid's layers, since pytorch_fid's own constructor always downloads.
+    """
     from pytorch_fid import inception  # pip's
 
     url = inception.FID_WEIGHTS_URL
     weights = (
         download_weights(url, "Inception", check_hash=True) if weights_file is None else read_weights_file(weights_file)
     )
-    last = inception.InceptionV3.BLOCK_INDEX_BY_DIM[dims]
-    # The constructor downloads unconditionally; for its duration it gets the weights that are already here.
-    with mock.patch.object(inception, "load_state_dict_from_url", return_value=weights):
-        try:
-            blocks = inception.InceptionV3([last]).eval().requires_grad_(False).blocks
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise UsageError(
-                f"--feature_weights {weights_file} does not fit pytorch_fid's InceptionV3: expected the state dict "
-                f"published at {url}, but: {reason}"
-            ) from error
-    if isinstance(blocks[-1][-1], nn.AdaptiveAvgPool2d):
-        blocks[-1] = blocks[-1][:-1]
-    return blocks, weights["fc.weight"].float()
+    layers = [
+        BasicConv2d, inception.FIDInceptionA, InceptionB, inception.FIDInceptionC, InceptionD, inception.FIDInceptionE_1,
+        InceptionAux,
+    ]  # fmt: skip
+    network = Inception3(num_classes=1008, aux_logits=False, inception_blocks=layers, init_weights=False)
+    network.Mixed_7c = inception.FIDInceptionE_2(2048)
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"--feature_weights {weights_file} does not fit pytorch_fid's InceptionV3: expected the state dict "
+            f"published at {url}, but: {reason}"
+        ) from error
+    network.eval().requires_grad_(False)
+    needed = INCEPTION_DIMS[: INCEPTION_DIMS.index(dims) + 1]
+    blocks = [nn.Sequential(*(network.get_submodule(name) for name in BLOCKS[width])) for width in needed]
+    return nn.ModuleList(blocks), weights["fc.weight"].float()
 
 
 def _fold_normalisation(module: nn.Module) -> None:

@@ -1,6 +1,7 @@
-"""Autoencoders by name: `none` for pixel space, a local folder in diffusers format, or a hub id."""
+"""Autoencoders by name: an entry of AUTOENCODERS such as `none`, a local folder in diffusers format, or a hub id."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from models.autoencoders.pixels import PixelSpace
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, option
 
-__all__ = ["AutoencoderOptions", "is_hub_id", "load_autoencoder"]
+__all__ = ["AUTOENCODERS", "AutoencoderOptions", "is_hub_id", "load_autoencoder"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # relative folders are also looked for here
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -32,6 +33,14 @@ class AutoencoderOptions:
     )
 
 
+def _pixel_space(options: AutoencoderOptions, channels: int) -> Autoencoder:
+    return PixelSpace(channels)
+
+
+# Autoencoders that have a name of their own: from it to loader(options, channels of the images).
+AUTOENCODERS: dict[str, Callable[[AutoencoderOptions, int], Autoencoder]] = {"none": _pixel_space}
+
+
 def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder:
     """Load the autoencoder that `options` names; `channels` is that of the images, for pixel space.
 
@@ -40,7 +49,8 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder:
             factor than `--f`.
     """
     name = options.pretrained_autoencoder_ckpt
-    autoencoder: Autoencoder = PixelSpace(channels) if name == "none" else _load_network(name, options.scale_factor)
+    registered = AUTOENCODERS.get(name)
+    autoencoder = registered(options, channels) if registered else _load_network(name, options.scale_factor)
     if options.f not in (None, autoencoder.factor):
         raise UsageError(f"--f {options.f} contradicts the autoencoder {name}, whose factor is {autoencoder.factor}")
     return autoencoder

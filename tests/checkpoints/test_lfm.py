@@ -12,12 +12,13 @@ import torch
 from checkpoints.files import load_model, read_weights
 from checkpoints.lfm import condition_stage_beside, read_published, read_sampled
 from checkpoints.lfm_loading import open_published, published_facts
+from checkpoints.tasks import GENERATE, INPAINT, SEMANTIC
 from command_line import parse_options
 from datasets_prep.masks import MaskSetOptions
 from flow.guidance import GuidanceOptions, GuidedVelocity
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions
-from models.conditions import Condition
+from models.conditions import Condition, DenseInput
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
 from options import UsageError
 from sampling.sample_and_score import SAMPLING_GROUPS
@@ -25,7 +26,6 @@ from sampling.setup import open_sampler
 from tasks.conditioned_setup import CONDITIONED_GROUPS
 from tasks.inpainting import InpaintingOptions
 from tasks.semantic_synthesis import SegmentationOptions
-from checkpoints.tasks import GENERATE, INPAINT, SEMANTIC
 
 ROOT = Path(__file__).parents[2]
 CASES = {path.stem: path for path in sorted((ROOT / "tests" / "golden").glob("*.safetensors"))}
@@ -105,13 +105,13 @@ def options_of(flags):
 @torch.no_grad()
 def assert_golden(model, case, golden):
     tensors = case.tensors
-    latents = model.header["latent_channels"]
+    latents = model.header.latent_channels
     x, beside = tensors["in.x"][:, :latents], tensors["in.x"][:, latents:]
     condition = Condition(tensors.get("in.y"), beside if beside.shape[1] else None)
     velocity = model.network(tensors["in.t"], x, condition)
     assert (velocity - tensors["out.velocity"]).abs().max() <= golden.LIMITS["velocity"]
     if case.cfg_scale is not None:
-        null = Condition(torch.full_like(tensors["in.y"], model.header["num_classes"]))
+        null = Condition(torch.full_like(tensors["in.y"], model.header.num_classes))
         velocity = GuidedVelocity(model.network, condition, null, GuidanceOptions(case.cfg_scale))
         guided = velocity(tensors["in.t_cfg"][0], tensors["in.x"])
         assert (guided - tensors["out.velocity_cfg"]).abs().max() <= golden.LIMITS["velocity_cfg"]
@@ -126,8 +126,8 @@ def test_published_weights_give_the_golden_velocities(name, prefix, golden, auto
     model = open_published(path, options_of(flags_of(case.arguments, autoencoder)), "cpu")
     assert_golden(model, case, golden)
     header = model.header
-    assert (header["epoch"], header["latent_size"], header["dataset"]["name"]) == (475, 8, "celeba_256")
-    assert header["autoencoder"]["scale_factor"] == 0.18215
+    assert (header.epoch, header.latent_size, header.dataset.name) == (475, 8, "celeba_256")
+    assert header.autoencoder.scale_factor == 0.18215
     torch.testing.assert_close(model.autoencoder.std.flatten(), torch.full((4,), 1 / 0.18215))
     assert not any(parameter.requires_grad for parameter in model.network.parameters())
 
@@ -141,7 +141,7 @@ def test_of_content_the_averages_are_sampled_by_its_own_arguments(name, golden, 
     torch.save(content_of(case, weights_of(case, golden), "module.", **arguments), path)
     model = open_published(path, options_of(["--pretrained_autoencoder_ckpt", str(autoencoder)]), "cpu")
     assert_golden(model, case, golden)
-    assert (model.header["epoch"], model.header["step"]) == (3, 21)
+    assert (model.header.epoch, model.header.step) == (3, 21)
     count = sum(not key.endswith((*BUFFERS, "pos_embed")) for key, _ in case.weights)
     assert f"moving averages of {count} of its {len(case.weights)} weights" in capsys.readouterr().out
 
@@ -166,7 +166,7 @@ def test_flags_win_over_the_arguments_in_content(golden, autoencoder, tmp_path):
     torch.save(content_of(case, weights_of(case, golden), **case.arguments | {"dataset": "ffhq_256", "seed": 5}), path)
     flags = ["--pretrained_autoencoder_ckpt", str(autoencoder), "--dataset", "celeba_256", "--scale_factor", "0.5"]
     header = open_published(path, options_of(flags), "cpu").header
-    assert (header["dataset"]["name"], header["autoencoder"]["scale_factor"]) == ("celeba_256", 0.5)
+    assert (header.dataset.name, header.autoencoder.scale_factor) == ("celeba_256", 0.5)
     with pytest.raises(UsageError, match=r"content\.pth does not fit this adm; .*the file looks like --nf 32$"):
         open_published(path, options_of([*flags, "--nf", "64"]), "cpu")
 
@@ -176,7 +176,7 @@ def test_labels_of_edm_networks_may_always_be_guided(golden, autoencoder, tmp_pa
     case = golden.read_case(CASES["adm_class_conditional"])
     torch.save(weights_of(case, golden), tmp_path / "model_1.pth")
     flags = flags_of(case.arguments | {"label_dropout": None}, autoencoder)
-    assert open_published(tmp_path / "model_1.pth", options_of(flags), "cpu").header["network"]["label_dropout"] > 0
+    assert open_published(tmp_path / "model_1.pth", options_of(flags), "cpu").header.network.label_dropout > 0
 
 
 def test_optimizer_of_other_parameters_is_refused(golden, tmp_path):
@@ -249,7 +249,7 @@ def convert(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "models" / "convert.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / "checkpoints" / "convert.py"), run_name="__main__")
         return (ended.value.code, *capsys.readouterr())
 
     return run
@@ -286,15 +286,11 @@ def test_converted_by_an_arguments_file_without_the_autoencoder_at_hand(convert,
     assert code == 0, err
     assert "stabilityai/sd-vae-ft-mse is not fetched" in out
     header = read_weights(tmp_path / "m.safetensors")[1]
-    assert (header["autoencoder"]["sha256"], header["autoencoder"]["scale_factor"]) == (None, 0.18215)
-    assert (header["network"]["num_in_channels"], header["latent_channels"], header["dataset"]["name"]) == (
-        9,
-        4,
-        "celeba_256",
-    )
+    assert (header.autoencoder.sha256, header.autoencoder.scale_factor) == (None, 0.18215)
+    assert (header.network.num_in_channels, header.latent_channels, header.dataset.name) == (9, 4, "celeba_256")
     model = load_model(tmp_path / "m.safetensors", autoencoder=AutoencoderOptions(str(autoencoder)))
     assert_golden(model, case, golden)
-    assert model.autoencoder.describe()["latents_std"] == pytest.approx(header["autoencoder"]["latents_std"])
+    assert model.autoencoder.describe().latents_std == pytest.approx(header.autoencoder.latents_std)
 
 
 def test_mistakes_in_converting(convert, golden, autoencoder, tmp_path):
@@ -393,7 +389,7 @@ def test_a_published_inpainting_network_gives_the_golden_velocity(prefix, golden
     torch.save({prefix + key: value for key, value in weights_of(case, golden).items()}, tmp_path / "model_500.pth")
     opened = open_with(INPAINT, tmp_path / "model_500.pth", "--num_in_channels", 9)
     assert opened.task is INPAINT
-    assert opened.header["dense"] == {"channels": 5, "classes": None, "dropout": 0.0}
+    assert opened.header.dense == DenseInput(5)
     t, x = case.tensors["in.t"], case.tensors["in.x"]
     velocity = opened.sampler.velocity(torch.zeros(len(x), dtype=torch.long), x[:, 4:])(t, x[:, :4])
     assert (velocity - case.tensors["out.velocity"]).abs().max() <= golden.LIMITS["velocity"]
@@ -410,7 +406,7 @@ def test_a_published_semantic_network_maps_labels_by_the_stage_beside_it(prefix,
     torch.save({f"{prefix}channel_mapper.weight": stage}, tmp_path / "cond_stage_model_175.pth")
     opened = open_with(SEMANTIC, tmp_path / "model_175.pth", *flags)
     assert opened.task is SEMANTIC
-    assert opened.header["dense"] == {"channels": 4, "classes": CLASSES, "dropout": 0.0}
+    assert opened.header.dense == DenseInput(4, CLASSES)
     t, x = torch.rand(2, generator=generator), torch.randn(2, 4, 8, 8, generator=generator)
     shares = torch.rand(2, CLASSES, 8, 8, generator=generator)
     velocity = opened.sampler.velocity(torch.zeros(2, dtype=torch.long), shares)(t, x)
@@ -438,7 +434,7 @@ def test_a_content_of_the_published_code_names_its_own_network(name, golden, aut
     options = parse_options("", (*CONDITIONED_GROUPS, MaskSetOptions, InpaintingOptions), flags)
     opened = open_sampler(options, tasks=(INPAINT, GENERATE))
     assert opened.task is (GENERATE if name == "dit_unconditional" else INPAINT)
-    assert opened.header["model_type"] == ("DiT-Golden/2" if name == "dit_unconditional" else "origin_adm")
+    assert opened.header.model_type == ("DiT-Golden/2" if name == "dit_unconditional" else "origin_adm")
 
 
 def test_each_script_refuses_the_other_tasks_published_network(golden, autoencoder, open_with, tmp_path):
@@ -461,8 +457,8 @@ def test_a_semantic_network_there_and_back_in_both_files(named, convert, golden,
     code, _, err = convert(tmp_path / "model_175.pth", tmp_path / "m.safetensors", *flags)
     assert code == 0, err
     whole, header = read_weights(tmp_path / "m.safetensors")
-    assert list(header["dense"].values()) == [4, CLASSES, 0.0]
-    assert header["task"] == "semantic"
+    assert header.dense == DenseInput(4, CLASSES)
+    assert header.task == "semantic"
     assert set(whole) == {*weights, "channel_mapper.weight"}
     assert load_model(tmp_path / "m.safetensors").network.state_dict().keys() == whole.keys()
     code, _, err = convert(tmp_path / "m.safetensors", tmp_path / "back" / "model_9.pth", "--module_prefix")

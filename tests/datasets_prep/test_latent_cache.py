@@ -11,7 +11,6 @@ from datasets_prep import cached_moments, latent_cache
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.latent_cache import build_latent_cache, cache_folder, open_latent_cache
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
-from models.autoencoders.protocol import Autoencoder
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.precision import Machine
@@ -61,7 +60,7 @@ def all_images(dataset):
 def stop_after(monkeypatch, images):
     """Interrupt the encoder once it has seen so many images; returns the list of those it saw, by batch."""
     seen = []
-    encode = Autoencoder.encode
+    encode = KLAutoencoder.encode
 
     def limited(self, batch):
         if sum(seen) >= images:
@@ -69,7 +68,7 @@ def stop_after(monkeypatch, images):
         seen.append(len(batch))
         return encode(self, batch)
 
-    monkeypatch.setattr(Autoencoder, "encode", limited)
+    monkeypatch.setattr(KLAutoencoder, "encode", limited)
     return seen
 
 
@@ -106,19 +105,30 @@ def test_both_orientations_where_the_dataset_flips(tmp_path, autoencoder):
     torch.testing.assert_close(cache.moments(torch.arange(COUNT), turned).float(), expected, rtol=2**-10, atol=1e-5)
 
 
-def test_statistics_are_those_of_posterior_samples(tmp_path, autoencoder):
-    dataset = tiny_dataset(flips=True)
-    cache = build(tmp_path / "cache", dataset, autoencoder)
-    found = json.loads((tmp_path / "cache" / "manifest.json").read_text())["statistics"]
-    moments = torch.cat([cache.moments(torch.arange(COUNT), torch.full((COUNT,), turned)) for turned in (False, True)])
-    mean, logvar = moments.double().repeat(100, 1, 1, 1).chunk(2, dim=1)
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    samples = (mean + (0.5 * logvar).exp() * noise).transpose(0, 1).flatten(1)  # [c, 73600]
-    # Four standard errors of a mean and of a standard deviation, for the noise alone.
-    error = 4 * (0.5 * logvar).exp().max().item() / samples.shape[1] ** 0.5
-    assert found["mean"] == pytest.approx(samples.mean(1).tolist(), abs=error + 1e-3)
-    assert found["std"] == pytest.approx(samples.std(1).tolist(), abs=error + 1e-3)
-    assert min(found["std"]) > 1.5 * mean.std((0, 2, 3)).max().item()  # the posterior's own variance counts here
+def test_caches_of_earlier_versions_are_opened_and_completed(tmp_path, autoencoder, monkeypatch):
+    """Their manifests and the entries of their shards also held sums and statistics of the latents."""
+    folder, dataset = tmp_path / "cache", tiny_dataset()
+    build(tmp_path / "whole", dataset, autoencoder)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_after(patch, 11)
+        build(folder, dataset, autoencoder)
+    entries = sorted(folder.glob("moments_*.json"))
+    for entry in entries:
+        add_keys(entry, count=SHARD * 16, sum=[0.5, -0.5], sum_of_squares=[3.0, 4.0])
+    build(folder, dataset, autoencoder)  # half-built by an earlier version, completed by this one
+    assert (folder / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
+    add_keys(folder / "manifest.json", statistics={"mean": [0.1, 0.2], "std": [1.0, 2.0]})
+    before = files_of(folder)
+    cache = build(folder, dataset, autoencoder)  # finished by an earlier version
+    assert len(entries) == 2
+    assert files_of(folder) == before
+    everything = torch.arange(COUNT), torch.zeros(COUNT, dtype=torch.bool)
+    expected = open_latent_cache(tmp_path / "whole", dataset, autoencoder).moments(*everything)
+    assert torch.equal(cache.moments(*everything), expected)
+
+
+def add_keys(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.parametrize("images", [1, 6, 15, 22])
@@ -257,7 +267,7 @@ def noted_precision(folder):
 
 
 def test_next_batch_is_read_while_one_is_encoded(tmp_path, autoencoder, monkeypatch):
-    dataset, encode, ahead = tiny_dataset(count=SHARD), Autoencoder.encode, []
+    dataset, encode, ahead = tiny_dataset(count=SHARD), KLAutoencoder.encode, []
     read = [threading.Event() for _ in range(SHARD)]
 
     def noted(index):
@@ -269,15 +279,15 @@ def test_next_batch_is_read_while_one_is_encoded(tmp_path, autoencoder, monkeypa
         ahead.append(following >= SHARD or read[following].wait(60))
         return encode(self, batch)
 
-    monkeypatch.setattr(Autoencoder, "encode", waiting)
+    monkeypatch.setattr(KLAutoencoder, "encode", waiting)
     watched = ImageDataset(dataset.facts, "train", dataset.stored_labels, noted, "f")
     build(tmp_path / "cache", watched, autoencoder)
     assert ahead == [True, True, True]
 
 
 def test_what_float16_cannot_hold_is_never_cached(tmp_path, autoencoder, monkeypatch):
-    encode = Autoencoder.encode
-    monkeypatch.setattr(Autoencoder, "encode", lambda self, batch: encode(self, batch) + 1e6)
+    encode = KLAutoencoder.encode
+    monkeypatch.setattr(KLAutoencoder, "encode", lambda self, batch: encode(self, batch) + 1e6)
     with pytest.raises(UsageError, match=r"images 0 to \d+ to numbers that float16 cannot hold \(in fp32\)"):
         build(tmp_path / "cache", tiny_dataset(), autoencoder)
     assert not list((tmp_path / "cache").glob("*.npy"))

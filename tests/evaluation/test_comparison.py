@@ -72,6 +72,12 @@ def test_one_path_is_refused_and_a_set_against_itself_is_not(run, tmp_path):
         run("fid_score", tmp_path / "a.npz")
 
 
+def test_statistics_lack_what_a_set_needs_even_against_itself(run, tmp_path):
+    np.savez(tmp_path / "a.npz", mu=np.zeros(4), sigma=np.eye(4))
+    with pytest.raises(UsageError, match=r"a\.npz.*logits.*give the images"):
+        run("fid_score", tmp_path / "a.npz", tmp_path / "a.npz", "--metrics", "is")
+
+
 @pytest.fixture(scope="module")
 def grey_sets(tmp_path_factory) -> Path:
     """A folder dataset of 28 x 28 images, and a copy of its training images, one brighter."""

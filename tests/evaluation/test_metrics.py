@@ -8,6 +8,7 @@ from evaluation.metrics import METRICS, compute_metrics, error_bars, frechet_dis
 from evaluation.statistics import Statistics
 from evaluation.summary import GROUPS, Gatherer, Summary
 from options import UsageError
+from tests.fake_features import Pixels
 
 
 def random_statistics(seed: int, dims: int, count: int = 100_000) -> Statistics:
@@ -16,12 +17,12 @@ def random_statistics(seed: int, dims: int, count: int = 100_000) -> Statistics:
     return Statistics(rows.mean(0), np.cov(rows, rowvar=False), count)
 
 
-def of_rows(rows: np.ndarray) -> Statistics:
+def select_rows(rows: np.ndarray) -> Statistics:
     return Statistics(rows.mean(0), np.cov(rows, rowvar=False), len(rows))
 
 
 def summary_of(rows: torch.Tensor) -> Summary:
-    return Summary(len(rows), {}, rows=rows, statistics=of_rows(rows.double().numpy()), logits=rows)
+    return Summary(len(rows), {}, rows=rows, statistics=select_rows(rows.double().numpy()), logits=rows)
 
 
 def test_distance_of_diagonal_gaussians_is_the_closed_form():
@@ -47,7 +48,7 @@ def test_distance_is_symmetric_and_zero_to_itself():
 
 def test_singular_covariances_are_admitted():
     generator = np.random.default_rng(0)
-    few = of_rows(generator.normal(size=(5, 32)))
+    few = select_rows(generator.normal(size=(5, 32)))
     moved = Statistics(few.mean + 1, few.covariance, 5)
     assert frechet_distance(few, moved) == pytest.approx(32, rel=1e-9)
     # Fewer samples than features against a covariance of full rank, by the eigenvalues of a symmetric product.
@@ -127,13 +128,6 @@ def test_metrics_that_share_their_work_do_it_once(monkeypatch):
         monkeypatch.setitem(METRICS, name, type(METRICS[name])(name, "rows", counted))
     assert compute_metrics(["recall", "precision"], Summary(1, {}), Summary(1, {})) == {"recall": 0.2, "precision": 0.1}
     assert len(calls) == 1
-
-
-class Pixels:
-    label, name, dims, sha256 = "FD (pixels)", "pixels", 3, "0" * 64
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().mean((2, 3)) / 255
 
 
 def test_the_error_bar_is_the_spread_over_draws():

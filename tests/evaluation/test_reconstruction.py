@@ -11,12 +11,13 @@ from evaluation import reconstruction
 from evaluation.reconstruction import draw_reconstructions, measure_reconstruction
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
+from tests.fake_features import FakeFeatures
 
 
-class Rows:
-    label, name, dims, sha256 = "FD (rows)", "rows", 28, "0" * 64
+class Rows(FakeFeatures):
+    label, name, outputs = "FD (rows)", "rows", {"features": 28}
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().mean((1, 3))
 
 

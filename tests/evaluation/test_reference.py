@@ -7,17 +7,18 @@ from evaluation import reference
 from evaluation.reference import holds_statistics, statistics_summary, summarise
 from evaluation.sources import dataset_source
 from options import UsageError
+from tests.fake_features import FakeFeatures
 
 
-class Brightness:
+class Brightness(FakeFeatures):
     """A feature network of two features: the mean of the first and of the last row."""
 
-    label, name, dims = "FD (brightness)", "brightness", 2
+    label, name, outputs = "FD (brightness)", "brightness", {"features": 2}
 
     def __init__(self, sha256: str = "0" * 64) -> None:
         self.sha256, self.calls = sha256, 0
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         self.calls += 1
         return torch.stack([images[:, :, 0].float().mean((1, 2)), images[:, :, -1].float().mean((1, 2))], dim=1)
 
@@ -64,7 +65,7 @@ def test_of_many_images_a_random_subset_of_rows_is_kept(monkeypatch, images):
     kept = [summarise(source, Brightness(), ["moments", "rows"], None, batch_size) for batch_size in (3, 11)]
     assert kept[0].rows.shape == (5, 2)
     assert torch.equal(kept[0].rows, kept[1].rows)
-    everything = [tuple(row) for row in Brightness()(images[..., 1:-1, 1:-1]).tolist()]
+    everything = [tuple(row) for row in Brightness().features(images[..., 1:-1, 1:-1]).tolist()]
     places = [everything.index(tuple(row)) for row in kept[0].rows.tolist()]
     assert len(set(places)) == 5
     assert places != [0, 1, 2, 3, 4]

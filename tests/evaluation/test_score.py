@@ -2,25 +2,24 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.score import LabelledImages, ScoreOptions, result_line, score_images
+from command_line import parse_options
+from evaluation.metrics import METRICS, Metric
+from evaluation.score import LabelledImages, MetricOptions, ScoreOptions, result_line, score_images
 from evaluation.statistics import Statistics
 from evaluation.summary import Gatherer, Summary
 from options import UsageError
 from sampling.sampler import GeneratedBatch
+from tests.fake_features import Pixels
 
 
-class Pixels:
-    label, name, dims, sha256 = "FD (pixels)", "pixels", 3, "0" * 64
+class RoundedPixels(Pixels):
+    precision = "bf16"
 
-    def __init__(self, precision: str = "fp32") -> None:
-        self.precision = precision
-
-    def exact(self) -> "Pixels":
+    def exact(self) -> Pixels:
         return Pixels()
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        features = images.float().mean((2, 3)) / 255
-        return features if self.precision == "fp32" else features.bfloat16().float()
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return super().features(images).bfloat16().float()
 
 
 def random_images(count: int, seed: int, side: int = 4) -> torch.Tensor:
@@ -112,6 +111,45 @@ def test_metrics_of_inception_alone_are_refused_with_other_features(metric):
         )
 
 
+def test_a_metric_is_one_entry(monkeypatch, capsys):
+    first = Metric("mean difference", "rows", lambda a, b: {"shift": float((a.rows.mean() - b.rows.mean()).abs())})
+    monkeypatch.setitem(METRICS, "shift", first)
+    scoring = parse_options("", [ScoreOptions], ["--metrics", "shift", "fid"])[ScoreOptions]
+    images = random_images(50, 0)
+    result = score_images(labelled(images), Pixels(), reference(images // 2), (), scoring)
+    assert list(result["scores"]) == ["shift", "fid"]
+    assert result["metric"] == "mean difference (pixels features)"
+    assert result["value"] == pytest.approx(float((images.float() - (images // 2).float()).mean() / 255), rel=1e-4)
+    with pytest.raises(SystemExit):
+        parse_options("", [MetricOptions], ["--help"])
+    assert "shift" in capsys.readouterr().out
+    with pytest.raises(UsageError, match="--metrics.*'fdi'.*'fid'.*'shift'"):
+        parse_options("", [MetricOptions], ["--metrics", "fid", "fdi"])
+
+
+class Classifier(Pixels):
+    """Assigns every image to its second class."""
+
+    outputs, classes = {"features": 3, "probabilities": 2}, ("cat", "dog")
+
+    def probabilities(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([0.2, 0.8]).repeat(len(images), 1)
+
+
+def test_only_a_classifier_of_the_labels_recognises():
+    images = random_images(21, 0)
+    results = [
+        score_images(labelled(images), features, reference(images), names)
+        for features, names in (
+            (Classifier(), ("cat", "dog")),
+            (Classifier(), ("dog", "cat")),
+            (Classifier(), ()),
+            (Pixels(), ("cat", "dog")),
+        )
+    ]
+    assert [result.get("recognised") for result in results] == [10 / 21, None, None, None]
+
+
 def test_a_reference_of_unknown_resolution_is_warned_of():
     real = Summary(None, {}, statistics=Statistics(np.zeros(3), np.eye(3), None))
     result = score_images(labelled(random_images(9, 0)), Pixels(), real)
@@ -120,10 +158,10 @@ def test_a_reference_of_unknown_resolution_is_warned_of():
 
 
 def test_lowered_precision_tells_its_effect(capsys, monkeypatch):
-    monkeypatch.setattr("evaluation.score.PROBED", 20)
+    monkeypatch.setattr("evaluation.precision_effect.COMPARED", 20)
     real = reference(random_images(50, 1))
     images = random_images(30, 0)
-    result = score_images(labelled(images), Pixels("bf16"), real)
+    result = score_images(labelled(images), RoundedPixels(), real)
     effect = result["feature_precision_effect"]
     exact = score_images(labelled(images[:20]), Pixels(), real)["value"]
     assert effect["images"] == 20

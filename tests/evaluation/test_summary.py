@@ -1,17 +1,12 @@
 import pickle
 
 import numpy as np
+import pytest
 import torch
 
 from evaluation.summary import GROUPS, Gatherer
-
-
-class Pixels:
-    label, name, dims, sha256 = "FD (pixels)", "pixels", 3, "0" * 64
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().mean((2, 3)) / 255
-
+from options import UsageError
+from tests.fake_features import Pixels
 
 IMAGES = torch.randint(256, (100, 3, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
@@ -27,10 +22,10 @@ def test_rows_lie_in_the_order_of_their_indices():
     order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
     for grouped in (False, True):
         summary = gathered(list(order.split(13)), grouped=grouped).summary()
-        assert torch.equal(summary.rows, Pixels()(IMAGES))
+        assert torch.equal(summary.rows, Pixels().features(IMAGES))
         assert summary.count == 100
     kept = gathered(list(order.split(13)), keep=torch.tensor([70, 3])).summary()
-    assert torch.equal(kept.rows, Pixels()(IMAGES[[3, 70]]))
+    assert torch.equal(kept.rows, Pixels().features(IMAGES[[3, 70]]))
     assert kept.statistics.count == 100
 
 
@@ -55,3 +50,26 @@ def test_processes_gather_what_one_would():
         assert torch.equal(ours.rows, theirs.rows)
         np.testing.assert_allclose(ours.statistics.mean, theirs.statistics.mean, rtol=1e-10)
         np.testing.assert_allclose(ours.statistics.covariance, theirs.statistics.covariance, rtol=1e-10, atol=1e-16)
+
+
+def test_an_output_that_the_network_lacks_is_refused_before_any_image():
+    with pytest.raises(UsageError, match="the features pixels have no logits or spatial, .*--features inception"):
+        Gatherer(Pixels(), ["moments", "spatial", "logits"])
+
+
+def test_only_the_outputs_needed_are_computed():
+    class Recording(Pixels):
+        def __init__(self):
+            self.outputs, self.asked = {"features": 3, "logits": 5}, []
+
+        def __call__(self, images, outputs):
+            self.asked.append(set(outputs))
+            return super().__call__(images, outputs)
+
+        def logits(self, images):
+            return torch.zeros(len(images), 5)
+
+    network = Recording()
+    for needs in (["moments", "rows"], ["logits"], ["rows", "logits"]):
+        Gatherer(network, needs).update(IMAGES)
+    assert network.asked == [{"features"}, {"logits"}, {"features", "logits"}]

@@ -26,12 +26,14 @@ from datasets_prep.lmdb_file import open_lmdb_file
 from evaluation.features.weights import read_weights_file
 from evaluation.sources import open_source
 from evaluation.statistics import load_statistics
+from models.dit import DiTOptions
 from options import UsageError, option
 from runtime.files import UNREADABLE, read_json
 from runtime.torch_files import read_torch_file
 from runtime.unpickling import load_numpy_pickle
 from tests.conftest import smooth_image
 from tests.faults.mutations import mutated
+from tests.headers import header_of
 
 COUNTS = pytest.mark.parametrize("count", [100, pytest.param(500, marks=pytest.mark.slow)])
 BOMB_SIDE = 14_000
@@ -156,7 +158,9 @@ def test_a_bomb_in_a_text_chunk_is_refused(tmp_path):
 
 @COUNTS
 def test_checkpoints(tmp_path, count):
-    save_weights(tmp_path / "model.safetensors", {"a": torch.arange(40.0), "b": torch.eye(3)}, {"step": 1})
+    save_weights(
+        tmp_path / "model.safetensors", {"a": torch.arange(40.0), "b": torch.eye(3)}, header_of(DiTOptions(), step=1)
+    )
     foreign = serialize({"a": torch.zeros(5)}, metadata={"header": json.dumps({"format": "other"})})
     originals = {"model.safetensors": (tmp_path / "model.safetensors").read_bytes(), "foreign.safetensors": foreign}
     check(originals, count, tmp_path, read_weights)

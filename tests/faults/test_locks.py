@@ -1,6 +1,7 @@
 """One process at a time in a folder; the file of a dead one is no obstacle."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -18,18 +19,36 @@ from runtime.locks import Holder, locked
 from runtime.signals import orderly_exit
 from training.experiment import ExperimentOptions, only_run_in, open_experiment
 
+ROOT = Path(__file__).parents[2]
+
+
+HOLDER = """
+import subprocess, sys
+from pathlib import Path
+from runtime.locks import locked
+subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)  # a program of its own, which it may outlive
+with locked(Path(sys.argv[1]), "is training"):
+    print("inside", flush=True)
+    input()
+"""
+
 
 @pytest.fixture
-def other():
-    """A process that waits."""
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    yield process
-    process.kill()
-    process.communicate()
+def hold():
+    """Starts a process that holds a lock file until its end."""
+    started = []
 
+    def start(path):
+        command = [sys.executable, "-c", HOLDER, str(path)]
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        started.append(process)
+        assert process.stdout.readline() == b"inside\n"
+        return process
 
-def holder_of(process):
-    return Holder(socket.gethostname(), process.pid, locks._identity(process.pid), "2026-01-02 03:04:05")
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def write(path, holder):
@@ -37,13 +56,17 @@ def write(path, holder):
     path.write_text(json.dumps(holder._asdict()))
 
 
+def left_by(pid):
+    """What a process of this host leaves behind when it is killed."""
+    return Holder(socket.gethostname(), pid, "2026-01-02 03:04:05", kernel_lock=True)
+
+
 def test_the_file_names_the_process_and_goes_with_it(tmp_path):
     path = tmp_path / "run" / "run.lock"
     with locked(path, "is training"):
         holder = Holder.read(path)
         assert (holder.host, holder.pid) == (socket.gethostname(), os.getpid())
-        assert holder.identity
-        assert not holder.is_dead
+        assert holder.kernel_lock
         (path.parent / "result").touch()
     assert [file.name for file in path.parent.iterdir()] == ["result"]
 
@@ -54,56 +77,89 @@ def test_an_empty_folder_goes_too(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_second_start_is_refused_and_changes_nothing(tmp_path, other):
+def test_a_second_start_is_refused_and_changes_nothing(tmp_path, hold):
     path = tmp_path / "run" / "run.lock"
-    write(path, holder_of(other))
+    first = hold(path)
     before = path.read_bytes()
     with pytest.raises(UsageError) as raised, locked(path, "is training in this folder"):
         pass
-    expected = f"process {other.pid} on {socket.gethostname()}, since 2026-01-02 03:04:05 is training in this folder"
+    since = Holder.read(path).since
+    expected = f"process {first.pid} on {socket.gethostname()}, since {since} is training in this folder: {path.parent}"
     assert expected in str(raised.value)
     assert "delete" not in str(raised.value)  # it lives
     assert path.read_bytes() == before
 
 
-def test_what_a_dead_process_left_is_removed_with_a_note(tmp_path, other, capsys):
+def test_what_a_dead_process_left_is_removed_with_a_note(tmp_path, hold, capsys):
+    """Though a program that it started goes on."""
     path = tmp_path / "run" / "run.lock"
-    write(path, holder_of(other))
-    other.kill()
-    other.communicate()
+    dead = hold(path)
+    dead.kill()
+    dead.wait()
+    assert Holder.read(path).pid == dead.pid
     with locked(path, "is training"):
         assert Holder.read(path).pid == os.getpid()
-    assert f"run.lock was left by a process that has ended (process {other.pid} on" in capsys.readouterr().out
+    assert f"run.lock was left by a process that has ended (process {dead.pid} on" in capsys.readouterr().out
 
 
-def test_a_dead_process_whose_parent_has_not_asked_for_it_is_dead(tmp_path, other, capsys):
+def test_a_dead_process_whose_parent_has_not_asked_for_it_is_dead(tmp_path, hold, capsys):
     """As many a container's first process leaves them."""
     path = tmp_path / "run.lock"
-    write(path, holder_of(other))
-    other.kill()
-    os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
-    os.kill(other.pid, 0)  # it still has its number
+    dead = hold(path)
+    dead.kill()
+    os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
+    os.kill(dead.pid, 0)  # it still has its number
     with locked(path, "is training"):
         assert "removed" in capsys.readouterr().out
 
 
-def test_a_process_that_got_the_number_of_a_dead_one_is_told_from_it(tmp_path, other, capsys):
+def test_a_process_that_got_the_number_of_a_dead_one_is_told_from_it(tmp_path, hold, capsys):
     path = tmp_path / "run" / "run.lock"
-    boot, tick = holder_of(other).identity.split()
-    write(path, holder_of(other)._replace(identity=f"{boot} {int(tick) - 1}"))
+    write(path, left_by(hold(tmp_path / "other.lock").pid))
     with locked(path, "is training"):
         pass
     assert "was left by a process that has ended" in capsys.readouterr().out
 
 
+def test_a_process_whose_number_means_nothing_here_is_believed(tmp_path, hold):
+    """It runs in another container of this host, which numbers processes anew."""
+    path = tmp_path / "run.lock"
+    hold(path)
+    path.write_text(path.read_text().replace(f'"pid": {Holder.read(path).pid}', f'"pid": {2**22 - 1}'))
+    with pytest.raises(UsageError, match=f"process {2**22 - 1} on {socket.gethostname()}, since"):
+        locked(path, "is training").__enter__()
+
+
+def test_where_the_kernel_locks_nothing_the_file_is_believed(tmp_path, monkeypatch):
+    """Another process of this host, and one of an earlier version: whether they have ended, the user must say."""
+
+    def unsupported(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    path = tmp_path / "run" / "run.lock"
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", unsupported)
+        with locked(path, "is training"):
+            assert not Holder.read(path).kernel_lock
+            with pytest.raises(UsageError, match=rf"process {os.getpid()} on .*if it is dead, delete {path}"):
+                locked(path, "is training").__enter__()
+        assert list(tmp_path.iterdir()) == []
+    path.parent.mkdir()
+    path.write_text(json.dumps({"host": socket.gethostname(), "pid": 7, "identity": "boot 123", "since": "yesterday"}))
+    with pytest.raises(
+        UsageError, match=rf"process 7 on .*, since yesterday is training.*if it is dead, delete {path}"
+    ):
+        locked(path, "is training").__enter__()
+
+
 def test_a_process_of_another_host_is_believed(tmp_path):
     path = tmp_path / "run" / "run.lock"
-    write(path, Holder("elsewhere", 2**22 - 1, "", "2026-01-02 03:04:05"))
+    write(path, Holder("elsewhere", 2**22 - 1, "2026-01-02 03:04:05", kernel_lock=True))
     with pytest.raises(UsageError, match=rf"process \d+ on elsewhere, since .*if it is dead, delete {path}"):
         locked(path, "is training").__enter__()
 
 
-@pytest.mark.parametrize("content", [b"", b"[]", b'{"host": 1}', b"\xff", b'{"host": "a", "pid": '])
+@pytest.mark.parametrize("content", [b"", b"[]", b'{"host": 1}', b"\xff", b"7", b'{"host": "a", "pid": '])
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "run.lock"
     path.write_bytes(content)
@@ -112,12 +168,20 @@ def test_a_damaged_file_is_named(tmp_path, content):
     assert path.read_bytes() == content
 
 
-def test_the_file_of_another_is_not_removed(tmp_path, other):
+def test_the_file_of_another_is_not_removed(tmp_path, hold):
     """Somebody deleted ours, and a third run took the folder."""
     path = tmp_path / "run.lock"
     with locked(path, "is training"):
-        write(path, holder_of(other))
-    assert Holder.read(path) == holder_of(other)
+        path.unlink()
+        third = hold(path)
+    assert Holder.read(path).pid == third.pid
+
+
+def test_a_deleted_file_is_no_obstacle_to_the_end(tmp_path):
+    path = tmp_path / "run" / "run.lock"
+    with locked(path, "is training"):
+        path.unlink()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_no_file_behind(tmp_path, monkeypatch):
@@ -130,15 +194,15 @@ def test_a_full_disk_leaves_no_file_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_who_waits_gets_it_in_the_end(tmp_path, other, monkeypatch, capsys):
+def test_one_who_waits_gets_it_in_the_end(tmp_path, hold, monkeypatch, capsys):
     path = tmp_path / "cache" / "build.lock"
-    write(path, holder_of(other))
+    other = hold(path)
     naps = []
 
     def nap(seconds):
         naps.append(seconds)
         if len(naps) == 3:
-            path.unlink()
+            other.communicate(b"\n")  # it comes to its end
 
     monkeypatch.setattr(locks.time, "sleep", nap)
     with locked(path, "is building", wait=True):
@@ -161,11 +225,11 @@ for _ in range(20):
 
 
 @pytest.mark.slow
-def test_of_many_processes_one_is_inside(tmp_path, other):
+def test_of_many_processes_one_is_inside(tmp_path):
     """All of them find the file of a dead process first."""
-    write(tmp_path / "lock", holder_of(other)._replace(identity="of another boot"))
+    write(tmp_path / "lock", left_by(7))
     command = [sys.executable, "-c", RACER, tmp_path / "lock", tmp_path / "log"]
-    racers = [subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.DEVNULL) for _ in range(6)]
+    racers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(6)]
     assert [racer.wait(600) for racer in racers] == [0] * 6
     assert (tmp_path / "log").read_text() == "in\nout\n" * 120
 

@@ -93,7 +93,7 @@ def test_folders_of_classes_may_have_any_name(tmp_path, call):
     assert entries(tmp_path / "images") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "saved"]
     folder = tmp_path / "saved" / "latent_flow" / "folder" / "run"
-    assert sorted(read_weights(newest_model(folder))[1]["dataset"]["class_names"]) == sorted(ODD)
+    assert sorted(read_weights(newest_model(folder))[1].dataset.class_names) == sorted(ODD)
     sampling = [
         "--save_root",
         tmp_path / "saved",

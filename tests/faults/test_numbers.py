@@ -8,10 +8,10 @@ import torch
 
 from options import DivergedError, explain
 from runtime.torch_files import load_content
-from tests.training.test_loop import BATCH, COUNT, STEPS, assert_same_run, new_job, record_of, signalled
+from tests.training.test_loop import BATCH, COUNT, STEPS, assert_same_run, new_run, record_of, signalled
 from training.data import epoch_indices
 from training.loop import train
-from training.nan_guard import LossCourse
+from training.nan_guard import LossHistory
 
 
 class Poisoned:
@@ -30,7 +30,7 @@ class Poisoned:
 
 
 def poisoned_job(folder, is_bad, factor=math.nan, **settings):
-    job = new_job(folder, **settings)
+    job = new_run(folder, **settings)
     job.source = Poisoned(job.source, is_bad, factor)
     return job
 
@@ -111,8 +111,8 @@ def test_a_lost_run_can_go_on_from_before(tmp_path):
     folder, options = tmp_path / "run", {"save_content_every_steps": 2}
     with pytest.raises(DivergedError):
         train(poisoned_job(folder, lambda call, _: call >= 6, experiment=options, max_bad_steps=3), resume=False)
-    assert train(new_job(folder, experiment=options), resume=True)
-    assert train(new_job(tmp_path / "good", experiment=options), resume=False)
+    assert train(new_run(folder, experiment=options), resume=True)
+    assert train(new_run(tmp_path / "good", experiment=options), resume=False)
     assert record_of(folder) == record_of(tmp_path / "good")
 
 
@@ -128,7 +128,7 @@ def test_a_streak_that_ends_in_time_is_no_end(tmp_path):
 
 def test_what_is_due_in_a_bad_step_is_saved_after_the_next_good_one(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr("training.checkpointing.keep_content", lambda folder, content: saved.append(content["step"]))
+    monkeypatch.setattr("training.checkpointing.save_state", lambda folder, content: saved.append(content["step"]))
     options = {"save_content_every_steps": 4}
     train(poisoned_job(tmp_path / "run", lambda call, _: call in (4, 5), experiment=options), resume=False)
     assert saved == [6, 8, 12, STEPS]
@@ -149,13 +149,13 @@ def test_a_run_may_be_told_never_to_stop(tmp_path):
 
 
 def test_a_leap_is_one_beyond_three_times_the_median_of_the_last():
-    course = LossCourse()
+    course = LossHistory()
     assert [course.leap(loss) for loss in (100.0, 1.0, 1.1, 0.9, 1.0)] == [None] * 5  # the first ones may be anything
     assert course.leap(2.9) is None
     assert course.leap(3.2) == pytest.approx(1.05)
-    assert LossCourse([1.0] * 4).leap(50.0) is None
-    assert LossCourse([1.0] * 5).leap(50.0) == 1.0
-    assert LossCourse([9.0] * 30 + [1.0] * 15).leap(4.0) == 1.0
+    assert LossHistory([1.0] * 4).leap(50.0) is None
+    assert LossHistory([1.0] * 5).leap(50.0) == 1.0
+    assert LossHistory([9.0] * 30 + [1.0] * 15).leap(4.0) == 1.0
 
 
 def test_spikes_are_recorded_and_a_resumed_run_records_the_same(tmp_path):

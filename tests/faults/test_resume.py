@@ -122,7 +122,7 @@ def start(place, way, exp, event=None):
     shared += ["--max_steps", STEPS, "--lr", 1e-2, "--method", "euler", "--num_steps", 1, "--precision", "fp32"]
     shared += ["--num_threads", 1, "--device", "cpu", "--save_root", place / "saved", "--exp", exp, *OFTEN]
     words = [str(word).format(place=place) for word in (*shared, *flags)]
-    groups = [*setup.TRAINING_GROUPS, *GROUPS[task.name]]
+    groups = [*setup.training_groups(), *GROUPS[task.name]]
     options = parse_options("", groups, words, ignored=IGNORED_FLAGS, task=task.name)
     folder = place / "saved" / task.runs / "fashion_mnist" / exp
     with pytest.MonkeyPatch.context() as patch:

@@ -15,17 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.dit import hidden_matrices
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.files import remove_leftovers
 from runtime.torch_files import load_content, read_torch_file
-from tests.training.test_loop import assert_same_run, new_job
+from tests.training.test_loop import assert_same_run, new_run
 from training.checkpointing import remove_older
 from training.disk import check_space, predict_use
 from training.loop import train
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState
-from training.state_file import has_content, keep_content, read_newest
+from training.state_file import has_state, read_newest, save_state
 
 OFTEN = {"save_content_every_steps": 3}
 OPERATIONS = {"open", "os.rename", "os.link", "os.remove"}
@@ -68,11 +69,11 @@ def test_a_kill_before_any_operation_leaves_a_whole_content(tmp_path, monkeypatc
     for operation in count():
         folder = tmp_path / str(operation)
         for step in (1, 2):
-            keep_content(folder, content_of(step))
+            save_state(folder, content_of(step))
 
         def save(operation=operation, folder=folder):
             kill_before(operation, folder)
-            keep_content(folder, content_of(3))
+            save_state(folder, content_of(3))
 
         killed = in_child(save)
         content = read_newest(folder / "content.pth", read_torch_file, Processes())[1]
@@ -88,13 +89,13 @@ def test_a_kill_before_any_operation_leaves_a_whole_content(tmp_path, monkeypatc
 
 def test_a_kill_in_the_middle_of_writing_leaves_both(tmp_path):
     for step in (1, 2):
-        keep_content(tmp_path, content_of(step))
+        save_state(tmp_path, content_of(step))
 
     def save():
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
-        keep_content(tmp_path, content_of(3))
+        save_state(tmp_path, content_of(3))
 
     assert in_child(save) == signal.SIGXFSZ
     assert [load_content(tmp_path / name)["step"] for name in ("content.pth", "content.previous.pth")] == [2, 1]
@@ -119,7 +120,7 @@ def test_two_hundred_kills_at_random_moments_cost_nothing_that_was_saved(tmp_pat
         if child == 0:
             try:
                 for step in count(found + 1):
-                    keep_content(tmp_path, content_of(step))
+                    save_state(tmp_path, content_of(step))
                     os.write(writer, b".")
             finally:
                 os._exit(1)
@@ -129,12 +130,12 @@ def test_two_hundred_kills_at_random_moments_cost_nothing_that_was_saved(tmp_pat
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
         with os.fdopen(reader, "rb") as file:
             done = len(file.read())
-        if has_content(tmp_path):
+        if has_state(tmp_path):
             content = read_newest(tmp_path / "content.pth", read_torch_file, Processes())[1]
             assert content["step"] in (found + done, found + done + 1)
             assert content["weights"].unique().tolist() == [content["step"]]
             found = content["step"]
-        assert has_content(tmp_path) or done == 0
+        assert has_state(tmp_path) or done == 0
         halves, savings = halves + len(remove_leftovers(tmp_path)), savings + done
     assert not list(tmp_path.glob("*damaged*"))
     assert halves > 0  # some were hit while they wrote
@@ -143,20 +144,20 @@ def test_two_hundred_kills_at_random_moments_cost_nothing_that_was_saved(tmp_pat
 
 def test_a_failed_write_leaves_both(tmp_path, monkeypatch):
     for step in (1, 2):
-        keep_content(tmp_path, content_of(step))
+        save_state(tmp_path, content_of(step))
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        keep_content(tmp_path, content_of(3))
+        save_state(tmp_path, content_of(3))
     assert [load_content(tmp_path / name)["step"] for name in ("content.pth", "content.previous.pth")] == [2, 1]
 
 
 def test_what_one_of_several_processes_cannot_read_none_goes_on_from(tmp_path, monkeypatch):
     for step in (1, 2):
-        keep_content(tmp_path, content_of(step))
+        save_state(tmp_path, content_of(step))
     somewhere = iter([True, False])  # whether any process failed to read the newest, the one before it
     monkeypatch.setattr(Processes, "any", lambda self, failed: next(somewhere))
     path, content = read_newest(tmp_path / "content.pth", read_torch_file, Processes(1, 2))
@@ -171,7 +172,7 @@ def crash():
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults") / "whole"
-    assert train(new_job(folder, experiment=OFTEN), resume=False)
+    assert train(new_run(folder, experiment=OFTEN), resume=False)
     return folder
 
 
@@ -180,7 +181,7 @@ def crashed(tmp_path_factory):
     """A run with content.pth of step 9 and content.previous.pth of step 6."""
     folder = tmp_path_factory.mktemp("faults") / "crashed"
     with pytest.raises(RuntimeError, match="power cut"):
-        train(new_job(folder, event=(12, crash), experiment=OFTEN), resume=False)
+        train(new_run(folder, event=(12, crash), experiment=OFTEN), resume=False)
     return folder
 
 
@@ -218,7 +219,7 @@ def test_a_damaged_content_is_kept_aside_and_the_run_goes_on_from_the_one_before
     shutil.copytree(crashed, folder)
     DAMAGES[damage](folder / "content.pth")
     damaged = (folder / "content.pth").read_bytes()
-    assert train(new_job(folder, experiment=OFTEN), resume=True)
+    assert train(new_run(folder, experiment=OFTEN), resume=True)
     out = capsys.readouterr().out
     assert f"{folder}/content.pth" in out
     assert "it is kept as content.pth.damaged-1. The run goes on from content.previous.pth" in out
@@ -231,8 +232,8 @@ def test_a_damaged_content_is_kept_aside_and_the_run_goes_on_from_the_one_before
 def test_a_kill_between_two_renames_is_no_loss(crashed, whole_run, tmp_path, capsys):
     shutil.copytree(crashed, tmp_path / "run")
     (tmp_path / "run" / "content.pth").unlink()
-    assert has_content(tmp_path / "run")
-    assert train(new_job(tmp_path / "run", experiment=OFTEN), resume=True)
+    assert has_state(tmp_path / "run")
+    assert train(new_run(tmp_path / "run", experiment=OFTEN), resume=True)
     assert "continuing at step 6 of 14" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", whole_run)
 
@@ -245,7 +246,7 @@ def test_where_both_are_damaged_nothing_is_touched(crashed, tmp_path):
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     message = r"cannot read .*content\.pth: .*cannot read .*content\.previous\.pth: .*--overwrite .*--init_from"
     with pytest.raises(UsageError, match=message):
-        train(new_job(folder, experiment=OFTEN), resume=True)
+        train(new_run(folder, experiment=OFTEN), resume=True)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
@@ -253,7 +254,7 @@ def test_saving_by_the_clock(tmp_path):
     """So often that every step is saved: the crash at the fetch of batch 12 costs a step or two."""
     with pytest.raises(RuntimeError, match="power cut"):
         train(
-            new_job(tmp_path / "run", event=(12, crash), experiment={"save_content_every_minutes": 1e-9}), resume=False
+            new_run(tmp_path / "run", event=(12, crash), experiment={"save_content_every_minutes": 1e-9}), resume=False
         )
     assert load_content(tmp_path / "run" / "content.pth")["step"] >= 10
     previous = load_content(tmp_path / "run" / "content.previous.pth")["step"]
@@ -262,10 +263,10 @@ def test_saving_by_the_clock(tmp_path):
 
 def test_the_clock_begins_anew_with_every_saving(tmp_path, monkeypatch):
     now = iter(range(1000))
-    monkeypatch.setattr("training.clock.time.monotonic", lambda: float(next(now)))
+    monkeypatch.setattr("training.metrics_log.time.monotonic", lambda: float(next(now)))
     saved = []
-    monkeypatch.setattr("training.checkpointing.keep_content", lambda folder, content: saved.append(content["step"]))
-    train(new_job(tmp_path / "run", experiment={"save_content_every_minutes": 0.25}), resume=False)
+    monkeypatch.setattr("training.checkpointing.save_state", lambda folder, content: saved.append(content["step"]))
+    train(new_run(tmp_path / "run", experiment={"save_content_every_minutes": 0.25}), resume=False)
     steps = [later - earlier for earlier, later in pairwise(saved)]
     assert len(saved) > 2
     assert 1 < max(steps[:-1]) < 14  # neither every step nor none
@@ -273,7 +274,7 @@ def test_the_clock_begins_anew_with_every_saving(tmp_path, monkeypatch):
 
 
 def test_older_checkpoints_are_removed(whole_run, tmp_path):
-    assert train(new_job(tmp_path / "run", experiment={**OFTEN, "keep_last": 2}), resume=False)
+    assert train(new_run(tmp_path / "run", experiment={**OFTEN, "keep_last": 2}), resume=False)
     names = {path.name for path in (tmp_path / "run").glob("*.safetensors")}
     assert names == {"model_2.safetensors", "model_3.safetensors", "best.safetensors"}
     for name in names:
@@ -294,8 +295,10 @@ def test_nothing_but_numbered_checkpoints_is_removed(tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_predicted_use_is_that_of_the_files(tmp_path, optimizer):
     """Up to the names and headers in them, some kilobytes for each tensor."""
-    job = new_job(tmp_path / "run", experiment=OFTEN, optimizer=optimizer)
-    state = TrainingState(job.network, job.machine, 0.9, OptimizerOptions(optimizer=optimizer))
+    job = new_run(tmp_path / "run", experiment=OFTEN, optimizer=optimizer)
+    state = TrainingState(
+        job.network, job.machine, 0.9, OptimizerOptions(optimizer=optimizer), hidden_matrices=hidden_matrices
+    )
     use = predict_use(state, job.experiment, per_epoch=5, last_step=14)
     assert train(job, resume=False)
     folder = tmp_path / "run"
@@ -309,7 +312,7 @@ def test_predicted_use_is_that_of_the_files(tmp_path, optimizer):
 
 def test_a_run_without_room_for_one_saving_does_not_begin(tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
-    job = new_job(tmp_path / "run", experiment=OFTEN)
+    job = new_run(tmp_path / "run", experiment=OFTEN)
     state = TrainingState(job.network, job.machine, 0.9, OptimizerOptions())
     use = predict_use(state, job.experiment, 5, 14)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.one_saving - 1))

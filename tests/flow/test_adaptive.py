@@ -24,7 +24,7 @@ class Oscillation:
         rate = self.rates.to(x.dtype)
         return (rate * torch.cos(2 * math.pi * rate * t)).view(-1, 1, 1, 1).expand_as(x)
 
-    def of_rows(self, rows):
+    def select_rows(self, rows):
         part = Oscillation(self.rates[rows])
         part.calls = self.calls
         return part

@@ -149,8 +149,8 @@ def test_evaluations_are_counted_as_they_are_computed():
     velocity = GuidedVelocity(network, Ask(LABELS), Ask(NULL), GuidanceOptions(3.0, cfg_interval=(0.3, 0.6)))
     velocity(torch.tensor([0.9, 0.5, 0.1, 0.4], dtype=torch.float64), X)
     rows = torch.tensor([1, 2])
-    velocity.of_rows(rows)(torch.tensor([0.5, 0.2], dtype=torch.float64), X[rows])
-    velocity.of_rows(rows).of_rows(torch.tensor([1]))(T, X[2:3])
+    velocity.select_rows(rows)(torch.tensor([0.5, 0.2], dtype=torch.float64), X[rows])
+    velocity.select_rows(rows).select_rows(torch.tensor([1]))(T, X[2:3])
     assert velocity.evaluations(4).tolist() == [1, 2 + 2, 1 + 1 + 2, 2]
     assert sum(len(call[1]) for call in network.calls) == velocity.evaluations(4).sum()
 
@@ -159,4 +159,4 @@ def test_some_rows_of_a_velocity_are_those_of_the_whole():
     rows = torch.tensor([3, 1])
     maps = torch.randn(4, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     whole = GuidedVelocity(Recorder(), Ask(LABELS, maps), Ask(NULL, 0 * maps), GuidanceOptions(2.0))
-    assert torch.equal(whole.of_rows(rows)(T, X[rows]), whole(T, X)[rows])
+    assert torch.equal(whole.select_rows(rows)(T, X[rows]), whole(T, X)[rows])

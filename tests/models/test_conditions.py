@@ -14,6 +14,7 @@ from models.edm_unet import EdmUNetOptions
 from models.guided_unet import GuidedUNetOptions
 from models.registry import NETWORKS, Architecture, build_network
 from options import UsageError
+from tests.headers import header_of
 from training.ema import Ema
 from training.optimizers import OptimizerOptions, make_optimizers
 
@@ -159,13 +160,9 @@ def test_copies_and_wrappers_keep_the_names_below_their_own_prefix(dense):
 def test_a_checkpoint_describes_the_condition(tmp_path):
     network = network_of("DiT-Mi/2", MAPPED)
     chosen = architecture("DiT-Mi/2", DenseInput(4, classes=6, dropout=0.2))
-    header = {
-        "task": "semantic", "model_type": chosen.model_type, "network": chosen.options, "dense": chosen.dense,
-        "latent_size": SIDE, "latent_channels": 4, "num_classes": 3, "autoencoder": {"id": "none", "sha256": "none"},
-        "dataset": {"channels": 4}, "step": 1,
-    }  # fmt: skip
+    header = header_of(chosen.options, chosen.model_type, SIDE, task="semantic", dense=chosen.dense, step=1)
     save_weights(tmp_path / "m.safetensors", network.state_dict(), header)
-    assert list(read_weights(tmp_path / "m.safetensors")[1]["dense"].values()) == [4, 6, 0.2]
+    assert read_weights(tmp_path / "m.safetensors")[1].dense == DenseInput(4, classes=6, dropout=0.2)
     loaded = load_model(tmp_path / "m.safetensors").network
     assert isinstance(loaded, DenseConditioned)
     t, x, dense_map = inputs_of(MAPPED)
@@ -175,7 +172,9 @@ def test_a_checkpoint_describes_the_condition(tmp_path):
 
 def test_muon_finds_the_matrices_inside_and_leaves_the_stage_to_adamw():
     network = network_of("DiT-Mi/2", MAPPED)
-    adamw, muon = make_optimizers(network, OptimizerOptions(optimizer="muon"))
+    adamw, muon = make_optimizers(
+        network, OptimizerOptions(optimizer="muon"), hidden_matrices=NETWORKS["DiT-Mi/2"].hidden_matrices(network)
+    )
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     of_muon, of_adamw = ({names[id(p)] for p in optimizer.param_groups[0]["params"]} for optimizer in (muon, adamw))
     assert "network.blocks.0.attn.qkv.weight" in of_muon

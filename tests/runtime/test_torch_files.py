@@ -1,10 +1,32 @@
-"""Which files are of torch.save, told by their first bytes alone."""
+"""Files of torch.save are told by their first bytes, come back whole or are named, and are never executed."""
+
+import os
+import pickle
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from runtime.torch_files import is_torch_file, read_torch_file
+from options import UsageError
+from runtime.torch_files import is_torch_file, load_content, read_torch_file, save_content
+
+WEIGHTS = {
+    "a": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
+    "b.half": torch.tensor([1.5, -0.0, float("inf")], dtype=torch.float16),
+    "c": torch.arange(6).view(2, 3).t(),  # not contiguous
+    "d": torch.tensor(7),
+}
+CONTENT = {
+    "step": 3,
+    "seconds": 0.1,
+    "best": float("inf"),
+    "network": WEIGHTS,
+    "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.999)}]},
+}
+
+
+def bits(tensor):
+    return tensor.contiguous().view(-1).view(torch.uint8).tolist()
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -29,3 +51,64 @@ def test_other_files(tmp_path):
     for data in (b"", b"PK", b"text of no format"):
         (tmp_path / "file").write_bytes(data)
         assert not is_torch_file(tmp_path / "file")
+
+
+def test_content_comes_back_bit_for_bit(tmp_path):
+    save_content(tmp_path / "content.pth", CONTENT)
+    found = load_content(tmp_path / "content.pth")
+    assert {name: found[name] for name in ("step", "seconds", "best")} == {
+        "step": 3,
+        "seconds": 0.1,
+        "best": float("inf"),
+    }
+    assert found["optimizer"]["param_groups"] == CONTENT["optimizer"]["param_groups"]
+    for name, value in WEIGHTS.items():
+        assert bits(found["network"][name]) == bits(value)
+
+
+def test_damaged_content_is_named(tmp_path):
+    path = tmp_path / "content.pth"
+    save_content(path, {"weights": torch.full((1000,), 0.5)})
+    data = path.read_bytes()
+    inside = data.index(torch.full((8,), 0.5).numpy().tobytes()) + 100  # of the numbers: only a checksum can tell
+    flipped = bytearray(data)
+    flipped[inside] ^= 1
+    for damaged in (b"", data[:100], data[: len(data) // 2], data[:-1], b"no checkpoint", bytes(flipped)):
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match=r"cannot read .*content\.pth: \S"):
+            load_content(path)
+    with pytest.raises(UsageError, match=r"cannot read .*absent\.pth"):
+        load_content(tmp_path / "absent.pth")
+
+
+def test_a_full_disk_is_an_os_error_and_costs_nothing(tmp_path):
+    """exit_cleanly turns it into one line; libraries that write to paths hide it in errors of their own."""
+    path = tmp_path / "content.pth"
+    save_content(path, WEIGHTS)
+    before = path.read_bytes()
+    path.with_name(f"{path.name}.tmp-{os.getpid()}").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        save_content(path, WEIGHTS)
+    assert path.read_bytes() == before
+    assert [found.name for found in tmp_path.iterdir()] == ["content.pth"]
+
+
+class Trap:
+    """Unpickled without care, it creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_a_pickle_with_code_is_refused_and_never_executed(tmp_path, save):
+    marker, path = tmp_path / "executed", tmp_path / "content.pth"
+    save({"step": 1, "network": Trap(marker)}, path)
+    with pytest.raises(UsageError, match=r"cannot read .*content\.pth"):
+        load_content(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False) if save is torch.save else pickle.loads(path.read_bytes())
+    assert marker.exists()  # the trap works

@@ -1,6 +1,7 @@
 """The test script's modes on a tiny network with random weights, on photographs in pixel space."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,29 +17,21 @@ from options import UsageError
 from runtime import precision
 from sampling.script import MODE_GROUPS, run_modes
 from sampling.setup import open_sampler
+from tests.headers import header_of
 
 SIDE = 8
 NETWORK = DiTOptions(num_in_channels=3, num_out_channels=3, num_classes=2, label_dropout=0.1)
 
 
-def write_checkpoint(path, seed, **changes):
+def write_checkpoint(path, seed, options=NETWORK):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build_network("DiT-Mi/4", SIDE, NETWORK)
+        network = build_network("DiT-Mi/4", SIDE, options)
         for parameter in network.parameters():
             parameter.data.add_(0.05 * torch.randn_like(parameter))
     facts = DatasetFacts("folder", SIDE, 3, None, True, ("cat", "dog"))
-    header = {
-        "model_type": "DiT-Mi/4",
-        "network": NETWORK,
-        "latent_size": SIDE,
-        "latent_channels": 3,
-        "num_classes": 2,
-        "autoencoder": {"id": "none", "sha256": "none"},
-        "dataset": facts,
-        "step": 7,
-    }
-    save_weights(path, network.state_dict(), header | changes)
+    header = header_of(options, "DiT-Mi/4", SIDE, dataset=facts, step=7)
+    save_weights(path, network.state_dict(), header)
     return path
 
 
@@ -180,7 +173,7 @@ def test_autoguidance(call, tmp_path):
     assert np.abs(plain - itself).max() <= 1
     assert np.abs(plain - away).max() > 5
     assert (result["nfe"], result["network_evaluations"]) == (2, 4)
-    other = write_checkpoint(tmp_path / "other.safetensors", seed=1, num_classes=3)
+    other = write_checkpoint(tmp_path / "other.safetensors", seed=1, options=replace(NETWORK, num_classes=3))
     with pytest.raises(UsageError, match=r"--guide_checkpoint .*other.safetensors: its num_classes is 3, but .* is 2"):
         call(*flags, "--cfg_scale", 3, "--guide_checkpoint", other)
 

@@ -16,6 +16,7 @@ from runtime.precision import Machine
 from sampling.sampler import Sampler, generate
 from tasks.conditioned_images import ConditionedImages
 from tasks.pair_scores import Recognition, recognition
+from tests.fake_features import FakeFeatures, Pixels
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
 NAMES = ("cat", "dog", "owl")
@@ -88,10 +89,10 @@ def test_guidance_leads_away_from_what_training_dropped_and_from_nothing_else(la
     assert torch.equal(velocity.null_condition.dense, torch.zeros_like(maps) if dense else maps)
 
 
-class ByRed:
+class ByRed(FakeFeatures):
     """A classifier that sees a class in the first pixel's red."""
 
-    classes = NAMES
+    outputs, classes = {"probabilities": 3}, NAMES
 
     def probabilities(self, images):
         return torch.nn.functional.one_hot(images[:, 0, 0, 0].long() % 3, 3).float()
@@ -121,7 +122,7 @@ def test_only_a_classifier_of_the_datasets_classes_recognises():
     assert len(recognition(ByRed(), DATASET)) == 1
     assert recognition(OfOthers(), DATASET) == []
     assert recognition(None, DATASET) == []
-    assert recognition(object(), DATASET) == []  # features without classes
+    assert recognition(Pixels(), DATASET) == []  # features without classes
     unlabelled = ImageDataset(replace(FACTS, class_names=()), "validation", np.zeros(4), IMAGES.__getitem__, "x")
-    assert recognition(object(), unlabelled) == []
+    assert recognition(Pixels(), unlabelled) == []
     assert recognition(ByRed(), unlabelled) == []

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from flow.objectives import FlowMatching, Times
 from flow.paths import PathOptions
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
-from models.conditions import DenseInput
+from models.conditions import Condition, DenseInput
 from options import UsageError
 from runtime.distributed import Processes
 from training.data import Batch, batches, epoch_indices, steps_per_epoch
@@ -48,21 +49,27 @@ def draw(first, last, *, source=None, processes=Processes(), batch_size=6, seed=
     autoencoder = settings.pop("autoencoder", PixelSpace(1))
     path = settings.pop("path", PathOptions())
     limits = {"batch_size": batch_size, "first_step": first, "last_step": last, "seed": seed, "processes": processes}
-    return list(batches(source or Numbered(), autoencoder, path, **limits, **settings))
+    return list(batches(source or Numbered(), autoencoder, FlowMatching(path), **limits, **settings))
 
 
 def images_of(batch):
     return batch.data[:, 0, 0, 0].long().tolist()
 
 
+def columns_of(batch):
+    """Data, noise, times, labels and dense map."""
+    return batch.data, batch.noise, *batch.draws, *batch.condition
+
+
 def same(one, other):
-    pairs = zip(one, other, strict=True)
+    pairs = zip(columns_of(one), columns_of(other), strict=True)
     return all(a is None is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
 def joined(batches):
-    columns = zip(*batches, strict=True)
-    return Batch(*(None if column[0] is None else torch.cat(column) for column in columns))
+    columns = zip(*map(columns_of, batches), strict=True)
+    data, noise, t, *condition = (None if column[0] is None else torch.cat(column) for column in columns)
+    return Batch(data, noise, Times(t), Condition(*condition))
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "stratified"])
@@ -114,12 +121,12 @@ def test_images_that_fill_no_batch_wait_for_another_epoch():
 def test_labels_belong_to_their_images_and_are_dropped_as_often_as_asked():
     drawn = draw(0, 300)
     numbers = torch.tensor([number for batch in drawn for number in images_of(batch)])
-    labels = torch.cat([batch.labels for batch in drawn])
+    labels = torch.cat([batch.condition.labels for batch in drawn])
     kept = labels != CLASSES
     assert torch.equal(labels[kept], numbers[kept] % CLASSES)
     dropped = (~kept).double().mean().item()
     assert abs(dropped - 0.2) < 4 * (0.2 * 0.8 / len(labels)) ** 0.5
-    assert all((batch.labels != CLASSES).all() for batch in draw(0, 50, label_dropout=0.0))
+    assert all((batch.condition.labels != CLASSES).all() for batch in draw(0, 50, label_dropout=0.0))
 
 
 def test_half_of_the_images_are_mirrored_where_the_dataset_flips():
@@ -133,7 +140,7 @@ def test_noise_is_standard_normal_and_times_uniform():
     noise = torch.cat([batch.noise for batch in drawn]).flatten()
     assert abs(noise.mean()) < 4 / len(noise) ** 0.5
     assert abs(noise.var() - 1) < 4 * (2 / len(noise)) ** 0.5
-    t = torch.cat([batch.t for batch in drawn]).sort().values
+    t = torch.cat([batch.draws.t for batch in drawn]).sort().values
     assert (t - torch.linspace(0, 1, len(t))).abs().max() < 2 / len(t) ** 0.5  # Kolmogorov-Smirnov
     neighbours = torch.stack([noise[:-1], noise[1:]])
     assert abs(torch.corrcoef(neighbours)[0, 1]) < 4 / len(noise) ** 0.5
@@ -143,7 +150,7 @@ def test_another_seed_changes_every_draw():
     one, other = draw(0, 1)[0], draw(0, 1, seed=4)[0]
     assert images_of(one) != images_of(other)
     assert not torch.equal(one.noise, other.noise)
-    assert not torch.equal(one.t, other.t)
+    assert not torch.equal(one.draws.t, other.draws.t)
 
 
 def test_a_dataset_smaller_than_a_batch_says_so():
@@ -164,7 +171,7 @@ def test_parts_of_a_batch_are_the_batch():
     (batch,) = draw(0, 1)
     for count in (1, 2, 3, 6):
         parts = batch.split(count)
-        assert [len(part.t) for part in parts] == [6 // count] * count
+        assert [len(part.draws.t) for part in parts] == [6 // count] * count
         assert same(joined(parts), batch)
     with pytest.raises(ValueError, match="6 cannot be cut into 4"):
         batch.split(4)
@@ -177,20 +184,23 @@ def test_conditions_are_of_the_batchs_images_and_every_draw_has_a_number_of_its_
     shares = [draw(0, 9, processes=Processes(rank, count), **settings) for rank in range(count)]
     for step, whole in enumerate(alone):
         assert same(joined([share[step] for share in shares]), whole)
-        numbers, mirrored, draws, _ = whole.dense[:, :, 0, 0].long().T
+        numbers, mirrored, draws, _ = whole.condition.dense[:, :, 0, 0].long().T
         assert numbers.tolist() == images_of(whole)
         assert torch.equal(mirrored, whole.data[:, 0, 0, 1].long())
         assert draws.tolist() == list(range(6 * step, 6 * step + 6))
     without = draw(0, 9)
-    assert all(same(a[:4], b[:4]) for a, b in zip(alone, without, strict=True))  # a condition changes nothing else
+    assert all(same(a._replace(condition=b.condition), b) for a, b in zip(alone, without, strict=True))
+    assert all(
+        torch.equal(a.condition.labels, b.condition.labels) for a, b in zip(alone, without, strict=True)
+    )  # a condition changes nothing else
     halves = alone[0].split(2)
-    assert torch.equal(halves[1].dense, alone[0].dense[3:])
-    assert without[0].split(2)[1].dense is None
+    assert torch.equal(halves[1].condition.dense, alone[0].condition.dense[3:])
+    assert without[0].split(2)[1].condition.dense is None
 
 
 def test_a_condition_is_hidden_with_its_probability():
     always, never, often = (
-        torch.cat([batch.dense for batch in draw(0, 90, condition=NumberedCondition(), condition_dropout=p)])
+        torch.cat([batch.condition.dense for batch in draw(0, 90, condition=NumberedCondition(), condition_dropout=p)])
         for p in (1.0, 0.0, 0.25)
     )
     assert not always.any()
@@ -201,4 +211,4 @@ def test_a_condition_is_hidden_with_its_probability():
 
 def test_labels_and_conditions_are_hidden_together():
     for batch in draw(0, 9, condition=NumberedCondition(), condition_dropout=0.4, label_dropout=0.4):
-        assert torch.equal(batch.labels == CLASSES, ~batch.dense.flatten(1).any(1))
+        assert torch.equal(batch.condition.labels == CLASSES, ~batch.condition.dense.flatten(1).any(1))

@@ -1,25 +1,22 @@
 import json
 import subprocess
-from dataclasses import fields
 
 import pytest
 
-from checkpoints.experiments import experiment_folder
-from options import UsageError
+from options import Options, UsageError
 from runtime.launch import LaunchOptions
 from runtime.provenance import REPOSITORY
-from training.experiment import (
-    ADJUSTABLE,
-    HARMLESS,
-    IMAGES,
-    ROUNDING,
-    STATE_OF_IMAGES,
-    ExperimentOptions,
-    open_experiment,
-)
-from training.setup import TRAINING_GROUPS
+from training import experiment
+from training.experiment import Configuration, ExperimentOptions
+from training.setup import training_groups
 
 VALUES = {"lr": 1e-3, "max_steps": 10, "dataset": "mnist", "adam_betas": (0.9, 0.999), "log_every": 50, "seed": 1}
+
+OPTIONS = Options({}, frozenset(), (*training_groups(), LaunchOptions))
+
+
+def open_experiment(folder, values, options):
+    return experiment.open_experiment(folder, Configuration(values, OPTIONS.policies(), OPTIONS.defaults()), options)
 
 
 @pytest.fixture
@@ -97,8 +94,9 @@ def test_a_change_that_is_more_than_rounding_does_not_claim_to_be_rounding(folde
     assert "bit for bit" not in capsys.readouterr().out
 
 
-def test_an_option_that_the_run_did_not_know_is_a_change(folder):
-    with pytest.raises(UsageError, match=r"--time_scale was None, now 2\.0"):
+def test_an_option_from_after_the_run_began_had_its_default(folder):
+    assert open_experiment(folder, VALUES | {"time_scale": 1.0, "objective": "flow_matching"}, ExperimentOptions())
+    with pytest.raises(UsageError, match=r"--time_scale was 1\.0, now 2\.0"):
         open_experiment(folder, VALUES | {"time_scale": 2.0}, ExperimentOptions())
 
 
@@ -161,26 +159,24 @@ def test_damaged_config_is_named(folder):
         open_experiment(folder, VALUES, ExperimentOptions())
 
 
-@pytest.mark.parametrize("name", ["a", "run-1.5_b+c", "2024", "größe"])
-def test_plain_names(name, tmp_path):
-    assert experiment_folder(str(tmp_path), "mnist", name) == tmp_path / "latent_flow" / "mnist" / name
+def names_of(policy):
+    return {name for name, found in OPTIONS.policies().items() if found == policy}
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/a", "-a", ".hidden", "a b", "a\n", "a\\b"])
-def test_names_that_are_no_plain_folder_are_refused(name, tmp_path):
-    with pytest.raises(UsageError, match=r"--exp .*expected a plain name"):
-        experiment_folder(str(tmp_path), "mnist", name)
-
-
-def test_lists_of_options_name_real_ones():
-    """A renamed option must not silently become one that forbids to continue."""
-    groups = (*TRAINING_GROUPS, LaunchOptions)
-    known = {field.name for group in groups for field in fields(group)} | {
-        "processes",
-        "threads",
-        IMAGES,
-        STATE_OF_IMAGES,
-    }
-    assert known >= HARMLESS | ROUNDING | ADJUSTABLE
-    assert not HARMLESS & ADJUSTABLE
-    assert not ROUNDING & (HARMLESS | ADJUSTABLE)
+def test_policies_on_resume():
+    """Spelt out, since a wrong policy would forbid a run to resume, or let it go on as another."""
+    saving = (
+        "save_content save_content_every save_content_every_steps save_content_every_minutes save_ckpt_every keep_last"
+    )
+    shown = "plot_every eval_every eval_samples log_every grid_samples grid_columns"
+    sampling = "method num_steps step_size time_grid time_shift grid_location grid_scale grid_rho atol rtol churn "
+    sampling += "churn_noise churn_interval diffusion diffusion_norm cfg_scale cfg_interval cfg_channels"
+    places = "save_root datadir latent_cache_dir num_workers device skip_bad_images"
+    scores = "features feature_weights feature_precision dims"
+    launch = "num_process_per_node num_proc_node node_rank master_address master_port local_rank"
+    others = "resume overwrite max_minutes max_bad_steps"
+    assert names_of("freely") == set(" ".join([saving, shown, sampling, places, scores, launch, others]).split())
+    assert names_of("rounding") == {"grad_accumulation", "fsdp", "num_threads", "compile"}
+    assert names_of("on_request") == set(
+        "max_steps num_epoch lr muon_lr lr_schedule no_lr_decay warmup_steps grad_clip precision".split()
+    )

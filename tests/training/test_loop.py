@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from checkpoints.files import read_weights
+from checkpoints.header import Header
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.moments import EncodedImages
 from flow.guidance import GuidanceOptions
+from flow.objectives import FlowMatching
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions
 from models.autoencoders.pixels import PixelSpace
@@ -22,8 +24,8 @@ from runtime.precision import Machine
 from runtime.torch_files import load_content
 from training.experiment import ExperimentOptions
 from training.loop import train
-from training.run import Job, TrainingOptions
-from training.validation import Review
+from training.run import TrainingOptions, TrainingRun
+from training.validation import Validation
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
 COUNT, BATCH, STEPS = 40, 8, 14  # five steps an epoch, and a last epoch that is not whole
@@ -50,7 +52,7 @@ def stripes():
     return ImageDataset(FACTS, "train", np.arange(COUNT) % 2, images.__getitem__, "f")
 
 
-def new_job(folder, event=None, experiment=None, processes=Processes(), **training):  # noqa: B008
+def new_run(folder, event=None, experiment=None, processes=Processes(), **training):  # noqa: B008
     """A tiny network on stripes in pixel space; `event` (n, action) happens at the n-th fetch of a batch."""
     dataset = stripes()
     source, held_out = (Source(dataset, PixelSpace(1).encode, MACHINE, 1) for _ in range(2))
@@ -58,22 +60,6 @@ def new_job(folder, event=None, experiment=None, processes=Processes(), **traini
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = DiT(4, 2, 16, 1, 2, NETWORK)
-    review = Review(
-        dataset=dataset,
-        held_out=held_out,
-        autoencoder=PixelSpace(1),
-        latent_shape=(1, 4, 4),
-        num_classes=2,
-        solver=SolverOptions("euler", 2),
-        guidance=GuidanceOptions(1.5),
-        seed=1,
-        machine=MACHINE,
-        sigma_min=1e-5,
-        derived="",
-        samples=0,
-        features=None,
-        processes=Processes() if training.get("fsdp") else processes,
-    )
     training = {
         "batch_size": BATCH // processes.count,
         "max_steps": STEPS,
@@ -82,20 +68,37 @@ def new_job(folder, event=None, experiment=None, processes=Processes(), **traini
         "ema_decay": 0.9,
     } | training
     shown = {"log_every": 4, "eval_every": 1, "plot_every": 2, "save_ckpt_every": 1} | (experiment or {})
-    header = {"dataset": FACTS, "num_classes": 2, "network": NETWORK, "training": TrainingOptions(**training)}
+    options = TrainingOptions(**training)
+    header = Header("DiT-Mi/2", NETWORK, 4, PixelSpace(1).describe(), FACTS, training=as_json(options))
+    objective = FlowMatching(PathOptions())
+    validation = Validation(
+        header=header,
+        dataset=dataset,
+        held_out=held_out,
+        autoencoder=PixelSpace(1),
+        objective=objective,
+        solver=SolverOptions("euler", 2),
+        guidance=GuidanceOptions(1.5),
+        seed=1,
+        machine=MACHINE,
+        derived="",
+        samples=0,
+        features=None,
+        processes=Processes() if options.fsdp else processes,
+    )
     folder.mkdir(exist_ok=True, parents=True)
-    return Job(
+    return TrainingRun(
         folder=folder,
         network=network,
         source=source,
         autoencoder=PixelSpace(1),
-        header=as_json(header),
-        path=PathOptions(),
-        training=TrainingOptions(**training),
+        header=header,
+        objective=objective,
+        training=options,
         experiment=ExperimentOptions(**shown),
         machine=MACHINE,
         processes=processes,
-        review=review,
+        validation=validation,
     )
 
 
@@ -145,18 +148,18 @@ def assert_same_record_up_to_rounding(one, other, rel):
 def whole_run(tmp_path_factory):
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("loop") / "whole"
-    assert train(new_job(folder), resume=False)
+    assert train(new_run(folder), resume=False)
     return folder
 
 
 def test_training_again_gives_the_same_run_bit_for_bit(whole_run, tmp_path):
     torch.manual_seed(7)  # the global state must not matter
-    assert train(new_job(tmp_path / "run"), resume=False)
+    assert train(new_run(tmp_path / "run"), resume=False)
     assert_same_run(tmp_path / "run", whole_run)
 
 
 def test_another_seed_gives_another_run(whole_run, tmp_path):
-    train(new_job(tmp_path / "run", seed=5), resume=False)
+    train(new_run(tmp_path / "run", seed=5), resume=False)
     assert record_of(tmp_path / "run")[0]["loss"] != record_of(whole_run)[0]["loss"]
 
 
@@ -165,16 +168,16 @@ def test_another_seed_gives_another_run(whole_run, tmp_path):
 )
 def test_interrupted_run_resumes_bit_for_bit(whole_run, tmp_path, fetch, number):
     folder = tmp_path / "run"
-    assert not train(new_job(folder, event=(fetch, signalled(number))), resume=False)
+    assert not train(new_run(folder, event=(fetch, signalled(number))), resume=False)
     step = load_content(folder / "content.pth")["step"]
     assert fetch - 1 <= step <= fetch  # it stops with the step in hand; batches are fetched one step ahead
-    assert train(new_job(folder), resume=True)
+    assert train(new_run(folder), resume=True)
     assert_same_run(folder, whole_run)
 
 
 def test_run_interrupted_again_and_again(whole_run, tmp_path):
     folder, starts = tmp_path / "run", 1
-    while not train(new_job(folder, event=(3, signalled(signal.SIGINT))), resume=True):
+    while not train(new_run(folder, event=(3, signalled(signal.SIGINT))), resume=True):
         starts += 1
         assert starts < STEPS
     assert starts > 3
@@ -187,10 +190,10 @@ def test_run_that_crashed_goes_on_from_its_last_content(whole_run, tmp_path):
 
     folder, often = tmp_path / "run", {"save_content_every_steps": 3}
     with pytest.raises(RuntimeError, match="power cut"):
-        train(new_job(folder, event=(12, crash), experiment=often), resume=False)
+        train(new_run(folder, event=(12, crash), experiment=often), resume=False)
     assert load_content(folder / "content.pth")["step"] == 9
     assert record_of(folder)[-1]["step"] > 9  # to be recorded again
-    assert train(new_job(folder, experiment=often), resume=True)
+    assert train(new_run(folder, experiment=often), resume=True)
     assert_same_run(folder, whole_run)
 
 
@@ -198,9 +201,9 @@ def test_the_last_picture_is_drawn_after_the_run_is_saved(whole_run, tmp_path, m
     def fail(review, network):
         raise RuntimeError("no picture")
 
-    monkeypatch.setattr(Review, "preview", fail)
+    monkeypatch.setattr(Validation, "preview", fail)
     with pytest.raises(RuntimeError, match="no picture"):
-        train(new_job(tmp_path / "run", experiment={"plot_every": 1000}), resume=False)
+        train(new_run(tmp_path / "run", experiment={"plot_every": 1000}), resume=False)
     assert load_content(tmp_path / "run" / "content.pth")["step"] == STEPS
     for path in whole_run.glob("*.safetensors"):
         assert (tmp_path / "run" / path.name).read_bytes() == path.read_bytes()
@@ -208,7 +211,7 @@ def test_the_last_picture_is_drawn_after_the_run_is_saved(whole_run, tmp_path, m
 
 def test_complete_run_is_left_as_it_is(whole_run):
     before = {path: path.read_bytes() for path in whole_run.rglob("*") if path.is_file()}
-    assert train(new_job(whole_run), resume=True)
+    assert train(new_run(whole_run), resume=True)
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -220,8 +223,8 @@ def test_files_of_a_run(whole_run):
     assert {path.name for path in (whole_run / "samples").iterdir()} == {"step_0000010.png", "step_0000014.png"}
     for epoch, step in [(1, 5), (2, 10), (3, STEPS)]:
         weights, header = read_weights(whole_run / f"model_{epoch}.safetensors")
-        assert (header["epoch"], header["step"]) == (epoch, step)
-        assert header["network"] == as_json(NETWORK)
+        assert (header.epoch, header.step) == (epoch, step)
+        assert header.network == NETWORK
     average = load_content(whole_run / "content.pth")["ema"]["weights"]
     assert all(torch.equal(weights[name], value) for name, value in average.items())
 
@@ -230,11 +233,11 @@ def test_best_is_that_of_the_lowest_validation_loss(whole_run):
     losses = {entry["step"]: entry["loss"] for entry in record_of(whole_run) if entry["kind"] == "validation"}
     assert list(losses) == [5, 10, STEPS]
     _, header = read_weights(whole_run / "best.safetensors")
-    assert losses[header["step"]] == min(losses.values()) == load_content(whole_run / "content.pth")["best"]
+    assert losses[header.step] == min(losses.values()) == load_content(whole_run / "content.pth")["best"]
 
 
 def test_record_has_the_mean_loss_of_each_interval(whole_run, tmp_path):
-    train(new_job(tmp_path / "run", experiment={"log_every": 1}), resume=False)
+    train(new_run(tmp_path / "run", experiment={"log_every": 1}), resume=False)
     each = [entry["loss"] for entry in record_of(tmp_path / "run") if entry["kind"] == "train"]
     entries = [entry for entry in record_of(whole_run) if entry["kind"] == "train"]
     assert [entry["step"] for entry in entries] == [4, 8, 12]
@@ -247,7 +250,7 @@ def test_record_has_the_mean_loss_of_each_interval(whole_run, tmp_path):
 def test_loss_falls(tmp_path):
     """From that of the zero velocity, E noise^2 + E data^2 = 2, for data of -1 and 1."""
     quiet = {"log_every": 20, "eval_every": 100, "plot_every": 100}
-    train(new_job(tmp_path / "run", experiment=quiet, max_steps=160, lr_schedule="trapezoid"), resume=False)
+    train(new_run(tmp_path / "run", experiment=quiet, max_steps=160, lr_schedule="trapezoid"), resume=False)
     losses = [entry["loss"] for entry in record_of(tmp_path / "run") if entry["kind"] == "train"]
     assert 1 < losses[0] < 2.2
     assert losses[-1] < 0.6 * losses[0]
@@ -256,20 +259,20 @@ def test_loss_falls(tmp_path):
 
 
 def test_epochs_count_where_no_steps_are_asked_for(tmp_path):
-    assert train(new_job(tmp_path / "run", max_steps=0, num_epoch=2), resume=False)
+    assert train(new_run(tmp_path / "run", max_steps=0, num_epoch=2), resume=False)
     assert load_content(tmp_path / "run" / "content.pth")["step"] == 10
 
 
 def test_max_minutes_ends_the_run_and_says_so(tmp_path, capsys):
-    assert train(new_job(tmp_path / "run", max_minutes=1e-9), resume=False)
+    assert train(new_run(tmp_path / "run", max_minutes=1e-9), resume=False)
     assert "--max_minutes ended the run at step 1 of 14: it is not reproducible" in capsys.readouterr().out
-    assert read_weights(tmp_path / "run" / "model_1.safetensors")[1]["step"] == 1
+    assert read_weights(tmp_path / "run" / "model_1.safetensors")[1].step == 1
     assert load_content(tmp_path / "run" / "content.pth")["step"] == 1
     assert (tmp_path / "run" / "samples" / "step_0000001.png").exists()
 
 
 def test_without_average_the_weights_themselves_are_saved(tmp_path):
-    train(new_job(tmp_path / "run", use_ema=False, max_steps=3), resume=False)
+    train(new_run(tmp_path / "run", use_ema=False, max_steps=3), resume=False)
     network = load_content(tmp_path / "run" / "content.pth")["network"]
     weights, _ = read_weights(tmp_path / "run" / "model_1.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in network.items())
@@ -277,18 +280,18 @@ def test_without_average_the_weights_themselves_are_saved(tmp_path):
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_gives_the_same_run_up_to_rounding(whole_run, tmp_path, parts):
-    train(new_job(tmp_path / "run", grad_accumulation=parts), resume=False)
+    train(new_run(tmp_path / "run", grad_accumulation=parts), resume=False)
     assert_same_record_up_to_rounding(tmp_path / "run", whole_run, rel=1e-4)
 
 
 def test_finished_run_without_content_is_complete(tmp_path, capsys):
     never = {"save_content": False}
-    train(new_job(tmp_path / "run", experiment=never, max_steps=6), resume=False)
+    train(new_run(tmp_path / "run", experiment=never, max_steps=6), resume=False)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    assert train(new_job(tmp_path / "run", experiment=never, max_steps=6), resume=True)
+    assert train(new_run(tmp_path / "run", experiment=never, max_steps=6), resume=True)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
     with pytest.raises(UsageError, match=r"ended at step 6 and kept no content\.pth .*--init_from .*model_2"):
-        train(new_job(tmp_path / "run", experiment=never, max_steps=9), resume=True)
+        train(new_run(tmp_path / "run", experiment=never, max_steps=9), resume=True)
 
 
 def test_run_that_crashed_without_content_starts_over_and_says_so(whole_run, tmp_path, capsys):
@@ -297,22 +300,22 @@ def test_run_that_crashed_without_content_starts_over_and_says_so(whole_run, tmp
 
     never = {"save_content": False}
     with pytest.raises(RuntimeError, match="power cut"):
-        train(new_job(tmp_path / "run", event=(12, crash), experiment=never), resume=False)
-    assert train(new_job(tmp_path / "run", experiment=never), resume=True)
+        train(new_run(tmp_path / "run", event=(12, crash), experiment=never), resume=False)
+    assert train(new_run(tmp_path / "run", experiment=never), resume=True)
     assert "no content.pth to continue from: the run starts at its first step" in capsys.readouterr().out
     assert record_of(tmp_path / "run") == record_of(whole_run)
 
 
 def test_signals_are_as_before_once_training_has_ended(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
-    train(new_job(tmp_path / "run", max_steps=1), resume=False)
+    train(new_run(tmp_path / "run", max_steps=1), resume=False)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_content_is_kept_only_when_wanted_or_needed(tmp_path):
     never = {"save_content": False}
-    train(new_job(tmp_path / "run", experiment=never, max_steps=3), resume=False)
+    train(new_run(tmp_path / "run", experiment=never, max_steps=3), resume=False)
     assert not (tmp_path / "run" / "content.pth").exists()
-    job = new_job(tmp_path / "other", event=(2, signalled(signal.SIGINT)), experiment=never)
+    job = new_run(tmp_path / "other", event=(2, signalled(signal.SIGINT)), experiment=never)
     assert not train(job, resume=False)
     assert (tmp_path / "other" / "content.pth").exists()

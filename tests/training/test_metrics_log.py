@@ -1,10 +1,13 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training.metrics_log import Journal
+from runtime.distributed import Processes
+from training.metrics_log import Clock, MetricsLog
 
 
 def lines(folder):
@@ -12,14 +15,14 @@ def lines(folder):
 
 
 def record(folder, step, steps):
-    journal = Journal(folder, step)
+    journal = MetricsLog(folder, step)
     for number in steps:
         journal.write(number, "train", {"loss": number / 10, "note": "text"})
     journal.close()
 
 
 def test_one_object_a_line(tmp_path):
-    journal = Journal(tmp_path, 0)
+    journal = MetricsLog(tmp_path, 0)
     journal.write(5, "train", {"loss": 0.5, "skipped": 0.0})
     assert lines(tmp_path) == [{"step": 5, "kind": "train", "loss": 0.5, "skipped": 0.0}]  # before it is closed
     journal.write(5, "validation", {"loss": 0.1 + 0.2})
@@ -50,7 +53,7 @@ def test_a_line_torn_by_a_crash_is_dropped(tmp_path, torn):
 
 def test_tensorboard_shows_the_numbers_of_the_last_continuation(tmp_path):
     record(tmp_path, 0, [1, 2, 3])
-    journal = Journal(tmp_path, 2)
+    journal = MetricsLog(tmp_path, 2)
     journal.write(3, "train", {"loss": 7.0})
     journal.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -63,9 +66,24 @@ def test_tensorboard_shows_the_numbers_of_the_last_continuation(tmp_path):
 
 
 def test_a_loss_that_is_no_number_does_not_stop_the_record(tmp_path):
-    journal = Journal(tmp_path, 0)
+    journal = MetricsLog(tmp_path, 0)
     journal.write(1, "train", {"loss": math.nan})
     journal.close()
     record(tmp_path, 1, [2])
     assert math.isnan(lines(tmp_path)[0]["loss"])
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+
+
+def test_throughput_after_a_resumption_is_of_the_steps_since_but_means_are_of_all(monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    state = SimpleNamespace(step=143, seconds=100.0, sums=torch.tensor([86.0, 43.0, 0.0, 43.0]))  # 43 steps before
+    clock = Clock(state)
+    state.sums += torch.tensor([14.0, 7.0, 0.0, 7.0])
+    state.step, now[0] = 150, 64.0
+    values = clock.lap(128, Processes())
+    assert values["images_per_s"] == pytest.approx(7 * 128 / 14)
+    assert (values["loss"], values["grad_norm"], values["seconds"]) == pytest.approx((2.0, 1.0, 114.0))
+    state.sums += torch.tensor([10.0, 10.0, 0.0, 10.0])
+    state.step, now[0] = 160, 84.0
+    assert clock.lap(128, Processes())["images_per_s"] == pytest.approx(10 * 128 / 20)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from models.dit import DiT, DiTOptions
+from models.dit import DiT, DiTOptions, hidden_matrices
 from models.edm_unet import EdmUNet, EdmUNetOptions
 from options import UsageError
 from training.optimizers import Muon, OptimizerOptions, make_optimizers, orthogonalise
@@ -36,7 +36,9 @@ def test_steps_are_those_of_torch_within_its_bfloat16():
 
 def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     network = DiT(4, 2, 16, 2, 2, DiTOptions(2, 2, num_classes=3, label_dropout=0.1))
-    adamw, muon = make_optimizers(network, OptimizerOptions(optimizer="muon", lr=1e-3, muon_lr=0.02))
+    adamw, muon = make_optimizers(
+        network, OptimizerOptions(optimizer="muon", lr=1e-3, muon_lr=0.02), hidden_matrices=hidden_matrices(network)
+    )
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     of_adamw, of_muon = ({names[id(p)] for p in o.param_groups[0]["params"]} for o in (adamw, muon))
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")

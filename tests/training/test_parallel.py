@@ -43,10 +43,10 @@ def folder(tmp_path_factory):
     """The runs of two processes, and `alone` and `alone, first step` of one."""
     folder = tmp_path_factory.mktemp("parallel")
     stop = (3, runs.signalled(signal.SIGTERM))
-    assert not train(runs.new_job(folder / "begun alone", event=stop, lr=RATE), resume=False)
+    assert not train(runs.new_run(folder / "begun alone", event=stop, lr=RATE), resume=False)
     launch(folder)
-    assert train(runs.new_job(folder / "alone", lr=RATE), resume=False)
-    assert train(runs.new_job(folder / "alone, first step", lr=RATE, max_steps=1), resume=False)
+    assert train(runs.new_run(folder / "alone", lr=RATE), resume=False)
+    assert train(runs.new_run(folder / "alone, first step", lr=RATE, max_steps=1), resume=False)
     return folder
 
 
@@ -79,7 +79,7 @@ def test_gradients_are_those_of_one_process(folder, name):
 @pytest.mark.slow
 def test_compiled_gradients_of_two_processes_are_those_of_one_that_is_not(tmp_path):
     launch(tmp_path, "compiled")
-    assert train(runs.new_job(tmp_path / "alone", lr=RATE, max_steps=1), resume=False)
+    assert train(runs.new_run(tmp_path / "alone", lr=RATE, max_steps=1), resume=False)
     assert_same_gradients(tmp_path / "alone", tmp_path / "first step, compiled")
 
 
@@ -100,7 +100,7 @@ def test_interrupted_run_of_two_resumes_bit_for_bit(folder, name):
 def test_run_of_two_shared_out_goes_on_alone(folder):
     content = load_content(folder / "begun shared out" / "content.pth")
     assert content["step"] == 10  # processes ask each other every tenth step
-    assert train(runs.new_job(folder / "begun shared out", lr=RATE), resume=True)
+    assert train(runs.new_run(folder / "begun shared out", lr=RATE), resume=True)
     one, other = (load_content(folder / name / "content.pth") for name in ("alone", "begun shared out"))
     assert greatest_difference(one["network"], other["network"]) < 1e-5
     runs.assert_same_record_up_to_rounding(folder / "alone", folder / "begun shared out", rel=1e-5)

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,16 +10,17 @@ import torch
 from models.conditions import DenseConditioned, DenseInput
 from models.dit import DiTOptions
 from models.registry import build_network
-from options import UsageError, as_json
+from options import UsageError
 from runtime.precision import Machine
 from runtime.torch_files import save_content
+from tests.headers import header_of
 from training.optimizers import OptimizerOptions
-from training.resume import continue_run
+from training.resume import resume_run
 from training.state import TrainingState
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
 OPTIONS = DiTOptions(2, 2, num_classes=3, label_dropout=0.1)
-HEADER = {"model_type": "DiT-Mi/2", "latent_size": 4, "network": as_json(OPTIONS)}
+HEADER = header_of(OPTIONS)
 
 
 def new_network(seed, options=OPTIONS):
@@ -67,7 +69,7 @@ def test_weights_averages_moments_and_epoch_are_taken_over(tmp_path):
     network, optimizer, content = published_run()
     torch.save(content, tmp_path / "content.pth")
     state = new_state()
-    line = continue_run(state, tmp_path / "content.pth", per_epoch=10, header=HEADER)
+    line = resume_run(state, tmp_path / "content.pth", per_epoch=10, header=HEADER)
     trained = sum(parameter.requires_grad for parameter in network.parameters())
     assert f"{trained} moving averages, the moments of {trained} of {trained} trained parameters, and epoch 4" in line
     assert state.step == 40
@@ -91,7 +93,7 @@ def test_without_averages_the_average_begins_at_the_weights(tmp_path):
     network, _, content = published_run(averaged=False)
     torch.save(content, tmp_path / "content.pth")
     state = new_state()
-    assert "no moving average (it begins anew)" in continue_run(state, tmp_path / "content.pth", 10, HEADER)
+    assert "no moving average (it begins anew)" in resume_run(state, tmp_path / "content.pth", 10, HEADER)
     for name, value in network.state_dict().items():
         assert torch.equal(state.ema.weights[name], value), name
 
@@ -100,7 +102,7 @@ def test_the_average_after_a_long_run_does_not_warm_up_again(tmp_path):
     _, _, content = published_run()
     torch.save(content | {"epoch": 1000}, tmp_path / "content.pth")
     state = new_state()
-    continue_run(state, tmp_path / "content.pth", 10, HEADER)
+    resume_run(state, tmp_path / "content.pth", 10, HEADER)
     before, current = (
         state.ema.weights["blocks.0.attn.proj.bias"].clone(),
         state.network.blocks[0].attn.proj.bias.detach(),
@@ -115,7 +117,7 @@ def test_content_of_our_own_is_restored_whole(tmp_path):
     state.optimizers[0].step()
     state.step = 17
     save_content(tmp_path / "content.pth", state.content())
-    assert "the whole state" in continue_run(other, tmp_path / "content.pth", 10, HEADER)
+    assert "the whole state" in resume_run(other, tmp_path / "content.pth", 10, HEADER)
     assert other.step == 17
     assert all(
         torch.equal(value, other.network.state_dict()[name]) for name, value in state.network.state_dict().items()
@@ -128,12 +130,12 @@ def test_another_network_s_content_is_refused_with_the_flag_that_explains_it(tmp
     options = DiTOptions(2, 2, num_classes=5, label_dropout=0.1)
     network = build_network("DiT-Mi/2", 4, options)
     state = TrainingState(network, MACHINE, 0.99, OptimizerOptions())
-    header = HEADER | {"network": as_json(options)}
+    header = replace(HEADER, network=options)
     with pytest.raises(UsageError, match=r"embedding_table.* the file looks like --num_classes 3$"):
-        continue_run(state, tmp_path / "content.pth", 10, header)
+        resume_run(state, tmp_path / "content.pth", 10, header)
     torch.save({name: value for name, value in content.items() if name != "epoch"}, tmp_path / "content.pth")
     with pytest.raises(UsageError, match="does not say its epoch"):
-        continue_run(new_state(), tmp_path / "content.pth", 10, HEADER)
+        resume_run(new_state(), tmp_path / "content.pth", 10, HEADER)
 
 
 def test_a_published_run_of_inpainting_goes_on_inside_the_wrapper(tmp_path):
@@ -143,9 +145,9 @@ def test_a_published_run_of_inpainting_goes_on_inside_the_wrapper(tmp_path):
     torch.save(content, tmp_path / "content.pth")
     wrapped = DenseConditioned(new_network(2, options), DenseInput(3))
     state = TrainingState(wrapped, MACHINE, 0.99, OptimizerOptions())
-    header = HEADER | {"network": as_json(options), "dense": as_json(DenseInput(3))}
+    header = replace(HEADER, network=options, dense=DenseInput(3))
     trained = sum(parameter.requires_grad for parameter in network.parameters())
-    line = continue_run(state, tmp_path / "content.pth", per_epoch=10, header=header)
+    line = resume_run(state, tmp_path / "content.pth", per_epoch=10, header=header)
     assert f"{trained} moving averages, the moments of {trained} of {trained} trained parameters" in line
     for name, value in network.state_dict().items():
         assert torch.equal(wrapped.network.state_dict()[name], value), name

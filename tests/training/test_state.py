@@ -3,19 +3,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.small_networks import SMALL, new_network
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn import functional
 
-from flow.paths import straight_path
+from flow.objectives import FlowMatching, Times
+from flow.paths import PathOptions, straight_path
 from models.conditions import Condition
-from models.dit import DiT, DiTOptions
+from models.dit import DiT, DiTOptions, hidden_matrices
 from runtime.precision import Machine
+from tests.small_networks import SMALL, new_network
 from training.data import Batch
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState
 
+OBJECTIVE = FlowMatching(PathOptions(sigma_min=1e-5))
 MACHINE = Machine(torch.device("cpu"), "fp32")
 
 
@@ -27,17 +29,17 @@ def tiny_network():
 
 def new_state(optimizer="adamw", weight_decay=0.01):
     options = OptimizerOptions(optimizer=optimizer, lr=1e-2, weight_decay=weight_decay)
-    return TrainingState(tiny_network(), MACHINE, 0.99, options)
+    return TrainingState(tiny_network(), MACHINE, 0.99, options, hidden_matrices=hidden_matrices)
 
 
 def batch_of(seed, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
     data, noise = torch.randn(2, 4, 2, 4, 4, generator=generator)
-    return Batch(data * scale, noise, torch.rand(4, generator=generator), torch.tensor([0, 1, 2, 3]))
+    return Batch(data * scale, noise, Times(torch.rand(4, generator=generator)), Condition(torch.tensor([0, 1, 2, 3])))
 
 
 def advance(state, batch, grad_clip=0.0, rate=1e-2):
-    state.advance(state.network, batch, 1e-5, rate, grad_clip)
+    state.advance(state.network, OBJECTIVE, batch, rate, grad_clip)
 
 
 def tensors(value):
@@ -99,8 +101,8 @@ def test_the_step_after_a_skipped_one_is_the_one_that_would_have_come(optimizer)
 def test_sums_are_those_of_losses_and_gradient_norms():
     state, batch = new_state(), batch_of(0)
     network = copy.deepcopy(state.network)
-    x_t, target = straight_path(batch.t, batch.data, batch.noise, 1e-5)
-    loss = functional.mse_loss(network(batch.t, x_t, Condition(batch.labels)), target)
+    x_t, target = straight_path(batch.draws.t, batch.data, batch.noise, 1e-5)
+    loss = functional.mse_loss(network(batch.draws.t, x_t, batch.condition), target)
     loss.backward()
     gradients = [p.grad for p in network.parameters() if p.grad is not None]
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
@@ -149,7 +151,13 @@ def test_fixed_position_table_is_not_trained():
 def test_muon_s_rate_follows_the_options_of_the_run_that_goes_on():
     state, other = (
         new_state("muon"),
-        TrainingState(tiny_network(), MACHINE, 0.99, OptimizerOptions(optimizer="muon", lr=2e-2, muon_lr=0.02)),
+        TrainingState(
+            tiny_network(),
+            MACHINE,
+            0.99,
+            OptimizerOptions(optimizer="muon", lr=2e-2, muon_lr=0.02),
+            hidden_matrices=hidden_matrices,
+        ),
     )
     advance(state, batch_of(0))
     other.restore(state.content())
@@ -195,7 +203,7 @@ def test_moments_are_restored_in_the_order_in_memory_of_their_weights(model_type
 
     torch.manual_seed(0)
     data, noise = torch.randn(2, 4, 3, 8, 8)
-    batch = Batch(data, noise, torch.rand(4), torch.arange(4) % 2)
+    batch = Batch(data, noise, Times(torch.rand(4)), Condition(torch.arange(4) % 2))
     state, other = state_of_small_network(), state_of_small_network()
     advance(state, batch)
     content = copy.deepcopy(state.content())
@@ -221,9 +229,15 @@ def test_the_host_reads_nothing_of_a_step(optimizer, precision):
     with Valueless():
         network, options = tiny_network(), OptimizerOptions(optimizer=optimizer, lr=1e-2)
         state = TrainingState(
-            network, replace(MACHINE, precision=precision), 0.99, options, place=lambda module: module
+            network,
+            replace(MACHINE, precision=precision),
+            0.99,
+            options,
+            place=lambda module: module,
+            hidden_matrices=hidden_matrices,
         )
-        batch = Batch(*torch.rand(2, 4, 2, 4, 4), torch.rand(4), torch.zeros(4, dtype=torch.long))
-        state.advance(network, batch, 1e-5, 1e-2, grad_clip=1.0, accumulation=2)
+        labels = torch.zeros(4, dtype=torch.long)
+        batch = Batch(*torch.rand(2, 4, 2, 4, 4), Times(torch.rand(4)), Condition(labels))
+        state.advance(network, OBJECTIVE, batch, 1e-2, grad_clip=1.0, accumulation=2)
         with pytest.raises(DataDependentOutputException):
             state.sums.tolist()

@@ -4,10 +4,12 @@ import torch
 
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.moments import EncodedImages
+from flow.objectives import FlowMatching
+from flow.paths import PathOptions
 from models.autoencoders.pixels import PixelSpace
 from runtime.precision import Machine
-from training import validation_loss as validation
-from training.validation_loss import validation_loss
+from training import validation
+from training.validation import validation_loss
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
 COUNT = 48
@@ -36,7 +38,8 @@ def source():
 
 
 def loss_of(network, source, sigma_min=0.1):
-    return validation_loss(network, source, PixelSpace(1), MACHINE, sigma_min)
+    objective = FlowMatching(PathOptions(sigma_min=sigma_min))
+    return validation_loss(network, objective, source, PixelSpace(1), MACHINE)
 
 
 def test_values_are_those_computed_by_hand(source):

@@ -13,8 +13,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from evaluation.statistics import RunningMoments  # noqa: E402
+from flow.objectives import FlowMatching, Times  # noqa: E402
+from flow.paths import PathOptions  # noqa: E402
+from models.conditions import Condition  # noqa: E402
 from runtime.distributed import join_processes  # noqa: E402
-from runtime.parallel import replicate, share_out  # noqa: E402
+from runtime.parallel import replicate, shard  # noqa: E402
 from sampling.sampler import GeneratedBatch, first_images  # noqa: E402
 from sampling.writer import SampleWriter  # noqa: E402
 from training.data import Batch  # noqa: E402
@@ -32,17 +35,18 @@ def module_of(path):
 
 
 runs = module_of(Path(__file__).with_name("test_loop.py"))
-small_networks = module_of(ROOT / "tests" / "models" / "small_networks.py")
+small_networks = module_of(ROOT / "tests" / "small_networks.py")
 
+OBJECTIVE = FlowMatching(PathOptions(sigma_min=1e-5))
 RATE = 1e-4  # Adam moves a weight by as much even where its gradient is but rounding
 
 
 def interrupted(folder, **settings):
     """Both processes stop together although one alone is asked to; then the run goes on."""
     stop = (3, runs.signalled(signal.SIGTERM)) if settings["processes"].rank else None
-    assert not train(runs.new_job(folder, event=stop, lr=RATE, **settings), resume=False)
+    assert not train(runs.new_run(folder, event=stop, lr=RATE, **settings), resume=False)
     settings["processes"].barrier()
-    assert train(runs.new_job(folder, lr=RATE, **settings), resume=True)
+    assert train(runs.new_run(folder, lr=RATE, **settings), resume=True)
 
 
 def training(folder, processes):
@@ -53,28 +57,29 @@ def training(folder, processes):
         "replicated": {},
         "shared out": {"fsdp": True},
     }.items():
-        assert train(runs.new_job(folder / name, processes=processes, lr=RATE, **settings), resume=False)
+        assert train(runs.new_run(folder / name, processes=processes, lr=RATE, **settings), resume=False)
     for name in ("replicated", "shared out"):
         interrupted(folder / f"{name}, interrupted", processes=processes, fsdp=name == "shared out")
     # Started in one process, continued in two; the other way round, the parent goes on.
-    assert train(runs.new_job(folder / "begun alone", processes=processes, fsdp=True, lr=RATE), resume=True)
+    assert train(runs.new_run(folder / "begun alone", processes=processes, fsdp=True, lr=RATE), resume=True)
     stop = (3, runs.signalled(signal.SIGTERM))
-    job = runs.new_job(folder / "begun shared out", event=stop, processes=processes, fsdp=True, lr=RATE)
+    job = runs.new_run(folder / "begun shared out", event=stop, processes=processes, fsdp=True, lr=RATE)
     assert not train(job, resume=False)
 
 
 def skipped_step(folder, processes):
     """A gradient that is not finite in one process changes nothing in any, shared out or not."""
     for fsdp in (False, True):
-        job = runs.new_job(folder, processes=processes, fsdp=fsdp)
-        place = partial(share_out, device=torch.device("cpu"), processes=processes) if fsdp else None
+        job = runs.new_run(folder, processes=processes, fsdp=fsdp)
+        place = partial(shard, device=torch.device("cpu"), processes=processes) if fsdp else None
         state = TrainingState(job.network, runs.MACHINE, 0.9, OptimizerOptions(weight_decay=0.01), place)
         velocity = job.network if fsdp else replicate(job.network, processes)
-        good = Batch(*torch.ones(2, 4, 1, 4, 4), torch.full((4,), 0.5), torch.zeros(4, dtype=torch.long))
+        times, labels = Times(torch.full((4,), 0.5)), torch.zeros(4, dtype=torch.long)
+        good = Batch(*torch.ones(2, 4, 1, 4, 4), times, Condition(labels))
         bad = good._replace(noise=good.noise * (float("nan") if processes.rank else 1))
-        state.advance(velocity, good, 1e-5, 1e-2, 1.0)
+        state.advance(velocity, OBJECTIVE, good, 1e-2, 1.0)
         before = tensors_of(state.content(processes))
-        state.advance(velocity, bad, 1e-5, 1e-2, 1.0)
+        state.advance(velocity, OBJECTIVE, bad, 1e-2, 1.0)
         assert state.sums.tolist()[2:] == [1.0, 2.0]
         after = tensors_of(state.content(processes))
         assert len(before) > 50
@@ -85,16 +90,16 @@ def every_family(processes):
     """A step of half a batch each is that of one process with the whole batch, with weights channels last or not."""
     torch.manual_seed(0)
     data, noise = torch.randn(2, 4, 3, 8, 8)
-    batch = Batch(data, noise, torch.rand(4), torch.arange(4) % 2)
+    batch = Batch(data, noise, Times(torch.rand(4)), Condition(torch.arange(4) % 2))
     part = batch.split(2)[processes.rank]
     for model_type, options in small_networks.SMALL.items():
         contents = []
         for way in ("alone", "replicated", "shared out"):
             network = small_networks.new_network(model_type, options).requires_grad_(True)
-            place = partial(share_out, device=torch.device("cpu"), processes=processes) if way == "shared out" else None
+            place = partial(shard, device=torch.device("cpu"), processes=processes) if way == "shared out" else None
             state = TrainingState(network, runs.MACHINE, 0.9, OptimizerOptions(), place)
             velocity = replicate(network, processes) if way == "replicated" else network
-            state.advance(velocity, batch if way == "alone" else part, 1e-5, RATE, 0.0)
+            state.advance(velocity, OBJECTIVE, batch if way == "alone" else part, RATE, 0.0)
             contents.append(state.content(processes))
         if processes.is_main:
             assert_same_step(*contents, model_type)
@@ -159,7 +164,7 @@ def samples(folder, processes):
 
 
 def compiled(folder, processes):
-    job = runs.new_job(folder / "first step, compiled", processes=processes, lr=RATE, max_steps=1)
+    job = runs.new_run(folder / "first step, compiled", processes=processes, lr=RATE, max_steps=1)
     assert train(dataclasses.replace(job, machine=dataclasses.replace(job.machine, compile=True)), resume=False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 

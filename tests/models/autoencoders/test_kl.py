@@ -7,7 +7,7 @@ from sklearn.datasets import load_digits
 from torch.nn import functional
 from tqdm import tqdm
 
-from models.autoencoders import loading as module
+from models.autoencoders import kl as module
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pixels import PixelSpace, images_to_pixels, pixels_to_images
@@ -112,9 +112,9 @@ def test_scale_rules(statistics, scale_factor, mean, std):
     torch.testing.assert_close(autoencoder.mean.flatten(), torch.tensor(mean, dtype=torch.float32))
     torch.testing.assert_close(autoencoder.std.flatten(), torch.tensor(std, dtype=torch.float32))
     described = autoencoder.describe()
-    assert described["latents_mean"] == autoencoder.mean.flatten().tolist()
-    assert described["latents_std"] == autoencoder.std.flatten().tolist()
-    assert described["scale_factor"] == scale_factor
+    assert described.latents_mean == tuple(autoencoder.mean.flatten().tolist())
+    assert described.latents_std == tuple(autoencoder.std.flatten().tolist())
+    assert described.scale_factor == scale_factor
 
 
 def test_log_variance_is_clamped():

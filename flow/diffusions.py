@@ -1,0 +1,19 @@
+"""Diffusion coefficients w(t) of the reverse SDE (Ma et al. 2024, arXiv:2401.08740, section 2.4), by name in one dictionary.
+
+Any w >= 0 preserves the marginals. `kl` minimises a bound on the divergence: 2 t / (1 - t) for the straight path.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+__all__ = ["DIFFUSIONS"]
+
+DIFFUSIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "constant": np.ones_like,
+    "sigma": lambda t: t,
+    "linear": lambda t: 1 - t,
+    "decreasing": lambda t: (1 + np.cos(np.pi * t)) ** 2 / 4,
+    "increasing_decreasing": lambda t: np.sin(np.pi * t) ** 2,
+    "kl": lambda t: 2 * t / (1 - t),
+}

@@ -1,0 +1,133 @@
+"""Objectives: what a velocity network is trained to minimise, by name in one dictionary.
+
+An objective draws its times from named random streams, computes one loss per sample, and says how a sampler reads the network.
+The training step and the validation loss both call it. Every objective but LFM's is a file of its own that adds an entry to
+OBJECTIVES.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from flow.guidance import Network
+from flow.paths import PathOptions, straight_path
+from flow.times import training_times
+from options import option
+
+__all__ = [
+    "OBJECTIVES",
+    "Draws",
+    "FlowMatching",
+    "Objective",
+    "ObjectiveFamily",
+    "ObjectiveOptions",
+    "RandomStreams",
+    "Times",
+    "objective_groups",
+]
+
+Draws = tuple[torch.Tensor, ...]  # a named tuple of tensors [N], one row per sample of the batch
+
+
+class RandomStreams(Protocol):
+    """The random numbers of one training step, by purpose: drawing for a new purpose changes no other's numbers."""
+
+    def uniform(self, purpose: str) -> torch.Tensor:
+        """Numbers [N] in [0, 1), one per sample of the global batch."""
+        ...
+
+    def normal(self, purpose: str) -> torch.Tensor:
+        """Standard normal numbers [N, C, h, w], like the global batch's latents."""
+        ...
+
+
+class Objective(Protocol):
+    """A training objective."""
+
+    def draw(self, streams: RandomStreams) -> Draws:
+        """The draws of one step for all N samples of the global batch; each process then uses its share of the rows."""
+        ...
+
+    def at(self, t: torch.Tensor) -> Draws:
+        """The draws that validation at given times t [N] uses."""
+        ...
+
+    def loss(
+        self, network: Network, data: torch.Tensor, noise: torch.Tensor, draws: Any, condition: Any
+    ) -> torch.Tensor:
+        """Losses [B], one per sample.
+
+        Args:
+            network: network(t, x, condition), in the run's precision.
+            data: latents [B, C, h, w].
+            noise: standard normal, like `data`.
+            draws: rows of what `draw` or `at` returned.
+            condition: named tuple of tensors [B, ...] or None.
+        """
+        ...
+
+    def velocity(self, network: Network) -> Network:
+        """The velocity network that a sampler integrates."""
+        ...
+
+
+class Times(NamedTuple):
+    """The draws of flow matching: times t [N] in [0, 1]."""
+
+    t: torch.Tensor
+
+
+class FlowMatching:
+    """LFM's objective (Dao et al. 2023, eq. 6): the mean squared error of the velocity along the straight path.
+
+    Args:
+        options: the path, and the distribution of training times.
+    """
+
+    def __init__(self, options: PathOptions) -> None:
+        self.options = options
+
+    def draw(self, streams: RandomStreams) -> Times:
+        """Times [N] from the stream "time"."""
+        return Times(training_times(streams.uniform("time"), self.options))
+
+    def at(self, t: torch.Tensor) -> Times:
+        """The times themselves."""
+        return Times(t)
+
+    def loss(
+        self, network: Network, data: torch.Tensor, noise: torch.Tensor, draws: Times, condition: Any
+    ) -> torch.Tensor:
+        """Squared error of the velocity, averaged over channels and positions: [B]."""
+        x_t, velocity = straight_path(draws.t, data, noise, self.options.sigma_min)
+        predicted = network(draws.t, x_t, condition).float()
+        return (predicted - velocity).square().flatten(1).mean(1)
+
+    def velocity(self, network: Network) -> Network:
+        """The network itself."""
+        return network
+
+
+class ObjectiveFamily(NamedTuple):
+    """An objective as it is registered: its dataclass of options, and its constructor from them."""
+
+    options: type[PathOptions]
+    build: Callable[[Any], Objective]
+
+
+# Every objective by its name.
+OBJECTIVES: dict[str, ObjectiveFamily] = {"flow_matching": ObjectiveFamily(PathOptions, FlowMatching)}
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    """Objective."""
+
+    objective: str = option("flow_matching", "what the network is trained to minimise", choices=OBJECTIVES)
+
+
+def objective_groups() -> tuple[type[PathOptions], ...]:
+    """The option dataclasses of all registered objectives."""
+    return tuple(dict.fromkeys(family.options for family in OBJECTIVES.values()))

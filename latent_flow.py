@@ -1,0 +1,247 @@
+"""The Python interface: load a checkpoint and sample, encode, decode and invert with it.
+
+    import latent_flow
+
+    flow = latent_flow.load("saved_info/latent_flow/fashion_mnist/fashion_mnist_dit/best.safetensors")
+    images = flow.sample(labels=[3, 4], seed=0, steps=8)  # uint8 [2, 1, 28, 28]
+
+Time t runs from 0 (data) to 1 (noise); velocity = d x_t / dt. Samples are the same as the test script's for the same seed,
+labels, solver and precision. See docs/python.md.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from checkpoints.files import LoadedModel, load_model
+from checkpoints.header import Header
+from checkpoints.lfm import open_published
+from flow.guidance import GuidanceOptions
+from flow.objectives import OBJECTIVES
+from flow.solvers import SolverOptions, check_method, needs_float32, solve
+from models.autoencoders.loading import AutoencoderOptions
+from models.autoencoders.protocol import Autoencoder
+from options import UsageError
+from runtime.inference import compile_for_batches
+from runtime.precision import Machine, MachineOptions, choose_machine
+from runtime.torch_files import is_torch_file
+from sampling.sampler import Sampler, balanced_labels, check_guidance
+
+__all__ = ["Flow", "load"]
+
+
+def load(
+    file: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "auto",
+    compile: bool = False,
+    autoencoder: str | None = None,
+    **flags: Any,
+) -> "Flow":
+    """Load a checkpoint.
+
+    Args:
+        file: a `model_<epoch>.safetensors` or `best.safetensors`, or a .pth of the published LFM code.
+        device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
+        precision: of the network's matrix products: "fp32", "bf16", "fp16" or "auto" (bf16 where it is faster).
+        compile: compile the network at its first use, which takes a minute and pays for thousands of samples.
+        autoencoder: a folder or hub id, if the autoencoder has moved since training.
+        flags: for a published file, which does not describe itself: the test script's flags, such as
+            `dataset="celeba_256", image_size=256, model_type="DiT-L/2"`.
+
+    Raises:
+        UsageError: an unreadable file, an autoencoder with other weights, flags that do not fit a published file, or flags
+            for a file that describes itself.
+    """
+    machine = choose_machine(MachineOptions(device=device, precision=precision))
+    moved = {} if autoencoder is None else {"pretrained_autoencoder_ckpt": autoencoder}
+    if is_torch_file(file):
+        model = open_published(Path(file), {**flags, **moved}, machine.device)
+    elif flags:
+        raise UsageError(f"{file} describes itself: leave out {', '.join(sorted(flags))}")
+    else:
+        model = load_model(file, machine.device, AutoencoderOptions(autoencoder) if autoencoder else None)
+    return Flow(model, machine, automatic=precision == "auto", compile=compile)
+
+
+class Flow:
+    """A trained latent flow: a velocity network, the autoencoder of its latents, and the header of its checkpoint.
+
+    Args:
+        model: network, autoencoder and header.
+        machine: device and precision.
+        automatic: whether an adaptive solver at a fine tolerance may choose float32.
+        compile: whether to compile the network.
+    """
+
+    def __init__(self, model: LoadedModel, machine: Machine, *, automatic: bool = True, compile: bool = False) -> None:
+        self.network: nn.Module = model.network
+        self.autoencoder: Autoencoder = model.autoencoder
+        self.header: Header = model.header
+        self._machine = machine
+        self._automatic = automatic
+        objective = OBJECTIVES[self.header.objective].build(self.header.path)
+        self._evaluate = objective.velocity(compile_for_batches(self.network, machine) if compile else self.network)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self._machine.device
+
+    def sample(
+        self,
+        labels: Sequence[int] | torch.Tensor | None = None,
+        *,
+        count: int | None = None,
+        seed: int = 42,
+        steps: int = 20,
+        method: str = "dpm",
+        noise: torch.Tensor | None = None,
+        dense: torch.Tensor | None = None,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Draw images: uint8 [N, C, H, W] on the CPU. Sample i depends on `seed`, i and its label alone.
+
+        Args:
+            labels: class ids [N]; K, the number of classes, is the null class. None: the classes in turn.
+            count: N; None: as many as there are labels, maps or noises, else 8.
+            seed: of the noise.
+            steps: intervals of fixed-step solvers.
+            method: solver; see docs/solvers.md.
+            noise: latents [N, c, h, w] at t = 1 to start from, instead of the seed's.
+            dense: maps [N, K, h, w] for a network of inpainting or semantic synthesis.
+            options: further fields of SolverOptions and GuidanceOptions, such as `cfg_scale=4.0, cfg_interval=(0.2, 0.7)`.
+
+        Raises:
+            UsageError: an unknown method, or guidance for a network without a null class.
+            TypeError: an unknown option.
+            ValueError: labels out of range, or numbers of labels, noises and maps that differ.
+        """
+        solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
+        check_method(solver)
+        given = [len(item) for item in (labels, noise, dense) if item is not None]
+        number = count or (given[0] if given else 8)
+        if any(length != number for length in given):
+            raise ValueError(f"expected {number} labels, noises and maps, but got {given}")
+        sampler = self._sampler(solver, guidance, seed)
+        indices = range(number)
+        ids = balanced_labels(indices, sampler.num_classes) if labels is None else self._checked(labels)
+        start = sampler.noise(indices) if noise is None else noise.to(self.device)
+        velocity = sampler.velocity(ids, None if dense is None else dense.to(self.device))
+        return sampler.decode(solve(velocity, start, solver, draw=sampler.draw(indices)).x)
+
+    def invert(
+        self,
+        images: torch.Tensor,
+        labels: Sequence[int] | torch.Tensor | None = None,
+        *,
+        steps: int = 40,
+        method: str = "heun",
+        **options: Any,
+    ) -> torch.Tensor:
+        """The noise [N, c, h, w] at t = 1 that the flow leads images uint8 [N, C, H, W] to; `sample(noise=...)` leads back.
+
+        Raises:
+            UsageError: a method that does not lead from data to noise.
+        """
+        solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
+        check_method(solver, backwards=True)
+        latents = self.encode(images)
+        sampler = self._sampler(solver, guidance, seed=0)
+        ids = self._null(len(latents)) if labels is None else self._checked(labels)
+        return solve(sampler.velocity(ids), latents, solver, backwards=True).x
+
+    @torch.no_grad()
+    def velocity(
+        self,
+        t: torch.Tensor,
+        x: torch.Tensor,
+        labels: Sequence[int] | torch.Tensor | None = None,
+        dense: torch.Tensor | None = None,
+        **guidance: Any,
+    ) -> torch.Tensor:
+        """Velocity d x_t / dt, float32 [N, c, h, w], at times t ([] or [N], in [0, 1]) and points x [N, c, h, w].
+
+        Args:
+            t: 0 is data, 1 is noise.
+            x: latents on the path.
+            labels: class ids [N]; None: the null class, or the only class.
+            dense: maps [N, K, h, w] for networks that take one.
+            guidance: fields of GuidanceOptions.
+        """
+        (options,) = _split(guidance, GuidanceOptions)
+        sampler = self._sampler(SolverOptions(), options, seed=0)
+        ids = self._null(len(x)) if labels is None else self._checked(labels)
+        velocity = sampler.velocity(ids, None if dense is None else dense.to(self.device))
+        return velocity(t.to(self.device), x.to(self.device))
+
+    def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """Latents, float32 [N, c, h, w] of about unit scale, of images uint8 [N, C, H, W].
+
+        Images without the padding that the dataset adds (28 x 28 for Fashion-MNIST) are padded with black. The latents are
+        the posterior's means, or samples if standard normal `noise` [N, c, h, w] is given.
+
+        Raises:
+            TypeError: images that are not uint8.
+            UsageError: channels or sides that the autoencoder does not admit.
+        """
+        if images.dtype != torch.uint8:
+            raise TypeError(f"expected images uint8 [N, C, H, W], but got {images.dtype}")
+        facts = self.header.dataset
+        if facts.crop is not None and images.shape[-1] == facts.crop:
+            images = functional.pad(images, [(facts.image_size - facts.crop) // 2] * 4)
+        with self._machine.for_encoding.autocast():
+            moments = self.autoencoder.encode(images.to(self.device))
+        return self.autoencoder.sample(moments, None if noise is None else noise.to(self.device))
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images uint8 [N, C, H, W] on the CPU, as the dataset has them (without padding), of latents [N, c, h, w]."""
+        return self._sampler(SolverOptions(), GuidanceOptions(), seed=0).decode(latents.to(self.device))
+
+    def _sampler(self, solver: SolverOptions, guidance: GuidanceOptions, seed: int) -> Sampler:
+        header = self.header
+        check_guidance(header.network.label_dropout, header.dense, guidance.cfg_scale)
+        exact = self._automatic and needs_float32(solver)
+        return Sampler(
+            network=self._evaluate,
+            autoencoder=self.autoencoder,
+            facts=header.dataset,
+            latent_shape=header.latent_shape,
+            num_classes=header.num_classes,
+            solver=solver,
+            machine=replace(self._machine, precision="fp32") if exact else self._machine,
+            seed=seed,
+            guidance=guidance,
+            drops_labels=header.drops_labels,
+            drops_dense=header.drops_dense,
+        )
+
+    def _checked(self, labels: Sequence[int] | torch.Tensor) -> torch.Tensor:
+        ids = labels.long().cpu() if isinstance(labels, torch.Tensor) else torch.tensor([*labels], dtype=torch.long)
+        largest = self.header.num_classes - (0 if self.header.drops_labels else 1)
+        if ids.ndim != 1 or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= largest):
+            raise ValueError(f"expected class ids [N] in 0..{largest}, but got {ids.tolist()}")
+        return ids
+
+    def _null(self, count: int) -> torch.Tensor:
+        return torch.full((count,), self.header.num_classes if self.header.drops_labels else 0)
+
+
+def _split(values: Mapping[str, Any], *groups: type) -> list[Any]:
+    """An instance of each dataclass from the values that are its fields.
+
+    Raises:
+        TypeError: a value that is no dataclass's.
+    """
+    names = {group: [field.name for field in dataclasses.fields(group)] for group in groups}
+    if unknown := set(values) - {name for known in names.values() for name in known}:
+        known = ", ".join(name for fields in names.values() for name in fields)
+        raise TypeError(f"unknown option {', '.join(sorted(unknown))}: expected some of {known}")
+    return [group(**{name: values[name] for name in names[group] if name in values}) for group in groups]

@@ -1,0 +1,18 @@
+"""The header of a small network's checkpoint, for tests to which little of it matters."""
+
+from typing import Any
+
+from checkpoints.header import Header
+from datasets_prep.image_dataset import DatasetFacts
+from models.autoencoders.protocol import AutoencoderFacts
+from models.family import FamilyOptions
+
+__all__ = ["PIXELS", "header_of"]
+
+PIXELS = AutoencoderFacts(id="none", sha256="none")  # of pixel space
+
+
+def header_of(network: FamilyOptions, model_type: str = "DiT-Mi/2", latent_size: int = 4, **others: Any) -> Header:
+    """Of a network in pixel space, on images of its own side and channels, unless `others` says otherwise."""
+    facts = DatasetFacts("tiny", latent_size, network.num_out_channels, None, False, ())
+    return Header(model_type, network, latent_size, **{"autoencoder": PIXELS, "dataset": facts} | others)

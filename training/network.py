@@ -1,0 +1,117 @@
+"""The network of a run: its architecture from options, latents and data, and its initial weights."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from checkpoints.files import read_weights
+from checkpoints.lfm import read_sampled
+from datasets_prep.datasets import ImageDataset
+from models.autoencoders.protocol import Autoencoder
+from models.conditions import DenseInput
+from models.family import FamilyOptions
+from models.registry import Architecture, build_network
+from options import UsageError
+from runtime.randomness import seed_for
+from runtime.torch_files import is_torch_file
+
+__all__ = ["choose_architecture", "label_all_alike", "load_what_fits", "new_network"]
+
+LISTED_NAMES = 10
+
+
+def choose_architecture(
+    model_type: str,
+    options: FamilyOptions,
+    given: Mapping[str, Any],
+    image_size: int,
+    autoencoder: Autoencoder,
+    dense: DenseInput | None,
+) -> Architecture:
+    """The architecture for an autoencoder's latents.
+
+    Args:
+        model_type: key of NETWORKS.
+        options: the family's, whose channels are replaced by the latents' and the dense condition's.
+        given: the options that the user gave, by name.
+        image_size: side of the images in pixels.
+        autoencoder: says the latents' channels and factor.
+        dense: what the network sees next to x_t.
+
+    Raises:
+        UsageError: an image size that the factor does not divide, or given options that contradict the autoencoder.
+    """
+    size, remainder = divmod(image_size, autoencoder.factor)
+    if remainder or not size:
+        raise UsageError(
+            f"the image size must be a multiple of {autoencoder.factor} for this autoencoder, "
+            f"but it is {image_size} (--image_size)"
+        )
+    latents, extra = autoencoder.latent_channels, dense.channels if dense else 0
+    channels: dict[str, Any] = {"num_in_channels": latents + extra, "num_out_channels": latents}
+    for name, expected in channels.items():
+        if name in given and given[name] != expected:
+            condition = f" and the condition next to them {extra}" if extra else ""
+            raise UsageError(
+                f"--{name} {given[name]} contradicts the autoencoder, whose latents have {latents} channels{condition}: "
+                f"{expected}, or leave the flag out"
+            )
+    _check_class_flag(options, given)
+    return Architecture(model_type, size, replace(options, **channels), dense)
+
+
+def label_all_alike(options: FamilyOptions, splits: tuple[ImageDataset, ...]) -> None:
+    """Give all images of an unconditional network one class.
+
+    Raises:
+        UsageError: a conditional network has fewer classes than the images.
+    """
+    for split in splits:
+        if options.classes == 1:
+            split.labels.zero_()
+        elif split.labels.max() >= options.classes:
+            raise UsageError(
+                f"the dataset has labels up to {int(split.labels.max())}, out of range for --{options.class_flag} "
+                f"{options.classes}: labels must lie in 0..{options.classes - 1}"
+            )
+
+
+def new_network(architecture: Architecture, seed: int, start_from: Path | None) -> nn.Module:
+    """The network with its initial weights, or with the weights of the checkpoint `start_from` that fit."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, "weights"))
+        network = build_network(*architecture)
+    if start_from:
+        weights = read_sampled(start_from) if is_torch_file(start_from) else read_weights(start_from)[0]
+        load_what_fits(network, weights)
+    return network
+
+
+def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Load the weights whose name and shape fit, and list the rest.
+
+    Raises:
+        UsageError: not one weight fits.
+    """
+    own = network.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise UsageError("--init_from: not one weight of that checkpoint has the name and shape of this network's")
+    network.load_state_dict(fitting, strict=False)
+    left_out = sorted({*own, *weights} - {*fitting})
+    more = f" and {len(left_out) - LISTED_NAMES} more" if len(left_out) > LISTED_NAMES else ""
+    listed = f"; left as initialised or unused: {', '.join(left_out[:LISTED_NAMES])}{more}" if left_out else ""
+    print(f"--init_from: loaded {len(fitting)} of {len(own)} weights{listed}")
+
+
+def _check_class_flag(options: FamilyOptions, given: Mapping[str, Any]) -> None:
+    """Refuse a number of classes that was given by another family's flag."""
+    for other in {"label_dim", "num_classes"} - {options.class_flag}:
+        if (given.get(other) or 0) > 1 and options.classes == 1:
+            raise UsageError(
+                f"--{other} {given[other]} is not for this network: its classes are given by --{options.class_flag}"
+            )
