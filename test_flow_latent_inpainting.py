@@ -1,30 +1,13 @@
 #!/usr/bin/env python
 """Inpaint the held-out images behind masks with a trained network, and score the completions against the images.
 
-Given a network of generation, it puts the known part back at every step instead, which needs no training.
+A network trained for generation inpaints without further training: every step puts the known part back.
 """
 
 from checkpoints.tasks import INPAINT
 from datasets_prep.masks import MaskSetOptions
-from options import Options
-from runtime.distributed import Processes
-from runtime.launch import run_script
-from tasks.conditioned_sampling import report
-from tasks.conditioned_setup import CONDITIONED_GROUPS, IGNORED_FLAGS
 from tasks.inpainting import InpaintingOptions, inpaint
-
-
-def main(options: Options, processes: Processes) -> None:
-    """Inpaint, and say what came out."""
-    print(options.describe("those that differ from the defaults; the others: --help"))
-    report(inpaint(options, processes), options, processes)
-
+from tasks.script import run_conditioned_script
 
 if __name__ == "__main__":
-    run_script(
-        main,
-        str(__doc__),
-        (*CONDITIONED_GROUPS, MaskSetOptions, InpaintingOptions),
-        ignored=IGNORED_FLAGS,
-        task=INPAINT.name,
-    )
+    run_conditioned_script(INPAINT, inpaint, (MaskSetOptions, InpaintingOptions), str(__doc__))

@@ -1,4 +1,4 @@
-"""Samples of many settings from the same noises, kept as features, so that a benchmark that was cut off goes on."""
+"""Samples of many settings from the same noises, stored as features, so that an interrupted benchmark continues."""
 
 import dataclasses
 import hashlib
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +22,15 @@ from evaluation.score import reference_statistics
 from evaluation.statistics import RunningMoments, Statistics
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
-from options import Options, as_json, option
+from options import option
 from runtime.files import atomic_path
-from sampling.sample_and_score import SAMPLING_GROUPS, SamplingOptions
+from sampling.loading import LoadedSampler, load_sampler
+from sampling.request import SamplerRequest, SamplingOptions, sampler_request, sampling_groups
 from sampling.sampler import generate
-from sampling.setup import Opened, open_sampler
 
-__all__ = ["Bench", "DrawOptions", "Draws", "benchmark_options", "joined", "varied"]
+__all__ = ["Bench", "BenchmarkRequest", "DrawOptions", "Draws", "joined", "request_benchmark", "varied"]
+
+T = TypeVar("T")
 
 DEFAULT_FILE = "test_args/fashion_mnist_dit.txt"
 GROUPS = 8  # of samples, for error bars: evaluation.metrics.error_bars tells how
@@ -60,65 +63,79 @@ class Draws:
         return {"nfe": nfe, "network_evaluations": networks, "seconds": self.seconds.double().sum().item()}
 
 
-def benchmark_options(description: str, own: type, *fixed: str) -> Options:
-    """The flags of a benchmark, its own and those of test_flow_latent.py; run_test.sh's file comes first, `fixed` last."""
+@dataclass(frozen=True)
+class BenchmarkRequest(Generic[T]):
+    """The flags of a benchmark: its own, and those of test_flow_latent.py that name network, data and feature network."""
+
+    own: T
+    sampler: SamplerRequest
+    data: DatasetOptions
+    features: FeatureOptions
+    batch_size: int
+
+
+def request_benchmark(description: str, own: type[T], *fixed: str) -> BenchmarkRequest[T]:
+    """Parse a benchmark's flags: first run_test.sh's arguments file, then the command line, then the flags `fixed`."""
     words = ["--args_file", DEFAULT_FILE, *sys.argv[1:], *fixed]
-    return parse_options(description, (own, *SAMPLING_GROUPS), words)
+    options = parse_options(description, (own, *sampling_groups()), words)
+    return BenchmarkRequest(
+        own=options[own],
+        sampler=sampler_request(options),
+        data=options[DatasetOptions],
+        features=options[FeatureOptions],
+        batch_size=options[SamplingOptions].batch_size,
+    )
 
 
 def varied(
-    opened: Opened,
+    loaded: LoadedSampler,
     solver: SolverOptions | None = None,
     guidance: GuidanceOptions | None = None,
     scale: float | None = None,
-) -> Opened:
-    """The same network with another solver or guidance."""
-    sampler = opened.sampler
-    solver, guidance = solver or sampler.solver, guidance or sampler.guidance
+) -> LoadedSampler:
+    """The same network with another solver, guidance or guidance scale."""
+    guidance = guidance or loaded.sampler.guidance
     if scale is not None:
         guidance = dataclasses.replace(guidance, cfg_scale=scale)
-    settings = {**opened.settings, "solver": as_json(solver), "guidance": as_json(guidance)}
-    return opened._replace(sampler=dataclasses.replace(sampler, solver=solver, guidance=guidance), settings=settings)
+    return loaded.changed(solver, guidance)
 
 
 class Bench:
-    """Draws samples and scores them; what was drawn before is read from `folder`.
+    """Draws samples and scores them; samples drawn before are read from `folder`.
 
     Args:
-        options: of SAMPLING_GROUPS; the network is theirs, the reference the dataset's training images.
-        folder: where features are kept, one file a setting.
+        request: the network, and the dataset whose training images are the reference.
+        folder: holds the features, one file per setting.
     """
 
-    def __init__(self, options: Options, folder: str | Path) -> None:
-        self.opened = open_sampler(options)
+    def __init__(self, request: BenchmarkRequest, folder: str | Path) -> None:
+        self.loaded = load_sampler(request.sampler)
         self.folder = Path(folder)
-        self._batch_size = options[SamplingOptions].batch_size
-        data, machine = options[DatasetOptions], self.opened.sampler.machine
-        self._network: FeatureNetwork = choose_features(
-            options[FeatureOptions], self.opened.header["dataset"]["name"], machine
-        )
-        real = self.opened.real_images(data, "train")
-        reference = reference_statistics(real, self._network, data.datadir).statistics
+        self._batch_size = request.batch_size
+        name, machine = self.loaded.header.dataset.name, self.loaded.sampler.machine
+        self._network: FeatureNetwork = choose_features(request.features, name, machine)
+        real = self.loaded.real_images(request.data, "train")
+        reference = reference_statistics(real, self._network, request.data.datadir).statistics
         assert reference is not None
         self._reference: Statistics = reference
 
-    def draw(self, opened: Opened, count: int) -> Draws:
+    def draw(self, loaded: LoadedSampler, count: int) -> Draws:
         """Samples 0 to count - 1; those that are missing are drawn, and kept batch by batch."""
-        path = self.folder / f"{self._key(opened)}.npz"
+        path = self.folder / f"{self._key(loaded)}.npz"
         draws = _read(path) if path.exists() else None
         held = 0 if draws is None else len(draws.seconds)
         for start in range(held, count, self._batch_size):
-            new = self.draw_batch(opened, range(start, min(start + self._batch_size, count)))
+            new = self.draw_batch(loaded, range(start, min(start + self._batch_size, count)))
             draws = new if draws is None else joined(draws, new)
             with atomic_path(path, durable=False) as temporary, temporary.open("wb") as file:
                 np.savez(file, **{name: value.numpy() for name, value in vars(draws).items()})
         assert draws is not None
         return draws.first(count)
 
-    def draw_batch(self, opened: Opened, indices: Sequence[int]) -> Draws:
+    def draw_batch(self, loaded: LoadedSampler, indices: Sequence[int]) -> Draws:
         """These samples, in one batch, drawn now; the seconds are those from noises to images."""
         started = time.perf_counter()
-        (batch,) = generate(opened.sampler, indices, batch_size=len(indices))
+        (batch,) = generate(loaded.sampler, indices, batch_size=len(indices))
         seconds = time.perf_counter() - started
         counts = torch.stack([batch.evaluations, batch.network_evaluations])
         return Draws(
@@ -127,9 +144,9 @@ class Bench:
             torch.full((len(indices),), seconds / len(indices)),
         )
 
-    def call(self, opened: Opened, count: int) -> Callable[[], object]:
+    def call(self, loaded: LoadedSampler, count: int) -> Callable[[], object]:
         """Draws samples and keeps nothing: to be timed."""
-        return lambda: list(generate(opened.sampler, range(count), batch_size=min(count, self._batch_size)))
+        return lambda: list(generate(loaded.sampler, range(count), batch_size=min(count, self._batch_size)))
 
     def distance(self, features: torch.Tensor) -> float:
         """Fréchet distance of features [N, D] from the reference."""
@@ -150,9 +167,9 @@ class Bench:
     def _difference(self, half: torch.Tensor, ours: Draws, theirs: Draws | None) -> float:
         return self.distance(ours.features[half]) - (0.0 if theirs is None else self.distance(theirs.features[half]))
 
-    def _key(self, opened: Opened) -> str:
-        told = json.dumps([opened.settings, self._network.sha256], sort_keys=True)
-        return f"{opened.sampler.solver.method}_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+    def _key(self, loaded: LoadedSampler) -> str:
+        told = json.dumps([loaded.settings, self._network.sha256], sort_keys=True)
+        return f"{loaded.sampler.solver.method}_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
 
 
 def _read(path: Path) -> Draws:

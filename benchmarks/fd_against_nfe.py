@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks._draws import Bench, DrawOptions, benchmark_options, varied
+from benchmarks._draws import Bench, DrawOptions, request_benchmark, varied
 from benchmarks._timing import compare, markdown_table
 from flow.ode import GRID_NAMES
 from flow.solvers import SOLVERS, SolverOptions, solve
@@ -90,8 +90,8 @@ def evaluations_of(method: str, steps: int) -> int:
 
 def measure(bench: Bench, setting: Setting, count: int) -> dict[str, Any]:
     """A finished row."""
-    draws = bench.draw(varied(bench.opened, setting.solver), count)
-    theirs = bench.draw(varied(bench.opened, REFERENCE), count)
+    draws = bench.draw(varied(bench.loaded, setting.solver), count)
+    theirs = bench.draw(varied(bench.loaded, REFERENCE), count)
     fd, reference = bench.distance(draws.features), bench.distance(theirs.features)
     return {
         "line": setting.line,
@@ -130,7 +130,7 @@ def run_final(bench: Bench, settings: list[Setting], options: FrontierOptions) -
     """More samples of the chosen settings; the seconds are those of `timed` samples, drawn in turn."""
     timed = min(options.timed, options.finalists)
     seconds = compare(
-        {setting.name: bench.call(varied(bench.opened, setting.solver), timed) for setting in settings}, 3
+        {setting.name: bench.call(varied(bench.loaded, setting.solver), timed) for setting in settings}, 3
     )
     rows = [measure(bench, setting, options.finalists) for setting in settings]
     return [{**row, "timed": timed, "seconds": seconds[row["name"]]} for row in rows]
@@ -184,9 +184,9 @@ def draw_picture(rows: list[dict[str, Any]], path: str) -> None:
 
 def main() -> None:
     """Screen, confirm, choose; print the tables as they grow."""
-    options = benchmark_options(str(__doc__), FrontierOptions)
-    own, bench = options[FrontierOptions], Bench(options, options[FrontierOptions].keep)
-    print(f"{own.screened} samples of {bench.opened.path}\n")
+    request = request_benchmark(str(__doc__), FrontierOptions)
+    own, bench = request.own, Bench(request, request.own.keep)
+    print(f"{own.screened} samples of {bench.loaded.path}\n")
     print(markdown_table(HEADER, []))
     rows = []
     settings = {setting.name: setting for setting in settings_of(own)}
@@ -205,7 +205,7 @@ def main() -> None:
 
 
 def save(bench: Bench, output: str, rows: list[dict[str, Any]], final: list[dict[str, Any]]) -> None:
-    content = {**bench.opened.result(), "screening": rows, "final": final}
+    content = {**bench.loaded.describe(), "screening": rows, "final": final}
     write_json(bench.folder / f"{Path(output).name}.json", content)
 
 

@@ -15,15 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks._draws import Bench, DrawOptions, benchmark_options, varied
+from benchmarks._draws import Bench, DrawOptions, request_benchmark, varied
 from benchmarks._runs import run_default
 from benchmarks._timing import markdown_table
 from checkpoints.experiments import newest_model
 from datasets_prep.datasets import DatasetOptions
 from flow.guidance import GuidanceOptions
-from options import Options, exit_cleanly, option
+from options import exit_cleanly, option
 from runtime.files import write_json
-from sampling.setup import Opened, SourceOptions, open_sampler
+from sampling.loading import LoadedSampler, load_sampler
+from sampling.request import SourceOptions
 
 ALWAYS = (0.0, 1.0)
 PLAIN, INTERVAL, AUTO = "plain", "interval", "autoguidance"
@@ -48,35 +49,34 @@ class Setting(NamedTuple):
 
     family: str
     line: str
-    opened: Opened
+    loaded: LoadedSampler
 
 
-def settings_of(bench: Bench, guided: Opened, own: GuidanceBenchOptions) -> list[Setting]:
+def settings_of(bench: Bench, guided: LoadedSampler, own: GuidanceBenchOptions) -> list[Setting]:
     """All settings; `guided` is the sampler with the guide."""
-    found = [settings_at(PLAIN, PLAIN, bench.opened, ALWAYS, own.plain_scales)]
+    found = [settings_at(PLAIN, PLAIN, bench.loaded, ALWAYS, own.plain_scales)]
     for text in own.intervals:
         low, high = map(float, text.split("-"))
-        found.append(settings_at(INTERVAL, f"{INTERVAL} {text}", bench.opened, (low, high), own.interval_scales))
+        found.append(settings_at(INTERVAL, f"{INTERVAL} {text}", bench.loaded, (low, high), own.interval_scales))
     found.append(settings_at(AUTO, AUTO, guided, ALWAYS, own.auto_scales))
     return [setting for settings in found for setting in settings]
 
 
 def settings_at(
-    family: str, line: str, opened: Opened, interval: tuple[float, float], scales: Iterable[float]
+    family: str, line: str, loaded: LoadedSampler, interval: tuple[float, float], scales: Iterable[float]
 ) -> list[Setting]:
     return [
         Setting(
             family,
             line,
-            varied(opened, guidance=GuidanceOptions(scale, interval, opened.sampler.guidance.cfg_channels)),
+            varied(loaded, guidance=GuidanceOptions(scale, interval, loaded.sampler.guidance.cfg_channels)),
         )
         for scale in scales
     ]
 
 
-def trained_guide(options: Options, steps: int) -> Path:
-    """The embedded default after a few steps; what an earlier start has trained is found again."""
-    source, data = options[SourceOptions], options[DatasetOptions]
+def trained_guide(source: SourceOptions, data: DatasetOptions, steps: int) -> Path:
+    """The embedded default after a few steps of training, or the checkpoint that an earlier start has trained."""
     root, datadir = (str(Path(path).resolve()) for path in (source.save_root, data.datadir))
     run = run_default(root, f"{source.exp}_{steps}_steps", "--max_steps", str(steps), "--datadir", datadir)
     return newest_model(run, None)
@@ -84,7 +84,7 @@ def trained_guide(options: Options, steps: int) -> Path:
 
 def measure(bench: Bench, setting: Setting, count: int) -> dict[str, Any]:
     """A finished row."""
-    draws, guidance = bench.draw(setting.opened, count), setting.opened.sampler.guidance
+    draws, guidance = bench.draw(setting.loaded, count), setting.loaded.sampler.guidance
     return {
         "family": setting.family,
         "line": setting.line,
@@ -119,15 +119,16 @@ def draw_picture(rows: list[dict[str, Any]], path: str) -> None:
 
 def main() -> None:
     """Screen, draw on the best, print the tables as they grow."""
-    options = benchmark_options(str(__doc__), GuidanceBenchOptions)
-    own, guide = options[GuidanceBenchOptions], options[SourceOptions].guide_checkpoint
-    guide = guide or str(trained_guide(options, own.guide_steps))
+    request = request_benchmark(str(__doc__), GuidanceBenchOptions)
+    own, source = request.own, request.sampler.source
+    guide = source.guide_checkpoint or str(trained_guide(source, request.data, own.guide_steps))
     alone, with_guide = (
-        dataclasses.replace(options, values={**options.values, "guide_checkpoint": g}) for g in ("", guide)
+        dataclasses.replace(request.sampler, source=dataclasses.replace(source, guide_checkpoint=g))
+        for g in ("", guide)
     )
-    bench = Bench(alone, own.keep)
-    settings = settings_of(bench, open_sampler(with_guide), own)
-    print(f"{own.screened} samples of {bench.opened.path}; autoguidance by {guide}\n\n{markdown_table(HEADER, [])}")
+    bench = Bench(dataclasses.replace(request, sampler=alone), own.keep)
+    settings = settings_of(bench, load_sampler(with_guide), own)
+    print(f"{own.screened} samples of {bench.loaded.path}; autoguidance by {guide}\n\n{markdown_table(HEADER, [])}")
     rows: list[dict[str, Any]] = []
     for setting in settings:
         rows.append(measure(bench, setting, own.screened))
@@ -144,7 +145,7 @@ def main() -> None:
 
 
 def save(bench: Bench, output: str, guide: str, rows: list[dict[str, Any]], final: list[dict[str, Any]]) -> None:
-    content = {**bench.opened.result(), "guide": guide, "screening": rows, "final": final}
+    content = {**bench.loaded.describe(), "guide": guide, "screening": rows, "final": final}
     write_json(bench.folder / f"{Path(output).name}.json", content)
 
 

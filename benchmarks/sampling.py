@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks._draws import Bench, DrawOptions, Draws, benchmark_options, joined, varied
+from benchmarks._draws import Bench, DrawOptions, Draws, joined, request_benchmark, varied
 from benchmarks._timing import compare, markdown_table
 from benchmarks.training_step import peak, with_small_weights
 from flow.guidance import GuidanceOptions, GuidedVelocity
@@ -125,13 +125,13 @@ def relative(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 def draw_in_turn(sides: Sequence[Bench], options: SpeedOptions) -> list[Draws]:
     """What each side draws; the first keeps freed memory. A small batch goes before, for what happens once."""
-    openeds = [sides[0].opened, varied(sides[1].opened, REFERENCE)]
+    loaded = [sides[0].loaded, varied(sides[1].loaded, REFERENCE)]
     drawn: list[Draws | None] = [None, None]
     for number in range(-1, options.batches):
         indices = range(CLASSES) if number < 0 else range(number * options.drawn, (number + 1) * options.drawn)
-        for place, (bench, opened) in enumerate(zip(sides, openeds, strict=True)):
+        for place, (bench, sampler) in enumerate(zip(sides, loaded, strict=True)):
             keep_freed_memory(place == 0)
-            new, before = bench.draw_batch(opened, indices), drawn[place]
+            new, before = bench.draw_batch(sampler, indices), drawn[place]
             if number >= 0:
                 drawn[place] = new if before is None else joined(before, new)
     return [draws for draws in drawn if draws is not None]
@@ -144,10 +144,10 @@ def rate(draws: Draws, options: SpeedOptions) -> float:
 
 def compare_samples(options: SpeedOptions) -> dict[str, float]:
     """Print the table of the second part; images/s of each side."""
-    fast = Bench(benchmark_options(str(__doc__), SpeedOptions, "--precision", "bf16", "--compile"), options.keep)
-    slow = Bench(benchmark_options(str(__doc__), SpeedOptions, "--precision", "fp32", "--no-compile"), options.keep)
+    fast = Bench(request_benchmark(str(__doc__), SpeedOptions, "--precision", "bf16", "--compile"), options.keep)
+    slow = Bench(request_benchmark(str(__doc__), SpeedOptions, "--precision", "fp32", "--no-compile"), options.keep)
     drawn = draw_in_turn((fast, slow), options)
-    solver = fast.opened.sampler.solver
+    solver = fast.loaded.sampler.solver
     names = [f"{solver.method}, {solver.steps} steps, all tricks", "dopri5 at 1e-05, float32, eager"]
     rates = {name: rate(draws, options) for name, draws in zip(names, drawn, strict=True)}
     rows = []
@@ -159,7 +159,7 @@ def compare_samples(options: SpeedOptions) -> dict[str, float]:
     error = fast.error_of_difference(*drawn)
     header = ["side", "evaluations", "of networks", "images/s", f"FD of {len(drawn[0].seconds)}"]
     print(
-        f"\n{fast.opened.path}, guided by {fast.opened.sampler.guidance.cfg_scale:g}\n\n{markdown_table(header, rows)}"
+        f"\n{fast.loaded.path}, guided by {fast.loaded.sampler.guidance.cfg_scale:g}\n\n{markdown_table(header, rows)}"
     )
     print(f"\n{rates[names[0]] / rates[names[1]]:.1f} times as fast; FD differs by {difference:+.4f} ± {error:.4f}")
     return rates
@@ -184,7 +184,7 @@ def draw_picture(seconds: dict[str, float], rates: dict[str, float], path: str) 
 
 def main() -> None:
     """Print both tables, and draw them."""
-    options = benchmark_options(str(__doc__), SpeedOptions)[SpeedOptions]
+    options = request_benchmark(str(__doc__), SpeedOptions).own
     print(f"bfloat16 peak {peak() / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads", flush=True)
     seconds = compare_evaluations(options)
     draw_picture(seconds, compare_samples(options), options.output)

@@ -3,31 +3,26 @@
     python -m checkpoints.convert model_475.pth model.safetensors --args_file test_args/celeb256_dit.txt [flags]
     python -m checkpoints.convert model.safetensors model_475.pth [--module_prefix]
 
-The stage of label maps, cond_stage_<name>.pth beside a model of semantic synthesis, is read and written along. Of
-content.pth the moving averages are taken. A command like the scripts at the root: it lies here for its name.
+A semantic-synthesis model's label-map embedding, cond_stage_<name>.pth next to it, is converted as well. From content.pth the
+moving averages are taken. This module is a command, like the scripts at the root.
 """
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from checkpoints.files import read_weights, save_weights
-from checkpoints.lfm import (
-    PREFIX,
-    STAGE_WEIGHT,
-    autoencoder_options,
-    build_published,
-    condition_stage_path,
-    read_published,
-    with_arguments,
-)
-from checkpoints.lfm_loading import published_facts
+from checkpoints.lfm import build_published
+from checkpoints.lfm_files import PREFIX, STAGE_WEIGHT, condition_stage_path, read_published
+from checkpoints.lfm_request import request_network
 from command_line import parse_options
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
-from options import Options, UsageError, exit_cleanly, option
+from options import UsageError, exit_cleanly, option
 from runtime.torch_files import is_torch_file, save_content
-from sampling.script import IGNORED_FLAGS, MODE_GROUPS
+from sampling.script import IGNORED_FLAGS, mode_groups
 
 
 @dataclass(frozen=True)
@@ -38,37 +33,36 @@ class ConversionOptions:
 
 
 def main() -> None:
-    """Convert the way that the first file's kind asks for."""
+    """Convert in the direction that the first file's kind implies."""
     paths, flags = _split_paths(sys.argv[1:])
     options = parse_options(
-        str(__doc__).splitlines()[0], [ConversionOptions, *MODE_GROUPS], flags, ignored=IGNORED_FLAGS
+        str(__doc__).splitlines()[0], [ConversionOptions, *mode_groups()], flags, ignored=IGNORED_FLAGS
     )
     source, target = paths
     if is_torch_file(source):
-        _from_published(source, target, options)
+        _from_published(source, target, {name: options.values[name] for name in options.explicit})
     else:
         _to_published(source, target, options[ConversionOptions].module_prefix)
     print(f"{source} -> {target}")
 
 
-def _from_published(source: Path, target: Path, options: Options) -> None:
+def _from_published(source: Path, target: Path, given: Mapping[str, Any]) -> None:
+    """Write our own file of a published one, which the flags `given` describe."""
     _check_suffix(target, ".safetensors", f"{source} is a file of torch.save")
-    published = read_published(source)
-    options = with_arguments(options, published)
-    facts = published_facts(options)
-    chosen = autoencoder_options(options)
+    file = read_published(source)
+    request = request_network(given, file.arguments)
+    name = request.autoencoder.pretrained_autoencoder_ckpt
     autoencoder: Autoencoder | None = None
-    if is_hub_id(chosen.pretrained_autoencoder_ckpt):
-        print(
-            f"note: {chosen.pretrained_autoencoder_ckpt} is not fetched: {target} knows its id and scale, not its hash"
-        )
+    if is_hub_id(name):
+        print(f"note: {name} is not fetched: {target} knows its id and scale, not its hash")
     else:
-        autoencoder = load_autoencoder(chosen, facts.channels)
-    network, header = build_published(published, source, options, autoencoder, facts)
+        autoencoder = load_autoencoder(request.autoencoder, request.dataset.channels)
+    network, header = build_published(file, source, request, autoencoder)
     save_weights(target, network.state_dict(), header)
 
 
 def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
+    """Write the published form of our own file."""
     _check_suffix(target, ".pth", f"{source} is no file of torch.save")
     weights, header = read_weights(source)
     prefix = PREFIX if module_prefix else ""

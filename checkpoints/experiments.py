@@ -1,4 +1,4 @@
-"""Where experiments keep their checkpoints: <save_root>/<kind of run>/<dataset>/<exp>/model_<epoch>.safetensors."""
+"""Paths of checkpoints: <save_root>/<folder of the task>/<dataset>/<exp>/model_<epoch>.safetensors."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,16 @@ __all__ = ["experiment_folder", "find_checkpoint", "newest_model"]
 
 
 def experiment_folder(save_root: str, dataset: str, exp: str, kind: str = "latent_flow") -> Path:
-    """The folder of an experiment; `kind` is the name that its task gives to all of its experiments.
+    """The folder of an experiment.
+
+    Args:
+        save_root: folder of all experiments.
+        dataset: name of the dataset.
+        exp: name of the experiment.
+        kind: folder of the task (`Task.runs`).
 
     Raises:
-        UsageError: a name that is not a plain folder name.
+        UsageError: a name is not a plain folder name.
     """
     for flag, name in (("exp", exp), ("dataset", dataset)):
         if not re.fullmatch(r"\w[\w.+-]*", name):
@@ -21,16 +27,16 @@ def experiment_folder(save_root: str, dataset: str, exp: str, kind: str = "laten
 
 
 def find_checkpoint(name: str, folder: Path) -> Path:
-    """The file of that name: as it stands, or else in an experiment's folder, as the published scripts looked for it."""
+    """The path `name`, or `name` in an experiment's folder if only that exists, as in the published scripts."""
     inside = folder / name
     return inside if inside.exists() and not Path(name).exists() else Path(name)
 
 
 def newest_model(folder: Path, epoch: int | None = None) -> Path:
-    """The checkpoint of `epoch` in a run's folder, or the newest one; ours before a published one of the same epoch.
+    """The checkpoint of `epoch` in a run's folder, or the newest one; our format comes before a published file.
 
     Raises:
-        UsageError: there is none; the message lists what the folder has.
+        UsageError: there is no such checkpoint; the message lists the checkpoints in the folder.
     """
     found: dict[int, Path] = {}
     for suffix in (".pth", ".safetensors"):

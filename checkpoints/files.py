@@ -1,6 +1,6 @@
-"""Checkpoints that describe themselves: safetensors weights, with a header that rebuilds network and autoencoder.
+"""Our checkpoints: safetensors weights with a header from which network and autoencoder are rebuilt.
 
-Files of the published LFM code are in checkpoints/lfm.py, content.pth in training/state_file.py.
+checkpoints/lfm_files.py reads files of the published LFM code, training/state_file.py content.pth.
 """
 
 import json
@@ -44,7 +44,7 @@ def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], header: 
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     full = replace(header, weights_sha256=weights_hash(weights)).to_json()
     with atomic_path(path) as temporary:
-        # Not save_file, which reports a full disk as an error of its own kind and gives the file to its owner alone.
+        # save_file would report a full disk as a SafetensorError, and make the file readable by its owner only.
         temporary.write_bytes(serialize(weights, metadata={"header": json.dumps(full)}))
 
 
@@ -52,7 +52,7 @@ def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], Header]:
     """The state dict and header that `save_weights` wrote.
 
     Raises:
-        UsageError: a missing, torn or altered file, or one of another kind.
+        UsageError: the file is missing, damaged or of another kind.
     """
     if is_torch_file(path):
         raise UsageError(
@@ -83,11 +83,11 @@ def load_model(
 
     Args:
         path: a `model_*.safetensors` file.
-        device: where both go.
-        autoencoder: where to load the autoencoder from, when it has moved since; its weights must be the same.
+        device: device of both.
+        autoencoder: where to load the autoencoder from if it has moved; its weights must be the same.
 
     Raises:
-        UsageError: an unreadable checkpoint, or an autoencoder that is not the one it was trained with.
+        UsageError: the checkpoint is unreadable, or the autoencoder differs from the one that it was trained with.
     """
     weights, header = read_weights(path)
     network = build_network(*header.architecture)
@@ -96,7 +96,7 @@ def load_model(
     source = replace(autoencoder or AutoencoderOptions(stored.id), scale_factor=stored.scale_factor)
     loaded = load_autoencoder(source, header.dataset.channels)
     found = loaded.describe().sha256 or ""
-    if stored.sha256 not in (None, found):  # None: converted where the autoencoder was not at hand
+    if stored.sha256 not in (None, found):  # None: the checkpoint was converted without the autoencoder
         raise UsageError(
             f"the checkpoint {path} was trained with the autoencoder {stored.id} (SHA-256 {stored.sha256[:12]}), "
             f"but {source.pretrained_autoencoder_ckpt} has other weights ({found[:12]})"

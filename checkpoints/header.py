@@ -26,7 +26,7 @@ DERIVED = ("format", "latent_channels", "num_classes")  # entries of the file th
 
 @dataclass(frozen=True)
 class Header:
-    """What a checkpoint records.
+    """The record of a checkpoint.
 
     Args:
         model_type: key of models.registry.NETWORKS.
@@ -40,7 +40,7 @@ class Header:
         objective: key of flow.objectives.OBJECTIVES.
         training: the options of training, for the record.
         precision, compiled, reproducible: how it was trained; reproducible is false for a run that the clock ended.
-        step, epoch: the position; None where a converted file does not tell it.
+        step, epoch: the position; None if a converted file does not record it.
         ended: whether the run was trained to its end.
         git, versions: commit, and versions of Python and the libraries.
         published_file: name of the file of the published LFM code that it was converted from.
@@ -97,7 +97,7 @@ class Header:
 
     @property
     def architecture(self) -> Architecture:
-        """What decides on the network's names and shapes."""
+        """The arguments of `build_network`, which determine the weights' names and shapes."""
         return Architecture(self.model_type, self.latent_size, self.network, self.dense)
 
     @property

@@ -1,7 +1,7 @@
-"""What a state dict is the state dict of, read from its names and shapes alone.
+"""Recognition of a network from the names and shapes in its state dict, to explain a mismatch.
 
-Weights do not show everything: heads, dropout, the order of queries, keys and values leave no trace. What they show serves
-to explain a mismatch; a network is always built from its options.
+Networks are always built from their options, because weights do not show everything: the number of heads, dropout, and the
+order of queries, keys and values leave no trace.
 """
 
 import re
@@ -19,10 +19,11 @@ Weights = Mapping[str, torch.Tensor]
 
 
 def recognise(weights: Weights) -> dict[str, Any]:
-    """The options that the weights show; empty where they are of no known family, or incomplete.
+    """The options that the weights show; empty if they belong to no known family or are incomplete.
 
-    Besides names of options there may be `model_type` (a key of NETWORKS), `latent_size` (the side that is part of names) and
-    `label_rows` (rows of the label table, with or without a null class).
+    Returns:
+        Values by option name, with three additions where known: `model_type` (key of NETWORKS), `latent_size` (the side that is
+        part of names), and `label_rows` (rows of the label table, with or without a null class).
     """
     describe = next((describe for mark, describe in FAMILIES.items() if mark in weights), None)
     try:
@@ -68,8 +69,8 @@ def _guided_unet(weights: Weights) -> dict[str, Any]:
     width = weights["time_embed.0.weight"].shape[1]
     present = {int(name.split(".")[1]) for name in weights if name.startswith("input_blocks.")}
     entries = 1 + max(present)
-    # The steps between levels: convolutions, poolings (entries without weights), or residual blocks, which only the decoder
-    # tells from those of the levels.
+    # The steps between levels are convolutions, poolings (entries without weights) or residual blocks. Only the decoder shows
+    # which residual blocks are steps.
     convolved = [i for i in present if f"input_blocks.{i}.0.op.weight" in weights]
     pooled = [i for i in range(entries) if i not in present]
     residual = [i + 1 for i in range(entries) for j in (1, 2) if f"output_blocks.{i}.{j}.in_layers.0.weight" in weights]
@@ -97,7 +98,7 @@ def _guided_unet(weights: Weights) -> dict[str, Any]:
     return described
 
 
-# A weight that every network of a family has.
+# Keys are weights that every network of the family has.
 FAMILIES: dict[str, Callable[[Weights], dict[str, Any]]] = {
     "x_embedder.proj.weight": _dit,
     "map_layer0.weight": _edm_unet,

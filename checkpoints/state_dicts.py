@@ -1,4 +1,4 @@
-"""A state dict into a network, whole or not at all: a mismatch is listed by name, with the flags that explain it."""
+"""Strict loading of state dicts: a mismatch is listed by name, with the flags that would explain it."""
 
 import dataclasses
 import sys
@@ -16,13 +16,13 @@ from options import UsageError
 __all__ = ["Mismatch", "find_mismatch", "load_weights", "suggest_flags"]
 
 LISTED_NAMES = 10
-TYPICAL_LABEL_DROPOUT = 0.1  # of the published networks; that it is above 0 makes the null class
+TYPICAL_LABEL_DROPOUT = 0.1  # of the published networks with a null class
 
 Weights = Mapping[str, torch.Tensor]
 
 
 class Mismatch(NamedTuple):
-    """Names that the network has and the file has not, the other way round, and those whose shapes differ."""
+    """Names that only the network has, names that only the file has, and names whose shapes differ."""
 
     missing: list[str]
     unexpected: list[str]
@@ -34,7 +34,7 @@ class Mismatch(NamedTuple):
 
 
 def find_mismatch(own: Weights, weights: Weights) -> Mismatch:
-    """What keeps `weights` from being a state dict like `own`."""
+    """The differences in names and shapes between a network's state dict `own` and `weights`."""
     return Mismatch(
         [name for name in own if name not in weights],
         [name for name in weights if name not in own],
@@ -50,13 +50,13 @@ def load_weights(network: nn.Module, weights: Weights, where: str, architecture:
     """Load a state dict into `network`; a DiT's table of positions for another grid is replaced, with a note.
 
     Args:
-        network: to be filled.
-        weights: its state dict.
-        where: the file, for messages.
-        architecture: that of `network`, for the suggestion of other flags.
+        network: the network to fill.
+        weights: the state dict.
+        where: its file, for messages.
+        architecture: the network's architecture, from which other flags are suggested.
 
     Raises:
-        UsageError: names or shapes differ. At most ten of each kind are listed, with the flags that explain them.
+        UsageError: names or shapes differ. The message lists at most ten of each kind, and flags that would explain them.
     """
     own = network.state_dict()
     fitted = with_own_positions(own, weights)
@@ -70,7 +70,7 @@ def load_weights(network: nn.Module, weights: Weights, where: str, architecture:
 
 
 def suggest_flags(weights: Weights, architecture: Architecture) -> dict[str, Any]:
-    """The fewest options that would have to be others for `weights` to fit; empty where none are found."""
+    """The smallest change of options with which `weights` would fit; empty if none is found."""
     found = recognise(weights)
     current = _values(architecture)
     if "label_rows" in found:
@@ -86,7 +86,7 @@ def suggest_flags(weights: Weights, architecture: Architecture) -> dict[str, Any
 
 
 def _label_flags(rows: int, current: Mapping[str, Any]) -> dict[str, Any]:
-    """A table of N rows: N classes, or N - 1 and the null class; the number of classes is more often round."""
+    """Guess what N rows of a label table are: N classes, or N - 1 and a null class if the flags or a round N - 1 suggest it."""
     null = rows > 1 and (current.get("num_classes") == rows - 1 or current["label_dropout"] > 0 or rows % 10 == 1)
     dropout = (current["label_dropout"] or TYPICAL_LABEL_DROPOUT) if null else 0.0
     return {"num_classes": rows - null or None, "label_dropout": dropout}

@@ -1,4 +1,4 @@
-"""What networks are trained for: the three tasks by name, and where each keeps its experiments."""
+"""The three tasks that networks are trained for, and the folders of their experiments."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ class Task(NamedTuple):
     """A task.
 
     Args:
-        name: in headers, and TASK in arguments files.
-        purpose: for messages.
-        runs: the folder below --save_root that holds its experiments.
-        script: the ending of its scripts' names.
+        name: its name in headers and, as TASK, in arguments files.
+        purpose: its name in messages.
+        runs: folder of its experiments below --save_root.
+        script: ending of its scripts' names.
     """
 
     name: str

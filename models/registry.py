@@ -17,7 +17,6 @@ from models.plain_unet import PlainUNet, PlainUNetOptions
 from options import Options, UsageError, option
 
 __all__ = [
-    "FAMILY_OPTIONS",
     "IGNORED_NETWORK_FLAGS",
     "NETWORKS",
     "ORIGIN_ADM",
@@ -90,13 +89,9 @@ NETWORKS: dict[str, Family] = {
 
 
 def network_groups() -> tuple[type[FamilyOptions], ...]:
-    """The option dataclasses of all registered families, each base before what extends it; those without options left out."""
+    """The option dataclasses of all registered families, each base before what extends it."""
     bases = (base for family in NETWORKS.values() for base in reversed(family.options.__mro__))
-    own = (base for base in bases if issubclass(base, FamilyOptions) and set(base.__annotations__) - {"class_flag"})
-    return tuple(dict.fromkeys(own))
-
-
-FAMILY_OPTIONS = network_groups()
+    return tuple(dict.fromkeys(base for base in bases if issubclass(base, FamilyOptions)))
 
 
 def build_network(

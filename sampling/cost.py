@@ -1,4 +1,4 @@
-"""What sampling costs: evaluations of each sample, and the time of a network's evaluation and of the whole pipeline."""
+"""The cost of sampling: evaluations per sample, and seconds per network evaluation and per batch of images."""
 
 import statistics
 import time
@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from flow.solvers import solve
-from options import Options, option
+from options import option
 from runtime.files import write_json
 from runtime.progress import progress_bar
-from sampling.sample_and_score import SamplingOptions, describe_evaluations, labels_of, output_folder
+from sampling.labels import choose_labels
+from sampling.loading import LoadedSampler
+from sampling.request import SamplingOptions
 from sampling.sampler import Sampler, generate
-from sampling.setup import open_sampler
+from sampling.tally import describe_evaluations
 
 __all__ = ["TimingOptions", "count_evaluations", "measure_time"]
 
@@ -27,39 +29,38 @@ class TimingOptions:
     time_repeats: int = option(7, "timed runs of each, after a warm-up", minimum=1)
 
 
-def count_evaluations(options: Options) -> dict[str, Any]:
-    """Evaluations that --n_sample samples take, without decoding or writing them."""
-    sampling, opened = options[SamplingOptions], open_sampler(options)
-    sampler, (labels, _) = opened.sampler, labels_of(sampling, opened.sampler)
+def count_evaluations(loaded: LoadedSampler, sampling: SamplingOptions) -> dict[str, Any]:
+    """Count the evaluations that `sampling.n_sample` samples take, without decoding them; writes the result as JSON."""
+    sampler, count = loaded.sampler, sampling.n_sample
+    labels = choose_labels(sampling.labels, sampler.seed, sampler.num_classes, count)
     evaluations, network_evaluations = [], []
-    for start in progress_bar(range(0, sampling.n_sample, sampling.batch_size), desc="counting", unit="batch"):
-        indices = range(start, min(start + sampling.batch_size, sampling.n_sample))
+    for start in progress_bar(range(0, count, sampling.batch_size), desc="counting", unit="batch"):
+        indices = range(start, min(start + sampling.batch_size, count))
         velocity = sampler.velocity(labels(indices, sampler.num_classes))
         solution = solve(velocity, sampler.noise(indices), sampler.solver, draw=sampler.draw(indices))
         evaluations.append(solution.evaluations.cpu())
         network_evaluations.append(velocity.evaluations(len(indices)))
     counts = describe_evaluations(torch.cat(evaluations), torch.cat(network_evaluations))
-    result = {**opened.result(), "samples": sampling.n_sample, **counts}
+    result = {**loaded.describe(), "samples": count, **counts}
     result["summary"] = (
-        f"{sampling.n_sample} samples: {counts['nfe']:g} evaluations on average, from {counts['nfe_range'][0]} to "
+        f"{count} samples: {counts['nfe']:g} evaluations on average, from {counts['nfe_range'][0]} to "
         f"{counts['nfe_range'][1]}; {counts['network_evaluations']:g} of networks"
     )
-    write_json(sampling.output_json or output_folder(sampling, opened) / f"{opened.stem}_nfe.json", result)
+    write_json(sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nfe.json", result)
     return result
 
 
-def measure_time(options: Options) -> dict[str, Any]:
-    """Seconds of one evaluation of the network, and of drawing and decoding a batch, for each batch size."""
-    sampling, timing, opened = options[SamplingOptions], options[TimingOptions], open_sampler(options)
+def measure_time(loaded: LoadedSampler, sampling: SamplingOptions, timing: TimingOptions) -> dict[str, Any]:
+    """Time a network evaluation, and drawing and decoding a batch, for each batch size; writes the result as JSON."""
+    sampler = loaded.sampler
     rows: list[dict[str, Any]] = []
     for batch_size in timing.time_batch_sizes:
-        network, pipeline = _network_call(opened.sampler, batch_size), _pipeline_call(opened.sampler, batch_size)
+        calls = {"network": _network_call(sampler, batch_size), "pipeline": _pipeline_call(sampler, batch_size)}
         measured: dict[str, Any] = {
-            "network": _time(network, timing.time_repeats, opened.sampler.machine.device),
-            "pipeline": _time(pipeline, timing.time_repeats, opened.sampler.machine.device),
+            name: _time(call, timing.time_repeats, sampler.machine.device) for name, call in calls.items()
         }
         rows.append({"batch_size": batch_size, **measured})
-    result: dict[str, Any] = {**opened.result(), "device": str(opened.sampler.machine.device), "timing": rows}
+    result: dict[str, Any] = {**loaded.describe(), "device": str(sampler.machine.device), "timing": rows}
     result["summary"] = "\n".join(
         f"batch of {row['batch_size']}: "
         + ", ".join(
@@ -68,24 +69,24 @@ def measure_time(options: Options) -> dict[str, Any]:
         )
         for row in rows
     )
-    write_json(sampling.output_json or output_folder(sampling, opened) / f"{opened.stem}_time.json", result)
+    write_json(sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_time.json", result)
     return result
 
 
 def _network_call(sampler: Sampler, batch_size: int) -> Callable[[], object]:
-    """One evaluation of the velocity at pure noise, with its guidance."""
+    """One evaluation of the guided velocity at pure noise."""
     x, t = sampler.noise(range(batch_size)), torch.ones((), device=sampler.machine.device)
     velocity = sampler.velocity(torch.zeros(batch_size, dtype=torch.long))
     return torch.no_grad()(lambda: velocity(t, x))
 
 
 def _pipeline_call(sampler: Sampler, batch_size: int) -> Callable[[], object]:
-    """From the seed to uint8 images."""
+    """A batch of images uint8, from the seed on."""
     return lambda: list(generate(sampler, range(batch_size), batch_size=batch_size))
 
 
 def _time(call: Callable[[], object], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median, fastest and slowest of `repeats` calls in seconds, after one to warm up."""
+    """Median, fastest and slowest of `repeats` calls in seconds, after one call to warm up."""
     seconds = []
     for _ in range(repeats + 1):
         _wait(device)
@@ -98,6 +99,6 @@ def _time(call: Callable[[], object], repeats: int, device: torch.device) -> dic
 
 
 def _wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

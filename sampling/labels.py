@@ -1,5 +1,6 @@
-"""The classes that are asked for: in turn, at random, or as a file says; label i depends on the sample's index alone."""
+"""Class labels of samples: in turn, random, or from a file. Label i depends on the sample's index i alone."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,20 +10,22 @@ from options import UsageError
 from runtime.randomness import generator_for
 from sampling.sampler import Labels, balanced_labels
 
-__all__ = ["choose_labels"]
+__all__ = ["choose_labels", "label_rule"]
+
+RULES = ("balanced", "random")
 
 
 def choose_labels(rule: str, seed: int, num_classes: int, count: int) -> Labels:
-    """The labels that `--labels` names.
+    """The labels that `--labels` asks for.
 
     Args:
         rule: "balanced", "random", or a file of one class id per line, line i + 1 for sample i.
-        seed: of the random labels.
+        seed: seed of random labels.
         num_classes: K.
-        count: how many samples will be drawn.
+        count: number of samples that will be drawn.
 
     Raises:
-        UsageError: an unreadable file, one with fewer lines than samples, or an id out of range.
+        UsageError: the file is unreadable, has fewer lines than samples, or holds an id outside 0..K-1.
     """
     if rule == "balanced":
         return balanced_labels
@@ -30,10 +33,15 @@ def choose_labels(rule: str, seed: int, num_classes: int, count: int) -> Labels:
         return lambda indices, classes: torch.cat(
             [torch.randint(classes, (1,), generator=generator_for(seed, "label", index)) for index in indices]
         )
-    return _labels_of_file(Path(rule), num_classes, count)
+    return _labels_from_file(Path(rule), num_classes, count)
 
 
-def _labels_of_file(path: Path, num_classes: int, count: int) -> Labels:
+def label_rule(rule: str) -> str:
+    """`rule` as a result records it: the word, or the SHA-256 of its file."""
+    return rule if rule in RULES else f"sha256 {hashlib.sha256(Path(rule).read_bytes()).hexdigest()}"
+
+
+def _labels_from_file(path: Path, num_classes: int, count: int) -> Labels:
     try:
         ids = torch.tensor([int(line) for line in path.read_text(encoding="utf-8").split()], dtype=torch.long)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Looking at the flow itself: images back to noise, the way between two seeds, and how a sample comes to be."""
+"""Pictures of the flow: inversion of images to noise, interpolation between two seeds, and trajectories of samples."""
 
 import math
 from collections.abc import Callable
@@ -14,12 +14,13 @@ from evaluation.metrics import psnr
 from flow.ode import Velocity, select_rows
 from flow.solvers import check_method, solve
 from models.autoencoders.pixels import images_to_pixels
-from options import Options, UsageError, option
+from options import UsageError, option
 from runtime.files import atomic_path, write_json
 from runtime.pictures import save_animation, save_sheet
-from sampling.sample_and_score import SamplingOptions, labels_of, output_folder
+from sampling.labels import choose_labels
+from sampling.loading import LoadedSampler
+from sampling.request import SamplingOptions
 from sampling.sampler import balanced_labels
-from sampling.setup import Opened, open_sampler
 
 __all__ = ["PictureOptions", "Recorder", "interpolate", "invert", "spherical", "trajectory"]
 
@@ -34,13 +35,20 @@ class PictureOptions:
     gif: bool = option(False, "trajectory: a GIF as well")
 
 
-def invert(options: Options) -> dict[str, Any]:
-    """Lead held-out images to their noise and back; writes a sheet (images above what came back) and the noise as npz."""
-    sampling, opened = options[SamplingOptions], open_sampler(options)
-    sampler = opened.sampler
+def invert(
+    loaded: LoadedSampler, sampling: SamplingOptions, data: DatasetOptions, pictures: PictureOptions
+) -> dict[str, Any]:
+    """Integrate held-out images to noise and back; returns the result, which is also written as JSON.
+
+    Writes a sheet (images, their reconstructions by the autoencoder, and the images that came back) and the noise as npz.
+
+    Raises:
+        UsageError: the solver cannot integrate from data to noise, or there are no held-out images.
+    """
+    sampler = loaded.sampler
     check_method(sampler.solver, backwards=True)
-    dataset = opened.real_images(options[DatasetOptions], "validation")
-    count = min(options[PictureOptions].pictured, len(dataset))
+    dataset = loaded.real_images(data, "validation")
+    count = min(pictures.pictured, len(dataset))
     images = torch.stack([dataset[index] for index in range(count)]).to(sampler.machine.device)
     latents = sampler.autoencoder.sample(sampler.autoencoder.encode(images))
     labels = dataset.labels[:count] if sampler.num_classes > 1 else torch.zeros(count, dtype=torch.long)
@@ -49,13 +57,13 @@ def invert(options: Options) -> dict[str, Any]:
     returned = solve(velocity, noise, sampler.solver).x
     original, back = sampler.decode(latents), sampler.decode(returned)
     real = crop_padding(images, sampler.facts).cpu()
-    folder, stem = output_folder(sampling, opened), f"{opened.stem}_inverted"
+    folder, stem = loaded.output_folder(sampling.output_dir), f"{loaded.stem}_inverted"
     save_sheet(torch.cat([real, original, back]), folder / f"{stem}.png", count)
     with atomic_path(folder / f"{stem}.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, noise=noise.cpu().numpy(), labels=labels.numpy())
     error = (images_to_pixels(original) - images_to_pixels(back)).double().square().mean().item()
     result = {
-        **opened.result(),
+        **loaded.describe(),
         "images": count,
         "noise_mean": noise.mean().item(),
         "noise_std": noise.std().item(),
@@ -72,10 +80,13 @@ def invert(options: Options) -> dict[str, Any]:
     return result
 
 
-def interpolate(options: Options) -> dict[str, Any]:
-    """Samples on the great circle between the noises of two seeds; one sample index a row."""
-    sampling, pictures, opened = options[SamplingOptions], options[PictureOptions], open_sampler(options)
-    sampler = opened.sampler
+def interpolate(loaded: LoadedSampler, sampling: SamplingOptions, pictures: PictureOptions) -> dict[str, Any]:
+    """Sample from noises on the great circle between two seeds' noises; writes a sheet with one sample index per row.
+
+    Raises:
+        UsageError: --seeds names other than two seeds.
+    """
+    sampler = loaded.sampler
     seeds = pictures.seeds or (sampler.seed, sampler.seed + 1)
     if len(seeds) != 2:
         raise UsageError(f"--seeds: expected two seeds, but {len(seeds)} were given")
@@ -84,38 +95,36 @@ def interpolate(options: Options) -> dict[str, Any]:
     shares = torch.linspace(0, 1, pictures.frames).tolist()
     noise = torch.stack([spherical(first, last, share) for share in shares], dim=1)  # [N, F, c, h, w]
     labels = balanced_labels(indices, sampler.num_classes).repeat_interleave(pictures.frames)
-    places = [index for index in indices for _ in shares]  # a row's samples share the noise of a stochastic solver
+    places = [index for index in indices for _ in shares]  # the samples of a row share a stochastic solver's noise
     solution = solve(sampler.velocity(labels), noise.flatten(0, 1), sampler.solver, draw=sampler.draw(places))
-    path = output_folder(sampling, opened) / f"{opened.stem}_from_{seeds[0]}_to_{seeds[1]}.png"
+    path = loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_from_{seeds[0]}_to_{seeds[1]}.png"
     save_sheet(sampler.decode(solution.x), path, pictures.frames)
-    return _shown(
-        opened, sampling, path, f"{len(indices)} ways of {len(shares)} samples from seed {seeds[0]} to {seeds[1]}"
-    )
+    summary = f"{len(indices)} ways of {len(shares)} samples from seed {seeds[0]} to {seeds[1]}"
+    return _write_result(loaded, sampling, path, summary)
 
 
-def trajectory(options: Options) -> dict[str, Any]:
-    """How samples come to be: a row of points x_t from noise to data, and below it the data that the velocity points at."""
-    sampling, pictures, opened = options[SamplingOptions], options[PictureOptions], open_sampler(options)
-    sampler, indices = opened.sampler, range(pictures.pictured)
-    labels, _ = labels_of(replace(sampling, n_sample=len(indices)), sampler)
+def trajectory(loaded: LoadedSampler, sampling: SamplingOptions, pictures: PictureOptions) -> dict[str, Any]:
+    """Show samples on their way: a row of points x_t from noise to data, above a row of the data that each x_t points at."""
+    sampler, indices = loaded.sampler, range(pictures.pictured)
+    labels = choose_labels(sampling.labels, sampler.seed, sampler.num_classes, len(indices))
     recorder = Recorder(sampler.velocity(labels(indices, sampler.num_classes)), len(indices))
     solution = solve(recorder, sampler.noise(indices), sampler.solver, draw=sampler.draw(indices))
     times = torch.linspace(1, 0, pictures.frames).tolist()[:-1]
     shown = [[*recorder.nearest(row, times), (solution.x[row], solution.x[row])] for row in indices]
     latents = torch.stack([torch.stack([torch.stack(pair) for pair in frames], dim=1) for frames in shown])
     images = sampler.decode(latents.flatten(0, 2))  # latents: [N, 2, F, c, h, w]
-    path = output_folder(sampling, opened) / f"{opened.stem}_trajectory.png"
+    path = loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_trajectory.png"
     save_sheet(images, path, pictures.frames)
     if pictures.gif:
         by_frame = images.unflatten(0, (len(indices), 2, pictures.frames)).permute(2, 1, 0, 3, 4, 5).flatten(1, 2)
         save_animation(list(by_frame), path.with_suffix(".gif"), len(indices))
-    return _shown(opened, sampling, path, f"{len(indices)} samples at {pictures.frames} times")
+    return _write_result(loaded, sampling, path, f"{len(indices)} samples at {pictures.frames} times")
 
 
 def spherical(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tensor:
-    """Noise [B, ...] on the way from `first` (share 0) to `last` (share 1), sample by sample (Shoemake 1985).
+    """Interpolate noises [B, ...] from `first` (share 0) to `last` (share 1) on a great circle (slerp, Shoemake 1985).
 
-    The angle is that between the two; the lengths go over linearly, so that both ends are exact.
+    Lengths are interpolated linearly, so both ends are exact.
     """
     lengths = [noise.flatten(1).norm(dim=1) for noise in (first, last)]
     cosine = (first * last).flatten(1).sum(1) / (lengths[0] * lengths[1])
@@ -128,7 +137,12 @@ def spherical(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Te
 
 
 class Recorder:
-    """A velocity that remembers the points where each sample was evaluated, and the data x - t v it pointed at."""
+    """A velocity that records, for each sample, the points x_t where it was evaluated and the data x_t - t v they point at.
+
+    Args:
+        velocity: the velocity to record.
+        samples: size of the batch.
+    """
 
     def __init__(self, velocity: Velocity, samples: int) -> None:
         self._whole = self._velocity = velocity
@@ -136,7 +150,7 @@ class Recorder:
         self._seen: list[list[tuple[float, torch.Tensor, torch.Tensor]]] = [[] for _ in range(samples)]
 
     def __call__(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The velocity."""
+        """The velocity [B, C, h, w] at times t, [] or [B], and points x [B, C, h, w]."""
         v = self._velocity(t, x)
         data = x - t.view(-1, *[1] * (x.ndim - 1)) * v
         for row, time, point, guess in zip(self._rows, t.expand(len(x)).tolist(), x, data, strict=True):
@@ -144,13 +158,13 @@ class Recorder:
         return v
 
     def select_rows(self, rows: torch.Tensor) -> "Recorder":
-        """The same for some samples of the batch."""
+        """The velocity of some samples of the batch; it records into the same lists."""
         part = Recorder(select_rows(self._whole, rows), 0)
         part._rows, part._seen = [self._rows[row] for row in rows.tolist()], self._seen
         return part
 
     def nearest(self, row: int, times: list[float]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of one sample, the point and the data evaluated nearest to each of `times`."""
+        """The point and the data of one sample that were recorded nearest to each of `times`."""
         seen = self._seen[row]
         return [min(seen, key=_distance_to(time))[1:] for time in times]
 
@@ -159,7 +173,8 @@ def _distance_to(time: float) -> Callable[[tuple[float, torch.Tensor, torch.Tens
     return lambda seen: abs(seen[0] - time)
 
 
-def _shown(opened: Opened, sampling: SamplingOptions, path: Path, what: str) -> dict[str, Any]:
-    result = {**opened.result(), "picture": str(path), "summary": f"{what}: {path}"}
+def _write_result(loaded: LoadedSampler, sampling: SamplingOptions, path: Path, summary: str) -> dict[str, Any]:
+    """Write the result of a picture at `path` as JSON, and return it."""
+    result = {**loaded.describe(), "picture": str(path), "summary": f"{summary}: {path}"}
     write_json(sampling.output_json or path.with_suffix(".json"), result)
     return result

@@ -9,11 +9,11 @@ import torch
 from datasets_prep.datasets import DatasetOptions
 from flow.likelihood import log_likelihood
 from flow.solvers import check_method
-from options import Options, option
+from options import option
 from runtime.files import write_json
 from runtime.progress import progress_bar
-from sampling.sample_and_score import SamplingOptions, output_folder
-from sampling.setup import open_sampler
+from sampling.loading import LoadedSampler
+from sampling.request import SamplingOptions
 
 __all__ = ["LikelihoodOptions", "compute_nll"]
 
@@ -25,16 +25,23 @@ class LikelihoodOptions:
     exact_trace: bool = option(False, "the divergence's exact trace, one backward pass per dimension, not an estimate")
 
 
-def compute_nll(options: Options) -> dict[str, Any]:
-    """Negative log-likelihood in bits per latent dimension of up to --n_sample held-out images, with its standard error.
+def compute_nll(
+    loaded: LoadedSampler, sampling: SamplingOptions, data: DatasetOptions, likelihood: LikelihoodOptions
+) -> dict[str, Any]:
+    """Negative log-likelihood, in bits per latent dimension, of up to --n_sample held-out images.
 
-    The density is that of the scaled latents, posterior samples as in training; it is comparable only between networks
-    on the latents of one autoencoder.
+    The density is over scaled latents, drawn from the posterior as in training. Only networks on the latents of one
+    autoencoder can be compared by it.
+
+    Returns:
+        The result, which is also written as JSON.
+
+    Raises:
+        UsageError: the solver cannot integrate from data to noise, or there are no held-out images.
     """
-    sampling, opened = options[SamplingOptions], open_sampler(options)
-    sampler, exact = opened.sampler, options[LikelihoodOptions].exact_trace
+    sampler, exact = loaded.sampler, likelihood.exact_trace
     check_method(sampler.solver, backwards=True)
-    dataset = opened.real_images(options[DatasetOptions], "validation").head(sampling.n_sample)
+    dataset = loaded.real_images(data, "validation").head(sampling.n_sample)
     bits, evaluations = [], []
     for start in progress_bar(range(0, len(dataset), sampling.batch_size), desc="likelihood", unit="batch"):
         indices = range(start, min(start + sampling.batch_size, len(dataset)))
@@ -46,13 +53,13 @@ def compute_nll(options: Options) -> dict[str, Any]:
             dataset.labels[list(indices)] if sampler.num_classes > 1 else torch.zeros(len(indices), dtype=torch.long)
         )
         probe = None if exact else sampler.other_noise(indices, "probe").sign()
-        likelihood = log_likelihood(sampler.velocity(labels), latents, sampler.solver, probe)
-        bits.append(likelihood.bits_per_dimension.double().cpu())
-        evaluations.append(likelihood.evaluations.cpu())
+        measured = log_likelihood(sampler.velocity(labels), latents, sampler.solver, probe)
+        bits.append(measured.bits_per_dimension.double().cpu())
+        evaluations.append(measured.evaluations.cpu())
     values = torch.cat(bits)
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
     result = {
-        **opened.result(),
+        **loaded.describe(),
         "images": len(dataset),
         "bits_per_dimension": values.mean().item(),
         "standard_error": error,
@@ -64,5 +71,5 @@ def compute_nll(options: Options) -> dict[str, Any]:
         f"{result['bits_per_dimension']:.4f} bits per latent dimension (standard error {error or math.nan:.4f}) of "
         f"{len(dataset)} held-out images, {result['nfe']:g} evaluations each"
     )
-    write_json(sampling.output_json or output_folder(sampling, opened) / f"{opened.stem}_nll.json", result)
+    write_json(sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json", result)
     return result

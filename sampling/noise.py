@@ -1,4 +1,4 @@
-"""The noise that samples start from: a function of (seed, sample index), or torch's global generator."""
+"""Initial noise of samples: a function of (seed, sample index), or drawn from torch's global generator."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ NoiseSource = Callable[[Sequence[int], Sequence[int]], torch.Tensor]  # (indices
 
 
 def noise_for_indices(seed: int, indices: Sequence[int], shape: Sequence[int], stream: str = "noise") -> torch.Tensor:
-    """Standard normal float32 [len(indices), *shape] on the CPU; row i depends on (seed, stream, indices[i]) alone."""
+    """Standard normal float32 [N, *shape] on the CPU, for N indices; row i is a function of (seed, stream, indices[i])."""
     rows = [torch.randn(*shape, generator=generator_for(seed, stream, int(index))) for index in indices]
     return torch.stack(rows) if rows else torch.empty(0, *shape)
 
@@ -23,12 +23,12 @@ def _own_streams(seed: int) -> NoiseSource:
 
 
 def _global_generator(seed: int) -> NoiseSource:
-    """Noise of torch's global generator, in the order of the calls."""
+    """Noise drawn from torch's global generator in the order of the calls."""
     seeded = False
 
     def draw(indices: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
         nonlocal seeded
-        if not seeded:  # processes share the samples: each begins at another index, and so with other noise
+        if not seeded:  # processes start at different indices, so their noise differs
             torch.manual_seed(seed + indices[0])
             seeded = True
         return torch.randn(len(indices), *shape)
@@ -36,7 +36,7 @@ def _global_generator(seed: int) -> NoiseSource:
     return draw
 
 
-# By the names of `--generator`: each makes the source of the samples' noise from a seed.
+# Keys are the values of `--generator`; a value makes the source of noise from a seed.
 NOISE_SOURCES: dict[str, Callable[[int], NoiseSource]] = {
     "dummy": _global_generator,
     "determ": _own_streams,

@@ -1,7 +1,7 @@
-"""Samples of a trained network as a stream of batches: nothing passes through the disk.
+"""Samples of a trained network as a stream of batches in memory.
 
-Sample i is a function of (seed, i), the label and the solver; the batch size only decides how many are drawn at a time.
-Several processes draw whole batches in turn, so that each batch is what it would be in one process.
+Sample i is a function of (seed, i), its label and condition, and the solver. The batch size only decides how many samples are
+drawn at a time. Several processes take whole batches in turn, so each batch is the same as in one process.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -39,9 +39,14 @@ Dense = Callable[[Sequence[int]], torch.Tensor]  # dense maps [B, K, h, w] of sa
 
 
 class GeneratedBatch(NamedTuple):
-    """Images uint8 [B, C, H, W] of sample indices, their labels, and what each took, all [B] on the CPU.
+    """A batch of samples, on the CPU.
 
-    `evaluations` are those of the velocity, `network_evaluations` those of networks, where guidance counts two.
+    Args:
+        indices: indices of the samples.
+        images: uint8 [B, C, H, W].
+        labels: class ids [B].
+        evaluations: velocity evaluations that each sample took, int64 [B].
+        network_evaluations: network evaluations that each sample took, int64 [B]; a guided velocity evaluation takes two.
     """
 
     indices: Sequence[int]
@@ -53,22 +58,22 @@ class GeneratedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Sampler:
-    """All that turns a seed and a sample's index into an image.
+    """Network, solver and autoencoder, which turn a seed and a sample's index into an image.
 
     Args:
         network: velocity network(t, x, condition) in evaluation mode, on the machine's device.
         autoencoder: decodes the latents.
-        facts: of the dataset; its padding is cropped off, and where it is grey, so are the images.
+        facts: facts about the dataset. Its padding is cropped off the images, and a grey dataset gives grey images.
         latent_shape: (c, h, w).
         num_classes: K; 1 means unconditional.
         solver: method and steps.
         machine: device and precision of the network; latents stay float32.
-        seed: of the noise.
-        guidance: its scale, interval and channels.
+        seed: seed of the noise.
+        guidance: scale, interval and channels.
         guide: a weaker network, for autoguidance.
-        generator: key of NOISE_SOURCES, for the noise to start from; by default a stream per sample.
-        drops_labels: whether the network knows the null class, so that guidance leads away from it.
-        drops_dense: whether it knows the null map, zeros, so that guidance leads away from it.
+        generator: key of NOISE_SOURCES, for the initial noise; by default each sample has its own stream.
+        drops_labels: whether the network was trained with the null class, which guidance then leads away from.
+        drops_dense: whether the network was trained with the null map (zeros), which guidance then leads away from.
     """
 
     network: Callable[..., torch.Tensor] | nn.Module
@@ -86,19 +91,19 @@ class Sampler:
     drops_dense: bool = False
 
     def noise(self, indices: Sequence[int]) -> torch.Tensor:
-        """Standard normal latents [B, c, h, w] of sample indices, where the solver starts."""
+        """Initial noise of samples: standard normal [B, c, h, w]."""
         return self._source(indices, self.latent_shape).to(self.machine.device)
 
     def other_noise(self, indices: Sequence[int], stream: str) -> torch.Tensor:
-        """As `noise`, of another stream, which is a function of (seed, index) whatever the generator."""
+        """Standard normal [B, c, h, w] from a named stream, a function of (seed, stream, index) for every `generator`."""
         return noise_for_indices(self.seed, indices, self.latent_shape, stream).to(self.machine.device)
 
     def draw(self, indices: Sequence[int]) -> Draw:
-        """The noise that a stochastic solver adds to these samples, a function of (seed, index, step)."""
+        """The noise that a stochastic solver adds to samples, a function of (seed, index, step)."""
         return lambda step: self.other_noise(indices, f"solver step {step}")
 
     def velocity(self, labels: torch.Tensor, dense: torch.Tensor | None = None) -> GuidedVelocity:
-        """The guided velocity under class ids [B] and a dense map [B, K, h, w] for networks that take one."""
+        """The guided velocity for class ids [B] and, for networks that take one, a dense condition [B, K, h, w]."""
         ids = labels.to(self.machine.device)
         null_ids = torch.full_like(ids, self.num_classes) if self.drops_labels else ids
         null_dense = torch.zeros_like(dense) if dense is not None and self.drops_dense else dense
@@ -107,7 +112,7 @@ class Sampler:
         return GuidedVelocity(partial(self._evaluate, self.network), condition, null, self.guidance, guide)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [B, C, H, W] of latents as the dataset has them, on the CPU."""
+        """Decode latents [B, c, h, w] to images uint8 [B, C, H, W] in the size and channels of the dataset, on the CPU."""
         return like_originals(self.autoencoder.decode(latents), self.facts).cpu()
 
     @cached_property
@@ -122,15 +127,20 @@ class Sampler:
 
 
 def balanced_labels(indices: Sequence[int], num_classes: int) -> torch.Tensor:
-    """Class ids [B] in turn, so that every class is as frequent as the others: label i = i mod K."""
+    """Class ids [B] in turn, so that all classes are equally frequent: label i = i mod K."""
     return torch.tensor([index % num_classes for index in indices], dtype=torch.long)
 
 
 def check_guidance(label_dropout: float, dense: DenseInput | None, scale: float) -> None:
     """Refuse a guidance scale for a network that was trained with neither a null class nor a null map.
 
+    Args:
+        label_dropout: probability of dropping a label in training.
+        dense: the network's dense condition, if any.
+        scale: the guidance scale; 1 means no guidance.
+
     Raises:
-        UsageError: a scale other than 1 without a null class or null map.
+        UsageError: the scale is not 1.
     """
     if scale != 1 and not label_dropout and not (dense and dense.dropout):
         how = "--label_dropout" if dense is None else "--label_dropout or --condition_dropout"
@@ -149,9 +159,15 @@ def generate(
     dense: Dense | None = None,
     processes: Processes = Processes(),  # noqa: B008
 ) -> Iterator[GeneratedBatch]:
-    """Draw the samples `indices` (any non-negative integers), `batch_size` at a time; this process its share of them.
+    """Draw samples, `batch_size` at a time.
 
-    `labels` and `dense` say what is asked for.
+    Args:
+        sampler: network, solver and autoencoder.
+        indices: any non-negative integers.
+        batch_size: number of samples drawn at a time.
+        labels: gives the class ids of sample indices.
+        dense: gives the dense conditions of sample indices, for networks that take one.
+        processes: each draws every `processes.count`-th batch.
     """
     for start in processes.share(range(0, len(indices), batch_size)):
         chosen = indices[start : start + batch_size]
@@ -163,9 +179,10 @@ def generate(
 
 
 def first_images(batches: Iterable[GeneratedBatch], count: int, processes: Processes) -> torch.Tensor:
-    """Consume `batches`; images uint8 [N, C, H, W] of the `count` lowest indices that any process drew, in order.
+    """Consume `batches` and gather the images with indices below `count` from all processes.
 
-    They come to the main process; elsewhere the result is empty.
+    Returns:
+        Images uint8 [N, C, H, W] in the order of their indices in the main process; an empty tensor in the others.
     """
     images = {
         index: image

@@ -1,29 +1,54 @@
-"""What the test script can do with a checkpoint: one dictionary."""
+"""The work of test_flow_latent.py: one dictionary of the modes that it has, and the loop over those that were asked for."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from datasets_prep.datasets import DatasetOptions
+from evaluation.features.registry import FeatureOptions
+from evaluation.score import ScoreOptions
 from models.registry import IGNORED_NETWORK_FLAGS
 from options import Options, UsageError, option
 from runtime.distributed import Processes
+from runtime.files import append_line
+from runtime.pictures import GridOptions
 from sampling.cost import TimingOptions, count_evaluations, measure_time
 from sampling.latent_paths import PictureOptions, interpolate, invert, trajectory
 from sampling.likelihood import LikelihoodOptions, compute_nll
-from sampling.sample_and_score import SAMPLING_GROUPS, SamplingOptions, sample_and_score
+from sampling.loading import load_sampler
+from sampling.request import SamplingOptions, sampler_request, sampling_groups
+from sampling.sample_and_score import sample_and_score, summary_of_samples
 
-__all__ = ["IGNORED_FLAGS", "MODES", "MODE_GROUPS", "ModeOptions", "run_modes"]
+__all__ = ["IGNORED_FLAGS", "MODES", "Mode", "ModeOptions", "mode_groups", "run", "run_modes"]
 
-MODES: dict[str, Callable[[Options], dict[str, Any]]] = {
-    "invert": invert,
-    "interpolate": interpolate,
-    "trajectory": trajectory,
-    "compute_nfe": count_evaluations,
-    "measure_time": measure_time,
-    "compute_nll": compute_nll,
+
+class Mode(NamedTuple):
+    """Something to do with a sampler.
+
+    Args:
+        run: run(loaded sampler, *options) returns a result in JSON's types. Its "summary" is the line to print.
+        options: the option dataclasses that `run` takes.
+        parallel: whether several processes can share the work; `run` then also takes `processes`.
+    """
+
+    run: Callable[..., dict[str, Any]]
+    options: tuple[type, ...]
+    parallel: bool = False
+
+
+SAMPLE = "sample"
+# Keys are the values of --mode. A new mode is one entry; its options become flags.
+MODES = {
+    SAMPLE: Mode(
+        sample_and_score, (SamplingOptions, GridOptions, ScoreOptions, FeatureOptions, DatasetOptions), parallel=True
+    ),
+    "invert": Mode(invert, (SamplingOptions, DatasetOptions, PictureOptions)),
+    "interpolate": Mode(interpolate, (SamplingOptions, PictureOptions)),
+    "trajectory": Mode(trajectory, (SamplingOptions, PictureOptions)),
+    "compute_nfe": Mode(count_evaluations, (SamplingOptions,)),
+    "measure_time": Mode(measure_time, (SamplingOptions, TimingOptions)),
+    "compute_nll": Mode(compute_nll, (SamplingOptions, DatasetOptions, LikelihoodOptions)),
 }
-SAMPLE = "sample"  # alone among the modes, it can be shared by several processes
-SWITCHES = ("compute_nfe", "measure_time", "compute_nll")
 
 
 @dataclass(frozen=True)
@@ -31,9 +56,10 @@ class ModeOptions:
     """What to do."""
 
     mode: str = option(
-        "sample",
-        "sample; invert (held-out images to noise and back); interpolate (between two seeds); trajectory (noise to data)",
-        choices=(SAMPLE, *(name for name in MODES if name not in SWITCHES)),
+        SAMPLE,
+        "sample; invert (held-out images to noise and back); interpolate (between two seeds); trajectory (noise to data); "
+        "or one of the next three",
+        choices=MODES,
     )
     compute_nfe: bool = option(False, "only count the evaluations that --n_sample samples take")
     measure_time: bool = option(False, "only time the network, and the whole way from noise to image")
@@ -41,26 +67,51 @@ class ModeOptions:
         False, "only the likelihood of up to --n_sample held-out images, in bits per latent dimension"
     )
 
+    @property
+    def chosen(self) -> list[str]:
+        """Keys of MODES: those whose own flags are on, or else --mode."""
+        return [name for name in MODES if getattr(self, name, False)] or [self.mode]
 
-# Published flags without an effect, here or there.
+
+# Published flags without an effect, there or here.
 IGNORED_FLAGS = {
     **IGNORED_NETWORK_FLAGS,
     "use_karras_samplers": "see --time_grid edm",
     "perturb": "it changed nothing that is sampled here",
 }
-MODE_GROUPS = (ModeOptions, *SAMPLING_GROUPS, TimingOptions, PictureOptions, LikelihoodOptions)
+
+
+def mode_groups() -> tuple[type, ...]:
+    """The option dataclasses of test_flow_latent.py, in the order of `--help`."""
+    own = (group for mode in MODES.values() for group in mode.options)
+    return tuple(dict.fromkeys((ModeOptions, *sampling_groups(), *own)))
+
+
+def run(options: Options, processes: Processes) -> None:
+    """Run the modes that the flags ask for, print a line about each result, and append it to --output_log."""
+    print(options.describe("those that differ from the defaults; the others: --help"))
+    log = options[SamplingOptions].output_log
+    for result in run_modes(options, processes):
+        line = result.get("summary") or summary_of_samples(result)
+        print(line)
+        if log and processes.is_main:
+            append_line(log, line)
 
 
 def run_modes(options: Options, processes: Processes = Processes()) -> Iterator[dict[str, Any]]:  # noqa: B008
-    """The result of each measurement that was asked for, or else of the mode.
+    """Load the sampler once and yield the result of each mode that the flags (of `mode_groups`) ask for.
 
     Raises:
-        UsageError: several processes for anything but samples, or one file for several results.
+        UsageError: several processes for a mode that one process does, or one output file for several results.
     """
-    asked = [name for name in SWITCHES if options.values[name]] or [options[ModeOptions].mode]
-    if processes.count > 1 and asked != [SAMPLE]:
-        raise UsageError(f"{', '.join(asked)}: is done by one process, but there are {processes.count}")
-    if len(asked) > 1 and options[SamplingOptions].output_json:
-        raise UsageError(f"--output_json takes one result, but {', '.join(asked)} make {len(asked)}")
-    for name in asked:
-        yield sample_and_score(options, processes) if name == SAMPLE else MODES[name](options)
+    chosen, sampling = options[ModeOptions].chosen, options[SamplingOptions]
+    if processes.count > 1 and not all(MODES[name].parallel for name in chosen):
+        raise UsageError(f"{', '.join(chosen)}: is done by one process, but there are {processes.count}")
+    if len(chosen) > 1 and sampling.output_json:
+        raise UsageError(f"--output_json takes one result, but {', '.join(chosen)} make {len(chosen)}")
+    batches = sampling.n_sample / sampling.batch_size / processes.count if chosen == [SAMPLE] else 0
+    loaded = load_sampler(sampler_request(options), processes, batches=batches)
+    for name in chosen:
+        mode = MODES[name]
+        shared = {"processes": processes} if mode.parallel else {}
+        yield mode.run(loaded, *(options[group] for group in mode.options), **shared)

@@ -1,8 +1,8 @@
-"""Samples on the disk, when asked: one image file each, or all in one npz; an interrupted start goes on where it was.
+"""Samples on disk, as one image file each or all in one npz. An interrupted command continues where it stopped.
 
-A folder of samples holds 000000.png, ... (or .jpg), and samples.npz with `indices`, `labels`, `evaluations` and
-`network_evaluations` [N], and for the format npz `images` uint8 [N, H, W, C]. samples.json says what made them. While
-samples are drawn, each batch leaves its own part of samples.npz, samples.part_000000.npz, once its images are written.
+A folder of samples holds 000000.png, ... (or .jpg) and samples.npz with `indices`, `labels`, `evaluations` and
+`network_evaluations` [N]; in the format npz also `images` uint8 [N, H, W, C]. samples.json records the settings that made them.
+While samples are drawn, each batch writes its images first and then its part of samples.npz, samples.part_000000.npz.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,23 +20,23 @@ from runtime.files import UNREADABLE, atomic_path, read_json, write_json
 from runtime.progress import progress_bar
 from sampling.sampler import GeneratedBatch
 
-__all__ = ["FORMATS", "SampleWriter", "held_or_drawn"]
+__all__ = ["FORMATS", "SampleWriter", "read_or_draw"]
 
 FORMATS = ("png", "jpg", "npz")
 COLUMNS = ("indices", "labels", "evaluations", "network_evaluations")
 
 
 class SampleWriter:
-    """Writes batches to a folder, and knows those that it holds already.
+    """Writes batches of samples to a folder, and reads samples that the folder already holds.
 
     Args:
-        folder: where to write; it is made if need be.
+        folder: created if it does not exist.
         kind: one of FORMATS.
-        settings: all that the samples depend on; the folder's must be the same.
+        settings: everything that the samples depend on; it must equal the folder's samples.json if there is one.
         processes: each writes the samples that it draws.
 
     Raises:
-        UsageError: a folder with samples of other settings, or of unknown ones.
+        UsageError: the folder holds samples of other or unknown settings.
     """
 
     def __init__(
@@ -49,15 +49,15 @@ class SampleWriter:
         self.folder = folder
         self.kind = kind
         self._processes = processes
-        with processes.main_first():  # which writes what the others find
+        with processes.main_first():  # the main process writes samples.json, which the others compare with
             self._check({"format": kind, **as_json(settings)})
 
     def held(self, wanted: range) -> set[int]:
-        """Which of the samples `wanted` are here already, whole."""
+        """The samples among `wanted` that the folder already holds completely."""
         return {int(i) for table in self._tables() for i in table["indices"] if int(i) in wanted and self._has(int(i))}
 
     def read(self, wanted: set[int], batch_size: int) -> Iterator[GeneratedBatch]:
-        """The samples `wanted` from the disk, at most `batch_size` at a time; those of jpg files are not what was drawn."""
+        """Read the samples `wanted`, at most `batch_size` at a time. JPEG files give compressed images."""
         missing = set(wanted)
         for table in self._tables():
             rows = [row for row, index in enumerate(table["indices"].tolist()) if index in missing]
@@ -80,7 +80,7 @@ class SampleWriter:
         _write_table(self.folder / f"samples.part_{batch.indices[0]:06d}.npz", table, durable=False)
 
     def close(self) -> None:
-        """Gather the parts in samples.npz, in the order of the indices; every process must call it."""
+        """Join the parts to samples.npz, in the order of the indices; every process must call it."""
         self._processes.barrier()
         if not self._processes.is_main:
             return
@@ -128,7 +128,7 @@ class SampleWriter:
         return self.kind == "npz" or (self._path(index).is_file() and self._path(index).stat().st_size > 0)
 
     def _tables(self) -> Iterator[dict[str, np.ndarray]]:
-        """What samples.npz and its parts hold; a part that a power loss tore counts as absent."""
+        """The tables in samples.npz and its parts. A part that a power loss damaged counts as absent."""
         for path in sorted(self.folder.glob("samples*.npz")):
             try:
                 with np.load(path) as archive:  # never unpickles
@@ -138,7 +138,7 @@ class SampleWriter:
                     raise UsageError(f"cannot read {path}: delete it, and the same command draws anew") from None
 
 
-def held_or_drawn(
+def read_or_draw(
     wanted: range,
     draw: Callable[[Sequence[int]], Iterator[GeneratedBatch]],
     writer: SampleWriter | None,
@@ -146,15 +146,15 @@ def held_or_drawn(
     processes: Processes = Processes(),  # noqa: B008
     reread: bool = True,
 ) -> Iterator[GeneratedBatch]:
-    """This process's share of the samples that the writer's folder holds, then of the missing ones, which are written.
+    """Read this process's share of the samples in the writer's folder, then draw and write its share of the missing ones.
 
     Args:
         wanted: indices of all samples.
-        draw: gives this process's share of some indices.
-        writer: None: nothing is kept, and all are drawn.
-        batch_size: how many to read at a time.
+        draw: draws this process's share of the samples with given indices.
+        writer: None: all samples are drawn, and none is written.
+        batch_size: number of samples to read at a time.
         processes: all of them draw.
-        reread: whether what the folder holds serves.
+        reread: whether samples in the folder may be used; if not, all are drawn and written again.
     """
     held = processes.from_main(writer.held(wanted) if writer is not None and reread and processes.is_main else set())
     if writer is not None and held:
@@ -175,7 +175,7 @@ def _write_table(path: Path, table: Mapping[str, np.ndarray], durable: bool = Tr
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with dotted names."""
+    """Flatten a nested mapping; the names of nested entries are joined by dots."""
     items: Iterable[tuple[str, Any]] = value.items()
     flat: dict[str, Any] = {}
     for name, item in items:

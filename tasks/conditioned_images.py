@@ -1,4 +1,4 @@
-"""Samples for given images: each is made under the dense condition of one image of a set, and its label."""
+"""Images to sample for: every sample gets the dense condition and the label of one image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,21 +15,21 @@ __all__ = ["ConditionedImages"]
 
 @dataclass(frozen=True)
 class ConditionedImages:
-    """Images and their dense conditions; sample i is made for image i mod N, with number i mod N of its random parts."""
+    """N images and their dense conditions. Sample i belongs to image i mod N, and its random parts have the number i mod N."""
 
     images: ImageDataset
     condition: ConditionSource
 
     def places(self, indices: Sequence[int]) -> torch.Tensor:
-        """The images [B] that samples `indices` are made for."""
+        """Numbers [B] of the images that samples `indices` belong to."""
         return torch.tensor([index % len(self.images) for index in indices])
 
     def originals(self, places: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [B, C, H, W] without padding."""
+        """Images uint8 [B, C, H, W] with numbers `places` [B], without padding."""
         return crop_padding(torch.stack([self.images[place] for place in places.tolist()]), self.images.facts)
 
     def raw(self, places: torch.Tensor) -> torch.Tensor:
-        """The conditions uint8 [B, ., H, W] of images, before they are encoded."""
+        """Conditions uint8 [B, ., H, W] of images, before they are encoded."""
         return self.condition.read(places, torch.zeros(len(places), dtype=torch.bool), places.tolist())
 
     def shown(self, places: torch.Tensor) -> torch.Tensor:
@@ -41,7 +41,7 @@ class ConditionedImages:
         return lambda indices, num_classes: self.images.labels[self.places(indices)]
 
     def dense(self, sampler: Sampler) -> Dense:
-        """The conditions as a sampler's network sees them, for `generate`."""
+        """The encoded conditions on a sampler's device, for `generate`."""
         return partial(self._encode, sampler)
 
     def _encode(self, sampler: Sampler, indices: Sequence[int]) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Samples for held-out images, such as completions of what masks hide: drawn, written, shown and scored in pairs.
+"""Samples for held-out images, such as completions of masked images: drawn, written, shown, and scored against the images.
 
-The folder of results holds PNG files of matching names: `originals`, the conditions (`masks` and `masked`, or `maps`), and
-`completions` or `samples` (further ones of each image in `completions_1`, ...), and a contact sheet.
+The folder of results holds PNG files with matching names: `originals`, the conditions (`masks` and `masked`, or `maps`), and
+`completions` or `samples` (further samples of each image in `completions_1`, ...), and a contact sheet.
 """
 
 import time
@@ -15,32 +15,26 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from evaluation.features.protocol import FeatureNetwork
-from evaluation.features.registry import FeatureOptions, choose_features
-from evaluation.pair_comparison import Pair, PairOptions, score_pairs
-from evaluation.score import ScoreOptions, result_line
+from evaluation.features.registry import choose_features
+from evaluation.pair_comparison import Pair, score_pairs
 from evaluation.sources import dataset_source
 from models.autoencoders.pixels import DECODING
-from options import Options
 from runtime.distributed import Processes
-from runtime.files import append_line, atomic_path, write_json
+from runtime.files import atomic_path, write_json
 from runtime.pictures import save_sheet, side_by_side
-from runtime.precision import DeviceOptions, choose_device
 from runtime.progress import progress_bar
-from sampling.sample_and_score import Tally, describe_evaluations
+from sampling.loading import LoadedSampler
+from sampling.request import note_unused
 from sampling.sampler import GeneratedBatch, Sampler, first_images, generate
-from sampling.setup import Opened
-from sampling.writer import SampleWriter, held_or_drawn
+from sampling.tally import Tally, describe_evaluations
+from sampling.writer import SampleWriter, read_or_draw
 from tasks.conditioned_images import ConditionedImages
-from tasks.conditioned_setup import ConditionedOptions, note_unused
+from tasks.conditioned_request import ConditionedRequest
 from tasks.pair_scores import PairScore
 
-__all__ = [
-    "Setting",
-    "report",
-    "sample_for_images",
-]
+__all__ = ["Draw", "SamplingPlan", "sample_for_images"]
 
-OF_SCORES = (
+SCORING_FLAGS = (
     "metrics",
     "error_bar",
     "image_format",
@@ -51,24 +45,24 @@ OF_SCORES = (
 )
 PICTURED = 24  # images on the contact sheet
 
-
+# draw(sampler, indices): samples for the images with these numbers.
 Draw = Callable[[Sampler, Sequence[int]], Iterator[GeneratedBatch]]
 
 
 @dataclass(frozen=True)
-class Setting:
-    """How the samples of a task are made for images.
+class SamplingPlan:
+    """How a task samples for its images. Images are numbered from 0; `places` [B] are their numbers.
 
     Args:
-        conditioned: the images and what the network sees of them.
-        name: tells the conditions apart in the folder's name.
-        settings: what the samples depend on, besides the sampler's own settings.
-        output: the folder of the samples.
-        inputs: folders of PNG files and the images uint8 [B, C, H, W] that they hold, of numbers [B].
-        finish: what becomes of samples uint8 [B, C, H, W] of numbers [B].
-        pair_scores: scores besides those of all pairs.
-        draw: another way of drawing than `generate` under the condition.
-        facts: further entries of the result, about the images.
+        conditioned: the images and their conditions.
+        name: part of the name of the folder of results, for these conditions.
+        settings: everything that the samples depend on in addition to the sampler's own settings.
+        output: folder of the samples, such as "completions".
+        inputs: further folders of PNG files; each function gives their images uint8 [B, C, H, W] of `places`.
+        finish: turns samples uint8 [B, C, H, W] of `places` into the images that are written and scored.
+        pair_scores: the task's own scores.
+        draw: how to draw samples; None: `generate` under the condition.
+        facts: further entries of the result.
     """
 
     conditioned: ConditionedImages
@@ -83,137 +77,141 @@ class Setting:
 
 
 def sample_for_images(
-    opened: Opened,
-    make_setting: Callable[[FeatureNetwork | None], Setting],
-    options: Options,
+    request: ConditionedRequest,
+    loaded: LoadedSampler,
+    make_plan: Callable[[FeatureNetwork | None], SamplingPlan],
     processes: Processes = Processes(),  # noqa: B008
 ) -> dict[str, Any]:
-    """Draw, write, show and score; returns the result that is also written as JSON.
+    """Draw, write, show and score samples for images.
 
     Args:
-        opened: the sampler.
-        make_setting: given the feature network, if there is to be a score.
-        options: of CONDITIONED_GROUPS.
-        processes: they share the batches, and all get the result.
+        request: number of samples, folder of results, and scores.
+        loaded: the sampler.
+        make_plan: makes the task's plan, given the feature network if samples are scored.
+        processes: they share the batches.
+
+    Returns:
+        The result, in every process; it is also written as JSON.
 
     Raises:
-        UsageError: a folder with other samples.
+        UsageError: the folder holds samples of other settings.
     """
-    wanted, started = options[ConditionedOptions], time.perf_counter()
-    features = None
-    if not wanted.compute_fid:
-        note_unused(options, OF_SCORES, "without --compute_fid")
-    else:
-        with processes.main_first():
-            dataset_name = opened.header.dataset.name
-            features = choose_features(options[FeatureOptions], dataset_name, opened.sampler.machine)
-    setting = make_setting(features)
-    folder = Path(wanted.output_dir or opened.path.parent / "samples" / f"{opened.stem}_{setting.name}")
-    writers = [_writer(opened, setting, number, folder, options, processes) for number in range(wanted.num_completions)]
-    _write_inputs(setting, folder, processes)
-
-    tally = Tally(PICTURED, opened.header.num_classes + 1)  # the null class among them
-    score, pictures = _draw_all(opened, setting, writers, tally, features, options, processes)
-    sheet = folder / "contact_sheet.png"
+    started = time.perf_counter()
+    features = _choose_features(request, loaded, processes)
+    run = _Run(request, loaded, make_plan(features), processes)
+    writers = [run.writer(number) for number in range(request.conditioned.num_completions)]
+    _write_inputs(run.plan, run.folder, processes)
+    tally = Tally(PICTURED, loaded.header.num_classes + 1)  # including the null class
+    score, pictures = _draw_all(run, writers, tally, features)
+    sheet = run.folder / "contact_sheet.png"
     if processes.is_main:
-        _save_contact_sheet(setting.conditioned, pictures, sheet)
+        _save_contact_sheet(run.plan.conditioned, pictures, sheet)
     result = {
-        **opened.result(),
-        **setting.settings,
-        "use_labels": wanted.use_labels,
-        **setting.facts,
+        **loaded.describe(),
+        **run.plan.settings,
+        "use_labels": request.conditioned.use_labels,
+        **run.plan.facts,
         **score,
-        "samples": len(setting.conditioned.images),
-        "completions": wanted.num_completions,
+        "samples": len(run.plan.conditioned.images),
+        "completions": request.conditioned.num_completions,
         **describe_evaluations(*tally.counts(processes)),
         "decoding": DECODING,
-        "batch_size": wanted.batch_size,
+        "batch_size": request.conditioned.batch_size,
         "processes": processes.count,
         "seconds": round(time.perf_counter() - started, 1),
-        "folder": str(folder),
+        "folder": str(run.folder),
         "sheet": str(sheet),
     }
     if processes.is_main:
-        write_json(wanted.output_json or folder / "result.json", result)
+        write_json(request.conditioned.output_json or run.folder / "result.json", result)
     return result
 
 
+@dataclass(frozen=True)
+class _Run:
+    """One call of `sample_for_images`. Sample `number` of every image is drawn with the seed `seed + number`."""
+
+    request: ConditionedRequest
+    loaded: LoadedSampler
+    plan: SamplingPlan
+    processes: Processes
+
+    @property
+    def folder(self) -> Path:
+        """The folder of results."""
+        chosen = self.request.conditioned.output_dir
+        default = self.loaded.output_folder() / f"{self.loaded.stem}_{self.plan.name}"
+        return Path(chosen) if chosen else default
+
+    def writer(self, number: int) -> SampleWriter:
+        """The writer of sample `number` of every image; it refuses a folder with samples of other settings."""
+        settings = {
+            **self.loaded.settings,
+            **self.plan.settings,
+            "use_labels": self.request.conditioned.use_labels,
+            "seed": self.loaded.sampler.seed + number,
+        }
+        name = f"{self.plan.output}_{number}" if number else self.plan.output
+        return SampleWriter(self.folder / name, "png", settings, self.processes)
+
+    def batches(self, number: int, writer: SampleWriter) -> Iterator[GeneratedBatch]:
+        """This process's share of sample `number` of every image, finished; samples in the folder are read as they are."""
+        batch_size, images = self.request.conditioned.batch_size, self.plan.conditioned
+        sampler = replace(self.loaded.sampler, seed=self.loaded.sampler.seed + number)
+
+        def draw(indices: Sequence[int]) -> Iterator[GeneratedBatch]:
+            for batch in self._draw(sampler, indices):
+                yield batch._replace(images=self.plan.finish(batch.images, torch.tensor(batch.indices)))
+
+        yield from read_or_draw(range(len(images.images)), draw, writer, batch_size, self.processes)
+        writer.close()
+
+    def _draw(self, sampler: Sampler, indices: Sequence[int]) -> Iterator[GeneratedBatch]:
+        batch_size, images = self.request.conditioned.batch_size, self.plan.conditioned
+        if self.plan.draw is None:
+            labels, dense = images.labels(), images.dense(sampler)
+            return generate(
+                sampler, indices, batch_size=batch_size, labels=labels, dense=dense, processes=self.processes
+            )
+        parts = self.processes.share([indices[i : i + batch_size] for i in range(0, len(indices), batch_size)])
+        draw = self.plan.draw
+        return (batch for part in parts for batch in draw(sampler, part))
+
+
+def _choose_features(request: ConditionedRequest, loaded: LoadedSampler, processes: Processes) -> FeatureNetwork | None:
+    """The feature network, or None without --compute_fid."""
+    if not request.conditioned.compute_fid:
+        note_unused(request.sampler.given, SCORING_FLAGS, "without --compute_fid")
+        return None
+    with processes.main_first():
+        return choose_features(request.features, loaded.header.dataset.name, loaded.sampler.machine)
+
+
 def _draw_all(
-    opened: Opened,
-    setting: Setting,
-    writers: Sequence[SampleWriter],
-    tally: Tally,
-    features: FeatureNetwork | None,
-    options: Options,
-    processes: Processes,
+    run: _Run, writers: Sequence[SampleWriter], tally: Tally, features: FeatureNetwork | None
 ) -> tuple[dict[str, Any], list[torch.Tensor]]:
-    """Draw the samples of all numbers; the score of the first ones, and of each number the samples for the sheet."""
+    """Draw all samples.
+
+    Returns:
+        The score of the first sample of each image, and for each number the images of the contact sheet.
+    """
     score: dict[str, Any] = {}
     pictures = []
     for number, writer in enumerate(writers):
-        batches = _batches(opened, setting, number, writer, options, processes)
+        batches = run.batches(number, writer)
         if number == 0:
             batches = tally.watch(batches)
             if features is not None:
-                score = _score(batches, setting, features, options, processes)
+                score = _score(run, batches, features)
             deque(batches, maxlen=0)
             batches = iter(tally.batches)
-        pictures.append(first_images(batches, PICTURED, processes))
+        pictures.append(first_images(batches, PICTURED, run.processes))
     return score, pictures
 
 
-def _save_contact_sheet(images: ConditionedImages, pictures: Sequence[torch.Tensor], path: Path) -> None:
-    """The images, their conditions, and the samples of each number, side by side."""
-    places = torch.arange(len(pictures[0]))
-    arranged = side_by_side([images.originals(places), images.shown(places), *pictures])
-    save_sheet(arranged.images, path, arranged.columns)
-
-
-def _writer(
-    opened: Opened, setting: Setting, number: int, folder: Path, options: Options, processes: Processes
-) -> SampleWriter:
-    """The writer of the samples number `number` of all images; refuses a folder with others."""
-    used = {"use_labels": options[ConditionedOptions].use_labels}
-    settings = {**opened.settings, **setting.settings, **used, "seed": opened.sampler.seed + number}
-    name = f"{setting.output}_{number}" if number else setting.output
-    return SampleWriter(folder / name, "png", settings, processes)
-
-
-def _batches(
-    opened: Opened, setting: Setting, number: int, writer: SampleWriter, options: Options, processes: Processes
-) -> Iterator[GeneratedBatch]:
-    """This process's share of the samples number `number` of all images, finished; those in the folder as they are."""
-    batch_size, images = options[ConditionedOptions].batch_size, setting.conditioned
-    sampler = replace(opened.sampler, seed=opened.sampler.seed + number)
-
-    def draw(indices: Sequence[int]) -> Iterator[GeneratedBatch]:
-        if setting.draw is None:
-            drawn = generate(
-                sampler,
-                indices,
-                batch_size=batch_size,
-                labels=images.labels(),
-                dense=images.dense(sampler),
-                processes=processes,
-            )
-        else:
-            parts = processes.share([indices[i : i + batch_size] for i in range(0, len(indices), batch_size)])
-            drawn = (batch for part in parts for batch in setting.draw(sampler, part))
-        for batch in drawn:
-            yield batch._replace(images=setting.finish(batch.images, torch.tensor(batch.indices)))
-
-    yield from held_or_drawn(range(len(images.images)), draw, writer, batch_size, processes)
-    writer.close()
-
-
-def _score(
-    batches: Iterable[GeneratedBatch],
-    setting: Setting,
-    features: FeatureNetwork,
-    options: Options,
-    processes: Processes,
-) -> dict[str, Any]:
-    images, pair_scores = setting.conditioned, setting.pair_scores
+def _score(run: _Run, batches: Iterable[GeneratedBatch], features: FeatureNetwork) -> dict[str, Any]:
+    """Score samples against their images, with the task's own scores as well."""
+    images, pair_scores = run.plan.conditioned, run.plan.pair_scores
 
     def pairs() -> Iterator[Pair]:
         for batch in batches:
@@ -223,18 +221,26 @@ def _score(
                 pair_score.update(batch.images, originals, places)
             yield Pair(batch.images, originals, batch.indices)
 
-    device, meta = choose_device(options[DeviceOptions], processes), dataset_source(images.images).meta
-    result = score_pairs(pairs(), meta, features, options[ScoreOptions], options[PairOptions], device, processes)
+    meta, device = dataset_source(images.images).meta, run.loaded.sampler.machine.device
+    scores, pairing = run.request.scores, run.request.pairs
+    result = score_pairs(pairs(), meta, features, scores, pairing, device, run.processes)
     extra: dict[str, Any] = {}
     for pair_score in pair_scores:
-        extra |= pair_score.result(processes.sum(pair_score.totals()))
+        extra |= pair_score.result(run.processes.sum(pair_score.totals()))
     return result | extra | {"extra_scores": list(extra)}
 
 
-def _write_inputs(setting: Setting, folder: Path, processes: Processes) -> None:
-    """The images that samples are made for and their conditions; each process writes its share."""
-    folders = {"originals": setting.conditioned.originals, **setting.inputs}
-    mine = processes.share(range(len(setting.conditioned.images)))
+def _save_contact_sheet(images: ConditionedImages, pictures: Sequence[torch.Tensor], path: Path) -> None:
+    """Save the images, their conditions, and their samples side by side."""
+    places = torch.arange(len(pictures[0]))
+    arranged = side_by_side([images.originals(places), images.shown(places), *pictures])
+    save_sheet(arranged.images, path, arranged.columns)
+
+
+def _write_inputs(plan: SamplingPlan, folder: Path, processes: Processes) -> None:
+    """Write the images and their conditions; each process writes its share."""
+    folders = {"originals": plan.conditioned.originals, **plan.inputs}
+    mine = processes.share(range(len(plan.conditioned.images)))
     for place in progress_bar(mine, desc="writing the images", unit="image", leave=False):
         for name, images_of in folders.items():
             path = folder / name / f"{place:06d}.png"
@@ -242,22 +248,3 @@ def _write_inputs(setting: Setting, folder: Path, processes: Processes) -> None:
                 with atomic_path(path, durable=False) as temporary:
                     to_pil_image(images_of(torch.tensor([place]))[0]).save(temporary, format="PNG")
     processes.barrier()
-
-
-def summary_of_pairs(result: dict[str, Any]) -> str:
-    """One line about samples for images and their scores."""
-    score = f", {result_line(result)}" if "value" in result else ""
-    holes = f", mean hole ratio {result['hole_ratio']:.3f}" if "hole_ratio" in result else ""
-    extra = "".join(f", {name} {result[name]:.4g}" for name in result.get("extra_scores", ()))
-    return (
-        f"{result['sheet']}: {result['samples']} images, {result['nfe']:g} evaluations each, {result['seconds']:g} s"
-        f"{holes}{extra}{score}"
-    )
-
-
-def report(result: dict[str, Any], options: Options, processes: Processes) -> None:
-    """Print the result's line, and append it to --output_log."""
-    line, log = summary_of_pairs(result), options[ConditionedOptions].output_log
-    print(line)
-    if log and processes.is_main:
-        append_line(log, line)

@@ -1,13 +1,12 @@
-"""Inpainting of held-out images: by a network trained for it, or by one of generation into which the known is put back."""
+"""Inpainting of held-out images, by a network trained for it or, with RePaint, by one trained for generation."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 
 from checkpoints.tasks import GENERATE, INPAINT
 from datasets_prep.conditions import ConditionSource, MaskedImages
@@ -17,23 +16,23 @@ from datasets_prep.image_dataset import shown_side
 from datasets_prep.images import IMAGE_SUFFIXES
 from datasets_prep.masks import MaskOptions, MaskSetOptions, draw_mask, hole_ratio, mask_set
 from evaluation.features.protocol import FeatureNetwork
-from evaluation.metrics import psnr
 from flow.grids import time_grid
-from flow.repaint import replace_known
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions
-from options import Options, as_json, option
+from options import as_json, option
 from runtime.distributed import Processes
 from runtime.precision import Machine
-from sampling.sampler import GeneratedBatch, Sampler
-from sampling.setup import Opened, open_sampler
+from sampling.loading import LoadedSampler, load_sampler
+from sampling.request import note_unused
 from tasks.conditioned_images import ConditionedImages
-from tasks.conditioned_sampling import Setting, sample_for_images
-from tasks.conditioned_setup import ConditionedOptions, images_to_sample_for, note_unused, set_labels
+from tasks.conditioned_request import ConditionedRequest, open_held_out, set_labels
+from tasks.conditioned_sampling import SamplingPlan, sample_for_images
+from tasks.hole_scores import HoleErrors, paste_known
 from tasks.pair_scores import recognition
 from tasks.task import TrainingTask
+from tasks.training_free_inpainting import training_free_draw, with_euler_steps
 
-__all__ = ["INPAINTING", "HoleErrors", "InpaintingOptions", "inpaint", "paste_known"]
+__all__ = ["INPAINTING", "InpaintingOptions", "inpaint"]
 
 
 def _open_images(options: DatasetOptions, split: Split) -> ImageDataset:
@@ -65,40 +64,58 @@ class InpaintingOptions:
     )
 
 
-def inpaint(options: Options, processes: Processes = Processes()) -> dict[str, Any]:  # noqa: B008
-    """Complete the held-out images behind masks; returns the result that is also written as JSON.
+def inpaint(
+    request: ConditionedRequest,
+    masking: MaskSetOptions,
+    inpainting: InpaintingOptions,
+    processes: Processes = Processes(),  # noqa: B008
+) -> dict[str, Any]:
+    """Complete the held-out images behind masks.
+
+    Args:
+        request: network, images and scores.
+        masking: the masks.
+        inpainting: how completions and known pixels are joined.
+        processes: they share the batches.
+
+    Returns:
+        The result, which is also written as JSON.
 
     Raises:
-        UsageError: no such checkpoint, one that cannot inpaint, or a folder with other samples.
+        UsageError: the checkpoint is missing or cannot inpaint, or the folder holds samples of other settings.
     """
-    opened = open_sampler(options, processes, (INPAINT, GENERATE))
-    _note_unused_flags(opened, options)
-    whole = images_to_sample_for(opened, INPAINTING, options)
-    dataset = whole.head(options[ConditionedOptions].n_sample)
-    set_labels(dataset, opened, options)
-    if opened.task is GENERATE:
-        opened = _by_euler_steps(opened)
+    loaded = load_sampler(request.sampler, processes, (INPAINT, GENERATE))
+    _note_unused_flags(request.sampler.given, loaded, masking, inpainting)
+    whole = open_held_out(request, loaded, INPAINTING)
+    dataset = whole.head(request.conditioned.n_sample)
+    set_labels(dataset, loaded, request.conditioned.use_labels)
+    if loaded.task is GENERATE:
+        loaded = with_euler_steps(loaded)
         print(
-            f"note: {opened.path} is a network of generation: {len(time_grid(opened.sampler.solver)) - 1} Euler steps with the "
-            f"known part put back, {options[InpaintingOptions].resamplings} times each (--resamplings)"
+            f"note: {loaded.path} is a network of generation: {len(time_grid(loaded.sampler.solver)) - 1} Euler steps with the "
+            f"known part put back, {inpainting.resamplings} times each (--resamplings)"
         )
-    made_of = {"images": whole.fingerprint, "masks": _masks_identity(options[MaskSetOptions])}
-    return sample_for_images(
-        opened, lambda features: _setting(opened, dataset, features, made_of, options), options, processes
-    )
+    identity = {"images": whole.fingerprint, "masks": _masks_identity(masking)}
+
+    def make_plan(features: FeatureNetwork | None) -> SamplingPlan:
+        return _plan(loaded, dataset, features, identity, masking, inpainting)
+
+    return sample_for_images(request, loaded, make_plan, processes)
 
 
-def _note_unused_flags(opened: Opened, options: Options) -> None:
-    if options[MaskSetOptions].mask_dir:
-        note_unused(options, ("mask_kind", "mask_seed"), "with --mask_dir")
-    if not options[InpaintingOptions].paste_known:
-        note_unused(options, ("feather",), "without --paste_known")
-    if opened.task is INPAINT:
-        note_unused(options, ("resamplings",), "on a network that was trained to inpaint")
+def _note_unused_flags(
+    given: Mapping[str, Any], loaded: LoadedSampler, masking: MaskSetOptions, inpainting: InpaintingOptions
+) -> None:
+    if masking.mask_dir:
+        note_unused(given, ("mask_kind", "mask_seed"), "with --mask_dir")
+    if not inpainting.paste_known:
+        note_unused(given, ("feather",), "without --paste_known")
+    if loaded.task is INPAINT:
+        note_unused(given, ("resamplings",), "on a network that was trained to inpaint")
 
 
 def _masks_identity(masking: MaskSetOptions) -> dict[str, Any]:
-    """What the masks are, for a folder that may hold samples behind others."""
+    """The entry of samples.json that distinguishes these masks from others."""
     if not masking.mask_dir:
         return {"kind": masking.mask_kind, "seed": masking.mask_seed}
     folder = Path(masking.mask_dir)
@@ -106,64 +123,16 @@ def _masks_identity(masking: MaskSetOptions) -> dict[str, Any]:
     return {"folder": folder.name, "files": state_of_files(files, folder, times=True)}
 
 
-def paste_known(samples: torch.Tensor, originals: torch.Tensor, holes: torch.Tensor, feather: int = 0) -> torch.Tensor:
-    """Samples uint8 [B, C, H, W] in the holes, bool [B, 1, H, W], and the originals outside.
-
-    Over `feather` pixels outside the hole the sample fades out linearly, so that no seam is seen; further away every pixel
-    is the original's.
-    """
-    weight = reached = holes.float()
-    for distance in range(1, feather + 1):
-        reached = functional.max_pool2d(reached, 3, stride=1, padding=1)
-        weight = torch.maximum(weight, reached * (1 - distance / (feather + 1)))
-    return (weight * samples + (1 - weight) * originals).round().to(torch.uint8)
-
-
-def mean_colour(images: torch.Tensor, holes: torch.Tensor) -> torch.Tensor:
-    """The mean [B, C, 1, 1] of the known pixels of images [B, C, H, W] with holes, bool [B, 1, H, W]."""
-    known = (~holes).double()
-    return (images * known).sum((2, 3), keepdim=True) / known.sum((2, 3), keepdim=True).clamp(min=1)
-
-
-class HoleErrors:
-    """PSNR inside the holes, of samples and of the mean colour of the known pixels, over all pixels of all holes."""
-
-    def __init__(self, holes: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        self._holes = holes
-        self._totals = torch.zeros(3, dtype=torch.float64)  # squared errors of both, values
-
-    def update(self, samples: torch.Tensor, originals: torch.Tensor, places: torch.Tensor) -> None:
-        """See `PairScore`."""
-        holes, images = self._holes(places), originals.double()
-        guesses = samples.double(), mean_colour(images, holes)
-        errors = [((guess - images).square() * holes).sum() for guess in guesses]
-        self._totals += torch.stack([*errors, holes.sum() * images.shape[1]])
-
-    def totals(self) -> torch.Tensor:
-        """See `PairScore`."""
-        return self._totals
-
-    def result(self, totals: torch.Tensor) -> dict[str, Any]:
-        """`psnr_hole` and `psnr_hole_mean_colour` in dB."""
-        samples, mean, values = totals.tolist()
-        if not values:
-            return {}  # no image has a hole
-        return {
-            "psnr_hole": psnr(samples / values, value_range=255),
-            "psnr_hole_mean_colour": psnr(mean / values, value_range=255),
-        }
-
-
-def _setting(
-    opened: Opened,
+def _plan(
+    loaded: LoadedSampler,
     dataset: ImageDataset,
     features: FeatureNetwork | None,
-    made_of: Mapping[str, Any],
-    options: Options,
-) -> Setting:
-    masking, inpainting = options[MaskSetOptions], options[InpaintingOptions]
+    identity: Mapping[str, Any],
+    masking: MaskSetOptions,
+    inpainting: InpaintingOptions,
+) -> SamplingPlan:
     masks = mask_set(masking, shown_side(dataset.facts))
-    condition = MaskedImages(dataset, opened.sampler.autoencoder, masks, opened.sampler.machine.for_encoding)
+    condition = MaskedImages(dataset, loaded.sampler.autoencoder, masks, loaded.sampler.machine.for_encoding)
     conditioned = ConditionedImages(dataset, condition)
 
     def holes(places: torch.Tensor) -> torch.Tensor:
@@ -174,64 +143,17 @@ def _setting(
             return samples
         return paste_known(samples, conditioned.originals(places), holes(places), inpainting.feather)
 
-    training_free = opened.task is GENERATE
+    training_free = loaded.task is GENERATE
     ratios = [hole_ratio(masks(place)).item() for place in range(len(dataset))]
-    return Setting(
-        conditioned,
-        Path(masking.mask_dir).name or f"{masking.mask_kind}{masking.mask_seed}",
-        {
-            **made_of,
-            "inpainting": as_json(replace(inpainting, resamplings=inpainting.resamplings if training_free else 1)),
-        },
-        "completions",
-        {"masks": lambda places: 255 * holes(places).to(torch.uint8), "masked": conditioned.shown},
-        finish,
-        [HoleErrors(holes), *recognition(features, dataset)],
-        _training_free(opened, conditioned, inpainting.resamplings) if training_free else None,
-        {"hole_ratio": sum(ratios) / len(ratios)},
+    effective = replace(inpainting, resamplings=inpainting.resamplings if training_free else 1)
+    return SamplingPlan(
+        conditioned=conditioned,
+        name=Path(masking.mask_dir).name or f"{masking.mask_kind}{masking.mask_seed}",
+        settings={**identity, "inpainting": as_json(effective)},
+        output="completions",
+        inputs={"masks": lambda places: 255 * holes(places).to(torch.uint8), "masked": conditioned.shown},
+        finish=finish,
+        pair_scores=[HoleErrors(holes), *recognition(features, dataset)],
+        draw=training_free_draw(loaded, conditioned, inpainting.resamplings) if training_free else None,
+        facts={"hole_ratio": sum(ratios) / len(ratios)},
     )
-
-
-def _by_euler_steps(opened: Opened) -> Opened:
-    """The same with the solver that the known part is put back into, whatever --method says."""
-    solver = replace(opened.sampler.solver, method="euler", churn=0.0)
-    sampler = replace(opened.sampler, solver=solver)
-    return opened._replace(sampler=sampler, settings={**opened.settings, "solver": as_json(solver)})
-
-
-def _training_free(
-    opened: Opened, conditioned: ConditionedImages, resamplings: int
-) -> Callable[[Sampler, Sequence[int]], Iterator[GeneratedBatch]]:
-    """A way to draw completions with a network of generation.
-
-    A latent pixel is known where no pixel that it stands for is in the hole, which has the known pixels' mean colour for
-    the encoder.
-    """
-    times = time_grid(opened.sampler.solver)
-    sigma_min = opened.header.path.sigma_min
-    autoencoder = opened.sampler.autoencoder
-
-    def draw(sampler: Sampler, indices: Sequence[int]) -> Iterator[GeneratedBatch]:
-        places = conditioned.places(indices)
-        raw = conditioned.raw(places).to(sampler.machine.device)
-        images, holes = raw[:, :-1], raw[:, -1:] > 0
-        filled = torch.where(holes, mean_colour(images, holes).round().to(torch.uint8), images)
-        with sampler.machine.for_encoding.autocast():
-            known = autoencoder.sample(autoencoder.encode(filled))
-        hole = functional.max_pool2d(holes.float(), autoencoder.factor) > 0
-        labels = conditioned.labels()(indices, sampler.num_classes)
-        velocity = sampler.velocity(labels)
-        solution = replace_known(
-            velocity,
-            sampler.noise(indices),
-            times,
-            known,
-            hole,
-            sampler.draw(indices),
-            resamplings=resamplings,
-            sigma_min=sigma_min,
-        )
-        counts = solution.evaluations.cpu(), velocity.evaluations(len(indices))
-        yield GeneratedBatch(indices, sampler.decode(solution.x), labels, *counts)
-
-    return draw

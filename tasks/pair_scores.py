@@ -1,4 +1,4 @@
-"""Scores that are gathered from samples and the images they stand for, as they come; and the first of them, recognition."""
+"""Scores of samples paired with their images, accumulated batch by batch; and one of them, recognition by a classifier."""
 
 from typing import Any, Protocol
 
@@ -11,23 +11,28 @@ __all__ = ["PairScore", "Recognition", "recognises", "recognition"]
 
 
 class PairScore(Protocol):
-    """A score that is gathered from samples and their images as they come."""
+    """A score of samples paired with their images, accumulated batch by batch."""
 
     def update(self, samples: torch.Tensor, originals: torch.Tensor, places: torch.Tensor) -> None:
-        """Add samples and images uint8 [B, C, H, W], which are those of numbers `places` [B]."""
+        """Add samples and images, both uint8 [B, C, H, W], of the images with numbers `places` [B]."""
         ...
 
     def totals(self) -> torch.Tensor:
-        """Sums float64, which may be added over processes."""
+        """Sums so far, float64; sums of several processes may be added."""
         ...
 
     def result(self, totals: torch.Tensor) -> dict[str, Any]:
-        """Entries of the result, of sums over all pairs."""
+        """Entries of the result, from the sums over all pairs."""
         ...
 
 
 class Recognition:
-    """The shares of samples and of originals that a classifier takes for the image's class."""
+    """The shares of samples and of originals that a classifier assigns to the image's class.
+
+    Args:
+        features: the classifier.
+        labels: class ids of all images [N].
+    """
 
     def __init__(self, features: FeatureNetwork, labels: torch.Tensor) -> None:
         self._features, self._labels = features, labels
@@ -56,7 +61,7 @@ def recognises(features: FeatureNetwork, dataset: ImageDataset) -> bool:
 
 
 def recognition(features: FeatureNetwork | None, dataset: ImageDataset) -> list[PairScore]:
-    """The score of recognition, where there can be one."""
+    """The recognition score in a list, which is empty if the feature network is not such a classifier."""
     if features is None or not recognises(features, dataset):
         return []
     return [Recognition(features, torch.from_numpy(dataset.stored_labels))]

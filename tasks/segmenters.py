@@ -1,4 +1,4 @@
-"""Networks that find label maps in images: images uint8 [B, C, H, W] to class ids [B, H, W]."""
+"""Segmentation networks: images uint8 [B, C, H, W] to class ids [B, H, W]."""
 
 from collections.abc import Callable
 
@@ -20,7 +20,7 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # as
 
 
 def silhouette_segmenter(classifier: FeatureNetwork) -> Segmenter:
-    """Of Fashion-MNIST: the garment's silhouette, filled with one more than the class that a classifier sees."""
+    """The segmenter of Fashion-MNIST: the garment's silhouette, filled with the class found by a classifier plus one."""
 
     def segment(images: torch.Tensor) -> torch.Tensor:
         garments = predict_classes(classifier, images) + 1
@@ -31,10 +31,10 @@ def silhouette_segmenter(classifier: FeatureNetwork) -> Segmenter:
 
 
 def load_segmenter(path: str, classes: int, device: torch.device | str) -> Segmenter:
-    """torchvision's deeplabv3_resnet50 for `classes` classes, with the weights in a file.
+    """torchvision's deeplabv3_resnet50 for `classes` classes, with weights from a file.
 
     Raises:
-        UsageError: an unreadable file, or weights of another network.
+        UsageError: the file is unreadable or holds the weights of another network.
     """
     weights = read_weights_file(path)
     network = deeplabv3_resnet50(weights=None, weights_backbone=None, num_classes=classes, aux_loss=False)

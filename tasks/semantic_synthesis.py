@@ -1,4 +1,4 @@
-"""Images of label maps: drawn for the maps of held-out images, and compared with the maps that they should show."""
+"""Semantic synthesis: samples for the label maps of held-out images, scored by the label maps that they show."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from datasets_prep.label_maps.segmented_dataset import SegmentedDataset
 from evaluation.features.protocol import FeatureNetwork
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions
-from options import Options, UsageError, option
+from options import UsageError, option
 from runtime.distributed import Processes
 from runtime.precision import Machine
-from sampling.setup import Opened, open_sampler
+from sampling.loading import LoadedSampler, load_sampler
 from tasks.conditioned_images import ConditionedImages
-from tasks.conditioned_sampling import Setting, sample_for_images
-from tasks.conditioned_setup import ConditionedOptions, images_to_sample_for, set_labels
+from tasks.conditioned_request import ConditionedRequest, open_held_out, set_labels
+from tasks.conditioned_sampling import SamplingPlan, sample_for_images
 from tasks.pair_scores import recognises, recognition
 from tasks.segmenters import Segmenter, load_segmenter, silhouette_segmenter
 from tasks.task import TrainingTask
@@ -48,28 +48,43 @@ class SegmentationOptions:
     )
 
 
-def synthesise(options: Options, processes: Processes = Processes()) -> dict[str, Any]:  # noqa: B008
-    """Make images of the held-out images' maps; returns the result that is also written as JSON.
+def synthesise(
+    request: ConditionedRequest,
+    segmentation: SegmentationOptions,
+    processes: Processes = Processes(),  # noqa: B008
+) -> dict[str, Any]:
+    """Sample for the label maps of the held-out images.
+
+    Args:
+        request: network, images and scores.
+        segmentation: the segmentation network of the scores.
+        processes: they share the batches.
+
+    Returns:
+        The result, which is also written as JSON.
 
     Raises:
-        UsageError: no such checkpoint, one for another task, foreign weights, or a folder with other samples.
+        UsageError: the checkpoint is missing or of another task, the maps have other classes, the segmentation weights do not
+            fit, or the folder holds samples of other settings.
     """
-    opened = open_sampler(options, processes, (SEMANTIC,))
-    whole = cast(SegmentedDataset, images_to_sample_for(opened, SEMANTIC_SYNTHESIS, options))
-    _check_classes(opened, whole)
-    dataset = whole.head(options[ConditionedOptions].n_sample)
-    set_labels(dataset, opened, options)
-    made_of = {"images": whole.fingerprint, "maps": whole.maps_fingerprint}
-    return sample_for_images(
-        opened, lambda features: _setting(opened, dataset, features, made_of, options), options, processes
-    )
+    loaded = load_sampler(request.sampler, processes, (SEMANTIC,))
+    whole = cast(SegmentedDataset, open_held_out(request, loaded, SEMANTIC_SYNTHESIS))
+    _check_classes(loaded, whole)
+    dataset = whole.head(request.conditioned.n_sample)
+    set_labels(dataset, loaded, request.conditioned.use_labels)
+    identity = {"images": whole.fingerprint, "maps": whole.maps_fingerprint}
+
+    def make_plan(features: FeatureNetwork | None) -> SamplingPlan:
+        return _plan(loaded, dataset, features, identity, segmentation)
+
+    return sample_for_images(request, loaded, make_plan, processes)
 
 
 class MapAgreement:
-    """How well the maps that a segmenter finds in samples agree with those that they were made of.
+    """Agreement of the label maps that a segmenter finds in samples with the maps that the samples were made for.
 
     Args:
-        dataset: knows the maps.
+        dataset: images with their maps.
         segmenter: finds class ids in images.
     """
 
@@ -97,7 +112,7 @@ class MapAgreement:
         return torch.cat([self._confusion.flatten(), self._foreground])
 
     def result(self, totals: torch.Tensor) -> dict[str, Any]:
-        """`miou` over the classes that occur, `pixel_accuracy`, and the mean IoU of what is not background."""
+        """`miou` over the classes that occur, `pixel_accuracy`, and `foreground_iou` for datasets with a background class."""
         confusion, (overlap, images) = totals[:-2].view_as(self._confusion), totals[-2:].tolist()
         hits, asked, found = confusion.diag(), confusion.sum(1), confusion.sum(0)
         occurs = asked > 0
@@ -107,35 +122,38 @@ class MapAgreement:
         return result | ({"foreground_iou": overlap / images} if classes.background and classes.scored else {})
 
 
-def _check_classes(opened: Opened, dataset: SegmentedDataset) -> None:
-    expected = opened.header.dense.classes if opened.header.dense else None
+def _check_classes(loaded: LoadedSampler, dataset: SegmentedDataset) -> None:
+    expected = loaded.header.dense.classes if loaded.header.dense else None
     if dataset.classes.count != expected:
         raise UsageError(
-            f"{opened.path} was trained on maps of {expected} classes, but those of --dataset {dataset.facts.name} have "
+            f"{loaded.path} was trained on maps of {expected} classes, but those of --dataset {dataset.facts.name} have "
             f"{dataset.classes.count}"
         )
 
 
-def _setting(
-    opened: Opened,
+def _plan(
+    loaded: LoadedSampler,
     dataset: SegmentedDataset,
     features: FeatureNetwork | None,
-    made_of: Mapping[str, str],
-    options: Options,
-) -> Setting:
-    conditioned = ConditionedImages(dataset, LabelMaps(dataset, opened.sampler.autoencoder))
+    identity: Mapping[str, str],
+    segmentation: SegmentationOptions,
+) -> SamplingPlan:
+    conditioned = ConditionedImages(dataset, LabelMaps(dataset, loaded.sampler.autoencoder))
     pair_scores = recognition(features, dataset)
-    if (segmenter := _segmenter(opened, dataset, features, options)) is not None:
+    if (segmenter := _segmenter(loaded, dataset, features, segmentation)) is not None:
         pair_scores.append(MapAgreement(dataset, segmenter))
-    return Setting(conditioned, "maps", made_of, "samples", {"maps": conditioned.shown}, pair_scores=pair_scores)
+    return SamplingPlan(conditioned, "maps", identity, "samples", {"maps": conditioned.shown}, pair_scores=pair_scores)
 
 
 def _segmenter(
-    opened: Opened, dataset: SegmentedDataset, features: FeatureNetwork | None, options: Options
+    loaded: LoadedSampler,
+    dataset: SegmentedDataset,
+    features: FeatureNetwork | None,
+    segmentation: SegmentationOptions,
 ) -> Segmenter | None:
-    weights = options[SegmentationOptions].segmentation_weights
-    if weights:
-        return load_segmenter(weights, dataset.classes.count, opened.sampler.machine.device)
+    """The segmentation network of the scores; None if there is none for this dataset."""
+    if weights := segmentation.segmentation_weights:
+        return load_segmenter(weights, dataset.classes.count, loaded.sampler.machine.device)
     if features is None or not recognises(features, dataset) or dataset.facts.name != "fashion_mnist":
         return None
     return silhouette_segmenter(features)

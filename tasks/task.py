@@ -1,4 +1,4 @@
-"""What a task adds to training: the data it is trained on, and what the network sees next to the point on the path."""
+"""Additions of a task to training: its data, and the condition that the network sees next to x_t."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,14 +13,15 @@ __all__ = ["GENERATION", "TrainingTask"]
 
 
 class TrainingTask(NamedTuple):
-    """A task as training sees it.
+    """A task and its additions to training.
 
     Args:
         task: name, folder of its experiments, name of its scripts.
         open: opens a split of its data.
-        condition: (dataset, autoencoder, machine, its own options, seed) to the dense conditions; None: there are none.
-        condition_options: the dataclass of `condition`'s options.
-        options: groups of options that its training script has besides everyone's.
+        condition: makes the dense conditions, called as condition(dataset, autoencoder, machine, options, seed); None for a
+            task without them.
+        condition_options: the dataclass of the options that `condition` takes.
+        options: option dataclasses that its training script has in addition to the common ones.
     """
 
     task: Task

@@ -21,8 +21,9 @@ LEVELS = {
     "sampling": 7,
     "tasks": 8,
     "training": 9,
+    "latent_flow": 10,
 }
-AT_THE_ROOT = [ROOT / "options.py", ROOT / "command_line.py"]
+AT_THE_ROOT = [ROOT / "options.py", ROOT / "command_line.py", ROOT / "latent_flow.py"]
 # Commands whose name python -m gives: scripts, though they lie in a layer's folder.
 COMMANDS = {"checkpoints/convert.py"}
 OWNERS = {
@@ -135,3 +136,66 @@ def test_scripts_are_thin():
     for path in script_files():
         if path.parent == ROOT or relative(path) in COMMANDS:
             assert len(path.read_text(encoding="utf-8").splitlines()) < 120, relative(path)
+
+
+def rooms() -> dict[str, list[Path]]:
+    """The modules of each folder of the library."""
+    found: dict[str, list[Path]] = {}
+    for path in library_files():
+        if path.parent != ROOT and path.name != "__init__.py":
+            found.setdefault(path.parent.relative_to(ROOT).as_posix(), []).append(path)
+    return found
+
+
+def test_no_room_is_crowded():
+    counts = {room: len(paths) for room, paths in rooms().items()}
+    assert len(counts) > 10
+    assert {room: count for room, count in counts.items() if count > 20} == {}
+
+
+def functions_that_take(annotation: str, source: str) -> list[str]:
+    """The functions in `source` with an argument of this annotation."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            if any(argument.annotation and ast.unparse(argument.annotation) == annotation for argument in arguments):
+                found.append(node.name)
+    return found
+
+
+def test_options_end_at_the_door():
+    """Scripts and what assembles their work see all options; every other function takes the dataclass that it needs."""
+    taking = {
+        relative(path): names
+        for path in [*library_files(), *script_files()]
+        if (names := functions_that_take("Options", path.read_text(encoding="utf-8")))
+    }
+    assert "run_training" in taking["training/script.py"]
+    assert sum(map(len, taking.values())) <= 12, taking
+
+
+def test_a_function_that_takes_all_options_is_found():
+    source = "def f(a: int, options: Options): ...\nclass C:\n    def g(self, *, o: Options): ...\ndef h(o: SolverOptions): ..."
+    assert functions_that_take("Options", source) == ["f", "g"]
+
+
+def test_headers_are_read_by_attribute():
+    for path in [*library_files(), *script_files()]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Subscript) and relative(path) != "evaluation/features/classifier.py"
+            ):  # its own format
+                assert not ast.unparse(node.value).endswith("header"), f"{relative(path)}:{node.lineno}"
+
+
+@pytest.mark.parametrize(
+    ("protocol", "home"), [("Autoencoder", "models/autoencoders/"), ("Features", "evaluation/features/")]
+)
+def test_nobody_asks_for_the_class_behind_a_protocol(protocol, home):
+    for path in [*library_files(), *script_files()]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
+                asked = ast.unparse(node.args[1])
+                found = protocol in asked or "PixelSpace" in asked
+                assert not found or relative(path).startswith(home), f"{relative(path)}:{node.lineno}"

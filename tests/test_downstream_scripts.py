@@ -273,7 +273,7 @@ def test_mistakes_in_training(place):
     inpaint, semantic = script_of("train", "inpaint"), script_of("train", "semantic")
     flags = [*photos(place, "mistake"), *TINY]
     assert re.search(
-        r"--num_in_channels 9 contradicts the autoencoder.* 3 channels and those of the condition beside them 4: 7",
+        r"--num_in_channels 9 contradicts the autoencoder.* 3 channels and the condition next to them 4: 7",
         refusal(inpaint, [*flags, "--num_in_channels", 9]),
     )
     assert "there are no label maps for the dataset 'folder': expected one of celeba" in refusal(semantic, flags)

@@ -23,9 +23,8 @@ from models.registry import NETWORKS, NetworkOptions, build_network, guided_diff
 from runtime.launch import LaunchOptions
 from runtime.pictures import GridOptions
 from runtime.precision import MachineOptions
-from sampling.sample_and_score import SamplingOptions
-from sampling.setup import SourceOptions
-from tasks.conditioned_setup import ConditionedOptions
+from sampling.request import SamplingOptions, SourceOptions
+from tasks.conditioned_request import ConditionedOptions
 from training.experiment import ExperimentOptions
 from training.run import TrainingOptions
 
@@ -73,13 +72,19 @@ FACTORS = {"none": 1, "pretrained/fashion_mnist_autoencoder": 4}  # of others, 8
 HALF_PRECISION = {"celeb512_adm", "celeb1024_adm"}
 
 
+class ParsingReachedError(Exception):
+    """Raised in the place of parsing."""
+
+
 @cache
 def parser_of(script):
-    """The groups of options of a script and the flags that it ignores; what it does is not done."""
-    with mock.patch("runtime.launch.run_script") as run_script:
+    """The groups of options of a script and the flags that it ignores; the script stops when it would parse its flags."""
+    stop = mock.patch("runtime.launch.parse_options", side_effect=ParsingReachedError)
+    with stop as parse_options, pytest.raises(ParsingReachedError):
         runpy.run_path(str(ROOT / script), run_name="__main__")
-    (_, _, groups), named = run_script.call_args
-    return (*groups, LaunchOptions), named["ignored"]
+    (_, groups), named = parse_options.call_args
+    assert LaunchOptions in groups
+    return groups, named["ignored"]
 
 
 def parse(kind, *flags, task="generate"):

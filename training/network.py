@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from checkpoints.files import read_weights
-from checkpoints.lfm import read_sampled
+from checkpoints.lfm_files import read_sampled
 from datasets_prep.datasets import ImageDataset
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import DenseInput

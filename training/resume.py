@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from checkpoints.header import Header
-from checkpoints.lfm import (
+from checkpoints.lfm_files import (
     ALLOWED_CLASSES,
-    Published,
+    PublishedFile,
     is_published_content,
     newest_condition_stage,
     parse_published,
@@ -68,7 +68,7 @@ def resume_run(
     return f"{path}: the whole state of the run"
 
 
-def _take_over(state: TrainingState, published: Published, path: Path, per_epoch: int, header: Header) -> str:
+def _take_over(state: TrainingState, published: PublishedFile, path: Path, per_epoch: int, header: Header) -> str:
     if len(state.optimizers) > 1:
         raise UsageError(f"{path} has the moments of AdamW alone: continue it with --optimizer adamw")
     if published.epoch is None:

@@ -6,6 +6,7 @@ import pytest
 
 from checkpoints.header import FORMAT, Header
 from datasets_prep.image_dataset import DatasetFacts
+from flow.objectives import OBJECTIVES
 from flow.paths import PathOptions
 from models.autoencoders.protocol import AutoencoderFacts
 from models.conditions import DenseInput
@@ -15,6 +16,14 @@ from options import UsageError
 from tests.headers import header_of
 
 UNET = EdmUNetOptions(8, 4, label_dropout=0.1, ch_mult=(1, 2), attn_resolutions=(4, 2), label_dim=2)
+
+
+@pytest.fixture(autouse=True)
+def another_objective(monkeypatch):
+    """The objective of FULL, which is not the default."""
+    monkeypatch.setitem(OBJECTIVES, "another", OBJECTIVES["flow_matching"])
+
+
 FULL = Header(
     model_type="adm",
     network=UNET,
@@ -62,7 +71,8 @@ OLD = {
 
 
 @pytest.mark.parametrize("header", [FULL, header_of(DiTOptions())], ids=["full", "least"])
-def test_there_and_back(header):
+def test_there_and_back(header, monkeypatch):
+    monkeypatch.setitem(OBJECTIVES, "another", OBJECTIVES["flow_matching"])
     assert Header.from_json(json.loads(json.dumps(header.to_json()))) == header
 
 
@@ -125,10 +135,11 @@ def test_without_a_path_it_is_the_default_one():
         ({"model_type": "of tomorrow"}, "of tomorrow"),
         ({"autoencoder": {"id": "none", "sha256": "none", "wings": 2}}, "wings"),
         ({"dataset": OLD["dataset"] | {"wings": 2}}, "wings"),
+        ({"objective": "of tomorrow"}, "of tomorrow"),
         ({"path": {"wings": 2}}, "wings"),
         ({"dense": {"channels": 1, "wings": 2}}, "wings"),
     ],
-    ids=["header", "network", "model type", "autoencoder", "dataset", "path", "dense"],
+    ids=["header", "network", "model type", "autoencoder", "dataset", "objective", "path", "dense"],
 )
 def test_an_unknown_entry_is_refused_by_name(changes, named):
     with pytest.raises(UsageError, match=named):

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from checkpoints.files import load_model, read_weights
-from checkpoints.lfm import condition_stage_beside, read_published, read_sampled
-from checkpoints.lfm_loading import open_published, published_facts
+from checkpoints.lfm import open_published
+from checkpoints.lfm_files import read_condition_stage, read_published, read_sampled
 from checkpoints.tasks import GENERATE, INPAINT, SEMANTIC
 from command_line import parse_options
 from datasets_prep.masks import MaskSetOptions
@@ -21,9 +21,9 @@ from models.autoencoders.loading import AutoencoderOptions
 from models.conditions import Condition, DenseInput
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
 from options import UsageError
-from sampling.sample_and_score import SAMPLING_GROUPS
-from sampling.setup import open_sampler
-from tasks.conditioned_setup import CONDITIONED_GROUPS
+from sampling.loading import load_sampler
+from sampling.request import sampler_request, sampling_groups
+from tasks.conditioned_request import conditioned_groups
 from tasks.inpainting import InpaintingOptions
 from tasks.semantic_synthesis import SegmentationOptions
 
@@ -98,8 +98,14 @@ def content_of(case, weights, prefix="", **arguments):
     }
 
 
-def options_of(flags):
-    return parse_options("", SAMPLING_GROUPS, flags)
+def request_of(flags):
+    """The request of test_flow_latent.py with these flags."""
+    return sampler_request(parse_options("", sampling_groups(), flags))
+
+
+def given_of(flags):
+    """The values of flags, by name."""
+    return request_of(flags).given
 
 
 @torch.no_grad()
@@ -123,7 +129,7 @@ def test_published_weights_give_the_golden_velocities(name, prefix, golden, auto
     case = golden.read_case(CASES[name])
     path = tmp_path / "model_475.pth"
     torch.save({prefix + key: value for key, value in weights_of(case, golden).items()}, path)
-    model = open_published(path, options_of(flags_of(case.arguments, autoencoder)), "cpu")
+    model = open_published(path, given_of(flags_of(case.arguments, autoencoder)), "cpu")
     assert_golden(model, case, golden)
     header = model.header
     assert (header.epoch, header.latent_size, header.dataset.name) == (475, 8, "celeba_256")
@@ -139,7 +145,7 @@ def test_of_content_the_averages_are_sampled_by_its_own_arguments(name, golden, 
     arguments = case.arguments | {"model_type": model_type_of(case.arguments), "dataset": "celeba_256", "lr": 1e-4}
     path = tmp_path / "content.pth"
     torch.save(content_of(case, weights_of(case, golden), "module.", **arguments), path)
-    model = open_published(path, options_of(["--pretrained_autoencoder_ckpt", str(autoencoder)]), "cpu")
+    model = open_published(path, given_of(["--pretrained_autoencoder_ckpt", str(autoencoder)]), "cpu")
     assert_golden(model, case, golden)
     assert (model.header.epoch, model.header.step) == (3, 21)
     count = sum(not key.endswith((*BUFFERS, "pos_embed")) for key, _ in case.weights)
@@ -155,7 +161,7 @@ def test_content_without_averages_gives_its_weights(golden, autoencoder, tmp_pat
         torch.save(
             content_of(case, weights) | {"model_dict": weights, "optimizer": optimizer}, tmp_path / "content.pth"
         )
-        model = open_published(tmp_path / "content.pth", options_of(flags_of(case.arguments, autoencoder)), "cpu")
+        model = open_published(tmp_path / "content.pth", given_of(flags_of(case.arguments, autoencoder)), "cpu")
         assert_golden(model, case, golden)
         assert "adm with its" in capsys.readouterr().out
 
@@ -165,10 +171,10 @@ def test_flags_win_over_the_arguments_in_content(golden, autoencoder, tmp_path):
     path = tmp_path / "content.pth"
     torch.save(content_of(case, weights_of(case, golden), **case.arguments | {"dataset": "ffhq_256", "seed": 5}), path)
     flags = ["--pretrained_autoencoder_ckpt", str(autoencoder), "--dataset", "celeba_256", "--scale_factor", "0.5"]
-    header = open_published(path, options_of(flags), "cpu").header
+    header = open_published(path, given_of(flags), "cpu").header
     assert (header.dataset.name, header.autoencoder.scale_factor) == ("celeba_256", 0.5)
     with pytest.raises(UsageError, match=r"content\.pth does not fit this adm; .*the file looks like --nf 32$"):
-        open_published(path, options_of([*flags, "--nf", "64"]), "cpu")
+        open_published(path, given_of([*flags, "--nf", "64"]), "cpu")
 
 
 def test_labels_of_edm_networks_may_always_be_guided(golden, autoencoder, tmp_path):
@@ -176,7 +182,7 @@ def test_labels_of_edm_networks_may_always_be_guided(golden, autoencoder, tmp_pa
     case = golden.read_case(CASES["adm_class_conditional"])
     torch.save(weights_of(case, golden), tmp_path / "model_1.pth")
     flags = flags_of(case.arguments | {"label_dropout": None}, autoencoder)
-    assert open_published(tmp_path / "model_1.pth", options_of(flags), "cpu").header.network.label_dropout > 0
+    assert open_published(tmp_path / "model_1.pth", given_of(flags), "cpu").header.network.label_dropout > 0
 
 
 def test_optimizer_of_other_parameters_is_refused(golden, tmp_path):
@@ -191,10 +197,10 @@ def test_optimizer_of_other_parameters_is_refused(golden, tmp_path):
 def test_stage_of_label_maps_beside_a_model(tmp_path):
     weight = torch.randn(4, 19, 1, 1)
     (tmp_path / "model_175.pth").touch()
-    assert condition_stage_beside(tmp_path / "model_175.pth") == {}
+    assert read_condition_stage(tmp_path / "model_175.pth") == {}
     for prefix in ("", "module."):
         torch.save({f"{prefix}channel_mapper.weight": weight}, tmp_path / "cond_stage_model_175.pth")
-        found = condition_stage_beside(tmp_path / "model_175.pth")
+        found = read_condition_stage(tmp_path / "model_175.pth")
         assert found.keys() == {"channel_mapper.weight"}
         assert torch.equal(found["channel_mapper.weight"], weight)
     assert read_published(tmp_path / "cond_stage_model_175.pth").epoch == 175
@@ -226,19 +232,10 @@ def test_code_in_a_published_file_is_never_executed(name, zipped, tmp_path):
     content = {"model_dict": {"a": torch.zeros(1)}, "args": argparse.Namespace(trap=Trap(marker))}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UsageError, match=r"holds more than tensors and plain values \(\S+\), which is never executed"):
-        open_published(path, options_of([]), "cpu")
+        open_published(path, given_of([]), "cpu")
     assert not marker.exists()
     torch.load(path, weights_only=False)
     assert marker.exists()  # the trap works
-
-
-def test_facts_that_a_name_tells():
-    grey = published_facts(options_of(["--dataset", "fashion_mnist", "--image_size", "32"]))
-    assert (grey.channels, grey.crop, grey.flips) == (1, 28, False)
-    colour = published_facts(options_of(["--dataset", "celeba_256", "--image_size", "256"]))
-    assert (colour.channels, colour.crop, colour.flips) == (3, None, True)
-    with pytest.raises(UsageError, match="give --dataset and --image_size$"):
-        published_facts(options_of([]))
 
 
 @pytest.fixture
@@ -376,8 +373,8 @@ def open_with(autoencoder):
             "fp32",
             *flags,
         ]
-        options = parse_options("", (*CONDITIONED_GROUPS, *own), [str(flag) for flag in flags])
-        return open_sampler(options, tasks=(task, GENERATE) if task is INPAINT else (task,))
+        options = parse_options("", (*conditioned_groups(), *own), [str(flag) for flag in flags])
+        return load_sampler(sampler_request(options), tasks=(task, GENERATE) if task is INPAINT else (task,))
 
     return open_
 
@@ -431,8 +428,8 @@ def test_a_content_of_the_published_code_names_its_own_network(name, golden, aut
         arguments.pop("use_origin_adm")
     torch.save(content_of(case, weights_of(case, golden), **arguments), tmp_path / "content.pth")
     flags = ["--pretrained_autoencoder_ckpt", str(autoencoder), "--checkpoint", str(tmp_path / "content.pth")]
-    options = parse_options("", (*CONDITIONED_GROUPS, MaskSetOptions, InpaintingOptions), flags)
-    opened = open_sampler(options, tasks=(INPAINT, GENERATE))
+    options = parse_options("", (*conditioned_groups(), MaskSetOptions, InpaintingOptions), flags)
+    opened = load_sampler(sampler_request(options), tasks=(INPAINT, GENERATE))
     assert opened.task is (GENERATE if name == "dit_unconditional" else INPAINT)
     assert opened.header.model_type == ("DiT-Golden/2" if name == "dit_unconditional" else "origin_adm")
 
@@ -444,7 +441,7 @@ def test_each_script_refuses_the_other_tasks_published_network(golden, autoencod
         open_with(SEMANTIC, tmp_path / "model_1.pth", "--num_in_channels", 9)
     flags = [*flags_of(case.arguments, autoencoder), "--checkpoint", str(tmp_path / "model_1.pth")]
     with pytest.raises(UsageError, match=r"trained for inpainting: use test_flow_latent_inpainting\.py"):
-        open_sampler(options_of(flags))
+        load_sampler(request_of(flags))
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save as serialize
 
 from checkpoints.files import read_weights, save_weights
-from checkpoints.lfm import read_published
+from checkpoints.lfm_files import read_published
 from command_line import read_arguments_file
 from datasets_prep.idx import read_idx
 from datasets_prep.images import BadImageError, decode_image, read_image, read_map

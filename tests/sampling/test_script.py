@@ -15,8 +15,9 @@ from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError
 from runtime import precision
-from sampling.script import MODE_GROUPS, run_modes
-from sampling.setup import open_sampler
+from sampling.loading import load_sampler
+from sampling.request import sampler_request
+from sampling.script import mode_groups, run_modes
 from tests.headers import header_of
 
 SIDE = 8
@@ -51,7 +52,7 @@ def call(tmp_path, photo_dir):
             "--output_dir",
             tmp_path / output,
         ]
-        return list(run_modes(parse_options("", MODE_GROUPS, [*map(str, fixed), *map(str, flags)])))
+        return list(run_modes(parse_options("", mode_groups(), [*map(str, fixed), *map(str, flags)])))
 
     return run
 
@@ -69,7 +70,8 @@ def test_an_adaptive_solver_at_a_fine_tolerance_is_float32_by_itself(tmp_path, m
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
     words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--n_sample", "2", *flags]
-    assert open_sampler(parse_options("", MODE_GROUPS, words)).sampler.machine.precision == chosen
+    loaded = load_sampler(sampler_request(parse_options("", mode_groups(), words)))
+    assert loaded.sampler.machine.precision == chosen
     assert f"threads, {chosen}, networks not compiled" in capsys.readouterr().out
 
 
@@ -78,8 +80,9 @@ def test_many_batches_are_worth_compiling_and_the_result_says_so(tmp_path, monke
     monkeypatch.setattr(precision, "_why_not_compiled", lambda machine: "")
     checkpoint = write_checkpoint(tmp_path / "model_1.safetensors", seed=0)
     words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--precision", "bf16", "--method", "euler"]
-    opened = open_sampler(parse_options("", MODE_GROUPS, [*words, "--num_steps", "2"]), batches=batches)
-    assert opened.sampler.machine.compile is opened.settings["compiled"] is opened.result()["compiled"] is compiled
+    request = sampler_request(parse_options("", mode_groups(), [*words, "--num_steps", "2"]))
+    loaded = load_sampler(request, batches=batches)
+    assert loaded.sampler.machine.compile is loaded.settings["compiled"] is loaded.describe()["compiled"] is compiled
 
 
 def npz(folder):

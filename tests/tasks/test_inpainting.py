@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tasks.inpainting import HoleErrors, paste_known
+from tasks.hole_scores import HoleErrors, paste_known
 
 
 def random(shape, seed):

@@ -1,0 +1,169 @@
+"""Files of the published LFM code (github.com/VinAIResearch/LFM), which hold weights but not what network they are for.
+
+- `model_<epoch>.pth`: a bare state dict. Names start with `module.` if it was saved under data parallelism.
+- `content.pth`: epoch, step, arguments, weights and optimizer. The optimizer's state of parameter p, numbered in the order of
+  `network.parameters()`, also holds p's moving average.
+- `cond_stage_model_<epoch>.pth`: the label-map embedding of a semantic-synthesis model, saved next to it.
+
+checkpoints/lfm_request.py and checkpoints/lfm.py find out which network the weights belong to.
+"""
+
+import argparse
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from options import UsageError
+from runtime.torch_files import read_torch_file
+
+__all__ = [
+    "ALLOWED_CLASSES",
+    "PREFIX",
+    "STAGE_WEIGHT",
+    "PublishedFile",
+    "condition_stage_path",
+    "is_published_content",
+    "newest_condition_stage",
+    "parse_published",
+    "read_condition_stage",
+    "read_published",
+    "read_sampled",
+]
+
+ALLOWED_CLASSES = (argparse.Namespace,)  # objects that content.pth may hold
+PREFIX = "module."
+STAGE_WEIGHT = "channel_mapper.weight"
+STAGE_FILE = re.compile(r"cond_stage_model_(\d+)\.pth")
+BUFFERS = ("resample_filter", "freqs")  # last part of the names of entries that are not parameters
+
+
+class PublishedFile(NamedTuple):
+    """The contents of a published file.
+
+    Args:
+        weights: the weights that training continues with, by parameter name.
+        averages: their moving averages; empty if the file has none.
+        states: the optimizer's state of each parameter.
+        arguments: the options of the run; empty for a bare state dict.
+        epoch: for content.pth the next one to train.
+        step: training steps done.
+        ours: whether this is a content.pth of this project instead.
+    """
+
+    weights: dict[str, torch.Tensor]
+    averages: dict[str, torch.Tensor]
+    states: dict[str, dict[str, Any]]
+    arguments: dict[str, Any]
+    epoch: int | None = None
+    step: int | None = None
+    ours: bool = False
+
+    @property
+    def sampled(self) -> dict[str, torch.Tensor]:
+        """The weights to sample with: moving averages, and the plain value of entries without one (buffers, frozen weights)."""
+        return self.weights | self.averages
+
+
+def read_published(path: str | Path, device: torch.device | str = "cpu") -> PublishedFile:
+    """Read a published file of any kind, or content.pth of this project.
+
+    Raises:
+        UsageError: the file is unreadable, holds code, or is of another kind.
+    """
+    file = parse_published(read_torch_file(path, device, ALLOWED_CLASSES), path)
+    match = re.fullmatch(r"(?:cond_stage_)?model_(\d+)", Path(path).stem)
+    return file._replace(epoch=int(match[1])) if match and file.epoch is None else file
+
+
+def parse_published(content: Any, path: str | Path) -> PublishedFile:
+    """Sort an object that `read_torch_file` returned into weights, averages, optimizer states and arguments.
+
+    Args:
+        content: the object.
+        path: its file, for messages.
+
+    Raises:
+        UsageError: the object is neither a state dict nor a content.pth.
+    """
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{path}: expected a state dict or the dict of content.pth, but it holds a {type(content).__name__}"
+        )
+    if {"network", "ema"} <= content.keys():  # content.pth of this project
+        weights, averages = (_weights(part, path) for part in (content["network"], content["ema"]["weights"]))
+        return PublishedFile(weights, averages, {}, {}, step=content.get("step"), ours=True)
+    if not is_published_content(content):
+        return PublishedFile(_weights(content, path), {}, {}, {})
+    weights = _weights(content["model_dict"], path)
+    states = _states(weights, content.get("optimizer") or {}, path)
+    arguments = content.get("args")
+    return PublishedFile(
+        weights=weights,
+        averages={name: state["ema"] for name, state in states.items() if "ema" in state},
+        states=states,
+        arguments=vars(arguments) if isinstance(arguments, argparse.Namespace) else {},
+        epoch=content.get("epoch"),
+        step=content.get("global_step"),
+    )
+
+
+def is_published_content(content: Any) -> bool:
+    """Whether an object read from a file is the published content.pth."""
+    return isinstance(content, dict) and "model_dict" in content
+
+
+def condition_stage_path(path: str | Path) -> Path:
+    """The file of a model's label-map embedding: cond_stage_model_<epoch>.pth next to model_<epoch>.pth."""
+    return Path(path).with_name(f"cond_stage_{Path(path).name}")
+
+
+def read_condition_stage(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a model's label-map embedding; empty if the model has no such file."""
+    stage = condition_stage_path(path)
+    return read_published(stage).weights if stage.exists() else {}
+
+
+def newest_condition_stage(folder: Path) -> dict[str, torch.Tensor]:
+    """The label-map embedding of the highest epoch in a run's folder; empty if there is none."""
+    found = {
+        int(match[1]): path for path in folder.glob("cond_stage_model_*.pth") if (match := STAGE_FILE.match(path.name))
+    }
+    return read_published(found[max(found)]).weights if found else {}
+
+
+def read_sampled(path: str | Path) -> dict[str, torch.Tensor]:
+    """The weights to sample with in a published file, including its label-map embedding if there is one."""
+    return read_published(path).sampled | read_condition_stage(path)
+
+
+def _weights(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
+    """The entries of a state dict, without the prefix of data parallelism."""
+    entries = content.items() if isinstance(content, Mapping) else ()
+    if not entries or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in entries):
+        raise UsageError(f"{path}: expected a state dict of names and tensors")
+    weights = {name.removeprefix(PREFIX): value for name, value in entries}
+    if len(weights) < len(entries):
+        raise UsageError(f"{path}: some names stand there both with and without {PREFIX!r}")
+    return weights
+
+
+def _states(weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
+    """The optimizer's state by parameter name; the optimizer numbers parameters in the order of the state dict."""
+    if not optimizer:
+        return {}
+    names = [name for name in weights if name.rpartition(".")[2] not in BUFFERS]
+    numbers = [number for group in optimizer["param_groups"] for number in group["params"]]
+    states = {name: optimizer["state"].get(n) for name, n in zip(names, numbers, strict=False)}
+    found = {name: state for name, state in states.items() if state}
+    like_weights = [
+        (name, value.shape)
+        for name, state in found.items()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.ndim
+    ]
+    if len(names) != len(numbers) or any(weights[name].shape != shape for name, shape in like_weights):
+        raise UsageError(f"{path}: the optimizer's state is not that of the {len(names)} parameters in model_dict")
+    return found

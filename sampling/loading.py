@@ -1,0 +1,247 @@
+"""From a request to a sampler: find the checkpoint, rebuild its network, and refuse flags that contradict its header."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.experiments import experiment_folder, find_checkpoint, newest_model
+from checkpoints.files import LoadedModel, load_model
+from checkpoints.header import Header
+from checkpoints.lfm import open_published
+from checkpoints.tasks import GENERATE, TASKS, Task
+from datasets_prep.datasets import DatasetOptions, ImageDataset, Split, open_dataset
+from flow.guidance import GuidanceOptions, Network
+from flow.objectives import OBJECTIVES
+from flow.solvers import SOLVERS, SolverOptions, check_method, needs_float32
+from models.autoencoders.loading import AutoencoderOptions
+from models.autoencoders.protocol import AutoencoderFacts
+from options import UsageError, as_json
+from runtime.distributed import Processes
+from runtime.inference import for_sampling
+from runtime.precision import Machine, choose_device, choose_machine
+from runtime.torch_files import is_torch_file
+from sampling.request import SamplerRequest, note_unused
+from sampling.sampler import Sampler, check_guidance
+
+__all__ = ["LoadedSampler", "load_sampler"]
+
+TYPICAL_ADAPTIVE_EVALUATIONS = 100  # of the network, per batch; decides whether compiling pays
+FIXED_STEP_FLAGS = ("grid_location", "grid_rho", "grid_scale", "num_steps", "step_size", "time_grid", "time_shift")
+
+
+@dataclass(frozen=True)
+class LoadedSampler:
+    """A sampler and its origin.
+
+    Args:
+        sampler: draws the samples.
+        path: its checkpoint.
+        header: the checkpoint's header.
+        settings: everything that the samples depend on except labels and conditions, in JSON's types.
+    """
+
+    sampler: Sampler
+    path: Path
+    header: Header
+    settings: Mapping[str, Any]
+
+    @property
+    def stem(self) -> str:
+        """File name, without suffix, for results of this checkpoint, solver, guidance scale and seed."""
+        solver, scale = self.sampler.solver, self.sampler.guidance.cfg_scale
+        steps = "" if SOLVERS[solver.method].adaptive else f"_{solver.steps}steps"
+        return f"{self.path.stem}_{solver.method}{steps}_cfg{scale:g}_seed{self.sampler.seed}"
+
+    @property
+    def task(self) -> Task:
+        """The task that the network was trained for."""
+        return TASKS[self.header.task]
+
+    def output_folder(self, chosen: str = "") -> Path:
+        """Folder for pictures and results: `chosen`, or samples/ next to the checkpoint if it is empty."""
+        return Path(chosen) if chosen else self.path.parent / "samples"
+
+    def describe(self) -> dict[str, Any]:
+        """The first entries of every result: the checkpoint and the settings."""
+        return {"checkpoint": str(self.path), "step": self.header.step, **self.settings}
+
+    def real_images(self, data: DatasetOptions, split: Split) -> ImageDataset:
+        """A split of the dataset that the network was trained on, read from `data.datadir`.
+
+        Raises:
+            UsageError: the dataset's files are missing.
+        """
+        stored = self.header.dataset
+        return open_dataset(replace(data, dataset=stored.name, image_size=stored.image_size), split)
+
+    def changed(self, solver: SolverOptions | None = None, guidance: GuidanceOptions | None = None) -> "LoadedSampler":
+        """The same network with another solver or guidance; None keeps the present one."""
+        solver, guidance = solver or self.sampler.solver, guidance or self.sampler.guidance
+        settings = {**self.settings, "solver": as_json(solver), "guidance": as_json(guidance)}
+        return replace(self, sampler=replace(self.sampler, solver=solver, guidance=guidance), settings=settings)
+
+
+def load_sampler(
+    request: SamplerRequest,
+    processes: Processes = Processes(),  # noqa: B008
+    tasks: Sequence[Task] = (GENERATE,),
+    batches: float = 0,
+) -> LoadedSampler:
+    """Load the sampler that a request asks for.
+
+    Args:
+        request: checkpoint, solver, guidance and machine.
+        processes: each loads its own copy.
+        tasks: tasks that the network may have been trained for; experiments are looked up in the first one's folder.
+        batches: approximate number of batches per process, which decides whether compiling the network pays.
+
+    Raises:
+        UsageError: the checkpoint is missing, belongs to another task or contradicts the flags, or the guide does not fit.
+    """
+    check_method(request.solver)
+    device = choose_device(request.machine, processes)
+    path = _checkpoint_path(request, tasks[0])
+    with processes.main_first():  # the main process may download the autoencoder; the others find it in the cache
+        model = _load_model(path, request, device, tasks[0])
+        guide = _load_guide(request, model, device)
+    task = TASKS[model.header.task]
+    if task not in tasks:
+        raise UsageError(f"{path} was trained for {task.purpose}: use test_flow_latent{task.script}.py")
+    machine = _choose_machine(request, processes, batches, solver_counts=task is tasks[0])
+    print(machine.describe())
+    sampler = _make_sampler(request, model, guide, machine)
+    return LoadedSampler(sampler, path, model.header, _settings(request, model.header, guide, machine))
+
+
+def _checkpoint_path(request: SamplerRequest, task: Task) -> Path:
+    source = request.source
+    folder = experiment_folder(source.save_root, request.dataset, source.exp, task.runs)
+    return find_checkpoint(source.checkpoint, folder) if source.checkpoint else newest_model(folder, source.epoch_id)
+
+
+def _load_model(path: Path, request: SamplerRequest, device: torch.device, task: Task) -> LoadedModel:
+    """The model of a checkpoint, which the flags must fit, or of a published file, which they describe."""
+    if is_torch_file(path):
+        return open_published(path, request.given, device, downstream=task is not GENERATE)
+    model = load_model(path, device, _moved_autoencoder(request))
+    # Downstream networks may be applied to the images of another dataset.
+    _refuse_contradictions(request, model.header, path, free=() if task is GENERATE else ("dataset",))
+    return model
+
+
+def _moved_autoencoder(request: SamplerRequest) -> AutoencoderOptions | None:
+    """The autoencoder that the user names; None: the one in the header."""
+    return request.autoencoder if "pretrained_autoencoder_ckpt" in request.given else None
+
+
+def _load_guide(request: SamplerRequest, model: LoadedModel, device: torch.device) -> LoadedModel | None:
+    """The weaker network of autoguidance, or None after checking that the network itself can be guided.
+
+    Raises:
+        UsageError: the guidance scale does not fit, or the guide was trained on other latents or for another task.
+    """
+    name, scale = request.source.guide_checkpoint, request.guidance.cfg_scale
+    if not name:
+        check_guidance(model.header.network.label_dropout, model.header.dense, scale)
+        return None
+    if scale == 1:
+        raise UsageError("--guide_checkpoint has no effect at --cfg_scale 1: give a scale above 1")
+    guide = load_model(name, device, _moved_autoencoder(request))
+    for fact in ("task", "latent_size", "latent_channels", "num_classes"):
+        theirs, ours = getattr(guide.header, fact), getattr(model.header, fact)
+        if theirs != ours:
+            raise UsageError(
+                f"--guide_checkpoint {name}: its {fact} is {theirs}, but that of the network to guide is {ours}"
+            )
+    if guide.header.autoencoder.sha256 != model.header.autoencoder.sha256:
+        raise UsageError(f"--guide_checkpoint {name}: it was trained on another autoencoder's latents")
+    return guide
+
+
+def _choose_machine(request: SamplerRequest, processes: Processes, batches: float, solver_counts: bool) -> Machine:
+    """The machine with precision and compiling decided.
+
+    `solver_counts` is false for a task that brings its solver, so that --method does not matter.
+    """
+    solver = request.solver
+    adaptive = SOLVERS[solver.method].adaptive
+    if adaptive and solver_counts:
+        note_unused(
+            request.given,
+            FIXED_STEP_FLAGS,
+            f"on the adaptive solver {solver.method}, which follows --atol and --rtol",
+        )
+    precise = needs_float32(solver) and solver_counts
+    # A lower bound for fixed-step solvers, some of which evaluate the network several times per step.
+    evaluations = TYPICAL_ADAPTIVE_EVALUATIONS if adaptive else solver.steps
+    return choose_machine(request.machine, processes, precise).settled(batches * evaluations, processes)
+
+
+def _make_sampler(request: SamplerRequest, model: LoadedModel, guide: LoadedModel | None, machine: Machine) -> Sampler:
+    header = model.header
+    return Sampler(
+        network=_velocity_network(model, machine),
+        autoencoder=model.autoencoder,
+        facts=header.dataset,
+        latent_shape=header.latent_shape,
+        num_classes=header.num_classes,
+        solver=request.solver,
+        machine=machine,
+        seed=request.source.seed,
+        guidance=request.guidance,
+        guide=_velocity_network(guide, machine) if guide else None,
+        generator=request.source.generator,
+        drops_labels=header.drops_labels,
+        drops_dense=header.drops_dense,
+    )
+
+
+def _velocity_network(model: LoadedModel, machine: Machine) -> Network:
+    """The network as its objective has samplers read it, in the machine's precision."""
+    objective = OBJECTIVES[model.header.objective].build(model.header.path)
+    return objective.velocity(for_sampling(model.network, machine))
+
+
+def _settings(request: SamplerRequest, header: Header, guide: LoadedModel | None, machine: Machine) -> dict[str, Any]:
+    """See `LoadedSampler`; the names are part of the format of samples.json."""
+    return {
+        "weights_sha256": header.weights_sha256,
+        "network": {"model_type": header.model_type, **as_json(header.network)},
+        "autoencoder": as_json(header.autoencoder),
+        "guide_sha256": guide.header.weights_sha256 if guide else None,
+        "seed": request.source.seed,
+        "generator": request.source.generator,
+        "solver": as_json(request.solver),
+        "guidance": as_json(request.guidance),
+        "precision": machine.precision,
+        "compiled": machine.compile,
+    }
+
+
+def _refuse_contradictions(request: SamplerRequest, header: Header, path: Path, free: Sequence[str]) -> None:
+    """Refuse given flags, except the `free` ones, that differ from the header.
+
+    Raises:
+        UsageError: a flag and the header disagree; the message names both values.
+    """
+    image_size = header.dataset.image_size
+    stored = {"dataset": header.dataset.name, "image_size": image_size, **as_json(header.network)}
+    stored |= {"f": image_size // header.latent_size, "scale_factor": _scale_factor(header.autoencoder)}
+    given = {name: as_json(value) for name, value in request.given.items() if name in stored and name not in free}
+    if "model_type" in request.given or request.network.use_origin_adm:
+        stored["model_type"], given["model_type"] = header.model_type, request.network.resolve()
+    for name, value in given.items():
+        if value != stored[name]:
+            raise UsageError(
+                f"--{name} {value} contradicts the checkpoint {path}, which says {stored[name]}: "
+                "leave the flag out, or choose another checkpoint"
+            )
+
+
+def _scale_factor(autoencoder: AutoencoderFacts) -> float | None:
+    """The scale factor that equals an autoencoder's statistics; None if no single factor does."""
+    means, stds = autoencoder.latents_mean, autoencoder.latents_std
+    return round(1 / stds[0], 6) if not any(means) and len(set(stds)) == 1 else None

@@ -1,0 +1,54 @@
+"""Counts and pictures that are gathered while a stream of samples passes by."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from runtime.distributed import Processes
+from sampling.sampler import GeneratedBatch
+
+__all__ = ["Tally", "describe_evaluations"]
+
+
+class Tally:
+    """Counts evaluations and labels of a stream of batches, and keeps the batches with the first samples.
+
+    Args:
+        count: keep batches with samples below this index.
+        num_classes: number of label values, including the null class if samples may have it.
+    """
+
+    def __init__(self, count: int, num_classes: int) -> None:
+        self.batches: list[GeneratedBatch] = []
+        self.label_counts = torch.zeros(num_classes, dtype=torch.long)
+        self._count = count
+        self._counts: list[torch.Tensor] = []
+
+    def watch(self, batches: Iterable[GeneratedBatch]) -> Iterator[GeneratedBatch]:
+        """Pass the batches on unchanged."""
+        for batch in batches:
+            self._counts.append(torch.stack([batch.evaluations, batch.network_evaluations]))
+            self.label_counts += torch.bincount(batch.labels, minlength=len(self.label_counts))
+            if min(batch.indices) < self._count:
+                self.batches.append(batch)
+            yield batch
+
+    def counts(self, processes: Processes) -> torch.Tensor:
+        """Evaluations of the velocity and of networks, int64 [2, N], for the samples of all processes."""
+        parts = [part for counts in processes.gather(self._counts) for part in counts]
+        return processes.from_main(torch.cat(parts, dim=1) if parts else torch.empty(2, 0))
+
+
+def describe_evaluations(evaluations: torch.Tensor, network_evaluations: torch.Tensor) -> dict[str, Any]:
+    """Entries of a result about the cost of its samples.
+
+    Args:
+        evaluations: velocity evaluations of each sample [N]; the result has their mean, smallest and largest.
+        network_evaluations: network evaluations of each sample [N]; a guided velocity evaluation takes two.
+    """
+    return {
+        "nfe": evaluations.double().mean().item(),
+        "nfe_range": [int(evaluations.min()), int(evaluations.max())],
+        "network_evaluations": network_evaluations.double().mean().item(),
+    }

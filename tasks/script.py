@@ -1,0 +1,64 @@
+"""The common part of the downstream test scripts, which differ in their task."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from checkpoints.tasks import Task
+from datasets_prep.datasets import DatasetOptions
+from evaluation.features.registry import FeatureOptions
+from evaluation.pair_comparison import PairOptions
+from evaluation.score import ScoreOptions, result_line
+from options import Options
+from runtime.distributed import Processes
+from runtime.files import append_line
+from runtime.launch import run_script
+from sampling.request import sampler_request
+from tasks.conditioned_request import IGNORED_FLAGS, ConditionedOptions, ConditionedRequest, conditioned_groups
+
+__all__ = ["run_conditioned_script", "summary_of_pairs"]
+
+
+def run_conditioned_script(
+    task: Task, sample: Callable[..., dict[str, Any]], groups: tuple[type, ...], description: str
+) -> None:
+    """Run a downstream test script: parse the command line, start the processes, sample, exit.
+
+    Args:
+        task: the script's task.
+        sample: called as sample(ConditionedRequest, *options, processes=processes), returns the result.
+        groups: the classes of those options, which the script has in addition to `conditioned_groups`.
+        description: first paragraph of `--help`.
+    """
+    main = partial(_run, sample, groups)
+    run_script(main, description, (*conditioned_groups(), *groups), ignored=IGNORED_FLAGS, task=task.name)
+
+
+def _run(
+    sample: Callable[..., dict[str, Any]], groups: tuple[type, ...], options: Options, processes: Processes
+) -> None:
+    """Sample, print the result's line, and append it to --output_log."""
+    print(options.describe("those that differ from the defaults; the others: --help"))
+    request = ConditionedRequest(
+        sampler=sampler_request(options),
+        conditioned=options[ConditionedOptions],
+        data=options[DatasetOptions],
+        scores=options[ScoreOptions],
+        pairs=options[PairOptions],
+        features=options[FeatureOptions],
+    )
+    line = summary_of_pairs(sample(request, *(options[group] for group in groups), processes=processes))
+    print(line)
+    if request.conditioned.output_log and processes.is_main:
+        append_line(request.conditioned.output_log, line)
+
+
+def summary_of_pairs(result: dict[str, Any]) -> str:
+    """One line about samples for images and their scores."""
+    score = f", {result_line(result)}" if "value" in result else ""
+    holes = f", mean hole ratio {result['hole_ratio']:.3f}" if "hole_ratio" in result else ""
+    extra = "".join(f", {name} {result[name]:.4g}" for name in result.get("extra_scores", ()))
+    return (
+        f"{result['sheet']}: {result['samples']} images, {result['nfe']:g} evaluations each, {result['seconds']:g} s"
+        f"{holes}{extra}{score}"
+    )

@@ -1,0 +1,62 @@
+"""Inpainting by a network trained for generation: every Euler step puts the known latents back (RePaint, flow/repaint.py)."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch.nn import functional
+
+from flow.grids import time_grid
+from flow.repaint import replace_known
+from sampling.loading import LoadedSampler
+from sampling.sampler import GeneratedBatch, Sampler
+from tasks.conditioned_images import ConditionedImages
+from tasks.conditioned_sampling import Draw
+from tasks.hole_scores import mean_colour
+
+__all__ = ["training_free_draw", "with_euler_steps"]
+
+
+def with_euler_steps(loaded: LoadedSampler) -> LoadedSampler:
+    """The sampler with the solver that this method needs, whatever --method was given."""
+    return loaded.changed(solver=replace(loaded.sampler.solver, method="euler", churn=0.0))
+
+
+def training_free_draw(loaded: LoadedSampler, conditioned: ConditionedImages, resamplings: int) -> Draw:
+    """How to draw completions with a network trained for generation.
+
+    A latent pixel is known if none of the image pixels that it covers is in the hole. The encoder sees the hole filled with
+    the known pixels' mean colour.
+
+    Args:
+        loaded: the sampler, with Euler steps.
+        conditioned: masked images.
+        resamplings: how often each step is taken.
+    """
+    times = time_grid(loaded.sampler.solver)
+    sigma_min = loaded.header.path.sigma_min
+    autoencoder = loaded.sampler.autoencoder
+
+    def draw(sampler: Sampler, indices: Sequence[int]) -> Iterator[GeneratedBatch]:
+        raw = conditioned.raw(conditioned.places(indices)).to(sampler.machine.device)
+        images, holes = raw[:, :-1], raw[:, -1:] > 0
+        filled = torch.where(holes, mean_colour(images, holes).round().to(torch.uint8), images)
+        with sampler.machine.for_encoding.autocast():
+            known = autoencoder.sample(autoencoder.encode(filled))
+        hole = functional.max_pool2d(holes.float(), autoencoder.factor) > 0
+        labels = conditioned.labels()(indices, sampler.num_classes)
+        velocity = sampler.velocity(labels)
+        solution = replace_known(
+            velocity,
+            sampler.noise(indices),
+            times,
+            known,
+            hole,
+            sampler.draw(indices),
+            resamplings=resamplings,
+            sigma_min=sigma_min,
+        )
+        counts = solution.evaluations.cpu(), velocity.evaluations(len(indices))
+        yield GeneratedBatch(indices, sampler.decode(solution.x), labels, *counts)
+
+    return draw
