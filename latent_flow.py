@@ -28,6 +28,7 @@ from flow.solvers import SolverOptions, check_method, needs_float32, solve
 from models.autoencoders.loading import AutoencoderOptions
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError
+from runtime.cpu_kernels import with_cpu_kernels
 from runtime.inference import compile_for_batches
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.torch_files import is_torch_file
@@ -82,7 +83,7 @@ class Flow:
     """
 
     def __init__(self, model: LoadedModel, machine: Machine, *, automatic: bool = True, compile: bool = False) -> None:
-        self.network: nn.Module = model.network
+        self.network: nn.Module = with_cpu_kernels(model.network)
         self.autoencoder: Autoencoder = model.autoencoder
         self.header: Header = model.header
         self._machine = machine

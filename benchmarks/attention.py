@@ -1,4 +1,4 @@
-"""Claim (models/attention.py): in bfloat16, plain matrix products beat torch's fused attention on short sequences.
+"""Claim (runtime/cpu_kernels.py): in bfloat16, plain matrix products beat torch's fused attention on short sequences.
 
 Most of all in training; without gradients up to 16 tokens on every processor seen, up to 64 on some.
 """
@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks._timing import compare, markdown_table, parse_no_options
-from models.attention import plain_attention
+from runtime.cpu_kernels import plain_attention
 
 SHAPES = ((128, 4, 16, 48), (64, 6, 64, 64), (16, 12, 256, 64), (4, 12, 1024, 64))  # B, heads, L, width of a head
 

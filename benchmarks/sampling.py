@@ -28,6 +28,7 @@ from models.conditions import Condition
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import exit_cleanly, option
+from runtime.cpu_kernels import with_cpu_kernels
 from runtime.inference import compile_for_batches, hold_weights
 from runtime.precision import Machine, keep_freed_memory
 
@@ -64,7 +65,7 @@ def new_network() -> torch.nn.Module:
     """With weights by a fixed seed; the layers that begin as zeros are made small, so that no trick sees zeros."""
     torch.manual_seed(0)
     network = build_network("DiT-B/2", 32, DiTOptions(num_classes=CLASSES, label_dropout=0.1))
-    return with_small_weights(network).eval().requires_grad_(False)
+    return with_cpu_kernels(with_small_weights(network)).eval().requires_grad_(False)
 
 
 def evaluations(batch_size: int) -> dict[str, Evaluation]:

@@ -32,6 +32,7 @@ from models.edm_unet import EdmUNetOptions
 from models.family import FamilyOptions
 from models.guided_unet import GuidedUNetOptions
 from models.registry import ORIGIN_ADM, build_network
+from runtime.cpu_kernels import with_cpu_kernels
 from runtime.precision import Machine, keep_freed_memory
 from training.data import Batch
 from training.optimizers import OptimizerOptions
@@ -170,9 +171,12 @@ OURS = "compiled (ours)"
 
 
 def new_network(case: Case) -> nn.Module:
-    """With weights by a fixed seed; the layers that begin as zeros are made small, so that gradients reach every weight."""
+    """With weights by a fixed seed; the layers that begin as zeros are made small, so that gradients reach every weight.
+
+    Its CPU kernels change nothing in eager float32; in eager bfloat16 they are those of attention.
+    """
     torch.manual_seed(0)
-    return with_small_weights(build_network(case.model_type, case.size, case.options))
+    return with_cpu_kernels(with_small_weights(build_network(case.model_type, case.size, case.options)))
 
 
 @torch.no_grad()

@@ -1,6 +1,16 @@
-"""DiT, the diffusion transformer with adaptive layer norm (Peebles & Xie 2022, arXiv:2212.09748).
+"""DiT, the diffusion transformer with adaptive layer norm (Peebles & Xie 2022, arXiv:2212.09748, section 3.2).
 
-Names and shapes of the state dict are those of the published LFM checkpoints.
+    embedding e      e(t) + e(label)
+    patchify         tokens = linear(patches of x_t) + positions
+    each block       tokens += gate1(e) attention(modulate1(norm(tokens), e))
+                     tokens += gate2(e) MLP(modulate2(norm(tokens), e))
+    decoder          velocity = unpatchify(linear(modulate(norm(tokens), e)))
+
+    modulate(x, e)   x (1 + scale(e)) + shift(e)
+
+Shifts, scales and gates are linear maps of SiLU(e) that start at zero, so each block starts as the identity (adaLN-Zero).
+The decoder's linear map starts at zero, and so does the velocity. Names and shapes of the state dict match the published
+LFM checkpoints.
 """
 
 import sys
@@ -10,11 +20,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import SelfAttention
 from models.conditions import Condition
-from models.embeddings import LabelEmbedding, TimeEmbedding, sinusoids
+from models.embeddings import LabelEmbedding, TimeEmbedding, batch_times, sinusoids
 from models.family import ClassOptions, Weights
-from models.transformer_layers import Linear, Mlp, PatchEmbed
+from models.transformer_layers import Mlp, PatchEmbed, SelfAttention
 from options import UsageError
 
 __all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "hidden_matrices", "with_own_positions"]
@@ -44,17 +53,19 @@ class DiTOptions(ClassOptions):
 class DiT(nn.Module):
     """Velocity network on patches of the latents.
 
-    Latents of any other sides that the patch divides pass as well: the table of positions, a formula, is then made for
-    their grid, with a note.
+    The state dict stores the position table for latents of side `size`. For latents with other sides, which the patch must
+    divide, the network computes the table by the same formula and prints a note.
 
     Args:
-        size: latents' side h = w, for which the table of positions is stored.
-        patch_size: side of a patch; must divide `size`.
-        hidden_size, depth, num_heads: width D, blocks, attention heads.
+        size: the latents' side h = w.
+        patch_size: side p of a patch; must divide `size`.
+        hidden_size: width D.
+        depth: number of blocks.
+        num_heads: attention heads per block.
         options: channels, classes and label dropout.
 
     Raises:
-        UsageError: the latents' side is no multiple of the patch.
+        UsageError: the latents' side is not a multiple of the patch.
     """
 
     def __init__(
@@ -80,23 +91,24 @@ class DiT(nn.Module):
         Without labels every sample uses the last row of the label table (the null class, where there is one).
 
         Raises:
-            UsageError: sides h, w that are no multiples of the patch.
+            UsageError: sides h, w that are not multiples of the patch.
         """
         height, width = x.shape[2:]
         _check_sides(height, width, self.patch_size)
-        embedding = self.t_embedder(t.expand(x.shape[0])) + self.y_embedder(condition.labels)  # [B, D] or broadcast
+        rows, columns = height // self.patch_size, width // self.patch_size
+        embedding = self.t_embedder(batch_times(t, x)) + self.y_embedder(condition.labels)  # [B, D]
         embedding = embedding.expand(x.shape[0], -1)
-        positions = self._positions(height // self.patch_size, width // self.patch_size)
-        tokens = self.x_embedder(x) + positions  # [B, L, D]
+        tokens = self.x_embedder(x) + self._positions(rows, columns)  # [B, L, D]
         for block in self.blocks:
             if self.options.use_grad_checkpointing and self.training:
                 tokens = checkpoint(block, tokens, embedding, use_reentrant=False)
             else:
                 tokens = block(tokens, embedding)
-        return self._unpatchify(self.final_layer(tokens, embedding), height, width)
+        patches = self.final_layer(tokens, embedding)  # [B, L, p p C]
+        return self._unpatchify(patches, rows, columns)
 
     def _positions(self, rows: int, columns: int) -> torch.Tensor:
-        """The table [1, rows x columns, D]: the stored one, or for another grid one by the same formula."""
+        """The position table [1, rows x columns, D]: the stored one, or one by the same formula for another grid."""
         if rows == columns == self.grid:
             return self.pos_embed
         if (rows, columns) not in self._other_grids:
@@ -105,11 +117,11 @@ class DiT(nn.Module):
         table = self._other_grids[rows, columns] = self._other_grids[rows, columns].to(self.pos_embed.device)
         return table
 
-    def _unpatchify(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    def _unpatchify(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        """Latents [B, C, h, w] of patches [B, L, p p C]."""
         p = self.patch_size
-        rows, columns = height // p, width // p
         patches = patches.view(len(patches), rows, columns, p, p, -1)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, height, width)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * p, columns * p)
 
     def _initialise(self) -> None:
         for module in self.modules():
@@ -127,7 +139,7 @@ class DiT(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each modulated and gated by the embedding (adaLN-Zero, section 3.2)."""
+    """Attention and MLP, each modulated and gated by the embedding (adaLN-Zero)."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -150,7 +162,7 @@ class FinalLayer(nn.Module):
     def __init__(self, hidden_size: int, patch_values: int) -> None:
         super().__init__()
         self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.linear = Linear(hidden_size, patch_values)
+        self.linear = nn.Linear(hidden_size, patch_values)
         self.adaLN_modulation = _modulation(hidden_size, 2)
 
     def forward(self, tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
@@ -160,7 +172,7 @@ class FinalLayer(nn.Module):
 
 
 def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), Linear(hidden_size, parts * hidden_size))
+    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, parts * hidden_size))
 
 
 def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from models.attention import attention
-from models.unet_layers import GroupNorm, double, halve
+from models.unet_layers import Double, GroupNorm
 from options import UsageError
 
 __all__ = ["SQRT_HALF", "STYLES", "Block", "Convolution", "Norm", "Style"]
@@ -67,7 +66,9 @@ class Convolution(nn.Module):
         table = torch.outer(taps, taps)[None, None] / taps.sum().square()
         self.register_buffer("resample_filter", table if up or down else None)
         self.filter_padding = (len(filter) - 1) // 2
-        self.averages = filter == (1, 1)  # whose table is there for the published names
+        self.box: nn.Module | None = None  # resamples by the filter (1, 1), whose table only keeps the published names
+        if (up or down) and filter == (1, 1):
+            self.box = Double() if up else nn.AvgPool2d(2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Resample and convolve x [B, C, H, W]."""
@@ -83,8 +84,8 @@ class Convolution(nn.Module):
         return functional.conv2d(x, weight, bias, padding=padding)
 
     def _resample(self, x: torch.Tensor, padding: int) -> torch.Tensor:
-        if self.averages:
-            return double(x) if self.up else halve(x)
+        if self.box is not None:
+            return self.box(x)
         channels = x.shape[1]
         filters = self.resample_filter.to(x.dtype).expand(channels, -1, -1, -1)
         if self.up:
@@ -145,6 +146,7 @@ class Block(nn.Module):
         if self.heads:
             self.norm2 = Norm(outputs, style.eps)
             self.qkv = Convolution(outputs, 3 * outputs, 1)
+            self.attention = functional.scaled_dot_product_attention
             self.proj = Convolution(outputs, outputs, 1)
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
@@ -166,4 +168,4 @@ class Block(nn.Module):
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm2(x)).view(batch, self.heads, channels // self.heads, 3, height * width)
         query, key, value = qkv.permute(3, 0, 1, 4, 2)  # each [B, heads, L, width of a head]
-        return attention(query, key, value).transpose(2, 3).reshape(batch, channels, height, width)
+        return self.attention(query, key, value).transpose(2, 3).reshape(batch, channels, height, width)

@@ -6,6 +6,7 @@ of the feature maps here.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.conditions import Condition
 from models.edm_layers import SQRT_HALF, STYLES, Block, Convolution, Norm
-from models.embeddings import sinusoids
+from models.embeddings import batch_times, sinusoids
 from models.family import FamilyOptions, check_sides
 from options import option
 
@@ -87,7 +88,7 @@ class EdmUNet(nn.Module):
             UsageError: sides h, w that cannot be halved once per level.
         """
         check_sides(x.shape[2], x.shape[3], len(self.options.ch_mult), "--ch_mult")
-        embedding = self._embed(t.expand(x.shape[0]), condition.labels)
+        embedding = self._embed(batch_times(t, x), condition.labels)
         skips: list[torch.Tensor] = []
         pyramid = x
         for name, module in self.enc.items():
@@ -166,23 +167,22 @@ class EdmUNet(nn.Module):
     def _embed(self, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         half = self.options.nf // 2
         if self.kind == "adm":
-            embedding = sinusoids(t.float(), half)
+            embedding = sinusoids(t, half)
             embedding = self.map_layer1(functional.silu(self.map_layer0(embedding)))
             if self.map_label is not None and labels is not None:
-                embedding = embedding + self.map_label(self._one_hot(labels))
+                embedding = embedding + self.map_label(self._one_hot(labels).to(embedding))
             return functional.silu(embedding)
-        if self.map_noise is not None:
-            embedding = self.map_noise(t.float())
-        else:
-            embedding = sinusoids(t.float(), half, sines_first=True, endpoint=True)
+        waves = self.map_noise or partial(sinusoids, count=half, sines_first=True, endpoint=True)
+        embedding = waves(t)
         if self.map_label is not None:
-            hot = self._one_hot(labels) if labels is not None else embedding.new_zeros(len(t), self.options.label_dim)
-            embedding = embedding + self.map_label(hot * math.sqrt(self.options.label_dim))
+            classes = self.options.label_dim
+            hot = embedding.new_zeros(len(t), classes) if labels is None else self._one_hot(labels).to(embedding)
+            embedding = embedding + self.map_label(hot * math.sqrt(classes))
         return functional.silu(self.map_layer1(functional.silu(self.map_layer0(embedding))))
 
     def _one_hot(self, labels: torch.Tensor) -> torch.Tensor:
         """One-hot rows [B, K] of labels [B]; the null class K is a row of zeros."""
-        return functional.one_hot(labels, self.options.label_dim + 1)[:, :-1].float()
+        return functional.one_hot(labels, self.options.label_dim + 1)[:, :-1]
 
     def _initialise(self) -> None:
         draw = _kaiming if self.style.init == "kaiming" else _xavier

@@ -9,13 +9,15 @@ import math
 
 import torch
 from torch import nn
-from torch.nn import functional
 
-from models.compilation import compiled_for_a_cpu
-
-__all__ = ["LabelEmbedding", "RowTable", "TimeEmbedding", "sinusoids"]
+__all__ = ["LabelEmbedding", "TimeEmbedding", "batch_times", "sinusoids"]
 
 LONGEST_PERIOD = 10000.0
+
+
+def batch_times(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Times [B] of a batch x [B, ...] from t [B] or 0-d, in x's precision, but at least in float32."""
+    return t.expand(x.shape[0]).to(torch.promote_types(x.dtype, torch.float32))
 
 
 def sinusoids(values: torch.Tensor, count: int, *, sines_first: bool = False, endpoint: bool = False) -> torch.Tensor:
@@ -49,22 +51,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """Embed t [B]."""
-        return self.mlp(sinusoids(t.float(), self.count, sines_first=self.sines_first))
-
-
-class RowTable(nn.Embedding):
-    """Rows by number, with gradients that are the same in every run.
-
-    Compiled for a CPU, a lookup's gradient is added up by all threads at once, in an order, and with last bits, that change
-    from run to run; a product with one-hot rows, exact in float32, has one order. Elsewhere it is torch's lookup.
-    """
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Rows [..., D] of numbers [...]."""
-        if not compiled_for_a_cpu(self.weight):
-            return super().forward(input)
-        with torch.autocast("cpu", enabled=False):
-            return functional.one_hot(input, self.num_embeddings).to(self.weight.dtype) @ self.weight
+        return self.mlp(sinusoids(t, self.count, sines_first=self.sines_first))
 
 
 class LabelEmbedding(nn.Module):
@@ -72,7 +59,7 @@ class LabelEmbedding(nn.Module):
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
-        self.embedding_table = RowTable(rows, width)
+        self.embedding_table = nn.Embedding(rows, width)
 
     def forward(self, labels: torch.Tensor | None) -> torch.Tensor:
         """Rows [B, D] of labels [B]; the last row [D] for None."""

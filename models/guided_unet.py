@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import attention
 from models.conditions import Condition
 from models.edm_unet import UNetOptions
-from models.embeddings import RowTable, sinusoids
+from models.embeddings import batch_times, sinusoids
 from models.family import ClassOptions, check_sides
-from models.unet_layers import GroupNorm, double, halve
+from models.unet_layers import Double, GroupNorm
 from options import UsageError, option
 
 __all__ = ["GuidedUNet", "GuidedUNetOptions"]
@@ -47,7 +47,7 @@ class GuidedUNet(nn.Module):
         width, embedding = options.nf, 4 * options.nf
         self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         if options.label_rows:
-            self.label_emb = RowTable(options.label_rows, embedding)
+            self.label_emb = nn.Embedding(options.label_rows, embedding)
         channels = width * options.ch_mult[0]
         self.input_blocks = nn.ModuleList([Entry(nn.Conv2d(options.num_in_channels, channels, 3, padding=1))])
         skips, factor, deepest = [channels], 1, len(options.ch_mult) - 1
@@ -88,7 +88,7 @@ class GuidedUNet(nn.Module):
             UsageError: sides h, w that cannot be halved once per level, or no labels where there is no null class.
         """
         check_sides(x.shape[2], x.shape[3], len(self.options.ch_mult), "--ch_mult")
-        embedding = self.time_embed(sinusoids(t.expand(x.shape[0]).float(), self.options.nf // 2))
+        embedding = self.time_embed(sinusoids(batch_times(t, x), self.options.nf // 2))
         if self.options.label_rows:
             embedding = embedding + self._embed_labels(condition.labels)
         skips = []
@@ -167,8 +167,9 @@ class ResBlock(nn.Module):
         self, inputs: int, outputs: int, embedding: int, dropout: float, film: bool, way: str | None = None
     ) -> None:
         super().__init__()
-        self.film, self.way = film, way
+        self.film = film
         self.in_layers = nn.Sequential(Norm(inputs), nn.SiLU(), nn.Conv2d(inputs, outputs, 3, padding=1))
+        self.resample = {"up": Double(), "down": nn.AvgPool2d(2), None: nn.Identity()}[way]
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, (2 if film else 1) * outputs))
         last = _zeroed(nn.Conv2d(outputs, outputs, 3, padding=1))
         self.out_layers = nn.Sequential(Norm(outputs), nn.SiLU(), nn.Dropout(dropout), last)
@@ -177,10 +178,7 @@ class ResBlock(nn.Module):
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W] under the embedding [B, E]."""
         norm, silu, convolution = self.in_layers
-        h = silu(norm(x))
-        if self.way is not None:
-            resize = double if self.way == "up" else halve
-            h, x = resize(h), resize(x)
+        h, x = self.resample(silu(norm(x))), self.resample(x)
         h = convolution(h)
         affine = self.emb_layers(embedding)[:, :, None, None]
         if self.film:
@@ -208,6 +206,7 @@ class AttentionBlock(nn.Module):
         self.heads, self.new_order = heads, new_order
         self.norm = Norm(channels)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.attention = functional.scaled_dot_product_attention
         self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -220,7 +219,7 @@ class AttentionBlock(nn.Module):
         if self.new_order:
             parts = parts.transpose(1, 2)
         query, key, value = parts.permute(2, 0, 1, 4, 3)  # each [B, heads, L, width of a head]
-        mixed = attention(query, key, value).transpose(2, 3).reshape(batch, channels, -1)
+        mixed = self.attention(query, key, value).transpose(2, 3).reshape(batch, channels, -1)
         return (flat + self.proj_out(mixed)).view_as(x)
 
 
@@ -229,11 +228,12 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, convolve: bool) -> None:
         super().__init__()
+        self.upsample = Double()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if convolve else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W] to [B, C, 2 H, 2 W]."""
-        return self.conv(double(x))
+        return self.conv(self.upsample(x))
 
 
 class Downsample(nn.Module):

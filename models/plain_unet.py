@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from models.attention import SelfAttention
 from models.conditions import Condition
-from models.embeddings import LabelEmbedding, TimeEmbedding
+from models.embeddings import LabelEmbedding, TimeEmbedding, batch_times
 from models.family import ClassOptions, check_sides
+from models.transformer_layers import SelfAttention
 from models.unet_layers import GroupNorm
 
 __all__ = ["PlainUNet", "PlainUNetOptions"]
@@ -81,7 +81,7 @@ class PlainUNet(nn.Module):
             UsageError: sides H, W that cannot be halved twice.
         """
         check_sides(x.shape[2], x.shape[3], LEVELS, "unet")
-        embedding = self.time(t.expand(x.shape[0]))  # [B, E]
+        embedding = self.time(batch_times(t, x))  # [B, E]
         if self.labels is not None:
             embedding = embedding + self.labels(condition.labels)
         x, skips = self.input(x), []

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from runtime.cpu_kernels import with_cpu_kernels
 from runtime.precision import Machine
 
 __all__ = ["compile_for_batches", "for_sampling", "hold_weights"]
@@ -16,7 +17,7 @@ CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvT
 
 def for_sampling(network: nn.Module, machine: Machine) -> Callable[..., torch.Tensor]:
     """The network as a sampler calls it; it must not be trained, averaged or saved any more."""
-    held = hold_weights(network, machine)
+    held = with_cpu_kernels(hold_weights(network, machine))
     return compile_for_batches(held, machine) if machine.compile else held
 
 
@@ -44,7 +45,7 @@ def compile_for_batches(network: nn.Module, machine: Machine) -> Callable[..., t
     anew, at a cost of some ten seconds.
     """
     torch._functorch.config.donated_buffer = False  # an exact trace goes back through one graph several times
-    compiled = torch.compile(network, options=machine.compiler_options)
+    compiled = torch.compile(with_cpu_kernels(network), options=machine.compiler_options)
 
     def evaluate(t: torch.Tensor, x: torch.Tensor, condition: Any) -> torch.Tensor:
         for tensor in (t, x, *condition):

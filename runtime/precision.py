@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from options import UsageError, option
+from runtime.cpu_kernels import with_cpu_kernels
 from runtime.distributed import Processes
 
 __all__ = [
@@ -98,7 +99,7 @@ class Machine:
         """Of torch.compile: dropout draws as it does eagerly.
 
         On a CPU, short sums are stored, not unrolled into later loops: such are those over the channels of a group
-        (models/unet_layers.py). A product and the sum it goes into are one instruction, rounded once, as they are on GPUs.
+        (runtime/cpu_kernels.py). A product and the sum it goes into are one instruction, rounded once, as they are on GPUs.
         """
         on_cpu = {"unroll_reductions_threshold": 1, "cpp.enable_floating_point_contract_flag": "fast"}
         return {"fallback_random": True, **(on_cpu if self.device.type == "cpu" else {})}
@@ -139,13 +140,16 @@ class Machine:
         return f"machine: {self.device}{threads}, {self.precision}, networks {way}"
 
     def compiled(self, network: nn.Module, always_alike: bool = False) -> nn.Module:
-        """The network, compiled if this machine compiles; random numbers stay those of the network as it is.
+        """The network with CPU kernels, swapped in in place, and compiled if this machine compiles.
+
+        Compiled or not, it draws the same random numbers.
 
         Args:
             network: perhaps wrapped for several processes.
             always_alike: whether all calls have one shape, and no output or gradient outlives the next call, so that GPUs
                 may replay it as CUDA graphs.
         """
+        network = with_cpu_kernels(network)
         if not self.compile:
             return network
         options = self.compiler_options | {"triton.cudagraphs": self.replays and always_alike}

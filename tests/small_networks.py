@@ -11,7 +11,7 @@ from models.guided_unet import GuidedUNetOptions
 from models.plain_unet import PlainUNetOptions
 from models.registry import ORIGIN_ADM, build_network
 
-__all__ = ["SMALL", "new_network"]
+__all__ = ["SMALL", "UNET", "new_network"]
 
 CHANNELS = {"num_in_channels": 3, "num_out_channels": 3}
 UNET = {**CHANNELS, "nf": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}

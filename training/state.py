@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flow.objectives import Objective
+from runtime.cpu_kernels import with_cpu_kernels
 from runtime.distributed import Processes
 from runtime.parallel import arranged_like, gather_dtensor, gather_state, local_gradients
 from runtime.precision import Machine
@@ -42,7 +43,7 @@ class TrainingState:
         hidden_matrices: Callable[[nn.Module], list[nn.Parameter]] | None = None,
     ) -> None:
         place = place or (lambda module: module.to(machine.device))
-        self.network = network
+        self.network = with_cpu_kernels(network)  # before its average is made, which is a copy
         self.machine = machine
         self.ema = Ema(network, ema_decay, place)
         place(network)

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from models.embeddings import LabelEmbedding, RowTable, TimeEmbedding, sinusoids
+from models.embeddings import LabelEmbedding, TimeEmbedding, batch_times, sinusoids
 
 VALUES = torch.tensor([0.0, 0.37, 1.0, 250.0], dtype=torch.float64)
 
@@ -47,15 +47,18 @@ def test_no_label_is_the_last_row():
     assert torch.equal(embedding(torch.tensor([2, 0])), rows[[2, 0]])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compilers_see_no_lookup_whose_gradient_threads_add_up_at_once(dtype):
-    table, labels, graphs = RowTable(5, 8).to(dtype), torch.tensor([[0, 4], [3, 0]]), []
-    compiled = torch.compile(table, backend=lambda graph, _: graphs.append(graph) or graph)
-    with torch.autocast("cpu", torch.bfloat16):  # must not round rows
-        ours, torchs = compiled(labels), table(labels)
-    assert torch.equal(ours, torchs)
-    slope = torch.randn(2, 2, 8, dtype=dtype)
-    found, wanted = (torch.autograd.grad(rows, table.weight, slope)[0] for rows in (ours, torchs))
-    torch.testing.assert_close(found, wanted)
-    assert "one_hot" in graphs[0].code
-    assert "embedding(" not in graphs[0].code
+@pytest.mark.parametrize(
+    ("given", "latents", "expected"),
+    [
+        (torch.float32, torch.float32, torch.float32),
+        (torch.float64, torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16, torch.float32),
+        (torch.float32, torch.float64, torch.float64),
+    ],
+)
+def test_times_have_the_latents_precision_but_at_least_float32(given, latents, expected):
+    x = torch.zeros(3, 1, 2, 2, dtype=latents)
+    for t in (torch.tensor(0.5, dtype=given), torch.full((3,), 0.5, dtype=given)):
+        times = batch_times(t, x)
+        assert times.dtype == expected
+        assert times.tolist() == [0.5, 0.5, 0.5]

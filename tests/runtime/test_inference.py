@@ -10,6 +10,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from models.conditions import Condition, DenseInput
 from models.dit import DiTOptions
+from runtime.cpu_kernels import with_cpu_kernels
 from runtime.inference import compile_for_batches, hold_weights
 from runtime.precision import Machine
 from tests.small_networks import SMALL, new_network
@@ -103,7 +104,7 @@ def compiled_network(model_type, checkpointing=False):
 def test_forms_for_compilers_have_the_same_velocity_and_gradients(model_type, checkpointing):
     torch._dynamo.reset()
     network, weights = trained_network(model_type, checkpointing)
-    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    compiled = torch.compile(with_cpu_kernels(network), backend="eager", fullgraph=True)
     ours, eager = (velocity_and_gradients(function, weights, FP32.autocast()) for function in (compiled, network))
     for mine, theirs in zip(ours, eager, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
