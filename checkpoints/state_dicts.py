@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from checkpoints.recognition import recognise
-from models.dit import with_own_positions
 from models.registry import NETWORKS, ORIGIN_ADM, Architecture, build_network
 from options import UsageError
 
@@ -46,8 +45,8 @@ def find_mismatch(own: Weights, weights: Weights) -> Mismatch:
     )
 
 
-def load_weights(network: nn.Module, weights: Weights, where: str, architecture: Architecture | None = None) -> None:
-    """Load a state dict into `network`; a DiT's table of positions for another grid is replaced, with a note.
+def load_weights(network: nn.Module, weights: Weights, where: str, architecture: Architecture) -> None:
+    """Load a state dict into `network`, adapted to its grid as its family says, with a note.
 
     Args:
         network: the network to fill.
@@ -59,11 +58,12 @@ def load_weights(network: nn.Module, weights: Weights, where: str, architecture:
         UsageError: names or shapes differ. The message lists at most ten of each kind, and flags that would explain them.
     """
     own = network.state_dict()
-    fitted = with_own_positions(own, weights)
+    fitted = NETWORKS[architecture.model_type].fit_grid(own, weights)
     mismatch = find_mismatch(own, fitted)
     if any(mismatch):
-        kind = architecture.model_type if architecture else type(network).__name__
-        raise UsageError(f"{where} does not fit this {kind}; {mismatch}{_advice(fitted, architecture)}")
+        raise UsageError(
+            f"{where} does not fit this {architecture.model_type}; {mismatch}{_advice(fitted, architecture)}"
+        )
     if fitted is not weights:
         print(f"note: {where}: positions rebuilt, since the file's are for latents of another size", file=sys.stderr)
     network.load_state_dict(fitted)
@@ -108,13 +108,13 @@ def _fits(weights: Weights, values: Mapping[str, Any]) -> bool:
             own = build_network(values["model_type"], values["latent_size"], chosen, values["dense"]).state_dict()
     except UsageError:
         return False
-    return not any(find_mismatch(own, with_own_positions(own, weights)))
+    return not any(find_mismatch(own, NETWORKS[values["model_type"]].fit_grid(own, weights)))
 
 
-def _advice(weights: Weights, architecture: Architecture | None) -> str:
+def _advice(weights: Weights, architecture: Architecture) -> str:
     if "channel_mapper.weight" in weights and len(weights) == 1:
         return "; it holds the stage of the label map alone: name the model_<epoch>.pth beside it"
-    flags = suggest_flags(weights, architecture) if architecture else {}
+    flags = suggest_flags(weights, architecture)
     if not flags:
         return "; no flags were found that would explain it: is it another kind of file?"
     return f"; the file looks like {' '.join(_spell(name, value) for name, value in flags.items())}"

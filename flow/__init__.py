@@ -1,1 +1,1 @@
-"""Pure mathematics of flow matching: paths, times, loss, solvers, guidance. t = 0 is data, t = 1 is noise."""
+"""Pure mathematics of flow matching: objectives, paths, times, solvers, guidance, likelihood. t = 0 is data, t = 1 is noise."""

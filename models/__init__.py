@@ -1,1 +1,1 @@
-"""Velocity networks, the autoencoder and the conditions."""
+"""Velocity networks, autoencoders and conditions."""

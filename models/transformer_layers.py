@@ -14,9 +14,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.attention = (
-            functional.scaled_dot_product_attention
-        )  # an attribute, so that another kernel can be swapped in
+        self.attention = functional.scaled_dot_product_attention  # an attribute that runtime.cpu_kernels may swap
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

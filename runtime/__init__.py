@@ -1,1 +1,1 @@
-"""Where the program meets the machine: files, processes, precision, random streams, checkpoints."""
+"""Where the program meets the machine: files, processes, precision, random streams, CPU kernels."""
