@@ -2,6 +2,7 @@ import errno
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -278,3 +279,79 @@ def test_a_word_before_the_flags(monkeypatch):
     for words in ([], ["--size", "8"]):
         with pytest.raises(UsageError, match="expected a file, before any flags"):
             leading_word("a file", words)
+
+
+@dataclass(frozen=True)
+class Unregistered:
+    """Unregistered."""
+
+    seed: int = option(0, "has the name of another's option")
+
+
+@dataclass(frozen=True)
+class LargeNetwork(Network):
+    """Large network."""
+
+    depth: int = option(12, "blocks")
+
+
+def test_a_group_that_was_not_registered_is_refused():
+    """Though all of its fields have a value, which would be another component's."""
+    with pytest.raises(KeyError, match="Unregistered is not among the option groups"):
+        parse()[Unregistered]
+    with pytest.raises(KeyError, match="LargeNetwork"):
+        parse()[LargeNetwork]
+
+
+def test_the_base_of_a_registered_group_is_registered():
+    options = parse_options("", [LargeNetwork], ["--widths", "64"])
+    assert options[Network] == Network(widths=(64,))
+
+
+def test_choices_are_those_of_the_dictionary_when_the_flags_are_parsed():
+    kinds = {"one": 1}
+
+    @dataclass(frozen=True)
+    class Kind:
+        """Kind."""
+
+        kind: str = option("one", "which", choices=kinds)
+
+    with pytest.raises(UsageError, match="invalid choice: 'two'"):
+        parse_options("", [Kind], ["--kind", "two"])
+    kinds["two"] = 2
+    assert parse_options("", [Kind], ["--kind", "two"])[Kind].kind == "two"
+
+
+def test_policies_on_resume_are_the_field_s_then_the_group_s_then_never():
+    @dataclass(frozen=True)
+    class Shown:
+        """Shown."""
+
+        on_resume: ClassVar = "freely"
+        grid: int = option(8, "samples")
+        scale: float = option(1.0, "factor", on_resume="on_request")
+
+    options = parse_options("", [Shown, Network], [])
+    assert options.policies() == {
+        "grid": "freely", "scale": "on_request", "widths": "never", "use_ema": "never", "flip": "never", "seed": "never",
+    }  # fmt: skip
+    assert options.defaults()["grid"] == 8
+
+
+def test_the_complete_configuration_is_one_tree(capsys):
+    with pytest.raises(SystemExit) as raised:
+        parse("--num_steps", 7, "--widths", 8, 24, "--flip", "--print_config")
+    assert raised.value.code == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "Sampler",
+        "├─ method     euler",
+        "├─ num_steps  7  *",
+        "├─ cfg_scale  -",
+        "├─ seed       0",
+        "└─ noise      0.5",
+        "Network",
+        "├─ widths   '8 24'  *",
+        "├─ use_ema  true",
+        "└─ flip     true  *",
+    ]

@@ -10,7 +10,8 @@ from models.autoencoders.pixels import PixelSpace
 from models.conditions import Condition, DenseInput
 from options import UsageError
 from runtime.distributed import Processes
-from training.data import Batch, batches, epoch_indices, steps_per_epoch
+from runtime.randomness import generator_for
+from training.data import Batch, StepStreams, batches, epoch_indices, steps_per_epoch
 
 COUNT, CLASSES = 23, 5
 
@@ -212,3 +213,37 @@ def test_a_condition_is_hidden_with_its_probability():
 def test_labels_and_conditions_are_hidden_together():
     for batch in draw(0, 9, condition=NumberedCondition(), condition_dropout=0.4, label_dropout=0.4):
         assert torch.equal(batch.condition.labels == CLASSES, ~batch.condition.dense.flatten(1).any(1))
+
+
+def streams_of(step=4, seed=3, count=6):
+    return StepStreams(seed, step, count, (1, 2, 2), torch.device("cpu"))
+
+
+def test_a_new_purpose_changes_no_other_stream():
+    """Whatever is drawn first, and however often."""
+    plain, busy = streams_of(), streams_of()
+    for purpose in ("coin", "condition", "another"):
+        busy.uniform(purpose)
+        busy.normal(purpose)
+    for purpose in ("time", "dropout", "coin"):
+        assert torch.equal(plain.uniform(purpose), busy.uniform(purpose))
+    for purpose in ("noise", "posterior", "condition", "another"):
+        assert torch.equal(plain.normal(purpose), busy.normal(purpose))
+        assert torch.equal(plain.normal(purpose), plain.normal(purpose))
+
+
+def test_streams_differ_by_purpose_step_and_seed():
+    streams = [streams_of(), streams_of(step=5), streams_of(seed=4)]
+    numbers = [each.uniform(purpose) for each in streams for purpose in ("time", "dropout", "coin", "another")]
+    assert len({tuple(row.tolist()) for row in numbers}) == len(numbers)
+
+
+def test_the_first_purposes_are_drawn_as_the_first_version_drew_them():
+    """From one generator, in this order: runs that began then resume exactly."""
+    generator = generator_for(3, "step", 4)
+    uniform = torch.rand(2, 6, generator=generator)
+    normal = [torch.randn(6, 1, 2, 2, generator=generator) for _ in range(3)]
+    streams = streams_of()
+    assert torch.equal(torch.stack([streams.uniform("time"), streams.uniform("dropout")]), uniform)
+    for purpose, expected in zip(("posterior", "noise", "condition"), normal, strict=True):
+        assert torch.equal(streams.normal(purpose), expected)
