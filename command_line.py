@@ -1,4 +1,4 @@
-"""The command line: the fields of option dataclasses become argparse flags and keys of KEY=VALUE files."""
+"""Turns option dataclasses into argparse flags and KEY=VALUE keys; our own, since tyro and jsonargparse read no such files."""
 
 import argparse
 import dataclasses
@@ -6,13 +6,12 @@ import difflib
 import re
 import shlex
 import sys
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from options import Options, UsageError, group_title
+from options import Options, UsageError, argument_type, check_range, group_title
 
 __all__ = ["leading_word", "parse_options", "read_arguments_file"]
 
@@ -37,6 +36,7 @@ def parse_options(
     defaults: Mapping[str, Any] | None = None,
     ignored: Mapping[str, str] | None = None,
     task: str | None = None,
+    adjust: Callable[[Options], Options] = lambda options: options,
 ) -> Options:
     """Parse the command line into the options of `groups`.
 
@@ -47,6 +47,7 @@ def parse_options(
         defaults: this script's own defaults, by option name, where they differ from the dataclass's.
         ignored: flags accepted for compatibility, with the reason why they do nothing; each says so once.
         task: what an arguments file may name as its TASK; None: anything.
+        adjust: completes the options, by defaults that depend on others.
 
     Raises:
         UsageError: an unknown flag or key, a missing arguments file, or a value that does not fit.
@@ -66,9 +67,9 @@ def parse_options(
         if given.pop(flag, None) is not None:
             print(f"note: --{flag} has no effect here: {reason}", file=sys.stderr)
     for name, value in given.items():
-        _check_range(fields[name], value)
+        check_range(fields[name], value)
     values = {name: field.default for name, field in fields.items()} | dict(defaults) | given
-    options = Options(values=values, explicit=frozenset(given), groups=tuple(groups))
+    options = adjust(Options(values=values, explicit=frozenset(given), groups=tuple(groups)))
     if show_tree:
         print(options.tree())
         raise SystemExit(0)
@@ -147,16 +148,6 @@ def _assignments(line: str, where: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def _check_range(field: dataclasses.Field, value: Any) -> None:
-    lowest, highest = field.metadata["minimum"], field.metadata["maximum"]
-    numbers = value if isinstance(value, tuple) else (value,)
-    # "not at least" where "less" would let nan pass
-    if lowest is not None and not all(number >= lowest for number in numbers):
-        raise UsageError(f"--{field.name} must be at least {lowest}, but {value} was given")
-    if highest is not None and not all(number <= highest for number in numbers):
-        raise UsageError(f"--{field.name} must be at most {highest}, but {value} was given")
-
-
 def _make_parser(
     description: str, groups: Sequence[type], defaults: Mapping[str, Any], ignored: Iterable[str]
 ) -> tuple[argparse.ArgumentParser, dict[str, dataclasses.Field]]:
@@ -198,7 +189,7 @@ def _add_groups(
 
 
 def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -> None:
-    kind, many = _argument_type(hint)
+    kind, many = argument_type(hint)
     names = [f"--{field.name}", *field.metadata["flags"]]
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     shown = ("on" if default else "off") if kind is bool else shown
@@ -217,15 +208,6 @@ def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -
         section.add_argument(
             *names, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), **common
         )
-
-
-def _argument_type(hint: Any) -> tuple[type, bool]:
-    """(scalar type, whether a tuple of them) of an annotation such as `int | None` or `tuple[int, ...]`."""
-    if isinstance(hint, types.UnionType):
-        hint = next(item for item in typing.get_args(hint) if item is not type(None))
-    if typing.get_origin(hint) is tuple:
-        return typing.get_args(hint)[0], True
-    return hint, False
 
 
 class _Parser(argparse.ArgumentParser):

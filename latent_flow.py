@@ -22,13 +22,15 @@ from torch.nn import functional
 from checkpoints.files import LoadedModel, load_model
 from checkpoints.header import Header
 from checkpoints.lfm import open_published
+from checkpoints.lfm_request import described_by
 from flow.guidance import GuidanceOptions
 from flow.objectives import OBJECTIVES
 from flow.solvers import SolverOptions, check_method, needs_float32, solve
 from models.autoencoders.loading import AutoencoderOptions
 from models.autoencoders.protocol import Autoencoder
-from options import UsageError
+from options import UsageError, make_options
 from runtime.cpu_kernels import with_cpu_kernels
+from runtime.distributed import Processes
 from runtime.inference import compile_for_batches
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.torch_files import is_torch_file
@@ -61,15 +63,18 @@ def load(
         UsageError: an unreadable file, an autoencoder with other weights, flags that do not fit a published file, or flags
             for a file that describes itself.
     """
-    machine = choose_machine(MachineOptions(device=device, precision=precision))
+    machine = choose_machine(make_options(MachineOptions, {"device": device, "precision": precision}))
     moved = {} if autoencoder is None else {"pretrained_autoencoder_ckpt": autoencoder}
     if is_torch_file(file):
+        if unknown := sorted(set(flags) - described_by()):
+            raise UsageError(f"{', '.join(unknown)}: expected some of {', '.join(sorted(described_by()))}")
         model = open_published(Path(file), {**flags, **moved}, machine.device)
     elif flags:
         raise UsageError(f"{file} describes itself: leave out {', '.join(sorted(flags))}")
     else:
         model = load_model(file, machine.device, AutoencoderOptions(autoencoder) if autoencoder else None)
-    return Flow(model, machine, automatic=precision == "auto", compile=compile)
+    machine = replace(machine, compile=compile).settled(calls=0, processes=Processes())
+    return Flow(model, machine, automatic=precision == "auto")
 
 
 class Flow:
@@ -77,19 +82,19 @@ class Flow:
 
     Args:
         model: network, autoencoder and header.
-        machine: device and precision.
+        machine: device, precision, and whether to compile the network.
         automatic: whether an adaptive solver at a fine tolerance may choose float32.
-        compile: whether to compile the network.
     """
 
-    def __init__(self, model: LoadedModel, machine: Machine, *, automatic: bool = True, compile: bool = False) -> None:
+    def __init__(self, model: LoadedModel, machine: Machine, *, automatic: bool = True) -> None:
         self.network: nn.Module = with_cpu_kernels(model.network)
         self.autoencoder: Autoencoder = model.autoencoder
         self.header: Header = model.header
         self._machine = machine
         self._automatic = automatic
         objective = OBJECTIVES[self.header.objective].build(self.header.path)
-        self._evaluate = objective.velocity(compile_for_batches(self.network, machine) if compile else self.network)
+        compiled = compile_for_batches(self.network, machine) if machine.compile else self.network
+        self._evaluate = objective.velocity(compiled)
 
     @property
     def device(self) -> torch.device:
@@ -114,28 +119,33 @@ class Flow:
             labels: class ids [N]; K, the number of classes, is the null class. None: the classes in turn.
             count: N; None: as many as there are labels, maps or noises, else 8.
             seed: of the noise.
-            steps: intervals of fixed-step solvers.
+            steps: intervals of fixed-step solvers, also called num_steps.
             method: solver; see docs/solvers.md.
             noise: latents [N, c, h, w] at t = 1 to start from, instead of the seed's.
             dense: maps [N, K, h, w] for a network of inpainting or semantic synthesis.
             options: further fields of SolverOptions and GuidanceOptions, such as `cfg_scale=4.0, cfg_interval=(0.2, 0.7)`.
 
         Raises:
-            UsageError: an unknown method, or guidance for a network without a null class.
-            TypeError: an unknown option.
-            ValueError: labels out of range, or numbers of labels, noises and maps that differ.
+            UsageError: an unknown option or method, guidance for a network without a null class, labels out of range, or
+                numbers or shapes of labels, noises and maps that do not fit.
         """
         solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
         check_method(solver)
-        given = [len(item) for item in (labels, noise, dense) if item is not None]
-        number = count or (given[0] if given else 8)
-        if any(length != number for length in given):
-            raise ValueError(f"expected {number} labels, noises and maps, but got {given}")
+        given = {
+            name: len(item)
+            for name, item in (("labels", labels), ("noise", noise), ("dense", dense))
+            if item is not None
+        }
+        number = count if count is not None else next(iter(given.values()), 8)
+        if number < 1 or any(length != number for length in given.values()):
+            raise UsageError(
+                f"expected {max(1, number)} samples or more, labels, noises and maps alike, but got {given or number}"
+            )
         sampler = self._sampler(solver, guidance, seed)
         indices = range(number)
         ids = balanced_labels(indices, sampler.num_classes) if labels is None else self._checked(labels)
-        start = sampler.noise(indices) if noise is None else noise.to(self.device)
-        velocity = sampler.velocity(ids, None if dense is None else dense.to(self.device))
+        start = sampler.noise(indices) if noise is None else self._latents("noise", noise)
+        velocity = sampler.velocity(ids, self._map(dense))
         return sampler.decode(solve(velocity, start, solver, draw=sampler.draw(indices)).x)
 
     def invert(
@@ -149,8 +159,10 @@ class Flow:
     ) -> torch.Tensor:
         """The noise [N, c, h, w] at t = 1 that the flow leads images uint8 [N, C, H, W] to; `sample(noise=...)` leads back.
 
+        Without labels, images are of the null class, or of the only class.
+
         Raises:
-            UsageError: a method that does not lead from data to noise.
+            UsageError: a method that does not lead from data to noise, or no labels where there is no null class.
         """
         solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
         check_method(solver, backwards=True)
@@ -176,12 +188,14 @@ class Flow:
             labels: class ids [N]; None: the null class, or the only class.
             dense: maps [N, K, h, w] for networks that take one.
             guidance: fields of GuidanceOptions.
+
+        Raises:
+            UsageError: an unknown option, points of another shape, or no labels where there is no null class.
         """
         (options,) = _split(guidance, GuidanceOptions)
         sampler = self._sampler(SolverOptions(), options, seed=0)
         ids = self._null(len(x)) if labels is None else self._checked(labels)
-        velocity = sampler.velocity(ids, None if dense is None else dense.to(self.device))
-        return velocity(t.to(self.device), x.to(self.device))
+        return sampler.velocity(ids, self._map(dense))(t.to(self.device), self._latents("x", x))
 
     def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Latents, float32 [N, c, h, w] of about unit scale, of images uint8 [N, C, H, W].
@@ -190,11 +204,10 @@ class Flow:
         the posterior's means, or samples if standard normal `noise` [N, c, h, w] is given.
 
         Raises:
-            TypeError: images that are not uint8.
-            UsageError: channels or sides that the autoencoder does not admit.
+            UsageError: images that are not uint8 [N, C, H, W], or channels or sides that the autoencoder does not admit.
         """
-        if images.dtype != torch.uint8:
-            raise TypeError(f"expected images uint8 [N, C, H, W], but got {images.dtype}")
+        if images.dtype != torch.uint8 or images.ndim != 4:
+            raise UsageError(f"expected images uint8 [N, C, H, W], but got {images.dtype} {tuple(images.shape)}")
         facts = self.header.dataset
         if facts.crop is not None and images.shape[-1] == facts.crop:
             images = functional.pad(images, [(facts.image_size - facts.crop) // 2] * 4)
@@ -228,21 +241,37 @@ class Flow:
         ids = labels.long().cpu() if isinstance(labels, torch.Tensor) else torch.tensor([*labels], dtype=torch.long)
         largest = self.header.num_classes - (0 if self.header.drops_labels else 1)
         if ids.ndim != 1 or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= largest):
-            raise ValueError(f"expected class ids [N] in 0..{largest}, but got {ids.tolist()}")
+            raise UsageError(f"expected class ids [N] in 0..{largest}, but got {ids.tolist()}")
         return ids
 
     def _null(self, count: int) -> torch.Tensor:
-        return torch.full((count,), self.header.num_classes if self.header.drops_labels else 0)
+        classes = self.header.num_classes
+        if classes > 1 and not self.header.drops_labels:
+            raise UsageError(f"this network has {classes} classes and no null class: give labels [{count}]")
+        return torch.full((count,), classes if self.header.drops_labels else 0)
+
+    def _latents(self, name: str, latents: torch.Tensor) -> torch.Tensor:
+        if tuple(latents.shape[1:]) != self.header.latent_shape:
+            raise UsageError(
+                f"{name}: expected latents [N, c, h, w] with {self.header.latent_shape}, but got {tuple(latents.shape)}"
+            )
+        return latents.to(self.device)
+
+    def _map(self, dense: torch.Tensor | None) -> torch.Tensor | None:
+        if (dense is None) != (self.header.dense is None):
+            needed = "needs" if dense is None else "takes no"
+            raise UsageError(f"this network {needed} dense maps [N, K, h, w]")
+        return None if dense is None else dense.to(self.device)
 
 
 def _split(values: Mapping[str, Any], *groups: type) -> list[Any]:
     """An instance of each dataclass from the values that are its fields.
 
     Raises:
-        TypeError: a value that is no dataclass's.
+        UsageError: a name that is no dataclass's option, or a value that does not fit.
     """
     names = {group: [field.name for field in dataclasses.fields(group)] for group in groups}
-    if unknown := set(values) - {name for known in names.values() for name in known}:
+    if unknown := sorted(set(values) - {name for known in names.values() for name in known}):
         known = ", ".join(name for fields in names.values() for name in fields)
-        raise TypeError(f"unknown option {', '.join(sorted(unknown))}: expected some of {known}")
-    return [group(**{name: values[name] for name in names[group] if name in values}) for group in groups]
+        raise UsageError(f"unknown option {', '.join(unknown)}: expected some of {known}")
+    return [make_options(group, {name: values[name] for name in names[group] if name in values}) for group in groups]

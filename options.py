@@ -1,4 +1,4 @@
-"""Options declared once, as fields of frozen dataclasses, and the errors that are their user's.
+"""Options declared once, as fields of frozen dataclasses; pydantic would check ranges, but knows neither flags nor resuming.
 
 Every component owns one dataclass whose fields are made by `option(default, help)`; the scripts hand the classes they use
 to `command_line.parse_options`, and give each component its own instance back. The first line of a class's docstring is
@@ -9,6 +9,8 @@ import dataclasses
 import errno
 import shlex
 import sys
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -19,10 +21,13 @@ __all__ = [
     "OnResume",
     "Options",
     "UsageError",
+    "argument_type",
     "as_json",
+    "check_range",
     "exit_cleanly",
     "explain",
     "group_title",
+    "make_options",
     "option",
     "resume_policy",
 ]
@@ -101,9 +106,10 @@ class Options:
             raise KeyError(f"{group.__name__} is not among the option groups that this script registered")
         return group(**{field.name: self.values[field.name] for field in dataclasses.fields(group)})  # type: ignore[arg-type]
 
-    def given(self, group: type) -> dict[str, Any]:
-        """The options of `group` that the user gave, on the command line or in the arguments file."""
-        return {f.name: self.values[f.name] for f in dataclasses.fields(group) if f.name in self.explicit}
+    @property
+    def given(self) -> dict[str, Any]:
+        """The values that the user gave, on the command line or in the arguments file, by name."""
+        return {name: self.values[name] for name in self.explicit}
 
     def describe(self, others: str) -> str:
         """The options that differ from the dataclasses' defaults, a line for each component; `others` tells of the rest.
@@ -149,6 +155,61 @@ class Options:
         """These options with `values` where the user gave none, as if an arguments file had held them."""
         added = {name: value for name, value in values.items() if name in self.values and name not in self.explicit}
         return dataclasses.replace(self, values={**self.values, **added}, explicit=self.explicit | added.keys())
+
+
+def argument_type(hint: Any) -> tuple[type, bool]:
+    """(scalar type, whether a tuple of them) of an annotation such as `int | None` or `tuple[int, ...]`."""
+    if isinstance(hint, types.UnionType):
+        hint = next(item for item in typing.get_args(hint) if item is not type(None))
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def check_range(field: dataclasses.Field, value: Any) -> None:
+    """Refuse numbers below the option's minimum or above its maximum, and names that are no choice.
+
+    Raises:
+        UsageError: such a value.
+    """
+    lowest, highest, choices = (field.metadata[name] for name in ("minimum", "maximum", "choices"))
+    for item in value if isinstance(value, tuple) else (value,):
+        # "not at least" where "less" would let nan pass
+        if lowest is not None and not item >= lowest:
+            raise UsageError(f"--{field.name} must be at least {lowest}, but {value} was given")
+        if highest is not None and not item <= highest:
+            raise UsageError(f"--{field.name} must be at most {highest}, but {value} was given")
+        if choices is not None and item not in choices:
+            raise UsageError(f"--{field.name} {item}: expected one of {', '.join(choices)}")
+
+
+def make_options(group: type[T], values: Mapping[str, Any]) -> T:
+    """An instance of an option dataclass from Python values by name, checked as the command line checks its words.
+
+    Lists become tuples, and whole numbers become floats where a float is due.
+
+    Raises:
+        UsageError: a name that is no option of `group`, or a value of another type, out of range or no choice.
+    """
+    known = {field.name: field for field in dataclasses.fields(group)}  # type: ignore[arg-type]
+    if unknown := sorted(set(values) - set(known)):
+        raise UsageError(f"unknown option {', '.join(unknown)}: expected some of {', '.join(known)}")
+    hints = typing.get_type_hints(group)
+    return group(**{name: _checked(known[name], hints[name], value) for name, value in values.items()})
+
+
+def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
+    kind, many = argument_type(hint)
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    items = tuple(value) if many and isinstance(value, list | tuple) else (value,)
+    items = tuple(float(item) if kind is float and type(item) is int else item for item in items)
+    if any(type(item) is not kind for item in items) or (many and not isinstance(value, list | tuple)):
+        expected = f"several of {kind.__name__}" if many else kind.__name__
+        raise UsageError(f"{field.name}: expected {expected}, but {value!r} was given")
+    checked = items if many else items[0]
+    check_range(field, checked)
+    return checked
 
 
 def as_json(value: Any) -> Any:

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks._draws import Bench, DrawOptions, request_benchmark, varied
 from benchmarks._timing import compare, markdown_table
-from flow.ode import GRID_NAMES
+from flow.grids import GRIDS
 from flow.solvers import SOLVERS, SolverOptions, solve
 from options import exit_cleanly, option
 from runtime.files import write_json
@@ -65,7 +65,7 @@ def settings_of(options: FrontierOptions) -> list[Setting]:
             found += fixed(method, nfe, method, SolverOptions(method))
     for nfe in options.grid_evaluations:
         for method in ON_GRIDS:
-            for grid in GRID_NAMES[1:]:
+            for grid in list(GRIDS)[1:]:
                 found += fixed(f"{method}, {grid}", nfe, method, SolverOptions(method, time_grid=grid))
             for shift in SHIFTS:
                 found += fixed(f"{method}, shift {shift:g}", nfe, method, SolverOptions(method, time_shift=shift))
@@ -158,7 +158,7 @@ def draw_picture(rows: list[dict[str, Any]], path: str) -> None:
         style = {"marker": "osv^Dd<>Px"[number % 10], "linestyle": "-" if number < 10 else "--"}
         left.loglog(*zip(*points, strict=True), markersize=5, label=line, **style)
     few = min(row["nfe"] for row in rows if ", " in row["line"])
-    grids = ["uniform", *GRID_NAMES[1:], *(f"shift {shift:g}" for shift in SHIFTS)]
+    grids = ["uniform", *list(GRIDS)[1:], *(f"shift {shift:g}" for shift in SHIFTS)]
     found = {row["line"]: row["fd"] for row in rows if row["nfe"] == few}
     for marker, method in zip("osv^", ON_GRIDS, strict=True):
         values = [found[method if grid == "uniform" else f"{method}, {grid}"] for grid in grids]

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 
 from benchmarks._timing import markdown_table
-from flow.ode import DIFFUSION_NAMES, GRID_NAMES
+from flow.diffusions import DIFFUSIONS
+from flow.grids import GRIDS
 from flow.solvers import SOLVERS, SolverOptions, solve
 
 ANGLES = 2 * math.pi * torch.arange(5, dtype=torch.float64) / 5
@@ -79,7 +80,7 @@ def errors_by_grid(exact: torch.Tensor) -> list[list[str]]:
     """Rows of errors at 16 evaluations: a method on each grid, and on the uniform grid shifted by 0.5 and 2."""
     rows = []
     for name, steps in (("euler", 16), ("midpoint", 8), ("heun", 8), ("ab2", 16), ("dpm", 16)):
-        settings = [SolverOptions(name, steps, time_grid=grid) for grid in GRID_NAMES]
+        settings = [SolverOptions(name, steps, time_grid=grid) for grid in GRIDS]
         settings += [SolverOptions(name, steps, time_shift=shift) for shift in (0.5, 2.0)]
         errors = [(solve(mixture_velocity, NOISE, s).x - exact).square().sum(1).mean().sqrt().item() for s in settings]
         rows.append([name, *(f"{error:.1e}" for error in errors)])
@@ -124,7 +125,7 @@ def main() -> None:
     picture = parser.parse_args().picture
     exact = solve(mixture_velocity, NOISE, SolverOptions("dopri5", atol=1e-12, rtol=1e-12)).x
     curves = point_errors(exact)
-    stochastic = {name: variance_errors(name) for name in DIFFUSION_NAMES}
+    stochastic = {name: variance_errors(name) for name in DIFFUSIONS}
     rows = []
     for name, curve in [*curves.items(), *((f"stochastic, {name}", curve) for name, curve in stochastic.items())]:
         adaptive = name in SOLVERS and SOLVERS[name].adaptive
@@ -138,7 +139,7 @@ def main() -> None:
     ]
     print(markdown_table(header, rows))
     print("\nErrors at 16 evaluations, by grid:\n")
-    print(markdown_table(["method", *GRID_NAMES, "shift 0.5", "shift 2"], errors_by_grid(exact)))
+    print(markdown_table(["method", *GRIDS, "shift 0.5", "shift 2"], errors_by_grid(exact)))
     if picture:
         draw_picture(curves, stochastic, picture)
 

@@ -40,7 +40,7 @@ def main() -> None:
     )
     source, target = paths
     if is_torch_file(source):
-        _from_published(source, target, {name: options.values[name] for name in options.explicit})
+        _from_published(source, target, options.given)
     else:
         _to_published(source, target, options[ConversionOptions].module_prefix)
     print(f"{source} -> {target}")

@@ -16,7 +16,7 @@ from models.autoencoders.protocol import AutoencoderFacts
 from models.conditions import DenseInput
 from models.family import FamilyOptions
 from models.registry import Architecture, options_from_header
-from options import UsageError, as_json
+from options import UsageError, as_json, make_options
 
 __all__ = ["FORMAT", "Header"]
 
@@ -83,10 +83,10 @@ class Header:
             values["autoencoder"] = AutoencoderFacts.from_json(values["autoencoder"])
             values["dataset"] = DatasetFacts(**_tuples(values["dataset"]))
             objective = OBJECTIVES[values.get("objective", "flow_matching")]
-            values["path"] = objective.options(**values.get("path", {}))
+            values["path"] = make_options(objective.options, values.get("path", {}))
             dense = values.get("dense")
             return cls(**values | {"dense": None if dense is None else DenseInput(**dense)})
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise UsageError(f"its header is not one that this version reads: {error}") from error
 
     def to_json(self) -> dict[str, Any]:

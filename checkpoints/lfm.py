@@ -22,7 +22,6 @@ from checkpoints.state_dicts import TYPICAL_LABEL_DROPOUT, load_weights
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
-from models.edm_unet import EdmUNetOptions
 from models.registry import Architecture, build_network
 from options import UsageError
 from runtime.torch_files import weights_hash
@@ -111,8 +110,7 @@ def _architecture(
         num_in_channels=channels + embedded if request.in_channels is None else request.in_channels,
         num_out_channels=channels if request.out_channels is None else request.out_channels,
     )
-    if isinstance(network, EdmUNetOptions) and network.label_dim:
-        # The null class of these networks is a zero vector, so their weights do not show whether labels were dropped.
+    if not network.null_class_has_weights and network.classes > 1:  # so guidance must not be refused
         network = replace(network, label_dropout=network.label_dropout or TYPICAL_LABEL_DROPOUT)
     factor = autoencoder.factor if autoencoder else request.autoencoder.f or FACTOR
     size, remainder = divmod(request.dataset.image_size, factor)

@@ -8,9 +8,9 @@ from datasets_prep.image_dataset import DatasetFacts
 from models.autoencoders.loading import AutoencoderOptions
 from models.family import FamilyOptions
 from models.registry import NETWORKS, NetworkOptions, network_groups
-from options import UsageError
+from options import UsageError, make_options
 
-__all__ = ["NetworkRequest", "published_facts", "request_network"]
+__all__ = ["NetworkRequest", "described_by", "published_facts", "request_network"]
 
 T = TypeVar("T")
 
@@ -80,19 +80,19 @@ def published_facts(dataset: str, image_size: int) -> DatasetFacts:
     return DatasetFacts(dataset, image_size, 1 if side else 3, crop, not side, ())
 
 
+def described_by() -> frozenset[str]:
+    """The names of the options that describe a published network, its data and its latents."""
+    groups = (NetworkOptions, AutoencoderOptions, *network_groups())
+    return frozenset({field.name for group in groups for field in fields(group)} | {"dataset", "image_size"})
+
+
 def _own_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a published run about network, latents and data, as this project spells them; None: not given."""
-    groups = (NetworkOptions, AutoencoderOptions, *network_groups())
-    known = {field.name for group in groups for field in fields(group)} | {"dataset", "image_size"}
     named = {OTHER_SPELLINGS.get(name, name): value for name, value in arguments.items()}
-    return {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in named.items()
-        if name in known and value is not None
-    }
+    return {name: value for name, value in named.items() if name in described_by() and value is not None}
 
 
 def _select(group: type[T], values: Mapping[str, Any]) -> T:
     """The instance of an option dataclass with those of its fields that `values` holds; the others keep their defaults."""
     names = [field.name for field in fields(group)]  # type: ignore[arg-type]
-    return group(**{name: values[name] for name in names if name in values})
+    return make_options(group, {name: values[name] for name in names if name in values})

@@ -64,7 +64,7 @@ class BuildLmdbOptions:
     validation: str = option(
         "", "how many of the last images to hold out, or a file with one name per line; default: the last tenth"
     )
-    format: str = option("png", "how images are stored: losslessly (png, raw) or not (jpg)", choices=tuple(ENCODERS))
+    format: str = option("png", "how images are stored: losslessly (png, raw) or not (jpg)", choices=ENCODERS)
     skip_bad_images: bool = option(False, "leave unreadable images out, with a count, instead of stopping")
     num_workers: int = option(4, "threads that read and encode images", minimum=1)
 

@@ -56,7 +56,7 @@ class LatentCacheOptions:
 def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> Path:
     """The folder of one dataset, size, split and autoencoder below `root`."""
     facts = dataset.facts
-    return root / f"{facts.name}_{facts.image_size}_{dataset.split}_{(autoencoder.describe().sha256 or '')[:8]}"
+    return root / f"{facts.name}_{facts.image_size}_{dataset.split}_{_hash_of(autoencoder)[:8]}"
 
 
 def open_latent_cache(folder: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> LatentCache:
@@ -246,11 +246,25 @@ def _identity(dataset: ImageDataset, autoencoder: Autoencoder) -> dict[str, Any]
         "dataset_fingerprint": dataset.fingerprint,
         "count": len(dataset),
         "image_size": facts.image_size,
-        "autoencoder_sha256": autoencoder.describe().sha256,
+        "autoencoder_sha256": _hash_of(autoencoder),
         "orientations": orientations,
         "moment_shape": list(shape),
         "shard_size": max(1, SHARD_BYTES // (orientations * int(np.prod(shape)) * 2)),
     }
+
+
+def _hash_of(autoencoder: Autoencoder) -> str:
+    """The hash by which a cache knows its autoencoder.
+
+    Raises:
+        UsageError: the autoencoder has none.
+    """
+    facts = autoencoder.describe()
+    if facts.sha256 is None:
+        raise UsageError(
+            f"the autoencoder {facts.id} has no hash, by which a latent cache would know it: use --no_latent_cache"
+        )
+    return facts.sha256
 
 
 def _check_fits(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:

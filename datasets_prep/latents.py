@@ -81,6 +81,7 @@ class StoredMoments:
         self.labels = dataset.labels
         self._stored = dataset.stored
         self._channels = autoencoder.latent_channels
+        self._has_posterior = autoencoder.has_posterior
         if autoencoder.is_pixel_space:
             raise UsageError(
                 f"{dataset.facts.name} holds latents: --pretrained_autoencoder_ckpt none does not fit them"
@@ -92,21 +93,23 @@ class StoredMoments:
                 f"--pretrained_autoencoder_ckpt names {sha256} (SHA-256 of the weights)"
             )
         side = dataset.facts.image_size // autoencoder.factor
-        admitted = [(channels, side, side) for channels in (self._channels, 2 * self._channels)]
+        widths = (self._channels, 2 * self._channels) if self._has_posterior else (self._channels,)
+        admitted = [(channels, side, side) for channels in widths]
         found = tuple(self._stored(torch.tensor([0]), torch.tensor([False])).shape[1:])
         if found not in admitted:
             raise UsageError(
                 f"the latents of {dataset.facts.name} have the shape {found}, but this autoencoder and --image_size "
-                f"{dataset.facts.image_size} ask for {admitted[0]} (mean) or {admitted[1]} (mean and log-variance)"
+                f"{dataset.facts.image_size} ask for {admitted[0]}"
+                + (f" (mean) or {admitted[1]} (mean and log-variance)" if self._has_posterior else "")
             )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def moments(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-        """Moments [B, 2 c, h, w]; a latent without a log-variance has the least there is, which is as good as none."""
+        """The autoencoder's moments; a latent without a log-variance gets the least there is, which is as good as none."""
         stored = self._stored(indices, mirrored)
-        if stored.shape[1] == 2 * self._channels:
+        if stored.shape[1] == 2 * self._channels or not self._has_posterior:
             return stored
         return torch.cat([stored, torch.full_like(stored, LOGVAR_RANGE[0])], dim=1)
 

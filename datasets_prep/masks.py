@@ -147,7 +147,7 @@ MASK_KINDS: dict[str, Draw] = {
 class MaskOptions:
     """Masks."""
 
-    mask_kind: str = option("mixed", "masks that are drawn; mixed: strokes, boxes or both", choices=tuple(MASK_KINDS))
+    mask_kind: str = option("mixed", "masks that are drawn; mixed: strokes, boxes or both", choices=MASK_KINDS)
 
 
 @dataclass(frozen=True)

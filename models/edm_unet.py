@@ -43,6 +43,7 @@ class EdmUNetOptions(UNetOptions):
     """adm, ddpm++, ncsn++."""
 
     class_flag: ClassVar[str] = "label_dim"
+    null_class_has_weights: ClassVar[bool] = False  # it is a vector of zeros
 
     label_dim: int = option(0, "number of classes of adm, ddpm++ and ncsn++; 0: unconditional", minimum=0)
 

@@ -19,6 +19,7 @@ class FamilyOptions:
     """Every network."""
 
     class_flag: ClassVar[str] = "num_classes"  # the option that holds the number of classes
+    null_class_has_weights: ClassVar[bool] = True  # whether a state dict shows if labels were dropped
 
     num_in_channels: int = option(4, "channels of the network's input; default: those of the latents", minimum=1)
     num_out_channels: int = option(4, "channels of the velocity; default: those of the latents", minimum=1)

@@ -14,7 +14,7 @@ from models.edm_unet import EdmUNet, EdmUNetOptions
 from models.family import Family, FamilyOptions
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
 from models.plain_unet import PlainUNet, PlainUNetOptions
-from options import Options, UsageError, option
+from options import Options, UsageError, make_options, option
 
 __all__ = [
     "IGNORED_NETWORK_FLAGS",
@@ -112,7 +112,6 @@ def options_from_header(model_type: str, stored: Mapping[str, Any]) -> FamilyOpt
         UsageError: a model type or an option that this version does not know.
     """
     try:
-        values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
-        return NETWORKS[model_type].options(**values)
-    except (KeyError, TypeError) as error:
+        return make_options(NETWORKS[model_type].options, stored)
+    except (KeyError, TypeError, UsageError) as error:
         raise UsageError(f"the checkpoint's network {model_type} is unknown to this version: {error}") from error

@@ -76,6 +76,7 @@ def run_script(
     *,
     ignored: Mapping[str, str] | None = None,
     task: str | None = None,
+    adjust: Callable[[Options], Options] = lambda options: options,
 ) -> None:
     """Parse the command line (as `parse_options` does) and run `main` in each of the processes that it asks for.
 
@@ -86,7 +87,9 @@ def run_script(
     def work() -> int:
         with join_processes() as processes:
             with redirect_stderr(io.StringIO()) as notes:
-                options = parse_options(description, [*groups, LaunchOptions], ignored=ignored, task=task)
+                options = parse_options(
+                    description, [*groups, LaunchOptions], ignored=ignored, task=task, adjust=adjust
+                )
             settings = options[LaunchOptions]
             if settings.wanted > 1 and not launched():
                 return _launch(settings)

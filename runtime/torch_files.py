@@ -12,7 +12,7 @@ import torch
 from options import UsageError
 from runtime.files import atomic_path
 
-__all__ = ["is_torch_file", "load_content", "read_torch_file", "save_content", "weights_hash"]
+__all__ = ["is_torch_file", "read_torch_file", "save_content", "weights_hash"]
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch.save begin, those since version 1.6 and the older ones
 
@@ -57,15 +57,6 @@ def save_content(path: str | Path, content: Mapping[str, Any], previous: Path | 
     # The open file, since torch.save with a path would hide the kind of an OSError.
     with atomic_path(path, previous=previous) as temporary, temporary.open("wb") as file:
         torch.save(dict(content), file)
-
-
-def load_content(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What `save_content` wrote; nothing in the file is ever executed.
-
-    Raises:
-        UsageError: a torn or altered file, or one that holds more than tensors and plain values.
-    """
-    return read_torch_file(path, device)
 
 
 def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:

@@ -116,7 +116,7 @@ def sampler_request(options: Options) -> SamplerRequest:
         autoencoder=options[AutoencoderOptions],
         network=options[NetworkOptions],
         dataset=options[DatasetOptions].dataset,
-        given={name: options.values[name] for name in options.explicit},
+        given=options.given,
     )
 
 

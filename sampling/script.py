@@ -1,7 +1,7 @@
 """The work of test_flow_latent.py: one dictionary of the modes that it has, and the loop over those that were asked for."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from datasets_prep.datasets import DatasetOptions
@@ -58,7 +58,7 @@ class ModeOptions:
     mode: str = option(
         SAMPLE,
         "sample; invert (held-out images to noise and back); interpolate (between two seeds); trajectory (noise to data); "
-        "or one of the next three",
+        "compute_nfe, measure_time, compute_nll: as the next three flags",
         choices=MODES,
     )
     compute_nfe: bool = option(False, "only count the evaluations that --n_sample samples take")
@@ -114,4 +114,5 @@ def run_modes(options: Options, processes: Processes = Processes()) -> Iterator[
     for name in chosen:
         mode = MODES[name]
         shared = {"processes": processes} if mode.parallel else {}
-        yield mode.run(loaded, *(options[group] for group in mode.options), **shared)
+        fresh = replace(loaded, sampler=replace(loaded.sampler))  # torch's global generator begins anew for each mode
+        yield mode.run(fresh, *(options[group] for group in mode.options), **shared)

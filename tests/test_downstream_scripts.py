@@ -22,7 +22,7 @@ from checkpoints.files import read_weights
 from datasets_prep.celebamask import merge_tree
 from evaluation.features.registry import FEATURES
 from models.autoencoders.kl import new_autoencoder_kl
-from runtime.torch_files import load_content
+from runtime.torch_files import read_torch_file
 from tests.fake_features import MeanColours
 
 ROOT = Path(__file__).parents[1]
@@ -203,7 +203,7 @@ def test_published_commands_train_and_their_networks_sample(task, place, tmp_pat
     out = run(script_of("train", task), [*COMMANDS[task], *small, "--max_steps", 2])
     folder = folder_of(tmp_path, task, exp, "celeba_256")
     assert f"complete; sample with {script_of('test', task)}" in out.splitlines()[-1]
-    assert load_content(folder / "content.pth")["step"] == 2
+    assert read_torch_file(folder / "content.pth")["step"] == 2
     weights, header = read_weights(newest_model(folder))
     assert (header.task, header.model_type, header.latent_size) == (task, "origin_adm", 8)
     assert header.autoencoder.scale_factor == 0.18215
@@ -250,7 +250,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(task, place):
             resume = ["--resume"] if number else []
             out = run(script_of("train", task), [*data, *flags, "--max_steps", stop, *resume])
         folder = folder_of(place, task, exp, {"inpaint": "folder", "semantic": "fashion_mnist"}[task])
-        contents.append(load_content(folder / "content.pth"))
+        contents.append(read_torch_file(folder / "content.pth"))
         entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         records.append([(e["step"], e["loss"]) for e in entries if e["kind"] == "train"])
     assert "continuing at step 4 of 7" in out

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from checkpoints.files import read_weights
 from command_line import parse_options
 from datasets_prep.datasets import DATASETS
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
@@ -236,7 +237,13 @@ def test_an_example_trains_saves_resumes_and_samples(tmp_path, example):
     assert train(flags, exp="parts", max_steps=2, resume=True) == 0
     whole, parts = (torch.load(folder / exp / "content.pth", weights_only=True) for exp in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 2
-    assert whole["network"].keys() == parts["network"].keys()
+    for name, weight in whole["network"].items():
+        assert torch.equal(weight, parts["network"][name]), name  # exact resume
+    header = read_weights(folder / "whole" / "best.safetensors")[1]
+    found = {"model_type": header.model_type, "objective": header.objective, "dataset": header.dataset.name}
+    found |= {"pretrained_autoencoder_ckpt": header.autoencoder.id}
+    for name, value in found.items():
+        assert value == flags.get(name, "flow_matching")
     names = {"dataset", "datadir", "method", "num_steps", "device", "save_root"}
     sampling = {name: value for name, value in flags.items() if name in names}
     words = words_of(sampling | {"exp": "whole", "n_sample": 4, "batch_size": 4, "output_dir": tmp_path / "out"})

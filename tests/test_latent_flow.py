@@ -113,23 +113,39 @@ def test_images_with_and_without_padding_have_the_same_latents(flow):
     assert not torch.equal(flow.encode(images), flow.encode(images, noise))
 
 
-def test_mistakes_are_named(place, flow, tmp_path):
-    with pytest.raises(ValueError, match=r"class ids \[N\] in 0\.\.10, but got \[3, 11\]"):
-        flow.sample(labels=[3, 11])
-    with pytest.raises(ValueError, match=r"expected 2 labels, noises and maps, but got \[2, 1\]"):
-        flow.sample(labels=[3, 4], noise=torch.zeros(1, *flow.header.latent_shape))
-    with pytest.raises(TypeError, match=r"unknown option guidance: expected some of method, .*cfg_scale"):
-        flow.sample(guidance=3)
-    with pytest.raises(UsageError, match="unknown --method 'rk5'"):
-        flow.sample(method="rk5")
-    with pytest.raises(UsageError, match="does not lead from data to noise"):
-        flow.invert(torch.zeros(1, 1, 28, 28, dtype=torch.uint8), method="dpm")
-    with pytest.raises(TypeError, match="expected images uint8"):
-        flow.encode(torch.zeros(1, 1, 28, 28))
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda flow: flow.sample(labels=[3, 11]), r"class ids \[N\] in 0\.\.10, but got \[3, 11\]"),
+        (lambda flow: flow.sample(labels=[3, 4], noise=torch.zeros(1, *flow.header.latent_shape)), "labels, noises and maps"),
+        (lambda flow: flow.sample(noise=torch.zeros(2, 4, 4, 4)), r"noise: expected latents .*\(4, 8, 8\)"),
+        (lambda flow: flow.sample(count=0), "expected 1 samples or more"),
+        (lambda flow: flow.sample(guidance=3), r"unknown option guidance: expected some of method, .*cfg_scale"),
+        (lambda flow: flow.sample(method="rk5"), "unknown --method 'rk5'"),
+        (lambda flow: flow.sample(time_grid="nope"), "--time_grid nope: expected one of uniform"),
+        (lambda flow: flow.sample(atol=-1), "--atol must be at least 0"),
+        (lambda flow: flow.sample(steps="many"), "num_steps: expected int, but 'many' was given"),
+        (lambda flow: flow.sample(count=1, dense=torch.zeros(1, 3, 8, 8)), "takes no dense maps"),
+        (lambda flow: flow.velocity(torch.zeros(1), torch.zeros(1, 4, 4, 4)), "x: expected latents"),
+        (lambda flow: flow.invert(torch.zeros(1, 1, 28, 28, dtype=torch.uint8), method="dpm"), "from data to noise"),
+        (lambda flow: flow.encode(torch.zeros(1, 1, 28, 28)), "expected images uint8"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(flow, call, message):
+    with pytest.raises(UsageError, match=message):
+        call(flow)
+
+
+def test_mistakes_in_loading_are_named(place, tmp_path):
     with pytest.raises(UsageError, match="describes itself: leave out dataset"):
         latent_flow.load(place / CHECKPOINT, dataset="mnist")
     with pytest.raises(UsageError, match="cannot read the checkpoint"):
         latent_flow.load(tmp_path / "absent.safetensors")
+    torch.save({"a": torch.zeros(1)}, tmp_path / "model_1.pth")
+    with pytest.raises(UsageError, match="model_tpye: expected some of .*model_type"):
+        latent_flow.load(tmp_path / "model_1.pth", model_tpye="DiT-L/2")
+    with pytest.raises(UsageError, match="nf must be at least 4"):
+        latent_flow.load(tmp_path / "model_1.pth", dataset="celeba_256", image_size=256, nf=-5)
 
 
 @pytest.mark.slow

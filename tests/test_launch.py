@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from runtime.torch_files import load_content
+from runtime.torch_files import read_torch_file
 
 ROOT = Path(__file__).parents[1]
 TRAIN, TEST = "train_flow_latent.py", "test_flow_latent.py"
@@ -161,7 +161,7 @@ def interrupt(place, exp, flags, number):
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert "the same command (without --overwrite) continues it" in out.splitlines()[-1]
-    return load_content(folder_of(place, exp) / "content.pth")
+    return read_torch_file(folder_of(place, exp) / "content.pth")
 
 
 @pytest.mark.slow
@@ -179,7 +179,7 @@ def test_interrupted_processes_save_and_one_goes_on(place):
     finished = as_processes([sys.executable], TRAIN, alone)
     assert finished.returncode == 0, finished.stderr
     assert "not bit for bit as it would have: processes 2 -> 1" in finished.stdout
-    assert load_content(folder_of(place, "stopped") / "content.pth")["step"] > content["step"]
+    assert read_torch_file(folder_of(place, "stopped") / "content.pth")["step"] > content["step"]
 
 
 @pytest.mark.slow
@@ -188,4 +188,4 @@ def test_accelerate_launch_in_front(place):
         ACCELERATE, TRAIN, [*train_flags(place, "accelerated", 32, steps=1), "--num_process_per_node", 1]
     )
     assert finished.returncode == 0, finished.stderr
-    assert load_content(folder_of(place, "accelerated") / "content.pth")["step"] == 1
+    assert read_torch_file(folder_of(place, "accelerated") / "content.pth")["step"] == 1

@@ -7,7 +7,7 @@ from typing import ClassVar
 import pytest
 
 from command_line import leading_word, parse_options, read_arguments_file
-from options import DivergedError, UsageError, as_json, exit_cleanly, option
+from options import DivergedError, UsageError, as_json, exit_cleanly, make_options, option
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def test_values_have_the_declared_types():
     assert isinstance(options[Sampler].cfg_scale, float)
     assert options[Network].widths == (8, 24, 64)
     assert options.explicit == {"num_steps", "cfg_scale", "widths", "method"}
-    assert options.given(Network) == {"widths": (8, 24, 64)}
+    assert options.given == {"num_steps": 7, "cfg_scale": 2.0, "widths": (8, 24, 64), "method": "heun"}
 
 
 def test_a_shared_field_is_one_flag():
@@ -355,3 +355,30 @@ def test_the_complete_configuration_is_one_tree(capsys):
         "├─ use_ema  true",
         "└─ flip     true  *",
     ]
+
+
+def test_options_are_made_of_values_as_of_words():
+    made = make_options(Sampler, {"num_steps": 7, "cfg_scale": 2, "method": "heun"})
+    assert made == Sampler(method="heun", num_steps=7, cfg_scale=2.0)
+    assert isinstance(made.cfg_scale, float)
+    assert make_options(Network, {"widths": [8, 16]}).widths == (8, 16)
+    assert make_options(Sampler, {"cfg_scale": None}).cfg_scale is None
+
+
+@pytest.mark.parametrize(
+    ("group", "values", "message"),
+    [
+        (Sampler, {"steps": 7}, "unknown option steps: expected some of method, num_steps"),
+        (Sampler, {"num_steps": 0}, "--num_steps must be at least 1, but 0 was given"),
+        (Sampler, {"num_steps": 7.5}, "num_steps: expected int, but 7.5 was given"),
+        (Sampler, {"num_steps": True}, "num_steps: expected int, but True was given"),
+        (Sampler, {"noise": 2}, "--noise must be at most 1"),
+        (Sampler, {"method": "rk"}, "--method rk: expected one of euler, heun"),
+        (Network, {"widths": 8}, "widths: expected several of int, but 8 was given"),
+        (Network, {"widths": [8, "x"]}, "widths: expected several of int"),
+        (Network, {"use_ema": "yes"}, "use_ema: expected bool, but 'yes' was given"),
+    ],
+)
+def test_values_that_are_no_options_are_refused(group, values, message):
+    with pytest.raises(UsageError, match=message):
+        make_options(group, values)

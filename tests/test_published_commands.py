@@ -21,7 +21,7 @@ from PIL import Image
 from checkpoints.files import read_weights
 from evaluation.features.registry import FEATURES
 from models.autoencoders.kl import new_autoencoder_kl
-from runtime.torch_files import load_content
+from runtime.torch_files import read_torch_file
 from tests.fake_features import MeanColours
 
 ROOT = Path(__file__).parents[1]
@@ -148,7 +148,7 @@ def test_train_continue_sample_score(name, autoencoder, call, monkeypatch, tmp_p
     code, out, err = call("train_flow_latent.py", ["--args_file", *train, "--max_steps", 4, "--resume"])
     assert code == 0, err
     assert "continuing at step 2 of 4" in out
-    assert load_content(folder / "content.pth")["step"] == 4
+    assert read_torch_file(folder / "content.pth")["step"] == 4
 
     code, out, err = call("test_flow_latent.py", ["--args_file", *test, "--epoch_id", 2])
     assert code == 0, err

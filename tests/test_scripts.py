@@ -28,7 +28,7 @@ from evaluation.sources import open_source
 from evaluation.statistics import save_statistics
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
-from runtime.torch_files import load_content
+from runtime.torch_files import read_torch_file
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("process_restored")
@@ -105,7 +105,7 @@ def test_training_leaves_checkpoint_picture_and_record(place, trained, checkpoin
     assert [entry["step"] for entry in entries if entry["kind"] == "validation"] == [4]
     options = json.loads((folder / "config.json").read_text())["options"]
     assert (options["max_steps"], options["datadir"]) == (4, str(place / "data"))
-    assert load_content(folder / "content.pth")["step"] == 4
+    assert read_torch_file(folder / "content.pth")["step"] == 4
     measured = json.loads((folder / "samples" / "reconstructions.json").read_text())
     assert measured["autoencoder"]["id"] == str(place / "ae")
     assert f"PSNR {measured['psnr_db']:.2f} dB: {folder / 'samples' / 'reconstructions.png'}" in trained.stdout
@@ -126,7 +126,7 @@ def test_training_again_says_that_it_is_complete(place, trained, checkpoint, cal
 
 def test_trained_weights_differ_from_the_initial_ones(place, trained, checkpoint):
     """And the average of four steps lies between them."""
-    content = load_content(folder_of(place) / "content.pth")
+    content = read_torch_file(folder_of(place) / "content.pth")
     average, _ = read_weights(checkpoint)
     name = "final_layer.linear.weight"  # starts at zero
     assert 0 < average[name].abs().mean() < content["network"][name].abs().mean()
@@ -359,7 +359,7 @@ def test_interrupted_training_continues_bit_for_bit(place, trained, call):
     assert process.returncode == 130, err
     assert "the same command (without --overwrite) continues it" in out.splitlines()[-1]
     assert "Traceback" not in err
-    stopped_at = load_content(folder_of(place, "stopped") / "content.pth")["step"]
+    stopped_at = read_torch_file(folder_of(place, "stopped") / "content.pth")["step"]
     assert 3 <= stopped_at < 100
     code, out, _ = call(TRAIN, flags)
     assert code == 0
@@ -369,7 +369,7 @@ def test_interrupted_training_continues_bit_for_bit(place, trained, call):
     stopped, steady = (folder_of(place, exp) for exp in ("stopped", "steady"))
     one, other = (read_weights(newest_model(folder))[0] for folder in (stopped, steady))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    one, other = (load_content(folder / "content.pth")["network"] for folder in (stopped, steady))
+    one, other = (read_torch_file(folder / "content.pth")["network"] for folder in (stopped, steady))
     assert all(torch.equal(one[name], other[name]) for name in one)
     losses = [
         [
@@ -399,7 +399,7 @@ def test_training_killed_again_and_again_ends_with_the_same_bits(place, trained,
     assert not {path.name for path in folder.iterdir() if "tmp" in path.name or "lock" in path.name}
     flags[flags.index("killed")] = "unharmed"
     assert call(TRAIN, flags)[0] == 0
-    one, other = (load_content(folder_of(place, exp) / "content.pth") for exp in ("killed", "unharmed"))
+    one, other = (read_torch_file(folder_of(place, exp) / "content.pth") for exp in ("killed", "unharmed"))
     for part in (lambda content: content["network"], lambda content: content["ema"]["weights"]):
         assert all(torch.equal(part(one)[name], value) for name, value in part(other).items())
     one, other = (read_weights(newest_model(folder_of(place, exp)))[0] for exp in ("killed", "unharmed"))
@@ -620,7 +620,7 @@ def test_five_lines_of_python(checkpoint):
 
 def test_a_run_of_the_published_code_is_continued(place, trained, call):
     """Its content.pth in the experiment's folder: refused without --resume, then taken over with its epoch."""
-    content = load_content(folder_of(place) / "content.pth")
+    content = read_torch_file(folder_of(place) / "content.pth")
     names = list(content["network"])  # a DiT's parameters in order; the first, its positions, is frozen
     moments = content["optimizers"][0]["state"]
     states = {number + 1: {**moments[number], "ema": content["network"][names[number + 1]]} for number in moments}
@@ -643,7 +643,7 @@ def test_a_run_of_the_published_code_is_continued(place, trained, call):
     assert code == 0, err
     assert f"took over {len(names)} weights, {len(moments)} moving averages" in out
     assert "continuing at step 9 of 11" in out
-    after = load_content(folder / "content.pth")
+    after = read_torch_file(folder / "content.pth")
     assert after["step"] == 11
     assert [state["step"].item() for state in after["optimizers"][0]["state"].values()] == [4 + 2] * len(moments)
 

@@ -52,7 +52,7 @@ class AutoencoderTrainingOptions:
     batch_size: int = option(32, "images per step", minimum=1)
     max_steps: int = option(10000, "optimizer steps", minimum=1)
     lr: float = option(2e-3, "learning rate", minimum=0)
-    lr_schedule: str = option("trapezoid", "course of the learning rate", choices=tuple(SCHEDULES))
+    lr_schedule: str = option("trapezoid", "course of the learning rate", choices=SCHEDULES)
     ema_decay: float = option(0.999, "decay of the average of the weights that is saved", minimum=0)
     seed: int = option(0, "seed of the initial weights, the data order and the posterior samples")
     half_weights: bool = option(True, "store the weights as float16, which halves the file")

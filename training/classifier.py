@@ -33,7 +33,7 @@ class ClassifierTrainingOptions:
     batch_size: int = option(128, "images per step", minimum=2)
     max_steps: int = option(6000, "optimizer steps", minimum=1)
     lr: float = option(4e-3, "learning rate", minimum=0)
-    lr_schedule: str = option("cosine", "course of the learning rate", choices=tuple(SCHEDULES))
+    lr_schedule: str = option("cosine", "course of the learning rate", choices=SCHEDULES)
     weight_decay: float = option(0.05, "decay of the weights, relative to the learning rate", minimum=0)
     label_smoothing: float = option(0.1, "probability spread over all classes", minimum=0)
     max_shift: int = option(2, "largest random shift, pixels", minimum=0)

@@ -84,19 +84,20 @@ class StepStreams:
     def uniform(self, purpose: str) -> torch.Tensor:
         """Numbers [N] in [0, 1)."""
         if purpose not in self._uniform:
-            generator = self._own_generator(purpose)
+            generator = self._own_generator("uniform", purpose)
             self._uniform[purpose] = torch.rand(self._shape[0], generator=generator, device=self._device)
         return self._uniform[purpose]
 
     def normal(self, purpose: str) -> torch.Tensor:
         """Standard normal numbers [N, c, h, w]."""
         if purpose not in self._normal:
-            self._normal[purpose] = self._randn(self._first if purpose == "condition" else self._own_generator(purpose))
+            own = purpose != "condition"
+            self._normal[purpose] = self._randn(self._own_generator("normal", purpose) if own else self._first)
         return self._normal[purpose]
 
-    def _own_generator(self, purpose: str) -> torch.Generator:
+    def _own_generator(self, kind: str, purpose: str) -> torch.Generator:
         seed, step = self._keys
-        return generator_for(seed, "step", step, purpose, device=self._device)
+        return generator_for(seed, "step", step, kind, purpose, device=self._device)
 
     def _randn(self, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(self._shape, generator=generator, device=self._device)

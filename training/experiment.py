@@ -213,7 +213,10 @@ def _changed(
     defaults: Mapping[str, Any],
     policies: Mapping[str, OnResume],
 ) -> dict[str, tuple[Any, Any]]:
-    """Old and new values of the options that matter; another batch per process does not if the global one is the same."""
+    """Old and new values of the options that matter; another batch per process does not if the global one is the same.
+
+    A run from before an option existed had its default.
+    """
     batches = [values.get("batch_size", 0) * values.get("processes", 1) for values in (previous, current)]
     changed = {
         name: (previous.get(name), value)

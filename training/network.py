@@ -14,7 +14,7 @@ from datasets_prep.datasets import ImageDataset
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import DenseInput
 from models.family import FamilyOptions
-from models.registry import Architecture, build_network
+from models.registry import Architecture, build_network, network_groups
 from options import UsageError
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
@@ -110,7 +110,7 @@ def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None
 
 def _check_class_flag(options: FamilyOptions, given: Mapping[str, Any]) -> None:
     """Refuse a number of classes that was given by another family's flag."""
-    for other in {"label_dim", "num_classes"} - {options.class_flag}:
+    for other in {group.class_flag for group in network_groups()} - {options.class_flag}:
         if (given.get(other) or 0) > 1 and options.classes == 1:
             raise UsageError(
                 f"--{other} {given[other]} is not for this network: its classes are given by --{options.class_flag}"

@@ -45,7 +45,7 @@ class TrainingOptions(OptimizerOptions):
     lr_schedule: str = option(
         "cosine",
         "its course down to 1e-5; trapezoid falls over the last 40 %",
-        choices=tuple(SCHEDULES),
+        choices=SCHEDULES,
         on_resume="on_request",
     )
     no_lr_decay: bool = option(False, "constant learning rate", on_resume="on_request")

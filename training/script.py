@@ -29,13 +29,18 @@ IGNORED_FLAGS = {
 def run_training_script(task: TrainingTask, description: str) -> None:
     """The whole of a training script: parse the command line, start the processes, train, exit."""
     groups = (*training_groups(), *task.options)
-    run_script(partial(run_training, task), description, groups, ignored=IGNORED_FLAGS, task=task.task.name)
+    run_script(
+        partial(run_training, task),
+        description,
+        groups,
+        ignored=IGNORED_FLAGS,
+        task=task.task.name,
+        adjust=(lambda options: options) if task.task is GENERATE else guided_diffusion_by_default,
+    )
 
 
 def run_training(task: TrainingTask, options: Options, processes: Processes) -> int:
     """Train for a task, and say how to go on; returns the exit code."""
-    if task.task is not GENERATE:
-        options = guided_diffusion_by_default(options)
     folder = run_folder(options[ExperimentOptions], options[DatasetOptions].dataset, task.task)
     if options[ExperimentOptions].overwrite:
         options = _overwrite_once(options, folder)

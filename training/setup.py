@@ -109,7 +109,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     # The network and its objective.
     model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
     dense = inputs.dense(options[ConditionOptions].condition_dropout if task.condition else 0.0)
-    given = {name: options.values[name] for name in options.explicit}
+    given = options.given
     chosen = options[NETWORKS[model_type].options]
     architecture = choose_architecture(model_type, chosen, given, data.image_size, inputs.autoencoder, dense)
     label_all_alike(architecture.options, (inputs.dataset, inputs.held_out))

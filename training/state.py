@@ -55,7 +55,7 @@ class TrainingState:
         self.seconds = 0.0
         self.best = math.inf
         self.best_of = ""  # what `best` is a value of
-        # Sums since the last line of the journal, kept on the device: loss, gradient norm, skipped steps, steps.
+        # Sums since the last line of the metrics log, kept on the device: loss, gradient norm, skipped steps, steps.
         self.sums = torch.zeros(4, device=machine.device)
         # For each step since they were last taken, 1 where it was skipped; and the length of the series of skipped steps that
         # goes on, with the loss of its first one. On the device, too.

@@ -14,6 +14,7 @@ from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.precision import Machine
+from tests.plain_autoencoder import PlainAutoencoder
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
 COUNT, SHARD = 23, 5  # images, and images a shard where they are not mirrored: shards of 5, 5, 5, 5, 3
@@ -291,3 +292,19 @@ def test_what_float16_cannot_hold_is_never_cached(tmp_path, autoencoder, monkeyp
     with pytest.raises(UsageError, match=r"images 0 to \d+ to numbers that float16 cannot hold \(in fp32\)"):
         build(tmp_path / "cache", tiny_dataset(), autoencoder)
     assert not list((tmp_path / "cache").glob("*.npy"))
+
+
+def test_latents_without_a_posterior_are_cached_as_they_are(tmp_path):
+    dataset, plain = tiny_dataset(flips=True), PlainAutoencoder(1)
+    cache = build(tmp_path / "cache", dataset, plain)
+    indices, mirrored = torch.arange(COUNT), torch.arange(COUNT) % 2 == 1
+    images = torch.where(mirrored.view(-1, 1, 1, 1), all_images(dataset).flip(3), all_images(dataset))
+    found = plain.sample(cache.moments(indices, mirrored))
+    assert found.shape == (COUNT, 4, 4, 4)
+    assert torch.equal(plain.decode(found), images)
+
+
+def test_an_autoencoder_without_a_hash_has_no_cache(tmp_path):
+    """Two of them would read each other's latents."""
+    with pytest.raises(UsageError, match="plain has no hash.*--no_latent_cache"):
+        build(tmp_path / "cache", tiny_dataset(), PlainAutoencoder(1, sha256=None))

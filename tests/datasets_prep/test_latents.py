@@ -19,6 +19,7 @@ from models.autoencoders.pixels import PixelSpace
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.precision import Machine
+from tests.plain_autoencoder import PlainAutoencoder
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
 UPRIGHT = torch.zeros(3, dtype=torch.bool)
@@ -136,6 +137,20 @@ def test_files_that_do_not_fit(tmp_path, autoencoder, capsys):
     with pytest.raises(UsageError, match="holds latents: --pretrained_autoencoder_ckpt none"):
         moments_of(open_split(tmp_path), PixelSpace(3))
     assert capsys.readouterr().out == ""
+
+
+def test_latents_of_an_autoencoder_without_a_posterior(tmp_path):
+    plain, values = PlainAutoencoder(3), arrays(8, channels=12)
+    write_folder(tmp_path, values)
+    source = moments_of(open_split(tmp_path), plain)
+    moments = source.moments(torch.arange(2), torch.tensor([False, False]))
+    assert moments.shape == (2, plain.moment_channels, 8, 8)
+    assert plain.sample(moments).shape == (2, plain.latent_channels, 8, 8)
+    shutil.rmtree(tmp_path / "a")
+    shutil.rmtree(tmp_path / "b")
+    write_folder(tmp_path, arrays(8, channels=24))
+    with pytest.raises(UsageError, match=r"shape \(24, 8, 8\), .* ask for \(12, 8, 8\)$"):
+        moments_of(open_split(tmp_path), plain)
 
 
 def test_images_are_refused(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from options import DivergedError, explain
-from runtime.torch_files import load_content
+from runtime.torch_files import read_torch_file
 from tests.training.test_loop import BATCH, COUNT, STEPS, assert_same_run, new_run, record_of, signalled
 from training.data import epoch_indices
 from training.loop import train
@@ -82,7 +82,7 @@ def test_a_crashed_run_records_a_skipped_step_once(tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         job = poisoned_job(tmp_path / "run", lambda _, images: image in images, event=(6, crash), experiment=often)
         train(job, resume=False)
-    assert load_content(tmp_path / "run" / "content.pth")["step"] == 3
+    assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == 3
     assert len(entries_of(tmp_path / "run", "skipped")) == 1
     assert train(poisoned_job(tmp_path / "run", lambda _, images: image in images, experiment=often), resume=True)
     assert train(poisoned_job(tmp_path / "whole", lambda _, images: image in images, experiment=often), resume=False)
@@ -102,8 +102,8 @@ def test_after_too_many_skipped_steps_in_a_row_the_run_stops_with_a_diagnosis(tm
     assert "--resume and a smaller --lr" in message
     assert explain(raised.value).exit_code == 3
     assert "\n" not in explain(raised.value).line
-    assert load_content(folder / "content.pth")["step"] == 4
-    assert load_content(folder / "content.previous.pth")["step"] == 2
+    assert read_torch_file(folder / "content.pth")["step"] == 4
+    assert read_torch_file(folder / "content.previous.pth")["step"] == 2
     assert [entry["skipped_step"] for entry in entries_of(folder, "skipped")] == [6, 7, 8]
 
 
@@ -140,7 +140,7 @@ def test_a_run_may_be_told_never_to_stop(tmp_path):
     job = poisoned_job(tmp_path / "run", lambda *_: True, experiment=options, max_bad_steps=0)
     before = {name: value.clone() for name, value in job.network.state_dict().items()}
     assert train(job, resume=False)
-    content = load_content(tmp_path / "run" / "content.pth")
+    content = read_torch_file(tmp_path / "run" / "content.pth")
     assert all(torch.equal(content["network"][name], value) for name, value in before.items())
     entries = entries_of(tmp_path / "run", "train")
     assert [entry["skipped"] for entry in entries] == [1.0] * STEPS

@@ -15,7 +15,7 @@ from models.autoencoders.kl import new_autoencoder_kl
 from models.conditions import ConditionOptions
 from options import INTERRUPTED
 from runtime.distributed import Processes
-from runtime.torch_files import load_content
+from runtime.torch_files import read_torch_file
 from tasks.inpainting import INPAINTING
 from tasks.semantic_synthesis import SEMANTIC_SYNTHESIS
 from tasks.task import GENERATION
@@ -153,7 +153,7 @@ def test_a_run_that_lost_its_power_goes_on_to_the_same_bits(place, whole_run, wa
     with pytest.raises(PowerCutError):
         start(place, way, exp, power_cut)
     folder = place / "saved" / WAYS[way][0].runs / "fashion_mnist" / exp
-    assert load_content(folder / "content.pth")["step"] == 9
+    assert read_torch_file(folder / "content.pth")["step"] == 9
     with (folder / "metrics.jsonl").open("a") as file:  # what else a process leaves that gets no further
         file.write('{"step": 1')
     (folder / "content.pth.tmp-1").write_bytes(b"half of it")
@@ -168,6 +168,6 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(place, whole_run, w
     exp = f"interrupted_{list(WAYS).index(way)}"
     code, folder = start(place, way, exp, ctrl_c)
     assert code == INTERRUPTED
-    assert load_content(folder / "content.pth")["step"] in (FETCH - 1, FETCH)
+    assert read_torch_file(folder / "content.pth")["step"] in (FETCH - 1, FETCH)
     assert start(place, way, exp)[0] == 0
     assert_same_run(folder, whole_run(way))

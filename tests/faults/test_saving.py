@@ -19,7 +19,7 @@ from models.dit import hidden_matrices
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.files import remove_leftovers
-from runtime.torch_files import load_content, read_torch_file
+from runtime.torch_files import read_torch_file
 from tests.training.test_loop import assert_same_run, new_run
 from training.checkpointing import remove_older
 from training.disk import check_space, predict_use
@@ -82,7 +82,7 @@ def test_a_kill_before_any_operation_leaves_a_whole_content(tmp_path, monkeypatc
         if not killed:
             break
     assert operation >= 4  # open, flush, give a second name, rename at least
-    steps = [load_content(folder / name)["step"] for name in ("content.pth", "content.previous.pth")]
+    steps = [read_torch_file(folder / name)["step"] for name in ("content.pth", "content.previous.pth")]
     assert steps == [3, 2]
     assert sorted(path.name for path in folder.iterdir()) == ["content.previous.pth", "content.pth"]
 
@@ -98,7 +98,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_both(tmp_path):
         save_state(tmp_path, content_of(3))
 
     assert in_child(save) == signal.SIGXFSZ
-    assert [load_content(tmp_path / name)["step"] for name in ("content.pth", "content.previous.pth")] == [2, 1]
+    assert [read_torch_file(tmp_path / name)["step"] for name in ("content.pth", "content.previous.pth")] == [2, 1]
     (half,) = tmp_path.glob("*.tmp-*")
     assert half.stat().st_size == 5000
     (tmp_path / f"own.tmp-{os.getpid()}").touch()
@@ -152,7 +152,7 @@ def test_a_failed_write_leaves_both(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
         save_state(tmp_path, content_of(3))
-    assert [load_content(tmp_path / name)["step"] for name in ("content.pth", "content.previous.pth")] == [2, 1]
+    assert [read_torch_file(tmp_path / name)["step"] for name in ("content.pth", "content.previous.pth")] == [2, 1]
 
 
 def test_what_one_of_several_processes_cannot_read_none_goes_on_from(tmp_path, monkeypatch):
@@ -256,9 +256,9 @@ def test_saving_by_the_clock(tmp_path):
         train(
             new_run(tmp_path / "run", event=(12, crash), experiment={"save_content_every_minutes": 1e-9}), resume=False
         )
-    assert load_content(tmp_path / "run" / "content.pth")["step"] >= 10
-    previous = load_content(tmp_path / "run" / "content.previous.pth")["step"]
-    assert previous == load_content(tmp_path / "run" / "content.pth")["step"] - 1
+    assert read_torch_file(tmp_path / "run" / "content.pth")["step"] >= 10
+    previous = read_torch_file(tmp_path / "run" / "content.previous.pth")["step"]
+    assert previous == read_torch_file(tmp_path / "run" / "content.pth")["step"] - 1
 
 
 def test_the_clock_begins_anew_with_every_saving(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save
 
 from options import UsageError
-from runtime.torch_files import is_torch_file, load_content, read_torch_file, save_content
+from runtime.torch_files import is_torch_file, read_torch_file, save_content
 
 WEIGHTS = {
     "a": torch.randn(3, 4, generator=torch.Generator().manual_seed(0)),
@@ -55,7 +55,7 @@ def test_other_files(tmp_path):
 
 def test_content_comes_back_bit_for_bit(tmp_path):
     save_content(tmp_path / "content.pth", CONTENT)
-    found = load_content(tmp_path / "content.pth")
+    found = read_torch_file(tmp_path / "content.pth")
     assert {name: found[name] for name in ("step", "seconds", "best")} == {
         "step": 3,
         "seconds": 0.1,
@@ -76,9 +76,9 @@ def test_damaged_content_is_named(tmp_path):
     for damaged in (b"", data[:100], data[: len(data) // 2], data[:-1], b"no checkpoint", bytes(flipped)):
         path.write_bytes(damaged)
         with pytest.raises(UsageError, match=r"cannot read .*content\.pth: \S"):
-            load_content(path)
+            read_torch_file(path)
     with pytest.raises(UsageError, match=r"cannot read .*absent\.pth"):
-        load_content(tmp_path / "absent.pth")
+        read_torch_file(tmp_path / "absent.pth")
 
 
 def test_a_full_disk_is_an_os_error_and_costs_nothing(tmp_path):
@@ -108,7 +108,7 @@ def test_a_pickle_with_code_is_refused_and_never_executed(tmp_path, save):
     marker, path = tmp_path / "executed", tmp_path / "content.pth"
     save({"step": 1, "network": Trap(marker)}, path)
     with pytest.raises(UsageError, match=r"cannot read .*content\.pth"):
-        load_content(path)
+        read_torch_file(path)
     assert not marker.exists()
     torch.load(path, weights_only=False) if save is torch.save else pickle.loads(path.read_bytes())
     assert marker.exists()  # the trap works

@@ -21,7 +21,7 @@ from models.dit import DiT, DiTOptions
 from options import UsageError, as_json
 from runtime.distributed import Processes
 from runtime.precision import Machine
-from runtime.torch_files import load_content
+from runtime.torch_files import read_torch_file
 from training.experiment import ExperimentOptions
 from training.loop import train
 from training.run import TrainingOptions, TrainingRun
@@ -121,7 +121,7 @@ def state_of(folder):
             return {key: comparable(item) for key, item in value.items()}
         return [comparable(item) for item in value] if isinstance(value, list) else value
 
-    content = load_content(folder / "content.pth")
+    content = read_torch_file(folder / "content.pth")
     assert content.pop("seconds") > 0
     return comparable(content)
 
@@ -169,7 +169,7 @@ def test_another_seed_gives_another_run(whole_run, tmp_path):
 def test_interrupted_run_resumes_bit_for_bit(whole_run, tmp_path, fetch, number):
     folder = tmp_path / "run"
     assert not train(new_run(folder, event=(fetch, signalled(number))), resume=False)
-    step = load_content(folder / "content.pth")["step"]
+    step = read_torch_file(folder / "content.pth")["step"]
     assert fetch - 1 <= step <= fetch  # it stops with the step in hand; batches are fetched one step ahead
     assert train(new_run(folder), resume=True)
     assert_same_run(folder, whole_run)
@@ -191,7 +191,7 @@ def test_run_that_crashed_goes_on_from_its_last_content(whole_run, tmp_path):
     folder, often = tmp_path / "run", {"save_content_every_steps": 3}
     with pytest.raises(RuntimeError, match="power cut"):
         train(new_run(folder, event=(12, crash), experiment=often), resume=False)
-    assert load_content(folder / "content.pth")["step"] == 9
+    assert read_torch_file(folder / "content.pth")["step"] == 9
     assert record_of(folder)[-1]["step"] > 9  # to be recorded again
     assert train(new_run(folder, experiment=often), resume=True)
     assert_same_run(folder, whole_run)
@@ -204,7 +204,7 @@ def test_the_last_picture_is_drawn_after_the_run_is_saved(whole_run, tmp_path, m
     monkeypatch.setattr(Validation, "preview", fail)
     with pytest.raises(RuntimeError, match="no picture"):
         train(new_run(tmp_path / "run", experiment={"plot_every": 1000}), resume=False)
-    assert load_content(tmp_path / "run" / "content.pth")["step"] == STEPS
+    assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == STEPS
     for path in whole_run.glob("*.safetensors"):
         assert (tmp_path / "run" / path.name).read_bytes() == path.read_bytes()
 
@@ -225,7 +225,7 @@ def test_files_of_a_run(whole_run):
         weights, header = read_weights(whole_run / f"model_{epoch}.safetensors")
         assert (header.epoch, header.step) == (epoch, step)
         assert header.network == NETWORK
-    average = load_content(whole_run / "content.pth")["ema"]["weights"]
+    average = read_torch_file(whole_run / "content.pth")["ema"]["weights"]
     assert all(torch.equal(weights[name], value) for name, value in average.items())
 
 
@@ -233,7 +233,7 @@ def test_best_is_that_of_the_lowest_validation_loss(whole_run):
     losses = {entry["step"]: entry["loss"] for entry in record_of(whole_run) if entry["kind"] == "validation"}
     assert list(losses) == [5, 10, STEPS]
     _, header = read_weights(whole_run / "best.safetensors")
-    assert losses[header.step] == min(losses.values()) == load_content(whole_run / "content.pth")["best"]
+    assert losses[header.step] == min(losses.values()) == read_torch_file(whole_run / "content.pth")["best"]
 
 
 def test_record_has_the_mean_loss_of_each_interval(whole_run, tmp_path):
@@ -260,20 +260,20 @@ def test_loss_falls(tmp_path):
 
 def test_epochs_count_where_no_steps_are_asked_for(tmp_path):
     assert train(new_run(tmp_path / "run", max_steps=0, num_epoch=2), resume=False)
-    assert load_content(tmp_path / "run" / "content.pth")["step"] == 10
+    assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == 10
 
 
 def test_max_minutes_ends_the_run_and_says_so(tmp_path, capsys):
     assert train(new_run(tmp_path / "run", max_minutes=1e-9), resume=False)
     assert "--max_minutes ended the run at step 1 of 14: it is not reproducible" in capsys.readouterr().out
     assert read_weights(tmp_path / "run" / "model_1.safetensors")[1].step == 1
-    assert load_content(tmp_path / "run" / "content.pth")["step"] == 1
+    assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == 1
     assert (tmp_path / "run" / "samples" / "step_0000001.png").exists()
 
 
 def test_without_average_the_weights_themselves_are_saved(tmp_path):
     train(new_run(tmp_path / "run", use_ema=False, max_steps=3), resume=False)
-    network = load_content(tmp_path / "run" / "content.pth")["network"]
+    network = read_torch_file(tmp_path / "run" / "content.pth")["network"]
     weights, _ = read_weights(tmp_path / "run" / "model_1.safetensors")
     assert all(torch.equal(weights[name], value) for name, value in network.items())
 

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from checkpoints.files import read_weights
-from runtime.torch_files import load_content
+from runtime.torch_files import read_torch_file
 from training.loop import train
 
 HERE = Path(__file__).parent
@@ -63,7 +63,7 @@ def greatest_difference(one, other):
 
 def assert_same_gradients(one, other):
     """Adam's first moment is a tenth of the only gradient so far."""
-    one, other = (load_content(run / "content.pth")["optimizers"][0]["state"] for run in (one, other))
+    one, other = (read_torch_file(run / "content.pth")["optimizers"][0]["state"] for run in (one, other))
     assert one.keys() == other.keys()
     for number in one:
         gradient, same = one[number]["exp_avg"], other[number]["exp_avg"]
@@ -85,7 +85,7 @@ def test_compiled_gradients_of_two_processes_are_those_of_one_that_is_not(tmp_pa
 
 @pytest.mark.parametrize("name", ["replicated", "shared out", "begun alone"])
 def test_runs_are_those_of_one_process_up_to_rounding(folder, name):
-    alone, run = load_content(folder / "alone" / "content.pth"), load_content(folder / name / "content.pth")
+    alone, run = read_torch_file(folder / "alone" / "content.pth"), read_torch_file(folder / name / "content.pth")
     assert greatest_difference(alone["network"], run["network"]) < 1e-5
     assert greatest_difference(alone["ema"]["weights"], run["ema"]["weights"]) < 1e-5
     runs.assert_same_record_up_to_rounding(folder / "alone", folder / name, rel=1e-5)
@@ -98,10 +98,10 @@ def test_interrupted_run_of_two_resumes_bit_for_bit(folder, name):
 
 
 def test_run_of_two_shared_out_goes_on_alone(folder):
-    content = load_content(folder / "begun shared out" / "content.pth")
+    content = read_torch_file(folder / "begun shared out" / "content.pth")
     assert content["step"] == 10  # processes ask each other every tenth step
     assert train(runs.new_run(folder / "begun shared out", lr=RATE), resume=True)
-    one, other = (load_content(folder / name / "content.pth") for name in ("alone", "begun shared out"))
+    one, other = (read_torch_file(folder / name / "content.pth") for name in ("alone", "begun shared out"))
     assert greatest_difference(one["network"], other["network"]) < 1e-5
     runs.assert_same_record_up_to_rounding(folder / "alone", folder / "begun shared out", rel=1e-5)
 
@@ -123,5 +123,5 @@ def test_samples_of_two_processes_lie_in_order(folder):
 
 
 def test_average_and_its_warm_up_count_are_restored_exactly(folder):
-    updates = load_content(folder / "shared out" / "content.pth")["ema"]["updates"]
+    updates = read_torch_file(folder / "shared out" / "content.pth")["ema"]["updates"]
     assert torch.equal(updates, torch.tensor(float(runs.STEPS), dtype=torch.float64))

@@ -1,0 +1,36 @@
+"""An autoencoder without a posterior, for tests: squares of 2 x 2 pixels become channels, and nothing is lost."""
+
+from torch.nn import functional
+
+from models.autoencoders.pixels import images_to_pixels, pixels_to_images
+from models.autoencoders.protocol import AutoencoderFacts
+
+__all__ = ["PlainAutoencoder"]
+
+
+class PlainAutoencoder:
+    factor = 2
+    has_posterior = False
+    is_pixel_space = False
+
+    def __init__(self, channels, sha256="plain"):
+        self.latent_channels = self.moment_channels = 4 * channels
+        self.sha256 = sha256
+
+    def describe(self):
+        return AutoencoderFacts(id="plain", sha256=self.sha256)
+
+    def to(self, device):
+        return self
+
+    def restore_scale(self, stored):
+        pass
+
+    def encode(self, images):
+        return functional.pixel_unshuffle(images_to_pixels(images), 2)
+
+    def sample(self, moments, noise=None):
+        return moments.float()
+
+    def decode(self, latents):
+        return pixels_to_images(functional.pixel_shuffle(latents, 2))
