@@ -252,6 +252,5 @@ def test_the_first_purposes_are_drawn_as_the_first_version_drew_them():
 def test_uniform_and_normal_numbers_of_one_purpose_are_drawn_apart():
     streams, generator = streams_of(), generator_for(3, "step", 4, "uniform", "coin")
     assert torch.equal(streams.uniform("coin"), torch.rand(6, generator=generator))
-    assert not torch.equal(
-        streams.normal("coin"), torch.randn(6, 1, 2, 2, generator=generator_for(3, "step", 4, "uniform", "coin"))
-    )
+    again = generator_for(3, "step", 4, "uniform", "coin")
+    assert not torch.equal(streams.normal("coin"), torch.randn(6, 1, 2, 2, generator=again))
