@@ -29,18 +29,26 @@ LONGEST_TRAINED, LONGEST_SAMPLED = 256, 16  # tokens up to which plain attention
 def with_cpu_kernels(network: nn.Module) -> nn.Module:
     """Swap the faster forms into `network`, in place; returns it.
 
-    Layers are found by type. Attention is found where a module has `functional.scaled_dot_product_attention` as an
+    Layers are found by type; a subclass with a forward pass of its own is left alone, unless it says
+    `same_values_as_torch = True`. Attention is found where a module has `functional.scaled_dot_product_attention` as an
     attribute. The call may be repeated, before or after the network is copied, wrapped for several processes or sharded.
     """
     for module in network.modules():
         layer: Any = type(module)
         for plain, form in FORMS.items():
-            if issubclass(layer, plain) and not issubclass(layer, form) and form.replaces(module):
+            if _computes_as(layer, plain) and not issubclass(layer, form) and form.replaces(module):
                 module.__class__ = _subclass(form, layer)
         for name, value in list(vars(module).items()):
             if value is functional.scaled_dot_product_attention:
                 setattr(module, name, attention)
     return network
+
+
+def _computes_as(layer: Any, plain: Any) -> bool:
+    """Whether a type is torch's layer, or a subclass with the same forward pass: torch's own, or one that says so."""
+    return issubclass(layer, plain) and (
+        layer.forward is plain.forward or getattr(layer, "same_values_as_torch", False)
+    )
 
 
 @cache

@@ -288,3 +288,26 @@ def test_layers_with_other_settings_stay_torchs(layer):
 def test_attention_is_swapped_where_a_module_has_it_as_an_attribute():
     network = with_cpu_kernels(new_network("DiT-Mi/2", SMALL["DiT-Mi/2"]))
     assert {block.attn.attention for block in network.blocks} == {attention}
+
+
+class ScaledNorm(nn.GroupNorm):
+    def forward(self, x, scale):
+        return scale * super().forward(x)
+
+
+class NormalisedLinear(nn.Linear):
+    def forward(self, x):
+        return functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+class NamedLinear(nn.Linear):
+    """Nothing of its own but a name."""
+
+
+def test_a_layer_with_a_forward_pass_of_its_own_is_left_alone():
+    norm, linear, named = ScaledNorm(2, 4), NormalisedLinear(4, 4), NamedLinear(4, 4)
+    with_cpu_kernels(nn.ModuleList([norm, linear, named]))
+    assert (type(norm), type(linear)) == (ScaledNorm, NormalisedLinear)
+    assert isinstance(named, NamedLinear)
+    assert type(named) is not NamedLinear
+    assert norm(torch.zeros(1, 4, 3), 2.0).shape == (1, 4, 3)
