@@ -198,6 +198,17 @@ SOLVERS["ralston"] = Method(ralston)
 # What the examples have in common.
 
 ROOT = Path(__file__).parents[1]
+# What was registered above, taken back, so that other tests see the project's own; `registered` puts it in again.
+ADDED = [
+    (registry, name, registry.pop(name))
+    for registry, name in [
+        (NETWORKS, "convnet"),
+        (OBJECTIVES, "pseudo_huber"),
+        (AUTOENCODERS, "space_to_depth"),
+        (DATASETS, "stripes"),
+        (SOLVERS, "ralston"),
+    ]
+]
 EXAMPLES = {
     "a network": {"model_type": "convnet", "conv_width": 16},
     "an objective": {"objective": "pseudo_huber", "huber_scale": 0.3},
@@ -209,6 +220,13 @@ PLAIN = {
     "dataset": "stripes", "image_size": 16, "pretrained_autoencoder_ckpt": "none", "model_type": "DiT-Extending/4",
     "num_classes": 2, "label_dropout": 0.1, "batch_size": 8, "method": "euler", "num_steps": 2, "device": "cpu",
 }  # fmt: skip
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """The examples, as if their files had just been imported."""
+    for registry, name, entry in ADDED:
+        monkeypatch.setitem(registry, name, entry)
 
 
 @pytest.fixture
@@ -227,7 +245,7 @@ def train(flags, **others):
     return run_training(GENERATION, options, Processes())
 
 
-@pytest.mark.usefixtures("small_dit", "process_restored")
+@pytest.mark.usefixtures("registered", "small_dit", "process_restored")
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_an_example_trains_saves_resumes_and_samples(tmp_path, example):
     flags = PLAIN | EXAMPLES[example] | {"save_root": tmp_path, "datadir": tmp_path}

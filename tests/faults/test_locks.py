@@ -17,7 +17,7 @@ from runtime import locks
 from runtime.distributed import Processes
 from runtime.locks import Holder, locked
 from runtime.signals import orderly_exit
-from training.experiment import ExperimentOptions, only_run_in, open_experiment
+from training.experiment import Configuration, ExperimentOptions, only_run_in, open_experiment
 
 ROOT = Path(__file__).parents[2]
 
@@ -250,10 +250,10 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path, capsys):
 
 def test_overwriting_keeps_the_lock(tmp_path):
     folder = tmp_path / "run"
-    open_experiment(folder, {"seed": 1}, ExperimentOptions())
+    open_experiment(folder, Configuration({"seed": 1}, {}, {}), ExperimentOptions())
     (folder / "content.pth").touch()
     with only_run_in(folder, Processes()):
-        assert not open_experiment(folder, {"seed": 2}, ExperimentOptions(overwrite=True))
+        assert not open_experiment(folder, Configuration({"seed": 2}, {}, {}), ExperimentOptions(overwrite=True))
         assert {path.name for path in folder.iterdir()} == {"config.json", "run.lock"}
     assert {path.name for path in folder.iterdir()} == {"config.json"}
     assert {path.name for path in (tmp_path / "run.old-1").iterdir()} == {"config.json", "content.pth"}

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from command_line import parse_options
-from datasets_prep.masks import MaskOptions
 from models.autoencoders.kl import new_autoencoder_kl
-from models.conditions import ConditionOptions
 from options import INTERRUPTED
 from runtime.distributed import Processes
 from runtime.torch_files import read_torch_file
@@ -54,7 +52,6 @@ WAYS = {
     "inpainting": (INPAINTING, [*PIXELS, "--condition_dropout", 0.3]),
     "label maps": (SEMANTIC_SYNTHESIS, [*PIXELS, "--condition_dropout", 0.3, "--grad_accumulation", 2]),
 }
-GROUPS = {"generate": [], "inpaint": [MaskOptions, ConditionOptions], "semantic": [ConditionOptions]}
 OFTEN = [
     "--save_content_every_steps",
     3,
@@ -122,9 +119,9 @@ def start(place, way, exp, event=None):
     shared += ["--max_steps", STEPS, "--lr", 1e-2, "--method", "euler", "--num_steps", 1, "--precision", "fp32"]
     shared += ["--num_threads", 1, "--device", "cpu", "--save_root", place / "saved", "--exp", exp, *OFTEN]
     words = [str(word).format(place=place) for word in (*shared, *flags)]
-    groups = [*setup.training_groups(), *GROUPS[task.name]]
-    options = parse_options("", groups, words, ignored=IGNORED_FLAGS, task=task.name)
-    folder = place / "saved" / task.runs / "fashion_mnist" / exp
+    groups = [*setup.training_groups(), *task.options]
+    options = parse_options("", groups, words, ignored=IGNORED_FLAGS, task=task.task.name)
+    folder = place / "saved" / task.task.runs / "fashion_mnist" / exp
     with pytest.MonkeyPatch.context() as patch:
         opened = setup.open_moments
         if event:  # of the sources, that of the training images is the first
@@ -152,7 +149,7 @@ def test_a_run_that_lost_its_power_goes_on_to_the_same_bits(place, whole_run, wa
     exp = f"lost_{list(WAYS).index(way)}"
     with pytest.raises(PowerCutError):
         start(place, way, exp, power_cut)
-    folder = place / "saved" / WAYS[way][0].runs / "fashion_mnist" / exp
+    folder = place / "saved" / WAYS[way][0].task.runs / "fashion_mnist" / exp
     assert read_torch_file(folder / "content.pth")["step"] == 9
     with (folder / "metrics.jsonl").open("a") as file:  # what else a process leaves that gets no further
         file.write('{"step": 1')
