@@ -3,7 +3,8 @@
 
 from checkpoints.tasks import GENERATE
 from runtime.launch import run_script
-from sampling.script import IGNORED_FLAGS, mode_groups, run
+from sampling.request import IGNORED_SAMPLING_FLAGS
+from sampling.script import mode_groups, run
 
 if __name__ == "__main__":
-    run_script(run, str(__doc__), mode_groups(), ignored=IGNORED_FLAGS, task=GENERATE.name)
+    run_script(run, str(__doc__), mode_groups(), ignored=IGNORED_SAMPLING_FLAGS, task=GENERATE.name)

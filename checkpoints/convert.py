@@ -22,7 +22,8 @@ from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, exit_cleanly, option
 from runtime.torch_files import is_torch_file, save_content
-from sampling.script import IGNORED_FLAGS, mode_groups
+from sampling.request import IGNORED_SAMPLING_FLAGS
+from sampling.script import mode_groups
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def main() -> None:
     """Convert in the direction that the first file's kind implies."""
     paths, flags = _split_paths(sys.argv[1:])
     options = parse_options(
-        str(__doc__).splitlines()[0], [ConversionOptions, *mode_groups()], flags, ignored=IGNORED_FLAGS
+        str(__doc__).splitlines()[0], [ConversionOptions, *mode_groups()], flags, ignored=IGNORED_SAMPLING_FLAGS
     )
     source, target = paths
     if is_torch_file(source):

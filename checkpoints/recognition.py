@@ -5,17 +5,14 @@ order of queries, keys and values leave no trace.
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
-
 from models.dit import DIT_SIZES
+from models.family import Weights
 from models.registry import ORIGIN_ADM
 
 __all__ = ["recognise"]
-
-Weights = Mapping[str, torch.Tensor]
 
 
 def recognise(weights: Weights) -> dict[str, Any]:

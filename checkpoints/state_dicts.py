@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from checkpoints.recognition import recognise
+from models.family import Weights
 from models.registry import NETWORKS, ORIGIN_ADM, Architecture, build_network
 from options import UsageError
 
@@ -16,8 +17,6 @@ __all__ = ["Mismatch", "find_mismatch", "load_weights", "suggest_flags"]
 
 LISTED_NAMES = 10
 TYPICAL_LABEL_DROPOUT = 0.1  # of the published networks with a null class
-
-Weights = Mapping[str, torch.Tensor]
 
 
 class Mismatch(NamedTuple):

@@ -10,14 +10,22 @@ from evaluation.score import ScoreOptions
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from models.autoencoders.loading import AutoencoderOptions
-from models.registry import NetworkOptions, network_groups
+from models.registry import IGNORED_NETWORK_FLAGS, NetworkOptions, network_groups
 from options import Options, option
 from runtime.pictures import GridOptions
 from runtime.precision import MachineOptions
 from sampling.noise import NOISE_SOURCES
 from sampling.writer import FORMATS
 
-__all__ = ["SamplerRequest", "SamplingOptions", "SourceOptions", "note_unused", "sampler_request", "sampling_groups"]
+__all__ = [
+    "IGNORED_SAMPLING_FLAGS",
+    "SamplerRequest",
+    "SamplingOptions",
+    "SourceOptions",
+    "note_unused",
+    "sampler_request",
+    "sampling_groups",
+]
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,14 @@ def sampling_groups() -> tuple[type, ...]:
         *network_groups(),
         MachineOptions,
     )
+
+
+# Published flags of the samplers without an effect, there or here.
+IGNORED_SAMPLING_FLAGS = {
+    **IGNORED_NETWORK_FLAGS,
+    "use_karras_samplers": "see --time_grid edm",
+    "perturb": "it changed nothing that is sampled here",
+}
 
 
 @dataclass(frozen=True)

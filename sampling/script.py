@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 from datasets_prep.datasets import DatasetOptions
 from evaluation.features.registry import FeatureOptions
 from evaluation.score import ScoreOptions
-from models.registry import IGNORED_NETWORK_FLAGS
 from options import Options, UsageError, option
 from runtime.distributed import Processes
 from runtime.files import append_line
@@ -19,7 +18,7 @@ from sampling.loading import load_sampler
 from sampling.request import SamplingOptions, sampler_request, sampling_groups
 from sampling.sample_and_score import sample_and_score, summary_of_samples
 
-__all__ = ["IGNORED_FLAGS", "MODES", "Mode", "ModeOptions", "mode_groups", "run", "run_modes"]
+__all__ = ["MODES", "Mode", "ModeOptions", "mode_groups", "run", "run_modes"]
 
 
 class Mode(NamedTuple):
@@ -71,14 +70,6 @@ class ModeOptions:
     def chosen(self) -> list[str]:
         """Keys of MODES: those whose own flags are on, or else --mode."""
         return [name for name in MODES if getattr(self, name, False)] or [self.mode]
-
-
-# Published flags without an effect, there or here.
-IGNORED_FLAGS = {
-    **IGNORED_NETWORK_FLAGS,
-    "use_karras_samplers": "see --time_grid edm",
-    "perturb": "it changed nothing that is sampled here",
-}
 
 
 def mode_groups() -> tuple[type, ...]:

@@ -10,11 +10,11 @@ from evaluation.score import ScoreOptions
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from models.autoencoders.loading import AutoencoderOptions
-from models.registry import IGNORED_NETWORK_FLAGS, NetworkOptions, network_groups
+from models.registry import NetworkOptions, network_groups
 from options import UsageError, option
 from runtime.precision import MachineOptions
 from sampling.loading import LoadedSampler
-from sampling.request import SamplerRequest, SourceOptions
+from sampling.request import IGNORED_SAMPLING_FLAGS, SamplerRequest, SourceOptions
 from tasks.task import TrainingTask
 
 __all__ = [
@@ -63,9 +63,7 @@ def conditioned_groups() -> tuple[type, ...]:
 
 # Published flags without an effect, there or here.
 IGNORED_FLAGS = {
-    **IGNORED_NETWORK_FLAGS,
-    "use_karras_samplers": "see --time_grid edm",
-    "perturb": "it changed nothing that is sampled here",
+    **IGNORED_SAMPLING_FLAGS,
     "compute_nfe": "every result tells the evaluations",
     "measure_time": "every result tells the seconds, and test_flow_latent.py measures them in detail",
     "real_img_dir": "samples are scored against the images that they stand for; see pytorch_fid/fid_score.py for others",
