@@ -139,7 +139,8 @@ class Flow:
         number = count if count is not None else next(iter(given.values()), 8)
         if number < 1 or any(length != number for length in given.values()):
             raise UsageError(
-                f"expected {max(1, number)} samples or more, labels, noises and maps alike, but got {given or number}"
+                f"expected at least one sample, and as many labels, noises and maps as samples, but got {number} samples and "
+                f"{given or 'nothing else'}"
             )
         sampler = self._sampler(solver, guidance, seed)
         indices = range(number)
@@ -238,7 +239,10 @@ class Flow:
         )
 
     def _checked(self, labels: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        ids = labels.long().cpu() if isinstance(labels, torch.Tensor) else torch.tensor([*labels], dtype=torch.long)
+        try:
+            ids = torch.as_tensor(labels if isinstance(labels, torch.Tensor) else [*labels]).long().cpu()
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"expected class ids, whole numbers, but got {labels!r}") from error
         largest = self.header.num_classes - (0 if self.header.drops_labels else 1)
         if ids.ndim != 1 or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= largest):
             raise UsageError(f"expected class ids [N] in 0..{largest}, but got {ids.tolist()}")
@@ -273,5 +277,7 @@ def _split(values: Mapping[str, Any], *groups: type) -> list[Any]:
     names = {group: [field.name for field in dataclasses.fields(group)] for group in groups}
     if unknown := sorted(set(values) - {name for known in names.values() for name in known}):
         known = ", ".join(name for fields in names.values() for name in fields)
-        raise UsageError(f"unknown option {', '.join(unknown)}: expected some of {known}")
+        raise UsageError(
+            f"unknown keyword {', '.join(unknown)}: expected an argument of the method, or some of {known}"
+        )
     return [make_options(group, {name: values[name] for name in names[group] if name in values}) for group in groups]

@@ -58,6 +58,11 @@ def _from_published(source: Path, target: Path, given: Mapping[str, Any]) -> Non
         print(f"note: {name} is not fetched: {target} knows its id and scale, not its hash")
     else:
         autoencoder = load_autoencoder(request.autoencoder, request.dataset.channels)
+        if "scale_factor" not in given:
+            scale = request.autoencoder.scale_factor
+            print(
+                f"note: latents are taken to be scaled by {scale}, as published ones are; --scale_factor says otherwise"
+            )
     network, header = build_published(file, source, request, autoencoder)
     save_weights(target, network.state_dict(), header)
 

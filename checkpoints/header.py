@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from checkpoints.tasks import TASKS
 from datasets_prep.image_dataset import DatasetFacts
 from flow.objectives import OBJECTIVES
 from flow.paths import PathOptions
 from models.autoencoders.protocol import AutoencoderFacts
 from models.conditions import DenseInput
 from models.family import FamilyOptions
-from models.registry import Architecture, options_from_header
+from models.registry import NETWORKS, Architecture, options_from_header
 from options import UsageError, as_json, make_options
 
 __all__ = ["FORMAT", "Header"]
@@ -79,6 +80,9 @@ class Header:
         try:
             if unknown := set(values) - {each.name for each in fields(cls)}:
                 raise KeyError(", ".join(sorted(unknown)))
+            _check_registered("network", values["model_type"], NETWORKS)
+            _check_registered("objective", values.get("objective", "flow_matching"), OBJECTIVES)
+            _check_registered("task", values.get("task", "generate"), TASKS)
             values["network"] = options_from_header(values["model_type"], values["network"])
             values["autoencoder"] = AutoencoderFacts.from_json(values["autoencoder"])
             values["dataset"] = DatasetFacts(**_tuples(values["dataset"]))
@@ -87,7 +91,7 @@ class Header:
             dense = values.get("dense")
             return cls(**values | {"dense": None if dense is None else DenseInput(**dense)})
         except (KeyError, TypeError, AttributeError, UsageError) as error:
-            raise UsageError(f"its header is not one that this version reads: {error}") from error
+            raise UsageError(f"this version cannot read its header: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that a file stores."""
@@ -128,6 +132,19 @@ class Header:
     def at(self, step: int, epoch: int, ended: bool) -> "Header":
         """The header of a checkpoint at another position of the run."""
         return dataclasses.replace(self, step=step, epoch=epoch, ended=ended)
+
+
+def _check_registered(kind: str, name: str, known: Mapping[str, Any]) -> None:
+    """Refuse a name that no dictionary of this version, or of what was imported besides, has.
+
+    Raises:
+        UsageError: it lists the known ones.
+    """
+    if name not in known:
+        raise UsageError(
+            f"the {kind} {name!r} is none that this version knows ({', '.join(known)}); if a file of yours adds it, import "
+            "that file first (docs/extending.md)"
+        )
 
 
 def _tuples(stored: Mapping[str, Any]) -> dict[str, Any]:

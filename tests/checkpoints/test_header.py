@@ -155,7 +155,7 @@ def test_a_missing_entry_is_refused_by_name(name):
 @pytest.mark.parametrize("name", ["network", "autoencoder", "dataset", "path", "dense"])
 @pytest.mark.parametrize("value", [3, "x", [1]], ids=str)
 def test_an_entry_of_another_kind_is_refused(name, value):
-    with pytest.raises(UsageError, match="its header is not one that this version reads|unknown to this version"):
+    with pytest.raises(UsageError, match="cannot read its header"):
         Header.from_json(OLD | {name: value})
 
 
