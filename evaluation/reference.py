@@ -1,4 +1,4 @@
-"""Summaries of whole image sets, real ones above all; those of datasets are kept in files."""
+"""Summaries of whole image sets, mostly real ones; a dataset's summary is cached in files."""
 
 import dataclasses
 import hashlib
@@ -149,5 +149,5 @@ def _keep_parts(
             else:
                 with atomic_path(path) as temporary, temporary.open("wb") as file:
                     np.savez(file, rows=part.numpy(), metadata=np.array(json.dumps(summary.meta)))
-    except OSError as error:  # a read-only data directory is no reason to fail
+    except OSError as error:  # the data directory may be read-only
         print(f"note: the statistics are not kept: {error}")

@@ -57,7 +57,7 @@ class Summary:
 
 
 class Share(NamedTuple):
-    """What one process gathered, all of it picklable."""
+    """One process's gathered values, all picklable."""
 
     counts: list[int]
     resolutions: set[tuple[int, int]]

@@ -1,6 +1,6 @@
-"""Dormand and Prince's pair of order 5(4) with a step size, an error and an end of its own for every sample.
+"""Dormand and Prince's pair of order 5(4) with a separate step size, error and end for every sample.
 
-The control of the step size and its first value are those of Hairer, Norsett & Wanner 1993, section II.4. What a sample
+Step size control and the first step follow Hairer, Norsett & Wanner 1993, section II.4. What a sample
 takes does not depend on its batch mates; one that has arrived leaves the batch.
 """
 
@@ -96,7 +96,7 @@ def _first_step(
     longest: float,
     options: SolverOptions,
 ) -> torch.Tensor:
-    """Lengths of the first steps, float64 [B], from one evaluation beside `slope` (section II.4, eq. 4.14 and before)."""
+    """Lengths of the first steps, float64 [B], from `slope` and one more evaluation (section II.4, eq. 4.14 and before)."""
     size, steepness = _norm(x, x.abs(), options), _norm(slope, x.abs(), options)
     guess = torch.where((size < 1e-5) | (steepness < 1e-5), 1e-6, 0.01 * size / steepness).clamp(max=longest)
     point = x + direction * _spread(guess, x).to(x.dtype) * slope
