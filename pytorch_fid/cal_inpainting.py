@@ -16,6 +16,7 @@ from evaluation.pair_comparison import PairOptions, compare_pairs
 from evaluation.score import ScoreOptions, result_line
 from options import exit_cleanly
 from runtime.files import write_json
+from runtime.messages import show_result
 from runtime.precision import DeviceOptions, choose_device
 
 
@@ -36,7 +37,7 @@ def main() -> None:
     )
     if comparison.output_json:
         write_json(comparison.output_json, result)
-    print(result_line(result))
+    show_result(result_line(result), result["warnings"])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from evaluation.features.registry import FeatureOptions
 from evaluation.score import ScoreOptions, result_line
 from options import exit_cleanly
 from runtime.files import write_json
+from runtime.messages import show_result
 from runtime.precision import DeviceOptions, choose_device
 
 
@@ -26,7 +27,7 @@ def main() -> None:
     result = compare(*paths, comparison, options[ScoreOptions], options[FeatureOptions], device)
     if comparison.output_json:
         write_json(comparison.output_json, result)
-    print(result_line(result))
+    show_result(result_line(result), result["warnings"])
 
 
 if __name__ == "__main__":

@@ -134,10 +134,10 @@ class Machine:
         return replace(self, compile=processes.from_main(wanted), replays=replays)
 
     def describe(self) -> str:
-        """A line that says what was chosen."""
+        """The device, precision and compilation in words."""
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        way = "compiled, which takes a minute at first" if self.compile else "not compiled"
-        return f"machine: {self.device}{threads}, {self.precision}, networks {way}"
+        way = "compiled (takes about a minute at the start)" if self.compile else "not compiled"
+        return f"{self.device}{threads}, {self.precision}, {way}"
 
     def compiled(self, network: nn.Module, always_alike: bool = False) -> nn.Module:
         """The network with CPU kernels, swapped in in place, and compiled if this machine compiles.

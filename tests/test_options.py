@@ -127,13 +127,13 @@ def test_description_lists_what_differs_from_the_defaults_in_the_form_of_an_argu
     options = parse(*words)
     text = options.describe("the others: --help")
     assert text.splitlines() == [
-        "options (the others: --help)",
+        "changed options (the others: --help):",
         "  Sampler: cfg_scale=1.5 seed=3",
         "  Network: widths='8 24' use_ema=false",
     ]
     path = write(tmp_path, "\n".join(line.partition(": ")[2] for line in text.splitlines()[1:]))
     assert parse("--args_file", path).values == options.values
-    assert parse().describe("none differs") == "options (none differs)"
+    assert parse().describe("none differs") == "changed options (none differs):"
 
 
 def test_ignored_flags_say_so_once(capsys):
@@ -368,14 +368,14 @@ def test_options_are_made_of_values_as_of_words():
 @pytest.mark.parametrize(
     ("group", "values", "message"),
     [
-        (Sampler, {"steps": 7}, "unknown option steps: expected some of method, num_steps"),
+        (Sampler, {"steps": 7}, "unknown option steps: expected one of method, num_steps"),
         (Sampler, {"num_steps": 0}, "--num_steps must be at least 1, but 0 was given"),
         (Sampler, {"num_steps": 7.5}, "num_steps: expected int, but 7.5 was given"),
         (Sampler, {"num_steps": True}, "num_steps: expected int, but True was given"),
         (Sampler, {"noise": 2}, "--noise must be at most 1"),
         (Sampler, {"method": "rk"}, "--method rk: expected one of euler, heun"),
-        (Network, {"widths": 8}, "widths: expected several of int, but 8 was given"),
-        (Network, {"widths": [8, "x"]}, "widths: expected several of int"),
+        (Network, {"widths": 8}, "widths: expected a list of int, but 8 was given"),
+        (Network, {"widths": [8, "x"]}, "widths: expected a list of int"),
         (Network, {"use_ema": "yes"}, "use_ema: expected bool, but 'yes' was given"),
     ],
 )

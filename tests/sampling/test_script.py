@@ -72,7 +72,7 @@ def test_an_adaptive_solver_at_a_fine_tolerance_is_float32_by_itself(tmp_path, m
     words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--n_sample", "2", *flags]
     loaded = load_sampler(sampler_request(parse_options("", mode_groups(), words)))
     assert loaded.sampler.machine.precision == chosen
-    assert f"threads, {chosen}, networks not compiled" in capsys.readouterr().out
+    assert f"threads, {chosen}, not compiled" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("batches", "compiled"), [(1000, True), (10, False)])
