@@ -1,4 +1,4 @@
-"""The common part of the downstream test scripts, which differ in their task."""
+"""The common part of the inpainting and semantic synthesis test scripts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -22,12 +22,12 @@ __all__ = ["run_conditioned_script", "summary_of_pairs"]
 def run_conditioned_script(
     task: Task, sample: Callable[..., dict[str, Any]], groups: tuple[type, ...], description: str
 ) -> None:
-    """Run a downstream test script: parse the command line, start the processes, sample, exit.
+    """Run a test script: parse the command line, start the processes, sample and exit.
 
     Args:
         task: the script's task.
-        sample: called as sample(ConditionedRequest, *options, processes=processes), returns the result.
-        groups: the classes of those options, which the script has in addition to `conditioned_groups`.
+        sample: called as sample(ConditionedRequest, *options, processes=processes); returns the result.
+        groups: the dataclasses of `options`, which the script has in addition to `conditioned_groups`.
         description: first paragraph of `--help`.
     """
     main = partial(_run, sample, groups)
@@ -37,8 +37,8 @@ def run_conditioned_script(
 def _run(
     sample: Callable[..., dict[str, Any]], groups: tuple[type, ...], options: Options, processes: Processes
 ) -> None:
-    """Sample, print the result's line, and append it to --output_log."""
-    print(options.describe("those that differ from the defaults; the others: --help"))
+    """Sample, print one line with the result, and append it to --output_log."""
+    print(options.describe("those that differ from the defaults; --help lists all"))
     request = ConditionedRequest(
         sampler=sampler_request(options),
         conditioned=options[ConditionedOptions],
@@ -54,7 +54,7 @@ def _run(
 
 
 def summary_of_pairs(result: dict[str, Any]) -> str:
-    """One line about samples for images and their scores."""
+    """Summarize the samples and their scores in one line."""
     score = f", {result_line(result)}" if "value" in result else ""
     holes = f", mean hole ratio {result['hole_ratio']:.3f}" if "hole_ratio" in result else ""
     extra = "".join(f", {name} {result[name]:.4g}" for name in result.get("extra_scores", ()))
