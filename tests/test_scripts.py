@@ -419,7 +419,7 @@ TRAINING_MISTAKES = {
     "unknown dataset": (["--dataset", "cats"], "unknown dataset 'cats': expected one of fashion_mnist, mnist, folder"),
     "missing folder": (["--dataset", "folder", "--datadir", "{tmp}/absent"], "{tmp}/absent is not a directory"),
     "empty folder": (["--dataset", "folder", "--datadir", "{tmp}"], "no images in {tmp}: expected files ending in"),
-    "odd image size": (["--image_size", "33"], "28 x 28 .*but --image_size 33 was given"),
+    "odd image size": (["--image_size", "33"], "28 x 28 .*but got --image_size 33"),
     "size for the patches": (["--image_size", "40"], "latents of side 10 cannot be cut into patches of 4"),
     "size for the autoencoder": (["--image_size", "30", "--model_type", "DiT-Mi/1"], "multiple of 4 .*but it is 30"),
     "label out of range": (["--num_classes", "5"], "labels up to 9, out of range for --num_classes 5"),

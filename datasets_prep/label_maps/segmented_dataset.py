@@ -32,7 +32,7 @@ class MapClasses:
 
     @property
     def count(self) -> int:
-        """K."""
+        """The number of classes K."""
         return len(self.names)
 
     @property
