@@ -1,4 +1,4 @@
-"""The common part of the downstream test scripts, which differ in their task."""
+"""The common part of the inpainting and semantic synthesis test scripts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,12 +23,12 @@ __all__ = ["run_conditioned_script", "summary_of_pairs"]
 def run_conditioned_script(
     task: Task, sample: Callable[..., dict[str, Any]], groups: tuple[type, ...], description: str
 ) -> None:
-    """Run a downstream test script: parse the command line, start the processes, sample, exit.
+    """Run a test script: parse the command line, start the processes, sample and exit.
 
     Args:
         task: the script's task.
-        sample: called as sample(ConditionedRequest, *options, processes=processes), returns the result.
-        groups: the classes of those options, which the script has in addition to `conditioned_groups`.
+        sample: called as sample(ConditionedRequest, *options, processes=processes); returns the result.
+        groups: the dataclasses of `options`, which the script has in addition to `conditioned_groups`.
         description: first paragraph of `--help`.
     """
     main = partial(_run, sample, groups)

@@ -285,7 +285,7 @@ def test_mistakes_in_training(place):
         r"--num_in_channels 9 contradicts the autoencoder.* 3 channels and the condition next to them 4: 7",
         refusal(inpaint, [*flags, "--num_in_channels", 9]),
     )
-    assert "there are no label maps for the dataset 'folder': expected one of celeba" in refusal(semantic, flags)
+    assert "the dataset 'folder' has no label maps: expected one of celeba" in refusal(semantic, flags)
     assert "python -m datasets_prep.celebamask" not in refusal(semantic, [*flags, "--dataset", "ade20k"])
     assert "--mask_kind" in refusal(inpaint, [*flags, "--mask_kind", "dots"])
     assert "needs a network with a null class" in refusal(inpaint, [*flags, "--cfg_scale", 2])
@@ -456,7 +456,7 @@ def test_a_network_of_generation_inpaints_without_training(place, generator, tmp
     script = script_of("test", "inpaint")
     flags = [*photos(place, "labelled"), "--checkpoint", generator, "--resamplings", 3, "--method", "dopri5"]
     out = run(script, [*flags, "--num_steps", 4, "--output_dir", tmp_path, "--num_completions", 2])
-    assert "is a network of generation: 4 Euler steps with the known part put back, 3 times each" in out
+    assert "was trained for generation, so inpainting uses RePaint: 4 Euler steps, 3 times each" in out
     assert "has no effect" not in out
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["nfe"], result["solver"]["method"], result["inpainting"]["resamplings"]) == (12, "euler", 3)

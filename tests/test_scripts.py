@@ -319,7 +319,7 @@ def test_training_on_latents_made_beforehand(place, call, tmp_path):
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(entry["loss"]) for entry in entries if "loss" in entry)
     code, _, err = call(TRAIN, [*flags, "--overwrite", "--eval_every", 1, "--eval_samples", 8])
-    assert_one_line(code, err, "latent_imagenet_256 holds latents and no images, which --eval_samples needs")
+    assert_one_line(code, err, "latent_imagenet_256 holds latents but no images, which --eval_samples needs")
     code, _, err = call(TEST, [*data, *run, "--n_sample", 4, "--output_dir", tmp_path])
     assert code == 0, err
 
@@ -418,9 +418,9 @@ def assert_one_line(code, err, message):
 
 TRAINING_MISTAKES = {
     "unknown dataset": (["--dataset", "cats"], "unknown dataset 'cats': expected one of fashion_mnist, mnist, folder"),
-    "missing folder": (["--dataset", "folder", "--datadir", "{tmp}/absent"], "{tmp}/absent is no directory"),
+    "missing folder": (["--dataset", "folder", "--datadir", "{tmp}/absent"], "{tmp}/absent is not a directory"),
     "empty folder": (["--dataset", "folder", "--datadir", "{tmp}"], "no images in {tmp}: expected files ending in"),
-    "odd image size": (["--image_size", "33"], "28 x 28 .*but --image_size 33 was given"),
+    "odd image size": (["--image_size", "33"], "28 x 28 .*but got --image_size 33"),
     "size for the patches": (["--image_size", "40"], "latents of side 10 cannot be cut into patches of 4"),
     "size for the autoencoder": (["--image_size", "30", "--model_type", "DiT-Mi/1"], "multiple of 4 .*but it is 30"),
     "label out of range": (["--num_classes", "5"], "labels up to 9, out of range for --num_classes 5"),
@@ -512,11 +512,11 @@ def test_corrupt_cache(damage, place, trained, call, tmp_path):
         message = rf"the file {shard} is damaged .*delete the folder {shard.parent}"
     elif damage == "missing":
         shard.unlink()
-        message = rf"cannot read the latent cache's file {shard}"
+        message = rf"cannot read the latent cache file {shard}"
     else:
         manifest = shard.with_name("manifest.json")
         manifest.write_text(manifest.read_text().replace('"image_size": 32', '"image_size": 64'))
-        message = "made for another image_size: it has 64, this run needs 32"
+        message = "built for another image_size: expected 32, but found 64"
     code, _, err = call(TRAIN, [*train_flags(place, "damaged"), "--latent_cache_dir", tmp_path / "cache"])
     assert_one_line(code, err, message)
 
