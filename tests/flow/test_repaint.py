@@ -22,7 +22,7 @@ NOWHERE, EVERYWHERE = torch.zeros(3, 1, 4, 4, dtype=torch.bool), torch.ones(3, 1
 
 
 @pytest.mark.parametrize("resamplings", [1, 3])
-def test_without_a_hole_the_known_data_come_renoise(resamplings):
+def test_without_a_hole_the_known_data_come_back(resamplings):
     solution = replace_known(curved, noise(0), [1, 0.6, 0.3, 0], KNOWN, NOWHERE, noise, resamplings=resamplings)
     assert torch.equal(solution.x, KNOWN)
 
