@@ -421,7 +421,7 @@ TRAINING_MISTAKES = {
     "missing folder": (["--dataset", "folder", "--datadir", "{tmp}/absent"], "{tmp}/absent is not a directory"),
     "empty folder": (["--dataset", "folder", "--datadir", "{tmp}"], "no images in {tmp}: expected files ending in"),
     "odd image size": (["--image_size", "33"], "28 x 28 .*but got --image_size 33"),
-    "size for the patches": (["--image_size", "40"], "latents of side 10 cannot be cut into patches of 4"),
+    "size for the patches": (["--image_size", "40"], "latents of side 10 cannot be divided into patches of side 4"),
     "size for the autoencoder": (["--image_size", "30", "--model_type", "DiT-Mi/1"], "multiple of 4 .*but it is 30"),
     "label out of range": (["--num_classes", "5"], "labels up to 9, out of range for --num_classes 5"),
     "batch too large": (["--batch_size", "301"], "has 300 images, fewer than one batch of 301: lower --batch_size"),

@@ -131,7 +131,7 @@ def test_a_slip_in_the_name_of_a_folder_is_suspected(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", absent)
-    with pytest.raises(UsageError, match="no such repository.*the folder here is there, but has no absent"):
+    with pytest.raises(UsageError, match="no such repository.*the folder here exists, but does not contain absent"):
         load_autoencoder(AutoencoderOptions(pretrained_autoencoder_ckpt="here/absent"), 3)
 
 

@@ -188,7 +188,7 @@ def test_inversion_returns_to_the_images(call, tmp_path):
     assert result["psnr_db"] is None or result["psnr_db"] > 45
     (noise,) = tmp_path.glob("out/*_inverted.npz")
     assert np.load(noise)["noise"].shape == (1, 3, SIDE, SIDE)
-    with pytest.raises(UsageError, match="--method stochastic does not lead from data to noise"):
+    with pytest.raises(UsageError, match="--method stochastic cannot integrate from data to noise"):
         call("--mode", "invert", "--method", "stochastic")
 
 
