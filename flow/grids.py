@@ -49,7 +49,7 @@ class TimeGridOptions:
     method: str = option(
         "dopri5",
         "euler, midpoint, heun, rk3, rk4, ab2 (or multistep), ab3, ab4, dpm, stochastic; adaptive: dopri5, "
-        "torchdiffeq_dopri5, dopri8, adaptive_heun, bosh3 (docs/solvers.md)",
+        "torchdiffeq_dopri5, dopri8, adaptive_heun, bosh3 (docs/sampling.md)",
     )
     num_steps: int = option(40, "number of intervals of the fixed-step solvers", minimum=0)
     step_size: float | None = option(
