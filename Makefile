@@ -2,7 +2,7 @@
 #   bench       speed of training, sampling and data loading on this machine. Each benchmark takes a few minutes;
 #               training_step takes a few minutes for each of five networks. sampling needs the model that
 #               `bash run.sh` trains, memory needs 13 GB, and data needs 8 GB of disk.
-#   bench-long  the measurements in docs/sampling.md, docs/results.md and docs/reliability.md; takes hours
+#   bench-long  the measurements in docs/lab-notes/sampling.md, docs/reproduction.md and docs/reliability.md. Takes hours.
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
 quick := precision attention layers training_step step_cost published_step data memory scaling scoring sampling

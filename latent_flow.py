@@ -121,8 +121,8 @@ class Flow:
             labels: class ids [N], where K (the number of classes) is the null class; None cycles through the classes.
             count: number of samples N; None: the number of labels, maps or noises given, else 8.
             seed: seed of the noise.
-            steps: number of steps of fixed-step solvers, called num_steps on the command line.
-            method: solver; see docs/solvers.md.
+            steps: number of intervals of fixed-step solvers, also called num_steps.
+            method: solver; see docs/sampling.md.
             noise: latents [N, c, h, w] at t = 1 to start from, instead of the seed's noise.
             dense: dense condition maps [N, K, h, w] for a network trained for inpainting or semantic synthesis.
             options: further fields of SolverOptions and GuidanceOptions, such as `cfg_scale=4.0, cfg_interval=(0.2, 0.7)`.

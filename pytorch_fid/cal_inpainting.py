@@ -16,15 +16,15 @@ from evaluation.pair_comparison import PairOptions, compare_pairs
 from evaluation.score import ScoreOptions, result_line
 from options import exit_cleanly
 from runtime.files import write_json
+from runtime.messages import show_result
 from runtime.precision import DeviceOptions, choose_device
 
 
 def main() -> None:
     """Take the two folders, before or after the flags, and print their scores."""
     paths, flags = split_paths(sys.argv[1:])
-    options = parse_options(
-        str(__doc__), [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions], flags
-    )
+    groups = [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions]
+    options = parse_options(str(__doc__), groups, flags, positional="INPAINTED ORIGINALS")
     comparison = options[ComparisonOptions]
     result = compare_pairs(
         *paths,
@@ -36,7 +36,7 @@ def main() -> None:
     )
     if comparison.output_json:
         write_json(comparison.output_json, result)
-    print(result_line(result))
+    show_result(result_line(result), result["warnings"])
 
 
 if __name__ == "__main__":

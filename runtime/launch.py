@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 
@@ -33,7 +33,7 @@ class LaunchOptions:
     """Multiple processes (launching with torchrun or accelerate launch also works)."""
 
     num_process_per_node: int | None = option(
-        None, "number of processes on this machine, one per GPU", minimum=1, on_resume="freely"
+        None, "number of processes on this machine, one per GPU", minimum=1, on_resume="freely", common=True
     )
     num_proc_node: int | None = option(
         None, "number of machines; run the same command on each, with its --node_rank", minimum=1, on_resume="freely"
@@ -78,6 +78,7 @@ def run_script(
     *,
     ignored: Mapping[str, str] | None = None,
     task: str | None = None,
+    rare: Collection[type] = (),
     adjust: Callable[[Options], Options] = lambda options: options,
 ) -> None:
     """Parse the command line (as `parse_options` does) and run `main` in each requested process.
@@ -90,7 +91,7 @@ def run_script(
         with join_processes() as processes:
             with redirect_stderr(io.StringIO()) as notes:
                 options = parse_options(
-                    description, [*groups, LaunchOptions], ignored=ignored, task=task, adjust=adjust
+                    description, [*groups, LaunchOptions], ignored=ignored, task=task, rare=rare, adjust=adjust
                 )
             settings = options[LaunchOptions]
             if settings.wanted > 1 and not launched():

@@ -35,7 +35,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's parameters in
 class DeviceOptions:
     """Device."""
 
-    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N", on_resume="freely")
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N", on_resume="freely", common=True)
     num_threads: int = option(
         0,
         "CPU threads per process; 0: the machine's cores, divided among its processes. Results are bit-identical only for the "
@@ -55,6 +55,7 @@ class PrecisionOptions(DeviceOptions):
         "2020, CPUs with AMX, AMD CPUs with AVX512_BF16)",
         choices=("auto", "fp32", "bf16"),
         on_resume="on_request",
+        common=True,
     )
 
 
@@ -69,11 +70,13 @@ class MachineOptions(PrecisionOptions):
         "tolerances below 1e-3",
         choices=("auto", *DTYPES),
         on_resume="on_request",
+        common=True,
     )
     compile: bool | None = option(
         None,
         "compile the network, which takes a minute; default: on in bf16 and fp16 if the run is long enough to benefit",
         on_resume="rounding",
+        common=True,
     )
 
 
@@ -137,10 +140,10 @@ class Machine:
         return replace(self, compile=processes.from_main(wanted), replays=replays)
 
     def describe(self) -> str:
-        """One line that reports the settings."""
+        """Describe the device, precision and compilation in one line."""
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        way = "compiled (this takes a minute at first)" if self.compile else "not compiled"
-        return f"machine: {self.device}{threads}, {self.precision}, networks {way}"
+        way = "compiled (takes about a minute at the start)" if self.compile else "not compiled"
+        return f"{self.device}{threads}, {self.precision}, {way}"
 
     def compiled(self, network: nn.Module, always_alike: bool = False) -> nn.Module:
         """Swap CPU kernels into a network in place, and compile it if this machine compiles.
