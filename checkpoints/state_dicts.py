@@ -47,7 +47,7 @@ def find_mismatch(own: Weights, weights: Weights) -> Mismatch:
 def load_weights(network: nn.Module, weights: Weights, where: str, architecture: Architecture) -> None:
     """Load a state dict into `network`.
 
-    Position embeddings for another latent size are rebuilt where the network family allows it, with a note.
+    A position table for another latent size is recomputed where the network family allows it, with a note.
 
     Args:
         network: the network to load into.
@@ -66,7 +66,10 @@ def load_weights(network: nn.Module, weights: Weights, where: str, architecture:
             f"{where} does not fit this {architecture.model_type}; {mismatch}{_advice(fitted, architecture)}"
         )
     if fitted is not weights:
-        print(f"note: {where}: rebuilt the position embeddings, which are for another latent size", file=sys.stderr)
+        print(
+            f"note: {where}: position table recomputed, because the file has one for another latent size",
+            file=sys.stderr,
+        )
     network.load_state_dict(fitted)
 
 

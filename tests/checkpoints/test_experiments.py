@@ -38,7 +38,7 @@ def test_a_name_alone_is_also_looked_for_in_the_experiment(tmp_path):
 
 
 def test_run_without_checkpoints_says_what_to_do(tmp_path):
-    for folder, found in ((tmp_path, "it has: no checkpoints"), (tmp_path / "absent", "no such folder")):
+    for folder, found in ((tmp_path, "found: no checkpoints"), (tmp_path / "absent", "no such folder")):
         with pytest.raises(
             UsageError,
             match=rf"no model_<epoch>\.safetensors or model_<epoch>\.pth in {folder} .*{found}.*run\.sh",
