@@ -16,7 +16,7 @@ def test_newest_model_is_that_of_the_largest_number(tmp_path):
     assert newest_model(tmp_path, 9).name == "model_9.safetensors"
     with pytest.raises(
         UsageError,
-        match=r"no model_11\.safetensors or model_11\.pth in .*has: model_10\.safe.*model_9\.saf.*--checkpoint",
+        match=r"no model_11\.safetensors or model_11\.pth in .*found: model_10\.safe.*model_9\.saf.*--checkpoint",
     ):
         newest_model(tmp_path, 11)
 

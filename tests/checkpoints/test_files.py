@@ -181,7 +181,7 @@ def test_missing_checkpoint_is_named(tmp_path):
 
 def test_a_file_of_torch_save_is_no_checkpoint_of_ours(tmp_path):
     torch.save(WEIGHTS, tmp_path / "model_1.pth")
-    with pytest.raises(UsageError, match=r"model_1\.pth is a file of torch\.save.*python -m checkpoints\.convert"):
+    with pytest.raises(UsageError, match=r"model_1\.pth is a torch\.save file.*python -m checkpoints\.convert"):
         read_weights(tmp_path / "model_1.pth")
 
 
