@@ -17,7 +17,7 @@ T = TypeVar("T")
 SCALE_FACTOR = 0.18215  # stabilityai/sd-vae-ft-mse, LFM's autoencoder
 OTHER_SPELLINGS = {"attn_resolution": "attn_resolutions"}
 # The only grayscale datasets, with the side of their images before padding.
-GREY_SIDES = {"mnist": 28, "fashion_mnist": 28}
+GRAYSCALE_SIDES = {"mnist": 28, "fashion_mnist": 28}
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def request_network(
 
 def published_facts(dataset: str, image_size: int) -> DatasetFacts:
     """Derive the facts about a dataset from its name and image side in pixels, without its files."""
-    side = GREY_SIDES.get(dataset)
+    side = GRAYSCALE_SIDES.get(dataset)
     crop = side if side and side < image_size else None
     return DatasetFacts(dataset, image_size, 1 if side else 3, crop, not side, ())
 

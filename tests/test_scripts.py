@@ -440,7 +440,7 @@ TRAINING_MISTAKES = {
     "no autoencoder": (["--pretrained_autoencoder_ckpt", "{tmp}/none"], "{tmp}/none: no such folder"),
     "empty autoencoder": (["--pretrained_autoencoder_ckpt", "{tmp}"], "cannot load the autoencoder {tmp}: "),
     "name of a path": (["--exp", "../x"], r"--exp '\.\./x': expected a plain name"),
-    "no such GPU": (["--device", "gpu"], "--device gpu: expected auto, cpu, cuda or cuda:N"),
+    "no such GPU": (["--device", "gpu"], "--device gpu is not available: expected auto, cpu, cuda or cuda:N"),
     "missing start": (["--init_from", "{tmp}/absent"], "cannot read the checkpoint {tmp}/absent"),
     "negative": (["--lr", "-1"], "--lr must be at least 0, but -1.0 was given"),
     "not a share": (["--label_dropout", "2"], "--label_dropout must be at most 1, but 2.0 was given"),
