@@ -15,6 +15,7 @@ from evaluation.score import IMAGE_FORMATS
 from evaluation.sources import dataset_source, transformed
 from evaluation.statistics import save_statistics
 from options import exit_cleanly, option
+from runtime.messages import show
 from runtime.precision import DeviceOptions, Machine, choose_device
 
 
@@ -44,7 +45,7 @@ def main() -> None:
     statistics = summarise(source, features, ("moments",), None, settings.batch_size).statistics
     assert statistics is not None
     save_statistics(output, statistics)
-    print(f"saved the {features.name} statistics of {statistics.count} images to {output}")
+    show(f"saved the {features.name} statistics of {statistics.count} images to {output}")
 
 
 if __name__ == "__main__":
