@@ -1,4 +1,4 @@
-"""Claim (docs/solvers.md): on a Gaussian mixture with exact velocity, the error of each solver falls with its order.
+"""Claim (docs/lab-notes/sampling.md): on a Gaussian mixture with exact velocity, the error of each solver falls with its order.
 
     python -m benchmarks.solver_orders [--picture docs/solvers.png]
 

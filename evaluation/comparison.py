@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from command_line import help_flags
 from datasets_prep.datasets import DATASETS, DatasetOptions, open_dataset
 from evaluation.features.inception import INCEPTION_DIMS
 from evaluation.features.protocol import FeatureNetwork
@@ -34,18 +35,18 @@ class ComparisonOptions:
 
 
 def split_paths(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split the command line into the paths GENERATED and REAL, given before or after the flags, and the flags.
+    """Split the command line into two paths, given before or after the flags, and the flags.
 
     Raises:
         UsageError: there are not two paths.
     """
-    if "-h" in arguments or "--help" in arguments:
-        return [], ["--help"]
+    if wanted := help_flags(arguments):
+        return [], wanted
     first = bool(arguments) and not arguments[0].startswith("-")
     paths, flags = (arguments[:2], arguments[2:]) if first else (arguments[-2:], arguments[:-2])
     if len(paths) < 2 or any(path.startswith("-") for path in paths):
         raise UsageError(
-            "expected two paths, GENERATED and REAL, before or after the flags, for example: samples/ real/ --image_size 256 "
+            "expected two paths before or after the flags: the images to score and the images to compare them with "
             "(see --help)"
         )
     return list(paths), list(flags)

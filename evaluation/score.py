@@ -44,7 +44,7 @@ class MetricOptions:
     """Metrics."""
 
     metrics: tuple[str, ...] = option(
-        ("fid",), "metrics to compute; fid is the Frechet distance for any --features", choices=METRICS
+        ("fid",), "metrics to compute; fid is the Frechet distance for any --features", choices=METRICS, common=True
     )
 
 
@@ -219,14 +219,13 @@ def score_summaries(
 
 
 def result_line(result: dict[str, Any]) -> str:
-    """All scores with their error bars, what they were made of, and the warnings, on one line."""
+    """All scores with their error bars and the number of samples, on one line."""
     scores = ", ".join(
         f"{score['metric']} {_short(score['value'])}" + ("" if score["error"] is None else f" ± {score['error']:.2g}")
         for score in result["scores"].values()
     )
     jpeg = ", through JPEG" if result["image_format"] == "jpg" else ""
-    warnings = "".join(f"; warning: {warning}" for warning in result["warnings"])
-    return f"{scores} ({result['samples'] or 'unknown number of'} samples{jpeg}){warnings}"
+    return f"{scores} ({result['samples'] or 'unknown number of'} samples{jpeg})"
 
 
 def _short(value: float) -> str:

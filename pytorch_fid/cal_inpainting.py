@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Score the inpainted images in the folder GENERATED against the originals in the folder REAL.
+"""Score the inpainted images in the folder INPAINTED against the folder ORIGINALS.
 
 Both folders are required positional arguments, before or after the flags. Images are paired by file name. The script prints
 FID, P-IDS, U-IDS, PSNR, SSIM and, with --lpips, LPIPS. See docs/scoring.md.
@@ -19,15 +19,15 @@ from evaluation.pair_comparison import PairOptions, compare_pairs
 from evaluation.score import ScoreOptions, result_line
 from options import exit_cleanly
 from runtime.files import write_json
+from runtime.messages import show_result
 from runtime.precision import DeviceOptions, choose_device
 
 
 def main() -> None:
     """Score the two folders and print the result."""
     paths, flags = split_paths(sys.argv[1:])
-    options = parse_options(
-        str(__doc__), [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions], flags
-    )
+    groups = [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions]
+    options = parse_options(str(__doc__), groups, flags, positional="INPAINTED ORIGINALS")
     comparison = options[ComparisonOptions]
     result = compare_pairs(
         *paths,
@@ -39,7 +39,7 @@ def main() -> None:
     )
     if comparison.output_json:
         write_json(comparison.output_json, result)
-    print(result_line(result))
+    show_result(result_line(result), result["warnings"])
 
 
 if __name__ == "__main__":

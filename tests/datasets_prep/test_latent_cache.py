@@ -139,7 +139,7 @@ def test_interrupted_build_goes_on_without_encoding_anything_twice(tmp_path, aut
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         seen = stop_after(patch, images)
         build(tmp_path / "cache", dataset, autoencoder)
-    with pytest.raises(UsageError, match="is unfinished: start the training again to complete it"):
+    with pytest.raises(UsageError, match="is unfinished: restart training to complete it"):
         open_latent_cache(tmp_path / "cache", dataset, autoencoder)
     finished = sum(seen) // SHARD * SHARD
     with monkeypatch.context() as patch:
@@ -204,7 +204,7 @@ def test_processes_share_the_shards(tmp_path, autoencoder, monkeypatch):
 def test_cache_of_other_data_is_refused_with_both_values(tmp_path, autoencoder, change, key, values):
     folder = tmp_path / "cache"
     build(folder, tiny_dataset(), autoencoder)
-    message = f"made for another {key}: it has {values[0]}, this run needs {values[1]}"
+    message = f"built for another {key}: expected {values[1]}, but found {values[0]}"
     for use in (open_latent_cache, lambda *arguments: build_latent_cache(*arguments, MACHINE)):
         with pytest.raises(UsageError, match=message):
             use(folder, tiny_dataset(**change), autoencoder)
@@ -214,7 +214,7 @@ def test_cache_of_another_autoencoder_is_refused_with_both_hashes(tmp_path, auto
     folder, other = tmp_path / "cache", tiny_autoencoder(seed=1)
     build(folder, tiny_dataset(), autoencoder)
     before = files_of(folder)
-    with pytest.raises(UsageError, match=f"autoencoder_sha256: it has {autoencoder.sha256}.* needs {other.sha256}"):
+    with pytest.raises(UsageError, match=f"autoencoder_sha256: expected {other.sha256}, .* {autoencoder.sha256}"):
         build(folder, tiny_dataset(), other)
     assert files_of(folder) == before
     assert cache_folder(tmp_path, tiny_dataset(), autoencoder) != cache_folder(tmp_path, tiny_dataset(), other)
@@ -289,7 +289,7 @@ def test_next_batch_is_read_while_one_is_encoded(tmp_path, autoencoder, monkeypa
 def test_what_float16_cannot_hold_is_never_cached(tmp_path, autoencoder, monkeypatch):
     encode = KLAutoencoder.encode
     monkeypatch.setattr(KLAutoencoder, "encode", lambda self, batch: encode(self, batch) + 1e6)
-    with pytest.raises(UsageError, match=r"images 0 to \d+ to numbers that float16 cannot hold \(in fp32\)"):
+    with pytest.raises(UsageError, match=r"float16 cannot hold for some of the images 0 to \d+ \(in fp32\)"):
         build(tmp_path / "cache", tiny_dataset(), autoencoder)
     assert not list((tmp_path / "cache").glob("*.npy"))
 

@@ -50,9 +50,8 @@ def test_fid_of_folders_equals_pip_pytorch_fids(run, inception_weights, image_fo
         printed = run("fid_score", image_folders[0], real, *flags, "--output_json", output)
         result = json.loads(output.read_text())
         assert result["value"] == pytest.approx(expected, rel=1e-4)
-        assert printed.startswith(
-            f"FID (64 features) {result['value']:.3f} (70 samples); warning: 70 samples are fewer"
-        )
+        assert printed == f"FID (64 features) {result['value']:.3f} (70 samples)\n"
+        assert result["warnings"][0].startswith("70 samples are fewer")
     assert result["samples"] == 70
 
 

@@ -166,7 +166,7 @@ def test_positions_of_another_grid_are_those_of_a_network_built_for_it(capsys):
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(small(t, x), large(t, x))
-        assert capsys.readouterr().err.count("positions rebuilt for a grid of 6 x 6 patches") == 1  # said once
+        assert capsys.readouterr().err.count("position table recomputed for 6 x 6 patches") == 1  # said once
         # A token of a wide grid has the position of its row and column, so a part alone is not a whole; yet the first
         # rows of a taller grid have the positions that they had.
         wide = small._positions(4, 6)
@@ -206,10 +206,14 @@ def test_resampling_without_convolution_has_no_weights():
     ("kind", "options", "message"),
     [
         ("adm", EdmUNetOptions(nf=36, ch_mult=(4,)), "cannot divide a layer of 144 channels into 32 groups"),
-        ("adm", EdmUNetOptions(nf=224, ch_mult=(1,)), "224 channels cannot be shared by 3 attention heads"),
+        ("adm", EdmUNetOptions(nf=224, ch_mult=(1,)), "224 channels cannot be divided among 3 attention heads"),
         (ORIGIN_ADM, GuidedUNetOptions(nf=48, ch_mult=(1,)), "cannot divide a layer of 48 channels into 32 groups"),
-        (ORIGIN_ADM, GuidedUNetOptions(nf=32, ch_mult=(1,), num_heads=5), "32 channels cannot be shared by 5"),
-        (ORIGIN_ADM, GuidedUNetOptions(nf=32, ch_mult=(1,), num_head_channels=64), "32 channels cannot be shared by 0"),
+        (ORIGIN_ADM, GuidedUNetOptions(nf=32, ch_mult=(1,), num_heads=5), "32 channels cannot be divided among 5"),
+        (
+            ORIGIN_ADM,
+            GuidedUNetOptions(nf=32, ch_mult=(1,), num_head_channels=64),
+            "32 channels cannot be divided among 0",
+        ),
         ("ddpm++", EdmUNetOptions(nf=32, ch_mult=(1,) * 5), "latents of side 8 cannot be halved 4 times"),
     ],
 )
