@@ -74,7 +74,7 @@ def merge_tree(tree: Path, num_workers: int) -> tuple[int, int]:
 def main() -> None:
     """Parse the arguments and write the missing maps."""
     datadir, words = leading_word("DATADIR, the folder that holds CelebAMask-HQ")
-    options = parse_options(str(__doc__).splitlines()[0], [MergeOptions], words)[MergeOptions]
+    options = parse_options(str(__doc__).splitlines()[0], [MergeOptions], words, positional="DATADIR")[MergeOptions]
     tree = find_celebamask(Path(datadir))
     written, total = merge_tree(tree, options.num_workers)
     print(f"{tree / MAPS}: {total} maps, {written} of them new")

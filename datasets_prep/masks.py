@@ -149,7 +149,9 @@ MASK_KINDS: dict[str, Draw] = {
 class MaskOptions:
     """Masks."""
 
-    mask_kind: str = option("mixed", "kind of the drawn masks; mixed: strokes, boxes or both", choices=MASK_KINDS)
+    mask_kind: str = option(
+        "mixed", "kind of the drawn masks; mixed: strokes, boxes or both", choices=MASK_KINDS, common=True
+    )
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,7 @@ class MaskSetOptions(MaskOptions):
     mask_dir: str = option(
         "",
         "folder of mask images (white: hole), used in the order of their names; default: draw masks from --mask_seed",
+        common=True,
     )
     mask_seed: int = option(0, "seed of the drawn masks", minimum=0)
 
@@ -219,7 +222,7 @@ class SheetOptions:
 def main() -> None:
     """Draw a picture with one row of masks per kind, and print the hole ratios."""
     path, words = leading_word("OUT.png, the picture to write")
-    options = parse_options(str(__doc__).splitlines()[0], [SheetOptions], words)[SheetOptions]
+    options = parse_options(str(__doc__).splitlines()[0], [SheetOptions], words, positional="OUT.png")[SheetOptions]
     rows = []
     for kind in MASK_KINDS:
         masks = torch.stack([draw_mask(kind, options.size, options.seed, index) for index in range(options.count)])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from command_line import help_flags
 from datasets_prep.datasets import DATASETS, DatasetOptions, open_dataset
 from evaluation.features.inception import INCEPTION_DIMS
 from evaluation.features.protocol import FeatureNetwork
@@ -39,8 +40,8 @@ def split_paths(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         UsageError: there are not two.
     """
-    if "-h" in arguments or "--help" in arguments:
-        return [], ["--help"]
+    if wanted := help_flags(arguments):
+        return [], wanted
     first = bool(arguments) and not arguments[0].startswith("-")
     paths, flags = (arguments[:2], arguments[2:]) if first else (arguments[-2:], arguments[:-2])
     if len(paths) < 2 or any(path.startswith("-") for path in paths):

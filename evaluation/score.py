@@ -44,7 +44,7 @@ class MetricOptions:
     """Metrics."""
 
     metrics: tuple[str, ...] = option(
-        ("fid",), "scores; fid is the Frechet distance, whatever the features", choices=METRICS
+        ("fid",), "scores; fid is the Frechet distance, whatever the features", choices=METRICS, common=True
     )
 
 

@@ -23,9 +23,8 @@ from runtime.precision import DeviceOptions, choose_device
 def main() -> None:
     """Take the two folders, before or after the flags, and print their scores."""
     paths, flags = split_paths(sys.argv[1:])
-    options = parse_options(
-        str(__doc__), [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions], flags
-    )
+    groups = [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions]
+    options = parse_options(str(__doc__), groups, flags, positional="INPAINTED ORIGINALS")
     comparison = options[ComparisonOptions]
     result = compare_pairs(
         *paths,

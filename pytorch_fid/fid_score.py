@@ -22,7 +22,8 @@ from runtime.precision import DeviceOptions, choose_device
 def main() -> None:
     """Take the two paths, before or after the flags, and print their scores."""
     paths, flags = split_paths(sys.argv[1:])
-    options = parse_options(str(__doc__), [ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions], flags)
+    groups = [ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions]
+    options = parse_options(str(__doc__), groups, flags, positional="GENERATED REAL")
     comparison, device = options[ComparisonOptions], choose_device(options[DeviceOptions])
     result = compare(*paths, comparison, options[ScoreOptions], options[FeatureOptions], device)
     if comparison.output_json:
