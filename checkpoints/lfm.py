@@ -68,7 +68,7 @@ def build_published(
     """
     if file.ours:
         raise UsageError(
-            f"{path} is a training state, which only resumes a run: "
+            f"{path} is a training state for resuming a run: "
             "pass a model_<epoch>.safetensors or best.safetensors from the same folder"
         )
     stage = read_condition_stage(path)
