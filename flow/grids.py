@@ -50,8 +50,9 @@ class TimeGridOptions:
         "dopri5",
         "euler, midpoint, heun, rk3, rk4, ab2 (or multistep), ab3, ab4, dpm, stochastic; adaptive: dopri5, "
         "torchdiffeq_dopri5, dopri8, adaptive_heun, bosh3 (docs/sampling.md)",
+        common=True,
     )
-    num_steps: int = option(40, "number of intervals of the fixed-step solvers", minimum=0)
+    num_steps: int = option(40, "number of intervals of the fixed-step solvers", minimum=0, common=True)
     step_size: float | None = option(
         None, "fixed-step solvers: length h of an interval, which gives 1/h intervals", minimum=1e-6
     )

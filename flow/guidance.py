@@ -30,9 +30,11 @@ class GuidanceOptions:
 
     on_resume: ClassVar = "freely"
 
-    cfg_scale: float = option(1.0, "scale of classifier-free guidance or autoguidance; 1: no guidance", minimum=0)
+    cfg_scale: float = option(
+        1.0, "scale of classifier-free guidance or autoguidance; 1: no guidance", minimum=0, common=True
+    )
     cfg_interval: tuple[float, ...] = option(
-        ALWAYS, "times LOW HIGH within [0, 1] (0: data) between which guidance applies", minimum=0
+        ALWAYS, "times LOW HIGH within [0, 1] (0: data) between which guidance applies", minimum=0, common=True
     )
     cfg_channels: int = option(
         0, "number of leading channels to guide (3: as in DiT's published code); 0: all", minimum=0

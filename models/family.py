@@ -24,9 +24,15 @@ class FamilyOptions:
     num_in_channels: int = option(4, "input channels of the network; default: the latents' channels", minimum=1)
     num_out_channels: int = option(4, "channels of the velocity; default: the latents' channels", minimum=1)
     label_dropout: float = option(
-        0.0, "probability of dropping a label in training; above 0, the network has a null class", minimum=0, maximum=1
+        0.0,
+        "probability of dropping a label in training; above 0, the network has a null class",
+        minimum=0,
+        maximum=1,
+        common=True,
     )
-    use_grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    use_grad_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time", common=True
+    )
 
     @property
     def classes(self) -> int:
@@ -38,7 +44,7 @@ class FamilyOptions:
 class ClassOptions(FamilyOptions):
     """Classes (DiT, unet and --use_origin_adm)."""
 
-    num_classes: int | None = option(None, "number of classes; default: unconditional", minimum=1)
+    num_classes: int | None = option(None, "number of classes; default: unconditional", minimum=1, common=True)
 
     @property
     def classes(self) -> int:

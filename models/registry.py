@@ -42,7 +42,9 @@ ORIGIN_ADM = "origin_adm"  # the model type that --use_origin_adm selects
 class NetworkOptions:
     """Network."""
 
-    model_type: str = option("adm", "DiT-{Mi,Ti,S,B,L,XL}/{1,2,4,8}, adm, ddpm++, ncsn++, or unet (small, for pixels)")
+    model_type: str = option(
+        "adm", "DiT-{Mi,Ti,S,B,L,XL}/{1,2,4,8}, adm, ddpm++, ncsn++, or unet (small, for pixels)", common=True
+    )
     use_origin_adm: bool = option(False, "use guided-diffusion's U-Net; takes precedence over --model_type")
 
     def resolve(self) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "SamplerRequest",
     "SamplingOptions",
     "SourceOptions",
+    "checkpoint_groups",
     "note_unused",
     "sampler_request",
     "sampling_groups",
@@ -94,11 +95,14 @@ def sampling_groups() -> tuple[type, ...]:
         ScoreOptions,
         FeatureOptions,
         DatasetOptions,
-        AutoencoderOptions,
-        NetworkOptions,
-        *network_groups(),
+        *checkpoint_groups(),
         MachineOptions,
     )
+
+
+def checkpoint_groups() -> tuple[type, ...]:
+    """The option dataclasses that our checkpoints record; only LFM's published files need them as flags."""
+    return AutoencoderOptions, NetworkOptions, *network_groups()
 
 
 # Published flags of the samplers without an effect, there or here.

@@ -9,12 +9,10 @@ from evaluation.pair_comparison import PairOptions
 from evaluation.score import ScoreOptions
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
-from models.autoencoders.loading import AutoencoderOptions
-from models.registry import NetworkOptions, network_groups
 from options import UsageError, option
 from runtime.precision import MachineOptions
 from sampling.loading import LoadedSampler
-from sampling.request import IGNORED_SAMPLING_FLAGS, SamplerRequest, SourceOptions
+from sampling.request import IGNORED_SAMPLING_FLAGS, SamplerRequest, SourceOptions, checkpoint_groups
 from tasks.task import TrainingTask
 
 __all__ = [
@@ -31,16 +29,18 @@ __all__ = [
 class ConditionedOptions:
     """Sampling for held-out images."""
 
-    n_sample: int = option(50000, "held-out images to sample for, at most, starting with the first", minimum=1)
-    num_completions: int = option(1, "samples per image, with the seeds seed, seed + 1, ...", minimum=1)
+    n_sample: int = option(
+        50000, "held-out images to sample for, at most, starting with the first", minimum=1, common=True
+    )
+    num_completions: int = option(1, "samples per image, with the seeds seed, seed + 1, ...", minimum=1, common=True)
     batch_size: int = option(
-        200, "samples per batch; changes results only with torchdiffeq's adaptive solvers", minimum=1
+        200, "samples per batch; changes results only with torchdiffeq's adaptive solvers", minimum=1, common=True
     )
     use_labels: bool = option(
         True, "condition a class-conditional network on the images' classes; off: on its null class, which it must have"
     )
-    compute_fid: bool = option(False, "score the samples (the first of each image) against the images")
-    output_dir: str = option("", "folder for the results; default: in samples/ next to the checkpoint")
+    compute_fid: bool = option(False, "score the samples (the first of each image) against the images", common=True)
+    output_dir: str = option("", "folder for the results; default: in samples/ next to the checkpoint", common=True)
     output_json: str = option("", "file for the result; default: result.json in that folder")
     output_log: str = option("", "file to which the line with the result is also appended")
 
@@ -56,9 +56,7 @@ def conditioned_groups() -> tuple[type, ...]:
         PairOptions,
         FeatureOptions,
         DatasetOptions,
-        AutoencoderOptions,
-        NetworkOptions,
-        *network_groups(),
+        *checkpoint_groups(),
         MachineOptions,
     )
 

@@ -14,7 +14,7 @@ from runtime.distributed import Processes
 from runtime.files import append_line
 from runtime.launch import run_script
 from runtime.messages import labeled, one_line, show, show_result
-from sampling.request import sampler_request
+from sampling.request import checkpoint_groups, sampler_request
 from tasks.conditioned_request import IGNORED_FLAGS, ConditionedOptions, ConditionedRequest, conditioned_groups
 
 __all__ = ["run_conditioned_script", "summary_of_pairs"]
@@ -32,7 +32,8 @@ def run_conditioned_script(
         description: first paragraph of `--help`.
     """
     main = partial(_run, sample, groups)
-    run_script(main, description, (*conditioned_groups(), *groups), ignored=IGNORED_FLAGS, task=task.name)
+    every = (*conditioned_groups(), *groups)
+    run_script(main, description, every, ignored=IGNORED_FLAGS, task=task.name, rare=checkpoint_groups())
 
 
 def _run(

@@ -17,7 +17,7 @@ class Sampler:
     More words.
     """
 
-    method: str = option("euler", "the solver", choices=("euler", "heun"))
+    method: str = option("euler", "the solver", choices=("euler", "heun"), common=True)
     num_steps: int = option(50, "steps, 100 % of them", minimum=1)
     cfg_scale: float | None = option(None, "guidance scale", flags=("--cfg",))
     seed: int = option(0, "seed of the noise")
@@ -110,6 +110,32 @@ def test_help_names_groups_defaults_and_descriptions(capsys):
     for expected in ["A description.", "Sampler:", "Network:", "steps, 100 % of them [50]", "[16 32]", "{euler,heun}"]:
         assert expected in text
     assert "More words" not in text
+
+
+def test_help_lists_common_options_and_help_all_the_others(capsys, monkeypatch):
+    @dataclass(frozen=True)
+    class Stored:
+        """Stored."""
+
+        shown: str = option("", "recorded by the checkpoint", common=True)
+
+    monkeypatch.setattr("command_line.ONE_SCREEN", 8)
+    texts = {}
+    for flag in ("--help", "-h", "--help_all"):
+        with pytest.raises(SystemExit):
+            parse_options("", [Sampler, Network, Stored], [flag], rare=[Stored])
+        texts[flag] = capsys.readouterr().out
+    assert texts["-h"] == texts["--help"]
+    assert {name for name in ("--method", "--widths", "--shown") if name in texts["--help"]} == {"--method"}
+    assert "Network:" not in texts["--help"]
+    assert "--help_all lists 8 more options" in texts["--help"]
+    assert all(name in texts["--help_all"] for name in ("--method", "--widths", "--shown", "Network:"))
+
+
+def test_the_usage_names_positional_arguments(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help", positional="IN OUT")
+    assert "IN OUT [--args_file FILE] [flags]" in capsys.readouterr().out
 
 
 def test_script_defaults_are_no_explicit_values(capsys):

@@ -21,7 +21,9 @@ class AutoencoderOptions:
     """Autoencoder."""
 
     pretrained_autoencoder_ckpt: str = option(
-        "stabilityai/sd-vae-ft-mse", "diffusers AutoencoderKL: a hub id, a local folder, or none for pixel space"
+        "stabilityai/sd-vae-ft-mse",
+        "diffusers AutoencoderKL: a hub id, a local folder, or none for pixel space",
+        common=True,
     )
     scale_factor: float | None = option(
         None,
