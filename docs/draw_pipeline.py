@@ -1,7 +1,7 @@
 """Draw the figure of training and sampling: `python docs/draw_pipeline.py` writes docs/pipeline.svg.
 
 Training fills the upper row from left to right, sampling the lower row from right to left. The autoencoder and the velocity
-network stand between the rows because both use them. Data (t = 0) is always on the left and noise (t = 1) on the right.
+network are between the rows because both use them. Data (t = 0) is always on the left and noise (t = 1) on the right.
 """
 
 import random
