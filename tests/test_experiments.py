@@ -224,8 +224,8 @@ def test_the_two_files_belong_together(name):
 def test_the_first_line_tells_what_it_is(kind, name):
     first, *others = path_of(kind, name).read_text().splitlines()
     gpus, batch_size = EXPERIMENTS[name].gpus, EXPERIMENTS[name].batch_size
-    assert first.startswith(f"# {EXPERIMENTS[name].exp}")
-    assert first.endswith(f"{gpus} GPU{'s' if gpus > 1 else ''} x {batch_size}.")
+    assert first.startswith(f"# LFM's {EXPERIMENTS[name].exp} ")
+    assert first.endswith(f"{gpus} GPU{'s' if gpus > 1 else ''}, batch size {batch_size}{' each' if gpus > 1 else ''}.")
     assert not any(line.startswith("#") for line in others)
 
 
@@ -256,7 +256,7 @@ SAMPLING_DEFAULTS = PUBLISHED_DEFAULTS | {
     "seed": 42, "compute_fid": False, "n_sample": 50000, "cfg_scale": 1.0, "num_steps": 40, "batch_size": 200,
     "atol": 1e-5, "rtol": 1e-5, "method": "dopri5",
 }  # fmt: skip
-# Deliberately other than published, see docs/experiments.md: the autoencoder tells f, scale_factor and the channels.
+# Defaults that differ from LFM's (docs/lab-notes/lfm-commands.md): the autoencoder sets f, scale_factor and the channels.
 OWN_DEFAULTS = {
     "dataset": "fashion_mnist",
     "f": None,
