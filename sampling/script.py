@@ -58,7 +58,7 @@ class ModeOptions:
     mode: str = option(
         SAMPLE,
         "sample; invert (held-out images to noise and back); interpolate (between two seeds); trajectory (noise to data); "
-        "compute_nfe, measure_time, compute_nll: same as the next three flags",
+        "compute_nfe, measure_time, compute_nll: same as the flags of that name",
         choices=MODES,
         common=True,
     )

@@ -282,7 +282,7 @@ def test_mistakes_in_training(place):
     inpaint, semantic = script_of("train", "inpaint"), script_of("train", "semantic")
     flags = [*photos(place, "mistake"), *TINY]
     assert re.search(
-        r"--num_in_channels 9 contradicts the autoencoder.* 3 channels and the condition next to them 4: 7",
+        r"--num_in_channels 9 contradicts the autoencoder.* 3 channels, and the condition adds 4 .*: use 7",
         refusal(inpaint, [*flags, "--num_in_channels", 9]),
     )
     assert "the dataset 'folder' has no label maps: expected one of celeba" in refusal(semantic, flags)

@@ -162,7 +162,7 @@ def interrupt(place, exp, flags, number):
     out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "run the same command again, without --overwrite, to resume" in out.splitlines()[-1]
+    assert "to resume, run the same command again, without --overwrite" in out.splitlines()[-1]
     return read_torch_file(folder_of(place, exp) / "content.pth")
 
 

@@ -329,9 +329,7 @@ def test_start_from_other_weights(place, checkpoint, call):
     flags = [*train_flags(place, "fine"), "--init_from", checkpoint, "--label_dropout", 0, "--lr", 0, "--no-use_ema"]
     code, out, _ = call(TRAIN, flags)
     assert code == 0
-    assert re.search(
-        r"init +loaded (\d+) of .*left as initialised or unused: y_embedder\.embedding_table\.weight\b", out
-    )
+    assert re.search(r"init +loaded (\d+) of .*no match in name and shape: y_embedder\.embedding_table\.weight\b", out)
     weights, loaded = read_weights(checkpoint)[0], read_weights(newest_model(folder_of(place, "fine")))[0]
     differing = {
         name for name in loaded if loaded[name].shape != weights[name].shape or (loaded[name] != weights[name]).any()
@@ -358,7 +356,7 @@ def test_interrupted_training_continues_bit_for_bit(place, trained, call):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "run the same command again, without --overwrite, to resume" in out.splitlines()[-1]
+    assert "to resume, run the same command again, without --overwrite" in out.splitlines()[-1]
     assert "Traceback" not in err
     stopped_at = read_torch_file(folder_of(place, "stopped") / "content.pth")["step"]
     assert 3 <= stopped_at < 100
@@ -549,10 +547,10 @@ def test_no_space_left(name, place, trained, call, tmp_path):
 
 
 SAMPLING_MISTAKES = {
-    "other network": (["--model_type", "DiT-S/2"], "--model_type DiT-S/2 contradicts the checkpoint .*says DiT-Mi/4"),
-    "other classes": (["--num_classes", "7"], "--num_classes 7 contradicts the checkpoint .*says 10"),
-    "other size": (["--image_size", "64"], "--image_size 64 contradicts the checkpoint .*says 32"),
-    "other dropout": (["--label_dropout", "0.2"], "--label_dropout 0.2 contradicts the checkpoint .*says 0.1"),
+    "other network": (["--model_type", "DiT-S/2"], "--model_type DiT-S/2 contradicts the checkpoint .*has DiT-Mi/4"),
+    "other classes": (["--num_classes", "7"], "--num_classes 7 contradicts the checkpoint .*has 10"),
+    "other size": (["--image_size", "64"], "--image_size 64 contradicts the checkpoint .*has 32"),
+    "other dropout": (["--label_dropout", "0.2"], "--label_dropout 0.2 contradicts the checkpoint .*has 0.1"),
     "unknown method": (["--method", "karras"], "unknown --method 'karras': expected one of euler, midpoint"),
     "no such experiment": (
         ["--exp", "absent"],
@@ -640,12 +638,12 @@ def test_a_run_of_the_published_code_is_continued(place, trained, call):
     folder.mkdir()
     torch.save(published, folder / "content.pth")
     code, _, err = call(TRAIN, train_flags(place, "published", steps=11))
-    assert_one_line(code, err, r"content\.pth that no run here has written: choose --resume")
+    assert_one_line(code, err, r"content\.pth that no run of this project wrote: choose --resume")
     code, _, err = call(TRAIN, [*train_flags(place, "published", steps=11), "--resume", "--label_dropout", "0"])
     assert_one_line(code, err, r"the file would fit with --label_dropout 0\.1")
     code, out, err = call(TRAIN, [*train_flags(place, "published", steps=11), "--resume"])
     assert code == 0, err
-    assert f"LFM's published code: {len(names)} weights, {len(moments)} moving averages" in out
+    assert f"LFM's published code: {len(names)} weights, {len(moments)} EMA weights" in out
     assert "resuming at step 9 of 11" in out
     after = read_torch_file(folder / "content.pth")
     assert after["step"] == 11

@@ -217,7 +217,7 @@ Choose = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
 def _order(seed: int, count: int, global_batch: int, share: slice, flips: bool) -> Choose:
-    """Return a function from a step to the images in this process's `share` of it, and whether each is mirrored."""
+    """Return a function from a step to the images in `share` of its global batch, and whether each is mirrored."""
     per_epoch = steps_per_epoch(count, global_batch)
     order_of: dict[int, torch.Tensor] = {}
 

@@ -238,7 +238,7 @@ def test_a_run_does_not_go_on_silently_with_other_images(tmp_path, call):
     code, _, err = call(TRAIN, flags)
     assert code == 2
     assert "other options: number of training images was 7, now 6. " in err
-    assert "--resume to go on with the change" in err
+    assert "--resume to resume with this change" in err
     code, _, err = call(TRAIN, [*flags, "--resume"])
     assert code == 0, err
     assert (

@@ -96,9 +96,9 @@ def test_after_too_many_skipped_steps_in_a_row_the_run_stops_with_a_diagnosis(tm
         train(job, resume=False)
     message = str(raised.value)
     assert "the last 3 steps had no finite gradient" in message
-    assert f"It began at step 6: learning rate {job.training.rate_at(5, STEPS):.4g}, loss nan" in message
+    assert f"The first was step 6: learning rate {job.training.rate_at(5, STEPS):.4g}, loss nan" in message
     first = epoch_indices(1024, 1, COUNT)[:BATCH].tolist()
-    assert f"images {', '.join(map(str, first))}, ...; content.pth is from before them" in message
+    assert f"images {', '.join(map(str, first))}, ...; content.pth was saved before them" in message
     assert "--resume and a smaller --lr" in message
     assert explain(raised.value).exit_code == 3
     assert "\n" not in explain(raised.value).line
@@ -117,7 +117,7 @@ def test_a_lost_run_can_go_on_from_before(tmp_path):
 
 
 def test_without_any_content_the_diagnosis_says_so(tmp_path):
-    with pytest.raises(DivergedError, match=r"It began at step 1: .*no content\.pth was saved before them"):
+    with pytest.raises(DivergedError, match=r"The first was step 1: .*no content\.pth was saved before them"):
         train(poisoned_job(tmp_path / "run", lambda *_: True, max_bad_steps=4), resume=False)
     assert not (tmp_path / "run" / "content.pth").exists()
 
@@ -149,13 +149,14 @@ def test_a_run_may_be_told_never_to_stop(tmp_path):
 
 
 def test_a_leap_is_one_beyond_three_times_the_median_of_the_last():
-    course = LossHistory()
-    assert [course.leap(loss) for loss in (100.0, 1.0, 1.1, 0.9, 1.0)] == [None] * 5  # the first ones may be anything
-    assert course.leap(2.9) is None
-    assert course.leap(3.2) == pytest.approx(1.05)
-    assert LossHistory([1.0] * 4).leap(50.0) is None
-    assert LossHistory([1.0] * 5).leap(50.0) == 1.0
-    assert LossHistory([9.0] * 30 + [1.0] * 15).leap(4.0) == 1.0
+    history = LossHistory()
+    losses = (100.0, 1.0, 1.1, 0.9, 1.0)
+    assert [history.detect_spike(loss) for loss in losses] == [None] * 5  # too few losses for a median
+    assert history.detect_spike(2.9) is None
+    assert history.detect_spike(3.2) == pytest.approx(1.05)
+    assert LossHistory([1.0] * 4).detect_spike(50.0) is None
+    assert LossHistory([1.0] * 5).detect_spike(50.0) == 1.0
+    assert LossHistory([9.0] * 30 + [1.0] * 15).detect_spike(4.0) == 1.0
 
 
 def test_spikes_are_recorded_and_a_resumed_run_records_the_same(tmp_path):

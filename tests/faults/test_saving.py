@@ -316,12 +316,12 @@ def test_a_run_without_room_for_one_saving_does_not_begin(tmp_path, monkeypatch,
     state = TrainingState(job.network, job.machine, 0.9, OptimizerOptions())
     use = predict_use(state, job.experiment, 5, 14)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.one_saving - 1))
-    with pytest.raises(UsageError, match=r"a checkpoint and a content.pth need .* but only .* are free: .*--save_root"):
+    with pytest.raises(UsageError, match=r"a checkpoint and a content.pth need .* but only .* is free: .*--save_root"):
         train(job, resume=False)
     assert list((tmp_path / "run").iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.one_saving))
     check_space(tmp_path, use)
-    assert "the whole run needs" in capsys.readouterr().err
+    assert "the complete run needs" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.total))
     check_space(tmp_path, use)
     assert capsys.readouterr().err == ""

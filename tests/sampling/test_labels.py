@@ -29,11 +29,11 @@ def test_labels_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0\n1\n", "3 samples need as many lines, but the file has 2"),
+        ("0\n1\n", "expected a class id for each of 3 samples, but found 2"),
         ("0\n1\n3\n", r"class ids must lie in 0\.\.2"),
         ("0\n-1\n2\n", r"class ids must lie in 0\.\.2"),
-        ("cat\ndog\n", "expected balanced, random, or a file of one class id per line"),
-        (None, "expected balanced, random, or a file of one class id per line"),
+        ("cat\ndog\n", "expected balanced, random, or a file with one class id per line"),
+        (None, "expected balanced, random, or a file with one class id per line"),
     ],
 )
 def test_files_that_will_not_do(text, message, tmp_path):

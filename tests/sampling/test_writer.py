@@ -83,7 +83,7 @@ def test_a_torn_part_is_missing(tmp_path):
 def test_samples_of_other_settings_are_not_mixed(tmp_path):
     SampleWriter(tmp_path, "png", SETTINGS).add(batch(0))
     other = {"seed": 1, "solver": {"method": "heun", "num_steps": 5}}
-    with pytest.raises(UsageError, match=r"made otherwise \(solver\.num_steps was 4, now 5\): empty it"):
+    with pytest.raises(UsageError, match=r"other settings \(solver\.num_steps was 4, now 5\): empty it"):
         SampleWriter(tmp_path, "png", other)
     with pytest.raises(UsageError, match="format was png, now npz"):
         SampleWriter(tmp_path, "npz", SETTINGS)

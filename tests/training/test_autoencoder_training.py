@@ -164,7 +164,7 @@ def test_saved_autoencoder_has_latents_of_unit_scale(tmp_path, half_weights):
 
 def test_size_that_cannot_be_halved():
     settings = dataclasses.replace(TINY, widths=(8, 8, 8, 8, 8))
-    with pytest.raises(UsageError, match="--image_size 8 cannot be halved 4 times, as the 5 --widths ask for"):
+    with pytest.raises(UsageError, match="--image_size 8 cannot be halved 4 times, as the 5 --widths require"):
         train_autoencoder(dataset_of(blobs(20)), settings, CPU)
 
 
@@ -186,5 +186,5 @@ def test_grey_images_are_repeated_for_an_autoencoder_of_colour(image_channels):
 @pytest.mark.parametrize(("channels", "image_channels"), [(1, 2), (3, 1), (3, 4)])
 def test_channels_that_the_images_cannot_have(channels, image_channels):
     dataset = dataset_of(blobs(32).expand(-1, channels, -1, -1))
-    with pytest.raises(UsageError, match=f"--image_channels {image_channels} is not for images of {channels}"):
+    with pytest.raises(UsageError, match=f"--image_channels {image_channels} does not fit images with {channels}"):
         train_autoencoder(dataset, dataclasses.replace(TINY, image_channels=image_channels), CPU)

@@ -174,7 +174,7 @@ def test_parts_of_a_batch_are_the_batch():
         parts = batch.split(count)
         assert [len(part.draws.t) for part in parts] == [6 // count] * count
         assert same(joined(parts), batch)
-    with pytest.raises(ValueError, match="6 cannot be cut into 4"):
+    with pytest.raises(ValueError, match="6 cannot be split into 4"):
         batch.split(4)
 
 

@@ -65,7 +65,7 @@ def test_other_options_are_refused_by_name(folder, resume):
 
 def test_longer_training_needs_resume_and_is_remembered(folder, capsys):
     longer = VALUES | {"max_steps": 20}
-    with pytest.raises(UsageError, match=r"--max_steps was 10, now 20.*--resume to go on with the change"):
+    with pytest.raises(UsageError, match=r"--max_steps was 10, now 20.*--resume to resume with this change"):
         open_experiment(folder, longer, ExperimentOptions())
     assert open_experiment(folder, longer, ExperimentOptions(resume=True))
     assert "max_steps 10 -> 20" in capsys.readouterr().err
@@ -83,9 +83,9 @@ def test_another_number_of_processes_with_the_same_whole_batch_goes_on_and_says_
     err = capsys.readouterr().err
     assert "resumes with changed options and will not be bit-identical: processes 2 -> 1, threads 4 -> 8" in err
     assert stored_options(folder)["processes"] == 1
-    with pytest.raises(UsageError, match="batch_size times processes was 32, now 64"):
+    with pytest.raises(UsageError, match="global batch size was 32, now 64"):
         open_experiment(folder, shared | {"processes": 4}, ExperimentOptions(resume=True))
-    with pytest.raises(UsageError, match="batch_size times processes was 32, now 8"):
+    with pytest.raises(UsageError, match="global batch size was 32, now 8"):
         open_experiment(folder, shared | {"processes": 1, "batch_size": 8}, ExperimentOptions())
 
 
@@ -131,7 +131,7 @@ def published(tmp_path):
 
 
 def test_content_of_another_trainer_is_continued_only_if_asked(published, capsys):
-    with pytest.raises(UsageError, match=r"no run here has written: choose --resume .*--overwrite"):
+    with pytest.raises(UsageError, match=r"no run of this project wrote: choose --resume .*--overwrite"):
         open_experiment(published, VALUES, ExperimentOptions())
     assert [path.name for path in published.iterdir()] == ["content.pth"]
     assert open_experiment(published, VALUES, ExperimentOptions(resume=True))

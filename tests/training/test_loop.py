@@ -265,7 +265,7 @@ def test_epochs_count_where_no_steps_are_asked_for(tmp_path):
 
 def test_max_minutes_ends_the_run_and_says_so(tmp_path, capsys):
     assert train(new_run(tmp_path / "run", max_minutes=1e-9), resume=False)
-    assert "--max_minutes ended the run at step 1 of 14; such a run is not reproducible" in capsys.readouterr().err
+    assert "--max_minutes ended the run at step 1 of 14, so it is not reproducible" in capsys.readouterr().err
     assert read_weights(tmp_path / "run" / "model_1.safetensors")[1].step == 1
     assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == 1
     assert (tmp_path / "run" / "samples" / "step_0000001.png").exists()
@@ -290,7 +290,7 @@ def test_finished_run_without_content_is_complete(tmp_path, capsys):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert train(new_run(tmp_path / "run", experiment=never, max_steps=6), resume=True)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-    with pytest.raises(UsageError, match=r"ended at step 6 and kept no content\.pth .*--init_from .*model_2"):
+    with pytest.raises(UsageError, match=r"ended at step 6 without a content\.pth .*--init_from .*model_2"):
         train(new_run(tmp_path / "run", experiment=never, max_steps=9), resume=True)
 
 
@@ -302,7 +302,7 @@ def test_run_that_crashed_without_content_starts_over_and_says_so(whole_run, tmp
     with pytest.raises(RuntimeError, match="power cut"):
         train(new_run(tmp_path / "run", event=(12, crash), experiment=never), resume=False)
     assert train(new_run(tmp_path / "run", experiment=never), resume=True)
-    assert "no content.pth to resume from; the run starts at its first step" in capsys.readouterr().err
+    assert "no content.pth to resume from, so training starts at the first step" in capsys.readouterr().err
     assert record_of(tmp_path / "run") == record_of(whole_run)
 
 

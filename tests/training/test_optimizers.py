@@ -4,14 +4,14 @@ import torch
 from models.dit import DiT, DiTOptions, hidden_matrices
 from models.edm_unet import EdmUNet, EdmUNetOptions
 from options import UsageError
-from training.optimizers import Muon, OptimizerOptions, make_optimizers, orthogonalise
+from training.optimizers import Muon, OptimizerOptions, make_optimizers, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
 def test_orthogonalise_keeps_singular_vectors_and_evens_out_singular_values(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    values = left.mT @ orthogonalise(matrices) @ right.mT  # diagonal, since the vectors are the same
+    values = left.mT @ orthogonalize(matrices) @ right.mT  # diagonal, since the vectors are the same
     diagonal = values.diagonal(dim1=1, dim2=2)
     assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-4
     assert diagonal.min() > 0.6
@@ -50,5 +50,5 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
 
 def test_muon_is_refused_where_there_are_no_such_matrices():
     network = EdmUNet(8, "adm", EdmUNetOptions(nf=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=()))
-    with pytest.raises(UsageError, match="--optimizer muon is for DiT"):
+    with pytest.raises(UsageError, match="--optimizer muon needs .* such as DiT"):
         make_optimizers(network, OptimizerOptions(optimizer="muon"))

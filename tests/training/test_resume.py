@@ -71,10 +71,7 @@ def test_weights_averages_moments_and_epoch_are_taken_over(tmp_path):
     state = new_state()
     line = resume_run(state, tmp_path / "content.pth", per_epoch=10, header=HEADER)
     trained = sum(parameter.requires_grad for parameter in network.parameters())
-    assert (
-        f"{trained} moving averages, the optimizer state of {trained} of {trained} trained parameters, and epoch 4"
-        in line
-    )
+    assert f"{trained} EMA weights, optimizer state of {trained} of {trained} trained parameters, and epoch 4" in line
     assert state.step == 40
     for name, value in network.state_dict().items():
         assert torch.equal(state.network.state_dict()[name], value), name
@@ -96,7 +93,7 @@ def test_without_averages_the_average_begins_at_the_weights(tmp_path):
     network, _, content = published_run(averaged=False)
     torch.save(content, tmp_path / "content.pth")
     state = new_state()
-    assert "no moving average (it begins anew)" in resume_run(state, tmp_path / "content.pth", 10, HEADER)
+    assert "no EMA weights" in resume_run(state, tmp_path / "content.pth", 10, HEADER)
     for name, value in network.state_dict().items():
         assert torch.equal(state.ema.weights[name], value), name
 
@@ -151,7 +148,7 @@ def test_a_published_run_of_inpainting_goes_on_inside_the_wrapper(tmp_path):
     header = replace(HEADER, network=options, dense=DenseInput(3))
     trained = sum(parameter.requires_grad for parameter in network.parameters())
     line = resume_run(state, tmp_path / "content.pth", per_epoch=10, header=header)
-    assert f"{trained} moving averages, the optimizer state of {trained} of {trained} trained parameters" in line
+    assert f"{trained} EMA weights, optimizer state of {trained} of {trained} trained parameters" in line
     for name, value in network.state_dict().items():
         assert torch.equal(wrapped.network.state_dict()[name], value), name
     inner = dict(wrapped.network.named_parameters())

@@ -233,7 +233,7 @@ def test_the_host_reads_nothing_of_a_step(optimizer, precision):
             replace(MACHINE, precision=precision),
             0.99,
             options,
-            place=lambda module: module,
+            move=lambda module: module,
             hidden_matrices=hidden_matrices,
         )
         labels = torch.zeros(4, dtype=torch.long)
