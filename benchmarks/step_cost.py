@@ -1,6 +1,6 @@
 """What a training step costs as batch, tokens or parameters grow: seconds, rate, and memory of activations.
 
-    python -m benchmarks.step_cost [--rounds 3] [--output docs/step_cost.png]
+    python -m benchmarks.step_cost [--rounds 3] [--output docs/lab-notes/step_cost.png]
 
 Steps of `TrainingState.advance` in bfloat16, not compiled, from DiT-S/2 on 8 images of 32 x 32 x 4 latents, one thing varied
 at a time. Memory of activations is counted, as in benchmarks/memory.py: what autograd saves in the forward pass.
@@ -68,7 +68,7 @@ def main() -> None:
     """Print a table, and draw it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("docs/step_cost.png"))
+    parser.add_argument("--output", type=Path, default=Path("docs/lab-notes/step_cost.png"))
     options = parser.parse_args()
     keep_freed_memory()
     costs, rows = {}, []

@@ -13,6 +13,7 @@ from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from options import Options, UsageError
 from runtime.distributed import Processes
 from runtime.launch import run_script
+from runtime.messages import show
 from runtime.precision import PrecisionOptions, choose_machine
 
 __all__ = ["GROUPS", "main"]
@@ -36,7 +37,7 @@ def main(options: Options, processes: Processes) -> None:
     for dataset in (train, held_out):
         folder = cache_folder(root, dataset, autoencoder)
         build_latent_cache(folder, dataset, autoencoder, machine, processes, caches.num_workers)
-        print(f"{folder}: {len(dataset)} {dataset.split} images of {data.dataset}")
+        show(f"{folder}: {len(dataset)} {dataset.split} images of {data.dataset}")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from datasets_prep.lmdb_file import open_lmdb_file
 from datasets_prep.lmdb_images import HELD_OUT_SHARE
 from options import UsageError, exit_cleanly, option
 from runtime.files import read_json, write_json
+from runtime.messages import show, warn
 from runtime.progress import progress_bar
 
 __all__ = ["BuildLmdbOptions", "build_lmdb", "list_in_order", "main", "split_files"]
@@ -158,7 +159,7 @@ def main() -> None:
     splits = split_files(list_in_order(root), root, options.validation)
     for split, paths in splits.items():
         count = build_lmdb(datadir / f"{split}.lmdb", paths, root, options)
-        print(
+        show(
             f"{datadir / split}.lmdb: {count} images of {options.image_size} x {options.image_size} ({options.format})"
         )
 
@@ -181,7 +182,7 @@ def _fill(environment: lmdb.Environment, paths: list[Path], options: BuildLmdbOp
     if bad:
         more = ", ..." if len(bad) > LISTED_BAD_IMAGES else ""
         listed = ", ".join(bad[:LISTED_BAD_IMAGES])
-        print(f"--skip_bad_images: left out {len(bad)} of {len(paths)} images: {listed}{more}")
+        warn(f"--skip_bad_images: left out {len(bad)} of {len(paths)} images: {listed}{more}")
 
 
 def _encode_batches(paths: list[Path], options: BuildLmdbOptions) -> Iterator[tuple[list[bytes], list[str]]]:

@@ -20,6 +20,7 @@ from command_line import leading_word, parse_options
 from datasets_prep.label_maps.celebamask_hq import MAPS, PARTS, find_celebamask, numbered_images
 from options import UsageError, exit_cleanly, option
 from runtime.files import atomic_path
+from runtime.messages import show
 from runtime.progress import progress_bar
 
 __all__ = ["MergeOptions", "main", "merge_parts", "merge_tree"]
@@ -77,7 +78,7 @@ def main() -> None:
     options = parse_options(str(__doc__).splitlines()[0], [MergeOptions], words, positional="DATADIR")[MergeOptions]
     tree = find_celebamask(Path(datadir))
     written, total = merge_tree(tree, options.num_workers)
-    print(f"{tree / MAPS}: {total} maps, {written} of them new")
+    show(f"{tree / MAPS}: {total} maps, {written} of them new")
 
 
 def _merge_image(tree: Path, number: int) -> None:

@@ -22,6 +22,7 @@ from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
 from datasets_prep.images import crop_array
 from options import UsageError
 from runtime.files import UNREADABLE, atomic_path
+from runtime.messages import show
 from runtime.unpickling import load_numpy_pickle
 
 __all__ = ["open_cifar10"]
@@ -100,7 +101,7 @@ def _unpack(tar: tarfile.TarFile, name: str, path: Path) -> None:
 
 
 def _download(archive: Path) -> None:
-    print(f"cifar10: downloading {CIFAR10.url} into {archive.parent} ...", flush=True)
+    show(f"cifar10: downloading {CIFAR10.url} into {archive.parent} ...")
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:

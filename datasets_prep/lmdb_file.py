@@ -17,6 +17,7 @@ import numpy as np
 
 from options import UsageError
 from runtime.files import UNREADABLE, atomic_path
+from runtime.messages import note
 from runtime.progress import progress_bar
 
 __all__ = ["LmdbFile", "list_keys", "open_lmdb_file"]
@@ -131,7 +132,7 @@ def list_keys(file: LmdbFile, cache: Path) -> np.ndarray:
         with atomic_path(cache) as temporary, temporary.open("wb") as output:
             np.save(output, keys)
     except OSError as error:  # the data directory may be read-only
-        print(f"note: cannot save the list of keys: {error}")
+        note(f"cannot save the list of keys: {error}")
     return keys
 
 

@@ -27,6 +27,7 @@ from datasets_prep.folders import list_files
 from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, crop_map, open_rgb
 from options import UsageError, exit_cleanly, option
 from runtime.files import atomic_path
+from runtime.messages import show
 from runtime.randomness import generator_for
 
 __all__ = ["MASK_KINDS", "MaskOptions", "MaskSetOptions", "draw_mask", "hole_ratio", "main", "mask_set"]
@@ -227,7 +228,7 @@ def main() -> None:
     for kind in MASK_KINDS:
         masks = torch.stack([draw_mask(kind, options.size, options.seed, index) for index in range(options.count)])
         ratios = hole_ratio(masks)
-        print(f"{kind:9} mean {ratios.mean():.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
+        show(f"{kind:9} mean {ratios.mean():.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
         rows.append(masks[:SHEET_COLUMNS, None].float())
     sheet = make_grid(torch.cat(rows), nrow=SHEET_COLUMNS, padding=2, pad_value=0.5)
     with atomic_path(path) as temporary:

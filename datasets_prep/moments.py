@@ -12,6 +12,7 @@ from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, c
 from datasets_prep.latents import LatentDataset, StoredMoments
 from models.autoencoders.protocol import Autoencoder
 from runtime.distributed import Processes
+from runtime.messages import note
 from runtime.precision import Machine
 
 __all__ = ["MomentSource", "open_moments"]
@@ -74,7 +75,5 @@ def open_moments(
     build_latent_cache(folder, dataset, autoencoder, machine, processes, cache.num_workers)
     opened = open_latent_cache(folder, dataset, autoencoder)
     if opened.precision != machine.precision:
-        print(
-            f"note: the latent cache {folder} was encoded in {opened.precision}, but this run uses {machine.precision}"
-        )
+        note(f"the latent cache {folder} was encoded in {opened.precision}, but this run uses {machine.precision}")
     return opened

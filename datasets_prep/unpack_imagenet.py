@@ -22,6 +22,7 @@ import scipy.io
 from command_line import parse_options
 from options import UsageError, exit_cleanly, option
 from runtime.files import replace_folder
+from runtime.messages import show
 from runtime.progress import progress_bar
 
 __all__ = ["UnpackOptions", "main", "unpack_train", "unpack_validation"]
@@ -80,7 +81,7 @@ def main() -> None:
     for name, unpack in (("train", unpack_train), ("val", unpack_validation)):
         if not (datadir / name).exists():
             unpack(datadir)
-        print(f"{datadir / name}: {sum(1 for _ in (datadir / name).iterdir())} classes")
+        show(f"{datadir / name}: {sum(1 for _ in (datadir / name).iterdir())} classes")
 
 
 def _validation_classes(devkit: Path) -> list[str]:

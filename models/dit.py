@@ -13,7 +13,6 @@ The decoder's linear map also starts at zero, so the initial velocity is zero. N
 LFM's published checkpoints.
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +24,7 @@ from models.embeddings import LabelEmbedding, TimeEmbedding, batch_times, sinuso
 from models.family import ClassOptions, Weights
 from models.transformer_layers import Mlp, PatchEmbed, SelfAttention
 from options import UsageError
+from runtime.messages import note
 
 __all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "hidden_matrices", "with_own_positions"]
 
@@ -112,7 +112,7 @@ class DiT(nn.Module):
         if rows == columns == self.grid:
             return self.pos_embed
         if (rows, columns) not in self._other_grids:
-            _note(f"position table recomputed for {rows} x {columns} patches (stored: {self.grid} x {self.grid})")
+            note(f"position table recomputed for {rows} x {columns} patches (stored: {self.grid} x {self.grid})")
             self._other_grids[rows, columns] = _sincos_table(rows, columns, self.pos_embed.shape[-1])
         table = self._other_grids[rows, columns] = self._other_grids[rows, columns].to(self.pos_embed.device)
         return table
@@ -213,10 +213,6 @@ def with_own_positions(own: Weights, weights: Weights) -> Weights:
     if mine is None or stored is None or mine.shape == stored.shape or mine.shape[2:] != stored.shape[2:]:
         return weights
     return {**weights, "pos_embed": mine}
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
 
 
 def build_dit(name: str, patch: int, size: int, options: DiTOptions) -> DiT:

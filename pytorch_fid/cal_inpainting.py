@@ -1,7 +1,10 @@
 #!/usr/bin/env python
-"""Scores of inpainted images: cal_inpainting.py GENERATED REAL, two folders whose images are paired by name.
+"""Score the inpainted images in the folder INPAINTED against the folder ORIGINALS.
 
-Prints FID, P-IDS, U-IDS, PSNR, SSIM and, with --lpips, LPIPS. See docs/scoring.md.
+Both folders are required positional arguments, before or after the flags. Images are paired by file name. The script prints
+FID, P-IDS, U-IDS, PSNR, SSIM and, with --lpips, LPIPS. See docs/scoring.md.
+
+Example: python pytorch_fid/cal_inpainting.py samples/completions samples/originals --lpips
 """
 
 import sys
@@ -21,7 +24,7 @@ from runtime.precision import DeviceOptions, choose_device
 
 
 def main() -> None:
-    """Take the two folders, before or after the flags, and print their scores."""
+    """Score the two folders and print the result."""
     paths, flags = split_paths(sys.argv[1:])
     groups = [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions]
     options = parse_options(str(__doc__), groups, flags, positional="INPAINTED ORIGINALS")

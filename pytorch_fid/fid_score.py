@@ -1,7 +1,10 @@
 #!/usr/bin/env python
-"""Scores of image sets: fid_score.py GENERATED REAL, each a folder, an .npz, an LMDB or statistics (.npz, .npy).
+"""Score the image set GENERATED against the image set REAL.
 
-REAL may also be the name of a dataset. See docs/scoring.md.
+Both are required positional arguments, before or after the flags. Each is a folder of images, an .npz file of images, an LMDB,
+or a file of statistics (.npz, .npy). REAL may also be the name of a dataset. See docs/scoring.md.
+
+Example: python pytorch_fid/fid_score.py samples/ ffhq_256 --datadir data --image_size 256 --metrics fid kid
 """
 
 import sys
@@ -20,7 +23,7 @@ from runtime.precision import DeviceOptions, choose_device
 
 
 def main() -> None:
-    """Take the two paths, before or after the flags, and print their scores."""
+    """Score the two image sets and print the result."""
     paths, flags = split_paths(sys.argv[1:])
     groups = [ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions]
     options = parse_options(str(__doc__), groups, flags, positional="GENERATED REAL")

@@ -21,6 +21,7 @@ from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions
 from options import as_json, option
 from runtime.distributed import Processes
+from runtime.messages import note
 from runtime.precision import Machine
 from sampling.loading import LoadedSampler, load_sampler
 from sampling.request import note_unused
@@ -91,8 +92,8 @@ def inpaint(
     set_labels(dataset, loaded, request.conditioned.use_labels)
     if loaded.task is GENERATE:
         loaded = with_euler_steps(loaded)
-        print(
-            f"note: {loaded.path} was trained for generation, so inpainting uses RePaint: "
+        note(
+            f"{loaded.path} was trained for generation, so inpainting uses RePaint: "
             f"{len(time_grid(loaded.sampler.solver)) - 1} Euler steps, {inpainting.resamplings} times each (--resamplings)"
         )
     identity = {"images": whole.fingerprint, "masks": _masks_identity(masking)}

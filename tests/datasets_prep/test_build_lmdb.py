@@ -144,7 +144,7 @@ def test_bad_images(tmp_path, source, capsys):
     with pytest.raises(UsageError, match=r"00004\.jpg"):
         build(source, tmp_path / "lmdb")
     assert build(source, tmp_path / "lmdb", skip_bad_images=True) == 18  # goes on after the first commit
-    assert "left out 2 of 20 images" in capsys.readouterr().out
+    assert "left out 2 of 20 images" in capsys.readouterr().err
     values = content(tmp_path / "lmdb")
     assert set(values) == {str(index).encode() for index in range(18)}
     fifth = Image.open(source / "0" / "00005.png").convert("RGB")

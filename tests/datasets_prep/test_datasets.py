@@ -185,9 +185,9 @@ def test_bad_image_is_an_error_that_names_it_or_is_left_out(photo_dir, capsys):
     assert len(kept) == 23
     assert kept.labels.bincount().tolist() == [13, 10]
     assert torch.equal(kept[3], dataset[4])
-    out = capsys.readouterr().out
-    assert "left out 1 of 24 images" in out
-    assert str(bad) in out
+    warning = capsys.readouterr().err
+    assert "left out 1 of 24 images" in warning
+    assert str(bad) in warning
 
 
 def test_folder_of_bad_images_only(tmp_path):

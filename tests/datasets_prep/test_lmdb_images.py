@@ -112,7 +112,7 @@ def test_missing_and_damaged_images_are_named(tmp_path, squares, capsys):
     kept = open_split(tmp_path, skip_bad_images=True)
     assert len(kept) == 23
     np.testing.assert_array_equal(kept[3].permute(1, 2, 0).numpy(), squares[4])
-    assert "left out 1 of 24 images: '3' of" in capsys.readouterr().out
+    assert "left out 1 of 24 images: '3' of" in capsys.readouterr().err
     assert kept.fingerprint != open_split(tmp_path).fingerprint
 
 

@@ -73,7 +73,7 @@ def test_one_path_is_refused_and_a_set_against_itself_is_not(run, tmp_path):
 
 def test_statistics_lack_what_a_set_needs_even_against_itself(run, tmp_path):
     np.savez(tmp_path / "a.npz", mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(UsageError, match=r"a\.npz.*logits.*give the images"):
+    with pytest.raises(UsageError, match=r"a\.npz.*logits.*pass the images"):
         run("fid_score", tmp_path / "a.npz", tmp_path / "a.npz", "--metrics", "is")
 
 
@@ -117,7 +117,7 @@ def test_inpainting_scores_are_those_of_pairs(run, grey_sets, tmp_path):
     assert 1 - 1 / 8 < scores["ssim"]["value"] < 1
     assert 0 <= scores["p_ids"]["value"] <= 1 / 8
     assert "P-IDS" in printed
-    with pytest.raises(UsageError, match="validation lacks the partners of 4, 5, 6, 7"):
+    with pytest.raises(UsageError, match="validation has no image named 4, 5, 6, 7"):
         run("cal_inpainting", grey_sets / "fake", grey_sets / "data" / "validation", *flags)
 
 
