@@ -224,8 +224,8 @@ def test_the_two_files_belong_together(name):
 def test_the_first_line_tells_what_it_is(kind, name):
     first, *others = path_of(kind, name).read_text().splitlines()
     gpus, batch_size = EXPERIMENTS[name].gpus, EXPERIMENTS[name].batch_size
-    assert first.startswith(f"# {EXPERIMENTS[name].exp}")
-    assert first.endswith(f"{gpus} GPU{'s' if gpus > 1 else ''} x {batch_size}.")
+    assert first.startswith(f"# LFM's {EXPERIMENTS[name].exp} ")
+    assert first.endswith(f"{gpus} GPU{'s' if gpus > 1 else ''}, batch size {batch_size}{' each' if gpus > 1 else ''}.")
     assert not any(line.startswith("#") for line in others)
 
 

@@ -67,7 +67,9 @@ def test_what_must_be_precise_is_float32_unless_asked_otherwise(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "cpu:x"])
 def test_a_device_that_cannot_be_used_is_the_users_error(name):
-    with pytest.raises(UsageError, match=f"--device {name}: expected auto, cpu, cuda or cuda:N of this machine"):
+    with pytest.raises(
+        UsageError, match=f"--device {name} is not available: expected auto, cpu, cuda or cuda:N on this machine"
+    ):
         choose_device(DeviceOptions(name))
 
 
@@ -109,7 +111,7 @@ def test_without_a_compiler_networks_run_as_they_are_and_a_line_says_so(monkeypa
     network = nn.Linear(2, 2)
     assert machine.compiled(network, always_alike=True) is network
     assert capsys.readouterr().out == (
-        "note: networks are not compiled, since torch.compile fails here: no g++ found\n"
+        "note: networks are not compiled, because torch.compile fails on this machine: no g++ found\n"
     )
 
 
