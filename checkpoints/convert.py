@@ -21,6 +21,7 @@ from command_line import help_flags, parse_options
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, exit_cleanly, option
+from runtime.messages import note, show
 from runtime.torch_files import is_torch_file, save_content
 from sampling.request import IGNORED_SAMPLING_FLAGS
 from sampling.script import mode_groups
@@ -48,7 +49,7 @@ def main() -> None:
         _from_published(source, target, options.given)
     else:
         _to_published(source, target, options[ConversionOptions].module_prefix)
-    print(f"{source} -> {target}")
+    show(f"{source} -> {target}")
 
 
 def _from_published(source: Path, target: Path, given: Mapping[str, Any]) -> None:
@@ -59,14 +60,12 @@ def _from_published(source: Path, target: Path, given: Mapping[str, Any]) -> Non
     name = request.autoencoder.pretrained_autoencoder_ckpt
     autoencoder: Autoencoder | None = None
     if is_hub_id(name):
-        print(f"note: the autoencoder {name} is not downloaded, so {target} records its id and scale but no hash")
+        note(f"the autoencoder {name} is not downloaded, so {target} records its id and scale but no hash")
     else:
         autoencoder = load_autoencoder(request.autoencoder, request.dataset.channels)
         if "scale_factor" not in given:
             scale = request.autoencoder.scale_factor
-            print(
-                f"note: assuming latents scaled by {scale}, as in LFM's checkpoints; set --scale_factor if they are not"
-            )
+            note(f"assuming latents scaled by {scale}, as in LFM's checkpoints; set --scale_factor if they are not")
     network, header = build_published(file, source, request, autoencoder)
     save_weights(target, network.state_dict(), header)
 
@@ -81,8 +80,8 @@ def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
         if part:
             save_content(path, {prefix + name: value for name, value in part.items()})
     if header.autoencoder.latents_std and header.autoencoder.scale_factor is None:
-        print(
-            "note: these latents are normalized with the autoencoder's statistics, which LFM's --scale_factor cannot express"
+        note(
+            "these latents are normalized with the autoencoder's statistics, which LFM's --scale_factor cannot express"
         )
 
 

@@ -24,6 +24,7 @@ from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
 from models.registry import Architecture, build_network
 from options import UsageError
+from runtime.messages import fact
 from runtime.torch_files import weights_hash
 
 __all__ = ["build_published", "open_published"]
@@ -91,7 +92,7 @@ def build_published(
         weights_sha256=weights_hash(sampled),
     )
     taken = f"EMA values for {len(file.averages)} of its" if file.averages else "its"
-    print(f"{path}: {architecture.model_type} with {taken} {len(sampled)} weights")
+    fact("checkpoint", f"{path}: {architecture.model_type} with {taken} {len(sampled)} weights")
     return network, header
 
 

@@ -1,7 +1,6 @@
 """Strict loading of state dicts; errors list the mismatched names and suggest flags that would fit."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ from checkpoints.recognition import recognise
 from models.family import Weights
 from models.registry import NETWORKS, ORIGIN_ADM, Architecture, build_network
 from options import UsageError
+from runtime.messages import note
 
 __all__ = ["Mismatch", "find_mismatch", "load_weights", "suggest_flags"]
 
@@ -66,10 +66,7 @@ def load_weights(network: nn.Module, weights: Weights, where: str, architecture:
             f"{where} does not fit this {architecture.model_type}; {mismatch}{_advice(fitted, architecture)}"
         )
     if fitted is not weights:
-        print(
-            f"note: {where}: position table recomputed, because the file has one for another latent size",
-            file=sys.stderr,
-        )
+        note(f"{where}: position table recomputed, because the file has one for another latent size")
     network.load_state_dict(fitted)
 
 

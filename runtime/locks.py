@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, Self, TextIO
 
 from options import UsageError
+from runtime.messages import note, show
 
 __all__ = ["Holder", "locked"]
 
@@ -82,7 +83,7 @@ def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
         if not wait:
             raise UsageError(f"{acquired}, {what}: {path.parent}. Wait for it, stop it, or choose another name{advice}")
         if not announced:
-            print(f"waiting: {acquired}, {what}: {path.parent}{advice}", flush=True)
+            show(f"waiting: {acquired}, {what}: {path.parent}{advice}")
             announced = True
         time.sleep(SECONDS_BETWEEN_LOOKS)
     try:
@@ -104,7 +105,7 @@ def _acquire(path: Path) -> TextIO | Holder:
                 if not _is_stale(path, holder):
                     return holder
                 path.unlink()
-                print(f"note: removed {path.name}, left by a process that has ended ({holder})", flush=True)
+                note(f"removed {path.name}, left by a process that has ended ({holder})")
 
 
 def _create(path: Path) -> TextIO:

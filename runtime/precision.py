@@ -15,6 +15,7 @@ from torch import nn
 from options import UsageError, option
 from runtime.cpu_kernels import with_cpu_kernels
 from runtime.distributed import Processes
+from runtime.messages import note
 
 __all__ = [
     "DeviceOptions",
@@ -134,7 +135,7 @@ class Machine:
         pays = whole and self.precision != "fp32" and calls >= EVALUATIONS_WORTH_COMPILING
         wanted = pays if self.compile is None else self.compile
         if processes.is_main and wanted and (reason := _why_not_compiled(self)):
-            print(f"note: networks are not compiled, because torch.compile fails on this machine: {reason}")
+            note(f"networks are not compiled, because torch.compile fails on this machine: {reason}")
             wanted = False
         replays = self.compile is True and self.device.type != "cpu"
         return replace(self, compile=processes.from_main(wanted), replays=replays)

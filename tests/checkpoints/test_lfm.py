@@ -281,9 +281,9 @@ def test_converted_by_an_arguments_file_without_the_autoencoder_at_hand(convert,
         'CH_MULT="1 2"\nATTN_RES=2\nNUM_RES_BLOCKS=1\nNUM_IN_CHANNELS=9\n'
     )
     flags = ["--args_file", tmp_path / "arguments.txt"]
-    code, out, err = convert(tmp_path / "model_500.pth", tmp_path / "m.safetensors", *flags)
+    code, _, err = convert(tmp_path / "model_500.pth", tmp_path / "m.safetensors", *flags)
     assert code == 0, err
-    assert "stabilityai/sd-vae-ft-mse is not downloaded" in out
+    assert "stabilityai/sd-vae-ft-mse is not downloaded" in err
     header = read_weights(tmp_path / "m.safetensors")[1]
     assert (header.autoencoder.sha256, header.autoencoder.scale_factor) == (None, 0.18215)
     assert (header.network.num_in_channels, header.latent_channels, header.dataset.name) == (9, 4, "celeba_256")
@@ -308,7 +308,7 @@ def test_mistakes_in_converting(convert, golden, autoencoder, tmp_path):
         code, _, err = convert(*arguments)
         assert code == 2
         assert message in err
-        assert len(err.splitlines()) == 1
+        assert sum(not line.startswith("note: ") for line in err.splitlines()) == 1
     assert not target.exists()
     code, out, _ = convert("--help_all")
     assert code == 0

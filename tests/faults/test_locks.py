@@ -101,7 +101,7 @@ def test_what_a_dead_process_left_is_removed_with_a_note(tmp_path, hold, capsys)
     assert Holder.read(path).pid == dead.pid
     with locked(path, "is training"):
         assert Holder.read(path).pid == os.getpid()
-    assert f"removed run.lock, left by a process that has ended (process {dead.pid} on" in capsys.readouterr().out
+    assert f"removed run.lock, left by a process that has ended (process {dead.pid} on" in capsys.readouterr().err
 
 
 def test_a_dead_process_whose_parent_has_not_asked_for_it_is_dead(tmp_path, hold, capsys):
@@ -112,7 +112,7 @@ def test_a_dead_process_whose_parent_has_not_asked_for_it_is_dead(tmp_path, hold
     os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
     os.kill(dead.pid, 0)  # it still has its number
     with locked(path, "is training"):
-        assert "removed" in capsys.readouterr().out
+        assert "removed" in capsys.readouterr().err
 
 
 def test_a_process_that_got_the_number_of_a_dead_one_is_told_from_it(tmp_path, hold, capsys):
@@ -120,7 +120,7 @@ def test_a_process_that_got_the_number_of_a_dead_one_is_told_from_it(tmp_path, h
     write(path, left_by(hold(tmp_path / "other.lock").pid))
     with locked(path, "is training"):
         pass
-    assert "left by a process that has ended" in capsys.readouterr().out
+    assert "left by a process that has ended" in capsys.readouterr().err
 
 
 def test_a_process_whose_number_means_nothing_here_is_believed(tmp_path, hold):

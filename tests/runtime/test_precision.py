@@ -110,7 +110,7 @@ def test_without_a_compiler_networks_run_as_they_are_and_a_line_says_so(monkeypa
     precision._why_not_compiled.cache_clear()
     network = nn.Linear(2, 2)
     assert machine.compiled(network, always_alike=True) is network
-    assert capsys.readouterr().out == (
+    assert capsys.readouterr().err == (
         "note: networks are not compiled, because torch.compile fails on this machine: no g++ found\n"
     )
 
