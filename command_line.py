@@ -184,7 +184,7 @@ def _make_parser(
     parser = _Parser(
         usage=f"%(prog)s {positional + ' ' if positional else ''}[--args_file FILE] [flags]",
         description=description,
-        epilog="A switch --x can be given as --x, --x true, --x false or --no-x. Brackets show defaults.",
+        epilog="Pass a switch --x as --x, --x true, --x false or --no-x. Brackets show defaults.",
         allow_abbrev=False,
         add_help=False,
         formatter_class=_HelpFormatter,
