@@ -82,7 +82,7 @@ def mode_groups() -> tuple[type, ...]:
 
 def run(options: Options, processes: Processes) -> None:
     """Run the chosen modes, print a summary of each result, and append it to --output_log as one line."""
-    show(options.describe("--print_config has all"))
+    show(options.describe("--print_config shows all"))
     log = options[SamplingOptions].output_log
     for result in run_modes(options, processes):
         summary, warnings = result.get("summary") or summary_of_samples(result), result.get("warnings", [])

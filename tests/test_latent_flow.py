@@ -143,7 +143,7 @@ def test_mistakes_in_loading_are_named(place, tmp_path):
     with pytest.raises(UsageError, match="cannot read the checkpoint"):
         latent_flow.load(tmp_path / "absent.safetensors")
     torch.save({"a": torch.zeros(1)}, tmp_path / "model_1.pth")
-    with pytest.raises(UsageError, match="model_tpye: expected some of .*model_type"):
+    with pytest.raises(UsageError, match="model_tpye: expected any of .*model_type"):
         latent_flow.load(tmp_path / "model_1.pth", model_tpye="DiT-L/2")
     with pytest.raises(UsageError, match="nf must be at least 4"):
         latent_flow.load(tmp_path / "model_1.pth", dataset="celeba_256", image_size=256, nf=-5)

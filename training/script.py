@@ -47,7 +47,7 @@ def run_training(task: TrainingTask, options: Options, processes: Processes) -> 
     folder = run_folder(options[ExperimentOptions], options[DatasetOptions].dataset, task.task)
     if options[ExperimentOptions].overwrite:
         options = _overwrite_once(options, folder)
-    show(options.describe("config.json has all"))
+    show(options.describe("config.json lists all"))
     with orderly_exit(), only_run_in(folder, processes):
         run, resume = prepare(options, processes, task)
         parameters = sum(p.numel() for p in run.network.parameters())
