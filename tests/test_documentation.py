@@ -1,4 +1,4 @@
-"""Every test that the documents name for their promises exists."""
+"""Checks that every test named in the documents exists."""
 
 import ast
 import re
@@ -19,7 +19,7 @@ def names_of_tests(path: Path) -> set[str]:
 
 
 def named_tests(text: str) -> list[tuple[str, str | None]]:
-    """File and test of each name; a bare one is of the file that its section names."""
+    """Pairs (file, test) named in `text`. A test name without a file belongs to the file named by its section."""
     found = []
     for section in re.split(r"^## ", text, flags=re.MULTILINE):
         heading = HEADING.search(section)
@@ -40,7 +40,7 @@ def test_every_test_that_a_document_names_exists(document):
     assert missing == []
 
 
-def test_a_name_that_no_file_has_is_found():
+def test_named_tests_finds_files_and_tests():
     text = "## One\n| promise | test in `tests/a.py` |\n| x | `test_y`, `tests/b.py::test_z`, `tests/c.py` |\n## Two\n`test_w`"
     assert named_tests(text) == [
         ("tests/a.py", None), ("tests/a.py", "test_y"), ("tests/b.py", "test_z"), ("tests/c.py", None), ("", "test_w"),
