@@ -1,7 +1,7 @@
 # Each target sets up .venv first if the active Python lacks requirements-dev.txt.
 #   bench       how fast this machine trains, samples and reads: some minutes each, training_step for each of five networks; sampling needs
 #               what bash run.sh trains, memory 13 GB, data 8 GB of disk
-#   bench-long  what docs/sampling.md, docs/results.md and docs/reliability.md rest on: hours
+#   bench-long  the numbers in docs/lab-notes/sampling.md, docs/reproduction.md and docs/reliability.md: hours
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
 quick := precision attention layers training_step step_cost published_step data memory scaling scoring sampling

@@ -1,21 +1,25 @@
-"""Turns option dataclasses into argparse flags and KEY=VALUE keys; our own, since tyro and jsonargparse read no such files."""
+"""Command-line flags and KEY=VALUE arguments files for option dataclasses.
+
+Built on argparse, because tyro and jsonargparse cannot read the arguments files of LFM's published code.
+"""
 
 import argparse
 import dataclasses
 import difflib
 import re
 import shlex
+import shutil
 import sys
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from options import Options, UsageError, argument_type, check_range, group_title
 
-__all__ = ["leading_word", "parse_options", "read_arguments_file"]
+__all__ = ["help_flags", "leading_word", "parse_options", "read_arguments_file"]
 
-# Short keys of the published test_args files; every other key is a flag's name in capitals.
+# Short keys in LFM's published test_args files. Every other key is a flag's name in capitals.
 PUBLISHED_KEYS = {
     "STEPS": "num_steps",
     "IMG_SIZE": "image_size",
@@ -25,6 +29,9 @@ PUBLISHED_KEYS = {
     "Bs": "batch_size",
 }
 
+ONE_SCREEN = 30  # scripts with at most this many options list them all in --help
+
+HELP = frozenset(("-h", "--help", "--help_all"))
 ASSIGNMENT = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
 
 
@@ -36,28 +43,35 @@ def parse_options(
     defaults: Mapping[str, Any] | None = None,
     ignored: Mapping[str, str] | None = None,
     task: str | None = None,
+    positional: str = "",
+    rare: Collection[type] = (),
     adjust: Callable[[Options], Options] = lambda options: options,
 ) -> Options:
     """Parse the command line into the options of `groups`.
 
     Args:
         description: first paragraph of `--help`.
-        groups: option dataclasses, in the order of `--help`.
+        groups: option dataclasses, in the order `--help` lists them.
         argv: command line without the program's name; sys.argv[1:] when None.
         defaults: this script's own defaults, by option name, where they differ from the dataclass's.
-        ignored: flags accepted for compatibility, with the reason why they do nothing; each says so once.
-        task: what an arguments file may name as its TASK; None: anything.
-        adjust: completes the options, by defaults that depend on others.
+        ignored: flags accepted for compatibility, each with the reason why it has no effect. Using one prints a note.
+        task: the TASK that an arguments file may name; None accepts any.
+        positional: the positional arguments, which the caller has already removed from `argv`, for the usage line.
+        rare: groups that `--help` leaves to `--help_all`, although some of their options are common elsewhere.
+        adjust: fills in defaults that depend on other options.
 
     Raises:
-        UsageError: an unknown flag or key, a missing arguments file, or a value that does not fit.
-        SystemExit: `--help`, or `--print_config` after printing the configuration.
+        UsageError: an unknown flag or key, a missing arguments file, or an invalid value.
+        SystemExit: after `--help`, `--help_all` or `--print_config` has printed its text.
     """
     defaults, ignored = defaults or {}, ignored or {}
-    parser, fields = _make_parser(description, groups, defaults, ignored)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser, fields = _make_parser(description, groups, defaults, ignored, positional)
+    if "--help_all" not in words:
+        _hide_rare_options(parser, fields, rare)
     finder = _Parser(add_help=False, allow_abbrev=False)
     finder.add_argument("--args_file")
-    found, words = finder.parse_known_args(list(sys.argv[1:] if argv is None else argv))
+    found, words = finder.parse_known_args(words)
     if found.args_file:
         words = read_arguments_file(found.args_file, fields, ignored, task) + words
     given = vars(parser.parse_args(words))
@@ -69,23 +83,36 @@ def parse_options(
     for name, value in given.items():
         check_range(fields[name], value)
     values = {name: field.default for name, field in fields.items()} | dict(defaults) | given
-    options = adjust(Options(values=values, explicit=frozenset(given), groups=tuple(groups)))
+    file = found.args_file or ""
+    options = adjust(Options(values=values, explicit=frozenset(given), groups=tuple(groups), args_file=file))
     if show_tree:
         print(options.tree())
         raise SystemExit(0)
     return options
 
 
+def help_flags(words: Iterable[str]) -> list[str]:
+    """The words that ask for help."""
+    return [word for word in words if word in HELP]
+
+
 def leading_word(meaning: str, argv: Sequence[str] | None = None) -> tuple[str, list[str]]:
-    """The word before the flags, which a command requires, and the flags; `meaning` says what it is.
+    """Split the required word before the flags from the flags.
+
+    Args:
+        meaning: what the word is, for the error message.
+        argv: command line without the program's name; sys.argv[1:] when None.
+
+    Returns:
+        The word ("" with `--help`) and the flags.
 
     Raises:
-        UsageError: there is none, and no `--help`.
+        UsageError: the word is missing.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("-"):
         return words[0], words[1:]
-    if {"-h", "--help"} & set(words):
+    if help_flags(words):
         return "", words
     raise UsageError(f"expected {meaning}, before any flags (see --help)")
 
@@ -93,18 +120,17 @@ def leading_word(meaning: str, argv: Sequence[str] | None = None) -> tuple[str, 
 def read_arguments_file(
     path: str | Path, fields: Mapping[str, dataclasses.Field], ignored: Iterable[str] = (), task: str | None = None
 ) -> list[str]:
-    """Flags from a file of KEY=VALUE lines (parsed, never executed; `#` starts a comment).
+    """Read flags from a file of KEY=VALUE lines. The lines are parsed, never executed; `#` starts a comment.
 
     Args:
-        path: the file. A key is a flag's name in capitals or one of PUBLISHED_KEYS; several may share a line. Values may
-            be quoted; those of options that are tuples are separated by spaces. The key TASK belongs to run.sh and
-            run_test.sh, which choose the script by it.
-        fields: the options that exist, by name.
-        ignored: further names that are accepted.
-        task: the script's own; None: the file may name any.
+        path: the file. A key is a flag's name in capitals or one of PUBLISHED_KEYS. Several pairs may share a line. Values
+            may be quoted. Spaces separate the elements of a tuple. run.sh and run_test.sh choose the script by the key TASK.
+        fields: the existing options, by name.
+        ignored: further names to accept.
+        task: the script's own task; None accepts any TASK.
 
     Raises:
-        UsageError: a missing file, one for another task, a line without "=", an unknown key, or a key without a value.
+        UsageError: the file is missing or for another task, or a line has no "=", an unknown key or no value.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -119,7 +145,7 @@ def read_arguments_file(
             name = spellings.get(name, name)
             if key == "TASK":
                 if task not in (None, value):
-                    raise UsageError(f"{where}: TASK={value} is for another script than this one, whose task is {task}")
+                    raise UsageError(f"{where}: TASK={value} needs another script; this script's task is {task}")
                 continue
             if name not in fields and name not in ignored:
                 raise UsageError(f"{where}: unknown key {key} (there is no flag --{name})")
@@ -131,7 +157,7 @@ def read_arguments_file(
 
 
 def _assignments(line: str, where: str) -> list[tuple[str, str]]:
-    """The (key, value) pairs of a line; a word that is no KEY=VALUE of its own continues the value before it."""
+    """The (key, value) pairs of a line. A word without "=" extends the value before it."""
     try:
         words = shlex.split(line, comments=True)
     except ValueError as error:
@@ -149,18 +175,30 @@ def _assignments(line: str, where: str) -> list[tuple[str, str]]:
 
 
 def _make_parser(
-    description: str, groups: Sequence[type], defaults: Mapping[str, Any], ignored: Iterable[str]
+    description: str,
+    groups: Sequence[type],
+    defaults: Mapping[str, Any],
+    ignored: Iterable[str],
+    positional: str,
 ) -> tuple[argparse.ArgumentParser, dict[str, dataclasses.Field]]:
     parser = _Parser(
-        usage="%(prog)s [--args_file FILE] [flags]",
+        usage=f"%(prog)s {positional + ' ' if positional else ''}[--args_file FILE] [flags]",
         description=description,
-        epilog="A switch --x may also be written --x true, --x false or --no-x. Defaults stand in brackets.",
+        epilog="Write a switch --x as --x, --x true, --x false or --no-x. Brackets show defaults.",
         allow_abbrev=False,
+        add_help=False,
         formatter_class=_HelpFormatter,
     )
-    explained = "KEY=VALUE lines read before the flags; later flags win"
-    parser.add_argument("--args_file", metavar="FILE", default=argparse.SUPPRESS, help=explained)
-    parser.add_argument(
+    script = parser.add_argument_group("This script")
+    script.add_argument("-h", "--help", action="help", help="list the common options and exit")
+    script.add_argument("--help_all", action="help", help="list all options and exit")
+    script.add_argument(
+        "--args_file",
+        metavar="FILE",
+        default=argparse.SUPPRESS,
+        help="read flags from KEY=VALUE lines; flags on the command line take precedence",
+    )
+    script.add_argument(
         "--print_config",
         action="store_true",
         default=argparse.SUPPRESS,
@@ -172,6 +210,20 @@ def _make_parser(
     return parser, fields
 
 
+def _hide_rare_options(
+    parser: argparse.ArgumentParser, fields: Mapping[str, dataclasses.Field], rare: Collection[type]
+) -> None:
+    """Leave the common options only in the parser's help, if there are more options than fit on a screen."""
+    if len(fields) <= ONE_SCREEN:
+        return
+    hidden = {field.name for group in rare for field in dataclasses.fields(group)}
+    for action in parser._actions:
+        if action.dest in fields and (action.dest in hidden or not fields[action.dest].metadata["common"]):
+            action.help = argparse.SUPPRESS
+            hidden.add(action.dest)
+    parser.epilog = f"{parser.epilog} --help_all lists {len(hidden & fields.keys())} more options."
+
+
 def _add_groups(
     parser: argparse.ArgumentParser, groups: Sequence[type], defaults: Mapping[str, Any]
 ) -> dict[str, dataclasses.Field]:
@@ -181,7 +233,7 @@ def _add_groups(
         hints = typing.get_type_hints(group)
         for field in dataclasses.fields(group):
             if field.name in fields:
-                continue  # shared by two families of networks
+                continue  # two network families share it
             fields[field.name] = field
             default = defaults.get(field.name, field.default)
             _add_flag(section, field, hints[field.name], default)
@@ -218,10 +270,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """Wide, and one name for a switch instead of three spellings."""
+    """As wide as the terminal, up to 118 columns, and one spelling for a switch instead of three."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32, width=118)
+        width = min(shutil.get_terminal_size((118, 24)).columns, 118)
+        super().__init__(prog, max_help_position=32 if width > 100 else 24, width=width)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if isinstance(action, _BooleanAction):
@@ -235,7 +288,7 @@ class _TupleAction(argparse.Action):
 
 
 class _BooleanAction(argparse.Action):
-    """`--flag`, `--flag true|false` and `--no-flag`."""
+    """Accepts `--flag`, `--flag true|false` and `--no-flag`."""
 
     words: typing.ClassVar = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 

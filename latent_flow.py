@@ -120,7 +120,7 @@ class Flow:
             count: N; None: as many as there are labels, maps or noises, else 8.
             seed: of the noise.
             steps: intervals of fixed-step solvers, also called num_steps.
-            method: solver; see docs/solvers.md.
+            method: solver; see docs/sampling.md.
             noise: latents [N, c, h, w] at t = 1 to start from, instead of the seed's.
             dense: maps [N, K, h, w] for a network of inpainting or semantic synthesis.
             options: further fields of SolverOptions and GuidanceOptions, such as `cfg_scale=4.0, cfg_interval=(0.2, 0.7)`.

@@ -1,8 +1,10 @@
-"""Options declared once, as fields of frozen dataclasses; pydantic would check ranges, but knows neither flags nor resuming.
+"""Options, each declared once as a field of a frozen dataclass.
 
-Every component owns one dataclass whose fields are made by `option(default, help)`; the scripts hand the classes they use
-to `command_line.parse_options`, and give each component its own instance back. The first line of a class's docstring is
-the title of its group in `--help`. Classes may share a field (network families do): it is one flag.
+Every component owns one dataclass, whose fields `option(default, help)` creates. A script passes the classes it needs to
+`command_line.parse_options` and hands each component its own instance. The first line of a class's docstring is the title
+of its group in `--help`. Classes may share a field, as network families do; the field is then a single flag.
+
+Pydantic would check ranges, but has no notion of flags or of resuming a run.
 """
 
 import dataclasses
@@ -35,10 +37,10 @@ __all__ = [
 T = TypeVar("T")
 
 # Whether a run may resume with another value of an option:
-#   never     the run would no longer be the one that it began as
-#   on_request  with --resume; the run is then no longer the one that its first options describe
-#   rounding  yes; the order of floating-point sums changes, and with it the last bits
-#   freely    yes; the option decides when things are shown and saved, not what is learnt
+#   never       no: it would be a different run
+#   on_request  only with --resume: the run then differs from what its first options describe
+#   rounding    yes: only the order of floating-point sums changes, so results differ in the last bits
+#   freely      yes: the option decides when things are shown and saved, not what the network learns
 OnResume = Literal["never", "on_request", "rounding", "freely"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -48,13 +50,13 @@ ENVIRONMENT_ERRORS = frozenset(
 
 
 class UsageError(ValueError):
-    """Input that a user can mend. The message says what was expected, what came and what to do."""
+    """Invalid input. The message says what was expected, what was given and what to do."""
 
     exit_code = 2
 
 
 class DivergedError(UsageError):
-    """A run whose numbers have gone wrong for good, though it could begin."""
+    """A training run that produces non-finite values and does not recover."""
 
     exit_code = 3
 
@@ -68,38 +70,45 @@ def option(
     minimum: float | None = None,
     maximum: float | None = None,
     on_resume: OnResume | None = None,
+    common: bool = False,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
 
     Args:
         default: value when the flag is not given.
         help: one sentence for `--help`, with the unit.
-        choices: the values allowed (for tuples, of each element): the dictionary that they index, so that later entries count,
-            or a sequence of names.
-        flags: other spellings, such as "--attn_resolution".
-        minimum: the smallest value allowed, for numbers.
-        maximum: the largest.
-        on_resume: whether a run may resume with another value; None: as the dataclass says, else "never".
+        choices: the allowed values, or for a tuple the allowed elements: a sequence of names or the dictionary they index.
+            Entries added to the dictionary later are allowed too.
+        flags: alternative spellings, such as "--attn_resolution".
+        minimum: the smallest allowed number.
+        maximum: the largest allowed number.
+        on_resume: whether a run may resume with another value; None: the dataclass's policy, else "never".
+        common: most users need it, so `--help` lists it; `--help_all` lists the others too.
     """
     metadata = {"help": help, "choices": choices, "flags": flags, "minimum": minimum, "maximum": maximum}
-    return dataclasses.field(default=default, metadata={**metadata, "on_resume": on_resume})
+    return dataclasses.field(default=default, metadata={**metadata, "on_resume": on_resume, "common": common})
 
 
 def resume_policy(group: type, field: dataclasses.Field) -> OnResume:
-    """Whether a run may resume with another value of an option: its own policy, else its dataclass's, else "never"."""
+    """The option's own resume policy, else its dataclass's, else "never"."""
     return field.metadata["on_resume"] or getattr(group, "on_resume", "never")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The values of all flags, which of them the user gave, and the components that they belong to.
+    """The values of all flags; `options[GroupClass]` is one component's dataclass.
 
-    `options[GroupClass]` is the instance of one component's dataclass.
+    Args:
+        values: all values, by name.
+        explicit: the names of the options given on the command line or in the arguments file.
+        groups: the registered dataclasses.
+        args_file: the arguments file, or "" without one.
     """
 
     values: Mapping[str, Any]
     explicit: frozenset[str]
     groups: tuple[type, ...] = ()
+    args_file: str = ""
 
     def __getitem__(self, group: type[T]) -> T:
         if not any(issubclass(registered, group) for registered in self.groups):
@@ -108,15 +117,18 @@ class Options:
 
     @property
     def given(self) -> dict[str, Any]:
-        """The values that the user gave, on the command line or in the arguments file, by name."""
+        """The values given on the command line or in the arguments file, by name."""
         return {name: self.values[name] for name in self.explicit}
 
     def describe(self, others: str) -> str:
-        """The options that differ from the dataclasses' defaults, a line for each component; `others` tells of the rest.
+        """The options that differ from the dataclasses' defaults, one line per component.
 
-        Values are written as an arguments file takes them.
+        Values are written in the syntax of an arguments file.
+
+        Args:
+            others: where to find the other options, for the first line.
         """
-        lines, listed = [f"options ({others})"], set[str]()
+        lines, listed = [f"changed options ({others}):"], set[str]()
         for group in self.groups:
             own = [field for field in dataclasses.fields(group) if field.name not in listed]
             listed |= {field.name for field in own}
@@ -126,7 +138,7 @@ class Options:
         return "\n".join(lines)
 
     def tree(self) -> str:
-        """The complete configuration: a line for each group and, indented below it, for each option; `*` marks changes."""
+        """The complete configuration as a tree of groups and options; `*` marks values that differ from the default."""
         lines, listed = list[str](), set[str]()
         for group in self.groups:
             own = [field for field in dataclasses.fields(group) if field.name not in listed]
@@ -139,8 +151,12 @@ class Options:
                 lines.append(f"{branch} {field.name:<{width}}  {'-' if value is None else _written(value)}{mark}")
         return "\n".join(lines)
 
+    def written(self, name: str) -> str:
+        """A value in the syntax of an arguments file, which is also the shell's."""
+        return _written(self.values[name])
+
     def policies(self) -> dict[str, OnResume]:
-        """Whether a run may resume with another value of each option."""
+        """The resume policy of each option, by name."""
         found: dict[str, OnResume] = {}
         for group in self.groups:
             for field in dataclasses.fields(group):
@@ -152,13 +168,13 @@ class Options:
         return {field.name: field.default for group in self.groups for field in dataclasses.fields(group)}
 
     def completed(self, values: Mapping[str, Any]) -> "Options":
-        """These options with `values` where the user gave none, as if an arguments file had held them."""
+        """These options, with `values` for those the user left out, as if an arguments file had set them."""
         added = {name: value for name, value in values.items() if name in self.values and name not in self.explicit}
         return dataclasses.replace(self, values={**self.values, **added}, explicit=self.explicit | added.keys())
 
 
 def argument_type(hint: Any) -> tuple[type, bool]:
-    """(scalar type, whether a tuple of them) of an annotation such as `int | None` or `tuple[int, ...]`."""
+    """The scalar type of an annotation such as `int | None` or `tuple[int, ...]`, and whether it is a tuple."""
     if isinstance(hint, types.UnionType):
         hint = next(item for item in typing.get_args(hint) if item is not type(None))
     if typing.get_origin(hint) is tuple:
@@ -167,14 +183,14 @@ def argument_type(hint: Any) -> tuple[type, bool]:
 
 
 def check_range(field: dataclasses.Field, value: Any) -> None:
-    """Refuse numbers below the option's minimum or above its maximum, and names that are no choice.
+    """Check a value against the option's minimum, maximum and choices.
 
     Raises:
-        UsageError: such a value.
+        UsageError: the value, or an element of the tuple, is out of range or not among the choices.
     """
     lowest, highest, choices = (field.metadata[name] for name in ("minimum", "maximum", "choices"))
     for item in value if isinstance(value, tuple) else (value,):
-        # "not at least" where "less" would let nan pass
+        # `not item >= lowest` also rejects nan, which `item < lowest` would accept.
         if lowest is not None and not item >= lowest:
             raise UsageError(f"--{field.name} must be at least {lowest}, but {value} was given")
         if highest is not None and not item <= highest:
@@ -184,16 +200,16 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
 
 
 def make_options(group: type[T], values: Mapping[str, Any]) -> T:
-    """An instance of an option dataclass from Python values by name, checked as the command line checks its words.
+    """An instance of an option dataclass from Python values, with the same checks as on the command line.
 
-    Lists become tuples, and whole numbers become floats where a float is due.
+    Lists become tuples, and integers become floats for options of type float.
 
     Raises:
-        UsageError: a name that is no option of `group`, or a value of another type, out of range or no choice.
+        UsageError: a name is not an option of `group`, or a value has the wrong type, is out of range or is not a choice.
     """
     known = {field.name: field for field in dataclasses.fields(group)}  # type: ignore[arg-type]
     if unknown := sorted(set(values) - set(known)):
-        raise UsageError(f"unknown option {', '.join(unknown)}: expected some of {', '.join(known)}")
+        raise UsageError(f"unknown option {', '.join(unknown)}: expected one of {', '.join(known)}")
     hints = typing.get_type_hints(group)
     return group(**{name: _checked(known[name], hints[name], value) for name, value in values.items()})
 
@@ -205,7 +221,7 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     items = tuple(value) if many and isinstance(value, list | tuple) else (value,)
     items = tuple(float(item) if kind is float and type(item) is int else item for item in items)
     if any(type(item) is not kind for item in items) or (many and not isinstance(value, list | tuple)):
-        expected = f"several of {kind.__name__}" if many else kind.__name__
+        expected = f"a list of {kind.__name__}" if many else kind.__name__
         raise UsageError(f"{field.name}: expected {expected}, but {value!r} was given")
     checked = items if many else items[0]
     check_range(field, checked)
@@ -213,9 +229,9 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    """`value` (a dataclass, mapping, sequence or scalar) in JSON's types, so that a round trip compares equal.
+    """Convert a dataclass, mapping, sequence or scalar to JSON types, so that a round trip compares equal.
 
-    A dataclass whose JSON has other entries than its fields defines `to_json()`.
+    A dataclass whose JSON entries differ from its fields defines `to_json()`.
     """
     if hasattr(value, "to_json"):
         return as_json(value.to_json())
@@ -229,14 +245,14 @@ def as_json(value: Any) -> Any:
 
 
 class Explanation(NamedTuple):
-    """How a script ends after an error that is not the program's: its exit code, and the line on stderr."""
+    """The exit code and the line on stderr with which a script ends after an error that is not a bug."""
 
     exit_code: int
     line: str
 
 
 def explain(error: BaseException) -> Explanation | None:
-    """The explanation of an error that is not the program's; None for a defect, which needs its traceback."""
+    """The explanation of an error that is not a bug; None for a bug, whose traceback matters."""
     if isinstance(error, UsageError):
         return Explanation(error.exit_code, f"error: {error}")
     if isinstance(error, KeyboardInterrupt):
@@ -247,7 +263,10 @@ def explain(error: BaseException) -> Explanation | None:
 
 
 def exit_cleanly(main: Callable[[], int | None]) -> None:
-    """Run a script's main function; a user's error becomes one line on stderr and exit code 2, a diverged run 3."""
+    """Run a script's main function and exit.
+
+    A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3.
+    """
     try:
         sys.exit(main() or 0)
     except (Exception, KeyboardInterrupt) as error:
@@ -258,12 +277,12 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
 
 
 def group_title(group: type) -> str:
-    """What a dataclass of options is called in `--help`."""
+    """The title of an option dataclass in `--help`."""
     return (group.__doc__ or group.__name__).strip().splitlines()[0].rstrip(".")
 
 
 def _written(value: Any) -> str:
-    """A value as an arguments file takes it."""
+    """A value in the syntax of an arguments file."""
     if isinstance(value, bool):
         return str(value).lower()
     return shlex.quote(" ".join(map(str, value)) if isinstance(value, tuple) else str(value))

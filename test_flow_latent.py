@@ -3,8 +3,15 @@
 
 from checkpoints.tasks import GENERATE
 from runtime.launch import run_script
-from sampling.request import IGNORED_SAMPLING_FLAGS
+from sampling.request import IGNORED_SAMPLING_FLAGS, checkpoint_groups
 from sampling.script import mode_groups, run
 
 if __name__ == "__main__":
-    run_script(run, str(__doc__), mode_groups(), ignored=IGNORED_SAMPLING_FLAGS, task=GENERATE.name)
+    run_script(
+        run,
+        str(__doc__),
+        mode_groups(),
+        ignored=IGNORED_SAMPLING_FLAGS,
+        task=GENERATE.name,
+        rare=checkpoint_groups(),
+    )

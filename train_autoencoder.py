@@ -6,6 +6,7 @@ import shutil
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from options import exit_cleanly
+from runtime.messages import show
 from runtime.precision import PrecisionOptions, choose_machine
 from training.autoencoder import (
     AutoencoderTrainingOptions,
@@ -28,7 +29,7 @@ def main() -> None:
     save_autoencoder(network, snapshot_folder(settings), {}, settings)
     save_autoencoder(network, settings.output, posterior_statistics(network, dataset, machine), settings)
     shutil.rmtree(snapshot_folder(settings))
-    print(f"saved to {settings.output}; measure it with: python -m evaluation.reconstruction ...")
+    show(f"saved to {settings.output}; measure it with: python -m evaluation.reconstruction ...")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from evaluation.features.classifier import load_classifier, save_classifier
 from options import as_json, exit_cleanly
+from runtime.messages import show
 from runtime.precision import PrecisionOptions, choose_machine
 from training.classifier import ClassifierTrainingOptions, accuracy, gather_images, train_classifier
 
@@ -21,7 +22,7 @@ def main() -> None:
     facts["test_accuracy"] = accuracy(network, gather_images(test), test.labels, machine)
     save_classifier(network, settings.output, facts)
     measured = accuracy(load_classifier(settings.output).to(machine.device), gather_images(test), test.labels, machine)
-    print(f"saved to {settings.output}; accuracy on {len(test)} test images: {100 * measured:.2f} %")
+    show(f"saved to {settings.output}; accuracy on {len(test)} test images: {100 * measured:.2f} %")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Claim (docs/solvers.md): on a Gaussian mixture with exact velocity, each solver's error decreases at the solver's order.
+"""Claim (docs/lab-notes/sampling.md): on a Gaussian mixture with exact velocity, each solver's error decreases at its order.
 
     python -m benchmarks.solver_orders [--picture docs/solvers.png]
 

@@ -1,6 +1,6 @@
 """Measures how a training step's time, FLOP/s and activation memory grow with batch size, tokens and parameters.
 
-    python -m benchmarks.step_cost [--rounds 3] [--output docs/step_cost.png]
+    python -m benchmarks.step_cost [--rounds 3] [--output docs/lab-notes/step_cost.png]
 
 Times `TrainingState.advance` in bfloat16 without compilation. The starting point is DiT-S/2 with batches of 8 latents,
 32 x 32 x 4 each; one quantity varies at a time. Activation memory is counted as in benchmarks/memory.py: the tensors that
@@ -76,7 +76,7 @@ def main() -> None:
     """Print a table and plot it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="timed steps; default: 3")
-    parser.add_argument("--output", type=Path, default=Path("docs/step_cost.png"), help="picture to write")
+    parser.add_argument("--output", type=Path, default=Path("docs/lab-notes/step_cost.png"), help="picture to write")
     options = parser.parse_args()
     keep_freed_memory()
     costs, rows = {}, []

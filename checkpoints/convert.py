@@ -17,7 +17,7 @@ from checkpoints.files import read_weights, save_weights
 from checkpoints.lfm import build_published
 from checkpoints.lfm_files import PREFIX, STAGE_WEIGHT, condition_stage_path, read_published
 from checkpoints.lfm_request import request_network
-from command_line import parse_options
+from command_line import help_flags, parse_options
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, exit_cleanly, option
@@ -37,7 +37,11 @@ def main() -> None:
     """Convert in the direction that the first file's kind implies."""
     paths, flags = _split_paths(sys.argv[1:])
     options = parse_options(
-        str(__doc__).splitlines()[0], [ConversionOptions, *mode_groups()], flags, ignored=IGNORED_SAMPLING_FLAGS
+        str(__doc__).splitlines()[0],
+        [ConversionOptions, *mode_groups()],
+        flags,
+        ignored=IGNORED_SAMPLING_FLAGS,
+        positional="IN OUT",
     )
     source, target = paths
     if is_torch_file(source):
@@ -88,8 +92,8 @@ def _check_suffix(target: Path, suffix: str, reason: str) -> None:
 
 
 def _split_paths(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    if "-h" in arguments or "--help" in arguments:
-        return [], ["--help"]
+    if wanted := help_flags(arguments):
+        return [], wanted
     paths, flags = arguments[:2], arguments[2:]
     if len(paths) < 2 or any(path.startswith("-") for path in paths):
         raise UsageError("expected IN OUT [flags]: a .pth file and a .safetensors file, or the other way round")

@@ -1,1 +1,1 @@
-"""Datasets as uint8 images with labels, and the cache of their latents."""
+"""Datasets of uint8 images with labels, and caches of their latents."""

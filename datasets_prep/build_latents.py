@@ -1,8 +1,8 @@
-"""Encode a dataset's images into latent caches, which a training finds, or reads as latent_imagenet_256.
+"""Encode a dataset's images into latent caches, for training on that dataset or on latent_imagenet_256.
 
     python -m datasets_prep.build_latents --dataset imagenet_256 --datadir DIR --image_size 256 --num_workers 8
 
-With --num_process_per_node N the GPUs share the work; started again after an interruption it goes on.
+With --num_process_per_node N, the GPUs share the work. After an interruption, repeat the command to resume.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from options import Options, UsageError
 from runtime.distributed import Processes
 from runtime.launch import run_script
+from runtime.messages import show
 from runtime.precision import PrecisionOptions, choose_machine
 
 __all__ = ["GROUPS", "main"]
@@ -22,7 +23,7 @@ GROUPS = (DatasetOptions, LatentCacheOptions, AutoencoderOptions, PrecisionOptio
 
 
 def main(options: Options, processes: Processes) -> None:
-    """Build the cache of each split."""
+    """Build the latent caches of the training split and of the first HELD_OUT_IMAGES validation images."""
     data, caches = options[DatasetOptions], options[LatentCacheOptions]
     machine = choose_machine(options[PrecisionOptions], processes)
     with processes.main_first():
@@ -30,13 +31,13 @@ def main(options: Options, processes: Processes) -> None:
         held_out = open_dataset(data, "validation").head(HELD_OUT_IMAGES)
         autoencoder = load_autoencoder(options[AutoencoderOptions], train.facts.channels)
     if autoencoder.is_pixel_space:
-        raise UsageError("--pretrained_autoencoder_ckpt none makes no latents: name an autoencoder")
+        raise UsageError("--pretrained_autoencoder_ckpt none means pixel space, without latents: name an autoencoder")
     autoencoder = autoencoder.to(machine.device)
     root = Path(caches.latent_cache_dir or data.derived / "latent_cache")
     for dataset in (train, held_out):
         folder = cache_folder(root, dataset, autoencoder)
         build_latent_cache(folder, dataset, autoencoder, machine, processes, caches.num_workers)
-        print(f"{folder}: {len(dataset)} {dataset.split} images of {data.dataset}")
+        show(f"{folder}: {len(dataset)} {dataset.split} images of {data.dataset}")
 
 
 if __name__ == "__main__":

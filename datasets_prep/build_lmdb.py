@@ -1,11 +1,12 @@
-"""Make the LMDBs of CelebA-HQ or FFHQ from a folder of images.
+"""Build the LMDBs of CelebA-HQ or FFHQ from a folder of images.
 
     python -m datasets_prep.build_lmdb --source IMAGES --datadir DIR --image_size 256
 
-writes `train.lmdb` and `validation.lmdb` below DIR, images under the keys "0", "1", ... in the order of the files' names, with
-numbers in them taken as numbers: CelebA-HQ's are 0.jpg to 29999.jpg, and the last 3,000 of these are held out. Each LMDB
-grows under a temporary name; its last key, "progress", moves on in the same transaction as the images do, and is deleted in
-the last one. So the command continues after it was ended at any moment, and a finished LMDB holds nothing but images.
+writes `train.lmdb` and `validation.lmdb` into DIR. The images have the keys "0", "1", ... in natural order of their file
+names (2.jpg before 10.jpg). By default, the last tenth is held out: 3,000 of CelebA-HQ's images 0.jpg to 29999.jpg.
+
+The command may be interrupted at any moment; repeat it to resume. Each LMDB grows under a temporary name. Its key
+"progress" is updated in the same transaction as the images and deleted in the last one, so a finished LMDB holds only images.
 """
 
 import io
@@ -27,13 +28,14 @@ from datasets_prep.lmdb_file import open_lmdb_file
 from datasets_prep.lmdb_images import HELD_OUT_SHARE
 from options import UsageError, exit_cleanly, option
 from runtime.files import read_json, write_json
+from runtime.messages import show, warn
 from runtime.progress import progress_bar
 
 __all__ = ["BuildLmdbOptions", "build_lmdb", "list_in_order", "main", "split_files"]
 
 IMAGES_PER_COMMIT = 256
 PROGRESS = b"progress"
-FIRST_MAP_BYTES = 1 << 30  # doubled whenever it is full; an LMDB takes no more disk than its images
+FIRST_MAP_BYTES = 1 << 30  # doubled when full; the unused part of the map takes no disk space
 IDENTITY = "build.json"
 LISTED_BAD_IMAGES = 10
 
@@ -56,24 +58,28 @@ ENCODERS: dict[str, Callable[[Image.Image], bytes]] = {
 
 @dataclass(frozen=True)
 class BuildLmdbOptions:
-    """Making LMDBs."""
+    """LMDB creation."""
 
-    source: str = option("", "folder of images, searched with all folders below it")
+    source: str = option("", "folder of images, searched recursively")
     datadir: str = option("", "folder for train.lmdb and validation.lmdb")
-    image_size: int = option(256, "side of the square images in pixels: resized and cropped as ADM does", minimum=1)
+    image_size: int = option(256, "side of the square images in pixels; resized and cropped as in ADM", minimum=1)
     validation: str = option(
-        "", "how many of the last images to hold out, or a file with one name per line; default: the last tenth"
+        "",
+        "held-out images: their number, taken from the end, or a file with one name per line; default: the last tenth",
     )
-    format: str = option("png", "how images are stored: losslessly (png, raw) or not (jpg)", choices=ENCODERS)
-    skip_bad_images: bool = option(False, "leave unreadable images out, with a count, instead of stopping")
+    format: str = option("png", "storage format: lossless (png, raw) or lossy (jpg)", choices=ENCODERS)
+    skip_bad_images: bool = option(False, "leave out unreadable images and report them, instead of stopping")
     num_workers: int = option(4, "threads that read and encode images", minimum=1)
 
 
 def build_lmdb(target: Path, paths: list[Path], root: Path, options: BuildLmdbOptions) -> int:
-    """Write the images of `paths` (below `root`) to the LMDB `target`, or what is missing of it; returns their number.
+    """Write the images `paths` below `root` to the LMDB `target`. An interrupted build resumes.
+
+    Returns:
+        The number of images in the LMDB.
 
     Raises:
-        UsageError: `target` is there, or was begun, with other images or options; or an image cannot be read.
+        UsageError: `target` was built or begun with other images or options, or an image cannot be read.
     """
     identity = {
         "files": len(paths),
@@ -89,7 +95,7 @@ def build_lmdb(target: Path, paths: list[Path], root: Path, options: BuildLmdbOp
         _check_same(unfinished, identity)
     else:
         write_json(unfinished / IDENTITY, identity)
-    with _opened(unfinished) as environment:
+    with _open_for_writing(unfinished) as environment:
         _fill(environment, paths, options, target.name)
         count = environment.stat()["entries"]
     unfinished.rename(target)
@@ -97,7 +103,7 @@ def build_lmdb(target: Path, paths: list[Path], root: Path, options: BuildLmdbOp
 
 
 def list_in_order(root: Path) -> list[Path]:
-    """The images below `root`, 2.jpg before 10.jpg.
+    """List the images below `root` in natural order: 2.jpg before 10.jpg.
 
     Raises:
         UsageError: there are none.
@@ -111,10 +117,15 @@ def list_in_order(root: Path) -> list[Path]:
 
 
 def split_files(paths: list[Path], root: Path, validation: str) -> dict[str, list[Path]]:
-    """The files of each split: `validation` names those to hold out, or says how many of the last; "" is a tenth.
+    """Divide `paths` into the training and validation splits.
+
+    Args:
+        paths: images below `root`, in order.
+        root: folder of the images.
+        validation: number of images to hold out from the end, or a file that lists their names; "": the last tenth.
 
     Raises:
-        UsageError: a file that names an unknown image, or a split without an image.
+        UsageError: the file lists an unknown image, or a split is empty.
     """
     if validation and not validation.isdecimal():
         listed = _read_names(Path(validation))
@@ -130,54 +141,55 @@ def split_files(paths: list[Path], root: Path, validation: str) -> dict[str, lis
     for split, files in splits.items():
         if not files:
             raise UsageError(
-                f"{len(paths)} images in {root}: none is left for {split}; say with --validation which to hold out"
+                f"the {split} split of the {len(paths)} images in {root} is empty: choose the held-out images with "
+                "--validation"
             )
     return splits
 
 
 def main() -> None:
-    """Parse the flags and make both LMDBs."""
+    """Parse the flags and build both LMDBs."""
     options = parse_options(str(__doc__).splitlines()[0], [BuildLmdbOptions])[BuildLmdbOptions]
     for flag in ("source", "datadir"):
         if not getattr(options, flag):
             raise UsageError(f"--{flag} is missing: expected --source IMAGES --datadir DIR (see --help)")
     root, datadir = Path(options.source), Path(options.datadir)
     if not root.is_dir():
-        raise UsageError(f"--source {root} is no directory: name the folder that holds the images")
+        raise UsageError(f"--source {root} is not a directory: name the folder that holds the images")
     splits = split_files(list_in_order(root), root, options.validation)
     for split, paths in splits.items():
         count = build_lmdb(datadir / f"{split}.lmdb", paths, root, options)
-        print(
+        show(
             f"{datadir / split}.lmdb: {count} images of {options.image_size} x {options.image_size} ({options.format})"
         )
 
 
 def _fill(environment: lmdb.Environment, paths: list[Path], options: BuildLmdbOptions, name: str) -> None:
-    """Add the images from where the progress stands; at the end there is none any more."""
+    """Add the images from the stored progress on, and delete the progress at the end."""
     with environment.begin() as transaction:
         stored = transaction.get(PROGRESS)
     if stored is None and environment.stat()["entries"]:
-        return  # all are there; only the new name was missing
+        return  # complete: the build was interrupted just before the rename
     position, bad = json.loads(stored) if stored else (0, [])
     with progress_bar(total=len(paths), initial=position, desc=name, unit="image") as bar:
-        for values, unreadable in _encoded(paths[position:], options):
+        for values, unreadable in _encode_batches(paths[position:], options):
             first = position - len(bad)
             position, bad = position + len(values) + len(unreadable), [*bad, *unreadable]
             if len(bad) == len(paths):
-                raise UsageError(f"none of the {len(paths)} images can be read, the first is {bad[0]}")
+                raise UsageError(f"none of the {len(paths)} images can be read; the first is {bad[0]}")
             _commit(environment, first, values, json.dumps([position, bad]) if position < len(paths) else None)
             bar.update(len(values) + len(unreadable))
     if bad:
         more = ", ..." if len(bad) > LISTED_BAD_IMAGES else ""
         listed = ", ".join(bad[:LISTED_BAD_IMAGES])
-        print(f"--skip_bad_images: left out {len(bad)} of {len(paths)} images: {listed}{more}")
+        warn(f"--skip_bad_images: left out {len(bad)} of {len(paths)} images: {listed}{more}")
 
 
-def _encoded(paths: list[Path], options: BuildLmdbOptions) -> Iterator[tuple[list[bytes], list[str]]]:
-    """Batches of values, with the names of the images among them that cannot be read."""
+def _encode_batches(paths: list[Path], options: BuildLmdbOptions) -> Iterator[tuple[list[bytes], list[str]]]:
+    """Yield batches of encoded images, with the names of the batch's unreadable images."""
     encode = ENCODERS[options.format]
 
-    def value(path: Path) -> bytes | BadImageError:
+    def encode_file(path: Path) -> bytes | BadImageError:
         try:
             return encode(Image.fromarray(center_crop(open_rgb(path, str(path)), options.image_size)))
         except BadImageError as error:
@@ -187,15 +199,15 @@ def _encoded(paths: list[Path], options: BuildLmdbOptions) -> Iterator[tuple[lis
 
     with ThreadPoolExecutor(options.num_workers) as workers:
         for start in range(0, len(paths), IMAGES_PER_COMMIT):
-            found = list(workers.map(value, paths[start : start + IMAGES_PER_COMMIT]))
+            results = list(workers.map(encode_file, paths[start : start + IMAGES_PER_COMMIT]))
             yield (
-                [item for item in found if isinstance(item, bytes)],
-                [item.image for item in found if isinstance(item, BadImageError)],
+                [result for result in results if isinstance(result, bytes)],
+                [result.image for result in results if isinstance(result, BadImageError)],
             )
 
 
 def _commit(environment: lmdb.Environment, first: int, values: list[bytes], progress: str | None) -> None:
-    """Images under the keys `first`, `first` + 1, ... and the progress (None: at the end), all or nothing."""
+    """Write images under the keys `first`, `first` + 1, ... and the progress in one transaction; None deletes the progress."""
     while True:
         try:
             with environment.begin(write=True) as transaction:
@@ -210,7 +222,7 @@ def _commit(environment: lmdb.Environment, first: int, values: list[bytes], prog
             environment.set_mapsize(2 * environment.info()["map_size"])
 
 
-def _opened(folder: Path) -> lmdb.Environment:
+def _open_for_writing(folder: Path) -> lmdb.Environment:
     try:
         return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES)
     except lmdb.Error as error:
@@ -219,13 +231,13 @@ def _opened(folder: Path) -> lmdb.Environment:
 
 def _check_same(folder: Path, identity: dict[str, Any]) -> None:
     if not (folder / IDENTITY).exists():
-        raise UsageError(f"{folder} exists, and was not made by this command: remove it, or name another --datadir")
-    begun = read_json(folder / IDENTITY)
+        raise UsageError(f"{folder} exists, but this command did not build it: remove it, or choose another --datadir")
+    stored = read_json(folder / IDENTITY)
     for key, expected in identity.items():
-        if begun.get(key) != expected:
+        if stored.get(key) != expected:
             raise UsageError(
-                f"{folder} was begun with another {key}: it has {begun.get(key)}, this command {expected}. "
-                "Repeat the first command, remove it, or name another --datadir"
+                f"{folder} was begun with another {key}: expected {expected}, but found {stored.get(key)}. "
+                "Repeat the original command, remove the folder, or choose another --datadir"
             )
 
 
@@ -233,7 +245,7 @@ def _read_names(path: Path) -> set[str]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--validation {path}: expected a number or a file of names: {error}") from error
+        raise UsageError(f"--validation {path}: expected a number or a file that lists names ({error})") from error
     return {line.strip() for line in lines if line.strip()}
 
 

@@ -1,8 +1,8 @@
-"""Reading the shards of a latent cache in any order, at the speed of the disk.
+"""Random access to the shards of a latent cache, at disk speed.
 
-Memory-mapped files are read around the place that is touched: for a row of 16 kB in random order, that may be megabytes. So
-the system is told that the order is random, and which rows a batch will take before the first is touched: then they come
-from the disk at the same time, and nothing else does.
+By default, the system reads far ahead in memory-mapped files. For one 16 kB row in random order, that can be megabytes.
+MADV_RANDOM turns read-ahead off. MADV_WILLNEED announces all rows of a batch before the first is used, so that the disk
+reads them concurrently.
 """
 
 import mmap
@@ -18,12 +18,12 @@ ADVISABLE = hasattr(mmap, "MADV_WILLNEED")  # not on Windows
 
 
 class LatentCache:
-    """Moments of every image of a split, read by index without touching a pixel."""
+    """Posterior moments of every image of a split by index, without access to the images."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], labels: torch.Tensor) -> None:
         self.folder = folder
         self.labels = labels
-        self.precision: str = manifest.get("precision", "fp32")  # of encoding; older ones lack it
+        self.precision: str = manifest.get("precision", "fp32")  # of the encoder; absent from older caches
         self.orientations: int = manifest["orientations"]
         self.shard_size: int = manifest["shard_size"]
         self.shards = [_map_rows(folder / entry["file"]) for entry in manifest["shards"]]
@@ -31,34 +31,37 @@ class LatentCache:
         rows = [min(self.shard_size, len(labels) - first) for first in range(0, len(labels), self.shard_size)]
         expected = [(count, self.orientations, *self.moment_shape) for count in rows]
         if [shard.shape for shard in self.shards] != expected:
-            raise ValueError("its shards have other shapes than it says")
+            raise ValueError("the shards have other shapes")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def moments(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-        """float16 moments [B, 2 c, h, w] of images `indices` [B], of the mirror image where `mirrored` [B]."""
+        """Read the float16 moments [B, 2 c, h, w] of images `indices` [B], or of their mirror images where `mirrored` [B].
+
+        A cache without mirror images ignores `mirrored`.
+        """
         moments = np.empty((len(indices), *self.moment_shape), np.float16)
         shard_of, row_of = np.divmod(indices.numpy(), self.shard_size)
         orientation_of = mirrored.numpy().astype(int) % self.orientations
-        places = list(zip(shard_of.tolist(), row_of.tolist(), orientation_of.tolist(), strict=True))
-        for shard, row, orientation in places:
-            _announce(self.shards[shard], row * self.orientations + orientation, moments[:1].nbytes)
-        for place, (shard, row, orientation) in enumerate(places):
-            moments[place] = self.shards[shard][row, orientation]
+        locations = list(zip(shard_of.tolist(), row_of.tolist(), orientation_of.tolist(), strict=True))
+        for shard, row, orientation in locations:
+            _prefetch(self.shards[shard], row * self.orientations + orientation, moments[:1].nbytes)
+        for i, (shard, row, orientation) in enumerate(locations):
+            moments[i] = self.shards[shard][row, orientation]
         return torch.from_numpy(moments)
 
 
 def _map_rows(path: Path) -> np.memmap:
-    """The array of a file, of which rows are read in any order."""
+    """Memory-map the array in a file for random access."""
     array: np.memmap = np.load(path, mmap_mode="r")
     if ADVISABLE:
         array.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
     return array
 
 
-def _announce(array: np.memmap, number: int, size: int) -> None:
-    """Have the system begin to read the `number`th `size` bytes of a file's array, without waiting for them."""
+def _prefetch(array: np.memmap, number: int, size: int) -> None:
+    """Ask the system to read block `number` of `size` bytes of the array, without waiting for it."""
     if ADVISABLE:
         first = array.offset + number * size
         start = first - first % mmap.PAGESIZE

@@ -1,10 +1,10 @@
-"""Merge CelebAMask-HQ's masks of single parts into maps of 19 classes.
+"""Merge CelebAMask-HQ's masks, one per facial part, into label maps of 19 classes.
 
     python -m datasets_prep.celebamask DATADIR
 
-DATADIR is the folder CelebAMask-HQ or the one that holds it. For each image i it writes `masks/<i>.png`, grey values 0 to 18
-(background, skin, nose, ...): the parts are painted in the published order, wherever their mask is not black, so that
-later ones cover earlier ones. Maps that are there already are kept, so the command continues after an interruption.
+DATADIR is the folder CelebAMask-HQ or its parent. For each image i, the command writes `masks/<i>.png` with gray values 0 to
+18 (background, skin, nose, ...). Each part is painted where its mask is not black. Parts follow the dataset's official order,
+and later parts cover earlier ones. Existing maps are kept, so an interrupted command can be repeated to resume.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,7 @@ from command_line import leading_word, parse_options
 from datasets_prep.label_maps.celebamask_hq import MAPS, PARTS, find_celebamask, numbered_images
 from options import UsageError, exit_cleanly, option
 from runtime.files import atomic_path
+from runtime.messages import show
 from runtime.progress import progress_bar
 
 __all__ = ["MergeOptions", "main", "merge_parts", "merge_tree"]
@@ -32,13 +33,17 @@ IMAGES_PER_FOLDER = 2000
 class MergeOptions:
     """Merging."""
 
-    num_workers: int = option(4, "threads that read, merge and write", minimum=1)
+    num_workers: int = option(4, "threads that read, merge and write masks", minimum=1)
 
 
 def merge_parts(masks: Sequence[np.ndarray | None]) -> np.ndarray:
-    """The map uint8 [H, W] of the parts' masks [H, W] in the order of PARTS, None where the face lacks one.
+    """Merge the masks of one face.
 
-    A pixel has the number, from 1, of the last part whose mask is not zero there, and 0 where there is none.
+    Args:
+        masks: masks [H, W] in the order of PARTS; None for a missing part.
+
+    Returns:
+        uint8 [H, W]: the number, counted from 1, of the last part whose mask is nonzero; 0 if there is none.
     """
     merged = np.zeros(next(mask.shape for mask in masks if mask is not None), np.uint8)
     for number, mask in enumerate(masks, start=1):
@@ -48,10 +53,13 @@ def merge_parts(masks: Sequence[np.ndarray | None]) -> np.ndarray:
 
 
 def merge_tree(tree: Path, num_workers: int) -> tuple[int, int]:
-    """Write the maps that are missing in the official tree; returns how many were written and how many there are.
+    """Write the missing label maps of the official tree.
+
+    Returns:
+        The number of maps written, and the number of all maps.
 
     Raises:
-        UsageError: there are no images, or an image has no masks, damaged ones, or ones of several sizes.
+        UsageError: there are no images, or an image's masks are missing, damaged or of different sizes.
     """
     numbers = numbered_images(tree)
     (tree / MAPS).mkdir(exist_ok=True)
@@ -65,12 +73,12 @@ def merge_tree(tree: Path, num_workers: int) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Take the folder, and merge what is not merged yet."""
+    """Parse the arguments and write the missing maps."""
     datadir, words = leading_word("DATADIR, the folder that holds CelebAMask-HQ")
-    options = parse_options(str(__doc__).splitlines()[0], [MergeOptions], words)[MergeOptions]
+    options = parse_options(str(__doc__).splitlines()[0], [MergeOptions], words, positional="DATADIR")[MergeOptions]
     tree = find_celebamask(Path(datadir))
     written, total = merge_tree(tree, options.num_workers)
-    print(f"{tree / MAPS}: {total} maps, of which {written} are new")
+    show(f"{tree / MAPS}: {total} maps, {written} of them new")
 
 
 def _merge_image(tree: Path, number: int) -> None:
@@ -79,7 +87,7 @@ def _merge_image(tree: Path, number: int) -> None:
     masks = [_read_part(path) if path.is_file() else None for path in paths]
     sizes = {mask.shape for mask in masks if mask is not None}
     if len(sizes) != 1:
-        found = f"found masks of several sizes, {sorted(sizes)}" if sizes else "found none"
+        found = f"found the sizes {sorted(sizes)}" if sizes else "found none"
         raise UsageError(f"image {number}: expected masks {folder}/{number:05d}_<part>.png of one size, but {found}")
     with atomic_path(tree / MAPS / f"{number}.png") as temporary:
         Image.fromarray(merge_parts(masks)).save(temporary, format="PNG")
@@ -90,7 +98,7 @@ def _read_part(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image.convert("L"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"cannot read the mask {path}: {error} (damaged? unpack it again)") from error
+        raise UsageError(f"cannot read the mask {path}: {error}; if it is damaged, unpack it again") from error
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""CIFAR-10 (Krizhevsky 2009) from its Python batches; own reader, since torchvision's runs whatever code a batch contains.
+"""CIFAR-10 (Krizhevsky 2009) from its Python batches.
 
-The batches are looked for in `cifar-10-batches-py`, then in the archive, which is otherwise downloaded from where
-torchvision has it.
+The batches are read from `cifar-10-batches-py`. If they are missing, they are unpacked from the archive, which is downloaded
+from torchvision's URL if needed. torchvision's reader is not used, because it unpickles the batches and so would run any
+code in them.
 """
 
 import hashlib
@@ -21,6 +22,7 @@ from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
 from datasets_prep.images import crop_array
 from options import UsageError
 from runtime.files import UNREADABLE, atomic_path
+from runtime.messages import show
 from runtime.unpickling import load_numpy_pickle
 
 __all__ = ["open_cifar10"]
@@ -37,10 +39,10 @@ DOWNLOAD_TIMEOUT_S = 10
 
 
 def open_cifar10(name: str, datadir: Path, split: Split, image_size: int) -> ImageDataset:
-    """The 50,000 training or 10,000 test images, 32 x 32, resized where another size is asked for.
+    """Open the 50,000 training or 10,000 test images. Sizes other than 32 x 32 are resized.
 
     Raises:
-        UsageError: the files are nowhere and cannot be downloaded, or are damaged.
+        UsageError: the files are missing and cannot be downloaded, or are damaged.
     """
     folder = _find_batches(datadir)
     batches = [_read_batch(folder / batch) for batch in BATCHES[split]]
@@ -54,19 +56,19 @@ def open_cifar10(name: str, datadir: Path, split: Split, image_size: int) -> Ima
 
 
 def _read_batch(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, 32, 32, 3] and labels int64 [N]."""
+    """Read images uint8 [N, 32, 32, 3] and labels int64 [N]."""
     try:
         with path.open("rb") as file:
             content = load_numpy_pickle(file)
         data, labels = np.asarray(content["data"]), np.asarray(content["labels"], dtype=np.int64)
     except UNREADABLE as error:
-        raise UsageError(f"cannot read {path}: {error} (damaged? delete it to have it unpacked again)") from error
+        raise UsageError(f"cannot read {path}: {error}; if it is damaged, delete it to unpack it again") from error
     if data.dtype != np.uint8 or data.shape != (len(labels), 3 * SIDE * SIDE) or labels.ndim != 1 or not len(labels):
         raise UsageError(
-            f"{path}: expected uint8 data [N, 3072] with N labels, found {data.dtype} {data.shape} and {labels.shape}"
+            f"{path}: expected uint8 data [N, 3072] with N labels, but found {data.dtype} {data.shape} and {labels.shape}"
         )
     if labels.min() < 0 or labels.max() > 9:
-        raise UsageError(f"{path}: labels must lie in 0..9, but {labels.min()} to {labels.max()} were found")
+        raise UsageError(f"{path}: expected labels 0 to 9, but found {labels.min()} to {labels.max()}")
     return data.reshape(-1, 3, SIDE, SIDE).transpose(0, 2, 3, 1), labels
 
 
@@ -83,21 +85,23 @@ def _find_batches(datadir: Path) -> Path:
             for name in names:
                 _unpack(tar, name, datadir / FOLDER / name)
     except (OSError, EOFError, KeyError, tarfile.TarError, zlib.error) as error:
-        raise UsageError(f"cannot unpack {archive}: {error} (damaged? delete it to have it fetched again)") from error
+        raise UsageError(
+            f"cannot unpack {archive}: {error}; if it is damaged, delete it to download it again"
+        ) from error
     return datadir / FOLDER
 
 
 def _unpack(tar: tarfile.TarFile, name: str, path: Path) -> None:
-    """Write the one member that is wanted to a path of our own, whatever others the archive has."""
+    """Extract the batch `name` to `path`. Unlike `extractall`, this ignores all other members and their paths."""
     member: Any = tar.extractfile(f"{FOLDER}/{name}")
     if member is None:
-        raise KeyError(f"{FOLDER}/{name} is no file")
+        raise KeyError(f"{FOLDER}/{name} is not a file")
     with atomic_path(path) as temporary:
         temporary.write_bytes(member.read())
 
 
 def _download(archive: Path) -> None:
-    print(f"cifar10: downloading {CIFAR10.url} into {archive.parent} ...", flush=True)
+    show(f"cifar10: downloading {CIFAR10.url} into {archive.parent} ...")
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
@@ -107,7 +111,7 @@ def _download(archive: Path) -> None:
     except (OSError, RuntimeError, urllib.error.URLError) as error:
         raise UsageError(
             f"cannot find cifar10: neither {FOLDER}/ nor {ARCHIVE} is in {archive.parent}, and the download failed "
-            f"({error}). Fetch {CIFAR10.url} elsewhere, and put it there"
+            f"({error}). Download {CIFAR10.url} yourself, and put it into that directory"
         ) from error
     finally:
         socket.setdefaulttimeout(previous)

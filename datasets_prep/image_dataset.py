@@ -1,4 +1,4 @@
-"""The contract of every dataset: images by index, labels, facts, and a fingerprint of the files."""
+"""The interface of every dataset: images by index, labels, facts, and a fingerprint of the files."""
 
 import hashlib
 from collections.abc import Callable
@@ -12,15 +12,20 @@ __all__ = ["LISTED_CLASSES", "DatasetFacts", "ImageDataset", "Split", "crop_padd
 
 Split = Literal["train", "validation"]
 
-LISTED_CLASSES = 100  # a checkpoint's header holds no longer list of names
+LISTED_CLASSES = 100  # a checkpoint's header lists at most this many class names
 
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What a checkpoint remembers of its data.
+    """Properties of a dataset that a checkpoint records.
 
-    `crop` is the side that samples are cropped back to (None: no padding was added); `flips` tells whether mirror images
-    belong to the distribution; `class_names` is empty without classes, or where they are more than LISTED_CLASSES.
+    Args:
+        name: name of the dataset.
+        image_size: side of the images in pixels.
+        channels: channels of the images.
+        crop: side to which samples are cropped; None if the dataset adds no padding.
+        flips: whether mirror images belong to the distribution.
+        class_names: empty without classes or with more than LISTED_CLASSES.
     """
 
     name: str
@@ -32,10 +37,10 @@ class DatasetFacts:
 
 
 class ImageDataset:
-    """Images uint8 [C, H, W] by index, labels int64 [N] (zeros without classes), facts and a fingerprint of the files.
+    """Images uint8 [C, H, W] by index, with labels, facts and a fingerprint of the files.
 
-    `labels` may be zeroed for an unconditional network; `stored_labels` int64 [N] are always those of the files.
-    `has_images` is False for a dataset of latents.
+    `labels` int64 [N] are zeros without classes, and may be zeroed for an unconditional network. `stored_labels` int64 [N]
+    always keep the files' labels. `has_images` is False for a dataset of latents.
     """
 
     has_images = True
@@ -62,22 +67,22 @@ class ImageDataset:
         return self._read(index)
 
     def check_images(self, purpose: str) -> None:
-        """Nothing, unless this is a dataset without images, which `purpose` (a flag) needs.
+        """Check that the dataset has images, because `purpose` (such as a flag) needs them.
 
         Raises:
             UsageError: there are no images.
         """
 
     def verify(self, index: int) -> None:
-        """Read whatever belongs to one index.
+        """Read everything that belongs to one index.
 
         Raises:
-            BadImageError: a part of it is damaged.
+            BadImageError: a file is damaged.
         """
         self[index]
 
     def subset(self, kept: np.ndarray) -> "ImageDataset":
-        """The images `kept`, int64 [n] of indices."""
+        """The images with the indices `kept`, int64 [n]."""
         if np.array_equal(kept, np.arange(len(self))):
             return self
         return ImageDataset(
@@ -95,12 +100,12 @@ class ImageDataset:
 
 
 def shown_side(facts: DatasetFacts) -> int:
-    """The side of the images without the padding that the dataset added."""
+    """The side of the images in pixels, without the dataset's padding."""
     return facts.image_size if facts.crop is None else facts.crop
 
 
 def crop_padding(images: torch.Tensor, facts: DatasetFacts) -> torch.Tensor:
-    """Images [B, C, H, W] without the padding that the dataset added."""
+    """Remove the dataset's padding from images [B, C, H, W]."""
     if facts.crop is None:
         return images
     border = (facts.image_size - facts.crop) // 2
@@ -108,7 +113,7 @@ def crop_padding(images: torch.Tensor, facts: DatasetFacts) -> torch.Tensor:
 
 
 def like_originals(decoded: torch.Tensor, facts: DatasetFacts) -> torch.Tensor:
-    """Images uint8 [B, C, H, W] that an autoencoder gave as the dataset's own are: without padding, grey where it is grey."""
+    """Convert decoded images uint8 [B, C, H, W] to the dataset's format: without padding, and grayscale if it is grayscale."""
     images = crop_padding(decoded, facts)
     if images.shape[1] > facts.channels == 1:
         images = images.float().mean(1, keepdim=True).round().to(torch.uint8)

@@ -1,6 +1,6 @@
-"""Image files as uint8 tensors: decoding that names the bad file, and ADM's resize and centre crop.
+"""Image files as uint8 tensors: decoding, and ADM's resize and center crop.
 
-Label maps go the way of their images, by nearest neighbour.
+Errors name the bad file. Label maps are resized and cropped like their images, by nearest neighbor.
 """
 
 import io
@@ -30,62 +30,62 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-LONGEST_SIDE = 200  # times the shorter one: the rest would be cropped away, but only after it was enlarged
-NO_CLASS = 255  # the id, in label maps, of pixels that belong to none of the classes
+LONGEST_SIDE = 200  # times the shorter side; a longer image could be enlarged to a huge one before it is cropped
+NO_CLASS = 255  # the id of label-map pixels that belong to no class
 
 
 class BadImageError(UsageError):
-    """An image that cannot be decoded to its end: `image` names it, `reason` says why."""
+    """An image that cannot be decoded completely. `image` is its name, `reason` the cause."""
 
     def __init__(self, image: str, reason: object) -> None:
-        super().__init__(f"cannot read the image {image}: {reason} (mend or remove it, or pass --skip_bad_images)")
+        super().__init__(f"cannot read the image {image}: {reason} (repair or remove it, or pass --skip_bad_images)")
         self.image = image
         self.reason = reason
 
 
 def read_image(path: str | Path, size: int) -> torch.Tensor:
-    """Decode a file into uint8 [3, size, size], resized and centre-cropped by `center_crop`.
+    """Decode a file into uint8 [3, size, size], resized and cropped by `center_crop`.
 
-    EXIF orientation is applied, transparency is laid on black, 16-bit grey is scaled to 8 bits.
+    EXIF orientation is applied, transparent images are composited onto black, and 16-bit grayscale is scaled to 8 bits.
 
     Raises:
-        BadImageError: the file cannot be decoded to its end.
+        BadImageError: the file cannot be decoded completely.
     """
     return _read(path, str(path), size)
 
 
 def decode_image(data: bytes, size: int, name: str) -> torch.Tensor:
-    """As `read_image`, from a file's bytes; `name` is told in an error."""
+    """Like `read_image`, but from a file's bytes. Errors contain `name`."""
     return _read(io.BytesIO(data), name, size)
 
 
 def _read(source: str | Path | BinaryIO, name: str, size: int) -> torch.Tensor:
     image = open_rgb(source, name)
-    with _blamed_on(name):
+    with _as_bad_image(name):
         return _channels_first(center_crop(image, size))
 
 
 def crop_array(values: np.ndarray, size: int) -> torch.Tensor:
-    """An image uint8 [H, W, 3] as uint8 [3, size, size], by `center_crop` unless it has that size."""
+    """Convert an image uint8 [H, W, 3] to uint8 [3, size, size], with `center_crop` if its size differs."""
     fits = values.shape[:2] == (size, size)
     return _channels_first(values.copy() if fits else center_crop(Image.fromarray(values), size))
 
 
 def open_rgb(source: str | Path | BinaryIO, name: str) -> Image.Image:
-    """Decode the whole image of a file into 8-bit RGB, as `read_image` says, in its own size.
+    """Decode an image file into 8-bit RGB at its original size. See `read_image` for the conversions.
 
     Raises:
-        BadImageError: the image cannot be decoded to its end; the message tells `name`.
+        BadImageError: the image cannot be decoded completely; the message contains `name`.
     """
-    with _blamed_on(name), Image.open(source) as image:
+    with _as_bad_image(name), Image.open(source) as image:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Resize the shorter side to `size` and crop the centre, as ADM does (Dhariwal & Nichol 2021).
+    """Resize the shorter side to `size` and crop the center, as in ADM (Dhariwal & Nichol 2021).
 
-    The image is halved with a box filter while it is at least twice too large, then resized bicubically.
+    A box filter halves the image while its shorter side is at least 2 * size. Then it is resized bicubically.
 
     Returns:
         uint8 [size, size, 3].
@@ -97,17 +97,17 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def read_map(path: str | Path, image_path: str | Path, size: int, classes: int) -> torch.Tensor:
-    """The class ids uint8 [size, size] of an image's pixels, aligned with `read_image(image_path, size)`.
+    """Read a label map as class ids uint8 [size, size], aligned with `read_image(image_path, size)`.
 
-    The file has 8 bits a pixel, grey or with a palette (of which the indices are the ids), in its image's proportions
-    before that one's EXIF orientation, which applies to both. Its ids are below `classes`, or NO_CLASS.
+    The file has 8 bits per pixel, either gray values or palette indices, which are the ids. Ids are below `classes`, or
+    NO_CLASS. The map has the aspect ratio of the stored image; the image's EXIF orientation is applied to both.
 
     Raises:
-        BadImageError: a file cannot be read, or the map is no such file.
+        BadImageError: a file cannot be read, or the map has another mode, id or aspect ratio.
     """
-    with _blamed_on(str(image_path)), Image.open(image_path) as image:
+    with _as_bad_image(str(image_path)), Image.open(image_path) as image:
         extent, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
-    with _blamed_on(str(path)), Image.open(path) as file:
+    with _as_bad_image(str(path)), Image.open(path) as file:
         mode, ids = file.mode, np.array(file)
     if mode not in ("L", "P"):
         raise BadImageError(str(path), f"expected a map of 8-bit class ids, but its mode is {mode}")
@@ -117,22 +117,24 @@ def read_map(path: str | Path, image_path: str | Path, size: int, classes: int) 
     labels = Image.fromarray(ids)
     if labels.width * extent[1] != labels.height * extent[0]:
         found, expected = (f"{width} x {height}" for width, height in (labels.size, extent))
-        raise BadImageError(str(path), f"a map of {found} pixels, but its image {image_path} has {expected}")
+        raise BadImageError(
+            str(path), f"expected the aspect ratio of {image_path}, {expected}, but the map has {found}"
+        )
     labels = labels.resize(extent, Image.Resampling.NEAREST)
     labels.getexif()[ExifTags.Base.Orientation] = orientation
-    with _blamed_on(str(path)):
+    with _as_bad_image(str(path)):
         return torch.from_numpy(crop_map(ImageOps.exif_transpose(labels), size))
 
 
 def crop_map(labels: Image.Image, size: int) -> np.ndarray:
-    """The part [size, size] that `center_crop` leaves, by nearest neighbour."""
+    """Resize and crop a label map to [size, size] like `center_crop`, but by nearest neighbor."""
     *_, last = _extents(labels.size, size)
     return np.array(_central_square(labels.resize(last, Image.Resampling.NEAREST), size))
 
 
 @contextmanager
-def _blamed_on(name: str) -> Iterator[None]:
-    """Whatever a decoder raises becomes a BadImageError of `name`."""
+def _as_bad_image(name: str) -> Iterator[None]:
+    """Convert decoding errors to a BadImageError for `name`."""
     try:
         yield
     except (*UNREADABLE, Image.DecompressionBombError) as error:
@@ -140,7 +142,7 @@ def _blamed_on(name: str) -> Iterator[None]:
 
 
 def _extents(extent: tuple[int, int], size: int) -> Iterator[tuple[int, int]]:
-    """The widths and heights on the way from `extent` to a shorter side of `size`: halves, then the last one."""
+    """Yield the (width, height) after each halving of `extent`, then the last one, whose shorter side is `size`."""
     width, height = extent
     while min(width, height) >= 2 * size:
         width, height = width // 2, height // 2
@@ -148,7 +150,7 @@ def _extents(extent: tuple[int, int], size: int) -> Iterator[tuple[int, int]]:
     scale = size / min(width, height)
     last = round(width * scale), round(height * scale)
     if max(last) > LONGEST_SIDE * size:
-        raise ValueError(f"{extent[0]} x {extent[1]} is more than {LONGEST_SIDE} times as long as wide")
+        raise ValueError(f"the aspect ratio of {extent[0]} x {extent[1]} pixels is above {LONGEST_SIDE}")
     yield last
 
 

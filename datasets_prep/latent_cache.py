@@ -1,9 +1,14 @@
-"""The latent cache: every image encoded once, its posterior moments in float16 shards that are memory-mapped.
+"""The latent cache: the posterior moments of all images, encoded once and stored in memory-mapped float16 shards.
 
-A folder holds `manifest.json` (what was encoded, with which autoencoder, and each shard's CRC-32) and shards
-`moments_00000.npy` of shape [n, orientations, 2 c, h, w]; orientation 1 is the mirror image, stored where the dataset
-flips, since encode(flip(x)) is not flip(encode(x)); the images' labels are in `labels.npy`. Building goes on where it was
-interrupted. Images are encoded in the machine's precision, which the manifest notes; a cache made in another serves too.
+A folder holds:
+    manifest.json      the dataset, the autoencoder, and each file's CRC-32
+    labels.npy         the images' labels
+    moments_00000.npy  and further shards, of shape [n, orientations, 2 c, h, w]
+
+Orientation 1 is the mirror image. It is stored if the dataset flips, because encode(flip(x)) is not flip(encode(x)).
+
+An interrupted build resumes. Images are encoded in the machine's precision, which the manifest records. A cache encoded in
+another precision is accepted.
 """
 
 import zlib
@@ -39,7 +44,7 @@ __all__ = [
 FORMAT = "latent-cache-2"
 LABELS, LOCK = "labels.npy", "build.lock"
 SHARD_BYTES = 1 << 26
-PIXELS_PER_BATCH = 1 << 20  # pixels read ahead while as many are encoded: 16 images of 256 x 256
+PIXELS_PER_BATCH = 1 << 20  # 16 images of 256 x 256; one batch is read while another is encoded
 
 
 @dataclass(frozen=True)
@@ -48,67 +53,70 @@ class LatentCacheOptions:
 
     no_latent_cache: bool = option(False, "encode images at every step instead of caching their latents")
     latent_cache_dir: str = option(
-        "", "folder of the caches; default: latent_cache below --datadir", on_resume="freely"
+        "", "folder of the latent caches; default: latent_cache below --datadir", on_resume="freely"
     )
     num_workers: int = option(0, "threads that read image files", minimum=0, on_resume="freely")
 
 
 def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> Path:
-    """The folder of one dataset, size, split and autoencoder below `root`."""
+    """The folder below `root` for one dataset, size, split and autoencoder."""
     facts = dataset.facts
     return root / f"{facts.name}_{facts.image_size}_{dataset.split}_{_hash_of(autoencoder)[:8]}"
 
 
 def open_latent_cache(folder: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> LatentCache:
-    """Open a finished cache after checking that it fits and that no shard is damaged.
+    """Open a finished cache after checking its identity and its checksums.
 
     Raises:
-        UsageError: another dataset, size or autoencoder (both values named), an unfinished cache, a damaged shard.
+        UsageError: the cache is for another dataset, size or autoencoder (the message contains both values), is unfinished,
+            or has a damaged file.
     """
     manifest = read_json(folder / "manifest.json")
     _check_fits(folder, manifest, _identity(dataset, autoencoder))
-    with _blamed_on_manifest(folder):
+    with _as_bad_manifest(folder):
         _check_files(folder, manifest)
         return LatentCache(folder, manifest, dataset.labels)
 
 
 def open_standalone_cache(folder: Path) -> tuple[LatentCache, dict[str, Any]]:
-    """A finished cache without the images that it was made of, and its manifest.
+    """Open a finished cache without its images.
+
+    Returns:
+        The cache and its manifest.
 
     Raises:
-        UsageError: a cache of an older format, an unfinished cache, a damaged file.
+        UsageError: the cache has an older format, is unfinished, or has a damaged file.
     """
     manifest = read_json(folder / "manifest.json")
     _check_fits(folder, manifest, {"format": FORMAT})
-    with _blamed_on_manifest(folder):
+    with _as_bad_manifest(folder):
         _check_files(folder, manifest)
         labels = torch.from_numpy(np.load(folder / LABELS, allow_pickle=False))
         return LatentCache(folder, manifest, labels), manifest
 
 
 @contextmanager
-def _blamed_on_manifest(folder: Path) -> Iterator[None]:
-    """The files have checksums, the manifest has none: what does not fit is its fault."""
+def _as_bad_manifest(folder: Path) -> Iterator[None]:
+    """Report other errors as a damaged manifest, the only file without a checksum."""
     try:
         yield
     except UsageError:
         raise
     except UNREADABLE as error:
         raise UsageError(
-            f"cannot read the latent cache {folder} as its manifest.json says ({error}): delete the folder, and it is "
-            "built anew"
+            f"the latent cache {folder} does not match its manifest.json ({error}): delete the folder to rebuild it"
         ) from error
 
 
 def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
     if "shards" not in manifest:
-        raise UsageError(f"the latent cache {folder} is unfinished: start the training again to complete it")
+        raise UsageError(f"the latent cache {folder} is unfinished: restart training to complete it")
     files = [manifest["labels"], *manifest["shards"]]
     for entry in progress_bar(files, desc="checking the latent cache", unit="file", leave=False):
         if _checksum(folder / entry["file"]) != entry["crc32"]:
             raise UsageError(
                 f"the file {folder / entry['file']} is damaged (its checksum differs from the manifest's): "
-                f"delete the folder {folder}, and it is built anew"
+                f"delete the folder {folder} to rebuild it"
             )
 
 
@@ -120,20 +128,20 @@ def build_latent_cache(
     processes: Processes = Processes(),  # noqa: B008
     num_workers: int = 0,
 ) -> None:
-    """Encode what is missing in `folder`; processes share the shards. A finished cache is left as it is.
+    """Encode the images that are missing in `folder`. The processes share the shards.
 
-    If another run is building it, this one waits for it.
+    A finished cache is not changed. If another run is building the cache, this one waits for it.
 
     Raises:
-        UsageError: the folder holds a cache of something else.
+        UsageError: the folder holds another cache.
     """
     identity = _identity(dataset, autoencoder)
     if not processes.any(not _is_finished(folder, identity)):
         return
-    alone = locked(folder / LOCK, "is building this latent cache", wait=True) if processes.is_main else nullcontext()
-    with alone:
+    lock = locked(folder / LOCK, "is building this latent cache", wait=True) if processes.is_main else nullcontext()
+    with lock:
         processes.barrier()
-        if processes.any(not _is_finished(folder, identity)):  # still, after waiting for another run
+        if processes.any(not _is_finished(folder, identity)):  # another run may have finished it meanwhile
             _build(folder, identity, dataset, autoencoder, machine, processes, num_workers)
 
 
@@ -154,7 +162,7 @@ def _build(
     processes: Processes,
     num_workers: int,
 ) -> None:
-    """Encode what is missing."""
+    """Write the missing shards, then the labels and the manifest."""
     if processes.is_main and not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", identity)
     processes.barrier()
@@ -200,8 +208,8 @@ def _write_shard(
             progress.update(len(batch))
     if not np.isfinite(moments).all():
         raise UsageError(
-            f"the autoencoder {autoencoder.describe().id} encodes some of the images {images.start} to {images.stop - 1} to "
-            f"numbers that float16 cannot hold (in {machine.precision}): try --precision fp32 or --no_latent_cache"
+            f"the autoencoder {autoencoder.describe().id} gives values that float16 cannot hold for some of the images "
+            f"{images.start} to {images.stop - 1} (in {machine.precision}): try --precision fp32 or --no_latent_cache"
         )
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, moments)
@@ -209,7 +217,7 @@ def _write_shard(
 
 
 def _read_ahead(dataset: ImageDataset, images: range, num_workers: int) -> Generator[torch.Tensor, None, None]:
-    """Batches uint8 [B, C, H, W] of `images`; while one is used, threads read the next."""
+    """Yield batches uint8 [B, C, H, W] of `images`. While the caller uses one, threads read the next."""
     size = max(1, PIXELS_PER_BATCH // dataset.facts.image_size**2)
     batches = [images[first : first + size] for first in range(0, len(images), size)]
     with ThreadPoolExecutor(max(1, num_workers)) as readers:
@@ -221,13 +229,14 @@ def _read_ahead(dataset: ImageDataset, images: range, num_workers: int) -> Gener
 
 
 def _finish(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndarray) -> None:
-    """Write the labels, and the manifest with all shards."""
+    """Write the labels and the complete manifest."""
     entries = [read_json(folder / f"moments_{number:05d}.json") for number in range(shards)]
     listed = [{"file": entry["file"], "crc32": entry["crc32"]} for entry in entries]
     with atomic_path(folder / LABELS) as temporary, temporary.open("wb") as file:
         np.save(file, labels)
     found = {
-        "precision": " and ".join(sorted({entry.get("precision", "fp32") for entry in entries})),  # older ones lack it
+        # Shards of older versions do not record their precision.
+        "precision": " and ".join(sorted({entry.get("precision", "fp32") for entry in entries})),
         "labels": {"file": LABELS, "crc32": _checksum(folder / LABELS)},
         "shards": listed,
     }
@@ -254,15 +263,15 @@ def _identity(dataset: ImageDataset, autoencoder: Autoencoder) -> dict[str, Any]
 
 
 def _hash_of(autoencoder: Autoencoder) -> str:
-    """The hash by which a cache knows its autoencoder.
+    """The hash that identifies a cache's autoencoder.
 
     Raises:
-        UsageError: the autoencoder has none.
+        UsageError: the autoencoder has no hash.
     """
     facts = autoencoder.describe()
     if facts.sha256 is None:
         raise UsageError(
-            f"the autoencoder {facts.id} has no hash, by which a latent cache would know it: use --no_latent_cache"
+            f"the autoencoder {facts.id} has no hash, which a latent cache needs to identify it: pass --no_latent_cache"
         )
     return facts.sha256
 
@@ -271,8 +280,8 @@ def _check_fits(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]
     for key, expected in identity.items():
         if manifest.get(key) != expected:
             raise UsageError(
-                f"the latent cache {folder} was made for another {key}: it has {manifest.get(key)}, this run needs "
-                f"{expected}. Name another folder with --latent_cache_dir, or delete this one"
+                f"the latent cache {folder} was built for another {key}: expected {expected}, but found "
+                f"{manifest.get(key)}. Choose another folder with --latent_cache_dir, or delete this one"
             )
 
 
@@ -280,4 +289,4 @@ def _checksum(path: Path) -> int:
     try:
         return zlib.crc32(path.read_bytes())
     except OSError as error:
-        raise UsageError(f"cannot read the latent cache's file {path}: {error}") from error
+        raise UsageError(f"cannot read the latent cache file {path}: {error}") from error

@@ -1,9 +1,11 @@
-"""Latents made beforehand, in place of images: a latent cache, or a folder of .npy or .npz files.
+"""Precomputed latents as a dataset: a latent cache, or a folder of .npy or .npz files.
 
-A cache (datasets_prep/build_latents.py makes it, and so does any training) knows its autoencoder, its labels and both
-orientations. In a folder every file holds one image's posterior mean, or a sample, [c, h, w], or its mean and log-variance
-[2 c, h, w], unscaled as the encoder gives them; class folders, `train` and `validation` are as with images. Mirror images
-cannot be made from latents, so a folder does not flip.
+datasets_prep/build_latents.py builds caches, and so does training. A cache records its autoencoder, the labels and both
+orientations.
+
+In a folder, each file holds one image's posterior mean or a posterior sample, [c, h, w], or the mean and log-variance,
+[2 c, h, w]. Values are unscaled, as the encoder returns them. Class folders, `train` and `validation` work as for images.
+Folders do not flip, because the latents of mirror images cannot be computed from latents.
 """
 
 from collections.abc import Callable
@@ -27,15 +29,15 @@ from runtime.files import UNREADABLE, read_json
 __all__ = ["LatentDataset", "StoredMoments", "open_latents"]
 
 LATENT_SUFFIXES = frozenset({".npy", ".npz"})
-CACHE_PLACES = ("manifest.json", "*/manifest.json", "latent_cache/*/manifest.json")
+CACHE_PATTERNS = ("manifest.json", "*/manifest.json", "latent_cache/*/manifest.json")
 READERS = 8  # threads
-HEADERS = Lock()  # numpy parses them as Python, in which threads disturb each other (CPython 3.11, gh-106905)
+HEADER_LOCK = Lock()  # numpy parses headers as Python literals, which is not thread-safe in CPython 3.11 (gh-106905)
 
 
 class LatentDataset(ImageDataset):
-    """Stored arrays [c, h, w] or [2 c, h, w] by index; it has no images, and says so where one is asked for.
+    """Stored latents [c, h, w] or [2 c, h, w] by index. Reading an image raises UsageError.
 
-    `autoencoder_sha256` is None where the files do not tell what made them.
+    `autoencoder_sha256` is None if the files do not record their autoencoder.
     """
 
     has_images = False
@@ -60,10 +62,10 @@ class LatentDataset(ImageDataset):
         return LatentDataset(self.facts, self.split, labels, self.stored, fingerprint, self.autoencoder_sha256)
 
     def check_images(self, purpose: str) -> NoReturn:
-        """There are none."""
+        """Raise UsageError: a dataset of latents has no images."""
         raise UsageError(
-            f"{self.facts.name} holds latents and no images, which {purpose} needs: leave it out, write the samples with "
-            "--save_images, and compare them with statistics of the images (pytorch_fid/fid_score.py)"
+            f"{self.facts.name} holds latents but no images, which {purpose} needs: leave it out, write the samples with "
+            "--save_images, and score them against reference statistics of the images (pytorch_fid/fid_score.py)"
         )
 
     def _refuse(self, index: int) -> NoReturn:
@@ -71,10 +73,10 @@ class LatentDataset(ImageDataset):
 
 
 class StoredMoments:
-    """The moments of a `LatentDataset` for one autoencoder.
+    """Posterior moments of a `LatentDataset` for one autoencoder.
 
     Raises:
-        UsageError: the latents are of another autoencoder or size.
+        UsageError: the latents are from another autoencoder or have another size.
     """
 
     def __init__(self, dataset: LatentDataset, autoencoder: Autoencoder) -> None:
@@ -84,30 +86,31 @@ class StoredMoments:
         self._has_posterior = autoencoder.has_posterior
         if autoencoder.is_pixel_space:
             raise UsageError(
-                f"{dataset.facts.name} holds latents: --pretrained_autoencoder_ckpt none does not fit them"
+                f"{dataset.facts.name} holds latents, but --pretrained_autoencoder_ckpt none means pixel space: name the "
+                "autoencoder of the latents"
             )
         sha256 = autoencoder.describe().sha256
         if dataset.autoencoder_sha256 not in (None, sha256):
             raise UsageError(
-                f"the latents of {dataset.facts.name} were made by the autoencoder {dataset.autoencoder_sha256}, but "
-                f"--pretrained_autoencoder_ckpt names {sha256} (SHA-256 of the weights)"
+                f"the latents of {dataset.facts.name} are from the autoencoder {dataset.autoencoder_sha256}, but "
+                f"--pretrained_autoencoder_ckpt is {sha256} (SHA-256 of the weights)"
             )
         side = dataset.facts.image_size // autoencoder.factor
         widths = (self._channels, 2 * self._channels) if self._has_posterior else (self._channels,)
-        admitted = [(channels, side, side) for channels in widths]
+        expected = [(channels, side, side) for channels in widths]
         found = tuple(self._stored(torch.tensor([0]), torch.tensor([False])).shape[1:])
-        if found not in admitted:
+        if found not in expected:
             raise UsageError(
                 f"the latents of {dataset.facts.name} have the shape {found}, but this autoencoder and --image_size "
-                f"{dataset.facts.image_size} ask for {admitted[0]}"
-                + (f" (mean) or {admitted[1]} (mean and log-variance)" if self._has_posterior else "")
+                f"{dataset.facts.image_size} need {expected[0]}"
+                + (f" (mean) or {expected[1]} (mean and log-variance)" if self._has_posterior else "")
             )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def moments(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-        """The autoencoder's moments; a latent without a log-variance gets the least there is, which is as good as none."""
+        """Read posterior moments. A latent without log-variance gets the minimum, which makes its noise negligible."""
         stored = self._stored(indices, mirrored)
         if stored.shape[1] == 2 * self._channels or not self._has_posterior:
             return stored
@@ -115,29 +118,29 @@ class StoredMoments:
 
 
 def open_latents(name: str, datadir: Path, split: Split, image_size: int) -> LatentDataset:
-    """The latents of a split below `datadir`.
+    """Open the latents of a split below `datadir`.
 
     Raises:
-        UsageError: there are none, or a cache of another size, or several caches.
+        UsageError: there are none, only caches of another size or split, or several matching caches.
     """
-    caches = [path.parent for place in CACHE_PLACES for path in sorted(datadir.glob(place))]
+    caches = [path.parent for pattern in CACHE_PATTERNS for path in sorted(datadir.glob(pattern))]
     if not caches:
         return _open_folder(name, datadir, split, image_size)
-    fitting = [path for path in caches if _describes(path, split, image_size)]
-    if len(fitting) != 1:
+    matching = [path for path in caches if _matches(path, split, image_size)]
+    if len(matching) != 1:
         raise UsageError(
             f"{name}: expected one latent cache of the {split} images of size {image_size} in {datadir}, but found "
-            f"{', '.join(map(str, fitting)) or 'none'}. Make one with python -m datasets_prep.build_latents, or name its "
+            f"{', '.join(map(str, matching)) or 'none'}. Build one with python -m datasets_prep.build_latents, or name its "
             "folder with --datadir"
         )
-    cache, manifest = open_standalone_cache(fitting[0])
+    cache, manifest = open_standalone_cache(matching[0])
     facts = DatasetFacts(name, image_size, 3, None, manifest["orientations"] == 2, ())
     labels = cache.labels.numpy()
     fingerprint = manifest["dataset_fingerprint"]
     return LatentDataset(facts, split, labels, cache.moments, fingerprint, manifest["autoencoder_sha256"])
 
 
-def _describes(cache: Path, split: Split, image_size: int) -> bool:
+def _matches(cache: Path, split: Split, image_size: int) -> bool:
     manifest = read_json(cache / "manifest.json")
     return (manifest.get("split"), manifest.get("image_size")) == (split, image_size)
 
@@ -160,10 +163,10 @@ def _open_folder(name: str, datadir: Path, split: Split, image_size: int) -> Lat
 
 
 def _read_latent(path: Path) -> np.ndarray:
-    """float32 [c, h, w] or [2 c, h, w]; a leading axis of one is dropped."""
+    """Read float32 [c, h, w] or [2 c, h, w]. A leading axis of length one is dropped."""
     try:
         file = BytesIO(path.read_bytes())
-        with HEADERS:
+        with HEADER_LOCK:
             array = _only_array(file).astype(np.float32)
     except UNREADABLE as error:
         raise UsageError(f"cannot read the latent {path}: {error}") from error

@@ -1,7 +1,8 @@
-"""An LMDB read by any number of threads and processes.
+"""Read access to an LMDB from any number of threads and processes.
 
-An environment must neither be used by a forked process nor be opened twice by one, so each file has one handle a process,
-which opens its environment anew in a forked child. Nothing is locked: the files are finished, and may lie on a read-only disk.
+A process must not open an environment twice, and must not use one inherited through a fork. So each process has one handle
+per file, which reopens its environment in a forked child. Files are not locked: they are complete, and may be on a read-only
+disk.
 """
 
 import hashlib
@@ -16,17 +17,18 @@ import numpy as np
 
 from options import UsageError
 from runtime.files import UNREADABLE, atomic_path
+from runtime.messages import note
 from runtime.progress import progress_bar
 
 __all__ = ["LmdbFile", "list_keys", "open_lmdb_file"]
 
-SAMPLED_VALUES = 16  # that enter the fingerprint
+SAMPLED_VALUES = 16  # number of values in the fingerprint
 _handles: "weakref.WeakValueDictionary[Path, LmdbFile]" = weakref.WeakValueDictionary()
 _opening = threading.Lock()
 
 
 class LmdbFile:
-    """Values by key; use `open_lmdb_file` to get one."""
+    """The values of an LMDB by key. Use `open_lmdb_file` to create one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,7 +40,7 @@ class LmdbFile:
         return self._current().stat()["entries"]
 
     def get(self, key: bytes) -> bytes | None:
-        """The value of `key`, or None.
+        """The value of `key`; None if there is none.
 
         Raises:
             UsageError: the file is damaged.
@@ -68,9 +70,9 @@ class LmdbFile:
             return first, cursor.key()
 
     def fingerprint(self, keys: np.ndarray | range) -> str:
-        """SHA-256 over the number of entries, the pages they take, and a sample of the values of `keys`, ends included.
+        """SHA-256 over the number of entries, their overflow pages, and the values of SAMPLED_VALUES evenly spaced `keys`.
 
-        It is the same for a copy of the file, and costs no more for a large one.
+        A copy of the file has the same fingerprint. The cost does not depend on the file's size.
         """
         stat = self._current().stat()
         digest = hashlib.sha256(f"{stat['entries']} {stat['overflow_pages']}".encode())
@@ -90,10 +92,10 @@ class LmdbFile:
 
 
 def open_lmdb_file(path: Path) -> LmdbFile:
-    """The handle of the LMDB at `path`, a folder with a `data.mdb` or a single file.
+    """Get this process's handle of the LMDB at `path`, a folder with a `data.mdb` or a single file.
 
     Raises:
-        UsageError: there is none, or it is damaged.
+        UsageError: the LMDB is missing or damaged.
     """
     path = path.resolve()
     with _opening:
@@ -104,15 +106,17 @@ def open_lmdb_file(path: Path) -> LmdbFile:
 
 
 def key_at(keys: np.ndarray | range, index: int) -> bytes:
-    """The key of image `index`: numbers are written in decimal."""
+    """The key of image `index`. Elements of a range become decimal numbers."""
     return str(keys[index]).encode() if isinstance(keys, range) else bytes(keys[index])
 
 
 def list_keys(file: LmdbFile, cache: Path) -> np.ndarray:
-    """All keys of `file` in order, bytes [N] of fixed width; kept in `cache`, a .npy file, since listing takes minutes.
+    """List all keys of `file` in order, as bytes [N] of fixed width.
+
+    Listing a large file takes minutes, so the keys are stored in `cache`, a .npy file.
 
     Raises:
-        UsageError: a key ends in a zero byte, which such an array cannot hold.
+        UsageError: a key ends in a zero byte, which a fixed-width array cannot hold.
     """
     known = _read_keys(cache)
     first, last = file.ends()
@@ -121,14 +125,14 @@ def list_keys(file: LmdbFile, cache: Path) -> np.ndarray:
     found = list(progress_bar(file.keys(), total=len(file), desc=f"listing {file.path.name}", unit="key", leave=False))
     if any(key.endswith(b"\0") for key in found):
         raise UsageError(
-            f"the LMDB {file.path} has keys that end in a zero byte: it is no dataset of images known here"
+            f"the LMDB {file.path} has keys that end in a zero byte, which are not supported: check that it holds images"
         )
     keys = np.array(found)
     try:
         with atomic_path(cache) as temporary, temporary.open("wb") as output:
             np.save(output, keys)
-    except OSError as error:  # a read-only data directory is no reason to fail
-        print(f"note: the list of keys is not kept: {error}")
+    except OSError as error:  # the data directory may be read-only
+        note(f"cannot save the list of keys: {error}")
     return keys
 
 
@@ -150,6 +154,6 @@ def _open(path: Path) -> lmdb.Environment:
         found = data.stat().st_size
     except (lmdb.Error, OSError) as error:
         raise UsageError(f"cannot open the LMDB {path}: {error}") from error
-    if found < needed:  # to read what is missing would end the process
-        raise UsageError(f"{data} is cut off: it has {found} bytes, but should have {needed}; fetch or make it again")
+    if found < needed:  # reading past the end of the file would kill the process
+        raise UsageError(f"{data} is truncated: expected {needed} bytes, but found {found}; download or build it again")
     return environment

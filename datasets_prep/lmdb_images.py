@@ -1,8 +1,9 @@
-"""Images in LMDBs: NVAE's layout (CelebA-HQ, FFHQ) and torchvision's of LSUN.
+"""Images in LMDBs: NVAE's layout (CelebA-HQ, FFHQ) and LSUN's, as torchvision reads it.
 
-NVAE (Vahdat & Kautz 2020): `train.lmdb` and `validation.lmdb`, whose keys are "0", "1", ... and whose values are the bytes of
-square RGB images, or encoded images. LSUN: `church_outdoor_train_lmdb` and its like, of encoded images under hashes; the keys
-are listed once.
+NVAE (Vahdat & Kautz 2020): `train.lmdb` and `validation.lmdb` with the keys "0", "1", ... The values are the raw bytes of
+square RGB images, or encoded images.
+
+LSUN: LMDBs such as `church_outdoor_train_lmdb`, with encoded images under hashes. The keys are listed once and stored.
 """
 
 import math
@@ -18,23 +19,23 @@ from options import UsageError
 
 __all__ = ["HELD_OUT_SHARE", "open_lmdb", "open_lsun"]
 
-HELD_OUT_SHARE = 10  # an LMDB for both splits holds out its last tenth: 3,000 of CelebA-HQ, 7,000 of FFHQ
+HELD_OUT_SHARE = 10  # an LMDB with both splits holds out its last tenth: 3,000 images of CelebA-HQ, 7,000 of FFHQ
 LSUN_NAMES = {"lsun_church": "church_outdoor", "lsun_bedroom": "bedroom"}
 LSUN_SPLITS = {"train": "train", "validation": "val"}
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")  # of PNG, JPEG and WebP
 
 
 def open_lmdb(name: str, datadir: Path, split: Split, image_size: int) -> ImageDataset:
-    """`train.lmdb` and `validation.lmdb` below `datadir`; or `datadir` is one LMDB, of whose images a tenth is held out.
+    """Open `train.lmdb` or `validation.lmdb` below `datadir`. If `datadir` is an LMDB itself, its last tenth is held out.
 
     Raises:
-        UsageError: there is no such LMDB, or it is empty or damaged.
+        UsageError: the LMDB is missing, empty or damaged.
     """
     path = datadir / f"{split}.lmdb"
     alone = not path.exists() and (datadir / "data.mdb").is_file()
     if not path.exists() and not alone:
         raise UsageError(
-            f"{name}: expected {path} (NVAE's layout). Make it from a folder of images with: "
+            f"{name}: expected {path} (NVAE's layout). Build it from a folder of images with: "
             f"python -m datasets_prep.build_lmdb --source FOLDER --datadir {datadir} --image_size {image_size}"
         )
     file = open_lmdb_file(datadir if alone else path)
@@ -48,27 +49,27 @@ def open_lmdb(name: str, datadir: Path, split: Split, image_size: int) -> ImageD
         held_out = len(keys) // HELD_OUT_SHARE
         keys = keys[len(keys) - held_out :] if split == "validation" else keys[: len(keys) - held_out]
         if not len(keys):
-            raise UsageError(f"the LMDB {file.path} has too few images to hold a tenth of them out")
+            raise UsageError(f"the LMDB {file.path} has too few images to hold out a tenth of them")
     return _as_dataset(name, split, image_size, file, keys)
 
 
 def open_lsun(name: str, datadir: Path, split: Split, image_size: int) -> ImageDataset:
-    """`<category>_train_lmdb` and `<category>_val_lmdb` below `datadir`.
+    """Open `<category>_train_lmdb` or `<category>_val_lmdb` below `datadir`.
 
     Raises:
-        UsageError: there is no such LMDB, or it is empty or damaged.
+        UsageError: the LMDB is missing, empty or damaged.
     """
     path = datadir / f"{LSUN_NAMES[name]}_{LSUN_SPLITS[split]}_lmdb"
     if not path.exists():
         raise UsageError(
-            f"{name}: expected the LMDB {path}, which {path.name}.zip of LSUN unpacks to (see docs/datasets.md)"
+            f"{name}: expected the LMDB {path}: unpack LSUN's {path.name}.zip there (see docs/datasets.md)"
         )
     file = open_lmdb_file(path)
     return _as_dataset(name, split, image_size, file, list_keys(file, datadir / f"{path.name}_keys.npy"))
 
 
 class _Reader:
-    """Images by index; all values are raw RGB of one size, or all are encoded."""
+    """Reads images by index. The values are either all raw RGB of one size or all encoded images."""
 
     def __init__(self, file: LmdbFile, keys: range | np.ndarray, image_size: int) -> None:
         self._file = file
@@ -82,7 +83,7 @@ class _Reader:
             return decode_image(value, self._image_size, name)
         shape = (self._side, self._side, 3)
         if len(value) != math.prod(shape):
-            raise BadImageError(name, f"expected {math.prod(shape)} bytes of {shape}, but it has {len(value)}")
+            raise BadImageError(name, f"expected {math.prod(shape)} bytes for {shape}, but found {len(value)}")
         return crop_array(np.frombuffer(value, np.uint8).reshape(shape), self._image_size)
 
     def _name(self, index: int) -> str:
@@ -93,13 +94,13 @@ class _Reader:
         if value is None:
             raise UsageError(
                 f"there is no image {self._name(index)}, which has {len(self._file)} entries: expected the keys "
-                "'0', '1', ... in decimal without a gap; make it anew with python -m datasets_prep.build_lmdb"
+                "'0', '1', ... without gaps; rebuild the LMDB with python -m datasets_prep.build_lmdb"
             )
         return value
 
 
 def _raw_side(values: list[bytes]) -> int | None:
-    """The side of the square images whose raw RGB bytes the values are; None where they are encoded images."""
+    """The side of the images if the values are raw bytes of square RGB images; None if they are encoded images."""
     side = math.isqrt(len(values[0]) // 3)
     raw = all(len(value) == 3 * side * side for value in values)
     encoded = all(value.startswith(SIGNATURES) for value in values)

@@ -1,12 +1,14 @@
-"""Masks for inpainting, drawn or read from a folder: True is a hole, to be filled.
+"""Draw inpainting masks at random, or read them from a folder. True marks the hole, which is to be filled.
 
     python -m datasets_prep.masks OUT.png --size 64
 
-draws a row of masks of each kind, and prints their mean hole ratios. Strokes are those of DeepFillv2 (Yu et al. 2019,
-Algorithm 1): polylines of random angles, lengths and widths; with random boxes they are the wide masks of LaMa
-(Suvorov et al. 2022) and CoModGAN (Zhao et al. 2021). Half and every other line are those of RePaint (Lugmayr et al. 2022),
-outpainting those of Palette (Saharia et al. 2022). All lengths are relative to the image: of every size, a
-mask is the same drawing.
+draws one row of masks per kind and prints their hole ratios.
+
+`strokes` follows DeepFillv2 (Yu et al. 2019, Algorithm 1): polylines with random angles, lengths and widths. `mixed` combines
+them with random boxes to the wide masks of LaMa (Suvorov et al. 2022) and CoModGAN (Zhao et al. 2021). `half` and `lines`
+(every other row) follow RePaint (Lugmayr et al. 2022). `outpaint` follows Palette (Saharia et al. 2022).
+
+All lengths are relative to the image's side, so that a mask is the same drawing at every size.
 """
 
 import math
@@ -25,20 +27,21 @@ from datasets_prep.folders import list_files
 from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, crop_map, open_rgb
 from options import UsageError, exit_cleanly, option
 from runtime.files import atomic_path
+from runtime.messages import show
 from runtime.randomness import generator_for
 
 __all__ = ["MASK_KINDS", "MaskOptions", "MaskSetOptions", "draw_mask", "hole_ratio", "main", "mask_set"]
 
 Draw = Callable[[int, torch.Generator], np.ndarray]
 
-# Ranges, relative to the image's side where they are lengths.
+# Ranges. Lengths are relative to the image's side.
 STROKES, VERTICES = (1, 4), (4, 12)
 STROKE_LENGTH, STROKE_WIDTH = (0.05, 0.35), (0.05, 0.15)
 BOXES, BOX_SIDE = (1, 4), (0.1, 0.5)
-SIDE_DEPTH, RING_DEPTH = (0.25, 0.5), (0.125, 0.25)  # of outpainting at one side, and all around
-BOTH_SHARE = 0.2  # of mixed masks, that have strokes and boxes
-HOLE_RATIOS = (0.02, 0.8)  # of random masks; others are drawn again
-WHITE = 128  # the darkest grey of a hole in a mask's file
+SIDE_DEPTH, RING_DEPTH = (0.25, 0.5), (0.125, 0.25)  # of outpainting masks on one side and on all sides
+BOTH_SHARE = 0.2  # share of mixed masks with both strokes and boxes
+HOLE_RATIOS = (0.02, 0.8)  # random masks outside this range are drawn again
+WHITE = 128  # the darkest gray that marks a hole in a mask file
 SHEET_COLUMNS = 8
 
 
@@ -89,7 +92,7 @@ def _boxes(size: int, generator: torch.Generator) -> np.ndarray:
 
 
 def _mixed(size: int, generator: torch.Generator) -> np.ndarray:
-    """Strokes or boxes with equal chance, and both with the chance BOTH_SHARE."""
+    """Both strokes and boxes with probability BOTH_SHARE; otherwise either, with equal probability."""
     chance = _uniform(generator, 0, 1)
     if chance < BOTH_SHARE:
         return _strokes(size, generator) | _boxes(size, generator)
@@ -97,7 +100,7 @@ def _mixed(size: int, generator: torch.Generator) -> np.ndarray:
 
 
 def _outpaint(size: int, generator: torch.Generator) -> np.ndarray:
-    """One of the four sides, or all around: each has the same chance."""
+    """One of the four sides or all sides, with equal probability."""
     mask = np.zeros((size, size), bool)
     side = _integer(generator, 0, 4)
     depth = max(1, round(size * _uniform(generator, *(SIDE_DEPTH if side < 4 else RING_DEPTH))))
@@ -109,7 +112,7 @@ def _outpaint(size: int, generator: torch.Generator) -> np.ndarray:
 
 
 def _centre(size: int, generator: torch.Generator) -> np.ndarray:
-    """The central square of half the image's side."""
+    """The central square, with half the image's side."""
     mask = np.zeros((size, size), bool)
     side = size // 2
     start = (size - side) // 2
@@ -125,13 +128,13 @@ def _half(size: int, generator: torch.Generator) -> np.ndarray:
 
 
 def _lines(size: int, generator: torch.Generator) -> np.ndarray:
-    """Every other row, from the second."""
+    """Every other row, starting with the second."""
     mask = np.zeros((size, size), bool)
     mask[1::2] = True
     return mask
 
 
-# Each takes the image's side (at least 4) and a generator, and gives bool [size, size], neither empty nor full.
+# Each function takes the image's side (at least 4) and a generator. It returns bool [size, size], neither empty nor full.
 MASK_KINDS: dict[str, Draw] = {
     "strokes": partial(_redrawn, _strokes),
     "boxes": partial(_redrawn, _boxes),
@@ -147,7 +150,9 @@ MASK_KINDS: dict[str, Draw] = {
 class MaskOptions:
     """Masks."""
 
-    mask_kind: str = option("mixed", "masks that are drawn; mixed: strokes, boxes or both", choices=MASK_KINDS)
+    mask_kind: str = option(
+        "mixed", "kind of the drawn masks; mixed: strokes, boxes or both", choices=MASK_KINDS, common=True
+    )
 
 
 @dataclass(frozen=True)
@@ -156,16 +161,17 @@ class MaskSetOptions(MaskOptions):
 
     mask_dir: str = option(
         "",
-        "folder of mask images (white: hole), used in the order of their names; default: drawn from --mask_seed",
+        "folder of mask images (white: hole), used in the order of their names; default: draw masks from --mask_seed",
+        common=True,
     )
     mask_seed: int = option(0, "seed of the drawn masks", minimum=0)
 
 
 def draw_mask(kind: str, size: int, seed: int, index: int) -> torch.Tensor:
-    """The mask number `index` of a kind: bool [size, size], True is a hole; a function of the arguments alone.
+    """Draw mask number `index` of a kind: bool [size, size], True in the hole. The mask depends on the arguments alone.
 
     Raises:
-        UsageError: a side below 4 pixels.
+        UsageError: `size` is below 4.
     """
     if size < 4:
         raise UsageError(f"masks need images of at least 4 x 4 pixels, but --image_size {size} was given")
@@ -173,12 +179,14 @@ def draw_mask(kind: str, size: int, seed: int, index: int) -> torch.Tensor:
 
 
 def mask_set(options: MaskSetOptions, size: int) -> Callable[[int], torch.Tensor]:
-    """The fixed masks of a test: bool [size, size] by index; those of a folder come in turn.
+    """The fixed masks of a test, as a function from an index to bool [size, size].
 
-    A file is cropped and resized as an image is, by nearest neighbour, and holes are where it is at least half white.
+    A folder's masks are used in turn, starting over after the last. They are resized and cropped like images, but by nearest
+    neighbor. Pixels of at least half white are holes.
 
     Raises:
-        UsageError: a folder without images; and at the call, a mask that cannot be read, is empty or covers everything.
+        UsageError: the folder has no images. The returned function raises it too, if a mask cannot be read, is empty or
+            covers the whole image.
     """
     if not options.mask_dir:
         return lambda index: draw_mask(options.mask_kind, size, options.mask_seed, index)
@@ -187,7 +195,7 @@ def mask_set(options: MaskSetOptions, size: int) -> Callable[[int], torch.Tensor
 
 
 def hole_ratio(masks: torch.Tensor) -> torch.Tensor:
-    """The share of hole pixels, float32 [...], of masks bool [..., H, W]."""
+    """The share of hole pixels, float32 [...], in masks bool [..., H, W]."""
     return masks.float().mean((-2, -1))
 
 
@@ -199,9 +207,7 @@ def _read_mask(path: Path, size: int) -> torch.Tensor:
     mask = crop_map(image.convert("L"), size) >= WHITE
     if mask.all() or not mask.any():
         found = "everything" if mask.any() else "nothing"
-        raise UsageError(
-            f"the mask {path} covers {found} at {size} x {size}: expected a hole (white) in an image (black)"
-        )
+        raise UsageError(f"the mask {path} covers {found} at {size} x {size}: expected a white hole on black")
     return torch.from_numpy(mask)
 
 
@@ -210,19 +216,19 @@ class SheetOptions:
     """Sheet of masks."""
 
     size: int = option(64, "side of the masks in pixels", minimum=4)
-    count: int = option(1000, "masks of each kind that the mean hole ratio is taken of", minimum=SHEET_COLUMNS)
+    count: int = option(1000, "masks of each kind over which hole ratios are computed", minimum=SHEET_COLUMNS)
     seed: int = option(0, "seed of the masks", minimum=0)
 
 
 def main() -> None:
-    """Draw masks of each kind into a picture, a kind a row, and print the ratios."""
+    """Draw a picture with one row of masks per kind, and print the hole ratios."""
     path, words = leading_word("OUT.png, the picture to write")
-    options = parse_options(str(__doc__).splitlines()[0], [SheetOptions], words)[SheetOptions]
+    options = parse_options(str(__doc__).splitlines()[0], [SheetOptions], words, positional="OUT.png")[SheetOptions]
     rows = []
     for kind in MASK_KINDS:
         masks = torch.stack([draw_mask(kind, options.size, options.seed, index) for index in range(options.count)])
         ratios = hole_ratio(masks)
-        print(f"{kind:9} mean {ratios.mean():.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
+        show(f"{kind:9} mean {ratios.mean():.3f}, from {ratios.min():.3f} to {ratios.max():.3f}")
         rows.append(masks[:SHEET_COLUMNS, None].float())
     sheet = make_grid(torch.cat(rows), nrow=SHEET_COLUMNS, padding=2, pad_value=0.5)
     with atomic_path(path) as temporary:

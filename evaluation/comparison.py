@@ -1,4 +1,4 @@
-"""Scores of the images or statistics at one path against another's (fid_score.py)."""
+"""Scoring of one path's images or statistics against another's (fid_score.py)."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from command_line import help_flags
 from datasets_prep.datasets import DATASETS, DatasetOptions, open_dataset
 from evaluation.features.inception import INCEPTION_DIMS
 from evaluation.features.protocol import FeatureNetwork
@@ -25,28 +26,28 @@ __all__ = ["ComparisonOptions", "compare", "split_paths"]
 class ComparisonOptions:
     """Image sets."""
 
-    batch_size: int = option(50, "images at a time", minimum=1)
+    batch_size: int = option(50, "images per batch", minimum=1)
     image_size: int | None = option(
-        None, "resize and crop images to this side first, in pixels; default: as they are", minimum=1
+        None, "resize and center-crop images to this size in pixels; default: no resizing", minimum=1
     )
-    datadir: str = option("./data", "directory of the files of REAL, where that is the name of a dataset")
-    output_json: str | None = option(None, "file to write the result to")
+    datadir: str = option("./data", "directory of the dataset's files, if REAL is the name of a dataset")
+    output_json: str | None = option(None, "JSON file for the result")
 
 
 def split_paths(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The two paths GENERATED and REAL, before or after the flags, and the flags.
+    """Split the command line into two paths, given before or after the flags, and the flags.
 
     Raises:
-        UsageError: there are not two.
+        UsageError: there are not two paths.
     """
-    if "-h" in arguments or "--help" in arguments:
-        return [], ["--help"]
+    if wanted := help_flags(arguments):
+        return [], wanted
     first = bool(arguments) and not arguments[0].startswith("-")
     paths, flags = (arguments[:2], arguments[2:]) if first else (arguments[-2:], arguments[:-2])
     if len(paths) < 2 or any(path.startswith("-") for path in paths):
         raise UsageError(
-            "expected two paths, GENERATED and REAL, each a folder of images, an .npz, an LMDB or an .npz or .npy file of "
-            "statistics; REAL may be the name of a dataset"
+            "expected two paths before or after the flags: the images to score and the images to compare them with "
+            "(see --help)"
         )
     return list(paths), list(flags)
 
@@ -59,21 +60,21 @@ def compare(
     features: FeatureOptions,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Score the images or statistics at one path against another's.
+    """Score one path's images or statistics against another's.
 
     Args:
-        generated: path of a folder, an .npz, an LMDB, or a file of statistics.
-        real: the same, or the name of a dataset.
-        comparison: image size, batch size and the dataset's directory; its output file is the caller's concern.
+        generated: a folder of images, an .npz file of images, an LMDB, or a file of statistics (.npz, .npy).
+        real: the same, or the name of a dataset, whose training split is used.
+        comparison: image size, batch size and the dataset's directory. The caller writes the output file.
         scoring: metrics, error bars and image format.
-        features: the feature network. Two files of statistics need none.
+        features: the feature network. It is not loaded if both paths are files of statistics.
         device: where the feature network runs.
 
     Returns:
-        The entries of `evaluation.score.score_images`; for statistics, of `score_summaries`.
+        The entries of `evaluation.score.score_images` or, if `generated` is a file of statistics, of `score_summaries`.
 
     Raises:
-        UsageError: nothing readable, unknown metrics, or sets that cannot be compared.
+        UsageError: a path cannot be read, a metric is unknown, or the sets cannot be compared.
     """
     needs = {generated: needs_of(scoring.metrics, reference=False)}
     needs[real] = needs_of(scoring.metrics, reference=True) | needs.get(real, frozenset())
@@ -91,7 +92,7 @@ def compare(
 
 
 def _open_real(real: str, comparison: ComparisonOptions) -> tuple[ImageSource, Path | None]:
-    """The images, and where their statistics are kept, if they are a dataset's."""
+    """Open the real images. Also return the folder of cached statistics if they are a dataset."""
     if real in DATASETS and not Path(real).exists():
         data = DatasetOptions(dataset=real, datadir=comparison.datadir)
         if comparison.image_size is not None:
@@ -101,7 +102,10 @@ def _open_real(real: str, comparison: ComparisonOptions) -> tuple[ImageSource, P
 
 
 def _choose_features(known: Iterable[Summary], options: FeatureOptions, device: torch.device) -> FeatureNetwork:
-    """Load the network asked for, else the one in the statistics file, else Inception at the file's number of features."""
+    """Load the network named in `options`, or the network recorded in the statistics; Inception if neither names one.
+
+    The number of features in the statistics selects Inception's layer.
+    """
     name = options.features
     for summary in known:
         recorded = summary.meta.get("features", {}).get("name", "inception")

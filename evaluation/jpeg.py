@@ -1,4 +1,4 @@
-"""The published protocol of LFM's scores: samples are written as JPEG files before they are scored. Here without the files."""
+"""JPEG compression in memory. LFM's published scores were computed from samples saved as JPEG files."""
 
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -9,14 +9,17 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 __all__ = ["through_jpeg"]
 
-ENCODERS = 8  # threads
+ENCODER_THREADS = 8
 
 
 def through_jpeg(images: torch.Tensor) -> torch.Tensor:
-    """Images uint8 [B, 1 or 3, H, W] encoded as JPEG at PIL's default quality (75, chroma at half resolution) and decoded."""
+    """Compress images uint8 [B, 1 or 3, H, W] as JPEG and decode them again.
+
+    Uses PIL's defaults: quality 75, chroma at half resolution.
+    """
     if len(images) == 1:
         return _round_trip(images[0].cpu())[None]
-    with ThreadPoolExecutor(ENCODERS) as encoders:
+    with ThreadPoolExecutor(ENCODER_THREADS) as encoders:
         return torch.stack(list(encoders.map(_round_trip, images.cpu())))
 
 

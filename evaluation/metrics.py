@@ -1,7 +1,8 @@
-"""Distances between image sets, in one dictionary: what each needs of the sets, and its value.
+"""Metrics that compare image sets. METRICS lists them by name, with the inputs that each needs.
 
-Fréchet distance of two Gaussians, which is the FID when the features are Inception's (Heusel et al. 2017):
+The Fréchet distance between Gaussians with means m and covariances C is
 d^2 = |m_a - m_b|^2 + tr(C_a) + tr(C_b) - 2 tr((C_a C_b)^(1/2)).
+With Inception features it is the FID (Heusel et al. 2017).
 """
 
 import math
@@ -20,14 +21,18 @@ from options import UsageError
 __all__ = ["METRICS", "Metric", "check_comparable", "compute_metrics", "error_bars", "frechet_distance", "psnr"]
 
 INCEPTION_SPLITS = 10
-CHUNK = 1000  # rows whose kernels with all others are held at a time
+CHUNK = 1000  # rows per block of the kernel matrix
 
 
 @dataclass(frozen=True)
 class Metric:
-    """`need` is a key of evaluation.summary.NEEDS; `compute(generated, reference)` gives the values of one or more metrics.
+    """A metric and the inputs that it needs.
 
-    `title` is the metric's name with Inception's features; `against_reference` is false where no real images matter.
+    Attributes:
+        title: name to report with Inception features.
+        need: key of evaluation.summary.NEEDS.
+        compute: maps the generated and the reference summary to the values of one or more metrics, by name.
+        against_reference: False if the metric ignores the real images.
     """
 
     title: str
@@ -37,14 +42,16 @@ class Metric:
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
-    """The squared Fréchet distance d^2 between two Gaussians, in float64; singular covariances are admitted.
+    """Squared Fréchet distance d^2 between two Gaussians, computed in float64. Covariances may be singular.
 
     Raises:
-        UsageError: statistics of different features or resolutions.
+        UsageError: the statistics come from different feature networks or image sizes.
     """
     check_comparable(a.meta, b.meta)
     if a.mean.shape != b.mean.shape:
-        raise UsageError(f"cannot compare statistics of {len(a.mean)} with statistics of {len(b.mean)} features")
+        raise UsageError(
+            f"cannot compare statistics of {len(a.mean)} features with statistics of {len(b.mean)} features"
+        )
     difference = a.mean - b.mean
     overlap = _root_trace(*(torch.from_numpy((s.covariance + s.covariance.T) / 2) for s in (a, b)))
     distance = difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
@@ -52,20 +59,20 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
 
 
 def kernel_distance(generated: Summary, reference: Summary) -> float:
-    """KID: the unbiased squared MMD over all pairs of rows, kernel (x.y / D + 1)^3 (Binkowski et al. 2018, Eq. 3-4).
+    """KID: unbiased squared MMD over all pairs of rows with kernel (x.y / D + 1)^3 (Binkowski et al. 2018, Eq. 3-4).
 
-    Its expectation is that of the usual mean over subsets of 1,000, and its variance is smaller.
+    It has the same expectation as the usual mean over subsets of 1,000 and a smaller variance.
     """
     assert generated.rows is not None
     assert reference.rows is not None
     cross = _kernel_sum(generated.rows, reference.rows, generated.device)
     n, m = len(generated.rows), len(reference.rows)
-    within = _own_kernel_sum(generated) / (n * (n - 1)) + _own_kernel_sum(reference) / (m * (m - 1))
+    within = _within_kernel_sum(generated) / (n * (n - 1)) + _within_kernel_sum(reference) / (m * (m - 1))
     return within - 2 * cross / (n * m)
 
 
 def inception_score(logits: torch.Tensor) -> float:
-    """exp of the mean KL divergence of p(y|x) from p(y), averaged over ten splits of the rows (Salimans et al. 2016)."""
+    """Inception Score: exp of the mean KL(p(y|x) || p(y)), averaged over ten splits of the rows (Salimans et al. 2016)."""
     scores = []
     for part in logits.double().tensor_split(min(INCEPTION_SPLITS, len(logits))):
         log_p = part.log_softmax(1)
@@ -75,7 +82,7 @@ def inception_score(logits: torch.Tensor) -> float:
 
 
 def psnr(mse: float, value_range: float = 2.0) -> float:
-    """Peak signal-to-noise ratio in dB of a mean squared error; `value_range` is 2 for pixels in [-1, 1]."""
+    """Peak signal-to-noise ratio in dB for a mean squared error. `value_range` is 2 for pixels in [-1, 1]."""
     return 10 * math.log10(value_range**2 / mse) if mse > 0 else math.inf
 
 
@@ -113,10 +120,10 @@ METRICS: dict[str, Metric] = {
 
 
 def compute_metrics(names: Sequence[str], generated: Summary, reference: Summary) -> dict[str, float]:
-    """The values of metrics by name; what several share is computed once.
+    """Compute metrics by name. Metrics with the same `compute` function share one call.
 
     Raises:
-        UsageError: sets of different features or resolutions.
+        UsageError: the sets come from different feature networks or image sizes.
     """
     check_comparable(generated.meta, reference.meta)
     values: dict[str, float] = {}
@@ -126,16 +133,16 @@ def compute_metrics(names: Sequence[str], generated: Summary, reference: Summary
 
 
 def error_bars(names: Sequence[str], part: Callable[[Sequence[int]], Summary], reference: Summary) -> dict[str, float]:
-    """One standard deviation of each metric under another draw of as many samples, the reference being fixed.
+    """Estimate each metric's standard deviation over sets of samples of the same size, for a fixed reference.
 
-    A set of n samples is cut into halves A and B in seven ways. Both halves' values have the same bias, which depends on their
-    size, and a variance twice that of the whole, so E (v_A - v_B)^2 = 4 sigma^2. The seven ways are the balanced
-    ones of a Hadamard matrix over eight groups (balanced half-samples, McCarthy 1969), which makes them uncorrelated:
-    the estimate has seven degrees of freedom, and is good to about 27 %.
+    The samples are split into halves A and B in seven ways. The values v_A and v_B have the same bias, which depends on the
+    number of samples, and each has twice the variance sigma^2 of the whole set's value. So E (v_A - v_B)^2 = 4 sigma^2.
+    The splits are balanced half-samples (McCarthy 1969): a Hadamard matrix over eight groups makes them uncorrelated.
+    The estimate has seven degrees of freedom and is accurate to about 27 %.
 
     Args:
         names: metrics.
-        part: the summary of the samples in some of the groups 0..7.
+        part: returns the summary of the samples in the given groups, a subset of 0..7.
         reference: the real images.
     """
     squares = dict.fromkeys(names, 0.0)
@@ -149,10 +156,10 @@ def error_bars(names: Sequence[str], part: Callable[[Sequence[int]], Summary], r
 
 
 def check_comparable(a: Mapping[str, object], b: Mapping[str, object]) -> None:
-    """Refuse two descriptions of image sets that say they have other feature networks or resolutions.
+    """Check that two image sets, described by their metadata, have the same feature network and image size.
 
     Raises:
-        UsageError: they do; the message names both.
+        UsageError: they differ. Missing entries are not compared.
     """
     networks = [meta.get("features") for meta in (a, b)]
     if all(networks) and networks[0]["sha256"] != networks[1]["sha256"]:  # type: ignore[index]
@@ -162,17 +169,17 @@ def check_comparable(a: Mapping[str, object], b: Mapping[str, object]) -> None:
     if all(sizes) and sizes[0] != sizes[1]:
         described = [size if isinstance(size, str) else "{1} x {0}".format(*size) for size in sizes]  # type: ignore[misc]
         raise UsageError(
-            f"cannot compare images of different sizes: the samples are {described[0]}, the reference {described[1]}; "
-            "bring both to one --image_size"
+            f"cannot compare images of different sizes: the samples are {described[0]}, the reference is {described[1]}; "
+            "use --image_size to bring both to one size"
         )
 
 
 def _root_trace(a: torch.Tensor, b: torch.Tensor) -> float:
-    """tr((a b)^(1/2)) of covariances [D, D].
+    """Compute tr((a b)^(1/2)) for covariances [D, D].
 
-    With b = R R^T, a b has the eigenvalues of R^T a R, of which a symmetric solver finds the roots many times faster than a
-    matrix square root. Singular matrices go by the singular values of R_a^T R_b: roots of eigenvalues that ought to
-    be zero would be as large as the root of the rounding error.
+    With b = R R^T, the matrices a b and R^T a R have the same eigenvalues. A symmetric eigenvalue solver is many times faster
+    than a matrix square root. Singular covariances use the singular values of R_a^T R_b instead, because the square root of an
+    eigenvalue that should be zero would be as large as the square root of the rounding error.
     """
     factors = [torch.linalg.cholesky_ex(matrix) for matrix in (a, b)]
     if all(factor.info == 0 for factor in factors):
@@ -182,17 +189,19 @@ def _root_trace(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def _thin_root(covariance: torch.Tensor) -> torch.Tensor:
-    """R [D, rank] with R R^T = covariance, by symmetric eigen-decomposition."""
+    """Factor R [D, rank] with R R^T = covariance, from the symmetric eigendecomposition."""
     values, vectors = torch.linalg.eigh(covariance)
     positive = values > values.max() * len(values) * torch.finfo(values.dtype).eps
     return vectors[:, positive] * values[positive].sqrt()
 
 
-@lru_cache(maxsize=2)  # the reference's serves for the whole set of samples and for its halves
-def _own_kernel_sum(summary: Summary) -> float:
+@lru_cache(maxsize=2)  # error bars score many subsets of the samples against one reference
+def _within_kernel_sum(summary: Summary) -> float:
+    """Sum of the kernel over all pairs of different rows."""
     assert summary.rows is not None
-    own = sum(float(_kernel((part * part).sum(1), part.shape[1]).sum()) for part in summary.rows.double().split(CHUNK))
-    return _kernel_sum(summary.rows, summary.rows, summary.device) - own
+    blocks = summary.rows.double().split(CHUNK)
+    diagonal = sum(float(_kernel((part * part).sum(1), part.shape[1]).sum()) for part in blocks)
+    return _kernel_sum(summary.rows, summary.rows, summary.device) - diagonal
 
 
 def _kernel_sum(a: torch.Tensor, b: torch.Tensor, device: torch.device | str) -> float:

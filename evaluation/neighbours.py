@@ -1,9 +1,11 @@
-"""Precision, recall, density and coverage: how the samples lie among the nearest neighbours of real images.
+"""Precision, recall, density and coverage, computed from nearest neighbors.
 
-Around every image of a set lies a ball that reaches to its k-th nearest neighbour in the same set.
-Precision is the share of samples within some real ball, recall that of real images within some sample's ball (Kynkäänniemi
-et al. 2019, arXiv:1904.06991, Eq. 1-2; k = 3). Density counts for each sample the real balls that hold it, divided by k, and
-coverage is the share of real balls that hold a sample (Naeem et al. 2020, arXiv:2002.09797, Eq. 4-6; k = 5).
+Each image is the center of a ball whose radius is the distance to its k-th nearest neighbor in the same set.
+
+- Precision is the fraction of samples inside at least one real image's ball. Recall is the fraction of real images inside at
+  least one sample's ball. Kynkäänniemi et al. 2019, arXiv:1904.06991, Eq. 1-2; k = 3.
+- Density is the average number of real balls that contain a sample, divided by k. Coverage is the fraction of real balls that
+  contain at least one sample. Naeem et al. 2020, arXiv:2002.09797, Eq. 4-6; k = 5.
 """
 
 from collections.abc import Iterator
@@ -17,13 +19,13 @@ __all__ = ["neighbour_scores"]
 
 PRECISION_K = 3
 DENSITY_K = 5
-CHUNK = 1000  # rows whose distances to all others are held at a time: 4 MB for every thousand others
+CHUNK = 1000  # rows per block of the distance matrix; a block takes 4 MB per thousand columns
 
 
 def neighbour_scores(generated: Summary, reference: Summary) -> dict[str, float]:
-    """The four scores of rows [n, D] against rows [m, D].
+    """Compute precision, recall, density and coverage of generated rows [n, D] against real rows [m, D].
 
-    All pairs are compared: time grows with n^2 + n m, memory with the longer of both.
+    All pairs are compared. Time grows with n^2 + n m, memory with the larger of n and m.
     """
     samples, real = _rows(generated), _rows(reference)
     sample_radii, real_radii = _radii(generated, (PRECISION_K,)), _radii(reference, (PRECISION_K, DENSITY_K))
@@ -44,16 +46,16 @@ def neighbour_scores(generated: Summary, reference: Summary) -> dict[str, float]
     }
 
 
-@lru_cache(maxsize=2)  # the reference's serve for the whole set of samples and for its halves
+@lru_cache(maxsize=2)  # error bars score many subsets of the samples against one reference
 def _radii(summary: Summary, ks: tuple[int, ...]) -> torch.Tensor:
-    """Distance [len(ks), n] of every row to its k-th nearest neighbour; the row itself does not count."""
+    """Distance [len(ks), n] from each row to its k-th nearest neighbor, not counting the row itself."""
     rows = _rows(summary)
     nearest = [distances.topk(max(ks) + 1, largest=False).values for _, distances in _distances(rows, rows)]
     return torch.cat(nearest)[:, list(ks)].T
 
 
 def _distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Distances [CHUNK, len(b)] of the rows of `a` from `start` on to those of `b`."""
+    """Yield blocks of the distance matrix: the first row of `a` in the block, and its distances [CHUNK, len(b)] to `b`."""
     for start in range(0, len(a), CHUNK):
         yield start, torch.cdist(a[start : start + CHUNK], b)
 

@@ -1,4 +1,4 @@
-"""Scores of image pairs, streamed or from two folders whose images are paired by name (cal_inpainting.py)."""
+"""Scoring of image pairs: streamed, or read from two folders and paired by file name (cal_inpainting.py)."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -28,8 +28,8 @@ TITLES = {"p_ids": "P-IDS", "u_ids": "U-IDS", "psnr": "PSNR", "ssim": "SSIM", "l
 class PairOptions:
     """Pairs."""
 
-    lpips: bool = option(False, "also LPIPS, which needs the package lpips and AlexNet's weights")
-    lpips_weights: str | None = option(None, "file of AlexNet's weights (torchvision's); default: downloaded once")
+    lpips: bool = option(False, "also compute LPIPS; needs the package lpips and AlexNet's weights")
+    lpips_weights: str | None = option(None, "file with torchvision's AlexNet weights; default: downloaded once")
 
 
 def compare_pairs(
@@ -41,22 +41,22 @@ def compare_pairs(
     features: FeatureOptions,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Score the images of a folder against the images of the same names in another.
+    """Score the images in one folder against the images with the same names in another.
 
     Args:
         generated: the folder to score.
-        real: the folder with the partners.
+        real: the folder with their partners.
         comparison: image size and batch size.
         scoring: metrics, error bars and image format.
         pairing: whether LPIPS is computed, and its weights.
         features: the feature network; default: Inception.
-        device: where networks run.
+        device: where the networks run.
 
     Returns:
-        The entries of `evaluation.score.score_summaries`, with the paired metrics among "scores".
+        The entries of `evaluation.score.score_summaries`. "scores" also holds the paired metrics.
 
     Raises:
-        UsageError: the folders are not paired, or their images differ in size.
+        UsageError: an image has no partner, or partners differ in size.
     """
     fake, true = _open_pairs(generated, real, comparison.image_size)
     network = load_features(features.features or "inception", features, device)
@@ -66,7 +66,7 @@ def compare_pairs(
 
 
 class Pair(NamedTuple):
-    """Images uint8 [B, C, H, W], their partners, and the indices of both."""
+    """A batch of images uint8 [B, C, H, W], their partners, and the indices that both share."""
 
     images: torch.Tensor
     originals: torch.Tensor
@@ -82,16 +82,19 @@ def score_pairs(
     device: torch.device,
     processes: Processes = Processes(),  # noqa: B008
 ) -> dict[str, Any]:
-    """Consume `pairs` and score the images against their partners; returns the entries that `compare_pairs` does.
+    """Consume `pairs` and score the images against their partners.
 
     Args:
-        pairs: each is seen once; every process passes its own share.
-        meta_of_originals: describes the partners (JSON's types).
+        pairs: batches of pairs, iterated once. Each process passes its own share.
+        meta_of_originals: JSON-serializable description of the partners.
         features: the feature network.
         scoring: metrics, error bars and image format.
         pairing: whether LPIPS is computed, and its weights.
         device: where LPIPS runs.
-        processes: all get the result.
+        processes: processes that share the pairs. All return the same result.
+
+    Returns:
+        The entries that `compare_pairs` returns.
     """
     pixels = PixelScores(load_lpips(pairing.lpips_weights, device) if pairing.lpips else None)
     needs = needs_of(scoring.metrics, reference=False) | {"rows"}
@@ -117,8 +120,8 @@ def _scored(
     result = score_summaries(scoring.metrics, samples, reference, errors)
     assert samples.rows is not None
     assert reference.rows is not None
-    told_apart = discriminative_scores(samples.rows.numpy(), reference.rows.numpy())
-    paired = {name: (value, None) for name, value in told_apart.items()} | pixels.result()
+    discriminative = discriminative_scores(samples.rows.numpy(), reference.rows.numpy())
+    paired = {name: (value, None) for name, value in discriminative.items()} | pixels.result()
     result["scores"] |= {
         name: {"metric": TITLES[name], "value": value, "error": error} for name, (value, error) in paired.items()
     }
@@ -126,10 +129,12 @@ def _scored(
 
 
 def _open_pairs(generated: str, real: str, image_size: int | None) -> tuple[ImageSource, ImageSource]:
-    """Both folders' images in one order."""
+    """Open both folders; the second source follows the order of the first."""
     for path in (generated, real):
         if not Path(path).is_dir():
-            raise UsageError(f"{path}: expected a folder, whose images are paired by name with those of the other")
+            raise UsageError(
+                f"{path}: expected a folder of images, to be paired by name with the images of the other folder"
+            )
     fake, true = (open_source(path, image_size) for path in (generated, real))
     partner = dict(pair_by_name(fake, true))
     return fake, dataclasses.replace(true, read=lambda index: true.read(partner[index]))

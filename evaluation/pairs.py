@@ -1,8 +1,8 @@
-"""Scores of image pairs, such as inpainted images and what was there before.
+"""Metrics for image pairs, such as inpainted images and their originals.
 
-PSNR, SSIM (Wang et al. 2004) and LPIPS (Zhang et al. 2018) compare each image with its partner. P-IDS and U-IDS (Zhao et
-al. 2021, arXiv:2103.10428, section 4.3) ask a linear support vector machine, fitted to the Inception features of both sets, to
-tell them apart: U-IDS is the share it gets wrong, P-IDS that of fakes which look more real to it than their own originals.
+PSNR, SSIM (Wang et al. 2004) and LPIPS (Zhang et al. 2018) compare each image with its partner. P-IDS and U-IDS (Zhao et al.
+2021, arXiv:2103.10428, section 4.3) fit a linear support vector machine that separates the Inception features of generated and
+real images. U-IDS is its error rate. P-IDS is the fraction of generated images that it rates more real than their originals.
 """
 
 from collections import Counter
@@ -22,32 +22,36 @@ from runtime.distributed import Processes
 
 __all__ = ["PixelScores", "discriminative_scores", "load_lpips", "pair_by_name"]
 
-NAMED = 10  # files in a message
-ROUNDING_ERROR = 1 / 12  # mean square, of rounding to 8 bits: images that are alike have its PSNR, 58.9 dB
+MAX_LISTED_NAMES = 10  # in an error message
+ROUNDING_ERROR = 1 / 12  # mean squared error of rounding to 8 bits; gives identical images a finite PSNR, 58.9 dB
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
-Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # pixels [B, 3, H, W], twice, to distances [B, ...]
+# Maps two batches of pixels [B, 3, H, W] to distances [B, ...].
+Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def pair_by_name(generated: ImageSource, real: ImageSource) -> list[tuple[int, int]]:
-    """The places in both folders of the images of one name; the names' suffixes do not count.
+    """Pair the images of two folders by file name, ignoring suffixes.
+
+    Returns:
+        The indices (generated, real) of each pair.
 
     Raises:
-        UsageError: an image of one folder has no partner in the other, or shares its name.
+        UsageError: an image has no partner, or a folder has several images with the same name.
     """
     for source in (generated, real):
-        _refuse(
+        _require_none(
             [name for name, count in Counter(source.names).items() if count > 1],
             f"{source.name} has several images named",
         )
-    _refuse(sorted(set(generated.names) - set(real.names)), f"{real.name} lacks the partners of")
-    _refuse(sorted(set(real.names) - set(generated.names)), f"{generated.name} lacks the partners of")
-    place = {name: index for index, name in enumerate(real.names)}
-    return [(index, place[name]) for index, name in enumerate(generated.names)]
+    _require_none(sorted(set(generated.names) - set(real.names)), f"{real.name} has no image named")
+    _require_none(sorted(set(real.names) - set(generated.names)), f"{generated.name} has no image named")
+    real_index = {name: index for index, name in enumerate(real.names)}
+    return [(index, real_index[name]) for index, name in enumerate(generated.names)]
 
 
 class PixelScores:
-    """Means over image pairs of PSNR in dB, SSIM and, where `perceptual` is given, LPIPS."""
+    """Accumulates the mean PSNR in dB, the mean SSIM and, with `perceptual`, the mean LPIPS of image pairs."""
 
     def __init__(self, perceptual: Perceptual | None = None) -> None:
         self._perceptual = perceptual
@@ -57,12 +61,12 @@ class PixelScores:
         """Add pairs of images uint8 [B, C, H, W].
 
         Raises:
-            UsageError: partners of different sizes.
+            UsageError: the partners differ in size.
         """
         if generated.shape != real.shape:
             raise UsageError(
-                f"cannot compare images of different sizes: generated {tuple(generated.shape[2:])}, real "
-                f"{tuple(real.shape[2:])} (height, width); bring both to one --image_size"
+                f"cannot compare images of different sizes: (height, width) is {tuple(generated.shape[2:])} for generated and "
+                f"{tuple(real.shape[2:])} for real images; use --image_size to bring both to one size"
             )
         for a, b in zip(generated.numpy(), real.numpy(), strict=True):
             error = float(np.square(a.astype(np.float64) - b).mean())
@@ -73,18 +77,18 @@ class PixelScores:
             self._values.setdefault("lpips", []).extend(distances.flatten().tolist())
 
     def merge_all(self, processes: Processes) -> None:
-        """Let the main process have the scores of all processes."""
+        """Collect the scores of all processes in the main process."""
         for values in processes.gather(self._values)[1:]:
             for name, column in values.items():
                 self._values.setdefault(name, []).extend(column)
 
     def result(self) -> dict[str, tuple[float, float | None]]:
-        """Each score's mean and standard error (None: of one pair)."""
-        return {name: _mean(np.array(values)) for name, values in self._values.items()}
+        """Mean and standard error of each score. The standard error of a single pair is None."""
+        return {name: _mean_and_error(np.array(values)) for name, values in self._values.items()}
 
 
 def discriminative_scores(generated: np.ndarray, real: np.ndarray) -> dict[str, float]:
-    """P-IDS and U-IDS of features [N, D], paired row by row."""
+    """Compute P-IDS and U-IDS from features [N, D] whose rows are paired."""
     rows, is_real = np.concatenate([generated, real]), np.repeat([0, 1], [len(generated), len(real)])
     machine = LinearSVC(dual=False).fit(rows, is_real)
     fake, true = machine.decision_function(generated), machine.decision_function(real)
@@ -95,14 +99,14 @@ def discriminative_scores(generated: np.ndarray, real: np.ndarray) -> dict[str, 
 
 
 def load_lpips(weights_file: str | None, device: torch.device | str) -> Perceptual:
-    """LPIPS with AlexNet and the weights of its authors' package; AlexNet's own come from a file or are downloaded.
+    """Load LPIPS with AlexNet. The linear layers' weights come with the package lpips.
 
     Args:
-        weights_file: torchvision's state dict of AlexNet.
+        weights_file: torchvision's state dict of AlexNet. None: downloaded once.
         device: where the network runs.
 
     Raises:
-        UsageError: the package lpips is not installed, or weights that are missing or foreign.
+        UsageError: the package lpips is not installed, or the weights are missing, invalid or cannot be downloaded.
     """
     try:
         import lpips
@@ -116,10 +120,12 @@ def load_lpips(weights_file: str | None, device: torch.device | str) -> Perceptu
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     layers = {name.partition(".")[2]: parameter for name, parameter in network.net.named_parameters()}
     try:
-        for name, parameter in layers.items():  # "0.weight" of the slices is "features.0.weight" of AlexNet
+        for name, parameter in layers.items():  # lpips calls AlexNet's "features.0.weight" "slice1.0.weight"
             parameter.data.copy_(weights[f"features.{name}"])
     except (KeyError, RuntimeError) as error:
-        raise UsageError(f"{weights_file} is no state dict of torchvision's AlexNet: {error}") from error
+        raise UsageError(
+            f"--lpips_weights {weights_file}: expected torchvision's state dict of AlexNet ({error})"
+        ) from error
     network = network.eval().requires_grad_(False).to(device)
 
     @torch.inference_mode()
@@ -129,11 +135,11 @@ def load_lpips(weights_file: str | None, device: torch.device | str) -> Perceptu
     return distances
 
 
-def _refuse(names: Sequence[str], what: str) -> None:
+def _require_none(names: Sequence[str], what: str) -> None:
     if names:
-        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-        raise UsageError(f"the sets are not paired: {what} {', '.join(names[:NAMED])}{more}")
+        more = f" and {len(names) - MAX_LISTED_NAMES} more" if len(names) > MAX_LISTED_NAMES else ""
+        raise UsageError(f"cannot pair the images by name: {what} {', '.join(names[:MAX_LISTED_NAMES])}{more}")
 
 
-def _mean(values: np.ndarray) -> tuple[float, float | None]:
+def _mean_and_error(values: np.ndarray) -> tuple[float, float | None]:
     return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None

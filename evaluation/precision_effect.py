@@ -1,4 +1,4 @@
-"""How much a feature network's lower precision changes the Fréchet distance, measured on the first images of a set."""
+"""The effect of a feature network's reduced precision on the Fréchet distance, measured on the first images of a set."""
 
 from typing import Any
 
@@ -10,11 +10,11 @@ from evaluation.summary import Gatherer, Summary
 
 __all__ = ["PrecisionEffect"]
 
-COMPARED = 1000  # images whose features are computed in both precisions
+COMPARED = 1000  # images
 
 
 class PrecisionEffect:
-    """Computes features of the first COMPARED images in both precisions; does nothing for a network in float32."""
+    """Computes features of the first COMPARED images in both precisions. Does nothing for a float32 network."""
 
     def __init__(self, features: FeatureNetwork) -> None:
         exact = features.precision == "fp32"
@@ -22,17 +22,17 @@ class PrecisionEffect:
         self._gatherers = {name: Gatherer(network, ("moments",)) for name, network in networks.items()}
 
     def update(self, images: torch.Tensor) -> None:
-        """Add images uint8 [B, C, H, W]; those after the first COMPARED are ignored."""
+        """Add images uint8 [B, C, H, W]. Images after the first COMPARED are ignored."""
         for gatherer in self._gatherers.values():
             if gatherer.count < COMPARED:
                 gatherer.update(images[: COMPARED - gatherer.count])
 
     def result(self, reference: Summary) -> dict[str, Any]:
-        """The entry "feature_precision_effect" of a result, which is also printed: both distances from `reference`."""
+        """Print and return the result's entry "feature_precision_effect": the distance from `reference` at each precision."""
         if not self._gatherers or reference.statistics is None:
             return {}
         known = {name: gatherer.summary().statistics for name, gatherer in self._gatherers.items()}
         values = {name: frechet_distance(s, reference.statistics) for name, s in known.items() if s is not None}
         images = next(iter(self._gatherers.values())).count
-        print(f"effect of --feature_precision on the distance of the first {images} images: {values}")
+        print(f"Frechet distance of the first {images} images at each --feature_precision: {values}")
         return {"feature_precision_effect": {"images": images, **values}}

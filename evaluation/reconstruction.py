@@ -1,10 +1,11 @@
-"""How well an autoencoder reconstructs a dataset's held-out images: PSNR, and the distance of its images to real ones.
+"""Measure how well an autoencoder reconstructs a dataset's held-out images, by PSNR and by scores such as the FID.
 
     python -m evaluation.reconstruction --dataset fashion_mnist --datadir data --pretrained_autoencoder_ckpt FOLDER
 
-Every image is decoded from its posterior mean and rounded to 8 bits, as samples are, and measured so, without the
-padding that the dataset added (rounding alone would leave 59 dB). The distance is measured to the training images: that
-of the reconstructions is the floor of any latent model, that of the real held-out images the zero mark.
+Images are decoded from their posterior means and rounded to 8 bits, as samples are. Rounding alone limits the PSNR to 59 dB.
+Padding that the dataset added is cropped before measuring. The reconstructions and the original held-out images are both scored
+against the training images. The reconstructions' score is the floor for any latent model. The originals' score is the best
+score to expect from perfect samples.
 """
 
 from collections.abc import Iterable
@@ -32,20 +33,20 @@ from runtime.precision import DeviceOptions, Machine, choose_device
 
 __all__ = ["PICTURED", "ReconstructionOptions", "draw_reconstructions", "measure_reconstruction", "reconstruct"]
 
-PICTURED = 16  # images in the picture
+PICTURED = 16  # images
 
 
 @dataclass(frozen=True)
 class ReconstructionOptions:
-    """Measuring reconstructions."""
+    """Reconstruction."""
 
-    batch_size: int = option(200, "images at a time", minimum=1)
-    output_json: str | None = option(None, "file to write the result to")
-    picture: str | None = option(None, "PNG file to draw to: originals above reconstructions")
+    batch_size: int = option(200, "images per batch", minimum=1)
+    output_json: str | None = option(None, "JSON file for the result")
+    picture: str | None = option(None, "PNG file for a picture of originals above their reconstructions")
 
 
 def reconstruct(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Tensor:
-    """Images uint8 [B, C, H, W], decoded from their posterior means, as uint8 [B, C, H, W] on the same device."""
+    """Encode images uint8 [B, C, H, W] and decode their posterior means to uint8 [B, C, H, W] on the same device."""
     return autoencoder.decode(autoencoder.sample(autoencoder.encode(images)))
 
 
@@ -57,7 +58,19 @@ def measure_reconstruction(
     batch_size: int,
     needs: Iterable[str] = ("moments",),
 ) -> tuple[float, Summary]:
-    """PSNR in dB over all pixels of all images of a split, and what metrics need (see NEEDS) of the reconstructions."""
+    """Reconstruct all images of a split.
+
+    Args:
+        autoencoder: the autoencoder to measure.
+        dataset: the split.
+        features: the feature network.
+        device: where the autoencoder runs.
+        batch_size: images per batch.
+        needs: keys of evaluation.summary.NEEDS.
+
+    Returns:
+        The PSNR in dB over all pixels of all images, and the summary of the reconstructions.
+    """
     gatherer, error, count = Gatherer(features, needs), 0.0, 0
     padded = ImageSource(dataset.facts.name, len(dataset), dataset.__getitem__, {})
     for batch, _ in image_batches(padded, batch_size):
@@ -73,7 +86,11 @@ def measure_reconstruction(
 def draw_reconstructions(
     autoencoder: Autoencoder, dataset: ImageDataset, device: torch.device | str, path: str | Path
 ) -> float:
-    """Draw PICTURED images from all over a split above their reconstructions, as PNG; returns the PSNR of these in dB."""
+    """Write a PNG of PICTURED images, evenly spaced in the split, above their reconstructions.
+
+    Returns:
+        The PSNR of the drawn images in dB.
+    """
     count = min(PICTURED, len(dataset))
     images = torch.stack([dataset[number * len(dataset) // count] for number in range(count)]).to(device)
     original = crop_padding(images, dataset.facts)
@@ -83,7 +100,7 @@ def draw_reconstructions(
 
 
 def main() -> None:
-    """Parse the flags, measure, print a line, write what was asked for."""
+    """Measure the reconstructions, print the result, and write the requested files."""
     groups = [ReconstructionOptions, DatasetOptions, AutoencoderOptions, MetricOptions, FeatureOptions, DeviceOptions]
     options = parse_options(str(__doc__).splitlines()[0], groups)
     settings, data = options[ReconstructionOptions], options[DatasetOptions]
@@ -113,8 +130,9 @@ def main() -> None:
     if settings.output_json:
         write_json(settings.output_json, result)
     print(
-        f"{result['images']} images of {data.dataset}: PSNR {ratio:.2f} dB, to the training images {result_line(scores)}, "
-        f"real images {result_line(scores_real)}, features {features.name} {features.sha256[:8]}"
+        f"{result['images']} held-out images of {data.dataset}: PSNR {ratio:.2f} dB; scores against the training images: "
+        f"reconstructions {result_line(scores)}, originals {result_line(scores_real)}; "
+        f"features {features.name} {features.sha256[:8]}"
     )
 
 

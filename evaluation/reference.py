@@ -1,4 +1,4 @@
-"""Summaries of whole image sets, mostly real ones; a dataset's summary is cached in files."""
+"""Summaries of whole image sets, usually of real images. A dataset's summary is cached in files."""
 
 import dataclasses
 import hashlib
@@ -21,8 +21,9 @@ from runtime.randomness import generator_for
 
 __all__ = ["REFERENCE_ROWS", "holds_statistics", "statistics_summary", "summarise", "summary_at"]
 
-REFERENCE_ROWS = 10_000  # of a reference, a random subset of the features is kept: as many as ADM's evaluation has
-FIELDS = {"moments": "statistics", "spatial": "spatial", "rows": "rows", "logits": "logits"}  # of Summary
+# A reference keeps the features of a random subset of this size, the same number as in ADM's evaluation.
+REFERENCE_ROWS = 10_000
+SUMMARY_FIELDS = {"moments": "statistics", "spatial": "spatial", "rows": "rows", "logits": "logits"}
 
 
 def summarise(
@@ -33,10 +34,20 @@ def summarise(
     batch_size: int = 200,
     processes: Processes = Processes(),  # noqa: B008
 ) -> Summary:
-    """What `needs` (keys of evaluation.summary.NEEDS) ask of all images of a source; rows of REFERENCE_ROWS of them.
+    """Summarize all images of a source.
 
-    With `cache_dir`, what is known is read from files there, and what was computed is written to them. Several processes
-    share the images, and all get the result.
+    With "rows", the summary holds the features of a fixed random subset of REFERENCE_ROWS images.
+
+    Args:
+        source: the images.
+        features: the feature network.
+        needs: keys of evaluation.summary.NEEDS.
+        cache_dir: folder of cached summaries, which are reused, and where new ones are written. None: no cache.
+        batch_size: images per batch.
+        processes: processes that share the images. All return the same summary.
+
+    Raises:
+        UsageError: the network lacks a needed output, or an image or a cached file cannot be read.
     """
     needs = list(needs)
     parts: list[Summary] = []
@@ -55,18 +66,26 @@ def summarise(
         gatherer.merge_all(processes)
         parts.append(gatherer.summary(source.meta))
         if cache_dir is not None and processes.is_main:
-            _keep_parts(cache_dir, source, features, missing, parts[-1])
-    known = {field: value for part in parts for field in FIELDS.values() if (value := getattr(part, field)) is not None}
+            _cache_parts(cache_dir, source, features, missing, parts[-1])
+    fields = SUMMARY_FIELDS.values()
+    known = {field: value for part in parts for field in fields if (value := getattr(part, field)) is not None}
     return processes.from_main(dataclasses.replace(parts[0], **known) if parts else Summary(None, {}))
 
 
 def summary_at(
     path: str | Path, features: FeatureNetwork, needs: Iterable[str], batch_size: int, processes: Processes
 ) -> Summary:
-    """What `needs` ask of the statistics, or of the images, at a path.
+    """Summarize the images at a path, or load the statistics stored there.
+
+    Args:
+        path: images, as for `open_source`, or an .npz or .npy file of statistics.
+        features: the feature network, unused for statistics.
+        needs: keys of evaluation.summary.NEEDS.
+        batch_size: images per batch.
+        processes: processes that share the images. All return the same summary.
 
     Raises:
-        UsageError: there is neither, or the statistics do not hold what is needed.
+        UsageError: the path holds neither images nor statistics, or the statistics lack something in `needs`.
     """
     if holds_statistics(path):
         return statistics_summary(path, needs)
@@ -74,7 +93,11 @@ def summary_at(
 
 
 def holds_statistics(path: str | Path) -> bool:
-    """Whether `path` is a file of statistics, .npy or .npz, rather than images."""
+    """Whether `path` is an .npy or .npz file of statistics rather than images.
+
+    Raises:
+        UsageError: the .npz cannot be read.
+    """
     path = Path(path)
     if path.suffix != ".npz" or not path.is_file():
         return path.suffix == ".npy"
@@ -86,15 +109,15 @@ def holds_statistics(path: str | Path) -> bool:
 
 
 def statistics_summary(path: str | Path, needs: Iterable[str]) -> Summary:
-    """The summary in a file of statistics.
+    """Load a summary from a file of statistics.
 
     Raises:
-        UsageError: `needs` ask for more than the moments of features, or the file cannot be read.
+        UsageError: `needs` contains more than "moments", or the file cannot be read.
     """
     if beyond := set(needs) - {"moments"}:
         raise UsageError(
-            f"{path} holds the mean and covariance of features, from which a Frechet distance follows, but not what the "
-            f"other metrics need ({', '.join(sorted(beyond))}): give the images themselves"
+            f"{path} holds only the mean and covariance of features, which is enough for --metrics fid. The other metrics "
+            f"need {', '.join(sorted(beyond))}; pass the images instead"
         )
     statistics = load_statistics(path)
     meta = {"file": str(path), **statistics.meta}
@@ -115,7 +138,7 @@ def _part_path(cache_dir: str | Path, source: ImageSource, features: FeatureNetw
 
 
 def _read_part(path: Path, need: str, source: ImageSource, features: FeatureNetwork) -> Summary | None:
-    """What a file holds, or None where it is missing or describes other images or features."""
+    """The cached summary in a file, or None if the file is missing or was made from other images or features."""
     if not path.exists():
         return None
     part: Statistics | torch.Tensor
@@ -127,7 +150,7 @@ def _read_part(path: Path, need: str, source: ImageSource, features: FeatureNetw
     expected = {**source.meta, "resolution": meta.get("resolution"), "features": describe_features(features)}
     if meta != expected:
         return None
-    return Summary(source.count, meta, features.device, **{FIELDS[need]: part})  # type: ignore[arg-type]
+    return Summary(source.count, meta, features.device, **{SUMMARY_FIELDS[need]: part})  # type: ignore[arg-type]
 
 
 def _load_rows(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
@@ -135,19 +158,21 @@ def _load_rows(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
         with np.load(path, allow_pickle=False) as content:
             return torch.from_numpy(content["rows"]), json.loads(str(content["metadata"]))
     except UNREADABLE as error:
-        raise UsageError(f"cannot read the features in {path}: {error}; remove it, and it is made anew") from error
+        raise UsageError(
+            f"cannot read the cached features in {path}: {error}; delete the file to recompute them"
+        ) from error
 
 
-def _keep_parts(
+def _cache_parts(
     cache_dir: str | Path, source: ImageSource, features: FeatureNetwork, needs: Iterable[str], summary: Summary
 ) -> None:
     try:
         for need in needs:
-            path, part = _part_path(cache_dir, source, features, need), getattr(summary, FIELDS[need])
+            path, part = _part_path(cache_dir, source, features, need), getattr(summary, SUMMARY_FIELDS[need])
             if isinstance(part, Statistics):
                 save_statistics(path, part)
             else:
                 with atomic_path(path) as temporary, temporary.open("wb") as file:
                     np.savez(file, rows=part.numpy(), metadata=np.array(json.dumps(summary.meta)))
     except OSError as error:  # the data directory may be read-only
-        print(f"note: the statistics are not kept: {error}")
+        print(f"note: cannot cache the statistics in {cache_dir}, so they will be recomputed next time: {error}")

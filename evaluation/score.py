@@ -1,4 +1,4 @@
-"""Scoring image sets: which metrics, against which reference, and a result that says how it was made."""
+"""Scoring of image sets against a reference. Results record the scores and the settings that produced them."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ __all__ = [
     "score_summaries",
 ]
 
-FEWEST_SAMPLES = 10_000  # with fewer, the bias of a Frechet distance is larger than most differences between methods
+FEWEST_SAMPLES = 10_000  # below this, the bias of a Frechet distance exceeds most differences between methods
 FEWEST_FOR_ERROR_BAR = 100
 IMAGE_FORMATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"png": lambda images: images, "jpg": through_jpeg}
 
@@ -44,7 +44,7 @@ class MetricOptions:
     """Metrics."""
 
     metrics: tuple[str, ...] = option(
-        ("fid",), "scores; fid is the Frechet distance, whatever the features", choices=METRICS
+        ("fid",), "metrics to compute; fid is the Frechet distance for any --features", choices=METRICS, common=True
     )
 
 
@@ -52,9 +52,9 @@ class MetricOptions:
 class ScoreOptions(MetricOptions):
     """Scoring."""
 
-    error_bar: bool = option(True, "estimate each score's standard deviation from halves of the samples")
+    error_bar: bool = option(True, "estimate each score's standard deviation by comparing halves of the samples")
     image_format: str = option(
-        "png", "score samples as they are (png), or through JPEG at PIL's default quality, as published scores (jpg)",
+        "png", "png: score the samples as they are; jpg: compress them as JPEG first, at PIL's default quality, as LFM did",
         choices=IMAGE_FORMATS,
     )  # fmt: skip
 
@@ -63,26 +63,26 @@ QUICK = ScoreOptions(error_bar=False)
 
 
 class ScoredBatch(Protocol):
-    """A batch to score: images uint8 [B, C, H, W], their indices in the set, and labels [B] or None."""
+    """A batch of images to score."""
 
     @property
     def images(self) -> torch.Tensor:
-        """uint8 [B, C, H, W]."""
+        """Images uint8 [B, C, H, W]."""
         ...
 
     @property
     def indices(self) -> Sequence[int]:
-        """Places of the images in the set."""
+        """Indices of the images in the set."""
         ...
 
     @property
     def labels(self) -> torch.Tensor | None:
-        """Class ids [B], where they were asked for."""
+        """Class ids [B], or None for unconditional samples."""
         ...
 
 
 class LabelledImages(NamedTuple):
-    """The plain `ScoredBatch`."""
+    """A minimal `ScoredBatch`."""
 
     images: torch.Tensor
     indices: Sequence[int]
@@ -90,18 +90,25 @@ class LabelledImages(NamedTuple):
 
 
 def check_metrics(names: Sequence[str]) -> None:
-    """Refuse metrics that do not exist.
+    """Check that all metrics exist.
 
     Raises:
-        UsageError: an unknown name.
+        UsageError: a name is unknown.
     """
     for name in names:
         if name not in METRICS:
-            raise UsageError(f"--metrics {name}: expected some of {', '.join(METRICS)}")
+            raise UsageError(f"--metrics {name}: expected one or more of {', '.join(METRICS)}")
 
 
 def needs_of(names: Sequence[str], *, reference: bool) -> frozenset[str]:
-    """What the metrics need to know of the samples, or of the reference: keys of evaluation.summary.NEEDS."""
+    """List the inputs that metrics need from the samples or, with `reference`, from the reference.
+
+    Returns:
+        Keys of evaluation.summary.NEEDS, at least one.
+
+    Raises:
+        UsageError: an unknown metric.
+    """
     check_metrics(names)
     needs = frozenset(METRICS[name].need for name in names if METRICS[name].against_reference or not reference)
     return needs or frozenset(("moments",))
@@ -114,7 +121,7 @@ def reference_statistics(
     metrics: Sequence[str] = ("fid",),
     processes: Processes = Processes(),  # noqa: B008
 ) -> Summary:
-    """The real images of a split, as the metrics need them; cached in `statistics` below `folder`."""
+    """Summarize the images of a dataset split for the given metrics, with a cache in `folder`/statistics."""
     needs = needs_of(metrics, reference=True)
     return summarise(dataset_source(dataset), features, needs, Path(folder) / "statistics", processes=processes)
 
@@ -130,20 +137,20 @@ def score_images(
     """Consume `batches` and score them against `reference`.
 
     Args:
-        batches: images; each is seen once.
-        features: the feature network that `reference` was made with.
-        reference: what is known of the real images.
-        class_names: names of the labels, where the sampler was asked for labels.
-        options: which metrics, error bars, and the images' format.
-        processes: each has its part of the batches, and all get the result.
+        batches: batches of images, iterated once. Each process passes its own share.
+        features: the feature network used for `reference`.
+        reference: summary of the real images.
+        class_names: names of the labels, ordered by class id, for conditional samples.
+        options: metrics, error bars and image format.
+        processes: processes that share the batches. All return the same result.
 
     Returns:
-        The entries of `score_summaries` and "labels", their distribution. If the feature network is a classifier of just
-        these classes, "recognised" is the share of images that it assigns to their label. If features are not computed in
-        float32, "feature_precision_effect" says how much this matters.
+        The entries of `score_summaries`, and "labels", the number of images with each label. If the feature network
+        classifies exactly these classes, "recognised" is the fraction of images assigned to their label. If the features are
+        not computed in float32, "feature_precision_effect" shows the effect on the Fréchet distance.
 
     Raises:
-        UsageError: unknown metrics, metrics that the feature network cannot serve, or sets that cannot be compared.
+        UsageError: a metric is unknown or the feature network does not support it, or the sets cannot be compared.
     """
     gatherer = Gatherer(features, needs_of(options.metrics, reference=False), grouped=options.error_bar)
     transform = IMAGE_FORMATS[options.image_format]
@@ -175,9 +182,17 @@ def score_summaries(
     """Score one summary against another.
 
     Returns:
-        "metric", "value" and "error" of the first metric (error None: not estimated); "scores", the same of all by name;
-        "samples", "resolution", "image_format", "features" (name) and "features_sha256", "reference" (its images, rows, source
-        and hash) and "reference_samples", "warnings" and "code_version".
+        A dictionary with these entries:
+
+        - "metric", "value" and "error" of the first metric; error is None if not estimated;
+        - "scores": the same for all metrics, by name;
+        - "samples", "resolution" and "image_format";
+        - "features" (the network's name), "features_sha256" and "feature_precision";
+        - "reference" (number of images and rows, source and hash) and "reference_samples";
+        - "warnings" and "code_version".
+
+    Raises:
+        UsageError: a metric is unknown, or the sets cannot be compared.
     """
     values = compute_metrics(metrics, generated, reference)
     scores = {
@@ -204,14 +219,13 @@ def score_summaries(
 
 
 def result_line(result: dict[str, Any]) -> str:
-    """All scores with their error bars, what they were made of, and the warnings, on one line."""
+    """All scores with their error bars and the number of samples, on one line."""
     scores = ", ".join(
         f"{score['metric']} {_short(score['value'])}" + ("" if score["error"] is None else f" ± {score['error']:.2g}")
         for score in result["scores"].values()
     )
     jpeg = ", through JPEG" if result["image_format"] == "jpg" else ""
-    warnings = "".join(f"; warning: {warning}" for warning in result["warnings"])
-    return f"{scores} ({result['samples'] or 'unknown number of'} samples{jpeg}){warnings}"
+    return f"{scores} ({result['samples'] or 'unknown number of'} samples{jpeg})"
 
 
 def _short(value: float) -> str:
@@ -231,14 +245,16 @@ def _warnings(generated: Summary, reference: Summary) -> list[str]:
     if generated.count is None:
         found.append("the number of samples is not recorded")
     elif generated.count < FEWEST_SAMPLES:
-        found.append(f"{generated.count} samples are fewer than {FEWEST_SAMPLES}; scores of more are not comparable")
+        found.append(
+            f"{generated.count} samples are fewer than {FEWEST_SAMPLES}; compare this score only with scores of as many samples"
+        )
     for what, summary in (("samples", generated), ("reference images", reference)):
         known = summary.statistics or summary.spatial
         if known is not None and summary.count is not None and summary.count <= len(known.mean):
-            found.append(f"{summary.count} {what} are too few for a covariance of {len(known.mean)} features")
+            found.append(f"{summary.count} {what} are too few to estimate a covariance of {len(known.mean)} features")
     formats = [summary.meta.get("image_format") for summary in (generated, reference)]
     if None not in formats and formats[0] != formats[1]:
-        found.append(f"the samples are scored as {formats[0]}, the reference as {formats[1]}")
+        found.append(f"the samples are scored as {formats[0]}, but the reference as {formats[1]}")
     if generated.meta.get("resolution") and not reference.meta.get("resolution"):
-        found.append("the reference does not tell the size of its images, which should be that of the samples")
+        found.append("the reference does not record its image size; check that it matches the samples")
     return found

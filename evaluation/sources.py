@@ -1,4 +1,4 @@
-"""Image sets to score, whatever they lie in: a dataset's split, a folder, an .npz, an LMDB. Read by threads, ahead of use."""
+"""Image sets to score: a dataset split, a folder, an .npz file or an LMDB. Threads read the images ahead of use."""
 
 import hashlib
 import io
@@ -24,16 +24,21 @@ from runtime.progress import progress_bar
 
 __all__ = ["ImageSource", "dataset_source", "decode", "image_batches", "open_source", "transformed"]
 
-READERS = 8  # threads
-NPZ_KEYS = ("images", "arr_0")  # ours, and that of the ADM evaluation
-LMDB_NOTES = frozenset((b"length", b"__len__", b"__keys__"))  # keys that some writers add to those of the images
+READER_THREADS = 8
+NPZ_KEYS = ("images", "arr_0")  # arr_0 is used by ADM's evaluation
+LMDB_METADATA_KEYS = frozenset((b"length", b"__len__", b"__keys__"))  # some writers store these next to the images
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images uint8 [C, H, W] by index 0..count - 1; `meta` (JSON's types) says what they are, with a fingerprint.
+    """A set of images that can be read by index.
 
-    `names` are those of a folder's files, relative to it and without suffix.
+    Attributes:
+        name: short name, used in file names and progress bars.
+        count: number of images.
+        read: returns the image with an index in 0..count - 1, as uint8 [C, H, W].
+        meta: JSON-serializable description of the images, with a fingerprint.
+        names: for a folder, the files' relative paths without suffix; otherwise empty.
     """
 
     name: str
@@ -44,7 +49,7 @@ class ImageSource:
 
 
 def dataset_source(dataset: ImageDataset) -> ImageSource:
-    """A dataset's split, without its padding."""
+    """Open a dataset split. Padding that the dataset added is cropped."""
     facts = dataset.facts
     meta = {"dataset": facts.name, "split": dataset.split, "image_size": facts.image_size}
     return ImageSource(
@@ -56,13 +61,13 @@ def dataset_source(dataset: ImageDataset) -> ImageSource:
 
 
 def open_source(path: str | Path, image_size: int | None = None) -> ImageSource:
-    """The images in a folder (nested ones too), in an .npz of uint8 [N, H, W, C], or in an LMDB, in the keys' order.
+    """Open the images in a folder (including subfolders), an .npz file of uint8 [N, H, W, C], or an LMDB in key order.
 
-    As pytorch_fid reads them: converted to RGB, otherwise as they are. With `image_size`, folders and LMDBs are resized
-    and centre-cropped as datasets are.
+    Like pytorch_fid, images from folders and LMDBs are converted to RGB and not cropped. With `image_size`, they are also
+    resized and center-cropped, as for datasets.
 
     Raises:
-        UsageError: nothing there, or nothing of these kinds; reading an image may raise it too, naming the file.
+        UsageError: `path` is missing or has another format. Reading an image may also raise it, with the file's name.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -72,14 +77,14 @@ def open_source(path: str | Path, image_size: int | None = None) -> ImageSource:
     if path.is_dir():
         return _open_folder(path, image_size)
     raise UsageError(
-        f"{path}: expected a folder of images, an .npz of images or statistics, an .npy of statistics, or an LMDB"
+        f"{path}: expected a folder of images, an LMDB, an .npz file of images or statistics, or an .npy file of statistics"
     )
 
 
 def transformed(
     source: ImageSource, transform: Callable[[torch.Tensor], torch.Tensor], image_format: str
 ) -> ImageSource:
-    """The same images after `transform` of batches uint8 [B, C, H, W]; `image_format` is what `meta` calls it."""
+    """Apply `transform`, which maps batches uint8 [B, C, H, W], to all images. `image_format` is its name in `meta`."""
 
     def read(index: int) -> torch.Tensor:
         return transform(source.read(index)[None])[0]
@@ -92,14 +97,14 @@ def image_batches(
     batch_size: int,
     processes: Processes = Processes(),  # noqa: B008
 ) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
-    """All images in order, uint8 [B, C, H, W], with their indices; a batch ends early where the size changes.
+    """Yield all images in order, as batches uint8 [B, C, H, W] with their indices.
 
-    Of several processes, each gets its share of the batches.
+    A batch ends early where the image size changes. With several processes, each reads its own share of the batches.
     """
     starts = processes.share(range(0, source.count, batch_size))
     with (
-        ThreadPoolExecutor(READERS) as readers,
-        progress_bar(total=source.count // processes.count, desc=f"measuring {source.name}", unit="image") as progress,
+        ThreadPoolExecutor(READER_THREADS) as readers,
+        progress_bar(total=source.count // processes.count, desc=f"processing {source.name}", unit="image") as progress,
     ):
 
         def request(start: int) -> list[Any]:
@@ -138,7 +143,7 @@ def _open_npz(path: Path) -> ImageSource:
     except UNREADABLE as error:
         raise UsageError(f"cannot read {path}: {error}") from error
     if images is None or images.dtype != np.uint8 or images.ndim != 4:
-        raise UsageError(f"{path}: expected images uint8 [N, H, W, C] under {' or '.join(NPZ_KEYS)}")
+        raise UsageError(f"{path}: expected uint8 images [N, H, W, C] in the array {' or '.join(NPZ_KEYS)}")
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
     meta = {"file": str(path), "fingerprint": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()}
     return ImageSource(path.stem, len(tensor), tensor.__getitem__, meta)
@@ -146,9 +151,9 @@ def _open_npz(path: Path) -> ImageSource:
 
 def _open_lmdb(path: Path, image_size: int | None) -> ImageSource:
     file = open_lmdb_file(path)
-    keys = [key for key in file.keys() if key not in LMDB_NOTES]  # noqa: SIM118 - no mapping
+    keys = [key for key in file.keys() if key not in LMDB_METADATA_KEYS]  # noqa: SIM118 - not a mapping
     if not keys:
-        raise UsageError(f"the LMDB {path} is empty")
+        raise UsageError(f"the LMDB {path} contains no images")
 
     def read(index: int) -> torch.Tensor:
         return _decode_value(file.get(keys[index]) or b"", f"{keys[index]!r} in {path}", image_size)
@@ -158,7 +163,7 @@ def _open_lmdb(path: Path, image_size: int | None) -> ImageSource:
 
 
 def _decode_value(value: bytes, name: str, image_size: int | None) -> torch.Tensor:
-    """An encoded image, or else the raw RGB bytes of a square one."""
+    """Decode an LMDB value: an encoded image or the raw RGB bytes of a square image."""
     try:
         return decode(io.BytesIO(value), name, image_size)
     except UsageError:
@@ -170,10 +175,10 @@ def _decode_value(value: bytes, name: str, image_size: int | None) -> torch.Tens
 
 
 def decode(file: str | Path | BinaryIO, name: str, image_size: int | None = None) -> torch.Tensor:
-    """An image as uint8 [3, H, W], in its own size or resized and centre-cropped to `image_size`.
+    """Decode an image to uint8 [3, H, W]. With `image_size`, resize and center-crop it.
 
     Raises:
-        UsageError: it cannot be decoded; the message tells `name`.
+        UsageError: the image cannot be decoded. The message contains `name`.
     """
     try:
         with Image.open(file) as image:

@@ -1,7 +1,7 @@
-"""Mean and covariance of features over many images: streamed in float64, and stored.
+"""Mean and covariance of features: accumulated over batches in float64, saved and loaded.
 
-Batches are merged by the shifted update of Chan, Golub & LeVeque (1979): with d the difference of the means of n and m
-rows, the scatter matrices add up to S = S_n + S_m + d d^T n m / (n + m), which never subtracts large numbers.
+Batches are merged by the shifted update of Chan, Golub & LeVeque (1979). For n and m rows whose means differ by d, the merged
+scatter matrix is S = S_n + S_m + d d^T n m / (n + m). This update never subtracts large numbers.
 """
 
 import json
@@ -28,7 +28,14 @@ BUFFERED = 1024  # rows
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean float64 [D] and unbiased covariance float64 [D, D] of `count` images' features (None: not recorded)."""
+    """Statistics of the features of an image set.
+
+    Attributes:
+        mean: float64 [D].
+        covariance: unbiased covariance, float64 [D, D].
+        count: number of images, or None if not recorded.
+        meta: JSON-serializable description of the images and the feature network.
+    """
 
     mean: np.ndarray
     covariance: np.ndarray
@@ -37,9 +44,9 @@ class Statistics:
 
 
 class RunningMoments:
-    """Mean and covariance of rows that come in batches, in float64 on the CPU.
+    """Mean and covariance of rows that arrive in batches, accumulated in float64 on the CPU.
 
-    Rows are kept until there are `BUFFERED` of them, so that small batches cost no more than large ones.
+    BUFFERED rows are processed at once, so that small batches cost no more than large ones.
     """
 
     def __init__(self, dims: int) -> None:
@@ -52,14 +59,14 @@ class RunningMoments:
 
     @classmethod
     def of(cls, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> "RunningMoments":
-        """The moments that `triple` returned, perhaps in another process."""
-        moments = cls(len(mean))
-        moments._add(count, mean, scatter)
-        return moments
+        """Rebuild the object from the values of `triple`, which may come from another process."""
+        rebuilt = cls(len(mean))
+        rebuilt._add(count, mean, scatter)
+        return rebuilt
 
     @property
     def count(self) -> int:
-        """Rows seen."""
+        """Number of rows added so far."""
         return self._count + self._pending_count
 
     def update(self, features: torch.Tensor) -> None:
@@ -70,12 +77,12 @@ class RunningMoments:
             self._flush()
 
     def merge(self, other: "RunningMoments") -> None:
-        """Add all rows that `other` has seen."""
+        """Add all rows of `other`."""
         self._flush()
         self._add(*other.triple())
 
     def triple(self) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Count, mean float64 [dims] and scatter matrix float64 [dims, dims]: all that another process needs."""
+        """Count, mean float64 [dims] and scatter matrix float64 [dims, dims], to be sent to another process."""
         self._flush()
         return self._count, self._mean, self._scatter
 
@@ -86,18 +93,18 @@ class RunningMoments:
 
     @property
     def covariance(self) -> np.ndarray:
-        """Covariance float64 [dims, dims], divided by count - 1.
+        """Unbiased covariance float64 [dims, dims] (divisor count - 1).
 
         Raises:
             UsageError: fewer than two rows.
         """
         count, _, scatter = self.triple()
         if count < 2:
-            raise UsageError(f"a covariance needs at least two images, but there is {count}")
+            raise UsageError(f"a covariance needs at least two images, but the set has {count}")
         return (scatter / (count - 1)).numpy()
 
     def statistics(self, meta: dict[str, Any] | None = None) -> Statistics:
-        """The moments so far, with a description of where they come from (JSON's types)."""
+        """Statistics of the rows so far. `meta` is a JSON-serializable description of their origin."""
         return Statistics(self.mean, self.covariance, self.count, meta or {})
 
     def _flush(self) -> None:
@@ -105,8 +112,8 @@ class RunningMoments:
             rows = torch.cat(self._pending).double()
             self._pending, self._pending_count = [], 0
             mean = rows.mean(0)
-            centred = rows - mean
-            self._add(len(rows), mean, centred.T @ centred)
+            centered = rows - mean
+            self._add(len(rows), mean, centered.T @ centered)
 
     def _add(self, count: int, mean: torch.Tensor, scatter: torch.Tensor) -> None:
         if count:
@@ -118,17 +125,20 @@ class RunningMoments:
 
 
 def save_statistics(path: str | Path, statistics: Statistics) -> None:
-    """Write an .npz with the arrays `mu` and `sigma` and, as JSON, `metadata`; whole or not at all."""
+    """Write an .npz file atomically, with the arrays `mu` and `sigma` and the JSON string `metadata`."""
     metadata = json.dumps(as_json({"count": statistics.count, **statistics.meta}))
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.savez(file, mu=statistics.mean, sigma=statistics.covariance, metadata=np.array(metadata))
 
 
 def load_statistics(path: str | Path) -> Statistics:
-    """Statistics of an .npz with `mu` and `sigma`, ours or pytorch-fid's, or of a published .npy (a pickled dict).
+    """Load statistics from an .npz or .npy file.
+
+    The .npz holds `mu` and `sigma`, as written by `save_statistics` or pytorch-fid. The .npy is a pickled dict, as in LFM's
+    published code. Only arrays are ever unpickled.
 
     Raises:
-        UsageError: the file is missing, damaged, or holds something else; nothing but arrays is ever unpickled.
+        UsageError: the file is missing, damaged, or holds something else.
     """
     try:
         with Path(path).open("rb") as file:
@@ -143,19 +153,19 @@ def load_statistics(path: str | Path) -> Statistics:
         or not (np.isfinite(mean).all() and np.isfinite(covariance).all())
     ):
         raise UsageError(
-            f"{path}: expected finite mu [D] and sigma [D, D], but found {mean.shape} and {covariance.shape}"
+            f"{path}: expected finite arrays mu [D] and sigma [D, D], but found shapes {mean.shape} and {covariance.shape}"
         )
     return Statistics(mean, covariance, meta.pop("count", None), meta)
 
 
 def _read_npy(file: BinaryIO) -> dict[str, Any]:
     if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("a .npy of an unknown version")
+        raise ValueError("unsupported version of the .npy format")
     _, _, dtype = np.lib.format.read_array_header_1_0(file)
     if not dtype.hasobject:
-        raise ValueError("a plain array")
+        raise ValueError("expected a pickled dict, but found a plain array")
     content = load_numpy_pickle(file)
     value = content.item() if isinstance(content, np.ndarray) and content.size == 1 else content
     if not isinstance(value, dict):
-        raise ValueError(f"a pickled {type(value).__name__}")
+        raise ValueError(f"expected a pickled dict, but found a pickled {type(value).__name__}")
     return value

@@ -1,11 +1,13 @@
-"""Summaries of image sets: all that the metrics need, gathered in one pass over the images.
+"""Summaries of image sets, with all inputs of the metrics, gathered in one pass over the images.
 
-Images are not kept. Moments take 8 D^2 bytes (34 MB for 2048 features) however many images there are; metrics that
-compare single images keep the features, 4 D bytes an image (8 KB, so 410 MB for 50,000), and the Inception Score the logits
-(4 KB an image).
+Images are not stored. The memory for D features depends on the metrics:
 
-A grouped gatherer deals images to eight groups by their index, so that a metric can also be computed on halves of the set
-(see `evaluation.metrics.error_bars`). This takes eight times the memory for moments.
+- The mean and covariance take 8 D^2 bytes (34 MB for 2048 features) for any number of images.
+- Metrics that compare single images store their features, 4 D bytes per image (8 KB, so 410 MB for 50,000 images).
+- The Inception Score stores logits (4 KB per image).
+
+A grouped gatherer assigns images to eight groups by index, so that metrics can also be computed on halves of the set (see
+`evaluation.metrics.error_bars`). This takes eight times the memory for means and covariances.
 """
 
 import hashlib
@@ -24,16 +26,24 @@ from runtime.distributed import Processes
 __all__ = ["GROUPS", "NEEDS", "Gatherer", "Share", "Summary"]
 
 GROUPS = 8
-NEEDS = {"moments": "features", "spatial": "spatial", "rows": "features", "logits": "logits"}  # to a network's output
-GOLDEN = 0x9E3779B1  # 2^32 / golden ratio: multiples of it fall evenly, whatever the classes' order
+# Inputs of metrics, each with the network output that provides it. "moments" and "spatial" are means and covariances; "rows"
+# and "logits" have one row per image.
+NEEDS = {"moments": "features", "spatial": "spatial", "rows": "features", "logits": "logits"}
+HASH_MULTIPLIER = 0x9E3779B1  # 2^32 / golden ratio; spreads images evenly over the groups for any order of the classes
 
 
 @dataclass(frozen=True, eq=False)
 class Summary:
-    """One image set, or a part of it; what was not asked for is None.
+    """Summary of an image set or of a subset. Inputs that no metric needs are None.
 
-    `statistics` and `spatial` are moments of features, `rows` float32 [n, D] the features and `logits` float32 [n, K] the
-    logits of single images, in the order of their indices. `device` is where rows may be compared.
+    Attributes:
+        count: number of images, or None if not recorded.
+        meta: JSON-serializable description of the images and the feature network.
+        device: where metrics may process rows.
+        statistics: mean and covariance of the features.
+        spatial: mean and covariance of the spatial features.
+        rows: features of single images, float32 [n, D], ordered by image index.
+        logits: logits of single images, float32 [n, K], ordered by image index.
     """
 
     count: int | None
@@ -45,7 +55,7 @@ class Summary:
     logits: torch.Tensor | None = None
 
     def sha256(self) -> str:
-        """Hash of all numbers."""
+        """Hash of the statistics and the rows."""
         digest = hashlib.sha256()
         for known in (self.statistics, self.spatial):
             if known is not None:
@@ -57,7 +67,7 @@ class Summary:
 
 
 class Share(NamedTuple):
-    """One process's gathered values, all picklable."""
+    """The values gathered by one process, in picklable form."""
 
     counts: list[int]
     resolutions: set[tuple[int, int]]
@@ -66,16 +76,16 @@ class Share(NamedTuple):
 
 
 class Gatherer:
-    """Takes batches of images and keeps what the metrics need of them.
+    """Gathers the inputs of metrics from batches of images.
 
     Args:
         features: the feature network.
         needs: keys of NEEDS.
-        grouped: whether `summary` will be called for some of the groups.
-        keep: indices of the images whose rows are kept; None: all.
+        grouped: keep groups apart, so that `summary` can be called for some of them.
+        keep: indices of the images whose rows are stored. None: all.
 
     Raises:
-        UsageError: the network lacks an output that is needed.
+        UsageError: the network lacks a needed output.
     """
 
     def __init__(
@@ -86,21 +96,21 @@ class Gatherer:
         self._outputs = frozenset(NEEDS[need] for need in self._needs)
         if missing := self._outputs - features.outputs.keys():
             raise UsageError(
-                f"the features {features.name} have no {' or '.join(sorted(missing))}, which some of the --metrics need: "
-                "use --features inception at --dims 2048, or leave those metrics out"
+                f"the feature network {features.name} has no output {' or '.join(sorted(missing))}, which some --metrics "
+                "need: use --features inception with --dims 2048, or drop those metrics"
             )
         self._grouped, self._keep = grouped, keep
         self._moments: dict[tuple[str, int], RunningMoments] = {}
-        self._rows: dict[tuple[str, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}  # with the images' indices
+        self._rows: dict[tuple[str, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}  # (indices, values)
         self._resolutions: set[tuple[int, int]] = set()
 
     @property
     def count(self) -> int:
-        """Images so far."""
+        """Number of images added so far."""
         return sum(self._counts)
 
     def update(self, images: torch.Tensor, indices: Sequence[int] | None = None) -> None:
-        """Add images uint8 [B, C, H, W], which have these `indices` in the set (default: the next ones)."""
+        """Add images uint8 [B, C, H, W]. `indices` are their indices in the set; None: the next ones."""
         numbers = torch.arange(self.count, self.count + len(images)) if indices is None else torch.tensor([*indices])
         self._resolutions.add((images.shape[2], images.shape[3]))
         outputs = {name: value.cpu() for name, value in self._features(images, self._outputs).items()}
@@ -112,17 +122,17 @@ class Gatherer:
                 self._add((need, group), outputs[NEEDS[need]][chosen], numbers[chosen])
 
     def merge_all(self, processes: Processes) -> None:
-        """Collect in the main process what all processes gathered."""
+        """Merge the values of all processes in the main process."""
         for share in processes.gather(self.share())[1:]:
             self.merge(share)
 
     def share(self) -> "Share":
-        """All that was gathered so far, in a form that another process can `merge`."""
+        """Return all values gathered so far, for `merge` in another process."""
         moments = {key: known.triple() for key, known in self._moments.items()}
         return Share(self._counts, self._resolutions, moments, self._rows)
 
     def merge(self, share: "Share") -> None:
-        """Add what a gatherer of other images of the same set, with the same needs, has gathered."""
+        """Add the values of another gatherer with the same needs, for other images of the same set."""
         self._counts = [ours + theirs for ours, theirs in zip(self._counts, share.counts, strict=True)]
         self._resolutions |= share.resolutions
         for key, triple in share.moments.items():
@@ -132,17 +142,17 @@ class Gatherer:
             self._rows.setdefault(key, []).extend(parts)
 
     def summary(self, meta: dict[str, Any] | None = None, groups: Sequence[int] = range(GROUPS)) -> Summary:
-        """Summarise all images so far, or some `groups`; `meta` (JSON's types) says where they come from."""
+        """Summarize all images so far, or those in `groups`. `meta` is a JSON-serializable description of their origin."""
         resolution = list(next(iter(self._resolutions))) if len(self._resolutions) == 1 else "mixed"
         meta = {**(meta or {}), "resolution": resolution, "features": describe_features(self._features)}
         return Summary(
             sum(self._counts[group] for group in groups),
             meta,
             self._features.device,
-            self._merged("moments", groups, meta),
-            self._merged("spatial", groups, meta),
-            self._joined("rows", groups),
-            self._joined("logits", groups),
+            self._merge_statistics("moments", groups, meta),
+            self._merge_statistics("spatial", groups, meta),
+            self._concatenate_rows("rows", groups),
+            self._concatenate_rows("logits", groups),
         )
 
     def _add(self, key: tuple[str, int], values: torch.Tensor, numbers: torch.Tensor) -> None:
@@ -154,7 +164,7 @@ class Gatherer:
             values, numbers = values[kept], numbers[kept]
         self._rows.setdefault(key, []).append((numbers, values))
 
-    def _merged(self, need: str, groups: Sequence[int], meta: dict[str, Any]) -> Statistics | None:
+    def _merge_statistics(self, need: str, groups: Sequence[int], meta: dict[str, Any]) -> Statistics | None:
         parts = [self._moments[need, group] for group in groups if (need, group) in self._moments]
         if not parts:
             return None
@@ -163,7 +173,7 @@ class Gatherer:
             total.merge(part)
         return total.statistics(meta)
 
-    def _joined(self, need: str, groups: Sequence[int]) -> torch.Tensor | None:
+    def _concatenate_rows(self, need: str, groups: Sequence[int]) -> torch.Tensor | None:
         parts = [part for group in groups for part in self._rows.get((need, group), [])]
         if not parts:
             return None
@@ -172,5 +182,5 @@ class Gatherer:
 
 
 def _group_of(numbers: torch.Tensor) -> torch.Tensor:
-    """The group 0..7 of every index [B]: three bits of a multiplicative hash (Knuth, section 6.4)."""
-    return (numbers * GOLDEN % 2**32) >> 29
+    """Map indices [B] to groups 0..7, the top three bits of a multiplicative hash (Knuth, section 6.4)."""
+    return (numbers * HASH_MULTIPLIER % 2**32) >> 29

@@ -1,1 +1,4 @@
-"""Pure mathematics of flow matching: objectives, paths, times, solvers, guidance, likelihood. t = 0 is data, t = 1 is noise."""
+"""The mathematics of flow matching: objectives, paths, times, solvers, guidance and likelihood.
+
+Throughout, t = 0 is data and t = 1 is noise.
+"""

@@ -1,7 +1,7 @@
-"""Dormand and Prince's pair of order 5(4) with a separate step size, error and end for every sample.
+"""Dormand-Prince 5(4) solver with a separate step size and error estimate for every sample.
 
-Step size control and the first step follow Hairer, Norsett & Wanner 1993, section II.4. What a sample
-takes does not depend on its batch mates; one that has arrived leaves the batch.
+Step size control and the initial step size follow Hairer, Norsett & Wanner 1993, section II.4. A sample's steps do not
+depend on the rest of its batch. Finished samples leave the batch.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from options import UsageError
 
 __all__ = ["DORMAND_PRINCE", "dopri5"]
 
-# Dormand & Prince 1980. The last stage is the slope at the new point, and so the first stage of the next step.
+# Dormand & Prince 1980. The last stage is evaluated at the new point, so the next step reuses it as its first stage.
 DORMAND_PRINCE = Tableau(
     (0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
     (
@@ -31,21 +31,23 @@ DORMAND_PRINCE = Tableau(
 FOURTH_ORDER = (5179 / 57600, 0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
 ERROR_WEIGHTS = tuple(fifth - fourth for fifth, fourth in zip(DORMAND_PRINCE.weights, FOURTH_ORDER, strict=True))
 
-SAFETY, SLOWEST, FASTEST = 0.9, 0.2, 10.0  # of the factor from one step size to the next
+SAFETY = 0.9
+MIN_GROWTH, MAX_GROWTH = 0.2, 10.0  # bounds on the ratio of successive step sizes
 SMALLEST_STEP = 1e-9
 
 
 def dopri5(velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: SolverOptions, draw: Draw) -> Solution:
     """Integrate each sample from times[0] to times[-1] within the tolerances of `options`.
 
-    A sample takes two evaluations to begin with, and six for every step, accepted or not.
+    Each sample takes two evaluations to start and six per step, whether the step is accepted or rejected.
 
     Raises:
-        UsageError: tolerances that no step meets, or a velocity that is not finite.
+        UsageError: no step size meets the tolerances, or the velocity is not finite.
     """
     end, direction = times[-1], 1 if times[-1] > times[0] else -1
     result, evaluations = torch.empty_like(x), torch.full((len(x),), 2, device=x.device)
-    rows = torch.arange(len(x), device=x.device)  # the samples still on their way, and below what belongs to them
+    # Batch indices of the unfinished samples. t, x, slope, h and rejected hold one row for each of them.
+    rows = torch.arange(len(x), device=x.device)
     t = torch.full((len(x),), times[0], dtype=torch.float64, device=x.device)
     slope = velocity(t.to(x.dtype), x)
     h = direction * _first_step(velocity, t, x, slope, direction, abs(end - times[0]), options)
@@ -54,24 +56,24 @@ def dopri5(velocity: Velocity, x: torch.Tensor, times: Sequence[float], options:
     while len(rows):
         if not (h.abs() > SMALLEST_STEP).all():
             raise UsageError(
-                f"--method dopri5 finds no step that meets --atol {options.atol:g} and --rtol {options.rtol:g}: "
-                "raise them, unless the velocity is not finite"
+                f"--method dopri5 found no step size that meets --atol {options.atol:g} and --rtol {options.rtol:g}: "
+                "raise the tolerances, or check that the velocity is finite"
             )
-        arrives = h.abs() >= (end - t).abs()
-        h = torch.where(arrives, end - t, h)
+        reaches_end = h.abs() >= (end - t).abs()
+        h = torch.where(reaches_end, end - t, h)
         new, new_slope, error = _step(remaining_velocity, t, x, slope, h)
         evaluations[rows] += 6
         ratio = _norm(error, torch.maximum(x.abs(), new.abs()), options).nan_to_num(nan=torch.inf)
         accepted = ratio <= 1
-        x, slope = (torch.where(_spread(accepted, x), *pair) for pair in ((new, x), (new_slope, slope)))
+        x, slope = (torch.where(_expand_dims(accepted, x), *pair) for pair in ((new, x), (new_slope, slope)))
         t = torch.where(accepted, t + h, t)
-        growth = (SAFETY * ratio ** (-1 / 5)).clamp(SLOWEST, FASTEST)
+        growth = (SAFETY * ratio ** (-1 / 5)).clamp(MIN_GROWTH, MAX_GROWTH)
         h = h * torch.where(accepted & ~rejected, growth, growth.clamp(max=1))
         rejected = ~accepted
-        done = arrives & accepted
+        done = reaches_end & accepted
         if done.any():
             result[rows[done]] = x[done]
-            rows, t, x, slope, h, rejected = (kept[~done] for kept in (rows, t, x, slope, h, rejected))
+            rows, t, x, slope, h, rejected = (state[~done] for state in (rows, t, x, slope, h, rejected))
             remaining_velocity = select_rows(velocity, rows)
     return Solution(result, evaluations)
 
@@ -79,8 +81,8 @@ def dopri5(velocity: Velocity, x: torch.Tensor, times: Sequence[float], options:
 def _step(
     velocity: Velocity, t: torch.Tensor, x: torch.Tensor, slope: torch.Tensor, h: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The point after a step h [B], its slope, and the estimated error of the point."""
-    slopes, point, step = [slope], x, _spread(h, x).to(x.dtype)
+    """Take one step of length h [B]; return the new point, the slope there, and the point's estimated error."""
+    slopes, point, step = [slope], x, _expand_dims(h, x).to(x.dtype)
     for node, row in zip(DORMAND_PRINCE.nodes[1:], DORMAND_PRINCE.stages[1:], strict=True):
         point = x + step * combine(row, slopes)
         slopes.append(velocity((t + node * h).to(x.dtype), point))
@@ -96,10 +98,10 @@ def _first_step(
     longest: float,
     options: SolverOptions,
 ) -> torch.Tensor:
-    """Lengths of the first steps, float64 [B], from `slope` and one more evaluation (section II.4, eq. 4.14 and before)."""
+    """Initial step sizes, float64 [B], from `slope` and one more evaluation (section II.4, up to eq. 4.14)."""
     size, steepness = _norm(x, x.abs(), options), _norm(slope, x.abs(), options)
     guess = torch.where((size < 1e-5) | (steepness < 1e-5), 1e-6, 0.01 * size / steepness).clamp(max=longest)
-    point = x + direction * _spread(guess, x).to(x.dtype) * slope
+    point = x + direction * _expand_dims(guess, x).to(x.dtype) * slope
     change = velocity((t + direction * guess).to(x.dtype), point) - slope
     curvature = _norm(change, x.abs(), options) / guess
     largest = torch.maximum(steepness, curvature)
@@ -108,11 +110,11 @@ def _first_step(
 
 
 def _norm(value: torch.Tensor, scale: torch.Tensor, options: SolverOptions) -> torch.Tensor:
-    """Root mean square, float64 [B], of each sample's values in units of its tolerance atol + rtol |x|."""
+    """Root mean square, float64 [B], of each sample's values relative to its tolerance atol + rtol * scale."""
     units = value / (options.atol + options.rtol * scale)
     return units.flatten(1).double().square().mean(1).sqrt()
 
 
-def _spread(numbers: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Numbers [B] as [B, 1, ...], one a sample of x."""
+def _expand_dims(numbers: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Reshape numbers [B] to [B, 1, ...], to broadcast over x [B, ...]."""
     return numbers.view(-1, *[1] * (x.ndim - 1))

@@ -1,6 +1,6 @@
-"""Diffusion coefficients w(t) of the reverse SDE (Ma et al. 2024, arXiv:2401.08740, section 2.4), by name in one dictionary.
+"""Diffusion coefficients w(t) of the reverse SDE, by name (Ma et al. 2024, arXiv:2401.08740, section 2.4).
 
-Any w >= 0 preserves the marginals. `kl` minimises a bound on the divergence: 2 t / (1 - t) for the straight path.
+Any w >= 0 preserves the marginals. `kl` minimizes a bound on the KL divergence; on the straight path it is 2 t / (1 - t).
 """
 
 from collections.abc import Callable

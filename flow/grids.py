@@ -1,4 +1,4 @@
-"""Times at which the fixed-step solvers divide [0, 1]: functions of u, the even division from 1 down to 0."""
+"""Time grids of the fixed-step solvers: functions of u, the uniform grid from 1 down to 0."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ def _logit_normal(u: torch.Tensor, options: "TimeGridOptions") -> torch.Tensor:
 
 
 def _edm(u: torch.Tensor, options: "TimeGridOptions") -> torch.Tensor:
-    """EDM's noise levels (Karras et al. 2022, eq. 5), sigma = t / (1 - t); pure noise takes the place of the highest."""
+    """EDM's noise levels (Karras et al. 2022, eq. 5) with sigma = t / (1 - t); pure noise replaces the highest level."""
     steps = len(u) - 1
     low, high = (sigma ** (1 / options.grid_rho) for sigma in EDM_SIGMAS)
-    place = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
-    sigma = (high + place * (low - high)) ** options.grid_rho
+    fraction = torch.arange(steps, dtype=torch.float64) / max(1, steps - 1)
+    sigma = (high + fraction * (low - high)) ** options.grid_rho
     return torch.cat([u[:1], (sigma / (1 + sigma))[1:], u[-1:]])
 
 
@@ -49,33 +49,36 @@ class TimeGridOptions:
     method: str = option(
         "dopri5",
         "euler, midpoint, heun, rk3, rk4, ab2 (or multistep), ab3, ab4, dpm, stochastic; adaptive: dopri5, "
-        "torchdiffeq_dopri5, dopri8, adaptive_heun, bosh3 (docs/solvers.md)",
+        "torchdiffeq_dopri5, dopri8, adaptive_heun, bosh3 (docs/sampling.md)",
+        common=True,
     )
-    num_steps: int = option(40, "intervals of the fixed-step solvers", minimum=0)
+    num_steps: int = option(40, "number of intervals of the fixed-step solvers", minimum=0, common=True)
     step_size: float | None = option(
-        None, "fixed-step solvers: length h of an interval, meaning 1/h of them", minimum=1e-6
+        None, "fixed-step solvers: length h of an interval, which gives 1/h intervals", minimum=1e-6
     )
-    time_grid: str = option("uniform", "fixed-step solvers: how the intervals are spaced", choices=GRIDS)
+    time_grid: str = option("uniform", "fixed-step solvers: spacing of the intervals", choices=GRIDS)
     time_shift: float = option(
-        1.0, "fixed-step solvers: grid t' = s t / (1 + (s - 1) t); below 1, shorter steps near data", minimum=1e-6
+        1.0,
+        "fixed-step solvers: s in the shifted grid t' = s t / (1 + (s - 1) t); values below 1 give shorter steps near data",
+        minimum=1e-6,
     )
-    grid_location: float = option(0.0, "logit_normal grid: its location; above 0, shorter steps near noise")
-    grid_scale: float = option(1.0, "logit_normal grid: its scale", minimum=1e-6)
-    grid_rho: float = option(7.0, "edm grid: its exponent; larger, shorter steps near data", minimum=1e-6)
+    grid_location: float = option(0.0, "logit_normal grid: location; values above 0 give shorter steps near noise")
+    grid_scale: float = option(1.0, "logit_normal grid: scale", minimum=1e-6)
+    grid_rho: float = option(7.0, "edm grid: exponent; larger values give shorter steps near data", minimum=1e-6)
 
     @property
     def steps(self) -> int:
-        """Intervals of the fixed-step solvers, from `step_size` if given, else from `num_steps`."""
+        """Number of intervals of the fixed-step solvers, from `step_size` if given, else from `num_steps`."""
         return self.num_steps if self.step_size is None else max(1, round(1 / self.step_size))
 
 
 def time_grid(options: TimeGridOptions) -> list[float]:
-    """Times from 1 down to 0, num_steps + 1 of them, both ends exact.
+    """Times from 1 down to 0, `options.steps` + 1 in number, with both ends exact.
 
-    Whatever the spacing, `time_shift` s moves it to t' = s t / (1 + (s - 1) t) (Esser et al. 2024, section 5.3.2).
+    `time_shift` s maps any grid to t' = s t / (1 + (s - 1) t) (Esser et al. 2024, section 5.3.2).
 
     Raises:
-        UsageError: less than one step, or a spacing so uneven that times coincide.
+        UsageError: fewer than one step, or a grid so uneven that times coincide.
     """
     if options.steps < 1:
         raise UsageError(f"--method {options.method} needs --num_steps of at least 1, but {options.steps} was given")
@@ -83,6 +86,7 @@ def time_grid(options: TimeGridOptions) -> list[float]:
     t = options.time_shift * t / (1 - t + options.time_shift * t)
     if not (t.diff() < 0).all():
         raise UsageError(
-            f"--time_grid {options.time_grid}: its times coincide in {options.steps} steps; choose a more even one"
+            f"--time_grid {options.time_grid} has coinciding times at {options.steps} steps: "
+            "choose a more even grid or fewer steps"
         )
     return t.tolist()

@@ -1,6 +1,6 @@
 """Exact log-likelihood by the instantaneous change of variables (Chen et al. 2018, arXiv:1806.07366, theorem 1).
 
-Along dx/dt = v(t, x), the density obeys d log p_t(x_t) / dt = -div v, so that from data (t = 0) to noise (t = 1)
+Along dx/dt = v(t, x), the density obeys d log p_t(x_t) / dt = -div v. Integrating from data (t = 0) to noise (t = 1) gives
 
     log p_0(x_0) = log N(x_1; 0, I) + integral of div v over t from 0 to 1.
 """
@@ -17,7 +17,7 @@ __all__ = ["Likelihood", "log_likelihood"]
 
 
 class Likelihood(NamedTuple):
-    """Log-density in nats [B], the noise [B, C, h, w] that the data lead to, and velocity evaluations [B]."""
+    """Log-density in nats [B], the noise [B, C, h, w] at the end of the trajectory, and velocity evaluations [B]."""
 
     log_density: torch.Tensor
     noise: torch.Tensor
@@ -25,7 +25,7 @@ class Likelihood(NamedTuple):
 
     @property
     def bits_per_dimension(self) -> torch.Tensor:
-        """-log2 of the density per dimension, [B]: lower is likelier; below 0 where the density exceeds 1."""
+        """-log2 of the density per dimension, [B]. Lower is likelier; negative where the density exceeds 1."""
         return -self.log_density / (self.noise[0].numel() * math.log(2))
 
 
@@ -35,26 +35,26 @@ def log_likelihood(
     """Log-likelihood of `data` [B, C, h, w] under the flow.
 
     Args:
-        velocity: differentiable in x, sample by sample.
+        velocity: differentiable in x; must treat samples independently.
         data: points at t = 0.
-        options: the solver; its tolerance holds for the divergence as for the point.
-        probe: random signs or normal numbers like `data`, for Hutchinson's unbiased estimate of the divergence (one
-            more backward pass per evaluation; Grathwohl et al. 2019, arXiv:1810.01367, section 3.1), one probe for the
-            whole way. None: the exact trace, one backward pass per dimension.
+        options: the solver; its tolerances apply to the integrated divergence as well as to x.
+        probe: random signs or standard normal numbers like `data`, for Hutchinson's unbiased estimate of the divergence
+            (Grathwohl et al. 2019, arXiv:1810.01367, section 3.1). It takes one backward pass per evaluation, and the same
+            probe is used along the whole trajectory. None: the exact trace, with one backward pass per dimension.
 
     Raises:
-        UsageError: a solver that does not lead from data to noise.
+        UsageError: the solver cannot integrate from data to noise.
     """
     joint = _WithDivergence(velocity, data.shape[1:], probe)
     start = torch.cat([data.flatten(1), data.new_zeros(len(data), 1)], dim=1)
     solution = solve(joint, start, options, backwards=True)
-    noise, gained = solution.x[:, :-1], solution.x[:, -1]
+    noise, integral = solution.x[:, :-1], solution.x[:, -1]
     normal = -0.5 * (noise.square().sum(1) + noise.shape[1] * math.log(2 * math.pi))
-    return Likelihood(normal + gained, noise.view_as(data), solution.evaluations)
+    return Likelihood(normal + integral, noise.view_as(data), solution.evaluations)
 
 
 class _WithDivergence:
-    """The velocity of points and of the divergence that they gather, as one state [B, D + 1]."""
+    """The velocity of x and of its accumulated divergence, as one state [B, D + 1]."""
 
     def __init__(self, velocity: Velocity, shape: torch.Size, probe: torch.Tensor | None) -> None:
         self._velocity = velocity
@@ -79,7 +79,10 @@ def _hutchinson(v: torch.Tensor, x: torch.Tensor, probe: torch.Tensor) -> torch.
 
 
 def _exact_trace(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The sum over dimensions d of d v_d / d x_d; samples do not mix, so that one pass serves the whole batch."""
+    """The divergence, sum over dimensions d of dv_d / dx_d.
+
+    Samples are independent, so one backward pass per dimension covers the whole batch.
+    """
     outputs = v.flatten(1).sum(0)
     trace = x.new_zeros(len(x))
     for dimension in range(len(outputs)):

@@ -1,4 +1,4 @@
-"""Solvers that reuse the velocities of earlier steps, and so take one evaluation a step."""
+"""Multistep solvers, which reuse the velocities of earlier steps and take one evaluation per step."""
 
 import math
 from collections.abc import Sequence
@@ -11,16 +11,17 @@ from flow.runge_kutta import TABLEAUS, combine, slopes_of_step
 
 __all__ = ["adams_bashforth", "dpm_solver"]
 
-# A step's first slope starts the history; a Runge-Kutta method of one order less does not spoil the order of the whole.
+# Runge-Kutta methods for the first steps, by the order of the multistep method. They may have one order less, because there
+# are only a few such steps.
 STARTS = {2: TABLEAUS["euler"], 3: TABLEAUS["heun"], 4: TABLEAUS["rk3"]}
 
 
 def adams_bashforth(
     order: int, velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: SolverOptions, draw: Draw
 ) -> Solution:
-    """Adams-Bashforth of `order` on any grid (Hairer, Norsett & Wanner 1993, section III.1 and III.5).
+    """Adams-Bashforth method of `order` on any time grid (Hairer, Norsett & Wanner 1993, sections III.1 and III.5).
 
-    The first order - 1 intervals are Runge-Kutta steps of order - 1, so that order 2 takes just one evaluation a step.
+    The first order - 1 intervals are Runge-Kutta steps of order - 1, so order 2 takes exactly one evaluation per step.
     """
     past: list[float] = []
     slopes: list[torch.Tensor] = []  # velocities at the times in `past`, newest first
@@ -44,30 +45,30 @@ def dpm_solver(
 ) -> Solution:
     """DPM-Solver++(2M) for the straight path (Lu et al. 2022, arXiv:2211.01095, algorithm 2).
 
-    With alpha = 1 - t, sigma = t, half log-SNR l = log(alpha / sigma) and the network's guess of the data D = x - t v,
+    With alpha = 1 - t, sigma = t, half log-SNR l = log(alpha / sigma) and the data prediction D = x - t v,
 
         x_end = (end / start) x + (1 - end / start) [D + h / (2 h_before) (D - D_before)],    h = l_end - l_start.
 
-    The first and the last step, where l is infinite, are of first order, which is Euler's method; so is the second,
-    because h_before is infinite.
+    Three steps have first order and equal Euler's method: the first and last because l is infinite at t = 1 and t = 0, and
+    the second because h_before is infinite.
     """
     before: tuple[float, torch.Tensor] | None = None
     for start, end in pairwise(times):
-        data = guess = x - start * velocity(time_tensor(start, x), x)
+        data = prediction = x - start * velocity(time_tensor(start, x), x)
         if before is not None and end > 0:
             ratio = (_log_snr(end) - _log_snr(start)) / (_log_snr(start) - _log_snr(before[0]))
-            guess = data + ratio / 2 * (data - before[1])
-        x = end / start * x + (1 - end / start) * guess
+            prediction = data + ratio / 2 * (data - before[1])
+        x = end / start * x + (1 - end / start) * prediction
         before = start, data
     return solution_with_count(x, len(times) - 1)
 
 
 def mean_weights(nodes: Sequence[float], end: float) -> list[float]:
-    """Weights of the values at `nodes` in the mean, over [nodes[0], end], of the polynomial through them."""
-    places = (torch.tensor(nodes, dtype=torch.float64) - nodes[0]) / (end - nodes[0])
+    """Weights of the values at `nodes` in the mean of their interpolating polynomial over [nodes[0], end]."""
+    scaled = (torch.tensor(nodes, dtype=torch.float64) - nodes[0]) / (end - nodes[0])
     powers = torch.arange(len(nodes), dtype=torch.float64)
-    means = 1 / (powers + 1)  # of s^m over [0, 1]
-    return torch.linalg.solve(places[None, :] ** powers[:, None], means).tolist()
+    monomial_means = 1 / (powers + 1)  # the mean of s^m over [0, 1]
+    return torch.linalg.solve(scaled[None, :] ** powers[:, None], monomial_means).tolist()
 
 
 def _log_snr(time: float) -> float:

@@ -1,8 +1,8 @@
-"""Objectives: what a velocity network is trained to minimise, by name in one dictionary.
+"""Training objectives of velocity networks, by name in OBJECTIVES.
 
-An objective draws its times from named random streams, computes one loss per sample, and says how a sampler reads the network.
-The training step and the validation loss both call it. Every objective but LFM's is a file of its own that adds an entry to
-OBJECTIVES.
+An objective draws its times from named random streams, computes one loss per sample, and defines the velocity that a
+sampler integrates. The training step and the validation loss use the same objective. LFM's objective is defined here;
+any other is a separate file that adds an entry to OBJECTIVES.
 """
 
 from collections.abc import Callable
@@ -28,18 +28,18 @@ __all__ = [
     "objective_groups",
 ]
 
-Draws = tuple[torch.Tensor, ...]  # a named tuple of tensors [N], one row per sample of the batch
+Draws = tuple[torch.Tensor, ...]  # a named tuple of tensors [N], with one entry per sample of the batch
 
 
 class RandomStreams(Protocol):
-    """The random numbers of one training step, by purpose: drawing for a new purpose changes no other's numbers."""
+    """The random numbers of one training step, by purpose; a new purpose does not change the numbers of other purposes."""
 
     def uniform(self, purpose: str) -> torch.Tensor:
-        """Numbers [N] in [0, 1), one per sample of the global batch."""
+        """Uniform numbers [N] in [0, 1), one per sample of the global batch."""
         ...
 
     def normal(self, purpose: str) -> torch.Tensor:
-        """Standard normal numbers [N, C, h, w], like the global batch's latents."""
+        """Standard normal numbers [N, C, h, w], with the shape of the global batch's latents."""
         ...
 
 
@@ -47,11 +47,11 @@ class Objective(Protocol):
     """A training objective."""
 
     def draw(self, streams: RandomStreams) -> Draws:
-        """The draws of one step for all N samples of the global batch; each process then uses its share of the rows."""
+        """Draw one step's random quantities for all N samples of the global batch; each process then uses its own rows."""
         ...
 
     def at(self, t: torch.Tensor) -> Draws:
-        """The draws that validation at given times t [N] uses."""
+        """The draws for validation at the given times t [N]."""
         ...
 
     def loss(
@@ -63,13 +63,13 @@ class Objective(Protocol):
             network: network(t, x, condition), in the run's precision.
             data: latents [B, C, h, w].
             noise: standard normal, like `data`.
-            draws: rows of what `draw` or `at` returned.
-            condition: named tuple of tensors [B, ...] or None.
+            draws: the batch's rows of the value returned by `draw` or `at`.
+            condition: a named tuple whose fields are tensors [B, ...] or None.
         """
         ...
 
     def velocity(self, network: Network) -> Network:
-        """The velocity network that a sampler integrates."""
+        """The velocity that a sampler integrates, given the trained network."""
         ...
 
 
@@ -80,10 +80,10 @@ class Times(NamedTuple):
 
 
 class FlowMatching:
-    """LFM's objective (Dao et al. 2023, eq. 6): the mean squared error of the velocity along the straight path.
+    """LFM's objective (Dao et al. 2023, eq. 6): mean squared error of the velocity along the straight path.
 
     Args:
-        options: the path, and the distribution of training times.
+        options: the path and the distribution of training times.
     """
 
     def __init__(self, options: PathOptions) -> None:
@@ -94,13 +94,13 @@ class FlowMatching:
         return Times(training_times(streams.uniform("time"), self.options))
 
     def at(self, t: torch.Tensor) -> Times:
-        """The times themselves."""
+        """The given times, as draws."""
         return Times(t)
 
     def loss(
         self, network: Network, data: torch.Tensor, noise: torch.Tensor, draws: Times, condition: Any
     ) -> torch.Tensor:
-        """Squared error of the velocity, averaged over channels and positions: [B]."""
+        """Squared error of the velocity [B], averaged over channels and positions."""
         x_t, velocity = straight_path(draws.t, data, noise, self.options.sigma_min)
         predicted = network(draws.t, x_t, condition).float()
         return (predicted - velocity).square().flatten(1).mean(1)
@@ -111,13 +111,12 @@ class FlowMatching:
 
 
 class ObjectiveFamily(NamedTuple):
-    """An objective as it is registered: its dataclass of options, and its constructor from them."""
+    """A registered objective: its dataclass of options, and the constructor that takes an instance of it."""
 
     options: type[PathOptions]
     build: Callable[[Any], Objective]
 
 
-# Every objective by its name.
 OBJECTIVES: dict[str, ObjectiveFamily] = {"flow_matching": ObjectiveFamily(PathOptions, FlowMatching)}
 
 
@@ -125,7 +124,7 @@ OBJECTIVES: dict[str, ObjectiveFamily] = {"flow_matching": ObjectiveFamily(PathO
 class ObjectiveOptions:
     """Objective."""
 
-    objective: str = option("flow_matching", "what the network is trained to minimise", choices=OBJECTIVES)
+    objective: str = option("flow_matching", "training objective", choices=OBJECTIVES, common=True)
 
 
 def objective_groups() -> tuple[type[PathOptions], ...]:

@@ -1,4 +1,4 @@
-"""The ODE dx/dt = velocity(t, x) from t = 1 (noise) to t = 0 (data): what every solver takes and returns."""
+"""Arguments and results of every solver of dx/dt = velocity(t, x), from t = 1 (noise) to t = 0 (data)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ __all__ = [
     "time_tensor",
 ]
 
-# velocity(t, x): t is a time [] or one a sample [B]; x and the result are [B, C, h, w].
+# velocity(t, x): t is one time [] or one per sample [B]; x and the result are [B, C, h, w].
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# draw(step): standard normal noise like x, for solvers that need it; each sample has a stream of its own.
+# draw(step): standard normal noise like x, for solvers that add noise; each sample has a separate random stream.
 Draw = Callable[[int], torch.Tensor]
 
 
@@ -35,10 +35,12 @@ class SolverOptions(TimeGridOptions):
 
     atol: float = option(1e-5, "absolute tolerance of the adaptive solvers", minimum=0)
     rtol: float = option(1e-5, "relative tolerance of the adaptive solvers", minimum=0)
-    churn: float = option(0.0, "heun: EDM's S_churn, noise renewed over all steps; 0: none", minimum=0)
-    churn_noise: float = option(1.0, "heun: EDM's S_noise, scale of the renewed noise", minimum=0)
-    churn_interval: tuple[float, ...] = option((0.0, 1.0), "heun: times LOW HIGH between which to churn", minimum=0)
-    diffusion: str = option("sigma", "stochastic: diffusion w(t) of the SDE", choices=DIFFUSIONS)
+    churn: float = option(0.0, "heun: EDM's S_churn, amount of noise added over all steps; 0: none", minimum=0)
+    churn_noise: float = option(1.0, "heun: EDM's S_noise, scale of the added noise", minimum=0)
+    churn_interval: tuple[float, ...] = option(
+        (0.0, 1.0), "heun: times LOW HIGH between which churn applies", minimum=0
+    )
+    diffusion: str = option("sigma", "stochastic: diffusion coefficient w(t) of the SDE", choices=DIFFUSIONS)
     diffusion_norm: float = option(1.0, "stochastic: factor on w(t)", minimum=0)
 
     def __post_init__(self) -> None:
@@ -47,13 +49,14 @@ class SolverOptions(TimeGridOptions):
 
 
 class Solution(NamedTuple):
-    """Samples x [B, C, h, w] at the last time, and the number of velocity evaluations that each took, int64 [B]."""
+    """Samples x [B, C, h, w] at the last time, and the number of velocity evaluations of each, int64 [B]."""
 
     x: torch.Tensor
     evaluations: torch.Tensor
 
 
-# solver(velocity, x, times, options, draw): x at times[0] is carried to times[-1], step by step where steps are fixed.
+# solver(velocity, x, times, options, draw) integrates x from times[0] to times[-1]. Fixed-step solvers step from each time
+# to the next.
 Solver = Callable[[Velocity, torch.Tensor, Sequence[float], SolverOptions, Draw], Solution]
 
 
@@ -63,14 +66,15 @@ def time_tensor(time: float, x: torch.Tensor) -> torch.Tensor:
 
 
 def solution_with_count(x: torch.Tensor, evaluations: int) -> Solution:
-    """The solution of a method that evaluates every sample the same number of times."""
+    """A solution with the same number of evaluations for every sample."""
     return Solution(x, torch.full((len(x),), evaluations, device=x.device))
 
 
 def select_rows(velocity: Velocity, rows: torch.Tensor) -> Velocity:
-    """The velocity of some samples of its batch, for solvers whose batch shrinks as samples finish.
+    """The velocity of the samples `rows` of the batch, for solvers that drop finished samples.
 
-    A velocity that depends on the sample (through its label, say) has a method `select_rows`; any other is returned as it is.
+    A velocity that depends on the sample, for example through its label, must have a method `select_rows`. Any other
+    velocity is returned unchanged.
     """
     select: Callable[[torch.Tensor], Velocity] | None = getattr(velocity, "select_rows", None)
     return velocity if select is None else select(rows)

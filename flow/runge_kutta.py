@@ -1,4 +1,4 @@
-"""Explicit Runge-Kutta methods: tableaus under one function (Hairer, Norsett & Wanner 1993, section II.1)."""
+"""Explicit Runge-Kutta methods, defined by their Butcher tableaus (Hairer, Norsett & Wanner 1993, section II.1)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -19,8 +19,8 @@ class Tableau(NamedTuple):
     weights: tuple[float, ...]
 
 
-# heun is the trapezoidal rule of EDM's deterministic sampler (Karras et al. 2022, algorithm 1); rk3 is Kutta's, and
-# rk4 torchdiffeq's, the 3/8 rule.
+# heun is the trapezoidal rule, as in EDM's deterministic sampler (Karras et al. 2022, algorithm 1). rk3 is Kutta's method.
+# rk4 is the 3/8 rule, as in torchdiffeq.
 TABLEAUS = {
     "euler": Tableau((0,), ((),), (1,)),
     "midpoint": Tableau((0, 1 / 2), ((), (1 / 2,)), (0, 1)),
@@ -38,7 +38,7 @@ def runge_kutta(
     options: SolverOptions,
     draw: Draw,
 ) -> Solution:
-    """Any explicit Runge-Kutta method."""
+    """Integrate with the explicit Runge-Kutta method of `tableau`."""
     evaluations = 0
     for start, end in pairwise(times):
         slopes = slopes_of_step(tableau, velocity, x, start, end)
@@ -50,7 +50,7 @@ def runge_kutta(
 def slopes_of_step(
     tableau: Tableau, velocity: Velocity, x: torch.Tensor, start: float, end: float
 ) -> list[torch.Tensor]:
-    """The velocities at the stages of one step; the first is that at its start."""
+    """The velocities at the stages of one step; the first is the velocity at its start."""
     step = end - start
     slopes: list[torch.Tensor] = []
     for node, row in zip(tableau.nodes, tableau.stages, strict=True):
@@ -60,6 +60,6 @@ def slopes_of_step(
 
 
 def combine(weights: Sequence[float], slopes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The weighted sum of slopes, without those of weight 0."""
+    """The weighted sum of slopes, skipping zero weights."""
     terms = [weight * slope for weight, slope in zip(weights, slopes, strict=True) if weight]
     return sum(terms[1:], start=terms[0])

@@ -1,4 +1,4 @@
-"""Solvers of dx/dt = velocity(t, x) from t = 1 (noise) to t = 0 (data), by name in one dictionary."""
+"""Solvers of dx/dt = velocity(t, x) from t = 1 (noise) to t = 0 (data), by name in SOLVERS."""
 
 from functools import partial
 from typing import NamedTuple
@@ -18,7 +18,7 @@ __all__ = ["SOLVERS", "Method", "Solution", "SolverOptions", "Velocity", "check_
 
 
 class Method(NamedTuple):
-    """A solver, whether it chooses its steps itself, and whether it can also lead from data to noise."""
+    """A solver, whether its steps are adaptive, and whether it can also integrate from data to noise."""
 
     run: Solver
     adaptive: bool = False
@@ -31,7 +31,7 @@ SOLVERS: dict[str, Method] = {
     "ab2": Method(partial(adams_bashforth, 2)),
     "ab3": Method(partial(adams_bashforth, 3)),
     "ab4": Method(partial(adams_bashforth, 4)),
-    "multistep": Method(partial(adams_bashforth, 2)),  # the published name of ab2
+    "multistep": Method(partial(adams_bashforth, 2)),  # LFM's name for ab2
     "dpm": Method(dpm_solver, reversible=False),
     "stochastic": Method(reverse_sde, reversible=False),
     "dopri5": Method(dopri5, adaptive=True),
@@ -40,49 +40,52 @@ SOLVERS: dict[str, Method] = {
 }
 
 
-FINEST_IN_BF16 = 1e-3  # tolerance
+MIN_BF16_TOLERANCE = 1e-3
 
 
 def needs_float32(options: SolverOptions) -> bool:
-    """Whether the solver would take bfloat16's rounding for its own error, and make more and smaller steps."""
-    return SOLVERS[options.method].adaptive and min(options.atol, options.rtol) < FINEST_IN_BF16
+    """Whether an adaptive solver's tolerance is so tight that it would mistake bfloat16's rounding for its error.
+
+    It would then take more and smaller steps.
+    """
+    return SOLVERS[options.method].adaptive and min(options.atol, options.rtol) < MIN_BF16_TOLERANCE
 
 
 def check_method(options: SolverOptions, backwards: bool = False) -> None:
-    """Refuse a method that there is not, or that cannot do what is asked.
+    """Check that the method exists and supports the other options.
 
     Raises:
-        UsageError: an unknown method (the message lists the known ones), churn without heun, a grid without intervals, or, if
-            `backwards`, a method that does not lead from data to noise.
+        UsageError: an unknown method (the message lists the known ones), churn without heun, an invalid time grid (see
+            `time_grid`), or, if `backwards`, a method that cannot integrate from data to noise.
     """
     if options.method not in SOLVERS:
         raise UsageError(f"unknown --method {options.method!r}: expected one of {', '.join(SOLVERS)}")
     if options.churn and options.method != "heun":
-        raise UsageError(f"--churn is for --method heun, but --method {options.method} was given")
+        raise UsageError(f"--churn requires --method heun, but --method {options.method} was given")
     if backwards and (options.churn or not SOLVERS[options.method].reversible):
         usable = ", ".join(name for name, method in SOLVERS.items() if method.reversible)
         name = "heun with churn" if options.churn else options.method
-        raise UsageError(f"--method {name} does not lead from data to noise: choose one of {usable}")
+        raise UsageError(f"--method {name} cannot integrate from data to noise: choose one of {usable}")
     if not SOLVERS[options.method].adaptive:
-        time_grid(options)  # may refuse it
+        time_grid(options)  # raises UsageError for an invalid grid
 
 
-def _no_noise(step: int) -> torch.Tensor:
-    raise ValueError("this method adds noise: pass solve(..., draw=...), a function of the step")
+def _missing_draw(step: int) -> torch.Tensor:
+    raise ValueError("this method adds noise: pass solve(..., draw=...), a function from the step to noise like x")
 
 
 @torch.no_grad()
 def solve(
-    velocity: Velocity, x: torch.Tensor, options: SolverOptions, *, draw: Draw = _no_noise, backwards: bool = False
+    velocity: Velocity, x: torch.Tensor, options: SolverOptions, *, draw: Draw = _missing_draw, backwards: bool = False
 ) -> Solution:
     """Integrate from noise x [B, C, h, w] at t = 1 to data at t = 0.
 
     Args:
-        velocity: velocity(t, x), t being [] or [B].
-        x: where to start.
-        options: method, steps, tolerances.
-        draw: standard normal noise like x for a step, for `stochastic` and churn.
-        backwards: start from data at t = 0 and go to noise at t = 1, on the same grid.
+        velocity: velocity(t, x), where t is [] or [B].
+        x: the initial state.
+        options: method, steps and tolerances.
+        draw: draw(step) is standard normal noise like x; `stochastic` and churn need it.
+        backwards: integrate from data at t = 0 to noise at t = 1 instead, on the same grid.
 
     Raises:
         UsageError: see `check_method` and `time_grid`.

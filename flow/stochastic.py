@@ -1,4 +1,4 @@
-"""Solvers that add noise on their way: the reverse SDE of SiT, and EDM's churn."""
+"""Solvers that add noise: SiT's reverse SDE, and EDM's sampler with churn."""
 
 import math
 from collections.abc import Sequence
@@ -19,20 +19,20 @@ NODES, WEIGHTS = np.polynomial.legendre.leggauss(32)
 def reverse_sde(
     velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: SolverOptions, draw: Draw
 ) -> Solution:
-    """dx = [v - w(t) s / 2] dt + sqrt(w(t)) dW, backwards in time (Ma et al. 2024, eq. 6 and 7).
+    """Solve the reverse SDE dx = [v - w(t) s / 2] dt + sqrt(w(t)) dW, backwards in time (Ma et al. 2024, eq. 6 and 7).
 
     For the straight path, the score is s = -E[noise | x] / t, where E[noise | x] = x + (1 - t) v and E[data | x] = x - t v.
-    A step holds these two fast and is exact in everything else. With a = exp(-integral of w / (2 t^2) over the step),
+    Each step holds these two estimates constant and is otherwise exact. With a = exp(-integral of w / (2 t^2) over the step),
 
-        x_end = (1 - end) data + end (a noise + sqrt(1 - a^2) z),    z ~ N(0, I),
+        x_end = (1 - end) data + end (a noise + sqrt(1 - a^2) z),    z ~ N(0, I).
 
-    which, unlike the Euler-Maruyama method, is stable near data whatever w is; the last step gives the mean, data. The
-    weak order is 1 where w vanishes with t (sigma, increasing_decreasing, kl), else 1/2.
+    Unlike the Euler-Maruyama method, this is stable near data for any w. The last step returns the mean, E[data | x]. The
+    weak order is 1 if w vanishes at t = 0 (sigma, increasing_decreasing, kl), else 1/2.
     """
     for step, (start, end) in enumerate(pairwise(times)):
         v = velocity(time_tensor(start, x), x)
-        kept = _kept_share(options, start, end)
-        noise = kept * (x + (1 - start) * v) + math.sqrt(1 - kept**2) * draw(step) if end else 0
+        a = _noise_decay(options, start, end)
+        noise = a * (x + (1 - start) * v) + math.sqrt(1 - a**2) * draw(step) if end else 0
         x = (1 - end) * (x - start * v) + end * noise
     return solution_with_count(x, len(times) - 1)
 
@@ -40,7 +40,7 @@ def reverse_sde(
 def heun(velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: SolverOptions, draw: Draw) -> Solution:
     """EDM's sampler (Karras et al. 2022, algorithm 2) on the straight path, where sigma = t / (1 - t).
 
-    Every step is one of the trapezoidal rule, the last too. With churn, it starts a little nearer to noise: sigma grows
+    Every step uses the trapezoidal rule, including the last. With churn, a step starts slightly closer to noise: sigma grows
     by the factor 1 + min(churn / steps, sqrt(2) - 1), and noise is added to match.
     """
     factor = 1 + min(options.churn / (len(times) - 1), math.sqrt(2) - 1)
@@ -57,8 +57,8 @@ def heun(velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: S
     return solution_with_count(x, 2 * (len(times) - 1))
 
 
-def _kept_share(options: SolverOptions, start: float, end: float) -> float:
-    """exp(-integral of w(t) / (2 t^2) from `end` to `start`), by Gauss-Legendre quadrature in log t; 0 at end 0."""
+def _noise_decay(options: SolverOptions, start: float, end: float) -> float:
+    """exp(-integral of w(t) / (2 t^2) from `end` to `start`), by Gauss-Legendre quadrature in log t; 0 for end = 0."""
     if end == 0:
         return 0.0
     half = math.log(start / end) / 2

@@ -1,4 +1,4 @@
-"""Distributions of training times in [0, 1], as functions of uniform numbers, so that the randomness stays outside."""
+"""Distributions of training times in [0, 1], as deterministic functions of the caller's uniform random numbers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ def _uniform(uniform: torch.Tensor, options: "TimeOptions") -> torch.Tensor:
 
 
 def _logit_normal(uniform: torch.Tensor, options: "TimeOptions") -> torch.Tensor:
-    """sigmoid(location + scale z), z normal (Esser et al. 2024, arXiv:2403.03206, eq. 19)."""
+    """sigmoid(location + scale z) for standard normal z (Esser et al. 2024, arXiv:2403.03206, eq. 19)."""
     normal = torch.special.ndtri(uniform.double().clamp(1e-7, 1 - 1e-7))
     return torch.sigmoid(options.time_location + options.time_scale * normal).float()
 
 
 def _stratified(uniform: torch.Tensor, options: "TimeOptions") -> torch.Tensor:
-    """One random offset for the batch: (u + i / B) mod 1, which covers [0, 1] evenly (Kingma et al. 2021, appendix I).
+    """Times (u + i / B) mod 1 with one random offset u per batch; they cover [0, 1] evenly (Kingma et al. 2021, appendix I).
 
-    Times that run the other way, 1 - t, are stratified as well, with the offset 1 - u.
+    The reversed times 1 - t are also stratified, with offset 1 - u.
     """
     offsets = torch.arange(len(uniform), device=uniform.device, dtype=torch.float64) / len(uniform)
     return ((uniform[0].double() + offsets) % 1).float()
@@ -40,8 +40,8 @@ TIME_SAMPLINGS: dict[str, Callable[[torch.Tensor, "TimeOptions"], torch.Tensor]]
 class TimeOptions:
     """Training times."""
 
-    time_sampling: str = option("uniform", "distribution of training times", choices=TIME_SAMPLINGS)
-    time_location: float = option(0.0, "location of logit_normal times; above 0 means more noise")
+    time_sampling: str = option("uniform", "distribution of training times", choices=TIME_SAMPLINGS, common=True)
+    time_location: float = option(0.0, "location of logit_normal times; values above 0 mean more noise")
     time_scale: float = option(1.0, "scale of logit_normal times", minimum=0)
 
 

@@ -1,6 +1,6 @@
-"""torchdiffeq's adaptive methods.
+"""torchdiffeq's adaptive solvers.
 
-They choose one step size for the whole batch, by an error that is averaged over it: samples depend on their batch mates.
+They choose one step size for the whole batch, from an error averaged over it. A sample therefore depends on its batch.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ __all__ = ["torchdiffeq_solver"]
 def torchdiffeq_solver(
     method: str, velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: SolverOptions, draw: Draw
 ) -> Solution:
-    """The method of that name in torchdiffeq."""
+    """Integrate with torchdiffeq's `method`."""
     counter = _Counter(velocity)
     ends = torch.tensor([times[0], times[-1]], dtype=x.dtype, device=x.device)
     path = torchdiffeq.odeint(counter, x, ends, method=method, atol=options.atol, rtol=options.rtol)

@@ -1,4 +1,4 @@
-"""What a velocity is conditioned on, the null condition that stands for "nothing", and how dense maps enter a network."""
+"""Conditions of velocity networks: labels, dense maps, their null conditions, and a wrapper that takes a dense map as input."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,10 +12,10 @@ __all__ = ["Condition", "ConditionOptions", "DenseConditioned", "DenseInput", "d
 
 
 class Condition(NamedTuple):
-    """Condition of a velocity network; the empty one is `Condition()`.
+    """Condition of a velocity network; `Condition()` is empty.
 
-    `labels`: class ids [B], where id K (the number of classes) is the null class. `dense`: a map [B, K, h, w] as large as
-    the latents, where zeros everywhere stand for "nothing".
+    `labels`: class ids [B], where id K (the number of classes) is the null class. `dense`: a map [B, K, h, w] with the
+    latents' height and width; the null condition is a map of zeros.
     """
 
     labels: torch.Tensor | None = None
@@ -23,9 +23,9 @@ class Condition(NamedTuple):
 
 
 def drop_labels(labels: torch.Tensor, uniform: torch.Tensor, probability: float, num_classes: int) -> torch.Tensor:
-    """Labels [B] with each one replaced by the null class where `uniform` [B] falls below `probability`.
+    """Replace labels [B] by the null class wherever `uniform` [B] is below `probability`.
 
-    The label dropout of classifier-free guidance (Ho & Salimans 2022, algorithm 1).
+    This is the label dropout of classifier-free guidance (Ho & Salimans 2022, algorithm 1).
     """
     return torch.where(uniform < probability, num_classes, labels)
 
@@ -35,15 +35,21 @@ class ConditionOptions:
     """Dense condition."""
 
     condition_dropout: float = option(
-        0.0, "probability of hiding it in training; above 0, --cfg_scale can lead away from it", minimum=0, maximum=1
+        0.0,
+        "probability of dropping the dense condition in training; above 0, sampling can use --cfg_scale",
+        minimum=0,
+        maximum=1,
     )
 
 
 @dataclass(frozen=True)
 class DenseInput:
-    """What a network sees beside x_t: `channels` of its input, which come as they are or from a map of `classes`.
+    """The dense map in a network's input.
 
-    `dropout` is the probability with which training showed nothing instead; above 0, there is a null condition.
+    Args:
+        channels: input channels of the network that hold the map.
+        classes: number of classes of a label map, which the network maps to `channels`; None: the map is used unchanged.
+        dropout: probability of dropping the map in training; above 0, there is a null condition.
     """
 
     channels: int
@@ -52,14 +58,14 @@ class DenseInput:
 
 
 class DenseConditioned(nn.Module):
-    """A velocity network whose input is x_t followed by a dense map: [x_t (c), map (channels)] (LFM, section 5.3).
+    """A velocity network whose input concatenates x_t and a dense map: [x_t (c), map (channels)] (LFM, section 5.3).
 
-    A map of K classes first goes through `channel_mapper`, a 1x1 convolution without bias that is trained along. The state
-    dict has the inner network's own names, which are the published ones, and `channel_mapper.weight`.
+    A label map of K classes first passes through `channel_mapper`, a 1x1 convolution without bias that is trained with the
+    network. The state dict uses the inner network's names, as LFM's checkpoints do; a label map adds `channel_mapper.weight`.
 
     Args:
-        network: takes c + dense.channels channels.
-        dense: the map's kind.
+        network: a network with c + dense.channels input channels.
+        dense: the map's channels, classes and dropout.
     """
 
     def __init__(self, network: nn.Module, dense: DenseInput) -> None:
@@ -71,9 +77,9 @@ class DenseConditioned(nn.Module):
         self.register_load_state_dict_pre_hook(_with_prefix)
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Velocity [B, c, h, w] at times t, [] or [B], and points x [B, c, h, w] under a condition with a dense map."""
+        """Velocity [B, c, h, w] at times t ([] or [B]) and points x [B, c, h, w], under a condition with a dense map."""
         if condition.dense is None:
-            raise ValueError("this network needs a dense map [B, K, h, w]: Condition(labels, dense)")
+            raise ValueError("this network needs a dense map [B, K, h, w]: pass Condition(labels, dense)")
         return self.network(t, torch.cat([x, self.channel_mapper(condition.dense)], dim=1), condition)
 
 
@@ -87,7 +93,7 @@ def _without_prefix(module: nn.Module, state: dict[str, torch.Tensor], prefix: s
 
 def _with_prefix(
     module: nn.Module, state: dict[str, torch.Tensor], prefix: str, *others: Any
-) -> None:  # of what torch passes on, only the names matter
+) -> None:  # torch passes more arguments, which are not needed
     for name in [name for name in state if name.startswith(prefix)]:
         own = name.removeprefix(prefix)
         if not own.startswith(("channel_mapper.", INNER)):

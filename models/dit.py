@@ -9,11 +9,10 @@
     modulate(x, e)   x (1 + scale(e)) + shift(e)
 
 Shifts, scales and gates are linear maps of SiLU(e) that start at zero, so each block starts as the identity (adaLN-Zero).
-The decoder's linear map starts at zero, and so does the velocity. Names and shapes of the state dict match the published
-LFM checkpoints.
+The decoder's linear map also starts at zero, so the initial velocity is zero. Names and shapes in the state dict match
+LFM's published checkpoints.
 """
 
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -25,10 +24,11 @@ from models.embeddings import LabelEmbedding, TimeEmbedding, batch_times, sinuso
 from models.family import ClassOptions, Weights
 from models.transformer_layers import Mlp, PatchEmbed, SelfAttention
 from options import UsageError
+from runtime.messages import note
 
 __all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "hidden_matrices", "with_own_positions"]
 
-# Hidden width, depth, heads. Ti and Mi are this project's own, for small images and small machines.
+# Hidden width, depth, heads. Ti and Mi are not in the paper; they suit small images and small machines.
 DIT_SIZES = {
     "Mi": (128, 6, 4),
     "Ti": (192, 8, 4),
@@ -37,7 +37,7 @@ DIT_SIZES = {
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
-FREQUENCIES = 128  # of the time embedding
+TIME_FREQUENCIES = 128
 
 
 @dataclass(frozen=True)
@@ -46,15 +46,15 @@ class DiTOptions(ClassOptions):
 
     @property
     def label_rows(self) -> int:
-        """Rows of the label table: one per class, and the null class where labels are dropped; at least one."""
+        """Rows of the label table: one per class, at least one, and one for the null class if labels are dropped."""
         return self.classes + (self.label_dropout > 0)
 
 
 class DiT(nn.Module):
     """Velocity network on patches of the latents.
 
-    The state dict stores the position table for latents of side `size`. For latents with other sides, which the patch must
-    divide, the network computes the table by the same formula and prints a note.
+    The state dict stores the position table for latents of side `size`. For other sides, which must be multiples of the
+    patch side, the network computes the table by the same formula and prints a note.
 
     Args:
         size: the latents' side h = w.
@@ -65,7 +65,7 @@ class DiT(nn.Module):
         options: channels, classes and label dropout.
 
     Raises:
-        UsageError: the latents' side is not a multiple of the patch.
+        UsageError: `size` is not a multiple of `patch_size`.
     """
 
     def __init__(
@@ -79,19 +79,19 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(_sincos_table(self.grid, self.grid, hidden_size), requires_grad=False)
         self._other_grids: dict[tuple[int, int], torch.Tensor] = {}
         self.x_embedder = PatchEmbed(patch_size, options.num_in_channels, hidden_size)
-        self.t_embedder = TimeEmbedding(FREQUENCIES, hidden_size)
+        self.t_embedder = TimeEmbedding(TIME_FREQUENCIES, hidden_size)
         self.y_embedder = LabelEmbedding(options.label_rows, hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * options.num_out_channels)
-        self._initialise()
+        self._initialize()
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
         """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
 
-        Without labels every sample uses the last row of the label table (the null class, where there is one).
+        Without labels, every sample uses the last row of the label table, which is the null class if there is one.
 
         Raises:
-            UsageError: sides h, w that are not multiples of the patch.
+            UsageError: h or w is not a multiple of the patch side.
         """
         height, width = x.shape[2:]
         _check_sides(height, width, self.patch_size)
@@ -108,22 +108,22 @@ class DiT(nn.Module):
         return self._unpatchify(patches, rows, columns)
 
     def _positions(self, rows: int, columns: int) -> torch.Tensor:
-        """The position table [1, rows x columns, D]: the stored one, or one by the same formula for another grid."""
+        """The position table [1, rows x columns, D]: the stored table, or for another grid, one by the same formula."""
         if rows == columns == self.grid:
             return self.pos_embed
         if (rows, columns) not in self._other_grids:
-            _note(f"positions rebuilt for a grid of {rows} x {columns} patches (stored: {self.grid} x {self.grid})")
+            note(f"position table recomputed for {rows} x {columns} patches (stored: {self.grid} x {self.grid})")
             self._other_grids[rows, columns] = _sincos_table(rows, columns, self.pos_embed.shape[-1])
         table = self._other_grids[rows, columns] = self._other_grids[rows, columns].to(self.pos_embed.device)
         return table
 
     def _unpatchify(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """Latents [B, C, h, w] of patches [B, L, p p C]."""
+        """Assemble latents [B, C, h, w] from patches [B, L, p p C]."""
         p = self.patch_size
         patches = patches.view(len(patches), rows, columns, p, p, -1)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * p, columns * p)
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -150,14 +150,14 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = _modulation(hidden_size, 6)
 
     def forward(self, tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, L, D] under the embedding [B, D]."""
+        """Transform tokens [B, L, D], given the embedding [B, D]."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(embedding)[:, None].chunk(6, dim=-1)
         tokens = tokens + gate1 * self.attn(_modulate(self.norm1(tokens), shift1, scale1))
         return tokens + gate2 * self.mlp(_modulate(self.norm2(tokens), shift2, scale2))
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm and a linear map from tokens to patches."""
+    """Modulated layer norm, then a linear map from tokens to patches."""
 
     def __init__(self, hidden_size: int, patch_values: int) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = _modulation(hidden_size, 2)
 
     def forward(self, tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """Patches [B, L, p p C] of tokens [B, L, D]."""
+        """Patches [B, L, p p C] from tokens [B, L, D], given the embedding [B, D]."""
         shift, scale = self.adaLN_modulation(embedding)[:, None].chunk(2, dim=-1)
         return self.linear(_modulate(self.norm_final(tokens), shift, scale))
 
@@ -183,13 +183,13 @@ def _check_sides(height: int, width: int, patch: int) -> None:
     if height % patch or width % patch:
         side = height if height % patch else width
         raise UsageError(
-            f"latents of side {side} cannot be cut into patches of {patch}: choose another --image_size, "
+            f"latents of side {side} cannot be divided into patches of side {patch}: choose another --image_size, "
             "or a DiT with another patch size"
         )
 
 
 def _sincos_table(rows: int, columns: int, hidden_size: int) -> torch.Tensor:
-    """2-D sine-cosine table [1, rows x columns, D]: columns in the first half of the channels, rows in the second."""
+    """2-D sine-cosine table [1, rows x columns, D]: the first half of the channels encodes columns, the second rows."""
 
     def waves(count: int) -> torch.Tensor:  # [count, D / 2]
         return sinusoids(torch.arange(count, dtype=torch.float64), hidden_size // 4, sines_first=True)
@@ -199,24 +199,20 @@ def _sincos_table(rows: int, columns: int, hidden_size: int) -> torch.Tensor:
 
 
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
-    """The matrices of the blocks of a DiT, which may lie inside a wrapper: what Muon trains."""
+    """The weight matrices of a DiT's blocks, which Muon may train. The DiT may be inside a wrapper."""
     named = network.named_parameters()
     return [parameter for name, parameter in named if "blocks" in name.split(".") and parameter.ndim == 2]
 
 
 def with_own_positions(own: Weights, weights: Weights) -> Weights:
-    """`weights` for a DiT whose state dict is `own`: a table of positions for another grid is replaced by its own.
+    """Fit `weights` to a DiT with the state dict `own`: replace a position table for another grid by the DiT's table.
 
-    Everything else is left as it is; without such a table, `weights` itself comes back.
+    All other entries are unchanged. If there is nothing to replace, the result is `weights` itself, not a copy.
     """
     mine, stored = own.get("pos_embed"), weights.get("pos_embed")
     if mine is None or stored is None or mine.shape == stored.shape or mine.shape[2:] != stored.shape[2:]:
         return weights
     return {**weights, "pos_embed": mine}
-
-
-def _note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr)
 
 
 def build_dit(name: str, patch: int, size: int, options: DiTOptions) -> DiT:

@@ -1,4 +1,4 @@
-"""Layers of the U-Nets in EDM's form (Karras et al. 2022, arXiv:2206.00364, appendix F): convolution, norm, block."""
+"""Layers of EDM's U-Nets (Karras et al. 2022, arXiv:2206.00364, appendix F): convolution, group norm, residual block."""
 
 import math
 from collections.abc import Callable
@@ -17,15 +17,15 @@ CHANNELS_PER_HEAD = 64
 
 
 class Style(NamedTuple):
-    """How the three networks differ."""
+    """The differences between adm, ddpm++ and ncsn++."""
 
-    adaptive_scale: bool  # the embedding scales and shifts (adm), or only shifts
+    adaptive_scale: bool  # the embedding scales and shifts (adm); otherwise, it only shifts
     eps: float
     skip_scale: float
     filter: tuple[int, ...]
-    always_project: bool  # a resampling skip has its own 1x1 convolution
+    always_project: bool  # a resampling skip always has a 1x1 convolution
     heads: Callable[[int], int]
-    pyramid: bool  # ncsn++: the input, downsampled step by step, is added to every level
+    pyramid: bool  # ncsn++: a downsampled input is added at every level of the encoder
     init: str
 
 
@@ -38,9 +38,9 @@ STYLES = {
 
 
 class Convolution(nn.Module):
-    """A convolution that may resample first, by a fixed filter; kernel 0 only resamples.
+    """Convolution with optional resampling by a fixed filter before it; with kernel 0, it only resamples.
 
-    `fused`: the downsampling filter comes after the weight (the residual pyramid of ncsn++).
+    With `fused`, downsampling comes after the convolution instead, as in the residual pyramid of ncsn++.
     """
 
     resample_filter: torch.Tensor
@@ -66,7 +66,8 @@ class Convolution(nn.Module):
         table = torch.outer(taps, taps)[None, None] / taps.sum().square()
         self.register_buffer("resample_filter", table if up or down else None)
         self.filter_padding = (len(filter) - 1) // 2
-        self.box: nn.Module | None = None  # resamples by the filter (1, 1), whose table only keeps the published names
+        # Equivalent to resampling by the filter (1, 1), whose table is only kept for the names in LFM's checkpoints.
+        self.box: nn.Module | None = None
         if (up or down) and filter == (1, 1):
             self.box = Double() if up else nn.AvgPool2d(2)
 
@@ -97,7 +98,7 @@ class Norm(GroupNorm):
     """Group norm with min(32, C // 4) groups.
 
     Raises:
-        UsageError: channels that these groups do not divide.
+        UsageError: the number of channels is not a multiple of the number of groups.
     """
 
     def __init__(self, channels: int, eps: float) -> None:
@@ -111,7 +112,7 @@ class Norm(GroupNorm):
 
 
 class Block(nn.Module):
-    """Residual block under an embedding, with optional resampling and attention."""
+    """Residual block with an embedding, and with optional resampling and self-attention."""
 
     def __init__(
         self,
@@ -130,7 +131,8 @@ class Block(nn.Module):
         self.heads = style.heads(outputs) if attend else 0
         if self.heads and outputs % self.heads:
             raise UsageError(
-                f"{outputs} channels cannot be shared by {self.heads} attention heads: choose another --nf or --ch_mult"
+                f"{outputs} channels cannot be divided among {self.heads} attention heads: "
+                "choose another --nf or --ch_mult"
             )
         self.dropout = nn.Dropout(dropout)
         resample: dict[str, Any] = {"up": up, "down": down, "filter": style.filter}
@@ -150,7 +152,7 @@ class Block(nn.Module):
             self.proj = Convolution(outputs, outputs, 1)
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """x [B, C, H, W] under the embedding [B, E]."""
+        """Transform x [B, C, H, W], given the embedding [B, E]."""
         h = self.conv0(functional.silu(self.norm0(x)))
         affine = self.affine(embedding)[:, :, None, None]
         if self.style.adaptive_scale:
@@ -167,5 +169,5 @@ class Block(nn.Module):
     def _attend(self, x: torch.Tensor) -> torch.Tensor:
         batch, channels, height, width = x.shape
         qkv = self.qkv(self.norm2(x)).view(batch, self.heads, channels // self.heads, 3, height * width)
-        query, key, value = qkv.permute(3, 0, 1, 4, 2)  # each [B, heads, L, width of a head]
+        query, key, value = qkv.permute(3, 0, 1, 4, 2)  # each [B, heads, L, head width]
         return self.attention(query, key, value).transpose(2, 3).reshape(batch, channels, height, width)

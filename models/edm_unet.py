@@ -1,7 +1,7 @@
-"""The U-Nets adm, ddpm++ and ncsn++ in EDM's form (Karras et al. 2022, arXiv:2206.00364, appendix F).
+"""EDM's U-Nets adm, ddpm++ and ncsn++ (Karras et al. 2022, arXiv:2206.00364, appendix F).
 
-Names, shapes and order of the state dict are those of the published LFM checkpoints. `attn_resolutions` are spatial sizes
-of the feature maps here.
+Names, shapes and order of the state dict match LFM's published checkpoints. Here, `attn_resolutions` are sides of feature
+maps.
 """
 
 import math
@@ -28,11 +28,13 @@ class UNetOptions(FamilyOptions):
     """U-Nets."""
 
     nf: int = option(256, "U-Nets: base number of channels", minimum=4)
-    ch_mult: tuple[int, ...] = option((1, 1, 2, 2, 4, 4), "U-Nets: channels of each level, in units of nf", minimum=1)
+    ch_mult: tuple[int, ...] = option(
+        (1, 1, 2, 2, 4, 4), "U-Nets: channels of each level, as multiples of nf", minimum=1
+    )
     num_res_blocks: int = option(2, "U-Nets: residual blocks per level", minimum=1)
     attn_resolutions: tuple[int, ...] = option(
         (16,),
-        "U-Nets: levels with attention, by the side of the feature map; with --use_origin_adm by downsampling factor",
+        "U-Nets: sides of the feature maps with attention; with --use_origin_adm, downsampling factors",
         flags=("--attn_resolution",),
     )
     dropout: float = option(0.0, "U-Nets: dropout in the residual blocks", minimum=0, maximum=1)
@@ -43,7 +45,7 @@ class EdmUNetOptions(UNetOptions):
     """adm, ddpm++, ncsn++."""
 
     class_flag: ClassVar[str] = "label_dim"
-    null_class_has_weights: ClassVar[bool] = False  # it is a vector of zeros
+    null_class_has_weights: ClassVar[bool] = False  # the null class is a zero vector
 
     label_dim: int = option(0, "number of classes of adm, ddpm++ and ncsn++; 0: unconditional", minimum=0)
 
@@ -54,9 +56,9 @@ class EdmUNetOptions(UNetOptions):
 
 
 class EdmUNet(nn.Module):
-    """adm, ddpm++ or ncsn++ for latents of side `size`.
+    """Velocity network adm, ddpm++ or ncsn++ for latents of side `size`.
 
-    Latents of any other sides that its levels can halve pass as well; attention stays on the levels that have it at `size`.
+    It accepts latents of any other sides that its levels can halve. Attention stays on the levels that have it at `size`.
     """
 
     def __init__(self, size: int, kind: str, options: EdmUNetOptions) -> None:
@@ -77,16 +79,16 @@ class EdmUNet(nn.Module):
         if kind == "adm":
             self.out_norm = Norm(width * options.ch_mult[0], self.style.eps)
             self.out_conv = Convolution(width * options.ch_mult[0], options.num_out_channels, 3)
-        self._initialise()
-        self.to(memory_format=torch.channels_last)  # faster on CPUs, and on GPUs in low precision
+        self._initialize()
+        self.to(memory_format=torch.channels_last)  # faster on CPUs, and in low precision on GPUs
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
         """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
 
-        Without labels nothing is added to the embedding of time.
+        Without labels, every sample uses the null class, a zero vector.
 
         Raises:
-            UsageError: sides h, w that cannot be halved once per level.
+            UsageError: h or w is not a multiple of 2^(levels - 1).
         """
         check_sides(x.shape[2], x.shape[3], len(self.options.ch_mult), "--ch_mult")
         embedding = self._embed(batch_times(t, x), condition.labels)
@@ -182,10 +184,10 @@ class EdmUNet(nn.Module):
         return functional.silu(self.map_layer1(functional.silu(self.map_layer0(embedding))))
 
     def _one_hot(self, labels: torch.Tensor) -> torch.Tensor:
-        """One-hot rows [B, K] of labels [B]; the null class K is a row of zeros."""
+        """One-hot rows [B, K] for labels [B]; the null class K is a row of zeros."""
         return functional.one_hot(labels, self.options.label_dim + 1)[:, :-1]
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         draw = _kaiming if self.style.init == "kaiming" else _xavier
         for module in self.modules():
             if isinstance(module, nn.Linear | Convolution) and module.weight is not None:
@@ -205,7 +207,7 @@ class EdmUNet(nn.Module):
 
 
 class RandomFrequencies(nn.Module):
-    """Random Fourier frequencies of time, fixed at the start."""
+    """Random Fourier features of time, with frequencies fixed at initialization."""
 
     freqs: torch.Tensor
 
@@ -214,7 +216,7 @@ class RandomFrequencies(nn.Module):
         self.register_buffer("freqs", 16 * torch.randn(count))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
-        """[sin(2 pi t f), cos(2 pi t f)] [B, 2 count] of times t [B]."""
+        """Features [B, 2 count] of times t [B]: sin(2 pi t f), then cos(2 pi t f)."""
         angles = 2 * math.pi * t[:, None] * self.freqs
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 

@@ -1,4 +1,4 @@
-"""What a family of velocity networks is: its options, its constructor, and what training and loading need to know of it."""
+"""Families of velocity networks: options, constructors, and the facts that training and loading need."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,29 +16,35 @@ Weights = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class FamilyOptions:
-    """Every network."""
+    """All networks."""
 
-    class_flag: ClassVar[str] = "num_classes"  # the option that holds the number of classes
-    null_class_has_weights: ClassVar[bool] = True  # whether a state dict shows if labels were dropped
+    class_flag: ClassVar[str] = "num_classes"  # name of the option with the number of classes
+    null_class_has_weights: ClassVar[bool] = True  # if so, a state dict shows whether labels were dropped
 
-    num_in_channels: int = option(4, "channels of the network's input; default: those of the latents", minimum=1)
-    num_out_channels: int = option(4, "channels of the velocity; default: those of the latents", minimum=1)
+    num_in_channels: int = option(4, "input channels of the network; default: the latents' channels", minimum=1)
+    num_out_channels: int = option(4, "channels of the velocity; default: the latents' channels", minimum=1)
     label_dropout: float = option(
-        0.0, "probability of dropping a label in training; above 0: a null class", minimum=0, maximum=1
+        0.0,
+        "probability of dropping a label in training; above 0, the network has a null class",
+        minimum=0,
+        maximum=1,
+        common=True,
     )
-    use_grad_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    use_grad_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time", common=True
+    )
 
     @property
     def classes(self) -> int:
-        """Number of classes K, which is also the null class's id; 1: unconditional."""
+        """Number of classes K, which is also the null class's id; 1 for an unconditional network."""
         return 1
 
 
 @dataclass(frozen=True)
 class ClassOptions(FamilyOptions):
-    """Classes of DiT, of unet and with --use_origin_adm."""
+    """Classes (DiT, unet and --use_origin_adm)."""
 
-    num_classes: int | None = option(None, "number of classes; default: unconditional", minimum=1)
+    num_classes: int | None = option(None, "number of classes; default: unconditional", minimum=1, common=True)
 
     @property
     def classes(self) -> int:
@@ -47,7 +53,7 @@ class ClassOptions(FamilyOptions):
 
     @property
     def label_rows(self) -> int:
-        """Rows of the label table (0: none): one per class, and the null class where labels are dropped."""
+        """Rows of the label table: one per class, and one for the null class if labels are dropped; 0 without classes."""
         return self.num_classes + (self.label_dropout > 0) if self.num_classes else 0
 
 
@@ -60,13 +66,15 @@ def _as_stored(own: Weights, stored: Weights) -> Weights:
 
 
 class Family(NamedTuple):
-    """A model type, as models.registry.NETWORKS registers it.
+    """The entry of a model type in models.registry.NETWORKS.
 
     Args:
         options: the dataclass of its options.
-        build: (latent side, options) to the network with fresh weights.
-        hidden_matrices: the parameters [rows, columns] that Muon may train; empty: Muon is not for this family.
-        fit_grid: (the network's own state dict, a stored one) to the stored one, adapted to the network's grid of positions.
+        build: takes (latent side, options), returns the network with fresh weights.
+        hidden_matrices: takes the network, returns the parameters [rows, columns] that Muon may train; if there are none,
+            the family does not support Muon.
+        fit_grid: takes (the network's state dict, a stored state dict), returns the stored one adapted to the network's grid
+            of positions.
     """
 
     options: type[FamilyOptions]
@@ -75,15 +83,15 @@ class Family(NamedTuple):
     fit_grid: Callable[[Weights, Weights], Weights] = _as_stored
 
 
-def check_sides(height: int, width: int, levels: int, whose: str) -> None:
-    """Refuse latents that cannot be halved once per level; `whose` the levels are stands in the message.
+def check_sides(height: int, width: int, levels: int, owner: str) -> None:
+    """Check that latents of these sides can be halved between `levels` levels.
 
     Raises:
-        UsageError: that.
+        UsageError: a side is not a multiple of 2^(levels - 1). The message says that the levels belong to `owner`.
     """
     for side in (height, width):
         if side % 2 ** (levels - 1):
             raise UsageError(
-                f"latents of side {side} cannot be halved {levels - 1} times, as the {levels} levels of {whose} ask for: "
+                f"latents of side {side} cannot be halved {levels - 1} times, as the {levels} levels of {owner} require: "
                 "choose another --image_size, or a network with fewer levels"
             )

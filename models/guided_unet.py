@@ -1,7 +1,7 @@
-"""ADM's U-Net in guided-diffusion's form (Dhariwal & Nichol 2021, arXiv:2105.05233), `--use_origin_adm`.
+"""guided-diffusion's U-Net, ADM (Dhariwal & Nichol 2021, arXiv:2105.05233), for `--use_origin_adm`.
 
-Names, shapes and order of the state dict are those of the published LFM checkpoints. `attn_resolutions` are downsampling
-factors (1, 2, 4, ...) here, unlike in EDM's form; the published checkpoints depend on it.
+Names, shapes and order of the state dict match LFM's published checkpoints. Unlike in EDM's U-Nets, `attn_resolutions` are
+downsampling factors (1, 2, 4, ...), because LFM's published checkpoints depend on this.
 """
 
 from dataclasses import dataclass
@@ -26,19 +26,19 @@ __all__ = ["GuidedUNet", "GuidedUNetOptions"]
 class GuidedUNetOptions(UNetOptions, ClassOptions):
     """adm with --use_origin_adm."""
 
-    use_scale_shift_norm: bool = option(True, "the embedding scales and shifts; off: it is added")
-    resblock_updown: bool = option(False, "residual blocks between levels, instead of convolutions or pooling")
-    resamp_with_conv: bool = option(True, "convolve between levels")
-    use_new_attention_order: bool = option(False, "split queries, keys and values before heads")
-    num_heads: int = option(4, "attention heads", minimum=1)
-    num_head_upsample: int = option(-1, "attention heads in the decoder; -1: num_heads")
-    num_head_channels: int = option(
-        -1, "channels per head, which then decide on the number of heads; -1: num_heads does"
+    use_scale_shift_norm: bool = option(True, "let the embedding scale and shift the features; off: add it to them")
+    resblock_updown: bool = option(
+        False, "resample with residual blocks between levels, instead of convolutions or pooling"
     )
+    resamp_with_conv: bool = option(True, "use convolutions to resample between levels")
+    use_new_attention_order: bool = option(False, "split channels into queries, keys and values first, then into heads")
+    num_heads: int = option(4, "number of attention heads", minimum=1)
+    num_head_upsample: int = option(-1, "number of attention heads in the decoder; -1: num_heads")
+    num_head_channels: int = option(-1, "channels per head, which then set the number of heads; -1: use num_heads")
 
 
 class GuidedUNet(nn.Module):
-    """The network for latents of side `size`, or of any other side that its levels divide."""
+    """Velocity network of --use_origin_adm for latents of side `size`, or of any other sides that its levels can halve."""
 
     def __init__(self, size: int, options: GuidedUNetOptions) -> None:
         super().__init__()
@@ -77,15 +77,15 @@ class GuidedUNet(nn.Module):
                 self.output_blocks.append(entry)
         last = nn.Conv2d(channels, options.num_out_channels, 3, padding=1)
         self.out = nn.Sequential(Norm(channels), nn.SiLU(), _zeroed(last))
-        self.to(memory_format=torch.channels_last)  # faster on CPUs, and on GPUs in low precision
+        self.to(memory_format=torch.channels_last)  # faster on CPUs, and in low precision on GPUs
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
         """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
 
-        Without labels every sample is of the null class.
+        Without labels, every sample uses the null class.
 
         Raises:
-            UsageError: sides h, w that cannot be halved once per level, or no labels where there is no null class.
+            UsageError: h or w is not a multiple of 2^(levels - 1), or labels are missing and the network lacks a null class.
         """
         check_sides(x.shape[2], x.shape[3], len(self.options.ch_mult), "--ch_mult")
         embedding = self.time_embed(sinusoids(batch_times(t, x), self.options.nf // 2))
@@ -104,7 +104,7 @@ class GuidedUNet(nn.Module):
         if labels is not None:
             return self.label_emb(labels)
         if not self.options.label_dropout:
-            raise UsageError("this network needs labels: it has classes, but no null class (--label_dropout above 0)")
+            raise UsageError("this network needs labels: it has no null class, because its --label_dropout is 0")
         return self.label_emb.weight[-1]
 
     def _run(self, entry: nn.Module, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
@@ -135,10 +135,10 @@ class GuidedUNet(nn.Module):
 
 
 class Norm(GroupNorm):
-    """Group norm of 32 groups, computed in float32.
+    """Group norm with 32 groups, computed in float32.
 
     Raises:
-        UsageError: channels that these groups do not divide.
+        UsageError: the number of channels is not a multiple of 32.
     """
 
     def __init__(self, channels: int) -> None:
@@ -151,17 +151,17 @@ class Norm(GroupNorm):
 
 
 class Entry(nn.Sequential):
-    """Modules in a row, of which residual blocks also get the embedding."""
+    """Sequence of modules; residual blocks also receive the embedding."""
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """x [B, C, H, W] under the embedding [B, E]."""
+        """Transform x [B, C, H, W], given the embedding [B, E]."""
         for module in self:
             x = module(x, embedding) if isinstance(module, ResBlock) else module(x)
         return x
 
 
 class ResBlock(nn.Module):
-    """Residual block under an embedding; `way` "up" or "down" resamples both paths."""
+    """Residual block with an embedding; `way` "up" or "down" resamples both the main path and the skip."""
 
     def __init__(
         self, inputs: int, outputs: int, embedding: int, dropout: float, film: bool, way: str | None = None
@@ -176,7 +176,7 @@ class ResBlock(nn.Module):
         self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv2d(inputs, outputs, 1)
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """x [B, C, H, W] under the embedding [B, E]."""
+        """Transform x [B, C, H, W], given the embedding [B, E]."""
         norm, silu, convolution = self.in_layers
         h, x = self.resample(silu(norm(x))), self.resample(x)
         h = convolution(h)
@@ -193,14 +193,14 @@ class AttentionBlock(nn.Module):
     """Self-attention over the positions of x [B, C, H, W], added to x.
 
     Raises:
-        UsageError: heads that do not divide the channels.
+        UsageError: the number of channels is not a multiple of the number of heads.
     """
 
     def __init__(self, channels: int, heads: int, new_order: bool) -> None:
         super().__init__()
         if heads < 1 or channels % heads:
             raise UsageError(
-                f"{channels} channels cannot be shared by {heads} attention heads: choose another --num_heads, "
+                f"{channels} channels cannot be divided among {heads} attention heads: choose another --num_heads, "
                 "--num_head_upsample or --num_head_channels"
             )
         self.heads, self.new_order = heads, new_order
@@ -210,7 +210,7 @@ class AttentionBlock(nn.Module):
         self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Attend."""
+        """Apply self-attention to x [B, C, H, W]."""
         batch, channels, height, width = x.shape
         flat = x.flatten(2)
         qkv = self.qkv(self.norm(flat))
@@ -218,13 +218,13 @@ class AttentionBlock(nn.Module):
         parts = qkv.view(batch, *order, channels // self.heads, height * width)
         if self.new_order:
             parts = parts.transpose(1, 2)
-        query, key, value = parts.permute(2, 0, 1, 4, 3)  # each [B, heads, L, width of a head]
+        query, key, value = parts.permute(2, 0, 1, 4, 3)  # each [B, heads, L, head width]
         mixed = self.attention(query, key, value).transpose(2, 3).reshape(batch, channels, -1)
         return (flat + self.proj_out(mixed)).view_as(x)
 
 
 class Upsample(nn.Module):
-    """Nearest neighbour times 2, then a convolution."""
+    """Nearest-neighbor upsampling by 2, then a convolution if `convolve`."""
 
     def __init__(self, channels: int, convolve: bool) -> None:
         super().__init__()
@@ -232,19 +232,19 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1) if convolve else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, C, H, W] to [B, C, 2 H, 2 W]."""
+        """Upsample x [B, C, H, W] to [B, C, 2 H, 2 W]."""
         return self.conv(self.upsample(x))
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2, or 2 x 2 average pooling."""
+    """Convolution with stride 2 if `convolve`, else 2 x 2 average pooling."""
 
     def __init__(self, channels: int, convolve: bool) -> None:
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if convolve else nn.AvgPool2d(2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [B, C, H, W] to [B, C, H / 2, W / 2]."""
+        """Downsample x [B, C, H, W] to [B, C, H / 2, W / 2]."""
         return self.op(x)
 
 

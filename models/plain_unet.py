@@ -1,12 +1,13 @@
 """A plain U-Net for small images in pixel space (Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020, arXiv:2006.11239).
 
     input        C -> 32
-    encoder      32 -> 64,            64 -> 128 with attention,       a 4 x 4 convolution halves after each
+    encoder      32 -> 64,    64 -> 128 with attention
     middle       128 -> 64 with attention,    64 -> 64
-    decoder      64 + 128 -> 64 with attention,    64 + 64 -> 32,     a transposed one doubles before each
+    decoder      64 + 128 -> 64 with attention,    64 + 64 -> 32
     output       32 -> C
 
-"64 + 128" are the channels from below and those of the encoder's level of that side, before it is halved.
+After each encoder block, a 4 x 4 convolution halves the sides. Before each decoder block, a transposed 4 x 4 convolution
+doubles them. "64 + 128" means 64 channels from the previous layer and 128 from the encoder block with the same sides.
 """
 
 from dataclasses import dataclass
@@ -25,12 +26,12 @@ from models.unet_layers import GroupNorm
 
 __all__ = ["PlainUNet", "PlainUNetOptions"]
 
-WIDTHS = (32, 64, 128)  # before the first level, and after each
+WIDTHS = (32, 64, 128)  # channels before the first level and after each level
 MIDDLE = 64
-EMBEDDING = 128  # of time: as many sines and cosines, and as many values after the linear layers
+EMBEDDING = 128  # channels of the time embedding, before and after its linear layers
 GROUPS = 8
 HEADS = 4
-LEVELS = len(WIDTHS)  # sides of feature maps
+LEVELS = len(WIDTHS)
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,14 @@ class PlainUNetOptions(ClassOptions):
 
 
 class PlainUNet(nn.Module):
-    """Velocity network `unet`, for images of any sides that are multiples of 4.
+    """Velocity network `unet`, for images whose sides are multiples of 4.
 
     Args:
-        size: the images' side, which is checked; no weight depends on it.
+        size: the images' side; it is only checked, and no weight depends on it.
         options: channels, classes and label dropout.
 
     Raises:
-        UsageError: a side that cannot be halved twice.
+        UsageError: `size` is not a multiple of 4.
     """
 
     def __init__(self, size: int, options: PlainUNetOptions) -> None:
@@ -69,16 +70,16 @@ class PlainUNet(nn.Module):
             width = outputs
         last = nn.Conv2d(width, options.num_out_channels, 3, padding=1)
         self.output = nn.Sequential(GroupNorm(GROUPS, width), nn.SiLU(), last)
-        self.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
+        self.to(memory_format=torch.channels_last)  # 20% faster on CPUs
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
         """Velocity [B, C, H, W] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', H, W].
 
-        Where there are classes, samples without labels use the last row of the label table (the null class, where there
-        is one).
+        If there are classes but no labels, every sample uses the last row of the label table, which is the null class if
+        there is one.
 
         Raises:
-            UsageError: sides H, W that cannot be halved twice.
+            UsageError: H or W is not a multiple of 4.
         """
         check_sides(x.shape[2], x.shape[3], LEVELS, "unet")
         embedding = self.time(batch_times(t, x))  # [B, E]
@@ -102,7 +103,7 @@ class PlainUNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions with time added between them, and a convolution around them; then self-attention, if asked for."""
+    """Two convolutions with the embedding added between them, a 1 x 1 skip convolution, and self-attention if `attend`."""
 
     def __init__(self, inputs: int, outputs: int, attend: bool = False) -> None:
         super().__init__()
@@ -115,7 +116,7 @@ class Block(nn.Module):
         self.attend = Attention(outputs) if attend else None
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """x [B, C, H, W] under the embedding [B, E]."""
+        """Transform x [B, C, H, W], given the embedding [B, E]."""
         h = self.conv1(functional.silu(self.norm1(x)))
         h = h + self.affine(functional.silu(embedding))[:, :, None, None]
         x = self.skip(x) + self.conv2(functional.silu(self.norm2(h)))
@@ -123,7 +124,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention among the places of x [B, C, H, W], added to x."""
+    """Self-attention over the positions of x [B, C, H, W], added to x."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -131,6 +132,6 @@ class Attention(nn.Module):
         self.attention = SelfAttention(channels, HEADS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Attend."""
+        """Apply self-attention to x [B, C, H, W]."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, L, C]
         return x + self.attention(tokens).transpose(1, 2).reshape(x.shape)

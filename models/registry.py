@@ -1,4 +1,4 @@
-"""Velocity networks by model type: one dictionary from a name to its options and its constructor."""
+"""The registry of velocity networks: NETWORKS maps a model type to its options and constructor."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,25 +28,27 @@ __all__ = [
     "options_from_header",
 ]
 
-# Published flags of the networks that had no effect, and have none here.
+# Network flags of LFM's published code that have no effect, and the reason.
 IGNORED_NETWORK_FLAGS = {
-    "augment_dim": "it was always 0",
+    "augment_dim": "LFM always sets it to 0",
     "centered": "pixels always lie in [-1, 1]",
-    "layout": "it never ran",
-    "num_timesteps": "flow matching has continuous time",
+    "layout": "LFM's code for it never ran",
+    "num_timesteps": "flow matching uses continuous time",
 }
-ORIGIN_ADM = "origin_adm"  # the model type that --use_origin_adm stands for
+ORIGIN_ADM = "origin_adm"  # the model type that --use_origin_adm selects
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
     """Network."""
 
-    model_type: str = option("adm", "DiT-{Mi,Ti,S,B,L,XL}/{1,2,4,8}, adm, ddpm++, ncsn++, or unet (small, for pixels)")
-    use_origin_adm: bool = option(False, "the U-Net in guided-diffusion's form, whatever --model_type says")
+    model_type: str = option(
+        "adm", "DiT-{Mi,Ti,S,B,L,XL}/{1,2,4,8}, adm, ddpm++, ncsn++, or unet (small, for pixels)", common=True
+    )
+    use_origin_adm: bool = option(False, "use guided-diffusion's U-Net; takes precedence over --model_type")
 
     def resolve(self) -> str:
-        """The key in NETWORKS.
+        """The model type's key in NETWORKS.
 
         Raises:
             UsageError: an unknown model type.
@@ -58,13 +60,13 @@ class NetworkOptions:
 
 
 def guided_diffusion_by_default(options: Options) -> Options:
-    """The options with --use_origin_adm, unless another network is asked for: the published downstream scripts' default."""
+    """Add --use_origin_adm, the default of LFM's downstream scripts, unless another network is asked for."""
     named = options.values["model_type"] != NetworkOptions.model_type
     return options if named else options.completed({"use_origin_adm": True})
 
 
 class Architecture(NamedTuple):
-    """The arguments of `build_network`, which decide on a network's names and shapes."""
+    """The arguments of `build_network`, which determine the names and shapes in a network's state dict."""
 
     model_type: str
     latent_size: int
@@ -89,7 +91,7 @@ NETWORKS: dict[str, Family] = {
 
 
 def network_groups() -> tuple[type[FamilyOptions], ...]:
-    """The option dataclasses of all registered families, each base before what extends it."""
+    """The option dataclasses of all registered families, each base class before its subclasses."""
     bases = (base for family in NETWORKS.values() for base in reversed(family.options.__mro__))
     return tuple(dict.fromkeys(base for base in bases if issubclass(base, FamilyOptions)))
 
@@ -97,21 +99,21 @@ def network_groups() -> tuple[type[FamilyOptions], ...]:
 def build_network(
     model_type: str, latent_size: int, options: FamilyOptions, dense: DenseInput | None = None
 ) -> nn.Module:
-    """A network with fresh weights for latents of side `latent_size`, beside which it sees the map `dense`, if any.
+    """Build a network with fresh weights for latents of side `latent_size`, with the dense map `dense` in its input if given.
 
-    `options` is of the family's own dataclass; its channels of input include those of the map.
+    `options` must be an instance of the family's dataclass, and its `num_in_channels` must include the map's channels.
     """
     network = NETWORKS[model_type].build(latent_size, options)
     return network if dense is None else DenseConditioned(network, dense)
 
 
 def options_from_header(model_type: str, stored: Mapping[str, Any]) -> FamilyOptions:
-    """The family's options from a checkpoint's header; lists become tuples.
+    """Read the family's options from a checkpoint's header; lists become tuples.
 
     Raises:
-        UsageError: a model type or an option that this version does not know.
+        UsageError: this version does not know the model type or an option.
     """
     try:
         return make_options(NETWORKS[model_type].options, stored)
     except (KeyError, TypeError, UsageError) as error:
-        raise UsageError(f"the checkpoint's network {model_type} is unknown to this version: {error}") from error
+        raise UsageError(f"this version cannot build the checkpoint's network {model_type}: {error}") from error

@@ -1,4 +1,4 @@
-"""Layers of transformers: self-attention, MLP, patch embedding."""
+"""Transformer layers: self-attention, MLP and patch embedding."""
 
 import torch
 from torch import nn
@@ -14,11 +14,11 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.attention = functional.scaled_dot_product_attention  # an attribute that runtime.cpu_kernels may swap
+        self.attention = functional.scaled_dot_product_attention  # runtime.cpu_kernels may replace this attribute
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Attend among the tokens."""
+        """Apply self-attention to tokens [B, L, D]."""
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         mixed = self.attention(*qkv.unbind(0))  # [B, heads, L, D / heads]
@@ -26,7 +26,7 @@ class SelfAttention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers around GELU, four times as wide between them."""
+    """Two linear layers with GELU between them, and a hidden width of 4 x `width`."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -35,12 +35,12 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map each [..., D] by itself."""
+        """Map x [..., D] to [..., D], each token independently."""
         return self.fc2(self.act(self.fc1(x)))
 
 
 class PatchEmbed(nn.Module):
-    """Tokens of patches: a convolution by its weights and their names, computed as a linear map of each patch's values.
+    """Patch embedding with a convolution's weights and names, computed as a linear map of each patch's values.
 
     Args:
         patch_size: side of a patch.
@@ -54,7 +54,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Tokens [B, L, D] of x [B, C, h, w], row by row of patches."""
+        """Tokens [B, L, D] of x [B, C, h, w], with patches in row-major order."""
         patches = functional.pixel_unshuffle(x, self.patch_size).flatten(2).transpose(1, 2)  # [B, L, C p p]
-        # Contiguous, or the order of torch's sums would depend on whether weights need gradients.
+        # Contiguous, so that the order of torch's sums does not depend on whether the weights require gradients.
         return functional.linear(patches.contiguous(), self.proj.weight.flatten(1), self.proj.bias)

@@ -1,6 +1,6 @@
-"""Layers that the U-Nets share: group norm and doubling.
+"""Layers shared by the U-Nets: group norm and upsampling by 2.
 
-Autocast computes norms and interpolations in float32 on GPUs; these layers return the input's dtype on every device.
+On GPUs, autocast computes norms and interpolation in float32. These layers return the input's dtype on every device.
 """
 
 import torch
@@ -10,17 +10,17 @@ __all__ = ["Double", "GroupNorm"]
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm (Wu & He 2018, arXiv:1803.08494) in the input's dtype, computed in float32."""
+    """Group norm (Wu & He 2018, arXiv:1803.08494), computed in float32 and returned in the input's dtype."""
 
     same_values_as_torch = True
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalise [B, C, L] or [B, C, H, W] over the channels of each group and all positions."""
+        """Normalize [B, C, L] or [B, C, H, W] over each group's channels and all positions."""
         return super().forward(input).to(input.dtype)
 
 
 class Double(nn.Upsample):
-    """Nearest neighbours [B, C, 2 H, 2 W] of x [B, C, H, W]."""
+    """Nearest-neighbor upsampling of x [B, C, H, W] to [B, C, 2 H, 2 W]."""
 
     same_values_as_torch = True
 
@@ -28,5 +28,5 @@ class Double(nn.Upsample):
         super().__init__(scale_factor=2, mode="nearest")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Repeat each value of [B, C, H, W] in a square of 2 x 2."""
+        """Repeat each value of [B, C, H, W] in a 2 x 2 square."""
         return super().forward(input).to(input.dtype)

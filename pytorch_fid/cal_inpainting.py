@@ -1,7 +1,10 @@
 #!/usr/bin/env python
-"""Scores of inpainted images: cal_inpainting.py GENERATED REAL, two folders whose images are paired by name.
+"""Score the inpainted images in the folder INPAINTED against the folder ORIGINALS.
 
-Prints FID, P-IDS, U-IDS, PSNR, SSIM and, with --lpips, LPIPS. See docs/scoring.md.
+Both folders are required positional arguments, before or after the flags. Images are paired by file name. The script prints
+FID, P-IDS, U-IDS, PSNR, SSIM and, with --lpips, LPIPS. See docs/scoring.md.
+
+Example: python pytorch_fid/cal_inpainting.py samples/completions samples/originals --lpips
 """
 
 import sys
@@ -16,15 +19,15 @@ from evaluation.pair_comparison import PairOptions, compare_pairs
 from evaluation.score import ScoreOptions, result_line
 from options import exit_cleanly
 from runtime.files import write_json
+from runtime.messages import show_result
 from runtime.precision import DeviceOptions, choose_device
 
 
 def main() -> None:
-    """Take the two folders, before or after the flags, and print their scores."""
+    """Score the two folders and print the result."""
     paths, flags = split_paths(sys.argv[1:])
-    options = parse_options(
-        str(__doc__), [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions], flags
-    )
+    groups = [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions]
+    options = parse_options(str(__doc__), groups, flags, positional="INPAINTED ORIGINALS")
     comparison = options[ComparisonOptions]
     result = compare_pairs(
         *paths,
@@ -36,7 +39,7 @@ def main() -> None:
     )
     if comparison.output_json:
         write_json(comparison.output_json, result)
-    print(result_line(result))
+    show_result(result_line(result), result["warnings"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 #!/usr/bin/env python
-"""Write the feature statistics of a dataset, for fid_score.py and others that read `mu` and `sigma`."""
+"""Compute the feature statistics of a dataset, in an .npz file for fid_score.py or any program that reads `mu` and `sigma`.
+
+Example: python pytorch_fid/compute_dataset_stat.py --dataset ffhq_256 --datadir data --image_size 256
+"""
 
 import sys
 from dataclasses import dataclass
@@ -15,6 +18,7 @@ from evaluation.score import IMAGE_FORMATS
 from evaluation.sources import dataset_source, transformed
 from evaluation.statistics import save_statistics
 from options import exit_cleanly, option
+from runtime.messages import show
 from runtime.precision import DeviceOptions, Machine, choose_device
 
 
@@ -22,18 +26,18 @@ from runtime.precision import DeviceOptions, Machine, choose_device
 class StatisticsOptions:
     """Statistics."""
 
-    output: str | None = option(None, "file to write; default: pytorch_fid/<dataset>_<split>_<features>_stat.npz")
-    split: str = option("train", "which images", choices=("train", "validation"))
+    output: str | None = option(None, "output file; default: pytorch_fid/<dataset>_<split>_<features>_stat.npz")
+    split: str = option("train", "split of the dataset", choices=("train", "validation"))
     image_format: str = option(
         "png",
-        "take images as they are (png), or through JPEG at PIL's default quality (jpg)",
+        "png: use the images as they are; jpg: compress them as JPEG first, at PIL's default quality",
         choices=IMAGE_FORMATS,
     )
-    batch_size: int = option(50, "images at a time", minimum=1)
+    batch_size: int = option(50, "images per batch", minimum=1)
 
 
 def main() -> None:
-    """Parse the flags, compute, write."""
+    """Compute the statistics and save them."""
     options = parse_options(str(__doc__), [StatisticsOptions, DatasetOptions, FeatureOptions, DeviceOptions])
     settings, data = options[StatisticsOptions], options[DatasetOptions]
     machine = Machine(choose_device(options[DeviceOptions]), "fp32")
@@ -44,7 +48,7 @@ def main() -> None:
     statistics = summarise(source, features, ("moments",), None, settings.batch_size).statistics
     assert statistics is not None
     save_statistics(output, statistics)
-    print(f"saved the {features.name} statistics of {statistics.count} images to {output}")
+    show(f"saved the {features.name} statistics of {statistics.count} images to {output}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 #!/usr/bin/env python
-"""Scores of image sets: fid_score.py GENERATED REAL, each a folder, an .npz, an LMDB or statistics (.npz, .npy).
+"""Score the image set GENERATED against the image set REAL.
 
-REAL may also be the name of a dataset. See docs/scoring.md.
+Both are required positional arguments, before or after the flags. Each is a folder of images, an .npz file of images, an LMDB,
+or a file of statistics (.npz, .npy). REAL may also be the name of a dataset. See docs/scoring.md.
+
+Example: python pytorch_fid/fid_score.py samples/ ffhq_256 --datadir data --image_size 256 --metrics fid kid
 """
 
 import sys
@@ -15,18 +18,20 @@ from evaluation.features.registry import FeatureOptions
 from evaluation.score import ScoreOptions, result_line
 from options import exit_cleanly
 from runtime.files import write_json
+from runtime.messages import show_result
 from runtime.precision import DeviceOptions, choose_device
 
 
 def main() -> None:
-    """Take the two paths, before or after the flags, and print their scores."""
+    """Score the two image sets and print the result."""
     paths, flags = split_paths(sys.argv[1:])
-    options = parse_options(str(__doc__), [ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions], flags)
+    groups = [ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions]
+    options = parse_options(str(__doc__), groups, flags, positional="GENERATED REAL")
     comparison, device = options[ComparisonOptions], choose_device(options[DeviceOptions])
     result = compare(*paths, comparison, options[ScoreOptions], options[FeatureOptions], device)
     if comparison.output_json:
         write_json(comparison.output_json, result)
-    print(result_line(result))
+    show_result(result_line(result), result["warnings"])
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 
@@ -31,7 +31,7 @@ class LaunchOptions:
     """Several processes (torchrun and accelerate launch in front of the script work as well)."""
 
     num_process_per_node: int | None = option(
-        None, "start this many processes here, one per GPU", minimum=1, on_resume="freely"
+        None, "start this many processes here, one per GPU", minimum=1, on_resume="freely", common=True
     )
     num_proc_node: int | None = option(
         None, "machines; start the same command on each, with its node_rank", minimum=1, on_resume="freely"
@@ -76,6 +76,7 @@ def run_script(
     *,
     ignored: Mapping[str, str] | None = None,
     task: str | None = None,
+    rare: Collection[type] = (),
     adjust: Callable[[Options], Options] = lambda options: options,
 ) -> None:
     """Parse the command line (as `parse_options` does) and run `main` in each of the processes that it asks for.
@@ -88,7 +89,7 @@ def run_script(
         with join_processes() as processes:
             with redirect_stderr(io.StringIO()) as notes:
                 options = parse_options(
-                    description, [*groups, LaunchOptions], ignored=ignored, task=task, adjust=adjust
+                    description, [*groups, LaunchOptions], ignored=ignored, task=task, rare=rare, adjust=adjust
                 )
             settings = options[LaunchOptions]
             if settings.wanted > 1 and not launched():

@@ -35,7 +35,7 @@ TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's parameters in
 class DeviceOptions:
     """Device."""
 
-    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N", on_resume="freely")
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N", on_resume="freely", common=True)
     num_threads: int = option(
         0,
         "CPU threads, 0: the machine's, shared among its processes; results are bit-identical for one number",
@@ -54,6 +54,7 @@ class PrecisionOptions(DeviceOptions):
         "AMX, AMD's with AVX512_BF16)",
         choices=("auto", "fp32", "bf16"),
         on_resume="on_request",
+        common=True,
     )
 
 
@@ -67,11 +68,13 @@ class MachineOptions(PrecisionOptions):
         "it (GPUs since 2020, CPUs with AMX, AMD's with AVX512_BF16), but fp32 for adaptive solvers at tolerances below 1e-3",
         choices=("auto", *DTYPES),
         on_resume="on_request",
+        common=True,
     )
     compile: bool | None = option(
         None,
         "compile the network, which takes a minute; default: in bf16 or fp16, where the run is long enough to gain",
         on_resume="rounding",
+        common=True,
     )
 
 
@@ -134,10 +137,10 @@ class Machine:
         return replace(self, compile=processes.from_main(wanted), replays=replays)
 
     def describe(self) -> str:
-        """A line that says what was chosen."""
+        """The device, precision and compilation in words."""
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
-        way = "compiled, which takes a minute at first" if self.compile else "not compiled"
-        return f"machine: {self.device}{threads}, {self.precision}, networks {way}"
+        way = "compiled (takes about a minute at the start)" if self.compile else "not compiled"
+        return f"{self.device}{threads}, {self.precision}, {way}"
 
     def compiled(self, network: nn.Module, always_alike: bool = False) -> nn.Module:
         """The network with CPU kernels, swapped in in place, and compiled if this machine compiles.

@@ -21,6 +21,7 @@ from models.autoencoders.protocol import AutoencoderFacts
 from options import UsageError, as_json
 from runtime.distributed import Processes
 from runtime.inference import for_sampling
+from runtime.messages import fact
 from runtime.precision import Machine, choose_device, choose_machine
 from runtime.torch_files import is_torch_file
 from sampling.request import SamplerRequest, note_unused
@@ -111,7 +112,7 @@ def load_sampler(
     if task not in tasks:
         raise UsageError(f"{path} was trained for {task.purpose}: use test_flow_latent{task.script}.py")
     machine = _choose_machine(request, processes, batches, solver_counts=task is tasks[0])
-    print(machine.describe())
+    fact("machine", machine.describe())
     sampler = _make_sampler(request, model, guide, machine)
     return LoadedSampler(sampler, path, model.header, _settings(request, model.header, guide, machine))
 
@@ -150,12 +151,10 @@ def _load_guide(request: SamplerRequest, model: LoadedModel, device: torch.devic
     if scale == 1:
         raise UsageError("--guide_checkpoint has no effect at --cfg_scale 1: give a scale above 1")
     guide = load_model(name, device, _moved_autoencoder(request))
-    for fact in ("task", "latent_size", "latent_channels", "num_classes"):
-        theirs, ours = getattr(guide.header, fact), getattr(model.header, fact)
+    for entry in ("task", "latent_size", "latent_channels", "num_classes"):
+        theirs, ours = getattr(guide.header, entry), getattr(model.header, entry)
         if theirs != ours:
-            raise UsageError(
-                f"--guide_checkpoint {name}: its {fact} is {theirs}, but that of the network to guide is {ours}"
-            )
+            raise UsageError(f"--guide_checkpoint {name}: its {entry} is {theirs}, but the guided network's is {ours}")
     if guide.header.autoencoder.sha256 != model.header.autoencoder.sha256:
         raise UsageError(f"--guide_checkpoint {name}: it was trained on another autoencoder's latents")
     return guide

@@ -12,6 +12,7 @@ from flow.solvers import SolverOptions
 from models.autoencoders.loading import AutoencoderOptions
 from models.registry import IGNORED_NETWORK_FLAGS, NetworkOptions, network_groups
 from options import Options, option
+from runtime.messages import note
 from runtime.pictures import GridOptions
 from runtime.precision import MachineOptions
 from sampling.noise import NOISE_SOURCES
@@ -22,6 +23,7 @@ __all__ = [
     "SamplerRequest",
     "SamplingOptions",
     "SourceOptions",
+    "checkpoint_groups",
     "note_unused",
     "sampler_request",
     "sampling_groups",
@@ -33,15 +35,18 @@ class SourceOptions:
     """What to sample from."""
 
     checkpoint: str = option(
-        "", "checkpoint, ours or a published .pth; default: the newest of the experiment", flags=("--model_ckpt",)
+        "",
+        "checkpoint, ours or a published .pth; default: the newest of the experiment",
+        flags=("--model_ckpt",),
+        common=True,
     )
-    exp: str = option("experiment", "name of the experiment")
-    save_root: str = option("saved_info", "folder of all experiments")
+    exp: str = option("experiment", "name of the experiment", common=True)
+    save_root: str = option("saved_info", "folder of all experiments", common=True)
     epoch_id: int | None = option(None, "epoch of the experiment's checkpoint; default: the newest")
     guide_checkpoint: str = option(
         "", "autoguidance: checkpoint of a weaker network, which --cfg_scale leads away from in the null class's place"
     )
-    seed: int = option(42, "seed of the noise; sample i depends on (seed, i) alone", minimum=0)
+    seed: int = option(42, "seed of the noise; sample i depends on (seed, i) alone", minimum=0, common=True)
     generator: str = option(
         "determ-indiv",
         "source of the noise: a stream per sample (determ, determ-indiv), or torch's global generator (dummy)",
@@ -53,18 +58,27 @@ class SourceOptions:
 class SamplingOptions:
     """Sampling."""
 
-    n_sample: int = option(50000, "number of samples", minimum=1)
-    batch_size: int = option(200, "samples drawn at a time; only torchdiffeq's adaptive solvers see it", minimum=1)
-    labels: str = option("balanced", "classes asked for: balanced (in turn), random, or a file of one class id a line")
-    compute_fid: bool = option(False, "score the samples against the dataset's training images")
-    real_img_dir: str = option("", "score against these images, or this statistics file (.npz, .npy), instead")
+    n_sample: int = option(50000, "number of samples", minimum=1, common=True)
+    batch_size: int = option(
+        200, "samples drawn at a time; only torchdiffeq's adaptive solvers see it", minimum=1, common=True
+    )
+    labels: str = option(
+        "balanced", "classes asked for: balanced (in turn), random, or a file of one class id a line", common=True
+    )
+    compute_fid: bool = option(False, "score the samples against the dataset's training images", common=True)
+    real_img_dir: str = option(
+        "", "score against these images, or this statistics file (.npz, .npy), instead", common=True
+    )
     output_dir: str = option(
-        "", "folder for samples (and the grid, unless they are png or jpg); default: samples/ beside the checkpoint"
+        "",
+        "folder for samples (and the grid, unless they are png or jpg); default: samples/ beside the checkpoint",
+        common=True,
     )
     save_images: str | None = option(
         None,
         "also write every sample, in this format; samples that the folder holds are not drawn again",
         choices=FORMATS,
+        common=True,
     )
     output_json: str = option("", "file for the result; default: beside the grid")
     output_log: str = option("", "also append the result's line to this file")
@@ -81,11 +95,14 @@ def sampling_groups() -> tuple[type, ...]:
         ScoreOptions,
         FeatureOptions,
         DatasetOptions,
-        AutoencoderOptions,
-        NetworkOptions,
-        *network_groups(),
+        *checkpoint_groups(),
         MachineOptions,
     )
+
+
+def checkpoint_groups() -> tuple[type, ...]:
+    """The option dataclasses that our checkpoints record; only LFM's published files need them as flags."""
+    return AutoencoderOptions, NetworkOptions, *network_groups()
 
 
 # Published flags of the samplers without an effect, there or here.
@@ -139,4 +156,4 @@ def sampler_request(options: Options) -> SamplerRequest:
 def note_unused(given: Collection[str], names: Iterable[str], reason: str) -> None:
     """Print which of the flags `names` the user gave although they have no effect, for example `without --compute_fid`."""
     if unused := [f"--{name}" for name in names if name in given]:
-        print(f"note: {', '.join(unused)} has no effect {reason}")
+        note(f"{', '.join(unused)} has no effect {reason}")

@@ -14,6 +14,7 @@ from evaluation.score import ScoreOptions, needs_of, reference_statistics, resul
 from models.autoencoders.pixels import DECODING
 from runtime.distributed import Processes
 from runtime.files import write_json
+from runtime.messages import labeled, note
 from runtime.pictures import GridOptions, save_sheet
 from sampling.labels import choose_labels, label_rule
 from sampling.loading import LoadedSampler
@@ -60,7 +61,7 @@ def sample_and_score(
         UsageError: the folder holds samples of other settings, or the reference is missing.
     """
     if sampling.real_img_dir and not sampling.compute_fid:
-        print("note: --real_img_dir has no effect without --compute_fid")
+        note("--real_img_dir has no effect without --compute_fid")
     sampler, num_classes = loaded.sampler, loaded.header.num_classes
     labels = choose_labels(sampling.labels, sampler.seed, num_classes, sampling.n_sample)
     rule = label_rule(sampling.labels)
@@ -96,13 +97,14 @@ def sample_and_score(
 
 
 def summary_of_samples(result: dict[str, Any]) -> str:
-    """One line about samples and their score."""
-    score = f"{result_line(result)}, " if "value" in result else ""
-    recognised = f"{100 * result['recognised']:.1f} % recognised as their class, " if "recognised" in result else ""
-    return (
-        f"{score}{recognised}{result['samples']} samples, {result['nfe']:g} evaluations each, "
-        f"{result['seconds']:g} s; grid: {result['grid']}"
-    )
+    """The score, if there is one, the cost and the picture, one line each."""
+    lines = []
+    if "value" in result:
+        recognized = f", {100 * result['recognised']:.1f} % recognized as their class" if "recognised" in result else ""
+        lines.append(labeled("score", result_line(result) + recognized))
+    lines.append(labeled("samples", f"{result['samples']} in {result['seconds']:g} s, NFE {result['nfe']:g}"))
+    lines.append(labeled("picture", result["grid"]))
+    return "\n".join(lines)
 
 
 def _batches(

@@ -10,6 +10,7 @@ from evaluation.score import ScoreOptions
 from options import Options, UsageError, option
 from runtime.distributed import Processes
 from runtime.files import append_line
+from runtime.messages import one_line, show, show_result
 from runtime.pictures import GridOptions
 from sampling.cost import TimingOptions, count_evaluations, measure_time
 from sampling.latent_paths import PictureOptions, interpolate, invert, trajectory
@@ -59,6 +60,7 @@ class ModeOptions:
         "sample; invert (held-out images to noise and back); interpolate (between two seeds); trajectory (noise to data); "
         "compute_nfe, measure_time, compute_nll: as the next three flags",
         choices=MODES,
+        common=True,
     )
     compute_nfe: bool = option(False, "only count the evaluations that --n_sample samples take")
     measure_time: bool = option(False, "only time the network, and the whole way from noise to image")
@@ -79,14 +81,14 @@ def mode_groups() -> tuple[type, ...]:
 
 
 def run(options: Options, processes: Processes) -> None:
-    """Run the modes that the flags ask for, print a line about each result, and append it to --output_log."""
-    print(options.describe("those that differ from the defaults; the others: --help"))
+    """Run the chosen modes, print a summary of each result, and append it to --output_log as one line."""
+    show(options.describe("--print_config has all"))
     log = options[SamplingOptions].output_log
     for result in run_modes(options, processes):
-        line = result.get("summary") or summary_of_samples(result)
-        print(line)
+        summary, warnings = result.get("summary") or summary_of_samples(result), result.get("warnings", [])
+        show_result(summary, warnings)
         if log and processes.is_main:
-            append_line(log, line)
+            append_line(log, one_line(summary, warnings))
 
 
 def run_modes(options: Options, processes: Processes = Processes()) -> Iterator[dict[str, Any]]:  # noqa: B008

@@ -17,6 +17,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from options import UsageError, as_json
 from runtime.distributed import Processes
 from runtime.files import UNREADABLE, atomic_path, read_json, write_json
+from runtime.messages import note
 from runtime.progress import progress_bar
 from sampling.sampler import GeneratedBatch
 
@@ -158,7 +159,7 @@ def read_or_draw(
     """
     held = processes.from_main(writer.held(wanted) if writer is not None and reread and processes.is_main else set())
     if writer is not None and held:
-        print(f"{len(held)} of {len(wanted)} samples are in {writer.folder} already")
+        note(f"{writer.folder} already holds {len(held)} of {len(wanted)} samples")
         yield from writer.read(set(processes.share(sorted(held))), batch_size)
     missing = [index for index in wanted if index not in held]
     with progress_bar(total=len(missing) // processes.count, desc="sampling", unit="image") as bar:

@@ -1,1 +1,1 @@
-"""Tasks beyond plain generation: what inpainting and semantic synthesis add to training and sampling."""
+"""Training and sampling for inpainting and semantic synthesis."""

@@ -1,4 +1,4 @@
-"""The flags of the downstream test scripts, the request that they amount to, and the held-out images that it names."""
+"""Options of the inpainting and semantic synthesis test scripts, and the held-out images that they select."""
 
 from dataclasses import dataclass, replace
 
@@ -9,12 +9,10 @@ from evaluation.pair_comparison import PairOptions
 from evaluation.score import ScoreOptions
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
-from models.autoencoders.loading import AutoencoderOptions
-from models.registry import NetworkOptions, network_groups
 from options import UsageError, option
 from runtime.precision import MachineOptions
 from sampling.loading import LoadedSampler
-from sampling.request import IGNORED_SAMPLING_FLAGS, SamplerRequest, SourceOptions
+from sampling.request import IGNORED_SAMPLING_FLAGS, SamplerRequest, SourceOptions, checkpoint_groups
 from tasks.task import TrainingTask
 
 __all__ = [
@@ -31,20 +29,24 @@ __all__ = [
 class ConditionedOptions:
     """Sampling for held-out images."""
 
-    n_sample: int = option(50000, "held-out images to sample for, at most, from the first on", minimum=1)
-    num_completions: int = option(1, "samples of each image, drawn with the seeds seed, seed + 1, ...", minimum=1)
-    batch_size: int = option(200, "samples drawn at a time; only torchdiffeq's adaptive solvers see it", minimum=1)
-    use_labels: bool = option(
-        True, "tell a class-conditional network the images' classes; off: the null class, which it must know"
+    n_sample: int = option(
+        50000, "held-out images to sample for, at most, starting with the first", minimum=1, common=True
     )
-    compute_fid: bool = option(False, "score the samples (the first of each image) against the images")
-    output_dir: str = option("", "folder for the results; default: in samples/ beside the checkpoint")
+    num_completions: int = option(1, "samples per image, with the seeds seed, seed + 1, ...", minimum=1, common=True)
+    batch_size: int = option(
+        200, "samples per batch; changes results only with torchdiffeq's adaptive solvers", minimum=1, common=True
+    )
+    use_labels: bool = option(
+        True, "condition a class-conditional network on the images' classes; off: on its null class, which it must have"
+    )
+    compute_fid: bool = option(False, "score the samples (the first of each image) against the images", common=True)
+    output_dir: str = option("", "folder for the results; default: in samples/ next to the checkpoint", common=True)
     output_json: str = option("", "file for the result; default: result.json in that folder")
-    output_log: str = option("", "also append the result's line to this file")
+    output_log: str = option("", "file to which the line with the result is also appended")
 
 
 def conditioned_groups() -> tuple[type, ...]:
-    """The option dataclasses that all downstream test scripts have, in the order of `--help`."""
+    """The option dataclasses common to these test scripts, in the order of `--help`."""
     return (
         SourceOptions,
         ConditionedOptions,
@@ -54,28 +56,26 @@ def conditioned_groups() -> tuple[type, ...]:
         PairOptions,
         FeatureOptions,
         DatasetOptions,
-        AutoencoderOptions,
-        NetworkOptions,
-        *network_groups(),
+        *checkpoint_groups(),
         MachineOptions,
     )
 
 
-# Published flags without an effect, there or here.
+# Flags of LFM's published code that have no effect here.
 IGNORED_FLAGS = {
     **IGNORED_SAMPLING_FLAGS,
-    "compute_nfe": "every result tells the evaluations",
-    "measure_time": "every result tells the seconds, and test_flow_latent.py measures them in detail",
-    "real_img_dir": "samples are scored against the images that they stand for; see pytorch_fid/fid_score.py for others",
+    "compute_nfe": "every result reports its network evaluations",
+    "measure_time": "every result reports its seconds, and test_flow_latent.py measures them in detail",
+    "real_img_dir": "samples are scored against their own images; pytorch_fid/fid_score.py compares with other images",
 }
 
 
 @dataclass(frozen=True)
 class ConditionedRequest:
-    """Samples for held-out images, and their scores.
+    """A request to sample for held-out images and to score the samples.
 
     Args:
-        sampler: the network, solver and guidance; its `given` are all flags that the user gave.
+        sampler: the network, solver and guidance; its `given` holds all flags that the user gave.
         conditioned: number of images and samples, labels, and the folder of results.
         data: the images.
         scores: metrics of the samples as a set.
@@ -92,7 +92,7 @@ class ConditionedRequest:
 
 
 def open_held_out(request: ConditionedRequest, loaded: LoadedSampler, task: TrainingTask) -> ImageDataset:
-    """Open the validation images of --dataset, or of the network's own dataset if the flag was not given.
+    """Open the validation images of --dataset, or of the network's training dataset if the flag was not given.
 
     Raises:
         UsageError: the images differ from the network's in channels or size.
@@ -100,23 +100,23 @@ def open_held_out(request: ConditionedRequest, loaded: LoadedSampler, task: Trai
     stored = loaded.header.dataset
     name = request.data.dataset if "dataset" in request.sampler.given else stored.name
     dataset = task.open(replace(request.data, dataset=name, image_size=stored.image_size), "validation")
-    theirs = dataset.facts.channels, shown_side(dataset.facts)
-    ours = stored.channels, shown_side(stored)
-    if theirs != ours:
+    expected = stored.channels, shown_side(stored)
+    found = dataset.facts.channels, shown_side(dataset.facts)
+    if found != expected:
         raise UsageError(
-            f"--dataset {name} does not suit {loaded.path}: its images have {theirs[0]} channels and {theirs[1]} pixels "
-            f"a side, those of {stored.name}, which it was trained on, {ours[0]} and {ours[1]}"
+            f"--dataset {name} does not fit {loaded.path}: expected images like {stored.name}'s, with {expected[0]} channels "
+            f"and a side of {expected[1]} pixels, but found {found[0]} channels and a side of {found[1]} pixels"
         )
     return dataset
 
 
 def set_labels(dataset: ImageDataset, loaded: LoadedSampler, use_labels: bool) -> None:
-    """Set the labels that the network is given for the images: their classes, or the null class without `use_labels`.
+    """Set the images' labels to the network's input: their classes, or the null class without `use_labels`.
 
-    An unconditional network gets label 0.
+    The labels for an unconditional network are 0.
 
     Raises:
-        UsageError: the network was not trained with the null class that is asked for.
+        UsageError: the null class is requested, but the network was trained without it.
     """
     classes = loaded.header.num_classes
     if classes == 1:

@@ -1,7 +1,9 @@
-"""Samples for held-out images, such as completions of masked images: drawn, written, shown, and scored against the images.
+"""Sampling for held-out images, such as completions of masked images. Samples are written and scored against the images.
 
-The folder of results holds PNG files with matching names: `originals`, the conditions (`masks` and `masked`, or `maps`), and
-`completions` or `samples` (further samples of each image in `completions_1`, ...), and a contact sheet.
+The folder of results holds a contact sheet and PNG files with matching names in subfolders:
+    originals                      the images
+    masks and masked, or maps      the conditions
+    completions or samples         the samples; further samples of each image are in completions_1, ...
 """
 
 import time
@@ -43,25 +45,25 @@ SCORING_FLAGS = (
     "segmentation_weights",
     "feature_weights",
 )
-PICTURED = 24  # images on the contact sheet
+SHEET_IMAGES = 24  # images on the contact sheet
 
-# draw(sampler, indices): samples for the images with these numbers.
+# draw(sampler, indices) yields samples for the images `indices`.
 Draw = Callable[[Sampler, Sequence[int]], Iterator[GeneratedBatch]]
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How a task samples for its images. Images are numbered from 0; `places` [B] are their numbers.
+    """How a task samples for its images.
 
     Args:
         conditioned: the images and their conditions.
-        name: part of the name of the folder of results, for these conditions.
-        settings: everything that the samples depend on in addition to the sampler's own settings.
+        name: describes the conditions in the name of the folder of results.
+        settings: all settings of the samples that the sampler's settings do not include.
         output: folder of the samples, such as "completions".
-        inputs: further folders of PNG files; each function gives their images uint8 [B, C, H, W] of `places`.
-        finish: turns samples uint8 [B, C, H, W] of `places` into the images that are written and scored.
+        inputs: further folders of PNG files. Each function maps image indices [B] to images uint8 [B, C, H, W].
+        finish: turns samples uint8 [B, C, H, W] and image indices [B] into the images that are written and scored.
         pair_scores: the task's own scores.
-        draw: how to draw samples; None: `generate` under the condition.
+        draw: how to draw samples; None: `generate` with the conditions.
         facts: further entries of the result.
     """
 
@@ -70,7 +72,7 @@ class SamplingPlan:
     settings: Mapping[str, Any]
     output: str
     inputs: Mapping[str, Callable[[torch.Tensor], torch.Tensor]]
-    finish: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda samples, places: samples
+    finish: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = lambda samples, image_indices: samples
     pair_scores: Sequence[PairScore] = field(default_factory=tuple)
     draw: Draw | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
@@ -82,26 +84,26 @@ def sample_for_images(
     make_plan: Callable[[FeatureNetwork | None], SamplingPlan],
     processes: Processes = Processes(),  # noqa: B008
 ) -> dict[str, Any]:
-    """Draw, write, show and score samples for images.
+    """Draw, write and score samples for images, and save a contact sheet.
 
     Args:
         request: number of samples, folder of results, and scores.
         loaded: the sampler.
-        make_plan: makes the task's plan, given the feature network if samples are scored.
-        processes: they share the batches.
+        make_plan: creates the task's plan from the feature network, or from None if samples are not scored.
+        processes: the batches are sharded over them.
 
     Returns:
-        The result, in every process; it is also written as JSON.
+        The result, in every process. It is also written as JSON.
 
     Raises:
-        UsageError: the folder holds samples of other settings.
+        UsageError: the folder holds samples with other settings.
     """
     started = time.perf_counter()
     features = _choose_features(request, loaded, processes)
     run = _Run(request, loaded, make_plan(features), processes)
     writers = [run.writer(number) for number in range(request.conditioned.num_completions)]
     _write_inputs(run.plan, run.folder, processes)
-    tally = Tally(PICTURED, loaded.header.num_classes + 1)  # including the null class
+    tally = Tally(SHEET_IMAGES, loaded.header.num_classes + 1)  # including the null class
     score, pictures = _draw_all(run, writers, tally, features)
     sheet = run.folder / "contact_sheet.png"
     if processes.is_main:
@@ -129,7 +131,7 @@ def sample_for_images(
 
 @dataclass(frozen=True)
 class _Run:
-    """One call of `sample_for_images`. Sample `number` of every image is drawn with the seed `seed + number`."""
+    """One call of `sample_for_images`. Sample `number` of every image has the seed `seed + number`."""
 
     request: ConditionedRequest
     loaded: LoadedSampler
@@ -144,7 +146,7 @@ class _Run:
         return Path(chosen) if chosen else default
 
     def writer(self, number: int) -> SampleWriter:
-        """The writer of sample `number` of every image; it refuses a folder with samples of other settings."""
+        """The writer of sample `number` of every image. It rejects a folder that holds samples with other settings."""
         settings = {
             **self.loaded.settings,
             **self.plan.settings,
@@ -155,7 +157,7 @@ class _Run:
         return SampleWriter(self.folder / name, "png", settings, self.processes)
 
     def batches(self, number: int, writer: SampleWriter) -> Iterator[GeneratedBatch]:
-        """This process's share of sample `number` of every image, finished; samples in the folder are read as they are."""
+        """Yield this process's share of sample `number` of every image, after `finish`. Existing samples are read."""
         batch_size, images = self.request.conditioned.batch_size, self.plan.conditioned
         sampler = replace(self.loaded.sampler, seed=self.loaded.sampler.seed + number)
 
@@ -173,13 +175,13 @@ class _Run:
             return generate(
                 sampler, indices, batch_size=batch_size, labels=labels, dense=dense, processes=self.processes
             )
-        parts = self.processes.share([indices[i : i + batch_size] for i in range(0, len(indices), batch_size)])
+        chunks = self.processes.share([indices[i : i + batch_size] for i in range(0, len(indices), batch_size)])
         draw = self.plan.draw
-        return (batch for part in parts for batch in draw(sampler, part))
+        return (batch for chunk in chunks for batch in draw(sampler, chunk))
 
 
 def _choose_features(request: ConditionedRequest, loaded: LoadedSampler, processes: Processes) -> FeatureNetwork | None:
-    """The feature network, or None without --compute_fid."""
+    """Load the feature network; None without --compute_fid."""
     if not request.conditioned.compute_fid:
         note_unused(request.sampler.given, SCORING_FLAGS, "without --compute_fid")
         return None
@@ -193,7 +195,7 @@ def _draw_all(
     """Draw all samples.
 
     Returns:
-        The score of the first sample of each image, and for each number the images of the contact sheet.
+        The score of the first sample of each image, and the contact sheet's images for each sample number.
     """
     score: dict[str, Any] = {}
     pictures = []
@@ -205,20 +207,20 @@ def _draw_all(
                 score = _score(run, batches, features)
             deque(batches, maxlen=0)
             batches = iter(tally.batches)
-        pictures.append(first_images(batches, PICTURED, run.processes))
+        pictures.append(first_images(batches, SHEET_IMAGES, run.processes))
     return score, pictures
 
 
 def _score(run: _Run, batches: Iterable[GeneratedBatch], features: FeatureNetwork) -> dict[str, Any]:
-    """Score samples against their images, with the task's own scores as well."""
+    """Score samples against their images, including the task's own scores."""
     images, pair_scores = run.plan.conditioned, run.plan.pair_scores
 
     def pairs() -> Iterator[Pair]:
         for batch in batches:
-            places = torch.tensor(batch.indices)
-            originals = images.originals(places)
+            image_indices = torch.tensor(batch.indices)
+            originals = images.originals(image_indices)
             for pair_score in pair_scores:
-                pair_score.update(batch.images, originals, places)
+                pair_score.update(batch.images, originals, image_indices)
             yield Pair(batch.images, originals, batch.indices)
 
     meta, device = dataset_source(images.images).meta, run.loaded.sampler.machine.device
@@ -231,20 +233,20 @@ def _score(run: _Run, batches: Iterable[GeneratedBatch], features: FeatureNetwor
 
 
 def _save_contact_sheet(images: ConditionedImages, pictures: Sequence[torch.Tensor], path: Path) -> None:
-    """Save the images, their conditions, and their samples side by side."""
-    places = torch.arange(len(pictures[0]))
-    arranged = side_by_side([images.originals(places), images.shown(places), *pictures])
+    """Save the images, their conditions and their samples side by side."""
+    image_indices = torch.arange(len(pictures[0]))
+    arranged = side_by_side([images.originals(image_indices), images.shown(image_indices), *pictures])
     save_sheet(arranged.images, path, arranged.columns)
 
 
 def _write_inputs(plan: SamplingPlan, folder: Path, processes: Processes) -> None:
-    """Write the images and their conditions; each process writes its share."""
+    """Write the images and their conditions. Each process writes its share."""
     folders = {"originals": plan.conditioned.originals, **plan.inputs}
     mine = processes.share(range(len(plan.conditioned.images)))
-    for place in progress_bar(mine, desc="writing the images", unit="image", leave=False):
+    for index in progress_bar(mine, desc="writing the images", unit="image", leave=False):
         for name, images_of in folders.items():
-            path = folder / name / f"{place:06d}.png"
+            path = folder / name / f"{index:06d}.png"
             if not path.exists():
                 with atomic_path(path, durable=False) as temporary:
-                    to_pil_image(images_of(torch.tensor([place]))[0]).save(temporary, format="PNG")
+                    to_pil_image(images_of(torch.tensor([index]))[0]).save(temporary, format="PNG")
     processes.barrier()

@@ -1,4 +1,4 @@
-"""Inpainting of held-out images, by a network trained for it or, with RePaint, by one trained for generation."""
+"""Inpainting of held-out images with a network trained to inpaint or, through RePaint, with one trained for generation."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions
 from options import as_json, option
 from runtime.distributed import Processes
+from runtime.messages import note
 from runtime.precision import Machine
 from sampling.loading import LoadedSampler, load_sampler
 from sampling.request import note_unused
@@ -55,12 +56,12 @@ INPAINTING = TrainingTask(INPAINT, _open_images, _masked_images, MaskOptions, (M
 class InpaintingOptions:
     """Inpainting."""
 
-    paste_known: bool = option(True, "put the image's known pixels back into every sample")
+    paste_known: bool = option(True, "paste the image's known pixels into every sample")
     feather: int = option(
-        0, "width in pixels of the seam outside the hole, over which samples fade into known pixels", minimum=0
+        0, "width in pixels of the seam outside the hole, where samples fade into the known pixels", minimum=0
     )
     resamplings: int = option(
-        5, "network of generation: how often each of --num_steps Euler steps is taken (RePaint)", minimum=1
+        5, "for a network trained for generation: how often each Euler step is taken (RePaint)", minimum=1
     )
 
 
@@ -70,19 +71,19 @@ def inpaint(
     inpainting: InpaintingOptions,
     processes: Processes = Processes(),  # noqa: B008
 ) -> dict[str, Any]:
-    """Complete the held-out images behind masks.
+    """Complete masked held-out images.
 
     Args:
         request: network, images and scores.
         masking: the masks.
-        inpainting: how completions and known pixels are joined.
-        processes: they share the batches.
+        inpainting: how samples are combined with the known pixels.
+        processes: the batches are sharded over them.
 
     Returns:
         The result, which is also written as JSON.
 
     Raises:
-        UsageError: the checkpoint is missing or cannot inpaint, or the folder holds samples of other settings.
+        UsageError: the checkpoint is missing or cannot inpaint, or the folder holds samples with other settings.
     """
     loaded = load_sampler(request.sampler, processes, (INPAINT, GENERATE))
     _note_unused_flags(request.sampler.given, loaded, masking, inpainting)
@@ -91,9 +92,9 @@ def inpaint(
     set_labels(dataset, loaded, request.conditioned.use_labels)
     if loaded.task is GENERATE:
         loaded = with_euler_steps(loaded)
-        print(
-            f"note: {loaded.path} is a network of generation: {len(time_grid(loaded.sampler.solver)) - 1} Euler steps with the "
-            f"known part put back, {inpainting.resamplings} times each (--resamplings)"
+        note(
+            f"{loaded.path} was trained for generation, so inpainting uses RePaint: "
+            f"{len(time_grid(loaded.sampler.solver)) - 1} Euler steps, {inpainting.resamplings} times each (--resamplings)"
         )
     identity = {"images": whole.fingerprint, "masks": _masks_identity(masking)}
 
@@ -111,11 +112,11 @@ def _note_unused_flags(
     if not inpainting.paste_known:
         note_unused(given, ("feather",), "without --paste_known")
     if loaded.task is INPAINT:
-        note_unused(given, ("resamplings",), "on a network that was trained to inpaint")
+        note_unused(given, ("resamplings",), "with a network trained to inpaint")
 
 
 def _masks_identity(masking: MaskSetOptions) -> dict[str, Any]:
-    """The entry of samples.json that distinguishes these masks from others."""
+    """The entry of samples.json that identifies the masks."""
     if not masking.mask_dir:
         return {"kind": masking.mask_kind, "seed": masking.mask_seed}
     folder = Path(masking.mask_dir)
@@ -135,23 +136,26 @@ def _plan(
     condition = MaskedImages(dataset, loaded.sampler.autoencoder, masks, loaded.sampler.machine.for_encoding)
     conditioned = ConditionedImages(dataset, condition)
 
-    def holes(places: torch.Tensor) -> torch.Tensor:
-        return torch.stack([masks(place) for place in places.tolist()])[:, None]
+    def holes(image_indices: torch.Tensor) -> torch.Tensor:
+        return torch.stack([masks(index) for index in image_indices.tolist()])[:, None]
 
-    def finish(samples: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    def finish(samples: torch.Tensor, image_indices: torch.Tensor) -> torch.Tensor:
         if not inpainting.paste_known:
             return samples
-        return paste_known(samples, conditioned.originals(places), holes(places), inpainting.feather)
+        return paste_known(samples, conditioned.originals(image_indices), holes(image_indices), inpainting.feather)
 
     training_free = loaded.task is GENERATE
-    ratios = [hole_ratio(masks(place)).item() for place in range(len(dataset))]
+    ratios = [hole_ratio(masks(index)).item() for index in range(len(dataset))]
     effective = replace(inpainting, resamplings=inpainting.resamplings if training_free else 1)
     return SamplingPlan(
         conditioned=conditioned,
         name=Path(masking.mask_dir).name or f"{masking.mask_kind}{masking.mask_seed}",
         settings={**identity, "inpainting": as_json(effective)},
         output="completions",
-        inputs={"masks": lambda places: 255 * holes(places).to(torch.uint8), "masked": conditioned.shown},
+        inputs={
+            "masks": lambda image_indices: 255 * holes(image_indices).to(torch.uint8),
+            "masked": conditioned.shown,
+        },
         finish=finish,
         pair_scores=[HoleErrors(holes), *recognition(features, dataset)],
         draw=training_free_draw(loaded, conditioned, inpainting.resamplings) if training_free else None,

@@ -1,4 +1,4 @@
-"""Scores of samples paired with their images, accumulated batch by batch; and one of them, recognition by a classifier."""
+"""Scores of samples paired with their images, and one such score: recognition by a classifier."""
 
 from typing import Any, Protocol
 
@@ -13,16 +13,16 @@ __all__ = ["PairScore", "Recognition", "recognises", "recognition"]
 class PairScore(Protocol):
     """A score of samples paired with their images, accumulated batch by batch."""
 
-    def update(self, samples: torch.Tensor, originals: torch.Tensor, places: torch.Tensor) -> None:
-        """Add samples and images, both uint8 [B, C, H, W], of the images with numbers `places` [B]."""
+    def update(self, samples: torch.Tensor, originals: torch.Tensor, image_indices: torch.Tensor) -> None:
+        """Add samples and their images `image_indices` [B], both uint8 [B, C, H, W]."""
         ...
 
     def totals(self) -> torch.Tensor:
-        """Sums so far, float64; sums of several processes may be added."""
+        """The sums so far, float64. The sums of several processes may be added."""
         ...
 
     def result(self, totals: torch.Tensor) -> dict[str, Any]:
-        """Entries of the result, from the sums over all pairs."""
+        """Compute the result's entries from the sums over all pairs."""
         ...
 
 
@@ -31,25 +31,26 @@ class Recognition:
 
     Args:
         features: the classifier.
-        labels: class ids of all images [N].
+        labels: class ids [N] of all images.
     """
 
     def __init__(self, features: FeatureNetwork, labels: torch.Tensor) -> None:
         self._features, self._labels = features, labels
-        self._totals = torch.zeros(3, dtype=torch.float64)  # samples, originals, pairs
+        # Numbers of recognized samples, recognized originals, and pairs.
+        self._totals = torch.zeros(3, dtype=torch.float64)
 
-    def update(self, samples: torch.Tensor, originals: torch.Tensor, places: torch.Tensor) -> None:
+    def update(self, samples: torch.Tensor, originals: torch.Tensor, image_indices: torch.Tensor) -> None:
         """See `PairScore`."""
-        labels = self._labels[places]
-        right = [predict_classes(self._features, images) == labels for images in (samples, originals)]
-        self._totals += torch.tensor([float(right[0].sum()), float(right[1].sum()), float(len(labels))])
+        labels = self._labels[image_indices]
+        correct = [predict_classes(self._features, images) == labels for images in (samples, originals)]
+        self._totals += torch.tensor([float(correct[0].sum()), float(correct[1].sum()), float(len(labels))])
 
     def totals(self) -> torch.Tensor:
         """See `PairScore`."""
         return self._totals
 
     def result(self, totals: torch.Tensor) -> dict[str, Any]:
-        """`recognised` and `recognised_originals`."""
+        """The entries `recognised` and `recognised_originals`."""
         samples, originals, pairs = totals.tolist()
         return {"recognised": samples / pairs, "recognised_originals": originals / pairs}
 
@@ -61,7 +62,7 @@ def recognises(features: FeatureNetwork, dataset: ImageDataset) -> bool:
 
 
 def recognition(features: FeatureNetwork | None, dataset: ImageDataset) -> list[PairScore]:
-    """The recognition score in a list, which is empty if the feature network is not such a classifier."""
+    """The recognition score in a list. The list is empty if the feature network does not classify the dataset's classes."""
     if features is None or not recognises(features, dataset):
         return []
     return [Recognition(features, torch.from_numpy(dataset.stored_labels))]

@@ -1,4 +1,4 @@
-"""The common part of the downstream test scripts, which differ in their task."""
+"""The common part of the inpainting and semantic synthesis test scripts."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,8 @@ from options import Options
 from runtime.distributed import Processes
 from runtime.files import append_line
 from runtime.launch import run_script
-from sampling.request import sampler_request
+from runtime.messages import labeled, one_line, show, show_result
+from sampling.request import checkpoint_groups, sampler_request
 from tasks.conditioned_request import IGNORED_FLAGS, ConditionedOptions, ConditionedRequest, conditioned_groups
 
 __all__ = ["run_conditioned_script", "summary_of_pairs"]
@@ -22,23 +23,24 @@ __all__ = ["run_conditioned_script", "summary_of_pairs"]
 def run_conditioned_script(
     task: Task, sample: Callable[..., dict[str, Any]], groups: tuple[type, ...], description: str
 ) -> None:
-    """Run a downstream test script: parse the command line, start the processes, sample, exit.
+    """Run a test script: parse the command line, start the processes, sample and exit.
 
     Args:
         task: the script's task.
-        sample: called as sample(ConditionedRequest, *options, processes=processes), returns the result.
-        groups: the classes of those options, which the script has in addition to `conditioned_groups`.
+        sample: called as sample(ConditionedRequest, *options, processes=processes); returns the result.
+        groups: the dataclasses of `options`, which the script has in addition to `conditioned_groups`.
         description: first paragraph of `--help`.
     """
     main = partial(_run, sample, groups)
-    run_script(main, description, (*conditioned_groups(), *groups), ignored=IGNORED_FLAGS, task=task.name)
+    every = (*conditioned_groups(), *groups)
+    run_script(main, description, every, ignored=IGNORED_FLAGS, task=task.name, rare=checkpoint_groups())
 
 
 def _run(
     sample: Callable[..., dict[str, Any]], groups: tuple[type, ...], options: Options, processes: Processes
 ) -> None:
-    """Sample, print the result's line, and append it to --output_log."""
-    print(options.describe("those that differ from the defaults; the others: --help"))
+    """Sample, print a summary of the result, and append it to --output_log as one line."""
+    show(options.describe("--print_config has all"))
     request = ConditionedRequest(
         sampler=sampler_request(options),
         conditioned=options[ConditionedOptions],
@@ -47,18 +49,19 @@ def _run(
         pairs=options[PairOptions],
         features=options[FeatureOptions],
     )
-    line = summary_of_pairs(sample(request, *(options[group] for group in groups), processes=processes))
-    print(line)
+    result = sample(request, *(options[group] for group in groups), processes=processes)
+    summary, warnings = summary_of_pairs(result), result.get("warnings", [])
+    show_result(summary, warnings)
     if request.conditioned.output_log and processes.is_main:
-        append_line(request.conditioned.output_log, line)
+        append_line(request.conditioned.output_log, one_line(summary, warnings))
 
 
 def summary_of_pairs(result: dict[str, Any]) -> str:
-    """One line about samples for images and their scores."""
-    score = f", {result_line(result)}" if "value" in result else ""
+    """The scores, if there are any, the cost and the picture, one line each."""
+    scores = [result_line(result)] if "value" in result else []
+    scores += [f"{name} {result[name]:.4g}" for name in result.get("extra_scores", ())]
     holes = f", mean hole ratio {result['hole_ratio']:.3f}" if "hole_ratio" in result else ""
-    extra = "".join(f", {name} {result[name]:.4g}" for name in result.get("extra_scores", ()))
-    return (
-        f"{result['sheet']}: {result['samples']} images, {result['nfe']:g} evaluations each, {result['seconds']:g} s"
-        f"{holes}{extra}{score}"
-    )
+    lines = [labeled("score", ", ".join(scores))] if scores else []
+    lines.append(labeled("samples", f"{result['samples']} in {result['seconds']:g} s, NFE {result['nfe']:g}{holes}"))
+    lines.append(labeled("picture", result["sheet"]))
+    return "\n".join(lines)

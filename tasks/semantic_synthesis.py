@@ -1,4 +1,4 @@
-"""Semantic synthesis: samples for the label maps of held-out images, scored by the label maps that they show."""
+"""Semantic synthesis: samples for the label maps of held-out images, scored by a segmentation network."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,12 +39,12 @@ SEMANTIC_SYNTHESIS = TrainingTask(SEMANTIC, open_segmentation, _label_maps, opti
 
 @dataclass(frozen=True)
 class SegmentationOptions:
-    """Comparing samples with their maps."""
+    """Comparison of samples with their maps."""
 
     segmentation_weights: str = option(
         "",
-        "weights of a segmentation network for the dataset's classes, which finds the maps of the samples for mIoU: a state "
-        "dict of torchvision's deeplabv3_resnet50; Fashion-MNIST needs none",
+        "weights of a segmentation network for mIoU: a state dict of torchvision's deeplabv3_resnet50 with the dataset's "
+        "classes; Fashion-MNIST needs none",
     )
 
 
@@ -57,15 +57,15 @@ def synthesise(
 
     Args:
         request: network, images and scores.
-        segmentation: the segmentation network of the scores.
-        processes: they share the batches.
+        segmentation: the segmentation network for the scores.
+        processes: the batches are sharded over them.
 
     Returns:
         The result, which is also written as JSON.
 
     Raises:
-        UsageError: the checkpoint is missing or of another task, the maps have other classes, the segmentation weights do not
-            fit, or the folder holds samples of other settings.
+        UsageError: the checkpoint is missing or for another task, the maps have another number of classes, the segmentation
+            weights do not fit, or the folder holds samples with other settings.
     """
     loaded = load_sampler(request.sampler, processes, (SEMANTIC,))
     whole = cast(SegmentedDataset, open_held_out(request, loaded, SEMANTIC_SYNTHESIS))
@@ -81,52 +81,55 @@ def synthesise(
 
 
 class MapAgreement:
-    """Agreement of the label maps that a segmenter finds in samples with the maps that the samples were made for.
+    """Agreement between the samples' target maps and the maps that a segmenter finds in the samples.
 
     Args:
         dataset: images with their maps.
-        segmenter: finds class ids in images.
+        segmenter: predicts class ids for images.
     """
 
     def __init__(self, dataset: SegmentedDataset, segmenter: Segmenter) -> None:
         self._dataset, self._segmenter = dataset, segmenter
         self._classes = dataset.classes.count
-        self._confusion = torch.zeros(self._classes, self._classes, dtype=torch.float64)  # [asked for, found]
-        self._foreground = torch.zeros(2, dtype=torch.float64)  # sum over images of the regions' IoU, images
+        self._confusion = torch.zeros(self._classes, self._classes, dtype=torch.float64)  # [target, found]
+        self._foreground = torch.zeros(2, dtype=torch.float64)  # sum of the images' foreground IoUs, number of images
 
-    def update(self, samples: torch.Tensor, originals: torch.Tensor, places: torch.Tensor) -> None:
+    def update(self, samples: torch.Tensor, originals: torch.Tensor, image_indices: torch.Tensor) -> None:
         """See `PairScore`."""
-        maps = torch.stack([self._dataset.label_map(place) for place in places.tolist()])
-        asked = crop_padding(maps, self._dataset.facts).long()
+        maps = torch.stack([self._dataset.label_map(index) for index in image_indices.tolist()])
+        target = crop_padding(maps, self._dataset.facts).long()
         found = self._segmenter(samples).cpu().long()
-        labelled = (asked < self._classes) & ((asked > 0) | self._dataset.classes.scored)
-        cells = asked[labelled] * self._classes + found[labelled]
+        labeled = (target < self._classes) & ((target > 0) | self._dataset.classes.scored)
+        cells = target[labeled] * self._classes + found[labeled]
         self._confusion += torch.bincount(cells, minlength=self._classes**2).view_as(self._confusion)
-        inside, filled = (labelled & (asked > 0)).flatten(1), (labelled & (found > 0)).flatten(1)
-        union = (inside | filled).sum(1)
-        overlap = torch.where(union > 0, (inside & filled).sum(1) / union.clamp(min=1), 1.0)
-        self._foreground += torch.tensor([overlap.double().sum(), float(len(maps))])
+        target_region, found_region = (labeled & (target > 0)).flatten(1), (labeled & (found > 0)).flatten(1)
+        union = (target_region | found_region).sum(1)
+        iou = torch.where(union > 0, (target_region & found_region).sum(1) / union.clamp(min=1), 1.0)
+        self._foreground += torch.tensor([iou.double().sum(), float(len(maps))])
 
     def totals(self) -> torch.Tensor:
         """See `PairScore`."""
         return torch.cat([self._confusion.flatten(), self._foreground])
 
     def result(self, totals: torch.Tensor) -> dict[str, Any]:
-        """`miou` over the classes that occur, `pixel_accuracy`, and `foreground_iou` for datasets with a background class."""
-        confusion, (overlap, images) = totals[:-2].view_as(self._confusion), totals[-2:].tolist()
-        hits, asked, found = confusion.diag(), confusion.sum(1), confusion.sum(0)
-        occurs = asked > 0
-        union = (asked + found - hits)[occurs]
-        result = {"miou": (hits[occurs] / union).mean().item(), "pixel_accuracy": (hits.sum() / asked.sum()).item()}
+        """The entries `miou`, `pixel_accuracy` and, for datasets with a background class, `foreground_iou`.
+
+        `miou` is the mean over the classes that occur in the target maps.
+        """
+        confusion, (ious, images) = totals[:-2].view_as(self._confusion), totals[-2:].tolist()
+        hits, target, found = confusion.diag(), confusion.sum(1), confusion.sum(0)
+        occurs = target > 0
+        union = (target + found - hits)[occurs]
+        result = {"miou": (hits[occurs] / union).mean().item(), "pixel_accuracy": (hits.sum() / target.sum()).item()}
         classes = self._dataset.classes
-        return result | ({"foreground_iou": overlap / images} if classes.background and classes.scored else {})
+        return result | ({"foreground_iou": ious / images} if classes.background and classes.scored else {})
 
 
 def _check_classes(loaded: LoadedSampler, dataset: SegmentedDataset) -> None:
     expected = loaded.header.dense.classes if loaded.header.dense else None
     if dataset.classes.count != expected:
         raise UsageError(
-            f"{loaded.path} was trained on maps of {expected} classes, but those of --dataset {dataset.facts.name} have "
+            f"{loaded.path} was trained on maps of {expected} classes, but the maps of --dataset {dataset.facts.name} have "
             f"{dataset.classes.count}"
         )
 
@@ -151,7 +154,7 @@ def _segmenter(
     features: FeatureNetwork | None,
     segmentation: SegmentationOptions,
 ) -> Segmenter | None:
-    """The segmentation network of the scores; None if there is none for this dataset."""
+    """Load the segmentation network for the scores; None if the dataset has none."""
     if weights := segmentation.segmentation_weights:
         return load_segmenter(weights, dataset.classes.count, loaded.sampler.machine.device)
     if features is None or not recognises(features, dataset) or dataset.facts.name != "fashion_mnist":

@@ -1,4 +1,4 @@
-"""Additions of a task to training: its data, and the condition that the network sees next to x_t."""
+"""A task's additions to training: its data, and the condition that the network gets in addition to x_t."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,12 +16,12 @@ class TrainingTask(NamedTuple):
     """A task and its additions to training.
 
     Args:
-        task: name, folder of its experiments, name of its scripts.
+        task: its name, the folder of its experiments and the names of its scripts.
         open: opens a split of its data.
-        condition: makes the dense conditions, called as condition(dataset, autoencoder, machine, options, seed); None for a
-            task without them.
-        condition_options: the dataclass of the options that `condition` takes.
-        options: option dataclasses that its training script has in addition to the common ones.
+        condition: creates the dense conditions, called as condition(dataset, autoencoder, machine, options, seed); None for
+            a task without dense conditions.
+        condition_options: the dataclass of the `options` argument of `condition`.
+        options: option dataclasses of its training script, in addition to the common ones.
     """
 
     task: Task

@@ -1,4 +1,4 @@
-"""Inpainting by a network trained for generation: every Euler step puts the known latents back (RePaint, flow/repaint.py)."""
+"""Inpainting with a network trained for generation. Every Euler step restores the known latents (RePaint, flow/repaint.py)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,15 +18,15 @@ __all__ = ["training_free_draw", "with_euler_steps"]
 
 
 def with_euler_steps(loaded: LoadedSampler) -> LoadedSampler:
-    """The sampler with the solver that this method needs, whatever --method was given."""
+    """Replace the sampler's solver with the Euler steps that this method needs, regardless of --method."""
     return loaded.changed(solver=replace(loaded.sampler.solver, method="euler", churn=0.0))
 
 
 def training_free_draw(loaded: LoadedSampler, conditioned: ConditionedImages, resamplings: int) -> Draw:
-    """How to draw completions with a network trained for generation.
+    """Create the function that draws completions with a network trained for generation.
 
-    A latent pixel is known if none of the image pixels that it covers is in the hole. The encoder sees the hole filled with
-    the known pixels' mean colour.
+    A latent pixel is known if none of the image pixels that it covers is in the hole. For encoding, the hole is filled with
+    the known pixels' mean color.
 
     Args:
         loaded: the sampler, with Euler steps.
@@ -38,7 +38,7 @@ def training_free_draw(loaded: LoadedSampler, conditioned: ConditionedImages, re
     autoencoder = loaded.sampler.autoencoder
 
     def draw(sampler: Sampler, indices: Sequence[int]) -> Iterator[GeneratedBatch]:
-        raw = conditioned.raw(conditioned.places(indices)).to(sampler.machine.device)
+        raw = conditioned.raw(conditioned.image_indices(indices)).to(sampler.machine.device)
         images, holes = raw[:, :-1], raw[:, -1:] > 0
         filled = torch.where(holes, mean_colour(images, holes).round().to(torch.uint8), images)
         with sampler.machine.for_encoding.autocast():

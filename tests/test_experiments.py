@@ -256,7 +256,7 @@ SAMPLING_DEFAULTS = PUBLISHED_DEFAULTS | {
     "seed": 42, "compute_fid": False, "n_sample": 50000, "cfg_scale": 1.0, "num_steps": 40, "batch_size": 200,
     "atol": 1e-5, "rtol": 1e-5, "method": "dopri5",
 }  # fmt: skip
-# These differ from LFM's on purpose (docs/experiments.md): the autoencoder determines f, scale_factor and the channels.
+# Defaults that differ from LFM's (docs/lab-notes/lfm-commands.md): the autoencoder sets f, scale_factor and the channels.
 OWN_DEFAULTS = {
     "dataset": "fashion_mnist",
     "f": None,

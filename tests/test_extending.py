@@ -152,7 +152,7 @@ AUTOENCODERS["space_to_depth"] = load_space_to_depth
 
 
 def open_stripes(name: str, datadir: Path, split: Split, image_size: int) -> ImageDataset:
-    """Grey stripes of random width and phase, horizontal (class 0) or vertical (class 1): 64 images, 32 held out."""
+    """Gray stripes of random width and phase, horizontal (class 0) or vertical (class 1): 64 images, 32 held out."""
     count, seed = (64, 0) if split == "train" else (32, 1)
     widths, phases = np.random.default_rng(seed).uniform([[3], [0]], [[9], [6.3]], (2, count))
 
@@ -175,13 +175,13 @@ DATASETS["stripes"] = open_stripes
 def ralston(
     velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: SolverOptions, draw: Draw
 ) -> Solution:
-    """Ralston's method of order 2, whose bound on the local error is the least of all (Ralston 1962).
+    """Ralston's second-order method, which minimizes the bound on the local error (Ralston 1962).
 
     Args:
         velocity: velocity(t, x) -> dx/dt.
         x: points [B, C, h, w] at times[0].
-        times: where the steps begin and end; from 1 (noise) to 0 (data), or the other way.
-        options: what the user asked of solvers.
+        times: step boundaries, from 1 (noise) to 0 (data) or the reverse.
+        options: the solver's options.
         draw: noise like x, for stochastic methods.
     """
     for start, end in pairwise(times):

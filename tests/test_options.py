@@ -17,7 +17,7 @@ class Sampler:
     More words.
     """
 
-    method: str = option("euler", "the solver", choices=("euler", "heun"))
+    method: str = option("euler", "the solver", choices=("euler", "heun"), common=True)
     num_steps: int = option(50, "steps, 100 % of them", minimum=1)
     cfg_scale: float | None = option(None, "guidance scale", flags=("--cfg",))
     seed: int = option(0, "seed of the noise")
@@ -112,6 +112,32 @@ def test_help_names_groups_defaults_and_descriptions(capsys):
     assert "More words" not in text
 
 
+def test_help_lists_common_options_and_help_all_the_others(capsys, monkeypatch):
+    @dataclass(frozen=True)
+    class Stored:
+        """Stored."""
+
+        shown: str = option("", "recorded by the checkpoint", common=True)
+
+    monkeypatch.setattr("command_line.ONE_SCREEN", 8)
+    texts = {}
+    for flag in ("--help", "-h", "--help_all"):
+        with pytest.raises(SystemExit):
+            parse_options("", [Sampler, Network, Stored], [flag], rare=[Stored])
+        texts[flag] = capsys.readouterr().out
+    assert texts["-h"] == texts["--help"]
+    assert {name for name in ("--method", "--widths", "--shown") if name in texts["--help"]} == {"--method"}
+    assert "Network:" not in texts["--help"]
+    assert "--help_all lists 8 more options" in texts["--help"]
+    assert all(name in texts["--help_all"] for name in ("--method", "--widths", "--shown", "Network:"))
+
+
+def test_the_usage_names_positional_arguments(capsys):
+    with pytest.raises(SystemExit):
+        parse("--help", positional="IN OUT")
+    assert "IN OUT [--args_file FILE] [flags]" in capsys.readouterr().out
+
+
 def test_script_defaults_do_not_count_as_explicit(capsys):
     options = parse(defaults={"num_steps": 3})
     assert options[Sampler].num_steps == 3
@@ -127,13 +153,13 @@ def test_description_lists_changed_options_in_arguments_file_syntax(tmp_path):
     options = parse(*words)
     text = options.describe("the others: --help")
     assert text.splitlines() == [
-        "options (the others: --help)",
+        "changed options (the others: --help):",
         "  Sampler: cfg_scale=1.5 seed=3",
         "  Network: widths='8 24' use_ema=false",
     ]
     path = write(tmp_path, "\n".join(line.partition(": ")[2] for line in text.splitlines()[1:]))
     assert parse("--args_file", path).values == options.values
-    assert parse().describe("none differs") == "options (none differs)"
+    assert parse().describe("none differs") == "changed options (none differs):"
 
 
 def test_ignored_flags_print_one_note(capsys):
@@ -368,14 +394,14 @@ def test_make_options_converts_values():
 @pytest.mark.parametrize(
     ("group", "values", "message"),
     [
-        (Sampler, {"steps": 7}, "unknown option steps: expected some of method, num_steps"),
+        (Sampler, {"steps": 7}, "unknown option steps: expected one of method, num_steps"),
         (Sampler, {"num_steps": 0}, "--num_steps must be at least 1, but 0 was given"),
         (Sampler, {"num_steps": 7.5}, "num_steps: expected int, but 7.5 was given"),
         (Sampler, {"num_steps": True}, "num_steps: expected int, but True was given"),
         (Sampler, {"noise": 2}, "--noise must be at most 1"),
         (Sampler, {"method": "rk"}, "--method rk: expected one of euler, heun"),
-        (Network, {"widths": 8}, "widths: expected several of int, but 8 was given"),
-        (Network, {"widths": [8, "x"]}, "widths: expected several of int"),
+        (Network, {"widths": 8}, "widths: expected a list of int, but 8 was given"),
+        (Network, {"widths": [8, "x"]}, "widths: expected a list of int"),
         (Network, {"use_ema": "yes"}, "use_ema: expected bool, but 'yes' was given"),
     ],
 )

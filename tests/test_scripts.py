@@ -94,8 +94,8 @@ def checkpoint(place, trained):
 def test_training_writes_checkpoint_preview_and_metrics(place, trained, checkpoint):
     folder = folder_of(place)
     assert checkpoint.name == "model_1.safetensors"
-    assert "complete" in trained.stdout.splitlines()[-1]
-    assert str(folder) in trained.stdout.splitlines()[-1]
+    assert re.search(rf"^run folder +{re.escape(str(folder))}$", trained.stdout, re.M)
+    assert trained.stdout.splitlines()[-2] == "complete; sample with:"
     with Image.open(folder / "samples" / "step_0000004.png") as picture:
         pixels = np.asarray(picture)
     assert pixels.shape[0] > 8 * 56
@@ -109,7 +109,8 @@ def test_training_writes_checkpoint_preview_and_metrics(place, trained, checkpoi
     assert read_torch_file(folder / "content.pth")["step"] == 4
     measured = json.loads((folder / "samples" / "reconstructions.json").read_text())
     assert measured["autoencoder"]["id"] == str(place / "ae")
-    assert f"PSNR {measured['psnr_db']:.2f} dB: {folder / 'samples' / 'reconstructions.png'}" in trained.stdout
+    picture = folder / "samples" / "reconstructions.png"
+    assert f"PSNR {measured['psnr_db']:.2f} dB on held-out images; reconstructions: {picture}" in trained.stdout
     with Image.open(folder / "samples" / "reconstructions.png") as picture:
         assert picture.size == (2 * (16 * 30 + 2), 2 * (2 * 30 + 2))
     header = read_weights(checkpoint)[1]
@@ -121,7 +122,7 @@ def test_restarting_a_complete_run_changes_nothing(place, trained, checkpoint, c
     before = {path: path.read_bytes() for path in folder_of(place).rglob("*") if path.is_file()}
     code, out, _ = call(TRAIN, train_flags(place))
     assert code == 0
-    assert re.search(r"complete", out.splitlines()[-1])
+    assert "complete; sample with:" in out
     assert {path: path.read_bytes() for path in before if path.exists()} == before
 
 
@@ -153,7 +154,7 @@ def test_samples_do_not_depend_on_the_batch_size(place, trained, checkpoint, cal
     result = json.loads((tmp_path / "b.json").read_text())
     assert (result["samples"], result["nfe"], result["step"], result["seed"]) == (20, 3, 4, 42)
     assert result["checkpoint"] == str(checkpoint)
-    assert out.startswith("options (")
+    assert out.startswith("changed options (")
     assert result["grid"] in out.splitlines()[-1]
     assert Path(result["grid"]).is_file()
 
@@ -201,7 +202,7 @@ def test_score_against_a_folder_or_a_statistics_file(place, trained, call, tmp_p
         assert (str(reference) in result["reference"].values(), result["reference_samples"]) == (True, 100)
         values.append(result["value"])
     assert values[0] == pytest.approx(values[1], rel=1e-3)
-    assert call(TEST, [*sample_flags(place, tmp_path), "--real_img_dir", "x"])[1].count("no effect without") == 1
+    assert call(TEST, [*sample_flags(place, tmp_path), "--real_img_dir", "x"])[2].count("no effect without") == 1
 
 
 def test_samples_from_the_global_generator(place, trained, call, tmp_path):
@@ -290,7 +291,7 @@ def test_the_latent_dits_arguments_files(place, call, tmp_path):
     assert (header.latent_channels, header.latent_size, header.num_classes) == (4, 4, 1)
     assert (header.path.sigma_min, header.path.time_sampling) == (1e-3, "stratified")
     np.testing.assert_allclose(header.autoencoder.latents_std, 1 / 0.18215, rtol=1e-6)  # diffusers' default
-    assert "held-out images above their reconstructions" in out
+    assert re.search(r"autoencoder +PSNR [\d.]+ dB on held-out images", out)
     with Image.open(folder / "samples" / "step_0000002.png") as picture:
         assert picture.size == (2 * (4 * 30 + 2), 2 * (4 * 30 + 2))
         red, green, blue = np.asarray(picture.convert("RGB")).transpose(2, 0, 1)
@@ -314,12 +315,12 @@ def test_training_on_precomputed_latents(place, call, tmp_path):
     flags = [*data, *run, *network, "--pretrained_autoencoder_ckpt", place / "ae"]
     code, out, err = call(TRAIN, flags)
     assert code == 0, err
-    assert "38 images" in out
+    assert "38 training images" in out
     folder = tmp_path / "saved" / "latent_flow" / "latent_imagenet_256" / "run"
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(np.isfinite(entry["loss"]) for entry in entries if "loss" in entry)
     code, _, err = call(TRAIN, [*flags, "--overwrite", "--eval_every", 1, "--eval_samples", 8])
-    assert_one_line(code, err, "latent_imagenet_256 holds latents and no images, which --eval_samples needs")
+    assert_one_line(code, err, "latent_imagenet_256 holds latents but no images, which --eval_samples needs")
     code, _, err = call(TEST, [*data, *run, "--n_sample", 4, "--output_dir", tmp_path])
     assert code == 0, err
 
@@ -330,7 +331,7 @@ def test_start_from_other_weights(place, checkpoint, call):
     code, out, _ = call(TRAIN, flags)
     assert code == 0
     assert re.search(
-        r"--init_from: loaded (\d+) of .*left as initialised or unused: y_embedder\.embedding_table\.weight\b", out
+        r"init +loaded (\d+) of .*left as initialised or unused: y_embedder\.embedding_table\.weight\b", out
     )
     weights, loaded = read_weights(checkpoint)[0], read_weights(newest_model(folder_of(place, "fine")))[0]
     differing = {
@@ -358,13 +359,13 @@ def test_interrupted_training_continues_bit_for_bit(place, trained, call):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "the same command (without --overwrite) continues it" in out.splitlines()[-1]
+    assert "run the same command again, without --overwrite, to resume" in out.splitlines()[-1]
     assert "Traceback" not in err
     stopped_at = read_torch_file(folder_of(place, "stopped") / "content.pth")["step"]
     assert 3 <= stopped_at < 100
     code, out, _ = call(TRAIN, flags)
     assert code == 0
-    assert f"continuing at step {stopped_at} of 100" in out
+    assert f"resuming at step {stopped_at} of 100" in out
     code, _, _ = call(TRAIN, [*train_flags(place, "steady", steps=100), "--batch_size", "8", "--num_threads", "1"])
     assert code == 0
     stopped, steady = (folder_of(place, exp) for exp in ("stopped", "steady"))
@@ -396,7 +397,7 @@ def test_training_killed_again_and_again_ends_with_the_same_bits(place, trained,
     assert notes == 3
     code, out, err = call(TRAIN, flags)
     assert code == 0, err
-    assert re.search(r"continuing at step \d+ of 60", out)
+    assert re.search(r"resuming at step \d+ of 60", out)
     assert not {path.name for path in folder.iterdir() if "tmp" in path.name or "lock" in path.name}
     flags[flags.index("killed")] = "unharmed"
     assert call(TRAIN, flags)[0] == 0
@@ -418,10 +419,10 @@ def assert_one_line(code, err, message):
 
 TRAINING_MISTAKES = {
     "unknown dataset": (["--dataset", "cats"], "unknown dataset 'cats': expected one of fashion_mnist, mnist, folder"),
-    "missing folder": (["--dataset", "folder", "--datadir", "{tmp}/absent"], "{tmp}/absent is no directory"),
+    "missing folder": (["--dataset", "folder", "--datadir", "{tmp}/absent"], "{tmp}/absent is not a directory"),
     "empty folder": (["--dataset", "folder", "--datadir", "{tmp}"], "no images in {tmp}: expected files ending in"),
-    "odd image size": (["--image_size", "33"], "28 x 28 .*but --image_size 33 was given"),
-    "size for the patches": (["--image_size", "40"], "latents of side 10 cannot be cut into patches of 4"),
+    "odd image size": (["--image_size", "33"], "28 x 28 .*but got --image_size 33"),
+    "size for the patches": (["--image_size", "40"], "latents of side 10 cannot be divided into patches of side 4"),
     "size for the autoencoder": (["--image_size", "30", "--model_type", "DiT-Mi/1"], "multiple of 4 .*but it is 30"),
     "label out of range": (["--num_classes", "5"], "labels up to 9, out of range for --num_classes 5"),
     "batch too large": (["--batch_size", "301"], "has 300 images, fewer than one batch of 301: lower --batch_size"),
@@ -512,11 +513,11 @@ def test_corrupt_cache(damage, place, trained, call, tmp_path):
         message = rf"the file {shard} is damaged .*delete the folder {shard.parent}"
     elif damage == "missing":
         shard.unlink()
-        message = rf"cannot read the latent cache's file {shard}"
+        message = rf"cannot read the latent cache file {shard}"
     else:
         manifest = shard.with_name("manifest.json")
         manifest.write_text(manifest.read_text().replace('"image_size": 32', '"image_size": 64'))
-        message = "made for another image_size: it has 64, this run needs 32"
+        message = "built for another image_size: expected 32, but found 64"
     code, _, err = call(TRAIN, [*train_flags(place, "damaged"), "--latent_cache_dir", tmp_path / "cache"])
     assert_one_line(code, err, message)
 
@@ -642,8 +643,8 @@ def test_a_run_of_lfms_code_is_resumed(place, trained, call):
     assert_one_line(code, err, r"the file looks like --label_dropout 0\.1")
     code, out, err = call(TRAIN, [*train_flags(place, "published", steps=11), "--resume"])
     assert code == 0, err
-    assert f"took over {len(names)} weights, {len(moments)} moving averages" in out
-    assert "continuing at step 9 of 11" in out
+    assert f"LFM's published code: {len(names)} weights, {len(moments)} moving averages" in out
+    assert "resuming at step 9 of 11" in out
     after = read_torch_file(folder / "content.pth")
     assert after["step"] == 11
     assert [state["step"].item() for state in after["optimizers"][0]["state"].values()] == [4 + 2] * len(moments)

@@ -20,6 +20,7 @@ from models.autoencoders.kl import LOGVAR_RANGE, KLAutoencoder, decode_pixels, e
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
 from runtime.files import replace_folder, write_json
+from runtime.messages import show
 from runtime.precision import Machine
 from runtime.progress import progress_bar
 from runtime.randomness import generator_for
@@ -104,7 +105,7 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
             psnr = 10 * torch.log10(4 / error.detach()).item()
             progress.set_postfix(psnr=f"{psnr:.1f} dB", kl=f"{divergence.item():.0f}", refresh=False)
     seconds = time.perf_counter() - started
-    print(f"trained {options.max_steps} steps of {options.batch_size} images in {seconds / 60:.1f} min")
+    show(f"trained {options.max_steps} steps of {options.batch_size} images in {seconds / 60:.1f} min")
     return ema.network.half().float() if options.half_weights else ema.network
 
 

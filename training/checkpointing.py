@@ -2,12 +2,14 @@
 
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from checkpoints.files import save_weights
+from runtime.messages import show
 from runtime.parallel import gather_state
 from runtime.pictures import save_sheet
 from runtime.signals import StopSignals
@@ -18,6 +20,7 @@ from training.state_file import save_state
 
 __all__ = ["Checkpointer", "Requests", "remove_older"]
 
+LOSS = "loss"
 STEPS_BETWEEN_POLLS = 10  # at which several processes ask each other
 
 
@@ -98,8 +101,7 @@ class Checkpointer:
         values = run.validation.evaluate(state.ema.network)
         if self._log:
             self._log.write(state.step, "validation", values)
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-        print(f"step {state.step}: {shown}", flush=True)
+        show(f"step {state.step}: {_summary(values)}")
         if run.validation.criterion != state.best_of:
             state.best, state.best_of = math.inf, run.validation.criterion
         objective = run.processes.from_main(values["objective"])
@@ -113,6 +115,13 @@ class Checkpointer:
         if run.processes.is_main:
             header = run.header.at(step, -(-step // self._per_epoch), ended)
             save_weights(run.folder / f"{name}.safetensors", weights, header)
+
+
+def _summary(values: Mapping[str, float]) -> str:
+    """Validation results on one line: the loss, its values by quarter of t, and the score if there is one."""
+    by_time = " ".join(f"{value:.3f}" for name, value in values.items() if name.startswith(f"{LOSS}_"))
+    scores = [f"{name} {value:.4g}" for name, value in values.items() if not name.startswith((LOSS, "objective"))]
+    return ", ".join([f"validation loss {values[LOSS]:.4f} (by quarter of t: {by_time})", *scores])
 
 
 def remove_older(folder: Path, keep_last: int) -> None:

@@ -15,6 +15,7 @@ from datasets_prep.datasets import ImageDataset, crop_padding
 from evaluation.features.classifier import SIDE, FashionClassifier
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
+from runtime.messages import show
 from runtime.precision import Machine
 from runtime.progress import progress_bar
 from runtime.randomness import generator_for
@@ -91,7 +92,7 @@ def train_classifier(
             progress.set_postfix(loss=f"{loss.item():.3f}")
     network.load_state_dict(ema.weights)
     seconds = time.perf_counter() - started
-    print(f"trained {options.max_steps} steps of {options.batch_size} images in {seconds / 60:.1f} min")
+    show(f"trained {options.max_steps} steps of {options.batch_size} images in {seconds / 60:.1f} min")
     return network.half().float().eval()
 
 

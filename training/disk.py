@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from options import UsageError
+from runtime.messages import warn
 from training.experiment import ExperimentOptions
 from training.optimizers import Muon
 from training.state import TrainingState
@@ -50,22 +51,26 @@ def predict_use(state: TrainingState, experiment: ExperimentOptions, per_epoch: 
 
 
 def check_space(folder: Path, use: DiskUse) -> str:
-    """A line that says what will be taken and what there is.
+    """Compare the space that a run needs with the free space; returns both in words, and warns if the whole does not fit.
 
     Raises:
-        UsageError: not even one saving has room.
+        UsageError: not even one checkpoint and one content.pth fit.
     """
     free = shutil.disk_usage(folder).free
     if free < use.one_saving:
         raise UsageError(
-            f"{folder}: one saving (content.pth and a checkpoint) takes {_written(use.one_saving)}, but only "
-            f"{_written(free)} are free: make room, or name another --save_root"
+            f"{folder}: a checkpoint and a content.pth need {_written(use.one_saving)}, but only {_written(free)} are free: "
+            "free some space or choose another --save_root"
         )
-    line = (
-        f"disk: {use.checkpoints} checkpoints of {_written(use.weights)}, {use.contents} content.pth of "
-        f"{_written(use.content)}, {_written(use.total)} in all; {_written(free)} are free"
+    if use.total > free:
+        warn(
+            f"the whole run needs {_written(use.total)} in {folder}, but only {_written(free)} are free: see --keep_last "
+            "and --save_ckpt_every"
+        )
+    return (
+        f"{_written(use.total)} for {use.checkpoints} checkpoints of {_written(use.weights)} and {use.contents} content.pth "
+        f"of {_written(use.content)}; {_written(free)} free"
     )
-    return line + ("" if use.total <= free else " - too little for all: see --keep_last and --save_ckpt_every")
 
 
 def _written(size: float) -> str:

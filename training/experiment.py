@@ -17,6 +17,7 @@ from options import OnResume, UsageError, as_json, option
 from runtime.distributed import Processes, launch_id, restarts
 from runtime.files import move_aside, read_json, remove_leftovers, write_json
 from runtime.locks import locked
+from runtime.messages import note
 from runtime.provenance import provenance
 from training.state_file import has_state
 
@@ -52,18 +53,22 @@ RESOLVED: dict[str, OnResume] = {
 class ExperimentOptions:
     """Run."""
 
-    exp: str = option("experiment", "name of the experiment, its folder's name")
-    save_root: str = option("saved_info", "folder of all experiments", on_resume="freely")
+    exp: str = option("experiment", "name of the experiment, its folder's name", common=True)
+    save_root: str = option("saved_info", "folder of all experiments", on_resume="freely", common=True)
     resume: bool = option(
         False,
         "continue even if length, learning rate or images were changed, or from a content.pth of the published code",
         on_resume="freely",
+        common=True,
     )
-    overwrite: bool = option(False, "start anew; an existing run of this name is moved aside", on_resume="freely")
+    overwrite: bool = option(
+        False, "start anew; an existing run of this name is moved aside", on_resume="freely", common=True
+    )
     init_from: str = option(
         "",
         "start from the weights of this checkpoint, ours or a published .pth (what fits is loaded, the rest is listed)",
         flags=("--model_ckpt",),
+        common=True,
     )
     save_content: bool = option(True, "keep content.pth, all that an exact resume needs", on_resume="freely")
     save_content_every: int = option(10, "epochs between savings of content.pth", minimum=1, on_resume="freely")
@@ -74,13 +79,17 @@ class ExperimentOptions:
         0.0, "and after so many minutes without a saving; 0: not by the clock", minimum=0, on_resume="freely"
     )
     keep_last: int = option(
-        0, "checkpoints model_<epoch> to keep, of the last epochs; 0: all", minimum=0, on_resume="freely"
+        0, "checkpoints model_<epoch> to keep, of the last epochs; 0: all", minimum=0, on_resume="freely", common=True
     )
-    save_ckpt_every: int = option(25, "epochs between checkpoints model_<epoch>", minimum=1, on_resume="freely")
-    plot_every: int = option(5, "epochs between sample grids", minimum=1, on_resume="freely")
-    eval_every: int = option(5, "epochs between validations on held-out images", minimum=1, on_resume="freely")
+    save_ckpt_every: int = option(
+        25, "epochs between checkpoints model_<epoch>", minimum=1, on_resume="freely", common=True
+    )
+    plot_every: int = option(5, "epochs between sample grids", minimum=1, on_resume="freely", common=True)
+    eval_every: int = option(
+        5, "epochs between validations on held-out images", minimum=1, on_resume="freely", common=True
+    )
     eval_samples: int = option(
-        0, "samples scored at every validation; 0: validation loss only", minimum=0, on_resume="freely"
+        0, "samples scored at every validation; 0: validation loss only", minimum=0, on_resume="freely", common=True
     )
     log_every: int = option(50, "steps between lines of metrics.jsonl", minimum=1, on_resume="freely")
 
@@ -119,7 +128,7 @@ def only_run_in(folder: Path, processes: Processes) -> Iterator[None]:
     with locked(folder / LOCK, "is training in this folder") if processes.is_main else nullcontext():
         left = remove_leftovers(folder) if processes.is_main else []
         if left:
-            print(f"note: removed what a killed process left unfinished: {', '.join(path.name for path in left)}")
+            note(f"removed unfinished files of a killed process: {', '.join(path.name for path in left)}")
         yield
 
 
@@ -134,7 +143,7 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
     current = as_json(configuration.values)
     if options.overwrite and (config_path.exists() or saved):
         moved, saved = move_aside(folder), False
-        print(f"--overwrite: the existing run is now {moved}")
+        note(f"--overwrite moved the existing run to {moved}")
         if (moved / LOCK).exists():
             folder.mkdir()
             (moved / LOCK).rename(folder / LOCK)
@@ -158,10 +167,8 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
         )
     if changed:
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
-        exact = (
-            " and not bit for bit as it would have" if all(policies.get(name) == "rounding" for name in changed) else ""
-        )
-        print(f"note: the run goes on with changed options{exact}: {listed}")
+        exact = " and will not be bit-identical" if all(policies.get(name) == "rounding" for name in changed) else ""
+        note(f"the run resumes with changed options{exact}: {listed}")
     if changed or IMAGES not in previous:
         write_json(config_path, {"options": current, **provenance()})
     return True

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 
 from models.registry import NETWORKS
+from runtime.messages import fact, note
 from runtime.parallel import replicate, shard
 from runtime.progress import progress_bar
 from runtime.randomness import seed_for
@@ -45,7 +46,8 @@ def train(run: TrainingRun, resume: bool) -> bool:
     if state is None or 0 < options.max_minutes * 60 <= state.seconds:
         return True  # it has ended, or its time was up before
     if processes.is_main:
-        print(check_space(run.folder, predict_use(state, experiment, per_epoch, last_step)), flush=True)
+        fact("disk", check_space(run.folder, predict_use(state, experiment, per_epoch, last_step)))
+        fact("length", f"{last_step:,} steps of {whole_batch} images, {last_step / per_epoch:.3g} epochs")
     parallel = state.network if run.is_sharded else replicate(state.network, processes)
     network = run.machine.compiled(parallel, always_alike=processes.count == options.grad_accumulation == 1)
     log = MetricsLog(run.folder, state.step) if processes.is_main else None
@@ -84,7 +86,7 @@ def train(run: TrainingRun, resume: bool) -> bool:
     if log:
         log.close()
     if ended and state.step < last_step:
-        print(f"--max_minutes ended the run at step {state.step} of {last_step}: it is not reproducible")
+        note(f"--max_minutes ended the run at step {state.step} of {last_step}; such a run is not reproducible")
     return ended or state.step >= last_step
 
 
@@ -98,14 +100,14 @@ def _state(run: TrainingRun, resume: bool, per_epoch: int, last_step: int) -> Tr
     if resume and not goes_on:
         if has_ended(run.folder, last_step):
             return None
-        print(f"{run.folder} has no {CONTENT} to continue from: the run starts at its first step")
+        note(f"{run.folder} has no {CONTENT} to resume from; the run starts at its first step")
     decay = options.ema_decay if options.use_ema else 0.0
     place = partial(shard, device=run.machine.device, processes=run.processes) if run.is_sharded else None
     matrices = NETWORKS[run.header.model_type].hidden_matrices
     state = TrainingState(run.network, run.machine, decay, options, place, matrices)
     if goes_on:
-        print(resume_run(state, run.folder / CONTENT, per_epoch, run.header, run.processes))
-        print(f"continuing at step {state.step} of {last_step}", flush=True)
+        source = resume_run(state, run.folder / CONTENT, per_epoch, run.header, run.processes)
+        fact("resume", f"resuming at step {state.step} of {last_step} from {source}")
     return state
 
 

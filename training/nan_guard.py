@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from options import DivergedError
+from runtime.messages import warn
 from training.data import first_images
 from training.metrics_log import MetricsLog
 from training.run import TrainingRun
@@ -58,7 +59,7 @@ class NanGuard:
         median = self._course.leap(loss)
         if median is not None and self._log:
             self._log.write(self._state.step, "spike", {"loss": loss, "median": median})
-            print(f"warning: step {self._state.step}: loss {loss:.4g}, but {median:.4g} before (median)", flush=True)
+            warn(f"step {self._state.step}: the loss rose to {loss:.4g} from a median of {median:.4g}")
 
     def report_skipped(self) -> None:
         """Record the steps that were skipped since the last call.
@@ -72,11 +73,10 @@ class NanGuard:
             for step, images in listed.items():  # under the step of now: a run that goes on from before will know again
                 self._log.write(self._state.step, "skipped", {"skipped_step": step, "indices": images})
             scaled = self._run.machine.precision == "fp16"
-            print(
-                f"warning: {len(skipped)} steps without a finite gradient were skipped, the first one step {skipped[0]} "
-                f"with the images {_written(listed[skipped[0]])}"
-                + ("; in fp16 some are, while the scale of the losses is sought" if scaled else ""),
-                flush=True,
+            warn(
+                f"skipped {len(skipped)} steps without a finite gradient, the first at step {skipped[0]} with images "
+                f"{_written(listed[skipped[0]])}"
+                + (" (in fp16 a few are normal, until the loss scale fits)" if scaled else "")
             )
         limit = self._run.training.max_bad_steps
         if limit:

@@ -16,6 +16,7 @@ from models.conditions import DenseInput
 from models.family import FamilyOptions
 from models.registry import Architecture, build_network, network_groups
 from options import UsageError
+from runtime.messages import fact
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
 
@@ -105,7 +106,7 @@ def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None
     left_out = sorted({*own, *weights} - {*fitting})
     more = f" and {len(left_out) - LISTED_NAMES} more" if len(left_out) > LISTED_NAMES else ""
     listed = f"; left as initialised or unused: {', '.join(left_out[:LISTED_NAMES])}{more}" if left_out else ""
-    print(f"--init_from: loaded {len(fitting)} of {len(own)} weights{listed}")
+    fact("init", f"loaded {len(fitting)} of {len(own)} weights{listed}")
 
 
 def _check_class_flag(options: FamilyOptions, given: Mapping[str, Any]) -> None:

@@ -28,9 +28,12 @@ class OptimizerOptions:
     """Optimizer."""
 
     optimizer: str = option(
-        "adamw", "adamw, or muon, which leaves the matrices of DiT's blocks to Muon", choices=("adamw", "muon")
+        "adamw",
+        "adamw, or muon, which leaves the matrices of DiT's blocks to Muon",
+        choices=("adamw", "muon"),
+        common=True,
     )
-    lr: float = option(5e-4, "learning rate", minimum=0, on_resume="on_request")
+    lr: float = option(5e-4, "learning rate", minimum=0, on_resume="on_request", common=True)
     muon_lr: float = option(
         0.02, "learning rate of Muon's matrices, on the same course as lr", minimum=0, on_resume="on_request"
     )

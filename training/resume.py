@@ -65,7 +65,7 @@ def resume_run(
             )
         return _take_over(state, parse_published(content, path), path, per_epoch, header)
     state.restore(content, processes)
-    return f"{path}: the whole state of the run"
+    return path.name
 
 
 def _take_over(state: TrainingState, published: PublishedFile, path: Path, per_epoch: int, header: Header) -> str:
@@ -93,7 +93,7 @@ def _take_over(state: TrainingState, published: PublishedFile, path: Path, per_e
         f"{len(published.averages)} moving averages" if published.averages else "no moving average (it begins anew)"
     )
     return (
-        f"{path}, of the published code: took over {len(published.weights)} weights, {averages}, the moments of "
-        f"{len(moments)} of {len(names)} trained parameters, and epoch {published.epoch}; the learning rate is a function of "
+        f"{path.name} of LFM's published code: {len(published.weights)} weights, {averages}, the optimizer state of "
+        f"{len(moments)} of {len(names)} trained parameters, and epoch {published.epoch}. The learning rate follows from "
         "the step"
     )

@@ -27,18 +27,20 @@ FINAL_LEARNING_RATE = 1e-5
 class TrainingOptions(OptimizerOptions):
     """Training."""
 
-    seed: int = option(1024, "seed of the initial weights and of every draw")
-    batch_size: int = option(128, "images per process and step", minimum=1)
+    seed: int = option(1024, "seed of the initial weights and of every draw", common=True)
+    batch_size: int = option(128, "images per process and step", minimum=1, common=True)
     grad_accumulation: int = option(
-        1, "parts of that batch that go through the network one by one", minimum=1, on_resume="rounding"
+        1, "parts of that batch that go through the network one by one", minimum=1, on_resume="rounding", common=True
     )
     fsdp: bool = option(
         False,
         "share the weights out among the processes (FSDP2), for networks that outgrow one GPU",
         on_resume="rounding",
     )
-    num_epoch: int = option(1200, "passes over the training images", minimum=1, on_resume="on_request")
-    max_steps: int = option(0, "optimizer steps, instead of num_epoch; 0: by epochs", minimum=0, on_resume="on_request")
+    num_epoch: int = option(1200, "passes over the training images", minimum=1, on_resume="on_request", common=True)
+    max_steps: int = option(
+        0, "optimizer steps, instead of num_epoch; 0: by epochs", minimum=0, on_resume="on_request", common=True
+    )
     max_minutes: float = option(
         0.0, "stop after so many minutes (not reproducible); 0: never", minimum=0, on_resume="freely"
     )
@@ -49,10 +51,12 @@ class TrainingOptions(OptimizerOptions):
         on_resume="on_request",
     )
     no_lr_decay: bool = option(False, "constant learning rate", on_resume="on_request")
-    warmup_steps: int = option(0, "steps of linear warm-up", minimum=0, on_resume="on_request")
+    warmup_steps: int = option(0, "steps of linear warm-up", minimum=0, on_resume="on_request", common=True)
     grad_clip: float = option(0.0, "largest gradient norm; 0: no clipping", minimum=0, on_resume="on_request")
     use_ema: bool = option(True, "sample and save the moving average of the weights")
-    ema_decay: float = option(0.9999, "decay of the moving average per step, after a warm-up", minimum=0, maximum=1)
+    ema_decay: float = option(
+        0.9999, "decay of the moving average per step, after a warm-up", minimum=0, maximum=1, common=True
+    )
     max_bad_steps: int = option(
         100, "stop after so many steps in a row without a finite gradient; 0: never", minimum=0, on_resume="freely"
     )

@@ -4,12 +4,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from checkpoints.tasks import GENERATE
+from checkpoints.tasks import GENERATE, Task
 from datasets_prep.datasets import DatasetOptions
 from models.registry import IGNORED_NETWORK_FLAGS, guided_diffusion_by_default
 from options import INTERRUPTED, Options, UsageError
 from runtime.distributed import Processes, may_restart_several_machines
 from runtime.launch import run_script
+from runtime.messages import fact, note, show
 from runtime.signals import orderly_exit
 from tasks.task import TrainingTask
 from training.experiment import ExperimentOptions, begun_by_this_launch, only_run_in, run_folder
@@ -17,6 +18,8 @@ from training.loop import train
 from training.setup import prepare, training_groups
 
 __all__ = ["IGNORED_FLAGS", "run_training", "run_training_script"]
+
+LOCATION = ("dataset", "exp", "save_root", "datadir")  # options that say where a run and its data are
 
 # Published flags without an effect, here or there.
 IGNORED_FLAGS = {
@@ -40,23 +43,33 @@ def run_training_script(task: TrainingTask, description: str) -> None:
 
 
 def run_training(task: TrainingTask, options: Options, processes: Processes) -> int:
-    """Train for a task, and say how to go on; returns the exit code."""
+    """Train for a task and print the next command; returns the exit code."""
     folder = run_folder(options[ExperimentOptions], options[DatasetOptions].dataset, task.task)
     if options[ExperimentOptions].overwrite:
         options = _overwrite_once(options, folder)
-    print(options.describe("those that differ from the defaults; all: config.json in the run's folder"))
+    show(options.describe("config.json has all"))
     with orderly_exit(), only_run_in(folder, processes):
         run, resume = prepare(options, processes, task)
         parameters = sum(p.numel() for p in run.network.parameters())
-        print(f"{run.header.model_type}, {parameters / 1e6:.1f} M parameters, {len(run.source)} images; {run.folder}")
+        fact("model", f"{run.header.model_type}, {parameters / 1e6:.1f} M parameters")
+        fact("data", f"{run.header.dataset.name}, {len(run.source):,} training images")
+        fact("run folder", str(run.folder))
         complete = train(run, resume)
-    next_step = (
-        f"complete; sample with test_flow_latent{task.task.script}.py, or run_test.sh"
-        if complete
-        else "interrupted; the same command (without --overwrite) continues it"
-    )
-    print(f"{run.folder}: {next_step}")
-    return 0 if complete else INTERRUPTED
+    if not complete:
+        show("interrupted; run the same command again, without --overwrite, to resume")
+        return INTERRUPTED
+    show(f"complete; sample with:\n  {_sampling_command(options, task.task)}")
+    return 0
+
+
+def _sampling_command(options: Options, task: Task) -> str:
+    """The command that samples the run, with the arguments file of the same name if there is one."""
+    arguments = Path("test_args", Path(options.args_file).name)
+    known = arguments.is_file() and Path(options.args_file).parent.name == "train_args"
+    command = f"bash run_test.sh {arguments}" if known else f"python test_flow_latent{task.script}.py"
+    defaults = options.defaults()
+    flags = [f"--{name} {options.written(name)}" for name in LOCATION if options.values[name] != defaults[name]]
+    return " ".join([command, *flags])
 
 
 def _overwrite_once(options: Options, folder: Path) -> Options:
@@ -67,5 +80,5 @@ def _overwrite_once(options: Options, folder: Path) -> Options:
         )
     if not begun_by_this_launch(folder):
         return options
-    print("note: the launcher has started the processes again: the run goes on, without --overwrite")
+    note("the launcher restarted the processes; the run resumes, without --overwrite")
     return replace(options, values={**options.values, "overwrite": False})

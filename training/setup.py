@@ -27,6 +27,7 @@ from models.registry import NETWORKS, Architecture, NetworkOptions, network_grou
 from options import Options, UsageError, as_json
 from runtime.distributed import Processes
 from runtime.files import write_json
+from runtime.messages import fact
 from runtime.pictures import GridOptions
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.provenance import provenance
@@ -104,7 +105,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     per_epoch = steps_per_epoch(len(inputs.dataset), training.batch_size * processes.count)
     calls = training.last_step(per_epoch) * training.grad_accumulation
     machine = machine.settled(calls, processes, whole=not training.fsdp)
-    print(machine.describe())
+    fact("machine", machine.describe())
 
     # The network and its objective.
     model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
@@ -251,4 +252,4 @@ def _show_reconstructions(inputs: _Inputs, machine: Machine, picture: Path) -> N
         return
     ratio = draw_reconstructions(autoencoder, inputs.held_out, machine.device, picture)
     write_json(picture.with_suffix(".json"), {"psnr_db": ratio, "autoencoder": autoencoder.describe()})
-    print(f"held-out images above their reconstructions by the autoencoder, PSNR {ratio:.2f} dB: {picture}")
+    fact("autoencoder", f"PSNR {ratio:.2f} dB on held-out images; reconstructions: {picture}")

@@ -7,6 +7,7 @@ from typing import Any
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.files import move_aside
+from runtime.messages import warn
 from runtime.torch_files import save_content
 
 __all__ = ["CONTENT", "has_state", "read_newest", "save_state"]
@@ -49,7 +50,7 @@ def read_newest(path: Path, read: Callable[[Path], Any], processes: Processes) -
     kept = ""
     if processes.is_main and path.exists():
         kept = f"; it is kept as {move_aside(path, 'damaged').name}"
-    print(f"warning: {reason}{kept}. The run goes on from {previous.name}", flush=True)
+    warn(f"{reason}{kept}. The run resumes from {previous.name}")
     return previous, content
 
 

@@ -1,7 +1,7 @@
-"""CelebAMask-HQ (Lee et al. 2020): 30,000 faces of 1024 x 1024 pixels with maps of 19 classes of 512 x 512.
+"""CelebAMask-HQ (Lee et al. 2020): 30,000 faces of 1024 x 1024 pixels, with 512 x 512 label maps of 19 classes.
 
 CelebAMask-HQ/CelebA-HQ-img/<i>.jpg
-CelebAMask-HQ/CelebAMask-HQ-mask-anno/<i // 2000>/<i, five digits>_<part>.png    as published: one mask a part
+CelebAMask-HQ/CelebAMask-HQ-mask-anno/<i // 2000>/<i, five digits>_<part>.png    official: one mask per part
 CelebAMask-HQ/masks/<i>.png                                                     merged by datasets_prep.celebamask
 """
 
@@ -15,7 +15,7 @@ from options import UsageError
 
 __all__ = ["CELEBA_CLASSES", "IMAGES", "MAPS", "PARTS", "find_celebamask", "numbered_images", "open_celebamask"]
 
-# In the order of their ids from 1, in which a later part is painted over an earlier one.
+# In the order of their ids, which start at 1. Later parts are painted over earlier ones.
 PARTS = tuple(
     "skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l neck cloth".split()
 )
@@ -26,18 +26,18 @@ TREE, IMAGES, MAPS = "CelebAMask-HQ", "CelebA-HQ-img", "masks"
 
 
 def open_celebamask(name: str, datadir: Path, split: Split, image_size: int) -> SegmentedDataset:
-    """The official tree with merged maps; `datadir` is the tree or the folder that holds it.
+    """Open the official tree with merged maps. `datadir` is the tree or its parent.
 
-    The last tenth of the images, by their numbers, is the validation split: 27000.jpg to 29999.jpg.
+    The last tenth of the images by number is the validation split: 27000.jpg to 29999.jpg.
 
     Raises:
-        UsageError: there is no such tree, it has too few images to hold some out, or images without merged maps.
+        UsageError: the tree is missing, it has too few images to hold out a tenth, or merged maps are missing.
     """
     tree = find_celebamask(datadir)
     numbers = numbered_images(tree)
     held_out = len(numbers) // HELD_OUT_SHARE
     if not held_out:
-        raise UsageError(f"{tree / IMAGES} has {len(numbers)} images, too few to hold a tenth of them out")
+        raise UsageError(f"{tree / IMAGES} has {len(numbers)} images, too few to hold out a tenth of them")
     chosen = numbers[-held_out:] if split == "validation" else numbers[:-held_out]
     return open_segmented_files(
         DatasetFacts(name, image_size, 3, None, True, ()),
@@ -46,12 +46,12 @@ def open_celebamask(name: str, datadir: Path, split: Split, image_size: int) -> 
         [tree / IMAGES / f"{number}.jpg" for number in chosen],
         [tree / MAPS / f"{number}.png" for number in chosen],
         CELEBA_CLASSES,
-        f"make them with: python -m datasets_prep.celebamask {datadir}",
+        f"create the maps with: python -m datasets_prep.celebamask {datadir}",
     )
 
 
 def find_celebamask(datadir: Path) -> Path:
-    """The official tree: `datadir` or the folder CelebAMask-HQ in it.
+    """Find the official tree: `datadir` or the folder CelebAMask-HQ in it.
 
     Raises:
         UsageError: neither has a folder of images.
@@ -66,7 +66,7 @@ def find_celebamask(datadir: Path) -> Path:
 
 
 def numbered_images(tree: Path) -> list[int]:
-    """The numbers of the images, sorted.
+    """List the images' numbers, sorted.
 
     Raises:
         UsageError: there are none.

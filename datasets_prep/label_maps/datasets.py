@@ -1,4 +1,4 @@
-"""The datasets for semantic synthesis by name: images with label maps."""
+"""Datasets with label maps by name, for semantic synthesis."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from options import UsageError
 
 __all__ = ["SEGMENTATION_DATASETS", "open_segmentation"]
 
-# Openers take the dataset's name, its directory, the split and the side of the images in pixels.
+# Openers take the dataset's name, its directory, the split and the image side in pixels.
 SEGMENTATION_DATASETS: dict[str, Callable[[str, Path, Split, int], SegmentedDataset]] = {
     "celeba": open_celebamask,
     "celeba_256": open_celebamask,
@@ -27,10 +27,10 @@ def open_segmentation(options: DatasetOptions, split: Split) -> SegmentedDataset
     """Open one split of the dataset that `options` names, with its label maps.
 
     Raises:
-        UsageError: a dataset unknown or without maps, missing files, an image size that the dataset does not admit.
+        UsageError: the dataset is unknown or has no maps, files are missing, or it does not support the image size.
     """
     if options.dataset not in SEGMENTATION_DATASETS:
         known = ", ".join(SEGMENTATION_DATASETS)
-        raise UsageError(f"there are no label maps for the dataset {options.dataset!r}: expected one of {known}")
+        raise UsageError(f"the dataset {options.dataset!r} has no label maps: expected one of {known}")
     dataset = SEGMENTATION_DATASETS[options.dataset](options.dataset, Path(options.datadir), split, options.image_size)
     return dataset.subset(readable_images(dataset)) if options.skip_bad_images else dataset

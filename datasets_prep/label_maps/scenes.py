@@ -1,8 +1,8 @@
-"""Scenes with label maps: ADE20K's benchmark for scene parsing (Zhou et al. 2017) and COCO-Stuff (Caesar et al. 2018).
+"""Scenes with label maps: ADE20K's scene parsing benchmark (Zhou et al. 2017) and COCO-Stuff (Caesar et al. 2018).
 
-ADEChallengeData2016/images/{training,validation}/*.jpg         ids 1 to 150, 0 is unlabelled: 151 classes
+ADEChallengeData2016/images/{training,validation}/*.jpg         ids 1 to 150, and 0 for unlabeled pixels: 151 classes
 ADEChallengeData2016/annotations/{training,validation}/*.png
-{train2017,val2017}/*.jpg                                       ids 0 to 181, 255 is unlabelled: 182 classes
+{train2017,val2017}/*.jpg                                       ids 0 to 181, and 255 for unlabeled pixels: 182 classes
 stuffthingmaps/{train2017,val2017}/*.png
 """
 
@@ -24,7 +24,7 @@ COCO_SPLITS: dict[Split, str] = {"train": "train2017", "validation": "val2017"}
 
 
 class _Folders(NamedTuple):
-    """Where a split's images (.jpg) and maps (.png, of the same names) lie below `tree`."""
+    """The folders of a split's images (.jpg) and maps (.png, with the same names) below `tree`."""
 
     tree: Path
     images: str
@@ -32,7 +32,7 @@ class _Folders(NamedTuple):
 
 
 def open_ade20k(name: str, datadir: Path, split: Split, image_size: int) -> SegmentedDataset:
-    """ADE20K with 151 classes, of which 0 is unlabelled; `datadir` is the tree ADEChallengeData2016 or holds it.
+    """Open ADE20K with 151 classes, where 0 means unlabeled. `datadir` is the tree ADEChallengeData2016 or its parent.
 
     Raises:
         UsageError: a folder is missing or empty, or an image has no map.
@@ -45,30 +45,30 @@ def open_ade20k(name: str, datadir: Path, split: Split, image_size: int) -> Segm
 
 
 def open_coco(name: str, datadir: Path, split: Split, image_size: int) -> SegmentedDataset:
-    """COCO-Stuff with 182 classes; pixels without a label keep the id NO_CLASS. `datadir` or `datadir`/coco is the tree.
+    """Open COCO-Stuff with 182 classes. Unlabeled pixels keep the id NO_CLASS. The tree is `datadir` or `datadir`/coco.
 
     Raises:
         UsageError: a folder is missing or empty, or an image has no map.
     """
     part = COCO_SPLITS[split]
     folders = _find(name, datadir, COCO_TREE, part, f"stuffthingmaps/{part}")
-    # The published list counts from 1, the maps from 0.
+    # The official list counts from 1, the maps from 0.
     names = _names_by_number(folders.tree / COCO_NAMES, r"(\d+): (.+)")
     classes = MapClasses(_class_names(names, COCO_CLASSES), background=False)
     return _as_dataset(name, split, image_size, folders, classes)
 
 
 def _find(name: str, datadir: Path, tree: str, images: str, maps: str) -> _Folders:
-    for place in (datadir / tree, datadir):
-        if (place / images).is_dir() and (place / maps).is_dir():
-            return _Folders(place, images, maps)
+    for root in (datadir / tree, datadir):
+        if (root / images).is_dir() and (root / maps).is_dir():
+            return _Folders(root, images, maps)
     raise UsageError(
         f"{name}: expected the folders {images} and {maps} in {datadir} or {datadir / tree} (see docs/datasets.md)"
     )
 
 
 def _names_by_number(path: Path, line: str) -> dict[int, str]:
-    """The classes' names in the dataset's own list, if it is there; `line` describes a line that tells one."""
+    """Read class names by number from the dataset's list, if it exists. `line` is the regular expression of an entry."""
     if not path.is_file():
         return {}
     matches = (re.fullmatch(line, text) for text in path.read_text(encoding="utf-8").splitlines())

@@ -1,4 +1,4 @@
-"""The contract of the datasets for semantic synthesis: images with label maps, and what maps need: flips and colours."""
+"""The interface of datasets with label maps, and operations on maps: mirroring and coloring."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +18,11 @@ IDS = 256
 class MapClasses:
     """The K classes of label maps.
 
-    `names` are in the order of the ids; `mirrored` are the pairs of ids, left and right, that change places in a mirror
-    image; `background` tells whether class 0 is everything else, which is drawn black; `scored` whether pixels of class 0
-    count in scores.
+    Args:
+        names: class names, in the order of the ids.
+        mirrored: pairs of ids, left and right, that a mirror image exchanges.
+        background: whether class 0 is the background, which is drawn black.
+        scored: whether pixels of class 0 count in scores.
     """
 
     names: tuple[str, ...]
@@ -30,20 +32,20 @@ class MapClasses:
 
     @property
     def count(self) -> int:
-        """K."""
+        """The number of classes K."""
         return len(self.names)
 
     @property
     def palette(self) -> np.ndarray:
-        """A colour uint8 [K, 3] for each class, no two alike; only the background is black."""
+        """One color per class, uint8 [K, 3]. Colors are distinct, and only the background is black."""
         return distinct_colours(self.count) if self.background else distinct_colours(self.count + 1)[1:]
 
 
 class SegmentedDataset(ImageDataset):
     """An ImageDataset with a label map for each image.
 
-    `fingerprint` is that of the images alone, as latents do not depend on the maps; `maps_fingerprint` is that of the files
-    of the maps, empty where these are made of the images.
+    `fingerprint` covers the images alone, because latents do not depend on the maps. `maps_fingerprint` covers the map files;
+    it is empty if the maps are computed from the images.
     """
 
     def __init__(
@@ -63,9 +65,9 @@ class SegmentedDataset(ImageDataset):
         self._read_map = read_map
 
     def label_map(self, index: int) -> torch.Tensor:
-        """Class ids uint8 [H, W] of the pixels of `self[index]`, after the same crop.
+        """Read the class ids uint8 [H, W] of the image `self[index]`, with the same crop.
 
-        Ids 0 to K - 1 are classes; larger ones (NO_CLASS) mean a pixel of no class, whose one-hot vector is zero.
+        Ids 0 to K - 1 are classes. Larger ids (NO_CLASS) mark pixels of no class, whose one-hot vector is zero.
         """
         return self._read_map(index)
 
@@ -79,7 +81,7 @@ class SegmentedDataset(ImageDataset):
         self.label_map(index)
 
     def subset(self, kept: np.ndarray) -> "SegmentedDataset":
-        """The images `kept`, int64 [n] of indices, with their maps."""
+        """The images with the indices `kept`, int64 [n], and their maps."""
         return self._with_images(super().subset(kept), lambda index: self.label_map(int(kept[index])))
 
     def head(self, count: int) -> "SegmentedDataset":
@@ -100,7 +102,7 @@ class SegmentedDataset(ImageDataset):
 
 
 def mirror_map(maps: torch.Tensor, classes: MapClasses) -> torch.Tensor:
-    """The maps uint8 [..., H, W] of the mirror images, on the CPU: flipped, with left and right classes changing places."""
+    """Flip maps uint8 [..., H, W] on the CPU and exchange their left and right classes, for mirror images."""
     ids = np.arange(IDS, dtype=np.uint8)
     for left, right in classes.mirrored:
         ids[left], ids[right] = right, left
@@ -108,20 +110,21 @@ def mirror_map(maps: torch.Tensor, classes: MapClasses) -> torch.Tensor:
 
 
 def colour_map(maps: torch.Tensor, classes: MapClasses) -> torch.Tensor:
-    """Pictures uint8 [B, 3, H, W] of maps uint8 [B, H, W]; pixels of no class are black."""
+    """Color maps uint8 [B, H, W] to pictures uint8 [B, 3, H, W]. Pixels of no class are black."""
     colours = torch.zeros(IDS, 3, dtype=torch.uint8, device=maps.device)
     colours[: classes.count] = torch.from_numpy(classes.palette).to(maps.device)
     return colours[maps.long()].permute(0, 3, 1, 2).contiguous()
 
 
 def distinct_colours(count: int) -> np.ndarray:
-    """Colours uint8 [count, 3], `count` up to 256, by the rule of PASCAL VOC's devkit; the first is black.
+    """Create distinct colors uint8 [count, 3], for `count` up to 256. The first is black.
 
-    The bits of a number, from the lowest, become in turn a bit of red, green and blue, from the highest.
+    Follows the PASCAL VOC devkit. The bits of a color's number, from the lowest, are assigned in turn to red, green and blue,
+    from the highest bit down.
     """
-    colours = np.zeros((count, 3), np.uint8)
+    colors = np.zeros((count, 3), np.uint8)
     numbers = np.arange(count)
     for bit in range(8):
-        colour, place = bit % 3, 7 - bit // 3
-        colours[:, colour] |= ((numbers >> bit & 1) << place).astype(np.uint8)
-    return colours
+        channel, channel_bit = bit % 3, 7 - bit // 3
+        colors[:, channel] |= ((numbers >> bit & 1) << channel_bit).astype(np.uint8)
+    return colors

@@ -1,4 +1,4 @@
-"""Datasets of image files with one file of class ids for each."""
+"""Datasets of image files with one label-map file per image."""
 
 from pathlib import Path
 
@@ -21,16 +21,16 @@ def open_segmented_files(
     images: list[Path],
     maps: list[Path],
     classes: MapClasses,
-    remedy: str = "are the files of the dataset complete?",
+    remedy: str = "check that the dataset is complete",
 ) -> SegmentedDataset:
-    """The files `images` below `root` with the files `maps` in the same order.
+    """Open image files below `root` with the map files `maps`, in the same order.
 
     Raises:
-        UsageError: maps are missing, which ends in `remedy`.
+        UsageError: maps are missing; the message ends with `remedy`.
     """
     if missing := [path for path in maps if not path.is_file()]:
         raise UsageError(
-            f"{facts.name}: {len(missing)} of {len(maps)} images have no label map, the first is {missing[0]}: {remedy}"
+            f"{facts.name}: {len(missing)} of {len(maps)} label maps are missing, the first is {missing[0]}: {remedy}"
         )
 
     def read_labels(index: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Fashion-MNIST for semantic synthesis: the map is the garment's silhouette, filled with the number of its class."""
+"""Fashion-MNIST for semantic synthesis. The label map is the garment's silhouette, filled with the number of its class."""
 
 from pathlib import Path
 
@@ -12,30 +12,29 @@ from datasets_prep.label_maps.segmented_dataset import MapClasses, SegmentedData
 
 __all__ = ["open_silhouettes", "silhouette"]
 
-DARKEST = 20  # grey values above it belong to the garment
-LARGEST_HOLE = 8  # pixels: buttons and black patterns are smaller, the openings of handles and sandals larger
-IN_PLANE = ndimage.generate_binary_structure(2, 1)  # a pixel's four neighbours
-NEIGHBOURS = np.stack([np.zeros_like(IN_PLANE), IN_PLANE, np.zeros_like(IN_PLANE)])  # none in other images
+DARKEST = 20  # gray values above this belong to the garment
+LARGEST_HOLE = 8  # in pixels; buttons and black patterns are at most this large, openings of handles and sandals larger
+IN_PLANE = ndimage.generate_binary_structure(2, 1)  # a pixel's four neighbors
+NEIGHBORS = np.stack([np.zeros_like(IN_PLANE), IN_PLANE, np.zeros_like(IN_PLANE)])  # no neighbors in other images
 
 
 def open_silhouettes(name: str, datadir: Path, split: Split, image_size: int) -> SegmentedDataset:
-    """Fashion-MNIST as `open_idx` has it, with maps of 11 classes: background, then the garments' ones.
+    """Open Fashion-MNIST with label maps of 11 classes: background and the ten garments. See `open_idx`.
 
     Raises:
-        UsageError: as `open_idx`.
+        UsageError: see `open_idx`.
     """
     images = open_idx(name, datadir, split, image_size)
 
-    maps = np.zeros(
-        (len(images), image_size, image_size), np.uint8
-    )  # filled at the first call, as a training calls often
-    found = np.zeros(len(images), bool)
+    # Training reads each map many times, so it is computed once.
+    maps = np.zeros((len(images), image_size, image_size), np.uint8)
+    computed = np.zeros(len(images), bool)
 
     def read_map(index: int) -> torch.Tensor:
-        if not found[index]:
+        if not computed[index]:
             garment = int(images.stored_labels[index]) + 1
             maps[index] = silhouette(images[index])[0].numpy() * np.uint8(garment)
-            found[index] = True
+            computed[index] = True
         return torch.from_numpy(maps[index].copy())
 
     classes = MapClasses(("background", *images.facts.class_names))
@@ -45,13 +44,13 @@ def open_silhouettes(name: str, datadir: Path, split: Split, image_size: int) ->
 
 
 def silhouette(images: torch.Tensor) -> torch.Tensor:
-    """Which pixels belong to the garment: bool [..., H, W] of images uint8 [..., H, W].
+    """Find the garment's pixels, bool [..., H, W], in images uint8 [..., H, W].
 
-    These are the pixels brighter than DARKEST, and enclosed groups of at most LARGEST_HOLE others.
+    These are the pixels brighter than DARKEST, and enclosed groups of at most LARGEST_HOLE darker pixels.
     """
     bright = (images > DARKEST).cpu().numpy().reshape(-1, *images.shape[-2:])
-    enclosed = ndimage.binary_fill_holes(bright, structure=NEIGHBOURS) & ~bright
-    holes, _ = ndimage.label(enclosed, structure=NEIGHBOURS)
+    enclosed = ndimage.binary_fill_holes(bright, structure=NEIGHBORS) & ~bright
+    holes, _ = ndimage.label(enclosed, structure=NEIGHBORS)
     filled = np.bincount(holes.ravel()) <= LARGEST_HOLE
-    filled[0] = False  # no hole
+    filled[0] = False  # label 0 is everything outside the holes
     return torch.from_numpy(bright | filled[holes]).reshape(images.shape).to(images.device)

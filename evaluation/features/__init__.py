@@ -1,1 +1,1 @@
-"""Feature networks: images in, named features out."""
+"""Feature networks, which map images to named features."""

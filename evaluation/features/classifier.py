@@ -1,7 +1,8 @@
-"""A small residual classifier of 28 x 28 grey images, whose penultimate features measure distances between image sets.
+"""Small residual classifier for 28 x 28 grayscale images. Its penultimate layer provides features for scoring.
 
-Stem, then one level per width: a stride-2 convolution that halves the image, and a residual block (He et al. 2016). The
-features are the last level's activations averaged over the image. The file that holds the weights describes itself.
+A stem precedes one level per further width. Each level is a stride-2 convolution, which halves the image, and a residual block
+(He et al. 2016). The features are the last level's activations, averaged over the image. The header of the weights file
+records the architecture and the class names.
 """
 
 import itertools
@@ -21,15 +22,15 @@ from runtime.files import atomic_path
 
 __all__ = ["SIDE", "FashionClassifier", "load_classifier", "save_classifier"]
 
-SIDE = 28  # of the images, in pixels
+SIDE = 28  # image side in pixels
 
 
 class FashionClassifier(nn.Module):
-    """Classifier of pixels [B, 1, 28, 28] in [-1, 1].
+    """Classifier for pixels [B, 1, 28, 28] in [-1, 1].
 
     Args:
-        widths: channels of the stem and of each level; the last is the number of features.
-        classes: the names of the classes, in the order of their labels.
+        widths: channels of the stem and of each level. The last width is the number of features.
+        classes: names of the classes, ordered by class id.
     """
 
     def __init__(self, widths: tuple[int, ...], classes: tuple[str, ...]) -> None:
@@ -42,11 +43,11 @@ class FashionClassifier(nn.Module):
         self.head = nn.Linear(self.dims, len(classes))
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, 1, 28, 28] in [-1, 1] to non-negative features [B, dims]."""
+        """Map pixels [B, 1, 28, 28] in [-1, 1] to non-negative features [B, dims]."""
         return self.body(pixels).mean((2, 3))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, 1, 28, 28] in [-1, 1] to logits [B, K]."""
+        """Map pixels [B, 1, 28, 28] in [-1, 1] to logits [B, K]."""
         return self.head(self.features(pixels))
 
 
@@ -64,7 +65,7 @@ def _convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
 
 
 def save_classifier(network: FashionClassifier, path: str | Path, facts: Mapping[str, Any]) -> None:
-    """Write the weights as float16 safetensors; widths, classes and `facts` (JSON's types) go into the header."""
+    """Write the weights as float16 safetensors, with widths, classes and the JSON-serializable `facts` in the header."""
     weights = {
         name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
         for name, value in network.state_dict().items()
@@ -76,7 +77,7 @@ def save_classifier(network: FashionClassifier, path: str | Path, facts: Mapping
 
 
 def load_classifier(path: str | Path) -> FashionClassifier:
-    """The classifier in a file of `save_classifier`, in float32 and evaluation mode.
+    """Load a file written by `save_classifier`, in float32 and evaluation mode.
 
     Raises:
         UsageError: the file is missing, damaged, or holds another network.
@@ -84,10 +85,10 @@ def load_classifier(path: str | Path) -> FashionClassifier:
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         network = FashionClassifier(tuple(json.loads(header["widths"])), tuple(json.loads(header["classes"])))
         network.load_state_dict(weights)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UsageError(f"cannot load a classifier from {path}: {reason} (train_classifier.py writes one)") from error
+        raise UsageError(f"cannot load {path}: {reason}; expected a classifier saved by train_classifier.py") from error
     return network.eval().requires_grad_(False)

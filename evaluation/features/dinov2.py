@@ -1,6 +1,7 @@
-"""DINOv2's class token (Oquab et al. 2023) as features: the Fréchet distance that Stein et al. (2023) recommend.
+"""DINOv2 features (Oquab et al. 2023), recommended by Stein et al. (2023) for the Fréchet distance.
 
-Images are resized to 224 x 224 bicubically and normalised as ImageNet is, as in arXiv:2306.04675, Appendix B.
+Images are resized to 224 x 224 with bicubic interpolation and normalized with ImageNet's mean and standard deviation, as in
+arXiv:2306.04675, Appendix B.
 """
 
 from collections.abc import Collection, Mapping
@@ -23,13 +24,13 @@ SIZE_OF_WIDTH = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
 
 
 class DinoFeatures:
-    """The class token of a DINOv2 transformer after its last normalisation; grey images are repeated to RGB.
+    """The class token of a DINOv2 transformer after the final layer norm. Grayscale images are repeated to RGB.
 
     Args:
-        weights_file: state dict, timm's or the published one, whose width gives the network's size. None: ViT-L/14's,
+        weights_file: state dict in timm's or the original format. Its width determines the model size. None: ViT-L/14,
             downloaded once.
         device: where the network runs.
-        precision: a key of PRECISIONS, for the network's weights and activations.
+        precision: a key of PRECISIONS, the dtype of weights and activations.
     """
 
     classes: tuple[str, ...] = ()
@@ -47,12 +48,12 @@ class DinoFeatures:
         self.mean, self.std = (torch.tensor(facts[key], device=device).view(1, 3, 1, 1) for key in ("mean", "std"))
 
     def exact(self) -> "DinoFeatures":
-        """The same network in float32: itself, if it already is."""
+        """Return this network in float32, or itself if it already is in float32."""
         return self if self.precision == "fp32" else DinoFeatures(self.weights_file, self.device)
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
-        """Compute the output "features", float32 [B, D], of images uint8 [B, 1 or 3, H, W] of any size."""
+        """Compute the output "features" float32 [B, D] for images uint8 [B, 1 or 3, H, W] of any size."""
         pixels = images.to(self.device).float() / 255
         if pixels.shape[2:] != (SIDE, SIDE):
             resized = interpolate(pixels, size=(SIDE, SIDE), mode="bicubic", antialias=True, align_corners=False)
@@ -75,8 +76,8 @@ def _build(weights_file: str | None) -> tuple[VisionTransformer, str]:
     except (KeyError, RuntimeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"--feature_weights {where} does not fit: expected the state dict of a DINOv2 transformer with patches of 14 "
-            f"pixels and without registers, but: {reason}"
+            f"cannot load {where} as --feature_weights: expected the state dict of a DINOv2 transformer with patch size 14 "
+            f"and without registers ({reason})"
         ) from error
     return network.eval().requires_grad_(False), size
 

@@ -1,4 +1,4 @@
-"""Features of the Fashion-MNIST classifier that this repository ships; their distance is never called FID."""
+"""Features of the bundled Fashion-MNIST classifier. Their Fréchet distance is never called FID."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -16,10 +16,10 @@ FASHION_WEIGHTS = Path(__file__).parents[2] / "pretrained" / "fashion_mnist_clas
 
 
 class FashionFeatures:
-    """The classifier's penultimate layer and its class probabilities; colours are averaged to grey.
+    """The classifier's penultimate layer and class probabilities. Color channels are averaged to grayscale.
 
     Args:
-        weights_file: file of `save_classifier`; None: the bundled one.
+        weights_file: file written by `save_classifier`. None: the bundled file.
         device: where the network runs.
     """
 
@@ -33,15 +33,15 @@ class FashionFeatures:
         self.sha256 = weights_hash(self.network.state_dict())
 
     def exact(self) -> "FashionFeatures":
-        """The network itself, which computes in float32."""
+        """Return the network itself, which computes in float32."""
         return self
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
-        """Compute `outputs` of images uint8 [B, C, 28, 28].
+        """Compute `outputs` for images uint8 [B, C, 28, 28].
 
         Raises:
-            UsageError: images of another size.
+            UsageError: the images have another size.
         """
         found = {"features": self.network.features(self._pixels(images))}
         if "probabilities" in outputs:
@@ -51,7 +51,7 @@ class FashionFeatures:
     def _pixels(self, images: torch.Tensor) -> torch.Tensor:
         if images.shape[2:] != (SIDE, SIDE):
             raise UsageError(
-                f"the features fashion_mnist take {SIDE} x {SIDE} images, but these are "
+                f"--features fashion_mnist needs {SIDE} x {SIDE} images, but these are "
                 f"{images.shape[3]} x {images.shape[2]}; use --features inception"
             )
         return images_to_pixels(images.to(self.device)).mean(1, keepdim=True)

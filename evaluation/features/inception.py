@@ -1,7 +1,8 @@
-"""pytorch_fid's InceptionV3, the network of the FID, arranged to run fast.
+"""The InceptionV3 features of the FID, with pytorch_fid's layers and weights.
 
-Every published FID uses the weights of one TensorFlow graph from 2015. Batch normalisation is folded into the convolutions,
-and tensors lie in memory channels-last; neither changes a feature by more than rounding (benchmarks/scoring.py).
+The weights come from the TensorFlow graph of 2015 that every published FID uses. For speed, batch normalization is folded into
+the convolutions and tensors are in channels_last memory format. Both change the features only by rounding errors
+(benchmarks/scoring.py).
 """
 
 from collections.abc import Collection, Mapping
@@ -19,8 +20,8 @@ from runtime.torch_files import weights_hash
 
 __all__ = ["INCEPTION_DIMS", "InceptionFeatures"]
 
-# pytorch_fid's blocks of layers, by the number of features after each: first and second pooling, the last layer before the
-# auxiliary classifier, and the last layer of all.
+# pytorch_fid's blocks, keyed by their number of output features. They end after the first and the second pooling, before the
+# auxiliary classifier, and after the last layer.
 BLOCKS = {
     64: ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1"),
     192: ("Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2"),
@@ -28,32 +29,35 @@ BLOCKS = {
     2048: ("Mixed_7a", "Mixed_7b", "Mixed_7c"),
 }
 INCEPTION_DIMS = tuple(BLOCKS)
-SIDE = 299  # pixels that the network sees
-SPATIAL_LAYER = (2, 6)  # block and place of Mixed_6d, which the TensorFlow graph calls mixed_6
-SPATIAL_CHANNELS = 7  # of 768, which gives about as many features as pooling does (Nash et al. 2021)
+SIDE = 299  # input size in pixels
+SPATIAL_LAYER = (2, 6)  # block and layer index of Mixed_6d, called mixed_6 in the TensorFlow graph
+SPATIAL_CHANNELS = 7  # of 768; yields about as many features as average pooling (Nash et al. 2021)
 SPATIAL_WIDTH = SPATIAL_CHANNELS * 17 * 17
 
 
 class InceptionFeatures:
-    """Average-pooled activations of InceptionV3; grey images are repeated to RGB.
+    """Average-pooled activations of InceptionV3. Grayscale images are repeated to RGB.
 
-    At 2048 features it also has "spatial", the first 7 channels of Mixed_6d (ReLU included), and "logits" without the bias,
-    from which the Inception Score has always been computed.
+    With 2048 features, the network has two more outputs: "spatial", the first 7 channels of Mixed_6d after the ReLU, and
+    "logits" without the bias, as always used for the Inception Score.
 
     Args:
-        weights_file: state dict in pytorch_fid's format; None: the published one, downloaded once.
+        weights_file: state dict in pytorch_fid's format. None: pytorch_fid's own weights, downloaded once.
         device: where the network runs.
-        dims: the layer, by its number of features: 64, 192, 768 or 2048 (the FID's).
-        precision: a key of PRECISIONS, for the network's weights and activations.
+        dims: number of features, which selects the layer: 64, 192, 768 or 2048 (used by the FID).
+        precision: a key of PRECISIONS, the dtype of weights and activations.
+
+    Raises:
+        UsageError: invalid `dims`, or weights that cannot be read, downloaded or loaded.
     """
 
-    classes: tuple[str, ...] = ()  # the logits' 1008 classes have no names here
+    classes: tuple[str, ...] = ()
 
     def __init__(
         self, weights_file: str | None, device: torch.device | str, dims: int = 2048, precision: str = "fp32"
     ) -> None:
         if dims not in INCEPTION_DIMS:
-            raise UsageError(f"--dims {dims}: InceptionV3 has layers of {', '.join(map(str, INCEPTION_DIMS))} features")
+            raise UsageError(f"--dims {dims}: expected one of {', '.join(map(str, INCEPTION_DIMS))} for InceptionV3")
         whole = dims == INCEPTION_DIMS[-1]
         self.weights_file, self.device, self.dims, self.precision = weights_file, device, dims, precision
         self.name = "inception" if whole else f"inception_{dims}"
@@ -63,28 +67,28 @@ class InceptionFeatures:
         self.classifier = classifier.to(device)
         further = {"spatial": SPATIAL_WIDTH, "logits": len(classifier)} if whole else {}
         self.outputs: Mapping[str, int] = {"features": dims, **further}
-        _fold_normalisation(network)
+        _fold_batch_norm(network)
         self.dtype = PRECISIONS[precision]
         self.network = network.to(device, self.dtype).to(memory_format=torch.channels_last)
 
     def exact(self) -> "InceptionFeatures":
-        """The same network in float32: itself, if it already is."""
+        """Return this network in float32, or itself if it already is in float32."""
         return self if self.precision == "fp32" else InceptionFeatures(self.weights_file, self.device, self.dims)
 
     @torch.inference_mode()
     def __call__(self, images: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
-        """Compute `outputs` of images uint8 [B, 1 or 3, H, W] of any size.
+        """Compute `outputs` for images uint8 [B, 1 or 3, H, W] of any size.
 
         Returns:
-            Features [B, dims], spatial [B, 2023] and logits [B, 1008], as far as `outputs` names them, in float32.
+            The requested outputs in float32: "features" [B, dims], "spatial" [B, 2023] and "logits" [B, 1008].
         """
         found: dict[str, torch.Tensor] = {}
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             x = self._prepare(images)
-            for number, block in enumerate(self.network):
-                for place, layer in enumerate(block.children()):
+            for block_index, block in enumerate(self.network):
+                for layer_index, layer in enumerate(block.children()):
                     x = layer(x)
-                    if (number, place) == SPATIAL_LAYER and "spatial" in outputs:
+                    if (block_index, layer_index) == SPATIAL_LAYER and "spatial" in outputs:
                         found["spatial"] = x[:, :SPATIAL_CHANNELS].float().flatten(1)
                         if len(outputs) == 1:
                             return found
@@ -102,11 +106,11 @@ class InceptionFeatures:
 
 
 def _build(weights_file: str | None, dims: int) -> tuple[nn.ModuleList, torch.Tensor]:
-    """The blocks up to the layer of `dims` features, without its pooling, and the classifier's weight [1008, 2048].
+    """Build the blocks up to the layer with `dims` features, without average pooling; also return `fc.weight` [1008, 2048].
 
-    torchvision assembles the network from pytorch_fid's layers, since pytorch_fid's own constructor always downloads.
+    torchvision assembles the network from pytorch_fid's layers, because pytorch_fid's own constructor always downloads weights.
     """
-    from pytorch_fid import inception  # pip's
+    from pytorch_fid import inception  # the pip package, not this repository's folder
 
     url = inception.FID_WEIGHTS_URL
     weights = (
@@ -123,8 +127,8 @@ def _build(weights_file: str | None, dims: int) -> tuple[nn.ModuleList, torch.Te
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"--feature_weights {weights_file} does not fit pytorch_fid's InceptionV3: expected the state dict "
-            f"published at {url}, but: {reason}"
+            f"cannot load --feature_weights {weights_file} into pytorch_fid's InceptionV3: expected the state dict "
+            f"published at {url} ({reason})"
         ) from error
     network.eval().requires_grad_(False)
     needed = INCEPTION_DIMS[: INCEPTION_DIMS.index(dims) + 1]
@@ -132,10 +136,10 @@ def _build(weights_file: str | None, dims: int) -> tuple[nn.ModuleList, torch.Te
     return nn.ModuleList(blocks), weights["fc.weight"].float()
 
 
-def _fold_normalisation(module: nn.Module) -> None:
-    """Fold every convolution's batch normalisation into its weights, in place."""
+def _fold_batch_norm(module: nn.Module) -> None:
+    """Fold batch normalization into the preceding convolutions, in place."""
     for child in module.children():
         if isinstance(child, BasicConv2d):
             child.conv, child.bn = fuse_conv_bn_eval(child.conv, child.bn), nn.Identity()
         else:
-            _fold_normalisation(child)
+            _fold_batch_norm(child)

@@ -1,6 +1,6 @@
-"""What every feature network offers: images in, named features out.
+"""The interface of feature networks, which map images to named features.
 
-Scores compare the distributions of these features. Nothing outside this folder knows which network computes them.
+Metrics compare the distributions of these features. Code outside this folder does not depend on the network.
 """
 
 from collections.abc import Collection, Mapping
@@ -20,11 +20,11 @@ class FeatureNetwork(Protocol):
         name: network and layer, such as "inception_64".
         label: name of the Fréchet distance between its features, such as "FID".
         sha256: hash of the weights.
-        precision: a key of PRECISIONS, the type of weights and activations.
+        precision: a key of PRECISIONS, the dtype of weights and activations.
         device: where the network runs.
-        outputs: width of each named output. Every network has "features". Further names are "spatial" (features that keep
-            their place in the image), "logits" and "probabilities".
-        classes: names of the classes that "probabilities" refers to, in the order of their ids; empty without that output.
+        outputs: width of each output, by name. Every network has "features". Optional outputs are "spatial" (features that
+            are not averaged over the image), "logits" and "probabilities".
+        classes: class names for "probabilities", ordered by class id. Empty without that output.
     """
 
     name: str
@@ -36,36 +36,39 @@ class FeatureNetwork(Protocol):
     classes: tuple[str, ...]
 
     def __call__(self, images: torch.Tensor, outputs: Collection[str]) -> dict[str, torch.Tensor]:
-        """Compute some outputs of images uint8 [B, 1 or 3, H, W], and nothing that they do not need.
+        """Compute the requested outputs for a batch of images, skipping layers that they do not need.
 
         Args:
-            images: of one size, on any device.
+            images: uint8 [B, 1 or 3, H, W] on any device.
             outputs: keys of the attribute `outputs`.
 
         Returns:
-            Just these outputs by name, each float32 [B, width] on the network's device.
+            The requested outputs by name, each float32 [B, width] on the network's device.
 
         Raises:
-            UsageError: the network does not take images of this size.
+            UsageError: the network does not accept images of this size.
         """
         ...
 
     def exact(self) -> "FeatureNetwork":
-        """The same network in float32: itself, if it already is."""
+        """Return this network in float32, or itself if it already is in float32."""
         ...
 
 
 def describe_features(features: FeatureNetwork) -> dict[str, str]:
-    """What results and statistics files record about their feature network; float32 goes unmentioned."""
+    """Describe a feature network for results and statistics files. The precision is included unless it is float32."""
     described = {"name": features.name, "label": features.label, "sha256": features.sha256}
     return described if features.precision == "fp32" else {**described, "precision": features.precision}
 
 
 def predict_classes(classifier: FeatureNetwork, images: torch.Tensor) -> torch.Tensor:
-    """The most probable class of each image uint8 [B, C, H, W], as ids int64 [B] on the CPU.
+    """Predict the most probable class of each image.
 
     Args:
         classifier: a network with the output "probabilities".
-        images: of the size that it takes.
+        images: uint8 [B, C, H, W], of a size that the network accepts.
+
+    Returns:
+        Class ids int64 [B] on the CPU.
     """
     return classifier(images, {"probabilities"})["probabilities"].argmax(1).cpu()

@@ -1,6 +1,6 @@
-"""The feature networks by name, and the options that choose one.
+"""The available feature networks and the options that select one.
 
-A new network is one module with a class that fulfils `FeatureNetwork`, and one entry in FEATURES.
+To add a network, write a module with a class that implements `FeatureNetwork` and add a loader to FEATURES.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def _inception(options: "FeatureOptions", device: torch.device | str) -> Feature
 
 
 def _dinov2(options: "FeatureOptions", device: torch.device | str) -> FeatureNetwork:
-    from evaluation.features.dinov2 import DinoFeatures  # timm's registry takes seconds to import
+    from evaluation.features.dinov2 import DinoFeatures  # importing timm takes seconds
 
     return DinoFeatures(options.feature_weights, device, options.feature_precision)
 
@@ -39,34 +39,39 @@ FEATURES: dict[str, Loader] = {"inception": _inception, "dinov2": _dinov2, "fash
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """Feature network of the scores."""
+    """Feature network."""
 
     on_resume: ClassVar = "freely"
 
     features: str | None = option(
         None,
-        "feature network; default: fashion_mnist for that dataset, else inception (whose score is the FID)",
+        "network whose features are compared; default: fashion_mnist for that dataset, else inception (as in the FID)",
         choices=FEATURES,
     )
     feature_weights: str | None = option(
-        None, "file of the network's weights; default: the published ones (downloaded once), or the bundled ones"
+        None, "file with the network's weights; default: the original weights (downloaded once) or the bundled ones"
     )
     feature_precision: str = option(
-        "fp32", "precision of inception and dinov2; bf16 is faster on GPUs and says how much it changes the score",
+        "fp32", "precision of inception and dinov2; bf16 is faster on GPUs, and the result reports its effect on the score",
         choices=PRECISIONS,
     )  # fmt: skip
     dims: int = option(
-        INCEPTION_DIMS[-1], "layer of inception, by its number of features: 64, 192, 768, or 2048 (the FID's)"
+        INCEPTION_DIMS[-1],
+        "number of inception features, which selects the layer: 64, 192, 768, or 2048 (used by the FID)",
     )
 
 
 def default_features(dataset_name: str) -> str:
-    """The feature network that scores a dataset when the user names none."""
+    """The name of the feature network that scores a dataset by default."""
     return "fashion_mnist" if dataset_name == "fashion_mnist" else "inception"
 
 
 def choose_features(options: FeatureOptions, dataset_name: str, machine: Machine) -> FeatureNetwork:
-    """Load the feature network that `options` names, else the dataset's default; errors as in `load_features`."""
+    """Load the feature network named in `options`, or the dataset's default.
+
+    Raises:
+        UsageError: as `load_features` does.
+    """
     return load_features(options.features or default_features(dataset_name), options, machine.device)
 
 
@@ -74,13 +79,13 @@ def load_features(name: str, options: FeatureOptions, device: torch.device | str
     """Load the feature network `name` (a key of FEATURES).
 
     Args:
-        name: takes precedence over `options.features`.
-        options: weights file (None: the network's own weights), precision and layer.
+        name: the network. `options.features` is ignored.
+        options: weights file (None: the network's default weights), precision and layer.
         device: where the network runs.
 
     Raises:
-        UsageError: an unknown name, or weights that are missing, damaged, foreign or cannot be downloaded.
+        UsageError: an unknown name, or weights that are missing, damaged, for another network or impossible to download.
     """
     if name not in FEATURES:
-        raise UsageError(f"unknown features {name!r}: expected one of {', '.join(FEATURES)} (--features)")
+        raise UsageError(f"--features {name}: expected one of {', '.join(FEATURES)}")
     return FEATURES[name](options, device)

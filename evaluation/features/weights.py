@@ -1,4 +1,4 @@
-"""State dicts of feature networks: from a local file, or downloaded from where they are published."""
+"""Loading state dicts of feature networks, from a local file or by download."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ __all__ = ["download_weights", "read_weights_file"]
 
 
 def read_weights_file(path: str) -> dict[str, torch.Tensor]:
-    """The state dict in a .safetensors file, or in one of torch.save, which is read with weights_only=True.
+    """Read a state dict from a .safetensors file or a torch.save file. The latter is read with weights_only=True.
 
     Raises:
         UsageError: the file is missing, damaged, or holds something else.
@@ -22,22 +22,29 @@ def read_weights_file(path: str) -> dict[str, torch.Tensor]:
     try:
         weights = load_file(path) if Path(path).suffix == ".safetensors" else read_torch_file(path)
     except (OSError, SafetensorError, UsageError) as error:
-        raise UsageError(f"--feature_weights {path}: {error}") from error
+        raise UsageError(f"cannot use the weights file {path}: {error}") from error
     if not isinstance(weights, dict):
-        raise UsageError(f"--feature_weights {path}: expected a state dict, but found {type(weights).__name__}")
+        raise UsageError(
+            f"cannot use the weights file {path}: expected a state dict, but found {type(weights).__name__}"
+        )
     return weights
 
 
 def download_weights(url: str, what: str, *, check_hash: bool = False) -> dict[str, torch.Tensor]:
-    """The state dict published at `url`, kept in torch's cache; `check_hash` where the file's name holds its SHA-256.
+    """Download a state dict into torch's cache, or load it from there.
+
+    Args:
+        url: where it is published.
+        what: the network's name, for the error message.
+        check_hash: check the SHA-256 prefix in the file name.
 
     Raises:
-        UsageError: it cannot be fetched; the message says what to do.
+        UsageError: the download failed. The message explains how to use a local file instead.
     """
     try:
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=check_hash, weights_only=True)
     except UNREADABLE as error:
         raise UsageError(
-            f"cannot download the {what} weights ({error}): fetch {url} on another machine and pass it as "
-            "--feature_weights FILE"
+            f"cannot download the {what} weights ({error}): download {url} on another machine, then pass it as "
+            "--feature_weights FILE (--lpips_weights FILE for LPIPS)"
         ) from error

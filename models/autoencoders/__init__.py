@@ -1,1 +1,1 @@
-"""Autoencoders: images to latents and back."""
+"""Autoencoders, which map images to latents and back."""

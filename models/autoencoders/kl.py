@@ -1,11 +1,12 @@
 """diffusers' AutoencoderKL, which encodes an image to a normal posterior (Kingma & Welling 2013, arXiv:1312.6114).
 
-A posterior sample z becomes the latent (z - mean) / std, per channel, so that latents have about unit scale. The scale is, in
-this order, an explicit `--scale_factor` s (mean 0, std 1 / s), the autoencoder's own `latents_mean` and `latents_std`, or its
-`scaling_factor`.
+A posterior sample z becomes the latent (z - mean) / std, per channel, which has about unit scale. Mean and std come from
+the first of these that is set: `--scale_factor` s (mean 0, std 1 / s), the autoencoder's `latents_mean` and `latents_std`,
+or its `scaling_factor` and `shift_factor`.
 
-Encoding takes the precision of the autocast around it, decoding is float32 (DECODING). Weights and pixels lie channels last,
-which convolutions on a CPU are faster with; the order of float32 sums differs from that of channels first.
+Encoding runs in the precision of the surrounding autocast; decoding runs in float32 (see DECODING). Weights and pixels are
+in channels-last format, because it makes convolutions faster on CPUs. Compared with channels first, this changes the order
+of float32 sums.
 """
 
 import contextlib
@@ -25,20 +26,20 @@ from runtime.torch_files import weights_hash
 
 __all__ = ["LOGVAR_RANGE", "KLAutoencoder", "decode_pixels", "encode_moments", "load_kl", "new_autoencoder_kl"]
 
-# Pixels that pass through the autoencoder at a time. On a CPU two images of 256 x 256, of which more gain nothing; elsewhere
-# eight, which fill the device.
+# The autoencoder processes images in chunks: two images of 256 x 256 pixels on a CPU, where larger chunks gain nothing, and
+# eight on other devices, to fill them.
 PIXELS_PER_CHUNK = 1 << 17
-CHUNKS_OFF_CPU = 4  # times as many
-LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clamps it
+OFF_CPU_MULTIPLIER = 4
+LOGVAR_RANGE = (-30.0, 20.0)  # the clamping range of diffusers' DiagonalGaussianDistribution
 
 
 class KLAutoencoder:
-    """A diffusers AutoencoderKL with the scale of its latents.
+    """A diffusers AutoencoderKL and the scale of its latents.
 
     Args:
-        network: the autoencoder, in evaluation mode.
-        identity: hub id or folder, kept for checkpoints.
-        scale_factor: overrides the autoencoder's own statistics.
+        network: the autoencoder; it is frozen and set to evaluation mode.
+        identity: hub id or folder, recorded in checkpoints.
+        scale_factor: overrides the latent mean and std in the autoencoder's configuration.
     """
 
     has_posterior = True
@@ -59,7 +60,7 @@ class KLAutoencoder:
         self.sha256 = weights_hash(network.state_dict())
 
     def describe(self) -> AutoencoderFacts:
-        """Where it came from, its weights' hash, the latents' scale."""
+        """Hub id or folder, hash of the weights, and scale of the latents."""
         return AutoencoderFacts(
             id=self.identity,
             sha256=self.sha256,
@@ -69,33 +70,33 @@ class KLAutoencoder:
         )
 
     def to(self, device: torch.device | str) -> Self:
-        """Move weights and statistics to `device`."""
+        """Move the weights, and the latents' mean and std, to `device`."""
         self.network.to(device)
         self.mean, self.std = self.mean.to(device), self.std.to(device)
         return self
 
     def restore_scale(self, stored: AutoencoderFacts) -> None:
-        """Scale latents as `stored` says, even if the autoencoder's own configuration has changed since."""
+        """Scale latents by the mean and std in `stored`, even if the autoencoder's configuration has changed since."""
         self.mean, self.std = (
             torch.tensor(values).view(1, -1, 1, 1).to(self.mean) for values in (stored.latents_mean, stored.latents_std)
         )
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images [B, C, H, W] to posterior moments [B, 2 c, h, w], float32; the log-variance is clamped.
+        """Encode uint8 images [B, C, H, W] to posterior moments [B, 2 c, h, w], float32, with clamped log-variance.
 
-        Convolutions run in the precision of the autocast around the call, float32 without one. Grey images are repeated for
-        an autoencoder of colour images.
+        Convolutions run in the precision of the surrounding autocast, or in float32 without one. For an autoencoder of color
+        images, a grayscale image is repeated to three channels.
 
         Raises:
-            UsageError: channels or sides that the autoencoder does not admit.
+            UsageError: the autoencoder does not support the images' channels or sides.
         """
         if images.shape[1] == 1 and self.image_channels == 3:
             images = images.expand(-1, 3, -1, -1)
         if images.shape[1] != self.image_channels:
             raise UsageError(
-                f"the autoencoder {self.identity} expects images of {self.image_channels} channels, "
-                f"but the dataset has {images.shape[1]}"
+                f"the autoencoder {self.identity} expects {self.image_channels}-channel images, "
+                f"but the dataset has {images.shape[1]}-channel images"
             )
         if images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise UsageError(
@@ -109,27 +110,27 @@ class KLAutoencoder:
         return torch.cat([mean, logvar.clamp(*LOGVAR_RANGE)], dim=1)
 
     def sample(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Scaled latents [B, c, h, w] of moments and standard normal noise; the posterior mean without noise."""
+        """Scaled latents [B, c, h, w] from posterior moments and standard normal noise; without noise, the posterior mean."""
         mean, logvar = moments.float().chunk(2, dim=1)
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         return (z - self.mean) / self.std
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents [B, c, h, w] to uint8 images [B, C, H, W], in chunks that fit the memory."""
+        """Decode scaled latents [B, c, h, w] to uint8 images [B, C, H, W], in chunks to limit memory."""
         z = (latents.float() * self.std + self.mean).contiguous(memory_format=torch.channels_last)
         chunk = _chunk(latents.shape[2] * latents.shape[3] * self.factor**2, latents.device)
         return torch.cat([pixels_to_images(decode_pixels(self.network, part)) for part in z.split(chunk)])
 
 
 def encode_moments(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Moments [B, 2 c, h, w] of an AutoencoderKL for pixels in [-1, 1]."""
+    """Posterior moments [B, 2 c, h, w] from an AutoencoderKL for pixels in [-1, 1]."""
     hidden = network.encoder(pixels)  # type: ignore[operator]
     return network.quant_conv(hidden) if network.quant_conv is not None else hidden  # type: ignore[operator]
 
 
 def decode_pixels(network: nn.Module, z: torch.Tensor) -> torch.Tensor:
-    """Pixels, about [-1, 1], of an AutoencoderKL for unscaled latents z."""
+    """Pixels, about in [-1, 1], that an AutoencoderKL decodes from unscaled latents z."""
     hidden = network.post_quant_conv(z) if network.post_quant_conv is not None else z  # type: ignore[operator]
     return network.decoder(hidden)  # type: ignore[operator]
 
@@ -137,14 +138,14 @@ def decode_pixels(network: nn.Module, z: torch.Tensor) -> torch.Tensor:
 def new_autoencoder_kl(
     channels: int, widths: tuple[int, ...], latent_channels: int, image_size: int, statistics: Mapping[str, Any]
 ) -> Any:
-    """An untrained AutoencoderKL that halves the image len(widths) - 1 times.
+    """Build an untrained AutoencoderKL that halves the image len(widths) - 1 times.
 
     Args:
-        channels: of the image, 1 or 3.
-        widths: channels of each level, multiples of 8.
+        channels: channels of the image, 1 or 3.
+        widths: channels of each level; multiples of 8.
         latent_channels: c.
-        image_size: recorded in its configuration.
-        statistics: further entries of its configuration, such as latents_mean.
+        image_size: recorded in the configuration.
+        statistics: further configuration entries, such as latents_mean.
     """
     return diffusers.AutoencoderKL(
         in_channels=channels,
@@ -162,10 +163,12 @@ def new_autoencoder_kl(
 
 
 def load_kl(folder: Path | None, name: str, scale_factor: float | None) -> KLAutoencoder:
-    """The AutoencoderKL in a local `folder` in diffusers format, else the hub's of that `name`, in safetensors format.
+    """Load an AutoencoderKL from a local `folder` in diffusers format or, if that is None, from the hub by `name`.
+
+    The weights must be in safetensors format.
 
     Raises:
-        UsageError: diffusers cannot load it.
+        UsageError: diffusers cannot load the autoencoder.
     """
     local = folder is not None
     try:
@@ -177,7 +180,7 @@ def load_kl(folder: Path | None, name: str, scale_factor: float | None) -> KLAut
                 use_safetensors=True,
                 local_files_only=local,
             )
-    except Exception as error:  # diffusers raises many kinds for one thing: it cannot be loaded
+    except Exception as error:  # diffusers raises many types of error when loading fails
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(f"cannot load the autoencoder {name}: {reason}") from error
     return KLAutoencoder(network, name, scale_factor)
@@ -192,5 +195,5 @@ def _latent_scale(config: Any, scale_factor: float | None) -> tuple[list[float],
 
 
 def _chunk(pixels: int, device: torch.device) -> int:
-    """Images of so many pixels in a chunk."""
-    return max(1, PIXELS_PER_CHUNK * (1 if device.type == "cpu" else CHUNKS_OFF_CPU) // pixels)
+    """Number of images in a chunk, for images with `pixels` pixels each."""
+    return max(1, PIXELS_PER_CHUNK * (1 if device.type == "cpu" else OFF_CPU_MULTIPLIER) // pixels)

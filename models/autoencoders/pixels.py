@@ -1,4 +1,4 @@
-"""Images as pixels in [-1, 1], and pixel space, the autoencoder that leaves them so."""
+"""Conversion between images and pixels in [-1, 1], and pixel space: the autoencoder whose latents are pixels."""
 
 from typing import Self
 
@@ -8,21 +8,24 @@ from models.autoencoders.protocol import AutoencoderFacts
 
 __all__ = ["DECODING", "PixelSpace", "images_to_pixels", "pixels_to_images"]
 
-DECODING = {"precision": "fp32", "rounding": "round(127.5 x + 127.5), clamped to 0..255"}  # recorded with every result
+DECODING = {"precision": "fp32", "rounding": "round(127.5 x + 127.5), clamped to 0..255"}  # recorded in every result
 
 
 def images_to_pixels(images: torch.Tensor) -> torch.Tensor:
-    """uint8 images to float32 pixels in [-1, 1]."""
+    """Convert uint8 images to float32 pixels in [-1, 1]."""
     return images.float() / 127.5 - 1
 
 
 def pixels_to_images(pixels: torch.Tensor) -> torch.Tensor:
-    """Float pixels to uint8 images, by the rule that DECODING names: the only quantisation there is."""
+    """Convert float pixels to uint8 images with the rounding in DECODING.
+
+    No other step quantizes images.
+    """
     return (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class PixelSpace:
-    """The autoencoder `none`: moments and latents are the pixels themselves."""
+    """The autoencoder `none`, where moments and latents are the pixels themselves."""
 
     factor = 1
 
@@ -33,24 +36,24 @@ class PixelSpace:
         self.latent_channels = self.moment_channels = channels
 
     def describe(self) -> AutoencoderFacts:
-        """No weights, no scale."""
+        """The id `none`, without weights or scale."""
         return AutoencoderFacts(id="none", sha256="none")
 
     def restore_scale(self, stored: AutoencoderFacts) -> None:
-        """Pixels have no scale of their own."""
+        """Do nothing, because pixels are not scaled."""
 
     def to(self, device: torch.device | str) -> Self:
-        """Nothing to move."""
+        """Return `self`; there is nothing to move."""
         return self
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images [B, C, H, W] to pixels [B, C, H, W]."""
+        """Convert uint8 images [B, C, H, W] to pixels [B, C, H, W]."""
         return images_to_pixels(images)
 
     def sample(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """The pixels, unchanged: there is no posterior to sample."""
+        """The pixels, unchanged; `noise` is ignored, because there is nothing to sample."""
         return moments
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, C, H, W] to uint8 images."""
+        """Convert pixels [B, C, H, W] to uint8 images."""
         return pixels_to_images(latents)

@@ -1,8 +1,8 @@
-"""What every autoencoder offers: images to latents and back.
+"""The interface of all autoencoders, which map images to latents and back.
 
-An image uint8 [B, C, H, W] becomes `moments`: the posterior's mean and log-variance [B, 2 c, h, w], or the latent itself
-[B, c, h, w] for an autoencoder without a posterior. `sample` turns moments into latents of about unit scale, `decode` turns
-latents into images.
+`encode` maps uint8 images [B, C, H, W] to `moments`: the posterior's mean and log-variance [B, 2 c, h, w], or the latent
+[B, c, h, w] for an autoencoder without a posterior. `sample` turns moments into latents of about unit scale. `decode` maps
+latents to images.
 """
 
 from collections.abc import Mapping
@@ -16,12 +16,12 @@ __all__ = ["Autoencoder", "AutoencoderFacts"]
 
 @dataclass(frozen=True)
 class AutoencoderFacts:
-    """What a checkpoint and a latent cache record about their autoencoder.
+    """The record of an autoencoder in checkpoints and latent caches.
 
     Args:
         id: hub id or folder; "none" for pixel space.
-        sha256: hash of the weights; None where the file was converted without them.
-        scale_factor: the factor that the user gave, if any.
+        sha256: hash of the weights; None for a checkpoint that was converted without them.
+        scale_factor: the user's --scale_factor, if given.
         latents_mean, latents_std: per channel; latents are (z - mean) / std. Empty in pixel space.
     """
 
@@ -33,12 +33,12 @@ class AutoencoderFacts:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
-        """The facts in a header's JSON; files from before a field existed get its default."""
+        """Read the facts from a header's JSON; a field that an older file lacks takes its default."""
         values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         return cls(**values)
 
     def to_json(self) -> dict[str, Any]:
-        """The entries that a header and a result store: pixel space has no scale."""
+        """The entries for headers and results; pixel space has no scale entries."""
         facts: dict[str, Any] = {"id": self.id, "sha256": self.sha256}
         if not self.latents_std:
             return facts
@@ -50,11 +50,11 @@ class Autoencoder(Protocol):
     """Encodes images, samples latents and decodes them.
 
     Attributes:
-        factor: H / h, how many times smaller latents are than images.
+        factor: downsampling factor H / h.
         latent_channels: c.
-        moment_channels: channels of what `encode` returns: 2 c with a posterior, else c.
+        moment_channels: number of channels that `encode` returns: 2 c with a posterior, else c.
         has_posterior: whether `encode` returns a mean and a log-variance.
-        is_pixel_space: whether latents are the pixels themselves, so that there is nothing to cache and nothing is lost.
+        is_pixel_space: whether latents are the pixels themselves. There is then nothing to cache, and encoding is lossless.
     """
 
     factor: int
@@ -64,25 +64,25 @@ class Autoencoder(Protocol):
     is_pixel_space: bool
 
     def describe(self) -> AutoencoderFacts:
-        """What a checkpoint and a latent cache record."""
+        """The record for checkpoints and latent caches."""
         ...
 
     def to(self, device: torch.device | str) -> Self:
-        """Move weights and statistics to `device`."""
+        """Move the weights, and the latents' mean and std, to `device`."""
         ...
 
     def restore_scale(self, stored: AutoencoderFacts) -> None:
-        """Scale latents as `stored` says, even if the autoencoder's own configuration has changed since."""
+        """Scale latents by the mean and std in `stored`, even if the autoencoder's configuration has changed since."""
         ...
 
     def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images [B, C, H, W] to float32 moments [B, moment_channels, h, w]."""
+        """Encode uint8 images [B, C, H, W] to float32 moments [B, moment_channels, h, w]."""
         ...
 
     def sample(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Scaled latents [B, c, h, w] of moments and standard normal noise like them; the posterior mean without noise."""
+        """Scaled latents [B, c, h, w] from moments and standard normal noise; without noise, the posterior mean."""
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Scaled latents [B, c, h, w] to uint8 images [B, C, H, W]."""
+        """Decode scaled latents [B, c, h, w] to uint8 images [B, C, H, W]."""
         ...

@@ -308,7 +308,7 @@ def test_mistakes_in_converting(convert, golden, autoencoder, tmp_path):
         assert message in err
         assert len(err.splitlines()) == 1
     assert not target.exists()
-    code, out, _ = convert("--help")
+    code, out, _ = convert("--help_all")
     assert code == 0
     assert "--module_prefix" in out
 

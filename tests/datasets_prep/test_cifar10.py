@@ -105,7 +105,7 @@ def test_the_archive_is_unpacked_in_the_data_directory(tmp_path, batches, images
 
 def test_a_failed_download_is_reported(tmp_path, no_network):
     with pytest.raises(
-        UsageError, match=rf"neither {FOLDER}/ nor {ARCHIVE} .*no route to host.*Fetch https?://.*{ARCHIVE}"
+        UsageError, match=rf"neither {FOLDER}/ nor {ARCHIVE} .*no route to host.*Download https?://.*{ARCHIVE}"
     ):
         open_split(tmp_path / "new")
     assert no_network[0][1] == "c58f30108f718f92721af3b95e74349a"
@@ -126,7 +126,7 @@ def test_damaged_files_are_named(tmp_path, batches, no_network):
     ("change", "message"),
     [
         ({"labels": [0, 1, 2]}, r"found uint8 \(4, 3072\) and \(3,\)"),
-        ({"labels": [0, 1, 2, 10]}, "0 to 10 were found"),
+        ({"labels": [0, 1, 2, 10]}, "but found 0 to 10"),
         ({"data": np.zeros((4, 3072))}, "found float64"),
     ],
 )

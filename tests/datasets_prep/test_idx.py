@@ -83,7 +83,7 @@ def test_a_truncated_or_foreign_file_is_named(tmp_path, damage):
     name = "train-images-idx3-ubyte"
     path = fill(tmp_path) / name
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(UsageError, match=f"{name} is no complete IDX file of bytes"):
+    with pytest.raises(UsageError, match=f"{name} is not a complete IDX file of bytes"):
         read_idx(tmp_path, name)
 
 

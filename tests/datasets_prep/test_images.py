@@ -176,7 +176,7 @@ def test_a_palette_image_is_not_a_map(tmp_path):
     ("labels", "message"),
     [
         (np.zeros((8, 8, 3), np.uint8), "expected a map of 8-bit class ids, but its mode is RGB"),
-        (np.zeros((8, 9), np.uint8), "a map of 9 x 8 pixels, but its image .* has 8 x 8"),
+        (np.zeros((8, 9), np.uint8), "expected the aspect ratio of .*, 8 x 8, but the map has 9 x 8"),
         (np.full((8, 8), 7, np.uint8), f"expected class ids below 7 or {NO_CLASS}, but found 7"),
     ],
 )

@@ -142,7 +142,7 @@ def test_an_interrupted_build_encodes_nothing_twice(tmp_path, autoencoder, monke
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         seen = stop_after(patch, images)
         build(tmp_path / "cache", dataset, autoencoder)
-    with pytest.raises(UsageError, match="is unfinished: start the training again to complete it"):
+    with pytest.raises(UsageError, match="is unfinished: restart training to complete it"):
         open_latent_cache(tmp_path / "cache", dataset, autoencoder)
     finished = sum(seen) // SHARD * SHARD
     with monkeypatch.context() as patch:
@@ -207,7 +207,7 @@ def test_processes_share_the_shards(tmp_path, autoencoder, monkeypatch):
 def test_cache_of_other_data_is_refused_with_both_values(tmp_path, autoencoder, change, key, values):
     folder = tmp_path / "cache"
     build(folder, tiny_dataset(), autoencoder)
-    message = f"made for another {key}: it has {values[0]}, this run needs {values[1]}"
+    message = f"built for another {key}: expected {values[1]}, but found {values[0]}"
     for use in (open_latent_cache, lambda *arguments: build_latent_cache(*arguments, MACHINE)):
         with pytest.raises(UsageError, match=message):
             use(folder, tiny_dataset(**change), autoencoder)
@@ -217,7 +217,7 @@ def test_a_cache_of_another_autoencoder_is_refused_with_both_hashes(tmp_path, au
     folder, other = tmp_path / "cache", tiny_autoencoder(seed=1)
     build(folder, tiny_dataset(), autoencoder)
     before = files_of(folder)
-    with pytest.raises(UsageError, match=f"autoencoder_sha256: it has {autoencoder.sha256}.* needs {other.sha256}"):
+    with pytest.raises(UsageError, match=f"autoencoder_sha256: expected {other.sha256}, .* {autoencoder.sha256}"):
         build(folder, tiny_dataset(), other)
     assert files_of(folder) == before
     assert cache_folder(tmp_path, tiny_dataset(), autoencoder) != cache_folder(tmp_path, tiny_dataset(), other)
@@ -293,7 +293,7 @@ def test_the_next_batch_is_read_during_encoding(tmp_path, autoencoder, monkeypat
 def test_values_beyond_float16_are_never_cached(tmp_path, autoencoder, monkeypatch):
     encode = KLAutoencoder.encode
     monkeypatch.setattr(KLAutoencoder, "encode", lambda self, batch: encode(self, batch) + 1e6)
-    with pytest.raises(UsageError, match=r"images 0 to \d+ to numbers that float16 cannot hold \(in fp32\)"):
+    with pytest.raises(UsageError, match=r"float16 cannot hold for some of the images 0 to \d+ \(in fp32\)"):
         build(tmp_path / "cache", tiny_dataset(), autoencoder)
     assert not list((tmp_path / "cache").glob("*.npy"))
 

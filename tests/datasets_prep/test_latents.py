@@ -120,7 +120,7 @@ class Malicious:
 
 def test_files_of_wrong_shape_or_type_are_refused(tmp_path, autoencoder, capsys):
     for values, message in (
-        (arrays(4, channels=6), r"shape \(6, 8, 8\), .* ask for \(2, 8, 8\) \(mean\) or \(4, 8, 8\)"),
+        (arrays(4, channels=6), r"shape \(6, 8, 8\), .* need \(2, 8, 8\) \(mean\) or \(4, 8, 8\)"),
         ([np.zeros((4, 4, 4), np.float32)] * 4, r"shape \(4, 4, 4\)"),
         ([np.full((4, 8, 8), np.nan, np.float32)] * 4, "expected finite numbers"),
         ([np.zeros((4, 8), np.float32)] * 4, r"found \(4, 8\)"),
@@ -134,7 +134,7 @@ def test_files_of_wrong_shape_or_type_are_refused(tmp_path, autoencoder, capsys)
     with pytest.raises(UsageError, match=r"no latents in .*\.npy, \.npz"):
         open_split(tmp_path)
     write_folder(tmp_path, arrays(8))
-    with pytest.raises(UsageError, match="holds latents: --pretrained_autoencoder_ckpt none"):
+    with pytest.raises(UsageError, match="holds latents, but --pretrained_autoencoder_ckpt none"):
         moments_of(open_split(tmp_path), PixelSpace(3))
     assert capsys.readouterr().out == ""
 
@@ -149,15 +149,15 @@ def test_latents_of_an_autoencoder_without_a_posterior(tmp_path):
     shutil.rmtree(tmp_path / "a")
     shutil.rmtree(tmp_path / "b")
     write_folder(tmp_path, arrays(8, channels=24))
-    with pytest.raises(UsageError, match=r"shape \(24, 8, 8\), .* ask for \(12, 8, 8\)$"):
+    with pytest.raises(UsageError, match=r"shape \(24, 8, 8\), .* need \(12, 8, 8\)$"):
         moments_of(open_split(tmp_path), plain)
 
 
 def test_images_are_refused(tmp_path):
     write_folder(tmp_path, arrays(8))
-    with pytest.raises(UsageError, match="holds latents and no images, which --eval_samples needs"):
+    with pytest.raises(UsageError, match="holds latents but no images, which --eval_samples needs"):
         open_split(tmp_path).check_images("--eval_samples")
-    with pytest.raises(UsageError, match="holds latents and no images"):
+    with pytest.raises(UsageError, match="holds latents but no images"):
         open_split(tmp_path)[0]
 
 
@@ -223,7 +223,7 @@ def test_caches_that_do_not_match_are_refused(cached, autoencoder):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         other = KLAutoencoder(new_autoencoder_kl(3, (8, 8), 2, 16, {}), "other")
-    with pytest.raises(UsageError, match=f"made by the autoencoder {autoencoder.sha256}, but .* {other.sha256}"):
+    with pytest.raises(UsageError, match=f"from the autoencoder {autoencoder.sha256}, but .* {other.sha256}"):
         moments_of(open_split(cached / "latents"), other)
     train = next((cached / "latents").glob("*_train_*"))
     shutil.copytree(train, train.with_name("second_train"))

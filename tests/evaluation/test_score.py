@@ -97,15 +97,15 @@ def test_jpeg_compression_is_recorded():
 
 def test_another_resolution_and_unknown_metrics_are_refused():
     real = reference(random_images(50, 1))
-    with pytest.raises(UsageError, match="samples are 8 x 8, the reference 4 x 4"):
+    with pytest.raises(UsageError, match="samples are 8 x 8, the reference is 4 x 4"):
         score_images(labeled(random_images(50, 0, side=8)), Pixels(), real)
-    with pytest.raises(UsageError, match="--metrics fdi: expected some of fid, sfid"):
+    with pytest.raises(UsageError, match="--metrics fdi: expected one or more of fid, sfid"):
         score_images([], Pixels(), real, (), ScoreOptions(("fdi",)))
 
 
 @pytest.mark.parametrize("metric", ["sfid", "is"])
 def test_metrics_for_inception_are_refused_with_other_features(metric):
-    with pytest.raises(UsageError, match="the features pixels have no .*--features inception"):
+    with pytest.raises(UsageError, match="the feature network pixels has no output .*--features inception"):
         score_images(
             labeled(random_images(9, 0)), Pixels(), reference(random_images(9, 1)), (), ScoreOptions((metric,))
         )
@@ -153,7 +153,7 @@ def test_recognition_needs_a_classifier_of_the_labels():
 def test_an_unknown_reference_resolution_gives_a_warning():
     real = Summary(None, {}, statistics=Statistics(np.zeros(3), np.eye(3), None))
     result = score_images(labeled(random_images(9, 0)), Pixels(), real)
-    assert "does not tell the size" in result["warnings"][-1]
+    assert "does not record its image size" in result["warnings"][-1]
     assert result["reference_samples"] is None
 
 

@@ -53,7 +53,9 @@ def test_several_processes_gather_the_same_as_one():
 
 
 def test_an_output_that_the_network_lacks_is_refused_before_any_image():
-    with pytest.raises(UsageError, match="the features pixels have no logits or spatial, .*--features inception"):
+    with pytest.raises(
+        UsageError, match="the feature network pixels has no output logits or spatial, .*--features inception"
+    ):
         Gatherer(Pixels(), ["moments", "spatial", "logits"])
 
 

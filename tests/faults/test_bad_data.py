@@ -139,9 +139,11 @@ def test_a_decompression_bomb_is_refused(tmp_path):
 def test_an_image_that_would_be_enlarged_without_bound_is_refused(tmp_path, extent):
     """With a shorter side of 256, an image of 1 x 60,000 pixels would take 12 GB, and 99.98 % of it would be cropped."""
     Image.new("RGB", extent).save(tmp_path / "thin.png")
-    with pytest.raises(BadImageError, match=rf"thin\.png: {extent[0]} x {extent[1]} is more than 200 times"):
+    with pytest.raises(
+        BadImageError, match=rf"thin\.png: the aspect ratio of {extent[0]} x {extent[1]} pixels is above 200"
+    ):
         read_image(tmp_path / "thin.png", 256)
-    with pytest.raises(BadImageError, match="more than 200 times"):
+    with pytest.raises(BadImageError, match="aspect ratio .* is above 200"):
         decode_image((tmp_path / "thin.png").read_bytes(), 256, "thin")
 
 

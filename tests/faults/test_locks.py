@@ -245,7 +245,7 @@ def test_partial_files_of_a_killed_run_are_removed(tmp_path, capsys):
     (tmp_path / "content.pth").touch()
     with only_run_in(tmp_path, Processes()):
         assert {path.name for path in tmp_path.iterdir()} == {"content.pth", "run.lock"}
-    assert "removed what a killed process left unfinished: content.pth.tmp-1" in capsys.readouterr().out
+    assert "removed unfinished files of a killed process: content.pth.tmp-1" in capsys.readouterr().err
 
 
 def test_overwriting_keeps_the_lock(tmp_path):

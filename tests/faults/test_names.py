@@ -131,7 +131,7 @@ def test_a_misspelled_folder_is_suspected(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", absent)
-    with pytest.raises(UsageError, match="no such repository.*the folder here is there, but has no absent"):
+    with pytest.raises(UsageError, match="no such repository.*the folder here exists, but does not contain absent"):
         load_autoencoder(AutoencoderOptions(pretrained_autoencoder_ckpt="here/absent"), 3)
 
 
@@ -239,16 +239,16 @@ def test_a_run_does_not_go_on_silently_with_other_images(tmp_path, call):
     assert code == 2
     assert "other options: number of training images was 7, now 6. " in err
     assert "--resume to go on with the change" in err
-    code, out, err = call(TRAIN, [*flags, "--resume"])
+    code, _, err = call(TRAIN, [*flags, "--resume"])
     assert code == 0, err
     assert (
-        "the run goes on with changed options: number of training images 7 -> 6, state of the training images " in out
+        "the run resumes with changed options: number of training images 7 -> 6, state of the training images " in err
     )
     assert call(TRAIN, flags)[0] == 0  # the change is reported only once
     shutil.copytree(tmp_path / "images", tmp_path / "copy", copy_function=shutil.copyfile)
-    code, out, err = call(TRAIN, [*flags, "--datadir", tmp_path / "copy"])
+    code, _, err = call(TRAIN, [*flags, "--datadir", tmp_path / "copy"])
     assert code == 0, err
-    assert "not bit for bit as it would have: state of the training images " in out
+    assert "will not be bit-identical: state of the training images " in err
 
 
 def test_a_run_without_a_record_of_its_images_resumes(tmp_path, call):

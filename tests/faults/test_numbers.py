@@ -60,7 +60,7 @@ def test_skipped_steps_are_recorded_with_their_images(tmp_path, capsys):
     counted = [(entry["step"], entry["skipped"]) for entry in entries_of(tmp_path / "run", "train")]
     assert counted == [(end, sum(end - 4 < step <= end for step, _ in expected)) for end in (4, 8, 12)]
     step, images = expected[0]
-    assert f"the first one step {step} with the images {', '.join(map(str, images))}, ..." in capsys.readouterr().out
+    assert f"the first at step {step} with images {', '.join(map(str, images))}, ..." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fetch", [3, 7])

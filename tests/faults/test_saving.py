@@ -220,11 +220,11 @@ def test_a_damaged_content_is_kept_aside_and_the_run_goes_on_from_the_one_before
     DAMAGES[damage](folder / "content.pth")
     damaged = (folder / "content.pth").read_bytes()
     assert train(new_run(folder, experiment=OFTEN), resume=True)
-    out = capsys.readouterr().out
-    assert f"{folder}/content.pth" in out
-    assert "it is kept as content.pth.damaged-1. The run goes on from content.previous.pth" in out
-    assert "continuing at step 6 of 14" in out
-    assert "this must not run" not in out
+    captured = capsys.readouterr()
+    assert f"{folder}/content.pth" in captured.err
+    assert "content.pth.damaged-1. The run resumes from content.previous.pth" in captured.err
+    assert "resuming at step 6 of 14" in captured.out
+    assert "this must not run" not in captured.out + captured.err
     assert (folder / "content.pth.damaged-1").read_bytes() == damaged
     assert_same_run(folder, reference_run)
 
@@ -234,7 +234,7 @@ def test_a_kill_between_two_renames_loses_nothing(crashed, reference_run, tmp_pa
     (tmp_path / "run" / "content.pth").unlink()
     assert has_state(tmp_path / "run")
     assert train(new_run(tmp_path / "run", experiment=OFTEN), resume=True)
-    assert "continuing at step 6 of 14" in capsys.readouterr().out
+    assert "resuming at step 6 of 14" in capsys.readouterr().out
     assert_same_run(tmp_path / "run", reference_run)
 
 
@@ -316,10 +316,12 @@ def test_a_run_without_room_for_one_saving_does_not_begin(tmp_path, monkeypatch,
     state = TrainingState(run.network, run.machine, 0.9, OptimizerOptions())
     use = predict_use(state, run.experiment, 5, 14)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.one_saving - 1))
-    with pytest.raises(UsageError, match=r"one saving .* takes .* but only .* are free: make room, or .*--save_root"):
+    with pytest.raises(UsageError, match=r"a checkpoint and a content.pth need .* but only .* are free: .*--save_root"):
         train(run, resume=False)
     assert list((tmp_path / "run").iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.one_saving))
-    assert "too little for all: see --keep_last" in check_space(tmp_path, use)
+    check_space(tmp_path, use)
+    assert "the whole run needs" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.total))
-    assert "too little" not in check_space(tmp_path, use)
+    check_space(tmp_path, use)
+    assert capsys.readouterr().err == ""

@@ -87,10 +87,10 @@ def test_a_constant_velocity_needs_few_steps():
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_non_finite_velocity_is_refused(broken):
-    with pytest.raises(UsageError, match="finds no step that meets --atol 1e-05 and --rtol 1e-05"):
+    with pytest.raises(UsageError, match="found no step size that meets --atol 1e-05 and --rtol 1e-05"):
         solve(lambda t, x: torch.full_like(x, broken), X, SolverOptions())
 
 
 def test_a_tolerance_of_zero_is_refused():
-    with pytest.raises(UsageError, match="finds no step that meets --atol 0 and --rtol 0"):
+    with pytest.raises(UsageError, match="found no step size that meets --atol 0 and --rtol 0"):
         solve(Oscillation(RATES), X, SolverOptions(atol=0, rtol=0))

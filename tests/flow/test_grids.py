@@ -38,7 +38,7 @@ def test_edm_grid_has_the_noise_levels_of_edm():
 
 
 def test_a_grid_whose_times_coincide_is_refused():
-    with pytest.raises(UsageError, match="--time_grid logit_normal: its times coincide in 20 steps"):
+    with pytest.raises(UsageError, match="--time_grid logit_normal has coinciding times at 20 steps"):
         time_grid(SolverOptions("euler", 20, time_grid="logit_normal", grid_scale=60.0))
 
 

@@ -68,5 +68,5 @@ def test_fixed_step_solvers_converge_to_the_same_likelihood():
 
 
 def test_solvers_without_reversal_are_refused():
-    with pytest.raises(UsageError, match="--method dpm does not lead from data to noise"):
+    with pytest.raises(UsageError, match="--method dpm cannot integrate from data to noise"):
         log_likelihood(velocity, DATA, SolverOptions("dpm"))

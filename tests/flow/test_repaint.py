@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flow.repaint import _back, replace_known
+from flow.repaint import _renoise, replace_known
 from flow.solvers import SolverOptions, solve
 
 SHAPE = (3, 2, 4, 4)
@@ -70,8 +70,10 @@ def test_going_back_adds_the_noise_of_the_path(s, t, sigma_min):
     """a_s data + b_s noise at s becomes a_t data + b_t noise at t. Unit data and unit noise reveal the coefficients."""
     clean = {time: (1 - time, sigma_min + (1 - sigma_min) * time) for time in (s, t)}
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    share_of_data = _back(clean[s][0] * one, s, t, zero, sigma_min).item()
-    variance = _back(clean[s][1] * one, s, t, zero, sigma_min).square() + _back(zero, s, t, one, sigma_min).square()
+    share_of_data = _renoise(clean[s][0] * one, s, t, zero, sigma_min).item()
+    variance = (
+        _renoise(clean[s][1] * one, s, t, zero, sigma_min).square() + _renoise(zero, s, t, one, sigma_min).square()
+    )
     assert share_of_data == pytest.approx(clean[t][0], abs=1e-12)
     assert variance.item() == pytest.approx(clean[t][1] ** 2, rel=1e-9)
 

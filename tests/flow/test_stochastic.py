@@ -12,7 +12,7 @@ import torch
 
 from flow.diffusions import DIFFUSIONS
 from flow.solvers import SolverOptions, solve
-from flow.stochastic import _kept_share
+from flow.stochastic import _noise_decay
 from options import UsageError
 
 MEAN, SPREAD = 0.7, 0.4
@@ -62,10 +62,10 @@ def test_without_diffusion_the_sde_is_eulers_method():
 def test_the_fraction_of_noise_kept_by_a_step():
     """exp(-integral of c / (2 t)) = (end / start)^(c / 2) for w = c t, and exp(-c/2 (1/end - 1/start)) for w = c."""
     sigma = SolverOptions(diffusion="sigma", diffusion_norm=3.0)
-    assert _kept_share(sigma, 0.8, 0.5) == pytest.approx((0.5 / 0.8) ** 1.5, abs=1e-12)
+    assert _noise_decay(sigma, 0.8, 0.5) == pytest.approx((0.5 / 0.8) ** 1.5, abs=1e-12)
     constant = SolverOptions(diffusion="constant", diffusion_norm=0.5)
-    assert _kept_share(constant, 0.8, 0.5) == pytest.approx(math.exp(-0.25 * (1 / 0.5 - 1 / 0.8)), abs=1e-12)
-    assert _kept_share(sigma, 0.1, 0.0) == 0
+    assert _noise_decay(constant, 0.8, 0.5) == pytest.approx(math.exp(-0.25 * (1 / 0.5 - 1 / 0.8)), abs=1e-12)
+    assert _noise_decay(sigma, 0.1, 0.0) == 0
 
 
 def test_a_long_step_of_strong_diffusion_stays_bounded():
@@ -91,10 +91,10 @@ def test_churn_preserves_mean_and_variance_and_replaces_noise():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "euler", "churn": 1.0}, "--churn is for --method heun, but --method euler was given"),
-        ({"method": "stochastic"}, "--method stochastic does not lead from data to noise: choose one of euler"),
-        ({"method": "dpm"}, "--method dpm does not lead from data to noise"),
-        ({"method": "heun", "churn": 1.0}, "--method heun with churn does not lead from data to noise"),
+        ({"method": "euler", "churn": 1.0}, "--churn requires --method heun, but --method euler was given"),
+        ({"method": "stochastic"}, "--method stochastic cannot integrate from data to noise: choose one of euler"),
+        ({"method": "dpm"}, "--method dpm cannot integrate from data to noise"),
+        ({"method": "heun", "churn": 1.0}, "--method heun with churn cannot integrate from data to noise"),
     ],
 )
 def test_invalid_settings_are_refused(options, message):

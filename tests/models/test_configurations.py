@@ -166,7 +166,7 @@ def test_positions_are_rebuilt_for_another_grid(capsys):
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(small(t, x), large(t, x))
-        assert capsys.readouterr().err.count("positions rebuilt for a grid of 6 x 6 patches") == 1  # reported once
+        assert capsys.readouterr().err.count("position table recomputed for 6 x 6 patches") == 1  # reported once
         # A token's position encodes its row and column, so each row of a wider grid starts with the square grid's row.
         wide = small._positions(4, 6)
         square = small.pos_embed.view(4, 4, -1)
@@ -205,10 +205,14 @@ def test_resampling_without_convolution_has_no_weights():
     ("kind", "options", "message"),
     [
         ("adm", EdmUNetOptions(nf=36, ch_mult=(4,)), "cannot divide a layer of 144 channels into 32 groups"),
-        ("adm", EdmUNetOptions(nf=224, ch_mult=(1,)), "224 channels cannot be shared by 3 attention heads"),
+        ("adm", EdmUNetOptions(nf=224, ch_mult=(1,)), "224 channels cannot be divided among 3 attention heads"),
         (ORIGIN_ADM, GuidedUNetOptions(nf=48, ch_mult=(1,)), "cannot divide a layer of 48 channels into 32 groups"),
-        (ORIGIN_ADM, GuidedUNetOptions(nf=32, ch_mult=(1,), num_heads=5), "32 channels cannot be shared by 5"),
-        (ORIGIN_ADM, GuidedUNetOptions(nf=32, ch_mult=(1,), num_head_channels=64), "32 channels cannot be shared by 0"),
+        (ORIGIN_ADM, GuidedUNetOptions(nf=32, ch_mult=(1,), num_heads=5), "32 channels cannot be divided among 5"),
+        (
+            ORIGIN_ADM,
+            GuidedUNetOptions(nf=32, ch_mult=(1,), num_head_channels=64),
+            "32 channels cannot be divided among 0",
+        ),
         ("ddpm++", EdmUNetOptions(nf=32, ch_mult=(1,) * 5), "latents of side 8 cannot be halved 4 times"),
     ],
 )

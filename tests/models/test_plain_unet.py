@@ -136,6 +136,6 @@ def test_every_weight_gets_a_gradient():
 
 def test_a_side_that_cannot_be_halved_twice():
     with pytest.raises(
-        UsageError, match="latents of side 30 cannot be halved 2 times, as the 3 levels of unet ask for"
+        UsageError, match="latents of side 30 cannot be halved 2 times, as the 3 levels of unet require"
     ):
         new_unet(30)

@@ -58,6 +58,6 @@ def test_a_changed_solver_and_guidance_are_recorded(request_of):
 
 def test_flags_without_effect_are_named_for_an_adaptive_solver(request_of, capsys):
     load_sampler(request_of("dopri5", time_grid="edm", num_steps=2, atol=1e-3))
-    assert "note: --num_steps, --time_grid has no effect on the adaptive solver dopri5" in capsys.readouterr().out
+    assert "note: --num_steps, --time_grid has no effect on the adaptive solver dopri5" in capsys.readouterr().err
     note_unused({"feather": 1}, ("resamplings",), "here")
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""

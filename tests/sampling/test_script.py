@@ -72,7 +72,7 @@ def test_adaptive_solvers_with_low_tolerance_default_to_float32(tmp_path, monkey
     words = ["--checkpoint", str(checkpoint), "--device", "cpu", "--n_sample", "2", *flags]
     loaded = load_sampler(sampler_request(parse_options("", mode_groups(), words)))
     assert loaded.sampler.machine.precision == chosen
-    assert f"threads, {chosen}, networks not compiled" in capsys.readouterr().out
+    assert f"threads, {chosen}, not compiled" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("batches", "compiled"), [(1000, True), (10, False)])
@@ -188,7 +188,7 @@ def test_inversion_returns_to_the_images(call, tmp_path):
     assert result["psnr_db"] is None or result["psnr_db"] > 45
     (noise,) = tmp_path.glob("out/*_inverted.npz")
     assert np.load(noise)["noise"].shape == (1, 3, SIDE, SIDE)
-    with pytest.raises(UsageError, match="--method stochastic does not lead from data to noise"):
+    with pytest.raises(UsageError, match="--method stochastic cannot integrate from data to noise"):
         call("--mode", "invert", "--method", "stochastic")
 
 

@@ -43,15 +43,15 @@ def still(t, x, condition):
 
 def test_more_samples_than_images_start_again_at_the_first_image():
     conditioned = ConditionedImages(DATASET, MaskedImages(DATASET, PixelSpace(3), mask, MACHINE))
-    places = conditioned.places([0, 3, 4, 9])
-    assert places.tolist() == [0, 3, 0, 1]
-    assert torch.equal(conditioned.originals(places), IMAGES[places])
+    image_indices = conditioned.image_indices([0, 3, 4, 9])
+    assert image_indices.tolist() == [0, 3, 0, 1]
+    assert torch.equal(conditioned.originals(image_indices), IMAGES[image_indices])
     assert conditioned.labels()([0, 3, 4, 9], 3).tolist() == [2, 2, 2, 0]
-    raw = conditioned.raw(places)
-    for row, place in zip(raw, places.tolist(), strict=True):
-        assert torch.equal(row[3] > 0, mask(place))  # the mask belongs to the image
-        assert torch.equal(row[:3], IMAGES[place] * ~mask(place))
-    assert (conditioned.shown(places)[1, :, :4] == 128).all()
+    raw = conditioned.raw(image_indices)
+    for row, index in zip(raw, image_indices.tolist(), strict=True):
+        assert torch.equal(row[3] > 0, mask(index))  # the mask belongs to the image
+        assert torch.equal(row[:3], IMAGES[index] * ~mask(index))
+    assert (conditioned.shown(image_indices)[1, :, :4] == 128).all()
 
 
 def test_conditions_do_not_depend_on_the_batch():

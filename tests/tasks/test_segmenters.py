@@ -56,6 +56,6 @@ def test_deeplab_with_another_number_of_classes_is_refused_in_one_line(deeplab_f
     with pytest.raises(UsageError) as error:
         load_segmenter(str(deeplab_file), 19, "cpu")
     message = str(error.value)
-    assert "weights.pth: no state dict of torchvision's deeplabv3_resnet50 for 19 classes" in message
+    assert "weights.pth: expected a state dict of torchvision's deeplabv3_resnet50 for 19 classes" in message
     assert "classifier.4.bias (3 in the file, 19 in the network)" in message
     assert "\n" not in message

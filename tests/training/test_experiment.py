@@ -68,7 +68,7 @@ def test_longer_training_needs_resume_and_is_recorded(folder, capsys):
     with pytest.raises(UsageError, match=r"--max_steps was 10, now 20.*--resume to go on with the change"):
         open_experiment(folder, longer, ExperimentOptions())
     assert open_experiment(folder, longer, ExperimentOptions(resume=True))
-    assert "max_steps 10 -> 20" in capsys.readouterr().out
+    assert "max_steps 10 -> 20" in capsys.readouterr().err
     assert stored_options(folder)["max_steps"] == 20
     assert open_experiment(folder, longer, ExperimentOptions())
     with pytest.raises(UsageError, match="--seed was 1, now 2"):
@@ -80,8 +80,8 @@ def test_another_number_of_processes_with_the_same_whole_batch_goes_on_and_says_
     assert not open_experiment(folder, shared, ExperimentOptions(overwrite=True))
     (folder / "content.pth").write_text("trained for days")
     assert open_experiment(folder, shared | {"processes": 1, "batch_size": 32, "threads": 8}, ExperimentOptions())
-    out = capsys.readouterr().out
-    assert "goes on with changed options and not bit for bit as it would have: processes 2 -> 1, threads 4 -> 8" in out
+    err = capsys.readouterr().err
+    assert "resumes with changed options and will not be bit-identical: processes 2 -> 1, threads 4 -> 8" in err
     assert stored_options(folder)["processes"] == 1
     with pytest.raises(UsageError, match="batch_size times processes was 32, now 64"):
         open_experiment(folder, shared | {"processes": 4}, ExperimentOptions(resume=True))
@@ -91,7 +91,7 @@ def test_another_number_of_processes_with_the_same_whole_batch_goes_on_and_says_
 
 def test_changed_training_is_not_described_as_rounding(folder, capsys):
     assert open_experiment(folder, VALUES | {"max_steps": 20}, ExperimentOptions(resume=True))
-    assert "bit for bit" not in capsys.readouterr().out
+    assert "bit-identical" not in capsys.readouterr().err
 
 
 def test_an_option_newer_than_the_run_had_its_default_value(folder):
@@ -104,7 +104,7 @@ def test_overwrite_moves_the_old_run_aside(folder, capsys):
     assert not open_experiment(folder, VALUES | {"seed": 2}, ExperimentOptions(overwrite=True))
     moved = folder.with_name("run.old-1")
     assert (moved / "content.pth").read_text() == "trained for days"
-    assert str(moved) in capsys.readouterr().out
+    assert str(moved) in capsys.readouterr().err
     assert stored_options(folder)["seed"] == 2
     assert sorted(path.name for path in folder.iterdir()) == ["config.json"]
     assert not open_experiment(folder, VALUES, ExperimentOptions(overwrite=True))

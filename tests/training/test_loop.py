@@ -265,7 +265,7 @@ def test_num_epoch_applies_without_max_steps(tmp_path):
 
 def test_max_minutes_ends_the_run_with_a_note(tmp_path, capsys):
     assert train(new_run(tmp_path / "run", max_minutes=1e-9), resume=False)
-    assert "--max_minutes ended the run at step 1 of 14: it is not reproducible" in capsys.readouterr().out
+    assert "--max_minutes ended the run at step 1 of 14; such a run is not reproducible" in capsys.readouterr().err
     assert read_weights(tmp_path / "run" / "model_1.safetensors")[1].step == 1
     assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == 1
     assert (tmp_path / "run" / "samples" / "step_0000001.png").exists()
@@ -302,7 +302,7 @@ def test_a_crashed_run_without_training_state_starts_over(reference_run, tmp_pat
     with pytest.raises(RuntimeError, match="power cut"):
         train(new_run(tmp_path / "run", event=(12, crash), experiment=never), resume=False)
     assert train(new_run(tmp_path / "run", experiment=never), resume=True)
-    assert "no content.pth to continue from: the run starts at its first step" in capsys.readouterr().out
+    assert "no content.pth to resume from; the run starts at its first step" in capsys.readouterr().err
     assert metrics_of(tmp_path / "run") == metrics_of(reference_run)
 
 

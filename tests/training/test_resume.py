@@ -71,7 +71,10 @@ def test_weights_ema_optimizer_state_and_epoch_are_taken_over(tmp_path):
     state = new_state()
     line = resume_run(state, tmp_path / "content.pth", per_epoch=10, header=HEADER)
     trained = sum(parameter.requires_grad for parameter in network.parameters())
-    assert f"{trained} moving averages, the moments of {trained} of {trained} trained parameters, and epoch 4" in line
+    assert (
+        f"{trained} moving averages, the optimizer state of {trained} of {trained} trained parameters, and epoch 4"
+        in line
+    )
     assert state.step == 40
     for name, value in network.state_dict().items():
         assert torch.equal(state.network.state_dict()[name], value), name
@@ -117,7 +120,7 @@ def test_our_own_content_pth_is_restored_completely(tmp_path):
     state.optimizers[0].step()
     state.step = 17
     save_content(tmp_path / "content.pth", state.content())
-    assert "the whole state" in resume_run(other, tmp_path / "content.pth", 10, HEADER)
+    assert resume_run(other, tmp_path / "content.pth", 10, HEADER) == "content.pth"
     assert other.step == 17
     assert all(
         torch.equal(value, other.network.state_dict()[name]) for name, value in state.network.state_dict().items()
@@ -148,7 +151,7 @@ def test_lfms_inpainting_run_resumes_inside_the_wrapper(tmp_path):
     header = replace(HEADER, network=options, dense=DenseInput(3))
     trained = sum(parameter.requires_grad for parameter in network.parameters())
     line = resume_run(state, tmp_path / "content.pth", per_epoch=10, header=header)
-    assert f"{trained} moving averages, the moments of {trained} of {trained} trained parameters" in line
+    assert f"{trained} moving averages, the optimizer state of {trained} of {trained} trained parameters" in line
     for name, value in network.state_dict().items():
         assert torch.equal(wrapped.network.state_dict()[name], value), name
     inner = dict(wrapped.network.named_parameters())

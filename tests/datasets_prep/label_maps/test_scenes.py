@@ -101,7 +101,7 @@ def test_missing_and_foreign_files_are_named(scenes):
         open_split(name, datadir).label_map(1)
     assert len(open_split(name, datadir, skip_bad_images=True)) == 4
     path.unlink()
-    with pytest.raises(UsageError, match=rf"{name}: 1 of 5 images have no label map, the first is .*{path.name}"):
+    with pytest.raises(UsageError, match=rf"{name}: 1 of 5 label maps are missing, the first is .*{path.name}"):
         open_split(name, datadir)
     for image in (datadir / tree / images.format(splits[1])).iterdir():
         image.unlink()
@@ -114,5 +114,5 @@ def test_missing_and_foreign_files_are_named(scenes):
 def test_unknown_datasets_are_refused():
     known = ", ".join(SEGMENTATION_DATASETS)
     assert known == "celeba, celeba_256, ade20k, coco, fashion_mnist"
-    with pytest.raises(UsageError, match=f"no label maps for the dataset 'mnist': expected one of {known}"):
+    with pytest.raises(UsageError, match=f"the dataset 'mnist' has no label maps: expected one of {known}"):
         open_split("mnist", ".")

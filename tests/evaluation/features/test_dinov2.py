@@ -19,5 +19,5 @@ def test_features_are_the_class_token_of_224_pixels(dinov2_weights):
 
 def test_foreign_weights_are_refused(tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "foreign.pth")
-    with pytest.raises(UsageError, match=r"foreign\.pth does not fit.*DINOv2"):
+    with pytest.raises(UsageError, match=r"cannot load .*foreign\.pth as --feature_weights.*DINOv2"):
         load_features("dinov2", FeatureOptions(feature_weights=str(tmp_path / "foreign.pth")), "cpu")

@@ -168,7 +168,7 @@ def test_gray_images_are_repeated_for_a_color_autoencoder():
 
 def test_wrong_channels():
     autoencoder = KLAutoencoder(tiny_network(channels=1), "grey/ae")
-    with pytest.raises(UsageError, match="grey/ae expects images of 1 channels, but the dataset has 3"):
+    with pytest.raises(UsageError, match="grey/ae expects 1-channel images, but the dataset has 3-channel images"):
         autoencoder.encode(random_images(1, channels=3))
 
 
@@ -244,7 +244,7 @@ def test_unreachable_hub_hints_at_a_local_folder(monkeypatch):
         load("owner/name")
     assert str(raised.value) == (
         "cannot load the autoencoder owner/name: We couldn't connect; "
-        "without a network, name a local folder in diffusers format"
+        "without internet access, give a local folder in diffusers format"
     )
 
 

@@ -1,0 +1,68 @@
+"""Lines for the terminal: facts, results, notes and warnings, wrapped at its width and kept clear of progress bars."""
+
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable
+from typing import TextIO
+
+from tqdm import tqdm
+
+__all__ = ["fact", "labeled", "note", "one_line", "show", "show_result", "warn"]
+
+LABEL_WIDTH = 12  # characters; longer than "run folder"
+
+
+def show(text: str, indent: int = 4) -> None:
+    """Print lines on stdout; `indent` is the extra indentation of wrapped parts."""
+    _write(text, sys.stdout, indent)
+
+
+def labeled(label: str, text: str) -> str:
+    """`text` behind a label of at most eleven characters, aligned with other such lines."""
+    return f"{label:<{LABEL_WIDTH}}{text}"
+
+
+def fact(label: str, text: str) -> None:
+    """Print a labeled line on stdout."""
+    show(labeled(label, text), LABEL_WIDTH)
+
+
+def one_line(summary: str, warnings: Iterable[str] = ()) -> str:
+    """A result's summary and warnings as one line of a log file."""
+    lines = [" ".join(line.split()) for line in summary.splitlines()]
+    return "; ".join([*lines, *(f"warning: {text}" for text in warnings)])
+
+
+def show_result(summary: str, warnings: Iterable[str] = ()) -> None:
+    """Print the warnings about a result on stderr, then its summary on stdout."""
+    for text in warnings:
+        warn(text)
+    show(summary, LABEL_WIDTH)
+
+
+def note(text: str) -> None:
+    """Print on stderr something that the user may not expect but need not change."""
+    _write(f"note: {text}", sys.stderr)
+
+
+def warn(text: str) -> None:
+    """Print on stderr something that makes a result worse, or a run likely to fail."""
+    _write(f"warning: {text}", sys.stderr)
+
+
+def _write(text: str, file: TextIO, indent: int = 4) -> None:
+    """Wrap on a terminal only, so that a log file has one line per message and paths stay whole."""
+    lines = text.splitlines()
+    if file.isatty():
+        width = shutil.get_terminal_size().columns
+        lines = [part for line in lines for part in _wrapped(line, width, indent)]
+    tqdm.write("\n".join(lines), file=file)  # hides active progress bars meanwhile
+    file.flush()
+
+
+def _wrapped(line: str, width: int, indent: int) -> list[str]:
+    margin = " " * (len(line) - len(line.lstrip()) + indent)
+    if max(map(len, line.split()), default=0) > width - len(margin):
+        return [line]  # a path that fits on no line; the terminal wraps it
+    return textwrap.wrap(line, width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False) or [""]
