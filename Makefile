@@ -1,7 +1,8 @@
-# Each target sets up .venv first if the active Python lacks requirements-dev.txt.
-#   bench       how fast this machine trains, samples and reads: some minutes each, training_step for each of five networks; sampling needs
-#               what bash run.sh trains, memory 13 GB, data 8 GB of disk
-#   bench-long  the numbers in docs/lab-notes/sampling.md, docs/reproduction.md and docs/reliability.md: hours
+# Each target first creates .venv if the active Python lacks the packages in requirements-dev.txt.
+#   bench       speed of training, sampling and data loading on this machine. Each benchmark takes a few minutes;
+#               training_step takes a few minutes for each of five networks. sampling needs the model that
+#               `bash run.sh` trains, memory needs 13 GB, and data needs 8 GB of disk.
+#   bench-long  the measurements in docs/lab-notes/sampling.md, docs/reproduction.md and docs/reliability.md. Takes hours.
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
 quick := precision attention layers training_step step_cost published_step data memory scaling scoring sampling

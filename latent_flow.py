@@ -5,7 +5,7 @@
     flow = latent_flow.load("saved_info/latent_flow/fashion_mnist/fashion_mnist_dit/best.safetensors")
     images = flow.sample(labels=[3, 4], seed=0, steps=8)  # uint8 [2, 1, 28, 28]
 
-Time t runs from 0 (data) to 1 (noise); velocity = d x_t / dt. Samples are the same as the test script's for the same seed,
+Time t runs from 0 (data) to 1 (noise), and the velocity is d x_t / dt. Samples match the test script's for the same seed,
 labels, solver and precision. See docs/python.md.
 """
 
@@ -51,26 +51,28 @@ def load(
     """Load a checkpoint.
 
     Args:
-        file: a `model_<epoch>.safetensors` or `best.safetensors`, or a .pth of the published LFM code.
+        file: a `model_<epoch>.safetensors` or `best.safetensors`, or a .pth of LFM's published code.
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
-        precision: of the network's matrix products: "fp32", "bf16", "fp16" or "auto" (bf16 where it is faster).
-        compile: compile the network at its first use, which takes a minute and pays for thousands of samples.
-        autoencoder: a folder or hub id, if the autoencoder has moved since training.
-        flags: for a published file, which does not describe itself: the test script's flags, such as
+        precision: precision of the network's matrix products: "fp32", "bf16", "fp16" or "auto" (bf16 where it is faster).
+        compile: compile the network at its first use; this takes a minute and pays off for thousands of samples.
+        autoencoder: folder or hub id of the autoencoder, if it has moved since training.
+        flags: the test script's flags for an LFM checkpoint, which does not describe its network, such as
             `dataset="celeba_256", image_size=256, model_type="DiT-L/2"`.
 
     Raises:
-        UsageError: an unreadable file, an autoencoder with other weights, flags that do not fit a published file, or flags
-            for a file that describes itself.
+        UsageError: the file is unreadable, the autoencoder has other weights, the flags do not fit an LFM checkpoint, or flags
+            were given for a checkpoint of this project.
     """
     machine = choose_machine(make_options(MachineOptions, {"device": device, "precision": precision}))
     moved = {} if autoencoder is None else {"pretrained_autoencoder_ckpt": autoencoder}
     if is_torch_file(file):
         if unknown := sorted(set(flags) - described_by()):
-            raise UsageError(f"{', '.join(unknown)}: expected some of {', '.join(sorted(described_by()))}")
+            raise UsageError(
+                f"unknown keyword {', '.join(unknown)}: expected some of {', '.join(sorted(described_by()))}"
+            )
         model = open_published(Path(file), {**flags, **moved}, machine.device)
     elif flags:
-        raise UsageError(f"{file} describes itself: leave out {', '.join(sorted(flags))}")
+        raise UsageError(f"{file} describes its own network: omit {', '.join(sorted(flags))}")
     else:
         model = load_model(file, machine.device, AutoencoderOptions(autoencoder) if autoencoder else None)
     machine = replace(machine, compile=compile).settled(calls=0, processes=Processes())
@@ -78,12 +80,12 @@ def load(
 
 
 class Flow:
-    """A trained latent flow: a velocity network, the autoencoder of its latents, and the header of its checkpoint.
+    """A trained latent flow: a velocity network, its autoencoder, and the header of its checkpoint.
 
     Args:
         model: network, autoencoder and header.
         machine: device, precision, and whether to compile the network.
-        automatic: whether an adaptive solver at a fine tolerance may choose float32.
+        automatic: whether adaptive solvers with a fine tolerance may switch to float32.
     """
 
     def __init__(self, model: LoadedModel, machine: Machine, *, automatic: bool = True) -> None:
@@ -98,7 +100,7 @@ class Flow:
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """Device of the network."""
         return self._machine.device
 
     def sample(
@@ -113,21 +115,21 @@ class Flow:
         dense: torch.Tensor | None = None,
         **options: Any,
     ) -> torch.Tensor:
-        """Draw images: uint8 [N, C, H, W] on the CPU. Sample i depends on `seed`, i and its label alone.
+        """Sample images, uint8 [N, C, H, W] on the CPU. Sample i depends only on `seed`, i and its label.
 
         Args:
-            labels: class ids [N]; K, the number of classes, is the null class. None: the classes in turn.
-            count: N; None: as many as there are labels, maps or noises, else 8.
-            seed: of the noise.
-            steps: intervals of fixed-step solvers, also called num_steps.
+            labels: class ids [N], where K (the number of classes) is the null class; None cycles through the classes.
+            count: number of samples N; None: the number of labels, maps or noises given, else 8.
+            seed: seed of the noise.
+            steps: number of intervals of fixed-step solvers, also called num_steps.
             method: solver; see docs/sampling.md.
-            noise: latents [N, c, h, w] at t = 1 to start from, instead of the seed's.
-            dense: maps [N, K, h, w] for a network of inpainting or semantic synthesis.
+            noise: latents [N, c, h, w] at t = 1 to start from, instead of the seed's noise.
+            dense: dense condition maps [N, K, h, w] for a network trained for inpainting or semantic synthesis.
             options: further fields of SolverOptions and GuidanceOptions, such as `cfg_scale=4.0, cfg_interval=(0.2, 0.7)`.
 
         Raises:
-            UsageError: an unknown option or method, guidance for a network without a null class, labels out of range, or
-                numbers or shapes of labels, noises and maps that do not fit.
+            UsageError: an option or method is unknown, guidance is requested from a network without a null class, labels are
+                out of range, or the number or shape of labels, noises and maps does not fit.
         """
         solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
         check_method(solver)
@@ -139,7 +141,7 @@ class Flow:
         number = count if count is not None else next(iter(given.values()), 8)
         if number < 1 or any(length != number for length in given.values()):
             raise UsageError(
-                f"expected at least one sample, and as many labels, noises and maps as samples, but got {number} samples and "
+                f"expected at least one sample, with one label, noise and map per sample, but got {number} samples and "
                 f"{given or 'nothing else'}"
             )
         sampler = self._sampler(solver, guidance, seed)
@@ -158,12 +160,12 @@ class Flow:
         method: str = "heun",
         **options: Any,
     ) -> torch.Tensor:
-        """The noise [N, c, h, w] at t = 1 that the flow leads images uint8 [N, C, H, W] to; `sample(noise=...)` leads back.
+        """Invert images, uint8 [N, C, H, W], to the noise [N, c, h, w] at t = 1; `sample(noise=...)` maps it back.
 
-        Without labels, images are of the null class, or of the only class.
+        Without labels, the images are given the null class, or the only class.
 
         Raises:
-            UsageError: a method that does not lead from data to noise, or no labels where there is no null class.
+            UsageError: the method cannot run from data to noise, or labels are missing for a network without a null class.
         """
         solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
         check_method(solver, backwards=True)
@@ -181,17 +183,17 @@ class Flow:
         dense: torch.Tensor | None = None,
         **guidance: Any,
     ) -> torch.Tensor:
-        """Velocity d x_t / dt, float32 [N, c, h, w], at times t ([] or [N], in [0, 1]) and points x [N, c, h, w].
+        """Velocity d x_t / dt, float32 [N, c, h, w], at times t ([] or [N], in [0, 1]) and latents x [N, c, h, w].
 
         Args:
-            t: 0 is data, 1 is noise.
-            x: latents on the path.
-            labels: class ids [N]; None: the null class, or the only class.
-            dense: maps [N, K, h, w] for networks that take one.
+            t: time, where 0 is data and 1 is noise.
+            x: latents x_t.
+            labels: class ids [N]; None for the null class, or the only class.
+            dense: dense condition maps [N, K, h, w] for a network that takes them.
             guidance: fields of GuidanceOptions.
 
         Raises:
-            UsageError: an unknown option, points of another shape, or no labels where there is no null class.
+            UsageError: an option is unknown, x has the wrong shape, or labels are missing for a network without a null class.
         """
         (options,) = _split(guidance, GuidanceOptions)
         sampler = self._sampler(SolverOptions(), options, seed=0)
@@ -199,13 +201,13 @@ class Flow:
         return sampler.velocity(ids, self._map(dense))(t.to(self.device), self._latents("x", x))
 
     def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Latents, float32 [N, c, h, w] of about unit scale, of images uint8 [N, C, H, W].
+        """Encode images, uint8 [N, C, H, W], to latents, float32 [N, c, h, w] of about unit scale.
 
         Images without the padding that the dataset adds (28 x 28 for Fashion-MNIST) are padded with black. The latents are
-        the posterior's means, or samples if standard normal `noise` [N, c, h, w] is given.
+        the posterior's means, or samples from it if standard normal `noise` [N, c, h, w] is given.
 
         Raises:
-            UsageError: images that are not uint8 [N, C, H, W], or channels or sides that the autoencoder does not admit.
+            UsageError: the images are not uint8 [N, C, H, W], or the autoencoder does not support their channels or sides.
         """
         if images.dtype != torch.uint8 or images.ndim != 4:
             raise UsageError(f"expected images uint8 [N, C, H, W], but got {images.dtype} {tuple(images.shape)}")
@@ -217,7 +219,7 @@ class Flow:
         return self.autoencoder.sample(moments, None if noise is None else noise.to(self.device))
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Images uint8 [N, C, H, W] on the CPU, as the dataset has them (without padding), of latents [N, c, h, w]."""
+        """Decode latents [N, c, h, w] to images, uint8 [N, C, H, W] on the CPU, without the padding that the dataset adds."""
         return self._sampler(SolverOptions(), GuidanceOptions(), seed=0).decode(latents.to(self.device))
 
     def _sampler(self, solver: SolverOptions, guidance: GuidanceOptions, seed: int) -> Sampler:
@@ -242,7 +244,7 @@ class Flow:
         try:
             ids = torch.as_tensor(labels if isinstance(labels, torch.Tensor) else [*labels]).long().cpu()
         except (TypeError, ValueError) as error:
-            raise UsageError(f"expected class ids, whole numbers, but got {labels!r}") from error
+            raise UsageError(f"expected integer class ids, but got {labels!r}") from error
         largest = self.header.num_classes - (0 if self.header.drops_labels else 1)
         if ids.ndim != 1 or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= largest):
             raise UsageError(f"expected class ids [N] in 0..{largest}, but got {ids.tolist()}")
@@ -251,33 +253,32 @@ class Flow:
     def _null(self, count: int) -> torch.Tensor:
         classes = self.header.num_classes
         if classes > 1 and not self.header.drops_labels:
-            raise UsageError(f"this network has {classes} classes and no null class: give labels [{count}]")
+            raise UsageError(f"this network has {classes} classes and no null class: pass labels [{count}]")
         return torch.full((count,), classes if self.header.drops_labels else 0)
 
     def _latents(self, name: str, latents: torch.Tensor) -> torch.Tensor:
         if tuple(latents.shape[1:]) != self.header.latent_shape:
             raise UsageError(
-                f"{name}: expected latents [N, c, h, w] with {self.header.latent_shape}, but got {tuple(latents.shape)}"
+                f"{name}: expected latents [N, c, h, w] with (c, h, w) = {self.header.latent_shape}, "
+                f"but got {tuple(latents.shape)}"
             )
         return latents.to(self.device)
 
     def _map(self, dense: torch.Tensor | None) -> torch.Tensor | None:
         if (dense is None) != (self.header.dense is None):
-            needed = "needs" if dense is None else "takes no"
+            needed = "needs" if dense is None else "does not take"
             raise UsageError(f"this network {needed} dense maps [N, K, h, w]")
         return None if dense is None else dense.to(self.device)
 
 
 def _split(values: Mapping[str, Any], *groups: type) -> list[Any]:
-    """An instance of each dataclass from the values that are its fields.
+    """Create an instance of each dataclass from the values for its fields.
 
     Raises:
-        UsageError: a name that is no dataclass's option, or a value that does not fit.
+        UsageError: a name is not an option of any dataclass, or a value is invalid.
     """
     names = {group: [field.name for field in dataclasses.fields(group)] for group in groups}
     if unknown := sorted(set(values) - {name for known in names.values() for name in known}):
         known = ", ".join(name for fields in names.values() for name in fields)
-        raise UsageError(
-            f"unknown keyword {', '.join(unknown)}: expected an argument of the method, or some of {known}"
-        )
+        raise UsageError(f"unknown keyword {', '.join(unknown)}: expected an argument of the method or one of {known}")
     return [make_options(group, {name: values[name] for name in names[group] if name in values}) for group in groups]

@@ -10,7 +10,9 @@ Pydantic would check ranges, but has no notion of flags or of resuming a run.
 import dataclasses
 import errno
 import shlex
+import shutil
 import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -272,8 +274,14 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         if (reason := explain(error)) is None:
             raise
-        print(reason.line, file=sys.stderr)
+        print(_wrapped(reason.line) if sys.stderr.isatty() else reason.line, file=sys.stderr)
         sys.exit(reason.exit_code)
+
+
+def _wrapped(line: str) -> str:
+    """A line wrapped at the terminal's width, with paths and flags kept whole."""
+    columns = shutil.get_terminal_size().columns
+    return textwrap.fill(line, columns, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
 
 
 def group_title(group: type) -> str:

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Train: bash run.sh [train_args/X.txt] [flags...]
-# Without a file: train_args/fashion_mnist_dit.txt. Later flags win. Relative paths in flags start at the repository.
+# The default file is train_args/fashion_mnist_dit.txt. Flags override the file, and later flags override earlier ones.
+# Relative paths in flags are relative to the repository.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 start train "$@"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Sets up once, then starts a script. Sourced by run.sh and run_test.sh; `bash setup.sh [requirements-dev.txt]` prints the
-# path of a Python that has the requirements: the active one if it does, else that of .venv, made and filled if need be.
+# Installs the requirements once, then starts a script. run.sh and run_test.sh source this file.
+# `bash setup.sh [requirements-dev.txt]` prints the path of a Python that has the requirements. This is the active Python if
+# it has them, or else the Python in .venv, which is created and filled if necessary.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -14,8 +15,8 @@ fail() {  # fail EXIT_CODE LINE...
     exit "$code"
 }
 
-# Print the path of the interpreter $1 if its installed versions satisfy the file $2. Nothing heavy is imported; an
-# environment marked as incomplete (its installation was cut off) does not count.
+# Print the path of the interpreter $1 if its installed versions satisfy the requirements file $2. Nothing heavy is
+# imported. An environment marked as incomplete (its installation was interrupted) does not count.
 with_requirements() {
     "$1" - "$repository/$2" 2>/dev/null <<'EOF_PYTHON'
 import sys
@@ -56,33 +57,33 @@ find_python() {  # find_python REQUIREMENTS
         install "$1"
 }
 
-install() {  # install REQUIREMENTS; prints the path of .venv's Python
+install() {  # install REQUIREMENTS; prints the path of the Python in .venv
     local log=$venv/install.log base
     exec 9<"$repository"
     if command -v flock >/dev/null; then flock 9; fi
-    if with_requirements "$venv/bin/python" "$1"; then return; fi # another start has just done it
+    if with_requirements "$venv/bin/python" "$1"; then return; fi # another process has just installed them
 
     if ! "$venv/bin/python" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
         base=$(find_base) || exit
         "$base" -m venv --clear "$venv" >/dev/null 2>&1 || fail 1 "cannot create $venv with $base" \
-            "Make $repository writable (and see that the disk is not full)," \
-            "or activate a Python >= 3.11 that has the packages of $1."
+            "Make $repository writable (and check that the disk is not full)," \
+            "or activate a Python >= 3.11 that has the packages in $1."
     fi
     { : >"$venv/incomplete"; } 2>/dev/null || fail 1 "cannot write to $venv" \
-        "Make it writable, or activate a Python >= 3.11 that has the packages of $1."
+        "Make it writable, or activate a Python >= 3.11 that has the packages in $1."
     echo "installing $1 into .venv (once, about 3 minutes and 6 GB) ..." >&2
     if ! "$venv/bin/python" -m pip install --no-input --disable-pip-version-check --progress-bar off \
         -r "$repository/$1" -c "$repository/constraints.txt" >"$log" 2>&1; then
         { grep -E '^ *ERROR|^error' "$log" || cat "$log"; } | tail -n 5 | cut -c 1-300 >&2
-        fail 1 "pip could not install $1 (whole log: .venv/install.log); the next start tries again" \
-            "Without a network: activate a Python >= 3.11 that has these packages, or download them elsewhere with" \
+        fail 1 "pip could not install $1 (full log: .venv/install.log); run the command again to retry" \
+            "Without network access, activate a Python >= 3.11 that has these packages, or download them elsewhere with" \
             "'pip download -r $1 -c constraints.txt -d DIR' and set PIP_NO_INDEX=1 PIP_FIND_LINKS=DIR."
     fi
     rm -f "$venv/incomplete"
     echo "$venv/bin/python"
 }
 
-find_base() {  # the first Python that can make a virtual environment
+find_base() {  # prints the first Python that can create a virtual environment
     local candidate old=
     for candidate in python3 python python3.14 python3.13 python3.12 python3.11; do
         if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -90,7 +91,7 @@ find_base() {  # the first Python that can make a virtual environment
                 echo "$candidate"
                 return
             fi
-            old="$candidate lacks the modules venv and ensurepip (Debian, Ubuntu: apt-get install python3-venv)"
+            old="$candidate lacks the modules venv and ensurepip (on Debian or Ubuntu: apt-get install python3-venv)"
         fi
     done
     fail 1 "${old:-no Python >= 3.11 found (python3 is $(python3 --version 2>/dev/null || echo absent))}" \
@@ -108,7 +109,7 @@ start() {  # start train|test [ARGUMENTS_FILE] [FLAGS...]
             *) if [[ -f $caller/$file ]]; then file=$caller/$file; else file=$repository/$file; fi ;;
         esac
     fi
-    [[ -f $file ]] || fail 2 "no arguments file $file" "There are: $(cd "$repository" && echo "$kind"_args/*.txt)"
+    [[ -f $file ]] || fail 2 "arguments file $file not found" "Available: $(cd "$repository" && echo "$kind"_args/*.txt)"
 
     task=$(sed -n "s/^\([^#]*[[:space:]]\)\{0,1\}TASK=[\"']\{0,1\}\([^\"'#[:space:]]*\).*/\2/p" "$file" | tail -n 1)
     case ${task:-generate} in

@@ -1,1 +1,1 @@
-"""Checkpoints: their header, our files and experiment folders, other projects' files, and conversion between them."""
+"""Checkpoints: file format and header, run folders, LFM's files, and conversion between the two formats."""

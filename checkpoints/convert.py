@@ -1,10 +1,10 @@
-"""Turn a published file into one that describes itself, and back.
+"""Convert an LFM checkpoint to this project's self-describing format, or back.
 
     python -m checkpoints.convert model_475.pth model.safetensors --args_file test_args/celeb256_dit.txt [flags]
     python -m checkpoints.convert model.safetensors model_475.pth [--module_prefix]
 
-A semantic-synthesis model's label-map embedding, cond_stage_<name>.pth next to it, is converted as well. From content.pth the
-moving averages are taken. This module is a command, like the scripts at the root.
+The label-map embedding of a semantic-synthesis model (cond_stage_<name>.pth in the same folder) is converted as well. The
+EMA weights are used if the file has them, as content.pth does.
 """
 
 import sys
@@ -21,6 +21,7 @@ from command_line import help_flags, parse_options
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, exit_cleanly, option
+from runtime.messages import note, show
 from runtime.torch_files import is_torch_file, save_content
 from sampling.request import IGNORED_SAMPLING_FLAGS
 from sampling.script import mode_groups
@@ -28,13 +29,13 @@ from sampling.script import mode_groups
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """Conversion. The flags below that do not describe network, autoencoder or data have no effect."""
+    """Conversion. Flags below that do not describe the network, autoencoder or data have no effect."""
 
-    module_prefix: bool = option(False, "to .pth: names behind 'module.', as data parallelism writes them")
+    module_prefix: bool = option(False, "when writing .pth: prefix names with 'module.', as data parallelism does")
 
 
 def main() -> None:
-    """Convert in the direction that the first file's kind implies."""
+    """Convert in the direction given by the first file's format."""
     paths, flags = _split_paths(sys.argv[1:])
     options = parse_options(
         str(__doc__).splitlines()[0],
@@ -48,32 +49,30 @@ def main() -> None:
         _from_published(source, target, options.given)
     else:
         _to_published(source, target, options[ConversionOptions].module_prefix)
-    print(f"{source} -> {target}")
+    show(f"{source} -> {target}")
 
 
 def _from_published(source: Path, target: Path, given: Mapping[str, Any]) -> None:
-    """Write our own file of a published one, which the flags `given` describe."""
-    _check_suffix(target, ".safetensors", f"{source} is a file of torch.save")
+    """Convert an LFM checkpoint, which the flags `given` describe, to this project's format."""
+    _check_suffix(target, ".safetensors", f"{source} is a torch.save file")
     file = read_published(source)
     request = request_network(given, file.arguments)
     name = request.autoencoder.pretrained_autoencoder_ckpt
     autoencoder: Autoencoder | None = None
     if is_hub_id(name):
-        print(f"note: {name} is not fetched: {target} knows its id and scale, not its hash")
+        note(f"the autoencoder {name} is not downloaded, so {target} records its id and scale but no hash")
     else:
         autoencoder = load_autoencoder(request.autoencoder, request.dataset.channels)
         if "scale_factor" not in given:
             scale = request.autoencoder.scale_factor
-            print(
-                f"note: latents are taken to be scaled by {scale}, as published ones are; --scale_factor says otherwise"
-            )
+            note(f"assuming latents scaled by {scale}, as in LFM's checkpoints; set --scale_factor if they are not")
     network, header = build_published(file, source, request, autoencoder)
     save_weights(target, network.state_dict(), header)
 
 
 def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
-    """Write the published form of our own file."""
-    _check_suffix(target, ".pth", f"{source} is no file of torch.save")
+    """Convert a checkpoint of this project to LFM's format."""
+    _check_suffix(target, ".pth", f"{source} is not a torch.save file")
     weights, header = read_weights(source)
     prefix = PREFIX if module_prefix else ""
     stage = {name: weights.pop(name) for name in (STAGE_WEIGHT,) if name in weights}
@@ -81,14 +80,14 @@ def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
         if part:
             save_content(path, {prefix + name: value for name, value in part.items()})
     if header.autoencoder.latents_std and header.autoencoder.scale_factor is None:
-        print(
-            "note: statistics of the autoencoder scale these latents, which a published file's --scale_factor cannot say"
+        note(
+            "these latents are normalized with the autoencoder's statistics, which LFM's --scale_factor cannot express"
         )
 
 
 def _check_suffix(target: Path, suffix: str, reason: str) -> None:
     if target.suffix != suffix:
-        raise UsageError(f"{target}: expected a name ending in {suffix}, since {reason}")
+        raise UsageError(f"{target}: expected a name ending in {suffix}, because {reason}")
 
 
 def _split_paths(arguments: list[str]) -> tuple[list[Path], list[str]]:
@@ -96,7 +95,7 @@ def _split_paths(arguments: list[str]) -> tuple[list[Path], list[str]]:
         return [], wanted
     paths, flags = arguments[:2], arguments[2:]
     if len(paths) < 2 or any(path.startswith("-") for path in paths):
-        raise UsageError("expected IN OUT [flags]: a .pth file and a .safetensors file, or the other way round")
+        raise UsageError("expected IN OUT [flags], where one file is a .pth and the other a .safetensors")
     return [Path(path) for path in paths], flags
 
 

@@ -1,4 +1,4 @@
-"""Paths of checkpoints: <save_root>/<folder of the task>/<dataset>/<exp>/model_<epoch>.safetensors."""
+"""Checkpoint paths: <save_root>/<task folder>/<dataset>/<exp>/model_<epoch>.safetensors."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,10 @@ __all__ = ["experiment_folder", "find_checkpoint", "newest_model"]
 
 
 def experiment_folder(save_root: str, dataset: str, exp: str, kind: str = "latent_flow") -> Path:
-    """The folder of an experiment.
+    """The run folder of an experiment.
 
     Args:
-        save_root: folder of all experiments.
+        save_root: root of all run folders.
         dataset: name of the dataset.
         exp: name of the experiment.
         kind: folder of the task (`Task.runs`).
@@ -27,16 +27,16 @@ def experiment_folder(save_root: str, dataset: str, exp: str, kind: str = "laten
 
 
 def find_checkpoint(name: str, folder: Path) -> Path:
-    """The path `name`, or `name` in an experiment's folder if only that exists, as in the published scripts."""
+    """Resolve `name`: a path, or a file in the run folder if only that exists, as in LFM's scripts."""
     inside = folder / name
     return inside if inside.exists() and not Path(name).exists() else Path(name)
 
 
 def newest_model(folder: Path, epoch: int | None = None) -> Path:
-    """The checkpoint of `epoch` in a run's folder, or the newest one; our format comes before a published file.
+    """The checkpoint of `epoch` in a run folder, or the newest one; .safetensors takes precedence over .pth.
 
     Raises:
-        UsageError: there is no such checkpoint; the message lists the checkpoints in the folder.
+        UsageError: the checkpoint does not exist; the message lists the checkpoints in the folder.
     """
     found: dict[int, Path] = {}
     for suffix in (".pth", ".safetensors"):
@@ -44,9 +44,9 @@ def newest_model(folder: Path, epoch: int | None = None) -> Path:
         found |= {int(match[1]): path for path in paths if (match := re.fullmatch(r"model_(\d+)", path.stem))}
     if not found or (epoch is not None and epoch not in found):
         wanted = f"model_{'<epoch>' if epoch is None else epoch}"
-        present = f"it has: {', '.join(p.name for p in sorted(found.values())) or 'no checkpoints'}"
+        present = f"found: {', '.join(p.name for p in sorted(found.values())) or 'no checkpoints'}"
         raise UsageError(
             f"no {wanted}.safetensors or {wanted}.pth in {folder} ({present if folder.is_dir() else 'no such folder'}); "
-            "train first with run.sh, or name a file with --checkpoint"
+            "train first with run.sh, or pass a file with --checkpoint"
         )
     return found[max(found) if epoch is None else epoch]

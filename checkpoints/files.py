@@ -1,6 +1,6 @@
-"""Our checkpoints: safetensors weights with a header from which network and autoencoder are rebuilt.
+"""Checkpoints in this project's format: safetensors weights, and a header that describes network and autoencoder.
 
-checkpoints/lfm_files.py reads files of the published LFM code, training/state_file.py content.pth.
+LFM's checkpoints are read by checkpoints/lfm_files.py, and training states (content.pth) by training/state_file.py.
 """
 
 import json
@@ -40,23 +40,24 @@ class LoadedModel(NamedTuple):
 
 
 def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], header: Header) -> None:
-    """Write a state dict and its header, atomically."""
+    """Write a state dict and its header atomically."""
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     full = replace(header, weights_sha256=weights_hash(weights)).to_json()
     with atomic_path(path) as temporary:
-        # save_file would report a full disk as a SafetensorError, and make the file readable by its owner only.
+        # safetensors' save_file would report a full disk as a SafetensorError and restrict reading to the owner.
         temporary.write_bytes(serialize(weights, metadata={"header": json.dumps(full)}))
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], Header]:
-    """The state dict and header that `save_weights` wrote.
+    """Read the state dict and header that `save_weights` wrote.
 
     Raises:
-        UsageError: the file is missing, damaged or of another kind.
+        UsageError: the file is missing, damaged, or not a checkpoint of this project.
     """
     if is_torch_file(path):
         raise UsageError(
-            f"{path} is a file of torch.save, which does not describe itself: see python -m checkpoints.convert"
+            f"{path} is a torch.save file, which does not describe its network: "
+            "convert it with python -m checkpoints.convert"
         )
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -65,9 +66,9 @@ def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], Header]:
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-        raise UsageError(f"{path} is no checkpoint of this project: its header does not say {FORMAT}")
+        raise UsageError(f"{path} is not a checkpoint of this project: expected the format {FORMAT} in its header")
     if weights_hash(weights) != stored.get("weights_sha256"):
-        raise UsageError(f"the checkpoint {path} is damaged: its weights do not have the checksum in its header")
+        raise UsageError(f"the checkpoint {path} is damaged: its weights do not match the checksum in its header")
     try:
         return weights, Header.from_json(stored)
     except UsageError as error:
@@ -79,15 +80,15 @@ def load_model(
     device: torch.device | str = "cpu",
     autoencoder: AutoencoderOptions | None = None,
 ) -> LoadedModel:
-    """Rebuild network and autoencoder from a checkpoint alone.
+    """Rebuild the network and autoencoder from a checkpoint alone.
 
     Args:
         path: a `model_*.safetensors` file.
         device: device of both.
-        autoencoder: where to load the autoencoder from if it has moved; its weights must be the same.
+        autoencoder: where to load the autoencoder from if it has moved since training; its weights must be the same.
 
     Raises:
-        UsageError: the checkpoint is unreadable, or the autoencoder differs from the one that it was trained with.
+        UsageError: the checkpoint is unreadable, or the autoencoder is not the one used in training.
     """
     weights, header = read_weights(path)
     network = build_network(*header.architecture)
@@ -96,7 +97,7 @@ def load_model(
     source = replace(autoencoder or AutoencoderOptions(stored.id), scale_factor=stored.scale_factor)
     loaded = load_autoencoder(source, header.dataset.channels)
     found = loaded.describe().sha256 or ""
-    if stored.sha256 not in (None, found):  # None: the checkpoint was converted without the autoencoder
+    if stored.sha256 not in (None, found):  # None if the checkpoint was converted without the autoencoder
         raise UsageError(
             f"the checkpoint {path} was trained with the autoencoder {stored.id} (SHA-256 {stored.sha256[:12]}), "
             f"but {source.pretrained_autoencoder_ckpt} has other weights ({found[:12]})"

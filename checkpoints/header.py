@@ -1,7 +1,7 @@
-"""The header of a checkpoint: everything that a file records about itself, as one dataclass.
+"""The header of a checkpoint: a dataclass with everything that the file records about itself.
 
-It is JSON only at the edge of the file, in `Header.to_json` and `Header.from_json`. Entries that older versions lacked have
-defaults, so their files keep loading; entries that this version does not know are refused by name.
+`Header.to_json` and `Header.from_json` convert it to and from the file's JSON. Entries that older versions lack have
+defaults, so their files still load. Entries unknown to this version raise an error that names them.
 """
 
 import dataclasses
@@ -22,30 +22,30 @@ from options import UsageError, as_json, make_options
 __all__ = ["FORMAT", "Header"]
 
 FORMAT = "latent-flow-1"
-DERIVED = ("format", "latent_channels", "num_classes")  # entries of the file that follow from others
+DERIVED = ("format", "latent_channels", "num_classes")  # for other readers; derived from the remaining entries
 
 
 @dataclass(frozen=True)
 class Header:
-    """The record of a checkpoint.
+    """Everything that a checkpoint records about its network, data and training.
 
     Args:
         model_type: key of models.registry.NETWORKS.
-        network: the family's options.
+        network: options of the network family.
         latent_size: side h = w of the latents.
-        autoencoder: its identity, hash and scale.
-        dataset: name, side and channels of the images, class names, whether mirror images belong to it.
+        autoencoder: id, hash and scale of the autoencoder.
+        dataset: name, image size, channels and class names of the dataset, and whether images may be mirrored.
         task: "generate", "inpaint" or "semantic".
-        dense: what the network sees next to x_t; None: nothing.
-        path: the objective's options: the probability path, and the distribution of training times.
+        dense: the condition concatenated to x_t; None if there is none.
+        path: options of the objective: the probability path and the distribution of training times.
         objective: key of flow.objectives.OBJECTIVES.
-        training: the options of training, for the record.
-        precision, compiled, reproducible: how it was trained; reproducible is false for a run that the clock ended.
-        step, epoch: the position; None if a converted file does not record it.
-        ended: whether the run was trained to its end.
-        git, versions: commit, and versions of Python and the libraries.
-        published_file: name of the file of the published LFM code that it was converted from.
-        weights_sha256: hash of the weights; `save_weights` fills it in.
+        training: training options, for the record.
+        precision, compiled, reproducible: how it was trained; reproducible is false for a run with a time limit.
+        step, epoch: position in the run; None if a converted file does not record it.
+        ended: whether training ran to its end.
+        git, versions: commit, and versions of Python and libraries.
+        published_file: name of the LFM checkpoint that this one was converted from.
+        weights_sha256: hash of the weights, set by `save_weights`.
     """
 
     model_type: str
@@ -71,10 +71,10 @@ class Header:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> "Header":
-        """The header in a file's JSON, this version's or an older one's.
+        """Create a header from the JSON in a file of this version or an older one.
 
         Raises:
-            UsageError: an entry is missing, unknown to this version or of another kind.
+            UsageError: an entry is missing, unknown to this version, or has the wrong type.
         """
         values = {name: value for name, value in stored.items() if name not in DERIVED}
         try:
@@ -94,39 +94,39 @@ class Header:
             raise UsageError(f"this version cannot read its header: {error}") from error
 
     def to_json(self) -> dict[str, Any]:
-        """The JSON object that a file stores."""
+        """The JSON object stored in the file."""
         own = {each.name: getattr(self, each.name) for each in fields(self)}
         derived = {"format": FORMAT, "latent_channels": self.latent_channels, "num_classes": self.num_classes}
         return as_json(derived | own)
 
     @property
     def architecture(self) -> Architecture:
-        """The arguments of `build_network`, which determine the weights' names and shapes."""
+        """The arguments of `build_network`, which determine the names and shapes of the weights."""
         return Architecture(self.model_type, self.latent_size, self.network, self.dense)
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latents, and so of the velocity."""
+        """Channels of the latents and of the velocity."""
         return self.network.num_out_channels
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(c, h, w)."""
+        """Shape (c, h, w) of one latent."""
         return self.latent_channels, self.latent_size, self.latent_size
 
     @property
     def num_classes(self) -> int:
-        """K, which is also the null class's id; 1: unconditional."""
+        """Number of classes K, which is also the id of the null class; 1 if unconditional."""
         return self.network.classes
 
     @property
     def drops_labels(self) -> bool:
-        """Whether training dropped labels, so that the network knows the null class."""
+        """Whether training dropped labels, so that the network has learned the null class."""
         return self.network.label_dropout > 0
 
     @property
     def drops_dense(self) -> bool:
-        """Whether training hid the dense condition, so that the network knows the null map."""
+        """Whether training dropped the dense condition, so that the network has learned the null map."""
         return self.dense is not None and self.dense.dropout > 0
 
     def at(self, step: int, epoch: int, ended: bool) -> "Header":
@@ -135,15 +135,15 @@ class Header:
 
 
 def _check_registered(kind: str, name: str, known: Mapping[str, Any]) -> None:
-    """Refuse a name that no dictionary of this version, or of what was imported besides, has.
+    """Check that `name` is registered, by this version or by an imported extension.
 
     Raises:
-        UsageError: it lists the known ones.
+        UsageError: it is not; the message lists the registered names.
     """
     if name not in known:
         raise UsageError(
-            f"the {kind} {name!r} is none that this version knows ({', '.join(known)}); if a file of yours adds it, import "
-            "that file first (docs/extending.md)"
+            f"unknown {kind} {name!r}: expected one of {', '.join(known)}. If one of your files registers it, import that "
+            "file first (docs/extending.md)"
         )
 
 

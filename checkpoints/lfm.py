@@ -1,4 +1,4 @@
-"""Networks of published files: the architecture that a request and the weights amount to, and the header they get."""
+"""Build networks from LFM's checkpoints, and headers for them."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -24,17 +24,18 @@ from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
 from models.registry import Architecture, build_network
 from options import UsageError
+from runtime.messages import fact
 from runtime.torch_files import weights_hash
 
 __all__ = ["build_published", "open_published"]
 
-FACTOR, LATENT_CHANNELS = 8, 4  # of stabilityai/sd-vae-ft-mse, the published autoencoder
+FACTOR, LATENT_CHANNELS = 8, 4  # stabilityai/sd-vae-ft-mse, LFM's autoencoder
 
 
 def open_published(
     path: Path, given: Mapping[str, Any], device: torch.device | str, downstream: bool = False
 ) -> LoadedModel:
-    """Open a published file as `load_model` opens our own.
+    """Open an LFM checkpoint, as `load_model` opens a checkpoint of this project.
 
     Args:
         path: `model_<epoch>.pth` or `content.pth`.
@@ -43,7 +44,7 @@ def open_published(
         downstream: see `request_network`.
 
     Raises:
-        UsageError: the file is unreadable, or its weights do not fit the network that was asked for.
+        UsageError: the file is unreadable, or its weights do not fit the requested network.
     """
     file = read_published(path)
     request = request_network(given, file.arguments, downstream)
@@ -55,20 +56,21 @@ def open_published(
 def build_published(
     file: PublishedFile, path: str | Path, request: NetworkRequest, autoencoder: Autoencoder | None
 ) -> tuple[nn.Module, Header]:
-    """Build the network of a published file, load the weights to sample with, and make the header of our own format.
+    """Build the network of an LFM checkpoint, load its sampling weights, and create a header.
 
     Args:
         file: contents of the file.
-        path: its path, for messages and for the label-map embedding next to it.
-        request: what flags and the file's arguments say about the network.
-        autoencoder: None: it is not at hand, and is taken to have the published one's shapes.
+        path: path of the file, for messages and to find the label-map embedding in the same folder.
+        request: description of the network from flags and the file's arguments.
+        autoencoder: None if it is not available; it is then assumed to have the shapes of LFM's autoencoder.
 
     Raises:
-        UsageError: names or shapes of the weights differ from the network's.
+        UsageError: the file is a training state of this project, or its weights do not fit the network.
     """
     if file.ours:
         raise UsageError(
-            f"{path} is for resuming a run: name the model_<epoch>.safetensors or best.safetensors beside it"
+            f"{path} is a training state for resuming a run: "
+            "pass a model_<epoch>.safetensors or best.safetensors from the same folder"
         )
     stage = read_condition_stage(path)
     architecture = _architecture(request, autoencoder, stage)
@@ -89,15 +91,15 @@ def build_published(
         published_file=Path(path).name,
         weights_sha256=weights_hash(sampled),
     )
-    taken = f"moving averages of {len(file.averages)} of its" if file.averages else "its"
-    print(f"{path}: {architecture.model_type} with {taken} {len(sampled)} weights")
+    taken = f"EMA values for {len(file.averages)} of its" if file.averages else "its"
+    fact("checkpoint", f"{path}: {architecture.model_type} with {taken} {len(sampled)} weights")
     return network, header
 
 
 def _architecture(
     request: NetworkRequest, autoencoder: Autoencoder | None, stage: Mapping[str, torch.Tensor]
 ) -> Architecture:
-    """The arguments of `build_network`; `stage` holds the weight of the label-map embedding, if there is one.
+    """Determine the arguments of `build_network`; `stage` holds the weight of the label-map embedding, if there is one.
 
     Raises:
         UsageError: the image size is not a multiple of the autoencoder's factor.
@@ -110,13 +112,13 @@ def _architecture(
         num_in_channels=channels + embedded if request.in_channels is None else request.in_channels,
         num_out_channels=channels if request.out_channels is None else request.out_channels,
     )
-    if not network.null_class_has_weights and network.classes > 1:  # so guidance must not be refused
+    if not network.null_class_has_weights and network.classes > 1:  # the weights may know a null class: allow guidance
         network = replace(network, label_dropout=network.label_dropout or TYPICAL_LABEL_DROPOUT)
     factor = autoencoder.factor if autoencoder else request.autoencoder.f or FACTOR
     size, remainder = divmod(request.dataset.image_size, factor)
     if remainder or not size:
         raise UsageError(
-            f"--image_size {request.dataset.image_size} is no multiple of {factor}, the factor of the autoencoder"
+            f"--image_size {request.dataset.image_size} is not a multiple of {factor}, the autoencoder's downsampling factor"
         )
     extra = network.num_in_channels - network.num_out_channels
     dense = DenseInput(extra, None if weight is None else weight.shape[1]) if extra > 0 else None
@@ -124,28 +126,29 @@ def _architecture(
 
 
 def _check_condition(architecture: Architecture, path: str | Path) -> None:
-    """Refuse a condition that is neither a masked image with its mask nor a label map with its embedding.
+    """Check that the condition is a masked image with its mask, or a label map with its embedding.
 
     Raises:
-        UsageError: the condition is another one.
+        UsageError: it is neither.
     """
     dense, latents = architecture.dense, architecture.options.num_out_channels
     if dense is not None and dense.classes is None and dense.channels != latents + 1:
         raise UsageError(
-            f"{path}: a network of {latents + dense.channels} input channels for latents of {latents} is one of semantic "
-            f"synthesis, which needs {condition_stage_path(path).name} beside it; one of inpainting has {2 * latents + 1}"
+            f"{path}: a network with {latents + dense.channels} input channels for {latents} latent channels is for semantic "
+            f"synthesis, which needs {condition_stage_path(path).name} in the same folder (inpainting has "
+            f"{2 * latents + 1} input channels)"
         )
 
 
 def _task(dense: DenseInput | None) -> str:
-    """The task of a published network, which follows from its dense condition."""
+    """The task of an LFM network, which follows from its dense condition."""
     if dense is None:
         return "generate"
     return "inpaint" if dense.classes is None else "semantic"
 
 
 def _describe_unseen(autoencoder: AutoencoderOptions) -> AutoencoderFacts:
-    """The facts that `Autoencoder.describe` would give for the published autoencoder, without its hash."""
+    """The facts that `Autoencoder.describe` returns for LFM's autoencoder, without the hash."""
     assert autoencoder.scale_factor is not None
     return AutoencoderFacts(
         id=autoencoder.pretrained_autoencoder_ckpt,

@@ -1,11 +1,11 @@
-"""Files of the published LFM code (github.com/VinAIResearch/LFM), which hold weights but not what network they are for.
+"""Read LFM's checkpoints (github.com/VinAIResearch/LFM), which hold weights but do not describe their network.
 
-- `model_<epoch>.pth`: a bare state dict. Names start with `module.` if it was saved under data parallelism.
-- `content.pth`: epoch, step, arguments, weights and optimizer. The optimizer's state of parameter p, numbered in the order of
-  `network.parameters()`, also holds p's moving average.
-- `cond_stage_model_<epoch>.pth`: the label-map embedding of a semantic-synthesis model, saved next to it.
+- `model_<epoch>.pth`: a plain state dict. Names start with `module.` if it was saved under data parallelism.
+- `content.pth`: epoch, step, arguments, weights and optimizer. Parameters are numbered in the order of
+  `network.parameters()`. The optimizer state of each parameter also holds its EMA.
+- `cond_stage_model_<epoch>.pth`: the label-map embedding of a semantic-synthesis model, saved in the same folder.
 
-checkpoints/lfm_request.py and checkpoints/lfm.py find out which network the weights belong to.
+checkpoints/lfm_request.py and checkpoints/lfm.py determine which network the weights belong to.
 """
 
 import argparse
@@ -33,24 +33,24 @@ __all__ = [
     "read_sampled",
 ]
 
-ALLOWED_CLASSES = (argparse.Namespace,)  # objects that content.pth may hold
+ALLOWED_CLASSES = (argparse.Namespace,)  # the only class of objects in content.pth
 PREFIX = "module."
 STAGE_WEIGHT = "channel_mapper.weight"
 STAGE_FILE = re.compile(r"cond_stage_model_(\d+)\.pth")
-BUFFERS = ("resample_filter", "freqs")  # last part of the names of entries that are not parameters
+BUFFERS = ("resample_filter", "freqs")  # last name component of entries that are not parameters
 
 
 class PublishedFile(NamedTuple):
-    """The contents of a published file.
+    """The contents of an LFM checkpoint.
 
     Args:
-        weights: the weights that training continues with, by parameter name.
-        averages: their moving averages; empty if the file has none.
-        states: the optimizer's state of each parameter.
-        arguments: the options of the run; empty for a bare state dict.
-        epoch: for content.pth the next one to train.
-        step: training steps done.
-        ours: whether this is a content.pth of this project instead.
+        weights: raw weights by parameter name, used to resume training.
+        averages: EMA weights; empty if the file has none.
+        states: optimizer state by parameter name.
+        arguments: options of the run; empty for a plain state dict.
+        epoch: epoch of the weights; for content.pth, the next epoch to train.
+        step: number of completed training steps.
+        ours: whether this is a training state (content.pth) of this project instead.
     """
 
     weights: dict[str, torch.Tensor]
@@ -63,15 +63,15 @@ class PublishedFile(NamedTuple):
 
     @property
     def sampled(self) -> dict[str, torch.Tensor]:
-        """The weights to sample with: moving averages, and the plain value of entries without one (buffers, frozen weights)."""
+        """The weights to sample with: EMA weights, and raw values for entries without an EMA (buffers, frozen weights)."""
         return self.weights | self.averages
 
 
 def read_published(path: str | Path, device: torch.device | str = "cpu") -> PublishedFile:
-    """Read a published file of any kind, or content.pth of this project.
+    """Read any LFM checkpoint, or a training state (content.pth) of this project.
 
     Raises:
-        UsageError: the file is unreadable, holds code, or is of another kind.
+        UsageError: the file is unreadable, contains code, or is neither.
     """
     file = parse_published(read_torch_file(path, device, ALLOWED_CLASSES), path)
     match = re.fullmatch(r"(?:cond_stage_)?model_(\d+)", Path(path).stem)
@@ -79,20 +79,20 @@ def read_published(path: str | Path, device: torch.device | str = "cpu") -> Publ
 
 
 def parse_published(content: Any, path: str | Path) -> PublishedFile:
-    """Sort an object that `read_torch_file` returned into weights, averages, optimizer states and arguments.
+    """Split an object that `read_torch_file` returned into weights, EMA weights, optimizer states and arguments.
 
     Args:
         content: the object.
-        path: its file, for messages.
+        path: path of the file, for messages.
 
     Raises:
         UsageError: the object is neither a state dict nor a content.pth.
     """
     if not isinstance(content, dict):
         raise UsageError(
-            f"{path}: expected a state dict or the dict of content.pth, but it holds a {type(content).__name__}"
+            f"{path}: expected a state dict or the dict of content.pth, but found a {type(content).__name__}"
         )
-    if {"network", "ema"} <= content.keys():  # content.pth of this project
+    if {"network", "ema"} <= content.keys():  # a training state of this project
         weights, averages = (_weights(part, path) for part in (content["network"], content["ema"]["weights"]))
         return PublishedFile(weights, averages, {}, {}, step=content.get("step"), ours=True)
     if not is_published_content(content):
@@ -111,12 +111,12 @@ def parse_published(content: Any, path: str | Path) -> PublishedFile:
 
 
 def is_published_content(content: Any) -> bool:
-    """Whether an object read from a file is the published content.pth."""
+    """Whether an object read from a file is the content of LFM's content.pth."""
     return isinstance(content, dict) and "model_dict" in content
 
 
 def condition_stage_path(path: str | Path) -> Path:
-    """The file of a model's label-map embedding: cond_stage_model_<epoch>.pth next to model_<epoch>.pth."""
+    """Path of a model's label-map embedding: cond_stage_model_<epoch>.pth next to model_<epoch>.pth."""
     return Path(path).with_name(f"cond_stage_{Path(path).name}")
 
 
@@ -127,7 +127,7 @@ def read_condition_stage(path: str | Path) -> dict[str, torch.Tensor]:
 
 
 def newest_condition_stage(folder: Path) -> dict[str, torch.Tensor]:
-    """The label-map embedding of the highest epoch in a run's folder; empty if there is none."""
+    """The weights of the label-map embedding with the highest epoch in a run folder; empty if there is none."""
     found = {
         int(match[1]): path for path in folder.glob("cond_stage_model_*.pth") if (match := STAGE_FILE.match(path.name))
     }
@@ -135,23 +135,23 @@ def newest_condition_stage(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_sampled(path: str | Path) -> dict[str, torch.Tensor]:
-    """The weights to sample with in a published file, including its label-map embedding if there is one."""
+    """Read the sampling weights of an LFM checkpoint, including its label-map embedding if there is one."""
     return read_published(path).sampled | read_condition_stage(path)
 
 
 def _weights(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
-    """The entries of a state dict, without the prefix of data parallelism."""
+    """The entries of a state dict, without the prefix that data parallelism adds."""
     entries = content.items() if isinstance(content, Mapping) else ()
     if not entries or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in entries):
-        raise UsageError(f"{path}: expected a state dict of names and tensors")
+        raise UsageError(f"{path}: expected a state dict that maps names to tensors")
     weights = {name.removeprefix(PREFIX): value for name, value in entries}
     if len(weights) < len(entries):
-        raise UsageError(f"{path}: some names stand there both with and without {PREFIX!r}")
+        raise UsageError(f"{path}: some names appear both with and without the prefix {PREFIX!r}")
     return weights
 
 
 def _states(weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any], path: str | Path) -> dict[str, Any]:
-    """The optimizer's state by parameter name; the optimizer numbers parameters in the order of the state dict."""
+    """The optimizer state by parameter name; the optimizer numbers parameters in the order of the state dict."""
     if not optimizer:
         return {}
     names = [name for name in weights if name.rpartition(".")[2] not in BUFFERS]
@@ -165,5 +165,5 @@ def _states(weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any], p
         if isinstance(value, torch.Tensor) and value.ndim
     ]
     if len(names) != len(numbers) or any(weights[name].shape != shape for name, shape in like_weights):
-        raise UsageError(f"{path}: the optimizer's state is not that of the {len(names)} parameters in model_dict")
+        raise UsageError(f"{path}: the optimizer state does not match the {len(names)} parameters in model_dict")
     return found

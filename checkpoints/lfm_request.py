@@ -1,4 +1,4 @@
-"""The description of a published network, which its file lacks: flags, then the file's own arguments, then defaults."""
+"""Describe the network in an LFM checkpoint, from flags, then the file's own arguments, then defaults."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -14,23 +14,23 @@ __all__ = ["NetworkRequest", "described_by", "published_facts", "request_network
 
 T = TypeVar("T")
 
-SCALE_FACTOR = 0.18215  # of stabilityai/sd-vae-ft-mse, the published autoencoder
+SCALE_FACTOR = 0.18215  # stabilityai/sd-vae-ft-mse, LFM's autoencoder
 OTHER_SPELLINGS = {"attn_resolution": "attn_resolutions"}
-# The only grey datasets, with the side of their images before padding.
-GREY_SIDES = {"mnist": 28, "fashion_mnist": 28}
+# The only grayscale datasets, with the side of their images before padding.
+GRAYSCALE_SIDES = {"mnist": 28, "fashion_mnist": 28}
 
 
 @dataclass(frozen=True)
 class NetworkRequest:
-    """The network that a published file is said to hold.
+    """Description of the network in an LFM checkpoint.
 
     Args:
         model_type: key of models.registry.NETWORKS.
-        options: the family's options; `build_published` sets its channels.
-        in_channels: channels of the network's input; None: the latents' and the condition's.
-        out_channels: channels of the velocity; None: the latents'.
-        autoencoder: the autoencoder of its latents, with a scale factor.
-        dataset: the data that it was trained on.
+        options: options of the network family; `build_published` sets the channels.
+        in_channels: input channels of the network; None for the sum of the latents' and the condition's channels.
+        out_channels: channels of the velocity; None for the latents' channels.
+        autoencoder: options of the autoencoder, with a scale factor.
+        dataset: facts about the training data.
     """
 
     model_type: str
@@ -44,23 +44,23 @@ class NetworkRequest:
 def request_network(
     given: Mapping[str, Any], arguments: Mapping[str, Any] | None = None, downstream: bool = False
 ) -> NetworkRequest:
-    """Describe the network in a published file.
+    """Describe the network in an LFM checkpoint.
 
     Args:
         given: values of the flags that the user gave, by name; flags of other components are ignored.
-        arguments: arguments in the file (`PublishedFile.arguments`), which count where the user gave no flag.
-        downstream: whether --use_origin_adm is the default, as in the published scripts for inpainting and semantic
-            synthesis. Naming another --model_type turns it off.
+        arguments: arguments in the file (`PublishedFile.arguments`); flags take precedence.
+        downstream: whether --use_origin_adm is on by default, as in LFM's scripts for inpainting and semantic synthesis.
+            Any other --model_type turns it off.
 
     Raises:
-        UsageError: the model type is unknown, or neither flags nor arguments name the dataset and the image size. (Their
-            defaults would make a good network draw wrong samples.)
+        UsageError: the model type is unknown, or neither flags nor arguments name the dataset and the image size. (With
+            wrong defaults, a good network would silently produce bad samples.)
     """
     values = {**_own_arguments(arguments or {}), **given}
     if downstream and _select(NetworkOptions, values).model_type == NetworkOptions.model_type:
         values = {"use_origin_adm": True} | values
     if missing := [f"--{name}" for name in ("dataset", "image_size") if name not in values]:
-        raise UsageError(f"a published file does not say what it was trained on: give {' and '.join(missing)}")
+        raise UsageError(f"an LFM checkpoint does not record its training data: pass {' and '.join(missing)}")
     model_type = _select(NetworkOptions, values).resolve()
     autoencoder = _select(AutoencoderOptions, values)
     return NetworkRequest(
@@ -74,25 +74,25 @@ def request_network(
 
 
 def published_facts(dataset: str, image_size: int) -> DatasetFacts:
-    """The facts about a dataset that follow from its name and the images' side in pixels; its files are not needed."""
-    side = GREY_SIDES.get(dataset)
+    """Derive the facts about a dataset from its name and image side in pixels, without its files."""
+    side = GRAYSCALE_SIDES.get(dataset)
     crop = side if side and side < image_size else None
     return DatasetFacts(dataset, image_size, 1 if side else 3, crop, not side, ())
 
 
 def described_by() -> frozenset[str]:
-    """The names of the options that describe a published network, its data and its latents."""
+    """Names of the options that describe an LFM network, its data and its latents."""
     groups = (NetworkOptions, AutoencoderOptions, *network_groups())
     return frozenset({field.name for group in groups for field in fields(group)} | {"dataset", "image_size"})
 
 
 def _own_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a published run about network, latents and data, as this project spells them; None: not given."""
+    """An LFM run's arguments about network, latents and data, in this project's spelling; unset (None) ones are left out."""
     named = {OTHER_SPELLINGS.get(name, name): value for name, value in arguments.items()}
     return {name: value for name, value in named.items() if name in described_by() and value is not None}
 
 
 def _select(group: type[T], values: Mapping[str, Any]) -> T:
-    """The instance of an option dataclass with those of its fields that `values` holds; the others keep their defaults."""
+    """An instance of an option dataclass, with the fields found in `values`; other fields keep their defaults."""
     names = [field.name for field in fields(group)]  # type: ignore[arg-type]
     return make_options(group, {name: values[name] for name in names if name in values})

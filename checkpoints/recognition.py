@@ -1,7 +1,7 @@
-"""Recognition of a network from the names and shapes in its state dict, to explain a mismatch.
+"""Infer a network's options from the names and shapes in its state dict, to explain a mismatch.
 
-Networks are always built from their options, because weights do not show everything: the number of heads, dropout, and the
-order of queries, keys and values leave no trace.
+Networks are always built from their options, because a state dict does not determine everything. It does not show the
+number of heads, dropout, or the order of queries, keys and values.
 """
 
 import re
@@ -16,16 +16,16 @@ __all__ = ["recognise"]
 
 
 def recognise(weights: Weights) -> dict[str, Any]:
-    """The options that the weights show; empty if they belong to no known family or are incomplete.
+    """Infer options from the weights; empty if the weights are incomplete or their family is unknown.
 
     Returns:
-        Values by option name, with three additions where known: `model_type` (key of NETWORKS), `latent_size` (the side that is
-        part of names), and `label_rows` (rows of the label table, with or without a null class).
+        Values by option name. Three more entries are added where known: `model_type` (key of NETWORKS), `latent_size` (the
+        side that appears in parameter names), and `label_rows` (rows of the label table, including any null class).
     """
     describe = next((describe for mark, describe in FAMILIES.items() if mark in weights), None)
     try:
         return describe(weights) if describe else {}
-    except (KeyError, IndexError, ValueError, ZeroDivisionError):  # names of a family, but not a whole network
+    except (KeyError, IndexError, ValueError, ZeroDivisionError):  # the names match a family, but weights are missing
         return {}
 
 
@@ -66,8 +66,8 @@ def _guided_unet(weights: Weights) -> dict[str, Any]:
     width = weights["time_embed.0.weight"].shape[1]
     present = {int(name.split(".")[1]) for name in weights if name.startswith("input_blocks.")}
     entries = 1 + max(present)
-    # The steps between levels are convolutions, poolings (entries without weights) or residual blocks. Only the decoder shows
-    # which residual blocks are steps.
+    # Levels are joined by strided convolutions, pooling (entries without weights) or residual blocks. Only the decoder shows
+    # which residual blocks resample.
     convolved = [i for i in present if f"input_blocks.{i}.0.op.weight" in weights]
     pooled = [i for i in range(entries) if i not in present]
     residual = [i + 1 for i in range(entries) for j in (1, 2) if f"output_blocks.{i}.{j}.in_layers.0.weight" in weights]
@@ -95,7 +95,7 @@ def _guided_unet(weights: Weights) -> dict[str, Any]:
     return described
 
 
-# Keys are weights that every network of the family has.
+# Each key is a weight that every network of the family has.
 FAMILIES: dict[str, Callable[[Weights], dict[str, Any]]] = {
     "x_embedder.proj.weight": _dit,
     "map_layer0.weight": _edm_unet,

@@ -1,7 +1,6 @@
-"""Strict loading of state dicts: a mismatch is listed by name, with the flags that would explain it."""
+"""Strict loading of state dicts; errors list the mismatched names and suggest flags that would fit."""
 
 import dataclasses
-import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,27 +11,28 @@ from checkpoints.recognition import recognise
 from models.family import Weights
 from models.registry import NETWORKS, ORIGIN_ADM, Architecture, build_network
 from options import UsageError
+from runtime.messages import note
 
 __all__ = ["Mismatch", "find_mismatch", "load_weights", "suggest_flags"]
 
 LISTED_NAMES = 10
-TYPICAL_LABEL_DROPOUT = 0.1  # of the published networks with a null class
+TYPICAL_LABEL_DROPOUT = 0.1  # LFM's networks with a null class
 
 
 class Mismatch(NamedTuple):
-    """Names that only the network has, names that only the file has, and names whose shapes differ."""
+    """Names only in the network, names only in the file, and names whose shapes differ."""
 
     missing: list[str]
     unexpected: list[str]
     misshapen: list[str]
 
     def __str__(self) -> str:
-        parts = zip(("missing", "unexpected", "of another shape"), self, strict=True)
+        parts = zip(("missing", "unexpected", "wrong shape"), self, strict=True)
         return "; ".join(f"{what}: {_some(names)}" for what, names in parts if names)
 
 
 def find_mismatch(own: Weights, weights: Weights) -> Mismatch:
-    """The differences in names and shapes between a network's state dict `own` and `weights`."""
+    """Compare the names and shapes of `weights` with a network's own state dict."""
     return Mismatch(
         [name for name in own if name not in weights],
         [name for name in weights if name not in own],
@@ -45,16 +45,18 @@ def find_mismatch(own: Weights, weights: Weights) -> Mismatch:
 
 
 def load_weights(network: nn.Module, weights: Weights, where: str, architecture: Architecture) -> None:
-    """Load a state dict into `network`, adapted to its grid as its family says, with a note.
+    """Load a state dict into `network`.
+
+    A position table for another latent size is recomputed where the network family allows it, with a note.
 
     Args:
-        network: the network to fill.
+        network: the network to load into.
         weights: the state dict.
-        where: its file, for messages.
-        architecture: the network's architecture, from which other flags are suggested.
+        where: path of the file, for messages.
+        architecture: the network's architecture, used to suggest flags.
 
     Raises:
-        UsageError: names or shapes differ. The message lists at most ten of each kind, and flags that would explain them.
+        UsageError: names or shapes differ. The message lists up to ten names per category, and flags that would fit.
     """
     own = network.state_dict()
     fitted = NETWORKS[architecture.model_type].fit_grid(own, weights)
@@ -64,12 +66,12 @@ def load_weights(network: nn.Module, weights: Weights, where: str, architecture:
             f"{where} does not fit this {architecture.model_type}; {mismatch}{_advice(fitted, architecture)}"
         )
     if fitted is not weights:
-        print(f"note: {where}: positions rebuilt, since the file's are for latents of another size", file=sys.stderr)
+        note(f"{where}: position table recomputed, because the file has one for another latent size")
     network.load_state_dict(fitted)
 
 
 def suggest_flags(weights: Weights, architecture: Architecture) -> dict[str, Any]:
-    """The smallest change of options with which `weights` would fit; empty if none is found."""
+    """The smallest set of option changes that would make `weights` fit; empty if none is found."""
     found = recognise(weights)
     current = _values(architecture)
     if "label_rows" in found:
@@ -85,7 +87,7 @@ def suggest_flags(weights: Weights, architecture: Architecture) -> dict[str, Any
 
 
 def _label_flags(rows: int, current: Mapping[str, Any]) -> dict[str, Any]:
-    """Guess what N rows of a label table are: N classes, or N - 1 and a null class if the flags or a round N - 1 suggest it."""
+    """Interpret N label rows as N classes, or as N - 1 and a null class if the flags or a round N - 1 suggest it."""
     null = rows > 1 and (current.get("num_classes") == rows - 1 or current["label_dropout"] > 0 or rows % 10 == 1)
     dropout = (current["label_dropout"] or TYPICAL_LABEL_DROPOUT) if null else 0.0
     return {"num_classes": rows - null or None, "label_dropout": dropout}
@@ -99,7 +101,7 @@ def _values(architecture: Architecture) -> dict[str, Any]:
 
 def _fits(weights: Weights, values: Mapping[str, Any]) -> bool:
     if values["model_type"] not in NETWORKS:
-        return False  # a patch that no model type has
+        return False  # no model type has this patch size
     kind = NETWORKS[values["model_type"]].options
     chosen = kind(**{field.name: values[field.name] for field in dataclasses.fields(kind) if field.name in values})
     try:
@@ -112,11 +114,11 @@ def _fits(weights: Weights, values: Mapping[str, Any]) -> bool:
 
 def _advice(weights: Weights, architecture: Architecture) -> str:
     if "channel_mapper.weight" in weights and len(weights) == 1:
-        return "; it holds the stage of the label map alone: name the model_<epoch>.pth beside it"
+        return "; it holds only a label-map embedding: pass the model_<epoch>.pth in the same folder instead"
     flags = suggest_flags(weights, architecture)
     if not flags:
-        return "; no flags were found that would explain it: is it another kind of file?"
-    return f"; the file looks like {' '.join(_spell(name, value) for name, value in flags.items())}"
+        return "; no flags were found that would fit: check that this is the right file"
+    return f"; the file would fit with {' '.join(_spell(name, value) for name, value in flags.items())}"
 
 
 def _spell(name: str, value: Any) -> str:

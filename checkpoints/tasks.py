@@ -1,4 +1,4 @@
-"""The three tasks that networks are trained for, and the folders of their experiments."""
+"""The three tasks that networks are trained for, and their run folders."""
 
 from typing import NamedTuple
 
@@ -9,10 +9,10 @@ class Task(NamedTuple):
     """A task.
 
     Args:
-        name: its name in headers and, as TASK, in arguments files.
-        purpose: its name in messages.
-        runs: folder of its experiments below --save_root.
-        script: ending of its scripts' names.
+        name: name in headers and, as TASK, in arguments files.
+        purpose: name in messages.
+        runs: folder of its runs below --save_root.
+        script: suffix of its scripts' names.
     """
 
     name: str

@@ -7,6 +7,7 @@ import torch
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.metrics import frechet_distance
 from evaluation.summary import Gatherer, Summary
+from runtime.messages import show
 
 __all__ = ["PrecisionEffect"]
 
@@ -34,5 +35,5 @@ class PrecisionEffect:
         known = {name: gatherer.summary().statistics for name, gatherer in self._gatherers.items()}
         values = {name: frechet_distance(s, reference.statistics) for name, s in known.items() if s is not None}
         images = next(iter(self._gatherers.values())).count
-        print(f"Frechet distance of the first {images} images at each --feature_precision: {values}")
+        show(f"Frechet distance of the first {images} images at each --feature_precision: {values}")
         return {"feature_precision_effect": {"images": images, **values}}

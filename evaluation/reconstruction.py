@@ -28,6 +28,7 @@ from models.autoencoders.pixels import images_to_pixels
 from models.autoencoders.protocol import Autoencoder
 from options import exit_cleanly, option
 from runtime.files import write_json
+from runtime.messages import labeled, show_result
 from runtime.pictures import save_sheet
 from runtime.precision import DeviceOptions, Machine, choose_device
 
@@ -129,11 +130,12 @@ def main() -> None:
     }
     if settings.output_json:
         write_json(settings.output_json, result)
-    print(
-        f"{result['images']} held-out images of {data.dataset}: PSNR {ratio:.2f} dB; scores against the training images: "
-        f"reconstructions {result_line(scores)}, originals {result_line(scores_real)}; "
-        f"features {features.name} {features.sha256[:8]}"
-    )
+    lines = [
+        labeled("PSNR", f"{ratio:.2f} dB on {result['images']:,} held-out images of {data.dataset}"),
+        labeled("decoded", f"{result_line(scores)} against the training images"),
+        labeled("originals", f"{result_line(scores_real)} against the training images"),
+    ]
+    show_result("\n".join(lines), scores["warnings"])
 
 
 def _squared_error(decoded: torch.Tensor, original: torch.Tensor) -> float:

@@ -17,6 +17,7 @@ from evaluation.summary import Gatherer, Summary
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.files import UNREADABLE, atomic_path
+from runtime.messages import note
 from runtime.randomness import generator_for
 
 __all__ = ["REFERENCE_ROWS", "holds_statistics", "statistics_summary", "summarise", "summary_at"]
@@ -175,4 +176,4 @@ def _cache_parts(
                 with atomic_path(path) as temporary, temporary.open("wb") as file:
                     np.savez(file, rows=part.numpy(), metadata=np.array(json.dumps(summary.meta)))
     except OSError as error:  # the data directory may be read-only
-        print(f"note: cannot cache the statistics in {cache_dir}, so they will be recomputed next time: {error}")
+        note(f"cannot cache the statistics in {cache_dir}, so they will be recomputed next time: {error}")

@@ -1,1 +1,1 @@
-"""Where the program meets the machine: files, processes, precision, random streams, CPU kernels."""
+"""System-level code: files, processes, precision, random streams, and CPU kernels."""

@@ -1,12 +1,12 @@
-"""Faster forms of torch's layers for compiled networks, and of attention for bfloat16 on CPUs.
+"""Faster variants of torch layers for compiled networks, and of attention in bfloat16 on CPUs.
 
-`with_cpu_kernels` swaps them into a network, in place. A form is a subclass of torch's layer with the same parameters, so
-state dicts, optimizers and parallel wrappers are not affected. It differs from torch's layer only while torch.compile
-traces it: eager calls use torch's kernels, with their bits and their derivatives of any order. Attention is the
-exception: its choice of kernel also holds for eager calls.
+`with_cpu_kernels` swaps them into a network in place. Each variant is a subclass of the torch layer with the same
+parameters, so state dicts, optimizers and parallel wrappers are unaffected. It differs from the torch layer only while
+torch.compile traces it. Eager calls use torch's kernels, with bit-identical results and derivatives of any order.
+Attention is the exception: it also chooses its kernel in eager calls.
 
-The linear layer, GELU, embedding and attention have their own forms on CPUs only. The compiled group norm and upsampling
-use theirs on every device. benchmarks/layers.py and benchmarks/attention.py measure the gain.
+The variants of the linear layer, GELU, embedding and attention apply on CPUs only. The compiled group norm and upsampling
+apply on every device. benchmarks/layers.py and benchmarks/attention.py measure the gain.
 """
 
 import math
@@ -22,15 +22,16 @@ from torch.nn import functional
 
 __all__ = ["attention", "plain_attention", "with_cpu_kernels"]
 
-BOUND, DEGREE = 4.1, 8  # of the polynomials for GELU and its derivative
-LONGEST_TRAINED, LONGEST_SAMPLED = 256, 16  # tokens up to which plain attention is faster, with and without gradients
+BOUND, DEGREE = 4.1, 8  # input range and degree of the polynomials for GELU and its derivative
+# The longest sequences, in tokens, for which plain attention is faster: with gradients, and without.
+LONGEST_TRAINED, LONGEST_SAMPLED = 256, 16
 
 
 def with_cpu_kernels(network: nn.Module) -> nn.Module:
-    """Swap the faster forms into `network`, in place; returns it.
+    """Swap the faster variants into `network` in place, and return it.
 
-    Layers are found by type; a subclass with a forward pass of its own is left alone, unless it says
-    `same_values_as_torch = True`. Attention is found where a module has `functional.scaled_dot_product_attention` as an
+    Layers are found by type. A subclass that overrides `forward` is left unchanged, unless it sets
+    `same_values_as_torch = True`. Attention is replaced where a module has `functional.scaled_dot_product_attention` as an
     attribute. The call may be repeated, before or after the network is copied, wrapped for several processes or sharded.
     """
     for module in network.modules():
@@ -45,7 +46,7 @@ def with_cpu_kernels(network: nn.Module) -> nn.Module:
 
 
 def _computes_as(layer: Any, plain: Any) -> bool:
-    """Whether a type is torch's layer, or a subclass with the same forward pass: torch's own, or one that says so."""
+    """Whether `layer` is `plain`, or a subclass with the same forward pass, either inherited or declared as the same."""
     return issubclass(layer, plain) and (
         layer.forward is plain.forward or getattr(layer, "same_values_as_torch", False)
     )
@@ -53,7 +54,7 @@ def _computes_as(layer: Any, plain: Any) -> bool:
 
 @cache
 def _subclass(form: Any, layer: Any) -> Any:
-    """The form of a subclass of torch's layer: its eager forward pass stays `layer`'s own."""
+    """The variant of `layer`, which may subclass a torch layer; its eager forward pass remains `layer`'s."""
     return form if layer in FORMS else type(layer.__name__, (form, layer), {})
 
 
@@ -62,15 +63,15 @@ def _compiled_for_a_cpu(tensor: torch.Tensor) -> bool:
 
 
 class CompiledLinear(nn.Linear):
-    """A linear map of tokens.
+    """Linear layer for tokens.
 
-    The loop after the product adds the bias, while torch's product first copies it to each row of its output. The bias's
-    gradient is summed over a sample's tokens, then over samples, in loops that stay in the cache.
+    The bias is added in the loop after the product, whereas torch first copies it to each row of the output. The bias
+    gradient is summed over each sample's tokens, then over samples, in loops that stay in the cache.
     """
 
     @staticmethod
     def replaces(layer: Any) -> bool:
-        """Whether the form computes what `layer` does."""
+        """Whether this variant computes the same function as `layer`."""
         return layer.bias is not None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -82,7 +83,7 @@ class CompiledLinear(nn.Linear):
 
 
 class _BiasOutside(torch.autograd.Function):
-    """A product and a bias, rounded as autocast does, with a bias gradient that is not rounded."""
+    """Matrix product plus bias, rounded as under autocast, with an unrounded bias gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -101,21 +102,21 @@ class _BiasOutside(torch.autograd.Function):
 
 
 class CompiledGelu(nn.GELU):
-    """GELU in its tanh approximation (Hendrycks & Gimpel 2016, arXiv:1606.08415), x S(x) with
+    """GELU in the tanh approximation (Hendrycks & Gimpel 2016, arXiv:1606.08415), x S(x) with
 
         S(x) = (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2.
 
-    In bfloat16, polynomials replace S and the derivative of x S(x). Values are then within 1e-4 of the formula's, slopes
-    within 6e-4; bfloat16 rounds numbers near 1 by up to 2e-3.
+    In bfloat16, polynomials replace S and the derivative of x S(x). Values are then within 1e-4 of the formula, and slopes
+    within 6e-4. For comparison, bfloat16 rounds numbers near 1 by up to 2e-3.
     """
 
     @staticmethod
     def replaces(layer: Any) -> bool:
-        """Whether the form computes what `layer` does."""
+        """Whether this variant computes the same function as `layer`."""
         return layer.approximate == "tanh"
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map each value by itself."""
+        """Apply GELU elementwise."""
         if _compiled_for_a_cpu(input) and input.dtype == torch.bfloat16:
             return _PolynomialGelu.apply(input)
         return super().forward(input)
@@ -131,7 +132,11 @@ def _derivative(x: np.ndarray) -> np.ndarray:
 
 
 def _fit(function: Callable[[np.ndarray], np.ndarray]) -> list[float]:
-    """Coefficients of p, rising, with function(x) close to 1/2 + x p(2 x^2 / BOUND^2 - 1) up to BOUND, and 1 at BOUND."""
+    """Fit p, such that 1/2 + x p(2 x^2 / BOUND^2 - 1) approximates function(x) for |x| <= BOUND and is 1 at BOUND.
+
+    Returns:
+        The coefficients of p, lowest degree first.
+    """
 
     def odd_part(w: np.ndarray) -> np.ndarray:
         x = BOUND * np.sqrt((w + 1) / 2)
@@ -146,7 +151,7 @@ SHARE, DERIVATIVE = _fit(_share), _fit(_derivative)
 
 
 def _evaluate(coefficients: list[float], x: torch.Tensor) -> torch.Tensor:
-    """The fitted function within BOUND; below it 0, above it 1, up to rounding."""
+    """Evaluate a fitted function; up to rounding, it is 0 below -BOUND and 1 above BOUND."""
     x = x.clamp(-BOUND, BOUND)
     w = x * x * (2 / BOUND**2) - 1
     total = coefficients[-1] * w + coefficients[-2]
@@ -165,32 +170,32 @@ class _PolynomialGelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
-        return (slopes[0].float() * _evaluate(DERIVATIVE, _fetched(x.float()))).to(x.dtype)
+        return (slopes[0].float() * _evaluate(DERIVATIVE, _prefetch(x.float()))).to(x.dtype)
 
 
-def _fetched(x: torch.Tensor) -> torch.Tensor:
-    """The same x, each row fetched before the long formula reads it.
+def _prefetch(x: torch.Tensor) -> torch.Tensor:
+    """Return x unchanged, but load each row into the cache before the polynomial reads it.
 
-    Saved activations have left the caches, and the short loop that looks for a row's largest value waits less for memory:
-    4 to 6 % of a DiT's training step. A row with a NaN becomes all NaN.
+    Saved activations have left the caches, and the short loop over a row's maximum waits less for memory. This saves 4 to
+    6 % of a DiT's training step. A row that contains a NaN becomes all NaN.
     """
     return x.minimum(x.amax(-1, keepdim=True))
 
 
 class CompiledEmbedding(nn.Embedding):
-    """Rows by number, with gradients that are the same in every run.
+    """Embedding lookup with deterministic gradients.
 
-    In a compiled lookup's gradient, threads add to the same rows at once, so the order and the last bits change from run to
-    run. A product with one-hot rows, exact in float32, has one order.
+    In the gradient of a compiled lookup, threads add to the same rows concurrently, so the order and the last bits change
+    from run to run. A product with one-hot rows is exact in float32 and has a fixed order.
     """
 
     @staticmethod
     def replaces(layer: Any) -> bool:
-        """Whether the form computes what `layer` does."""
+        """Whether this variant computes the same function as `layer`."""
         return layer.padding_idx is None and layer.max_norm is None and not layer.scale_grad_by_freq
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Rows [..., D] of numbers [...]."""
+        """Look up rows [..., D] by index [...]."""
         if not _compiled_for_a_cpu(self.weight):
             return super().forward(input)
         with torch.autocast("cpu", enabled=False):
@@ -198,33 +203,33 @@ class CompiledEmbedding(nn.Embedding):
 
 
 class CompiledGroupNorm(nn.GroupNorm):
-    """Group norm (Wu & He 2018, arXiv:1803.08494) in the input's dtype, computed in float32.
+    """Group norm (Wu & He 2018, arXiv:1803.08494), computed in float32 and returned in the input's dtype.
 
     The compiler turns torch's group norm into loops that transpose channels-last tensors in the backward pass.
     """
 
     @staticmethod
     def replaces(layer: Any) -> bool:
-        """Whether the form computes what `layer` does."""
+        """Whether this variant computes the same function as `layer`."""
         return layer.affine
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalise [B, C, L] or [B, C, H, W] over the channels of each group and all positions."""
+        """Normalize [B, C, L] or [B, C, H, W] over the channels of each group and all positions."""
         if not torch.compiler.is_compiling():
             return super().forward(input)
         wide, positions = input.float(), tuple(range(2, input.ndim))
         mean = self._average(wide.mean(positions, keepdim=True))
-        centred = wide - mean.detach()  # the variance's derivative by the mean is zero
-        variance = self._average(centred.square().mean(positions, keepdim=True))
+        centered = wide - mean.detach()  # the variance's derivative with respect to the mean is zero
+        variance = self._average(centered.square().mean(positions, keepdim=True))
         affine = (-1, *[1] * len(positions))  # [C, 1, ...]
         scale = torch.rsqrt(variance + self.eps) * self.weight.view(affine)
         return (wide * scale + (self.bias.view(affine) - mean * scale)).to(input.dtype)
 
     def _average(self, values: torch.Tensor) -> torch.Tensor:
-        """The average of each channel's group, for values [B, C, 1, ...].
+        """Average values [B, C, 1, ...] over each channel's group.
 
-        Every channel computes its own copy. The compiler stores a reduction's result as a table [B, C]; with a table
-        [B, groups] it would look up the group of each channel at each position, one value at a time.
+        Every channel computes its own copy. The compiler stores a reduction's result as a [B, C] table. With a [B, groups]
+        table, it would look up each channel's group at each position, one value at a time.
         """
         each = self.num_channels // self.num_groups
         grouped = values.view(-1, self.num_groups, 1, each).expand(-1, -1, each, -1)
@@ -232,21 +237,21 @@ class CompiledGroupNorm(nn.GroupNorm):
 
 
 class CompiledUpsample(nn.Upsample):
-    """Nearest neighbours times 2.
+    """Nearest-neighbor upsampling by a factor of 2.
 
-    The compiler scatters the gradients of torch's interpolation one by one.
+    The compiler scatters the gradients of torch's interpolation one at a time.
     """
 
     @staticmethod
     def replaces(layer: Any) -> bool:
-        """Whether the form computes what `layer` does."""
+        """Whether this variant computes the same function as `layer`."""
         return layer.mode == "nearest" and layer.scale_factor == 2
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """[B, C, 2 H, 2 W] of [B, C, H, W]."""
+        """Upsample [B, C, H, W] to [B, C, 2 H, 2 W]."""
         if not torch.compiler.is_compiling():
             return super().forward(input)
-        last = input.permute(0, 2, 3, 1)  # so that the result lies channels last
+        last = input.permute(0, 2, 3, 1)  # so that the result is channels-last
         batch, height, width, channels = last.shape
         twice = last[:, :, None, :, None].expand(-1, -1, 2, -1, 2, -1).reshape(batch, 2 * height, 2 * width, channels)
         return twice.permute(0, 3, 1, 2)
@@ -274,6 +279,6 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
 
 
 def plain_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The same by matrix products and a softmax."""
+    """Compute `attention` with matrix products and a softmax."""
     scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
     return scores.softmax(dim=-1) @ value

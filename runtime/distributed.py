@@ -1,8 +1,8 @@
-"""The processes of one run: what each of them knows of the others, and how they work together.
+"""The processes of a run and their communication.
 
-A launcher (torchrun, `accelerate launch`, or runtime/launch.py) describes them in the environment by variables that are
-set together, else there is a single one. Values travel between them through the hosts' memory; only the gradients take
-the devices' own way.
+A launcher (torchrun, `accelerate launch`, or runtime/launch.py) describes the processes in environment variables, which
+it sets together. Without them, there is a single process. Values are exchanged through host memory; only gradients use
+the devices' own communication backend.
 """
 
 import os
@@ -26,15 +26,15 @@ __all__ = ["Processes", "join_processes", "launch_id", "launched", "may_restart_
 T = TypeVar("T")
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-LONGEST_WAIT = timedelta(hours=6)  # of the others, while the main process downloads or compares statistics
-DEFECT = 1  # exit code of an error that is not the user's
+LONGEST_WAIT = timedelta(hours=6)  # for the main process, which may download files or compare statistics
+DEFECT = 1  # exit code of an error that is not a user's error
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all: `rank` of `count`, `local_rank` of the `local_count` on its machine.
+    """This process among all processes: `rank` of `count`, and `local_rank` of `local_count` on its machine.
 
-    All methods that exchange something must be called by every process, in the same order.
+    Every process must call the methods that communicate, in the same order.
     """
 
     rank: int = 0
@@ -44,11 +44,11 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the files."""
+        """Whether this is the main process, which writes the files."""
         return self.rank == 0
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Every `count`-th item, from number `rank` on: together the processes have each item once."""
+        """Every `count`-th item, starting at index `rank`; the processes together have each item once."""
         return items[self.rank :: self.count]
 
     def barrier(self) -> None:
@@ -72,7 +72,7 @@ class Processes:
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
     def gather(self, value: T) -> list[T]:
-        """The values of all processes in the order of their ranks, in the main process; elsewhere an empty list."""
+        """Gather the values of all processes, by rank, in the main process; the others get an empty list."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -80,7 +80,7 @@ class Processes:
         return values if self.is_main else []
 
     def from_main(self, value: T) -> T:
-        """The main process's value, in every process."""
+        """Broadcast the main process's value to every process."""
         values = [value]
         if self.count > 1:
             dist.broadcast_object_list(values)
@@ -88,7 +88,7 @@ class Processes:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Let the main process run the block before the others do: it fetches, they find."""
+        """Run the block in the main process first, for example so that only that process downloads a file."""
         if not self.is_main:
             self.barrier()
         yield
@@ -97,35 +97,35 @@ class Processes:
 
 
 def launched() -> bool:
-    """Whether a launcher started this process: all of its variables are there, not MASTER_PORT or another alone."""
+    """Whether a launcher started this process. All of its variables must be set, not just MASTER_PORT, for example."""
     return all(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
 def restarts() -> int:
-    """How often the launcher has started this machine's processes again after one of them died (torchrun --max-restarts)."""
+    """How often the launcher has restarted this machine's processes after one of them died (torchrun --max-restarts)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def launch_id() -> str:
-    """What tells one launch from another, and is the same for all its restarts; "" without a launcher."""
+    """Identifier of a launch, the same for all its restarts; "" without a launcher."""
     return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def may_restart_several_machines() -> bool:
-    """Whether torchrun may start processes again on more than one machine, which count their restarts differently."""
+    """Whether torchrun may restart processes on more than one machine; machines count their restarts differently."""
     machines, admitted = (int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
     return machines > 1 and admitted > 0
 
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """Join the processes that a launcher describes in the environment, if it does, for the length of the block.
+    """Join the processes that a launcher describes in the environment, if there is one, for the duration of the block.
 
-    Only the main process prints. An error in one process ends them all, and is reported by the first that meets it: what
-    the others then meet (the same mistake, a broken connection) is no news, and ends them with the same exit code.
+    Only the main process prints. An error in one process ends them all, and only the first process to fail reports it. The
+    other processes fail with the same error or a broken connection, and exit silently with the same exit code.
 
     Raises:
-        UsageError: restarts on several machines with a store that would mislead them.
+        UsageError: torchrun may restart several machines, and its store would give them stale addresses.
     """
     if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield Processes()
@@ -134,21 +134,21 @@ def join_processes() -> Iterator[Processes]:
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
     store, rank, count = next(rendezvous("env://"))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the processes, and keeps their addresses
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the processes and keeps their addresses
         if may_restart_several_machines():
             raise UsageError(
                 "--max-restarts on several machines needs a store that ends with the processes: "
                 "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, on every machine"
             )
         store = PrefixStore(f"attempt {restarts()}", store)
-    # The default backend: gloo for tensors on the CPU, the GPUs' own for those on GPUs.
+    # The default backend: gloo for CPU tensors, and the device's own (such as NCCL) for GPU tensors.
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=count, timeout=LONGEST_WAIT)
     processes = Processes(rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
     try:
         with _silence(not processes.is_main):
             yield processes
             sys.stdout.flush()
-            processes.barrier()  # the launcher stops the rest as soon as one process ends with a code other than 0
+            processes.barrier()  # the launcher stops all processes as soon as one exits with a nonzero code
     except (Exception, KeyboardInterrupt) as error:
         if (code := _code_of_first_failure(store, error)) is not None:
             raise SystemExit(code) from None
@@ -157,7 +157,7 @@ def join_processes() -> Iterator[Processes]:
 
 
 def _code_of_first_failure(store: Store, error: BaseException) -> int | None:
-    """The exit code of the process that failed first; None where it is this one."""
+    """The exit code of the process that failed first; None if it is this one."""
     try:
         if store.add("failures", 1) == 1:
             reason = explain(error)
@@ -165,7 +165,7 @@ def _code_of_first_failure(store: Store, error: BaseException) -> int | None:
             return None
         return int(store.get("exit_code"))
     except (RuntimeError, ValueError):
-        return None  # the store went down with the process that held it
+        return None  # the process that hosted the store has ended
 
 
 @contextmanager

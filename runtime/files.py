@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, flushed to the disk, then renamed."""
+"""Atomic file writes: files are written under a temporary name, flushed to disk, then renamed."""
 
 import errno
 import json
@@ -28,24 +28,24 @@ __all__ = [
     "write_json",
 ]
 
-# What pickle, numpy, zipfile, PIL and their like raise for one thing: a file that is damaged, or made to do harm.
+# The errors that pickle, numpy, zipfile, PIL and similar readers raise for a damaged or malicious file.
 UNREADABLE = (
     OSError, ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RuntimeError, SyntaxError, TypeError,
     ValueError, pickle.UnpicklingError, struct.error, tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
-FULL_BYTES = 1 << 16  # with less free space than this, a failed write is blamed on the full disk
+FULL_BYTES = 1 << 16  # with less free space than this, a failed write is reported as a full disk
 
 
 @contextmanager
 def atomic_path(path: str | Path, durable: bool = True, previous: Path | None = None) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes `path`'s place once the block ends without an error.
+    """Yield a temporary path next to `path`, and rename it to `path` if the block succeeds.
 
-    A reader sees the old file or the new one, never half of one; if `durable`, after a power loss
-    too. On an error the temporary file is removed. The file that is replaced is kept as `previous`, if that is named:
-    whenever the process ends, one of the two is whole.
+    Readers see the old file or the new one, never a partial one. With `durable`, this also holds after a power loss. On an
+    error, the temporary file is removed. If `previous` is given, the replaced file is kept under that name, and at least
+    one of the two is complete whenever the process ends.
 
     Raises:
-        OSError: ENOSPC where the disk is full, whatever the writing library made of it.
+        OSError: ENOSPC if the disk is full, whichever error the writing library raised.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,13 +68,13 @@ def atomic_path(path: str | Path, durable: bool = True, previous: Path | None = 
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write `value` (dataclasses and tuples allowed) as indented JSON, atomically."""
+    """Write `value`, which may contain dataclasses and tuples, atomically as indented JSON."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(as_json(value), indent=2) + "\n", encoding="utf-8")
 
 
 def append_line(path: str | Path, line: str) -> None:
-    """Add a line to a log, which may not exist yet; it is written in one piece."""
+    """Append a line to a log in a single write; the file is created if necessary."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -82,30 +82,30 @@ def append_line(path: str | Path, line: str) -> None:
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Read the JSON object in `path`.
 
     Raises:
-        UsageError: the file cannot be read or holds no such thing.
+        UsageError: the file cannot be read, or does not hold a JSON object.
     """
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
-        raise UsageError(f"cannot read {path}: expected a JSON object, but it is a {type(value).__name__}")
+        raise UsageError(f"cannot read {path}: expected a JSON object, but found a {type(value).__name__}")
     return value
 
 
 @contextmanager
 def replace_folder(folder: str | Path) -> Iterator[Path]:
-    """A new folder to fill; it takes `folder`'s place once the block ends without an error.
+    """Yield a new folder to fill, and rename it to `folder` if the block succeeds.
 
-    The old folder is renamed first and removed last, so that no crash costs both.
+    The old folder is renamed first and removed last, so that a crash never loses both.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process of the same number
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process with the same id
     temporary.mkdir()
     try:
         yield temporary
@@ -126,10 +126,10 @@ def move_aside(path: Path, word: str = "old") -> Path:
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Remove the temporary files that killed processes left in `folder`, where none but this one may be at work.
+    """Remove the temporary files that killed processes left in `folder`; no other process may be using it.
 
     Returns:
-        what was removed. Files of this process's number stay: they are its own.
+        The removed files. Temporary files of this process are kept.
     """
     left = [path for path in folder.glob("*.tmp-*") if re.search(r"\.tmp-\d+$", path.name) and path.is_file()]
     left = [path for path in left if not path.name.endswith(f".tmp-{os.getpid()}")]
@@ -139,11 +139,11 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
 
 def _rename_copy(path: Path, previous: Path) -> None:
-    """Give `path` the name `previous` as well, so that it is never without its own."""
+    """Keep `path` as `previous` too, with a hard link where possible, so that `path` never disappears."""
     previous.unlink(missing_ok=True)
     try:
         previous.hardlink_to(path)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without hard links
         path.replace(previous)
 
 

@@ -1,4 +1,4 @@
-"""A network made ready for evaluation alone: weights kept as they are used, one compiled graph for all batch sizes."""
+"""Prepare a network for evaluation only: weights stored in the precision used, one compiled graph for all batch sizes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +11,12 @@ from runtime.precision import Machine
 
 __all__ = ["compile_for_batches", "for_sampling", "hold_weights"]
 
-# Layers whose inputs and weights autocast casts when they are called, and whose weights nothing else uses.
+# Layers whose inputs and weights autocast casts at every call, and whose weights nothing else uses.
 CAST = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 def for_sampling(network: nn.Module, machine: Machine) -> Callable[..., torch.Tensor]:
-    """The network as a sampler calls it; it must not be trained, averaged or saved any more."""
+    """Prepare a network for sampling; it must not be trained, averaged or saved afterwards."""
     held = with_cpu_kernels(hold_weights(network, machine))
     return compile_for_batches(held, machine) if machine.compile else held
 
@@ -24,8 +24,9 @@ def for_sampling(network: nn.Module, machine: Machine) -> Callable[..., torch.Te
 def hold_weights(network: nn.Module, machine: Machine) -> nn.Module:
     """Store weights, in place, in the precision to which autocast would cast them at every evaluation; returns `network`.
 
-    Autocast remembers its casts of trained weights alone. Under this machine's autocast, results keep their bits; the
-    network must not be trained, averaged or saved any more. Layers that cast their weights themselves stay as they are.
+    Autocast caches its casts only for weights that require gradients. Under this machine's autocast, results are
+    bit-identical. The network must not be trained, averaged or saved afterwards. Layers that cast their own weights are
+    left unchanged.
     """
     device = machine.device.type
     with machine.autocast():
@@ -39,12 +40,12 @@ def hold_weights(network: nn.Module, machine: Machine) -> nn.Module:
 
 
 def compile_for_batches(network: nn.Module, machine: Machine) -> Callable[..., torch.Tensor]:
-    """network(t, x, condition), compiled once for all batch sizes above 1.
+    """Compile network(t, x, condition) once for all batch sizes above 1.
 
-    Samplers have several: the last batch is smaller, guidance within an interval doubles some. Each would be compiled
-    anew, at a cost of some ten seconds.
+    Samplers use several batch sizes: the last batch is smaller, and guidance within an interval doubles some batches.
+    Compiling for each size would take about ten seconds each time.
     """
-    torch._functorch.config.donated_buffer = False  # an exact trace goes back through one graph several times
+    torch._functorch.config.donated_buffer = False  # an exact trace backpropagates through one graph several times
     compiled = torch.compile(with_cpu_kernels(network), options=machine.compiler_options)
 
     def evaluate(t: torch.Tensor, x: torch.Tensor, condition: Any) -> torch.Tensor:

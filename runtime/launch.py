@@ -1,7 +1,9 @@
-"""Starts a script in one or several processes, by elastic_launch; torchrun, the command around it, loses exit codes.
+"""Start a script in one or several processes.
 
-`--num_process_per_node N` ends with the scripts' own exit code (2 for a mistake, 3 for a run that diverged, 130 for an
-interruption) and one line that names a killed process; torchrun ends with 1 and a report. It also leaves minutes to save.
+Several processes are started with torch's `elastic_launch`, not with the torchrun command, which loses exit codes.
+`--num_process_per_node N` exits with the script's own code (2 for a user's error, 3 for a run that diverged, 130 for an
+interruption) and prints one line for a killed process, where torchrun exits with 1 and prints a report. It also gives
+interrupted processes minutes to save.
 """
 
 import io
@@ -22,50 +24,50 @@ from runtime.distributed import DEFECT, Processes, join_processes, launched
 
 __all__ = ["LaunchOptions", "run_script"]
 
-SECONDS_TO_SAVE = "300"  # after a signal to the launcher, before it kills
-SECONDS_TO_FOLLOW = 30  # after the death of another, before it kills: torch's own, whatever the number above
+SECONDS_TO_SAVE = "300"  # from a signal to the launcher until it kills the processes
+SECONDS_TO_FOLLOW = 30  # from one process's death until the launcher kills the others; fixed by torch
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """Several processes (torchrun and accelerate launch in front of the script work as well)."""
+    """Multiple processes (launching with torchrun or accelerate launch also works)."""
 
     num_process_per_node: int | None = option(
-        None, "start this many processes here, one per GPU", minimum=1, on_resume="freely", common=True
+        None, "number of processes on this machine, one per GPU", minimum=1, on_resume="freely", common=True
     )
     num_proc_node: int | None = option(
-        None, "machines; start the same command on each, with its node_rank", minimum=1, on_resume="freely"
+        None, "number of machines; run the same command on each, with its --node_rank", minimum=1, on_resume="freely"
     )
-    node_rank: int = option(0, "number of this machine", minimum=0, on_resume="freely")
-    master_address: str = option("127.0.0.1", "name or address of machine number 0", on_resume="freely")
+    node_rank: int = option(0, "index of this machine, from 0", minimum=0, on_resume="freely")
+    master_address: str = option("127.0.0.1", "host name or address of machine 0", on_resume="freely")
     master_port: int = option(
-        29500, "a free port of machine number 0, where there are several machines", minimum=1, on_resume="freely"
+        29500, "free port on machine 0; used only with several machines", minimum=1, on_resume="freely"
     )
     local_rank: int | None = option(
-        None, "accepted; the launcher tells each process its rank", flags=("--local-rank",), on_resume="freely"
+        None, "accepted but ignored; the launcher sets each process's rank", flags=("--local-rank",), on_resume="freely"
     )
 
     @property
     def wanted(self) -> int:
-        """Number of processes on all machines."""
+        """Requested number of processes on all machines."""
         return (self.num_process_per_node or 1) * (self.num_proc_node or 1)
 
     def check(self, processes: Processes) -> None:
-        """Refuse numbers that are not those of the launcher.
+        """Check that the flags match the processes that the launcher started.
 
         Raises:
-            UsageError: both numbers.
+            UsageError: they differ; the message states both numbers.
         """
         here, machines = self.num_process_per_node, self.num_proc_node
         if here is not None and here != processes.local_count:
             raise UsageError(
                 f"--num_process_per_node {here}, but the launcher started {processes.local_count} on this machine "
-                "(--nproc_per_node or --num_processes): leave the flag out, or start without a launcher"
+                "(--nproc_per_node or --num_processes): omit the flag, or start the script without a launcher"
             )
         if machines is not None and machines * processes.local_count != processes.count:
             raise UsageError(
                 f"--num_proc_node {machines} with {processes.local_count} processes each, but the launcher started "
-                f"{processes.count} (WORLD_SIZE): leave the flag out, or start without a launcher"
+                f"{processes.count} (WORLD_SIZE): omit the flag, or start the script without a launcher"
             )
 
 
@@ -79,10 +81,10 @@ def run_script(
     rare: Collection[type] = (),
     adjust: Callable[[Options], Options] = lambda options: options,
 ) -> None:
-    """Parse the command line (as `parse_options` does) and run `main` in each of the processes that it asks for.
+    """Parse the command line (as `parse_options` does) and run `main` in each requested process.
 
-    Without a launcher, `--num_process_per_node N` starts N processes of this same command. The exit code is that of
-    `main`, 2 after a user's error, which is printed once, and 130 after an interruption.
+    Without a launcher, `--num_process_per_node N` starts this command in N processes. The exit code is `main`'s, 2 after a
+    user's error, which is printed once, and 130 after an interruption.
     """
 
     def work() -> int:
@@ -94,7 +96,7 @@ def run_script(
             settings = options[LaunchOptions]
             if settings.wanted > 1 and not launched():
                 return _launch(settings)
-            sys.stderr.write(notes.getvalue())  # here, lest the launcher and its main process both say it
+            sys.stderr.write(notes.getvalue())  # not before: the main process would repeat the launcher's notes
             settings.check(processes)
             return main(options, processes) or 0
 
@@ -102,13 +104,15 @@ def run_script(
 
 
 def _launch(settings: LaunchOptions) -> int:
-    """Run this command in several processes, by torchrun's elastic launch; returns the exit code of the first failure."""
+    """Run this command in several processes with elastic_launch; returns the exit code of the first failure."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes report their own errors
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
-    signal.signal(signal.SIGUSR1, lambda number, frame: signal.raise_signal(signal.SIGTERM))  # which is passed on
+    signal.signal(
+        signal.SIGUSR1, lambda number, frame: signal.raise_signal(signal.SIGTERM)
+    )  # the launcher forwards SIGTERM
     machines = settings.num_proc_node or 1
     alone = machines == 1
     config = LaunchConfig(
@@ -123,30 +127,30 @@ def _launch(settings: LaunchOptions) -> int:
         max_restarts=0,
     )
     try:
-        module = sys.modules["__main__"].__spec__  # where it was started with -m
+        module = sys.modules["__main__"].__spec__  # set if the script was started with -m
         elastic_launch(config, sys.executable)(*(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:])
     except SignalException:
         return INTERRUPTED
     except ChildFailedError as error:
         if killed := _killed(error.failures):
-            print("", *killed, sep="\n", file=sys.stderr)  # the line before may be a progress bar's
+            print("", *killed, sep="\n", file=sys.stderr)  # the current line may hold a progress bar
         codes = [failure.exitcode for failure in error.failures.values() if failure.exitcode > 0]
         return codes[0] if codes and not killed else DEFECT
     return 0
 
 
 def _killed(failures: Mapping[int, ProcessFailure]) -> list[str]:
-    """A line for each process that was killed, but by the launcher, which ends those that outlive another.
+    """One line for each killed process, except those that the launcher killed because another process had died.
 
     Args:
-        failures: by rank, in the order in which the launcher noticed them.
+        failures: failures by rank, in the order the launcher noticed them.
     """
     first = next(iter(failures.values()))
     lines = []
     for rank, failure in failures.items():
         number = -failure.exitcode
         late = failure.timestamp - first.timestamp >= SECONDS_TO_FOLLOW - 1  # timestamps are whole seconds
-        follows = number in (signal.SIGTERM, signal.SIGABRT) or late  # SIGABRT: GPUs' own way to miss a partner
+        follows = number in (signal.SIGTERM, signal.SIGABRT) or late  # GPU backends abort when they lose a peer
         if number > 0 and (failure is first or not follows):
             lines.append(
                 f"error: rank {rank} (process {failure.pid}) was killed by {failure.signal_name()}, signal {number}"

@@ -1,11 +1,11 @@
-"""One process at a time in a folder; not by filelock, whose locks stop at the host or believe in processes that have ended.
+"""Lock files that allow one process at a time in a folder.
 
-The file names its holder and is created exclusively, which excludes other hosts on every file system. The holder also has the
-kernel lock the file (flock) until it ends, however it ends, so a file of this host without that lock is left over. Another
-host's file is believed, because many file systems keep kernel locks to one host.
+A lock file names its holder. It is created exclusively, which excludes other hosts on every file system. The holder also
+keeps a kernel lock (flock) on the file until it ends, however it ends. A file from this host without a kernel lock is
+therefore stale. A file from another host is trusted, because many file systems do not share kernel locks between hosts.
 
-filelock.FileLock has kernel locks alone. filelock.SoftFileLock (4.2) takes a zombie for a running process and replaces a file
-that it cannot read; tests/faults/test_locks.py rules out both.
+The filelock package is not sufficient. filelock.FileLock uses kernel locks only. filelock.SoftFileLock (4.2) mistakes a
+zombie for a running process, and replaces a file that it cannot read; tests/faults/test_locks.py rules out both.
 """
 
 import fcntl
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple, Self, TextIO
 
 from options import UsageError
+from runtime.messages import note, show
 
 __all__ = ["Holder", "locked"]
 
@@ -26,10 +27,10 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 
 class Holder(NamedTuple):
-    """The process that a lock file names.
+    """The process named in a lock file.
 
-    `kernel_lock`: whether the kernel locks the file while the process runs. Not every file system can, and files of earlier
-    versions do not say so.
+    `kernel_lock` is true if the process also holds a kernel lock on the file. Some file systems do not support kernel
+    locks, and files from earlier versions do not record them.
     """
 
     host: str
@@ -39,11 +40,11 @@ class Holder(NamedTuple):
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The holder that a file names.
+        """Read the holder from a lock file.
 
         Raises:
-            FileNotFoundError: there is no file.
-            UsageError: it holds something else.
+            FileNotFoundError: the file does not exist.
+            UsageError: the file does not name a holder.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -52,12 +53,12 @@ class Holder(NamedTuple):
             raise
         except (OSError, ValueError, TypeError) as error:
             raise UsageError(
-                f"{path} says that a process is at work in the folder, but not which one ({error}): if none is, delete it"
+                f"cannot read the lock file {path} ({error}): if no process is using its folder, delete the file"
             ) from error
 
     @property
     def is_provable(self) -> bool:
-        """Whether this host can tell if the process has ended."""
+        """Whether this host can determine if the process has ended."""
         return self.kernel_lock and self.host == socket.gethostname()
 
     def __str__(self) -> str:
@@ -66,44 +67,45 @@ class Holder(NamedTuple):
 
 @contextmanager
 def locked(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Hold the lock file at `path` for the length of the block; its folder is made, and removed if it stays empty.
+    """Hold the lock file at `path` during the block; its folder is created, and removed if it stays empty.
 
     Args:
-        path: the file.
-        what: what the holder does, for messages: "is training here".
-        wait: until the holder has ended, instead of an error.
+        path: the lock file.
+        what: description of what the holder does, for messages, such as "is training here".
+        wait: wait until the holder has ended, instead of raising an error.
 
     Raises:
-        UsageError: another process holds it.
+        UsageError: another process holds the lock.
     """
-    told = False
-    while isinstance(taken := _take(path), Holder):
-        advice = "" if taken.is_provable else f"; if it is dead, delete {path}"
+    announced = False
+    while isinstance(acquired := _acquire(path), Holder):
+        advice = "" if acquired.is_provable else f"; if it has ended, delete {path}"
         if not wait:
-            raise UsageError(f"{taken} {what}: {path.parent}. Wait for it, stop it, or choose another name{advice}")
-        if not told:
-            print(f"waiting: {taken} {what}: {path.parent}{advice}", flush=True)
-            told = True
+            raise UsageError(f"{acquired}, {what}: {path.parent}. Wait for it, stop it, or choose another name{advice}")
+        if not announced:
+            show(f"waiting: {acquired}, {what}: {path.parent}{advice}")
+            announced = True
         time.sleep(SECONDS_BETWEEN_LOOKS)
     try:
         yield
     finally:
-        _release(path, taken)
+        _release(path, acquired)
 
 
-def _take(path: Path) -> TextIO | Holder:
-    """Make the file, in place of one that a dead process left, and return it open until the release; else its holder."""
-    with _one_at_a_time(path.parent):
+def _acquire(path: Path) -> TextIO | Holder:
+    """Create the lock file, replacing a stale one, and return it open; if another process holds it, return that holder."""
+    with _serialized(path.parent):
         while True:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(FileExistsError, FileNotFoundError):  # another holds it, or has just removed the empty folder
+            # Another process holds the lock, or has just removed the empty folder.
+            with suppress(FileExistsError, FileNotFoundError):
                 return _create(path)
-            with suppress(FileNotFoundError):  # its holder has just removed it
+            with suppress(FileNotFoundError):  # the holder has just removed the file
                 holder = Holder.read(path)
-                if not _is_left_over(path, holder):
+                if not _is_stale(path, holder):
                     return holder
                 path.unlink()
-                print(f"note: {path.name} was left by a process that has ended ({holder}): removed", flush=True)
+                note(f"removed {path.name}, left by a process that has ended ({holder})")
 
 
 def _create(path: Path) -> TextIO:
@@ -113,39 +115,39 @@ def _create(path: Path) -> TextIO:
         holder = Holder(socket.gethostname(), os.getpid(), since, _lock(file, fcntl.LOCK_EX))
         json.dump(holder._asdict(), file)
         file.flush()
-    except BaseException:  # a full disk, say
+    except BaseException:  # for example a full disk
         path.unlink()
-        with suppress(OSError):  # closing writes again what was not written
+        with suppress(OSError):  # closing repeats the failed write
             file.close()
         raise
     return file
 
 
 def _lock(file: TextIO, kind: int) -> bool:
-    """Have the kernel lock the file until it is closed; returns whether it did."""
+    """Acquire a kernel lock that lasts until the file is closed; returns whether this succeeded."""
     try:
         fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError:  # held by another process, or a file system without such locks
+    except OSError:  # held by another process, or a file system without kernel locks
         return False
     return True
 
 
-def _is_left_over(path: Path, holder: Holder) -> bool:
+def _is_stale(path: Path, holder: Holder) -> bool:
     with path.open(encoding="utf-8") as file:
         return holder.is_provable and _lock(file, fcntl.LOCK_SH)
 
 
 def _release(path: Path, file: TextIO) -> None:
-    with file, suppress(FileNotFoundError):  # somebody deleted it
-        if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else another process has taken the folder since
+    with file, suppress(FileNotFoundError):  # a user deleted the file
+        if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # otherwise another process holds the lock now
             path.unlink()
-    with suppress(OSError):  # it is not empty
+    with suppress(OSError):  # the folder is not empty
         path.parent.rmdir()
 
 
 @contextmanager
-def _one_at_a_time(folder: Path) -> Iterator[None]:
-    """Serialise the processes of this host, so that none removes or reads what another is just making."""
+def _serialized(folder: Path) -> Iterator[None]:
+    """Serialize this host's processes, so that none reads or removes a lock file that another is creating."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:

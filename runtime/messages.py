@@ -1,4 +1,4 @@
-"""Lines for the terminal: facts, results, notes and warnings, wrapped at its width and kept clear of progress bars."""
+"""Print facts, results, notes and warnings, wrapped at the terminal's width and kept clear of progress bars."""
 
 import shutil
 import sys
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 __all__ = ["fact", "labeled", "note", "one_line", "show", "show_result", "warn"]
 
-LABEL_WIDTH = 12  # characters; longer than "run folder"
+LABEL_WIDTH = 12  # characters; wider than the longest label, "run folder"
 
 
 def show(text: str, indent: int = 4) -> None:
@@ -19,7 +19,7 @@ def show(text: str, indent: int = 4) -> None:
 
 
 def labeled(label: str, text: str) -> str:
-    """`text` behind a label of at most eleven characters, aligned with other such lines."""
+    """Put a label of at most eleven characters before `text`, aligned with other labeled lines."""
     return f"{label:<{LABEL_WIDTH}}{text}"
 
 
@@ -29,7 +29,7 @@ def fact(label: str, text: str) -> None:
 
 
 def one_line(summary: str, warnings: Iterable[str] = ()) -> str:
-    """A result's summary and warnings as one line of a log file."""
+    """Join a result's summary and warnings into one line for a log file."""
     lines = [" ".join(line.split()) for line in summary.splitlines()]
     return "; ".join([*lines, *(f"warning: {text}" for text in warnings)])
 
@@ -42,27 +42,27 @@ def show_result(summary: str, warnings: Iterable[str] = ()) -> None:
 
 
 def note(text: str) -> None:
-    """Print on stderr something that the user may not expect but need not change."""
+    """Print a note on stderr: something that the user may not expect, but need not change."""
     _write(f"note: {text}", sys.stderr)
 
 
 def warn(text: str) -> None:
-    """Print on stderr something that makes a result worse, or a run likely to fail."""
+    """Print a warning on stderr: something that worsens a result, or makes a run likely to fail."""
     _write(f"warning: {text}", sys.stderr)
 
 
 def _write(text: str, file: TextIO, indent: int = 4) -> None:
-    """Wrap on a terminal only, so that a log file has one line per message and paths stay whole."""
+    """Print `text`, wrapped only on a terminal, so that log files have one line per message and unbroken paths."""
     lines = text.splitlines()
     if file.isatty():
         width = shutil.get_terminal_size().columns
         lines = [part for line in lines for part in _wrapped(line, width, indent)]
-    tqdm.write("\n".join(lines), file=file)  # hides active progress bars meanwhile
+    tqdm.write("\n".join(lines), file=file)  # hides active progress bars while it prints
     file.flush()
 
 
 def _wrapped(line: str, width: int, indent: int) -> list[str]:
     margin = " " * (len(line) - len(line.lstrip()) + indent)
     if max(map(len, line.split()), default=0) > width - len(margin):
-        return [line]  # a path that fits on no line; the terminal wraps it
+        return [line]  # a path longer than a line; the terminal wraps it
     return textwrap.wrap(line, width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False) or [""]

@@ -1,7 +1,7 @@
-"""One network trained by several processes: replicated in each of them, or shared out among them.
+"""Train one network in several processes, replicated or sharded.
 
-Replicated: DistributedDataParallel averages the gradients. Shared out: FSDP2 (`torch.distributed.fsdp.fully_shard`) keeps
-1 / N of every weight, gradient and optimizer state in each process and gathers a block's weights just before it is used.
+Replicated: DistributedDataParallel averages the gradients. Sharded: FSDP2 (`torch.distributed.fsdp.fully_shard`) keeps
+1 / N of every weight, gradient and optimizer state in each process, and gathers a block's weights just before their use.
 """
 
 from collections.abc import Iterator
@@ -31,17 +31,17 @@ __all__ = [
 
 
 def replicate(network: nn.Module, processes: Processes) -> nn.Module:
-    """The network in every process, with gradients averaged over all; the network itself where there is one process."""
+    """Wrap a network so that its gradients are averaged over all processes; with one process, return it unchanged."""
     if processes.count == 1:
         return network
     return DistributedDataParallel(network, gradient_as_bucket_view=True)
 
 
 def shard(network: nn.Module, device: torch.device, processes: Processes) -> None:
-    """Leave 1 / N of every parameter in each process, on `device`, in place; the network is called as before.
+    """Shard every parameter in place, leaving 1 / N in each process, on `device`; the network is called as before.
 
-    Blocks, the entries of its lists and dictionaries of modules, are gathered one at a time, the rest together. Weights that
-    lay channels last do so no more, since FSDP2 refuses them.
+    Blocks (the entries of the network's module lists and dictionaries) are gathered one at a time, and the rest together.
+    Channels-last weights become contiguous, because FSDP2 does not support them.
     """
     network.to(memory_format=torch.contiguous_format)
     mesh = init_device_mesh(device.type, (processes.count,))
@@ -50,16 +50,16 @@ def shard(network: nn.Module, device: torch.device, processes: Processes) -> Non
         if next(block.parameters(), None) is not None:
             fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
-    network.to(device)  # what is no parameter
+    network.to(device)  # the buffers
 
 
 def is_sharded(network: nn.Module) -> bool:
-    """Whether `shard` was called with the network."""
+    """Whether the network was sharded with `shard`."""
     return isinstance(network, FSDPModule)
 
 
 def reshard(network: nn.Module) -> None:
-    """Drop the weights that a network holds gathered since its forward pass, before those that are shared out change."""
+    """Free the weights gathered in the forward pass; required before the sharded weights change."""
     if is_sharded(network):
         for module in network.modules():
             if isinstance(module, FSDPModule):
@@ -68,8 +68,8 @@ def reshard(network: nn.Module) -> None:
 
 @contextmanager
 def local_gradients(network: nn.Module) -> Iterator[None]:
-    """Backward passes inside add to this process's gradients alone; the next one after it exchanges them all."""
-    network = getattr(network, "_orig_mod", network)  # what torch.compile has wrapped
+    """Accumulate gradients in this process only during the block; the next backward pass after it synchronizes them."""
+    network = getattr(network, "_orig_mod", network)  # the network inside torch.compile's wrapper
     if isinstance(network, DistributedDataParallel):
         with network.no_sync():
             yield
@@ -82,19 +82,19 @@ def local_gradients(network: nn.Module) -> Iterator[None]:
 
 
 def gather_dtensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be shared out, on its device; every process must call it."""
+    """Gather a tensor that may be sharded, on its device; every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_shard(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this process holds, in place; all of it where it is not shared out."""
+    """This process's shard of a tensor, without a copy; the whole tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather_state(value: Any, keep: bool = True) -> Any:
-    """`value`, where dictionaries and lists may hold tensors that are shared out: they come as whole ones on the CPU.
+    """Gather the sharded tensors in nested dictionaries and lists to the CPU.
 
-    Every process must call it; one that does not `keep` the result gets empty tensors, and saves the memory.
+    Every process must call this. A process that does not `keep` the result gets empty tensors, which saves memory.
     """
     if isinstance(value, DTensor):
         gathered = gather_dtensor(value)
@@ -105,7 +105,7 @@ def gather_state(value: Any, keep: bool = True) -> Any:
 
 
 def arranged_like(tensor: torch.Tensor, model: torch.Tensor) -> torch.Tensor:
-    """The whole `tensor`, shared out and ordered in memory as `model` is; as it is if their shapes differ."""
+    """Give a full tensor the sharding and memory layout of `model`; returns it unchanged if their shapes differ."""
     if tensor.shape != model.shape:
         return tensor
     if isinstance(model, DTensor):

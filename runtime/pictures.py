@@ -1,4 +1,4 @@
-"""Sheets of samples as PNG, and moving ones as GIF."""
+"""Sample grids as PNG, and animated ones as GIF."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,14 +22,14 @@ SMALLEST_TILE = 56  # pixels; smaller images are enlarged
 
 
 class Sheet(NamedTuple):
-    """Images uint8 [N, C, H, W] in rows of `columns`."""
+    """Images, uint8 [N, C, H, W], to lay out in rows of `columns` images."""
 
     images: torch.Tensor
     columns: int
 
 
 def side_by_side(groups: Sequence[torch.Tensor]) -> Sheet:
-    """A sheet with the i-th images of all `groups`, uint8 [N, C, H, W] each, beside each other; grey ones become coloured."""
+    """Put the i-th images of all groups, uint8 [N, C, H, W] each, side by side; grayscale groups are expanded to color."""
     channels = max(group.shape[1] for group in groups)
     alike = [group.cpu().expand(-1, channels, -1, -1) for group in groups]
     images = torch.stack(alike, dim=1).flatten(0, 1)
@@ -38,32 +38,34 @@ def side_by_side(groups: Sequence[torch.Tensor]) -> Sheet:
 
 @dataclass(frozen=True)
 class GridOptions:
-    """Grids of samples."""
+    """Sample grids."""
 
     on_resume: ClassVar = "freely"
 
-    grid_samples: int | None = option(None, "samples on a grid; default: eight rows", minimum=1)
+    grid_samples: int | None = option(None, "samples per grid; default: eight rows", minimum=1)
     grid_columns: int | None = option(
-        None, "samples a row of a grid; default: one class a column (at most ten), or eight without classes", minimum=1
+        None,
+        "samples per row of a grid; default: one column per class (at most ten), or eight without classes",
+        minimum=1,
     )
 
     def columns(self, num_classes: int) -> int:
-        """Samples a row; by default, those whose labels come in turn get a column per class."""
+        """Samples per row; by default one column per class, since the labels of samples cycle through the classes."""
         return self.grid_columns or (min(MOST_COLUMNS, num_classes) if num_classes > 1 else ROWS)
 
     def count(self, num_classes: int) -> int:
-        """Samples on a grid."""
+        """Samples per grid."""
         return self.grid_samples or ROWS * self.columns(num_classes)
 
 
 def save_sheet(images: torch.Tensor, path: str | Path, columns: int) -> None:
-    """Write images uint8 [N, C, H, W] as one PNG, row by row."""
+    """Save images, uint8 [N, C, H, W], as one PNG, row by row."""
     with atomic_path(path) as temporary:
         _sheet(images, columns).save(temporary, format="PNG")
 
 
 def save_animation(frames: Sequence[torch.Tensor], path: str | Path, columns: int) -> None:
-    """Write frames of images uint8 [N, C, H, W] as a GIF that runs for ever and rests on its last frame."""
+    """Save frames of images, uint8 [N, C, H, W] each, as a GIF that loops forever and pauses on its last frame."""
     first, *others = (_sheet(images, columns).convert("RGB") for images in frames)
     durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
     with atomic_path(path) as temporary:

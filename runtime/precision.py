@@ -1,4 +1,4 @@
-"""Device, floating-point precision, compilation and memory of a run: all that decides how fast it computes."""
+"""Device, floating-point precision, compilation and memory of a run: the settings that determine its speed."""
 
 import ctypes
 import os
@@ -15,6 +15,7 @@ from torch import nn
 from options import UsageError, option
 from runtime.cpu_kernels import with_cpu_kernels
 from runtime.distributed import Processes
+from runtime.messages import note
 
 __all__ = [
     "DeviceOptions",
@@ -27,7 +28,7 @@ __all__ = [
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CALLS_THAT_PAY = 1000  # of a network, for the minute that compiling it takes
+EVALUATIONS_WORTH_COMPILING = 1000  # network evaluations that make up for the minute that compiling takes
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's parameters in glibc's malloc.h
 
 
@@ -38,7 +39,8 @@ class DeviceOptions:
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda, cuda:N", on_resume="freely", common=True)
     num_threads: int = option(
         0,
-        "CPU threads, 0: the machine's, shared among its processes; results are bit-identical for one number",
+        "CPU threads per process; 0: the machine's cores, divided among its processes. Results are bit-identical only for the "
+        "same number",
         minimum=0,
         on_resume="rounding",
     )
@@ -50,8 +52,8 @@ class PrecisionOptions(DeviceOptions):
 
     precision: str = option(
         "auto",
-        "of matrix products: fp32, bf16, or auto: bf16 where the processor is faster in it (GPUs since 2020, CPUs with "
-        "AMX, AMD's with AVX512_BF16)",
+        "precision of matrix products: fp32, bf16, or auto, which is bf16 on processors that are faster in it (GPUs since "
+        "2020, CPUs with AMX, AMD CPUs with AVX512_BF16)",
         choices=("auto", "fp32", "bf16"),
         on_resume="on_request",
         common=True,
@@ -64,15 +66,16 @@ class MachineOptions(PrecisionOptions):
 
     precision: str = option(
         "auto",
-        "of matrix products: fp32, bf16, fp16 (losses are scaled), or auto: bf16 where the processor is faster in "
-        "it (GPUs since 2020, CPUs with AMX, AMD's with AVX512_BF16), but fp32 for adaptive solvers at tolerances below 1e-3",
+        "precision of matrix products: fp32, bf16, fp16 (with loss scaling), or auto, which is bf16 on processors that are "
+        "faster in it (GPUs since 2020, CPUs with AMX, AMD CPUs with AVX512_BF16), but fp32 for adaptive solvers at "
+        "tolerances below 1e-3",
         choices=("auto", *DTYPES),
         on_resume="on_request",
         common=True,
     )
     compile: bool | None = option(
         None,
-        "compile the network, which takes a minute; default: in bf16 or fp16, where the run is long enough to gain",
+        "compile the network, which takes a minute; default: on in bf16 and fp16 if the run is long enough to benefit",
         on_resume="rounding",
         common=True,
     )
@@ -80,39 +83,40 @@ class MachineOptions(PrecisionOptions):
 
 @dataclass(frozen=True)
 class Machine:
-    """A device, the precision used on it (a key of DTYPES), and whether networks are compiled; None: where it pays."""
+    """A device, the precision used on it (a key of DTYPES), and whether to compile networks (None: if it pays off)."""
 
     device: torch.device
     precision: str
     compile: bool | None = False
-    replays: bool = False  # a training step as CUDA graphs; only where --compile was given
+    replays: bool = False  # replay training steps as CUDA graphs; only with an explicit --compile
 
     @property
     def dtype(self) -> torch.dtype:
-        """What matrix products are computed in; weights, losses and latents are float32 everywhere."""
+        """Dtype of matrix products; weights, losses and latents are always float32."""
         return DTYPES[self.precision]
 
     @property
     def for_encoding(self) -> "Machine":
-        """For autoencoders, some of which overflow in float16."""
+        """This machine with float32 in place of float16, because some autoencoders overflow in float16."""
         return replace(self, precision="fp32") if self.precision == "fp16" else self
 
     @property
     def compiler_options(self) -> dict[str, Any]:
-        """Of torch.compile: dropout draws as it does eagerly.
+        """Options for torch.compile; dropout uses the same random numbers as in eager mode.
 
-        On a CPU, short sums are stored, not unrolled into later loops: such are those over the channels of a group
-        (runtime/cpu_kernels.py). A product and the sum it goes into are one instruction, rounded once, as they are on GPUs.
+        On a CPU, short reductions, such as the sum over a group's channels (runtime/cpu_kernels.py), are stored instead of
+        unrolled into later loops. A multiplication and the addition that uses it become one instruction that rounds once,
+        as on GPUs.
         """
         on_cpu = {"unroll_reductions_threshold": 1, "cpp.enable_floating_point_contract_flag": "fast"}
         return {"fallback_random": True, **(on_cpu if self.device.type == "cpu" else {})}
 
     def autocast(self) -> AbstractContextManager:
-        """The context in which networks run."""
+        """The context manager for running networks."""
         return nullcontext() if self.precision == "fp32" else _reduced_precision(self.device, self.dtype)
 
     def evaluating(self, network: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        """The network, run in this machine's precision whatever surrounds the call."""
+        """Wrap a network so that it always runs in this machine's precision."""
 
         def evaluate(*arguments: Any) -> torch.Tensor:
             with self.autocast():
@@ -121,36 +125,36 @@ class Machine:
         return evaluate
 
     def settled(self, calls: float, processes: Processes, whole: bool = True) -> "Machine":
-        """This machine with compilation decided on, for all processes, by the main one.
+        """Decide whether to compile; the main process decides for all processes.
 
         Args:
-            calls: forward passes of a network, about.
-            processes: those of the run.
-            whole: whether each holds the whole network (else only `--compile` compiles it).
+            calls: approximate number of forward passes of a network.
+            processes: the processes of the run.
+            whole: whether each process holds the whole network; a sharded one is compiled only with an explicit `--compile`.
         """
-        pays = whole and self.precision != "fp32" and calls >= CALLS_THAT_PAY
+        pays = whole and self.precision != "fp32" and calls >= EVALUATIONS_WORTH_COMPILING
         wanted = pays if self.compile is None else self.compile
         if processes.is_main and wanted and (reason := _why_not_compiled(self)):
-            print(f"note: networks are not compiled, since torch.compile fails here: {reason}")
+            note(f"networks are not compiled, because torch.compile fails on this machine: {reason}")
             wanted = False
         replays = self.compile is True and self.device.type != "cpu"
         return replace(self, compile=processes.from_main(wanted), replays=replays)
 
     def describe(self) -> str:
-        """The device, precision and compilation in words."""
+        """Describe the device, precision and compilation in one line."""
         threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
         way = "compiled (takes about a minute at the start)" if self.compile else "not compiled"
         return f"{self.device}{threads}, {self.precision}, {way}"
 
     def compiled(self, network: nn.Module, always_alike: bool = False) -> nn.Module:
-        """The network with CPU kernels, swapped in in place, and compiled if this machine compiles.
+        """Swap CPU kernels into a network in place, and compile it if this machine compiles.
 
-        Compiled or not, it draws the same random numbers.
+        Compilation does not change the random numbers that the network draws.
 
         Args:
-            network: perhaps wrapped for several processes.
-            always_alike: whether all calls have one shape, and no output or gradient outlives the next call, so that GPUs
-                may replay it as CUDA graphs.
+            network: the network, which may be wrapped for several processes.
+            always_alike: whether all calls have the same shapes and no output or gradient outlives the next call, so that
+                GPUs may replay the network as CUDA graphs.
         """
         network = with_cpu_kernels(network)
         if not self.compile:
@@ -160,12 +164,12 @@ class Machine:
 
 
 def choose_device(options: DeviceOptions, processes: Processes = Processes()) -> torch.device:  # noqa: B008
-    """Resolve "auto" and set the number of threads; every process of a machine gets a GPU and its share of the cores.
+    """Resolve "auto" and set the number of threads; each process on a machine gets its own GPU and its share of the cores.
 
-    On a CPU the process keeps the memory that it frees (`keep_freed_memory`).
+    On a CPU, the process keeps the memory that it frees (`keep_freed_memory`).
 
     Raises:
-        UsageError: a device that torch does not know or cannot use here, or more processes than GPUs.
+        UsageError: torch does not know the device or cannot use it here, or there are more processes than GPUs.
     """
     name = options.device
     if name in ("auto", "cuda") and torch.cuda.is_available():
@@ -180,9 +184,11 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:  # an unknown name; a GPU, or a driver, that is not there
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a missing GPU or driver
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N of this machine ({reason})") from error
+        raise UsageError(
+            f"--device {name} is not available: expected auto, cpu, cuda or cuda:N on this machine ({reason})"
+        ) from error
     if device.type == "cpu":
         keep_freed_memory()
     if options.num_threads:
@@ -197,20 +203,20 @@ def choose_machine(
     processes: Processes = Processes(),  # noqa: B008
     precise: bool = False,
 ) -> Machine:
-    """The device, and the precision on it with "auto" resolved: to float32 if `precise`; errors as `choose_device`."""
+    """Choose the device and the precision; "auto" becomes float32 if `precise`. Raises the errors of `choose_device`."""
     device, precision = choose_device(options, processes), options.precision
     if precision == "auto":
         precision = "bf16" if not precise and _multiplies_bfloat16(device) else "fp32"
-    _allow_tf32(False)  # where there is no autocast: in decoding and scores
+    _allow_tf32(False)  # for decoding and scoring, which run without autocast
     return Machine(device, precision, options.compile if isinstance(options, MachineOptions) else False)
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Let glibc's allocator hold on to memory that is freed, which a training step asks for again.
+    """Make glibc's allocator keep freed memory, which the next training step needs again.
 
-    By itself it gives large blocks back to the system at once, and the next tensor waits for new pages, cleared one by one:
-    up to a fifth of a step. `keep=False` brings back the thresholds that it settles on by itself. Other C libraries are left
-    alone.
+    By default, glibc returns large blocks to the system at once. The next tensor then waits for new pages to be cleared one
+    by one, which takes up to a fifth of a step. `keep=False` restores the thresholds that glibc reaches by default. Other C
+    libraries are not affected.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -221,13 +227,13 @@ def keep_freed_memory(keep: bool = True) -> None:
 
 @contextmanager
 def _reduced_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Autocast; on a GPU, products that it leaves in float32 are computed in TF32."""
+    """Autocast; on a GPU, products that autocast leaves in float32 use TF32."""
     try:
         _allow_tf32(device.type == "cuda")
         with torch.autocast(device.type, dtype):
             yield
     finally:
-        _allow_tf32(False)  # not what it was before: that may be another thread's
+        _allow_tf32(False)  # not the previous value, which another thread may have set
 
 
 def _allow_tf32(allow: bool) -> None:
@@ -236,10 +242,10 @@ def _allow_tf32(allow: bool) -> None:
 
 @cache
 def _why_not_compiled(machine: Machine) -> str:
-    """Why torch.compile fails here, in a few words; empty where it works, as a trial of a few seconds shows."""
+    """Try torch.compile, which takes a few seconds; returns the reason if it fails, else an empty string."""
     try:
         torch.compile(torch.neg, options=machine.compiler_options)(torch.zeros(2, device=machine.device))
-    except Exception as error:  # torch raises many kinds for one thing: there is no compiler, or it lacks headers
+    except Exception as error:  # torch raises various errors if the compiler or its headers are missing
         return (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ""
 
@@ -251,6 +257,6 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def _is_amd_with_bfloat16() -> bool:
-    """Whether this is an AMD processor with AVX512_BF16; a Xeon with that alone is slower than in float32."""
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not in older torch
+    """Whether this is an AMD processor with AVX512_BF16; Xeons that have it without AMX are slower in bfloat16."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch
     return bool(capabilities.get("avx512_bf16")) and str(capabilities.get("cpu_name")).startswith("AMD")

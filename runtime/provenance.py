@@ -1,4 +1,4 @@
-"""Which code made a file: the git commit and the versions of libraries."""
+"""Provenance of files: the git commit and the library versions that produced them."""
 
 import importlib.metadata
 import platform
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "torchvision", "diffusers", "torchdiffeq", "timm", "numpy")
 
 
 def code_version() -> str:
-    """The git commit, "-dirty" after it where files were changed; "unknown" outside a repository."""
+    """The git commit, followed by "-dirty" if files have changed; "unknown" outside a repository."""
     git = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12"],
         cwd=REPOSITORY, capture_output=True, text=True, check=False,

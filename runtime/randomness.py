@@ -1,4 +1,4 @@
-"""Random streams by name: every draw is a function of a seed and of what it is for, never of what was drawn before."""
+"""Named random streams: each random draw depends only on a seed and its purpose, never on earlier draws."""
 
 import hashlib
 
@@ -8,7 +8,7 @@ __all__ = ["generator_for", "seed_for"]
 
 
 def seed_for(*keys: int | str) -> int:
-    """A 63-bit seed that depends on all `keys`, for instance (seed, "noise", step)."""
+    """A 63-bit seed that depends on all `keys`, such as (seed, "noise", step)."""
     plain = tuple(key if isinstance(key, str) else int(key) for key in keys)
     digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,4 +1,4 @@
-"""Requests to stop: Ctrl-C, SIGTERM and SIGUSR1 end a run at its next step, with everything saved."""
+"""Stop requests: Ctrl-C, SIGTERM and SIGUSR1 end a run at its next step, with everything saved."""
 
 import signal
 import sys
@@ -14,9 +14,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @contextmanager
 def orderly_exit() -> Iterator[None]:
-    """SIGTERM and SIGUSR1 end the process in order inside: what blocks hold is released; exit code 128 + number.
+    """Make SIGTERM and SIGUSR1 exit through sys.exit during the block, so that `with` blocks release their resources.
 
-    Other handlers than the kernel's own are left as they are.
+    The exit code is 128 + the signal's number. Signals that already have a handler are left unchanged.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -33,11 +33,11 @@ def orderly_exit() -> Iterator[None]:
 
 
 class StopSignals:
-    """`requested` tells whether a signal arrived since the block was entered; leaving it restores the handlers.
+    """Context manager that sets `requested` when a stop signal arrives, and restores the handlers on exit.
 
     Args:
-        once: whether a second signal stops at once, in the way it would without this class. Several processes must not
-            do so, since launchers and schedulers may each send the same signal.
+        once: whether a second signal has its normal effect and stops the process at once. With several processes this must
+            be false, because launchers and schedulers may each send the same signal.
     """
 
     def __init__(self, once: bool = True) -> None:

@@ -1,8 +1,8 @@
-"""Reading pickles that hold numpy arrays and Python's own containers, without running anything that a file says.
+"""Read pickles of numpy arrays and Python containers without executing code from the file.
 
-A pickle names functions and calls them. Here a name is looked up in a list of four, which stand for numpy's own and check
-what they are given: numpy's would build an array of Python objects over arbitrary bytes, and so read any memory. Arrays have
-numbers, booleans or text as their elements, or a list of objects that were themselves unpickled here.
+A pickle names functions and calls them. Here, a name can only refer to one of a few replacement functions, which check
+their arguments. numpy's own functions would build an array of Python objects over arbitrary bytes, and could thus read any
+memory. The elements of an array are numbers, booleans or text, or come from a list of objects that were unpickled here.
 """
 
 import math
@@ -18,9 +18,9 @@ PLAIN_KINDS = "biufcSU"  # booleans, numbers, text
 
 
 def load_numpy_pickle(file: BinaryIO) -> Any:
-    """The object pickled in `file`, from where it stands, by any version of Python and numpy.
+    """Read the pickled object at the current position of `file`, written by any version of Python and numpy.
 
-    Strings of Python 2 are decoded as Latin-1, which keeps the bytes of its arrays.
+    Python 2 strings are decoded as Latin-1, which preserves the bytes of its arrays.
 
     Raises:
         runtime.files.UNREADABLE: the pickle is damaged, or holds anything but numpy arrays, containers, numbers and text.
@@ -29,30 +29,30 @@ def load_numpy_pickle(file: BinaryIO) -> Any:
 
 
 class _Dtype:
-    """A dtype in the making: numpy's own would take any flags from the file, object arrays' among them."""
+    """A dtype under construction; numpy's dtype would accept any flags from the file, even the flags of object arrays."""
 
     def __init__(self, code: str) -> None:
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         if len(state) > 4 and any(part is not None for part in state[2:5]):
-            raise pickle.UnpicklingError("an array of records is not admitted")
+            raise pickle.UnpicklingError("structured arrays are not supported")
         if state[1] in ("<", ">"):
             self.dtype = self.dtype.newbyteorder(state[1])
 
 
 class _Array(np.ndarray):
-    """An array in the making, which checks its values before numpy takes them."""
+    """An array under construction, which checks its values before passing them to numpy."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, shape, declared, fortran, values = state
         dtype = declared.dtype
         content = list if dtype.kind == "O" else (bytes, str)  # str: Python 2's bytes
         if dtype.kind not in PLAIN_KINDS + "O" or not isinstance(values, content):
-            raise pickle.UnpicklingError(f"an array of {dtype} is not admitted")
+            raise pickle.UnpicklingError(f"arrays of {dtype} are not supported")
         if isinstance(values, list) and len(values) != math.prod(shape):
             raise pickle.UnpicklingError(f"{len(values)} objects do not fill an array of {shape}")
-        super().__setstate__((1, shape, dtype, fortran, values))  # type: ignore[arg-type] # str is admitted too
+        super().__setstate__((1, shape, dtype, fortran, values))  # type: ignore[arg-type] # str is accepted too
 
 
 def _dtype(code: str, align: bool, copy: bool) -> _Dtype:
@@ -60,7 +60,7 @@ def _dtype(code: str, align: bool, copy: bool) -> _Dtype:
 
 
 def _ndarray() -> None:
-    """Stands for the class in `_reconstruct`; calling it makes nothing."""
+    """Placeholder for the class argument of `_reconstruct`; it cannot be called."""
     raise pickle.UnpicklingError("numpy.ndarray may not be called")
 
 
@@ -69,16 +69,16 @@ def _reconstruct(kind: object, shape: tuple[int, ...], code: object) -> _Array:
 
 
 def _frombuffer(values: Any, declared: _Dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
-    """Protocol 5's arrays."""
+    """Create an array from pickle protocol 5."""
     if declared.dtype.kind not in PLAIN_KINDS:
-        raise pickle.UnpicklingError(f"an array of {declared.dtype} is not admitted")
+        raise pickle.UnpicklingError(f"arrays of {declared.dtype} are not supported")
     return np.frombuffer(bytes(values), declared.dtype).reshape(shape, order=order)  # type: ignore[call-overload]
 
 
 def _encode(text: str, encoding: str) -> bytes:
-    """Protocol 2's bytes."""
+    """Create bytes from pickle protocol 2."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes in the encoding {encoding} are not admitted")
+        raise pickle.UnpicklingError(f"bytes in the encoding {encoding} are not supported")
     return text.encode("latin1")
 
 
@@ -94,5 +94,5 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         key = (module.replace("numpy._core", "numpy.core"), name)
         if key not in self.admitted:
-            raise pickle.UnpicklingError(f"{module}.{name} is no numpy array")
+            raise pickle.UnpicklingError(f"{module}.{name} is not a numpy array")
         return self.admitted[key]

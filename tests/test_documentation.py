@@ -1,16 +1,22 @@
-"""Checks that every test named in the documents exists."""
+"""Checks that tests named in the documents and messages quoted in docs/troubleshooting.md exist."""
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NAME = re.compile(r"`(?:(tests/[\w/]+\.py)(?:::(\w+))?|(test_\w+))`")
-HEADING = re.compile(
-    r"^\| promise .*?`(tests/[\w/]+\.py)`|^Tests without a file are in `(tests/[\w/]+\.py)`", re.MULTILINE
+DOCUMENTS = sorted(
+    str(path.relative_to(ROOT))
+    for pattern in ("*.md", "docs/*.md", "docs/lab-notes/*.md", "tests/*.md")
+    for path in ROOT.glob(pattern)
 )
+NAME = re.compile(r"`(?:(tests/[\w/]+\.py)(?:::(\w+))?|(test_\w+))`")
+HEADING = re.compile(r"^\| promise .*?`(tests/[\w/]+\.py)`", re.MULTILINE)
+QUOTE = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
+OTHER_FOLDERS = frozenset(("benchmarks", "data", "saved_info", "tests"))  # without messages for users of the library
 
 
 def names_of_tests(path: Path) -> set[str]:
@@ -19,19 +25,18 @@ def names_of_tests(path: Path) -> set[str]:
 
 
 def named_tests(text: str) -> list[tuple[str, str | None]]:
-    """Pairs (file, test) named in `text`. A test name without a file belongs to the file named by its section."""
+    """Pairs (file, test) named in `text`. A test name without a file belongs to the file named by its section's table."""
     found = []
     for section in re.split(r"^## ", text, flags=re.MULTILINE):
         heading = HEADING.search(section)
-        here = next(filter(None, heading.groups())) if heading else ""
+        here = heading[1] if heading else ""
         found += [(file or here, test or bare) for file, test, bare in NAME.findall(section)]
     return [(file, test or None) for file, test in found]
 
 
-@pytest.mark.parametrize("document", ["SECURITY.md", "docs/reliability.md"])
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_test_that_a_document_names_exists(document):
     named = named_tests((ROOT / document).read_text(encoding="utf-8"))
-    assert len(named) > 15
     missing = [
         f"{file}::{test}"
         for file, test in named
@@ -40,11 +45,67 @@ def test_every_test_that_a_document_names_exists(document):
     assert missing == []
 
 
+def test_the_promises_in_the_tests_readme_are_recognized():
+    assert len(named_tests((ROOT / "tests" / "README.md").read_text(encoding="utf-8"))) > 80
+
+
 def test_named_tests_finds_files_and_tests():
     text = "## One\n| promise | test in `tests/a.py` |\n| x | `test_y`, `tests/b.py::test_z`, `tests/c.py` |\n## Two\n`test_w`"
     assert named_tests(text) == [
         ("tests/a.py", None), ("tests/a.py", "test_y"), ("tests/b.py", "test_z"), ("tests/c.py", None), ("", "test_w"),
     ]  # fmt: skip
+
+
+def strings(tree: ast.AST) -> Iterator[str]:
+    """The strings in code, with `...` for each placeholder of an f-string. Docstrings are skipped."""
+    if isinstance(tree, ast.Expr) and isinstance(tree.value, ast.Constant):
+        return
+    text = as_text(tree)
+    if text is not None:
+        yield text
+    for child in ast.iter_child_nodes(tree):
+        yield from strings(child)
+
+
+def as_text(node: ast.AST) -> str | None:
+    """The text of a string, an f-string or a sum of them; None for any other expression."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(as_text(part) or "..." for part in node.values)
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        parts = [as_text(part) for part in (node.left, node.right)]
+        return None if parts == [None, None] else "".join(part or "..." for part in parts)
+    return None
+
+
+def messages() -> set[str]:
+    """All strings in the library and its scripts."""
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name not in OTHER_FOLDERS]
+    modules = [path for folder in folders if folder.name[0] != "." for path in folder.rglob("*.py")]
+    paths = [*ROOT.glob("*.py"), *modules]
+    return {text for path in paths for text in strings(ast.parse(path.read_text(encoding="utf-8")))}
+
+
+def unknown_quotes(text: str, known: set[str]) -> list[str]:
+    """The messages quoted at the start of a table row of `text` that are not part of a known string."""
+    return [quote for quote in QUOTE.findall(text) if not any(quote in message for message in known)]
+
+
+def test_every_message_that_troubleshooting_quotes_exists():
+    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    assert len(QUOTE.findall(text)) >= 20
+    assert unknown_quotes(text, messages()) == []
+
+
+def test_unknown_quotes_are_found_and_docstrings_are_ignored():
+    code = '''
+def check(path, n):
+    """The file is damaged."""
+    raise ValueError(f"cannot read {path}: " f"{n} bytes are missing" + (" (see --help)" if n else "."))
+'''
+    text = "| message | cause |\n|---|---|\n| `...: ... bytes are missing` | x |\n| `is damaged` | x |\n| `(see --help)` | x |"
+    assert unknown_quotes(text, set(strings(ast.parse(code)))) == ["is damaged"]
 
 
 def test_make_runs_every_benchmark_once():

@@ -224,8 +224,8 @@ def test_train_and_test_files_agree(name):
 def test_the_first_line_describes_the_experiment(kind, name):
     first, *others = path_of(kind, name).read_text().splitlines()
     gpus, batch_size = EXPERIMENTS[name].gpus, EXPERIMENTS[name].batch_size
-    assert first.startswith(f"# {EXPERIMENTS[name].exp}")
-    assert first.endswith(f"{gpus} GPU{'s' if gpus > 1 else ''} x {batch_size}.")
+    assert first.startswith(f"# LFM's {EXPERIMENTS[name].exp} ")
+    assert first.endswith(f"{gpus} GPU{'s' if gpus > 1 else ''}, batch size {batch_size}{' each' if gpus > 1 else ''}.")
     assert not any(line.startswith("#") for line in others)
 
 

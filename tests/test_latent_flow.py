@@ -117,8 +117,8 @@ def test_images_with_and_without_padding_have_the_same_latents(flow):
     ("call", "message"),
     [
         (lambda flow: flow.sample(labels=[3, 11]), r"class ids \[N\] in 0\.\.10, but got \[3, 11\]"),
-        (lambda flow: flow.sample(labels=["3"]), r"expected class ids, whole numbers, but got \['3'\]"),
-        (lambda flow: flow.sample(labels=[3, 4], noise=torch.zeros(1, *flow.header.latent_shape)), "as many labels, noises"),
+        (lambda flow: flow.sample(labels=["3"]), r"expected integer class ids, but got \['3'\]"),
+        (lambda flow: flow.sample(labels=[3, 4], noise=torch.zeros(1, *flow.header.latent_shape)), "one label, noise and map"),
         (lambda flow: flow.sample(noise=torch.zeros(2, 4, 4, 4)), r"noise: expected latents .*\(4, 8, 8\)"),
         (lambda flow: flow.sample(count=0), "at least one sample"),
         (lambda flow: flow.sample(guidance=3), r"unknown keyword guidance: .* method, .*cfg_scale"),
@@ -126,7 +126,7 @@ def test_images_with_and_without_padding_have_the_same_latents(flow):
         (lambda flow: flow.sample(time_grid="nope"), "--time_grid nope: expected one of uniform"),
         (lambda flow: flow.sample(atol=-1), "--atol must be at least 0"),
         (lambda flow: flow.sample(steps="many"), "num_steps: expected int, but 'many' was given"),
-        (lambda flow: flow.sample(count=1, dense=torch.zeros(1, 3, 8, 8)), "takes no dense maps"),
+        (lambda flow: flow.sample(count=1, dense=torch.zeros(1, 3, 8, 8)), "does not take dense maps"),
         (lambda flow: flow.velocity(torch.zeros(1), torch.zeros(1, 4, 4, 4)), "x: expected latents"),
         (lambda flow: flow.invert(torch.zeros(1, 1, 28, 28, dtype=torch.uint8), method="dpm"), "from data to noise"),
         (lambda flow: flow.encode(torch.zeros(1, 1, 28, 28)), "expected images uint8"),
@@ -138,7 +138,7 @@ def test_mistakes_are_named(flow, call, message):
 
 
 def test_mistakes_in_loading_are_named(place, tmp_path):
-    with pytest.raises(UsageError, match="describes itself: leave out dataset"):
+    with pytest.raises(UsageError, match="describes its own network: omit dataset"):
         latent_flow.load(place / CHECKPOINT, dataset="mnist")
     with pytest.raises(UsageError, match="cannot read the checkpoint"):
         latent_flow.load(tmp_path / "absent.safetensors")

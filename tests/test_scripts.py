@@ -393,7 +393,7 @@ def test_training_killed_again_and_again_ends_with_the_same_bits(place, trained,
         process = subprocess.Popen([sys.executable, TRAIN, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
         wait_for_lines(folder / "metrics.jsonl", lines, process)
         process.kill()
-        notes += "run.lock was left by a process that has ended" in process.communicate()[0]
+        notes += "removed run.lock, left by a process that has ended" in process.communicate()[0]
     assert notes == 3
     code, out, err = call(TRAIN, flags)
     assert code == 0, err
@@ -441,11 +441,14 @@ TRAINING_MISTAKES = {
     "no autoencoder": (["--pretrained_autoencoder_ckpt", "{tmp}/none"], "{tmp}/none: no such folder"),
     "empty autoencoder": (["--pretrained_autoencoder_ckpt", "{tmp}"], "cannot load the autoencoder {tmp}: "),
     "name of a path": (["--exp", "../x"], r"--exp '\.\./x': expected a plain name"),
-    "no such GPU": (["--device", "gpu"], "--device gpu: expected auto, cpu, cuda or cuda:N"),
+    "no such GPU": (["--device", "gpu"], "--device gpu is not available: expected auto, cpu, cuda or cuda:N"),
     "missing start": (["--init_from", "{tmp}/absent"], "cannot read the checkpoint {tmp}/absent"),
     "negative": (["--lr", "-1"], "--lr must be at least 0, but -1.0 was given"),
     "not a share": (["--label_dropout", "2"], "--label_dropout must be at most 1, but 2.0 was given"),
-    "absent GPU": (["--device", "cuda:99"], "--device cuda:99: expected auto, cpu, cuda or cuda:N of this machine"),
+    "absent GPU": (
+        ["--device", "cuda:99"],
+        "--device cuda:99 is not available: expected auto, cpu, cuda or cuda:N on this machine",
+    ),
     "factor of pixels": (
         ["--pretrained_autoencoder_ckpt", "none", "--f", "8"],
         "--f 8 contradicts the autoencoder none, whose factor is 1",
@@ -482,7 +485,7 @@ def test_a_second_start_in_the_same_folder_is_refused(place, trained, call):
     before = {path: path.read_bytes() for path in folder_of(place).rglob("*") if path.is_file()}
     for more in ([], ["--overwrite"]):
         code, _, err = call(TRAIN, [*train_flags(place), *more])
-        assert_one_line(code, err, "process 7 on elsewhere, since yesterday is training in this folder: .*delete")
+        assert_one_line(code, err, "process 7 on elsewhere, since yesterday, is training in this folder: .*delete")
     assert {path: path.read_bytes() for path in folder_of(place).rglob("*") if path.is_file()} == before
     lock.unlink()
 
@@ -558,7 +561,7 @@ SAMPLING_MISTAKES = {
     ),
     "no such epoch": (
         ["--epoch_id", "9"],
-        r"no model_9\.safetensors or model_9\.pth in .*it has: model_1\.safetensors",
+        r"no model_9\.safetensors or model_9\.pth in .*found: model_1\.safetensors",
     ),
     "missing file": (["--checkpoint", "{tmp}/absent"], "cannot read the checkpoint {tmp}/absent"),
     "another kind of file": (["--checkpoint", "{tmp}/notes.txt"], r"cannot read the checkpoint {tmp}/notes\.txt"),
@@ -640,7 +643,7 @@ def test_a_run_of_lfms_code_is_resumed(place, trained, call):
     code, _, err = call(TRAIN, train_flags(place, "published", steps=11))
     assert_one_line(code, err, r"content\.pth that no run here has written: choose --resume")
     code, _, err = call(TRAIN, [*train_flags(place, "published", steps=11), "--resume", "--label_dropout", "0"])
-    assert_one_line(code, err, r"the file looks like --label_dropout 0\.1")
+    assert_one_line(code, err, r"the file would fit with --label_dropout 0\.1")
     code, out, err = call(TRAIN, [*train_flags(place, "published", steps=11), "--resume"])
     assert code == 0, err
     assert f"LFM's published code: {len(names)} weights, {len(moments)} moving averages" in out

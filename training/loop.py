@@ -43,8 +43,11 @@ def train(run: TrainingRun, resume: bool) -> bool:
 
     # Where the run stands.
     state = _state(run, resume, per_epoch, last_step)
-    if state is None or 0 < options.max_minutes * 60 <= state.seconds:
-        return True  # it has ended, or its time was up before
+    if state is None or state.step >= last_step or 0 < options.max_minutes * 60 <= state.seconds:
+        note(
+            "the run has already ended; to train further, add --resume and raise --max_steps, --num_epoch or --max_minutes"
+        )
+        return True
     if processes.is_main:
         fact("disk", check_space(run.folder, predict_use(state, experiment, per_epoch, last_step)))
         fact("length", f"{last_step:,} steps of {whole_batch} images, {last_step / per_epoch:.3g} epochs")
@@ -107,7 +110,7 @@ def _state(run: TrainingRun, resume: bool, per_epoch: int, last_step: int) -> Tr
     state = TrainingState(run.network, run.machine, decay, options, place, matrices)
     if goes_on:
         source = resume_run(state, run.folder / CONTENT, per_epoch, run.header, run.processes)
-        fact("resume", f"resuming at step {state.step} of {last_step} from {source}")
+        fact("start", f"resuming at step {state.step} of {last_step} from {source}")
     return state
 
 

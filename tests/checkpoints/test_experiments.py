@@ -16,7 +16,7 @@ def test_newest_model_has_the_largest_number(tmp_path):
     assert newest_model(tmp_path, 9).name == "model_9.safetensors"
     with pytest.raises(
         UsageError,
-        match=r"no model_11\.safetensors or model_11\.pth in .*has: model_10\.safe.*model_9\.saf.*--checkpoint",
+        match=r"no model_11\.safetensors or model_11\.pth in .*found: model_10\.safe.*model_9\.saf.*--checkpoint",
     ):
         newest_model(tmp_path, 11)
 
@@ -38,7 +38,7 @@ def test_a_bare_checkpoint_name_is_looked_up_in_the_run_folder(tmp_path):
 
 
 def test_run_without_checkpoints_says_what_to_do(tmp_path):
-    for folder, found in ((tmp_path, "it has: no checkpoints"), (tmp_path / "absent", "no such folder")):
+    for folder, found in ((tmp_path, "found: no checkpoints"), (tmp_path / "absent", "no such folder")):
         with pytest.raises(
             UsageError,
             match=rf"no model_<epoch>\.safetensors or model_<epoch>\.pth in {folder} .*{found}.*run\.sh",

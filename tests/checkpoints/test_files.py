@@ -155,7 +155,7 @@ def test_a_flipped_byte_anywhere_is_found(file):
 @pytest.mark.parametrize("metadata", [None, {"header": "[]"}, {"header": '{"format": "latent-flow-0"}'}, {"a": "b"}])
 def test_foreign_safetensors_file_is_refused(tmp_path, metadata):
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign.safetensors", metadata=metadata)
-    with pytest.raises(UsageError, match=r"foreign\.safetensors is no checkpoint of this project"):
+    with pytest.raises(UsageError, match=r"foreign\.safetensors is not a checkpoint of this project"):
         read_weights(tmp_path / "foreign.safetensors")
 
 
@@ -163,7 +163,7 @@ def test_foreign_safetensors_file_is_refused(tmp_path, metadata):
     ("changes", "reason"),
     [
         ({"colour": 1}, "colour"),
-        ({"model_type": "of tomorrow"}, "network 'of tomorrow' is none that this version knows .*DiT-B/2.*import"),
+        ({"model_type": "of tomorrow"}, "unknown network 'of tomorrow': expected one of .*DiT-B/2.*import"),
     ],
 )
 def test_a_header_that_this_version_does_not_read_is_refused_with_the_file_s_name(file, changes, reason):
@@ -181,7 +181,7 @@ def test_missing_checkpoint_is_named(tmp_path):
 
 def test_a_file_written_by_torch_save_is_not_our_checkpoint(tmp_path):
     torch.save(WEIGHTS, tmp_path / "model_1.pth")
-    with pytest.raises(UsageError, match=r"model_1\.pth is a file of torch\.save.*python -m checkpoints\.convert"):
+    with pytest.raises(UsageError, match=r"model_1\.pth is a torch\.save file.*python -m checkpoints\.convert"):
         read_weights(tmp_path / "model_1.pth")
 
 

@@ -167,7 +167,7 @@ def test_a_mismatch_lists_at_most_ten_names_of_each_kind(golden):
     assert unexpected.count(",") <= 9
     assert misshapen.count("in the network)") == 10
     assert "(32x4x3x3 in the file, 64x4x3x3 in the network)" in misshapen
-    assert advice == "the file looks like --ch_mult 1 2"
+    assert advice == "the file would fit with --ch_mult 1 2"
 
 
 def test_no_suggestion_if_no_flag_explains_the_mismatch():
@@ -179,7 +179,7 @@ def test_no_suggestion_if_no_flag_explains_the_mismatch():
     with pytest.raises(UsageError, match=r"missing: blocks\.3\.attn\.qkv\.bias; no flags were found"):
         load_weights(network, weights, "file.pth", architecture)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
-    with pytest.raises(UsageError, match=r"the stage of the label map alone.*model_<epoch>\.pth"):
+    with pytest.raises(UsageError, match=r"only a label-map embedding.*model_<epoch>\.pth"):
         load_weights(network, {"channel_mapper.weight": torch.zeros(4, 19, 1, 1)}, "file.pth", architecture)
 
 
@@ -191,7 +191,7 @@ def test_positions_of_another_grid_are_replaced_with_a_note(capsys):
         parameter.data.normal_()
     own = target.pos_embed.clone()
     load_weights(target, source.state_dict(), "file.pth", large)
-    assert "positions rebuilt" in capsys.readouterr().err
+    assert "position table recomputed" in capsys.readouterr().err
     assert torch.equal(target.pos_embed, own)
     assert torch.equal(target.final_layer.linear.weight, source.final_layer.linear.weight)
     load_weights(build_network(*small), source.state_dict(), "file.pth", small)

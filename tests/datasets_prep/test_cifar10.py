@@ -144,7 +144,7 @@ class Malicious:
 
 def test_a_batch_is_not_run(tmp_path, batches, capsys):
     write_folder(tmp_path, {**batches, "test_batch": pickle.dumps({"data": Malicious(), "labels": [0]}, protocol=2)})
-    with pytest.raises(UsageError, match="print is no numpy array"):
+    with pytest.raises(UsageError, match="print is not a numpy array"):
         open_split(tmp_path, "validation")
     assert capsys.readouterr().out == ""
 

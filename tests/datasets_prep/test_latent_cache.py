@@ -178,8 +178,8 @@ def test_a_cache_that_another_run_is_building_is_waited_for(tmp_path, autoencode
     build(tmp_path / "cache", dataset, autoencoder)
     assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
     out = capsys.readouterr().out
-    assert "waiting: process 7 on elsewhere, since yesterday is building this latent cache" in out
-    assert f"if it is dead, delete {lock}" in out
+    assert "waiting: process 7 on elsewhere, since yesterday, is building this latent cache" in out
+    assert f"if it has ended, delete {lock}" in out
 
 
 def test_processes_share_the_shards(tmp_path, autoencoder, monkeypatch):

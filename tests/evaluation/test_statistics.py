@@ -85,7 +85,7 @@ class Malicious:
 
 def test_nothing_but_arrays_is_unpickled(tmp_path, capsys):
     np.save(tmp_path / "s.npy", {"mu": np.zeros(2), "sigma": Malicious()})
-    with pytest.raises(UsageError, match="print is no numpy array"):
+    with pytest.raises(UsageError, match="print is not a numpy array"):
         load_statistics(tmp_path / "s.npy")
     np.savez(tmp_path / "s.npz", mu=np.array(Malicious(), dtype=object), sigma=np.eye(2))
     with pytest.raises(UsageError, match="cannot read statistics"):

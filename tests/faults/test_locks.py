@@ -84,7 +84,9 @@ def test_a_second_start_is_refused_and_changes_nothing(tmp_path, hold):
     with pytest.raises(UsageError) as raised, locked(path, "is training in this folder"):
         pass
     since = Holder.read(path).since
-    expected = f"process {first.pid} on {socket.gethostname()}, since {since} is training in this folder: {path.parent}"
+    expected = (
+        f"process {first.pid} on {socket.gethostname()}, since {since}, is training in this folder: {path.parent}"
+    )
     assert expected in str(raised.value)
     assert "delete" not in str(raised.value)  # the other process is alive
     assert path.read_bytes() == before
@@ -99,7 +101,7 @@ def test_what_a_dead_process_left_is_removed_with_a_note(tmp_path, hold, capsys)
     assert Holder.read(path).pid == dead.pid
     with locked(path, "is training"):
         assert Holder.read(path).pid == os.getpid()
-    assert f"run.lock was left by a process that has ended (process {dead.pid} on" in capsys.readouterr().out
+    assert f"removed run.lock, left by a process that has ended (process {dead.pid} on" in capsys.readouterr().err
 
 
 def test_a_dead_process_whose_parent_has_not_asked_for_it_is_dead(tmp_path, hold, capsys):
@@ -110,7 +112,7 @@ def test_a_dead_process_whose_parent_has_not_asked_for_it_is_dead(tmp_path, hold
     os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
     os.kill(dead.pid, 0)  # the zombie still has its process id
     with locked(path, "is training"):
-        assert "removed" in capsys.readouterr().out
+        assert "removed" in capsys.readouterr().err
 
 
 def test_a_process_that_got_the_number_of_a_dead_one_is_told_from_it(tmp_path, hold, capsys):
@@ -118,7 +120,7 @@ def test_a_process_that_got_the_number_of_a_dead_one_is_told_from_it(tmp_path, h
     write(path, left_by(hold(tmp_path / "other.lock").pid))
     with locked(path, "is training"):
         pass
-    assert "was left by a process that has ended" in capsys.readouterr().out
+    assert "left by a process that has ended" in capsys.readouterr().err
 
 
 def test_a_process_whose_number_means_nothing_here_is_believed(tmp_path, hold):
@@ -141,13 +143,13 @@ def test_where_the_kernel_locks_nothing_the_file_is_believed(tmp_path, monkeypat
         patch.setattr(fcntl, "flock", unsupported)
         with locked(path, "is training"):
             assert not Holder.read(path).kernel_lock
-            with pytest.raises(UsageError, match=rf"process {os.getpid()} on .*if it is dead, delete {path}"):
+            with pytest.raises(UsageError, match=rf"process {os.getpid()} on .*if it has ended, delete {path}"):
                 locked(path, "is training").__enter__()
         assert list(tmp_path.iterdir()) == []
     path.parent.mkdir()
     path.write_text(json.dumps({"host": socket.gethostname(), "pid": 7, "identity": "boot 123", "since": "yesterday"}))
     with pytest.raises(
-        UsageError, match=rf"process 7 on .*, since yesterday is training.*if it is dead, delete {path}"
+        UsageError, match=rf"process 7 on .*, since yesterday, is training.*if it has ended, delete {path}"
     ):
         locked(path, "is training").__enter__()
 
@@ -155,7 +157,7 @@ def test_where_the_kernel_locks_nothing_the_file_is_believed(tmp_path, monkeypat
 def test_a_process_of_another_host_is_believed(tmp_path):
     path = tmp_path / "run" / "run.lock"
     write(path, Holder("elsewhere", 2**22 - 1, "2026-01-02 03:04:05", kernel_lock=True))
-    with pytest.raises(UsageError, match=rf"process \d+ on elsewhere, since .*if it is dead, delete {path}"):
+    with pytest.raises(UsageError, match=rf"process \d+ on elsewhere, since .*if it has ended, delete {path}"):
         locked(path, "is training").__enter__()
 
 
@@ -163,7 +165,9 @@ def test_a_process_of_another_host_is_believed(tmp_path):
 def test_a_damaged_file_is_named(tmp_path, content):
     path = tmp_path / "run.lock"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=rf"{path} says that a process is at work .*if none is, delete it"):
+    with pytest.raises(
+        UsageError, match=rf"cannot read the lock file {path} .*if no process is using its folder, delete the file"
+    ):
         locked(path, "is training").__enter__()
     assert path.read_bytes() == content
 

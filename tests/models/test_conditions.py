@@ -110,7 +110,7 @@ def test_a_state_dict_loads_and_differences_are_named(name, dense):
     with pytest.raises(UsageError) as error:
         load_weights(target, damaged, "file", architecture(name, dense))
     message = str(error.value)
-    assert f"missing: {first}; unexpected: foreign; of another shape: {last} (" in message
+    assert f"missing: {first}; unexpected: foreign; wrong shape: {last} (" in message
     assert "network." not in message
     with pytest.raises(RuntimeError, match="foreign"):
         target.load_state_dict(damaged | {last: weights[last]})
@@ -123,7 +123,7 @@ def test_another_width_gives_a_suggestion_of_flags():
     wider = architecture("origin_adm", MAPPED)
     wider = wider._replace(options=type(wider.options)(**{**vars(wider.options), "nf": 64}))
     assert suggest_flags(weights, wider) == {"nf": 32}
-    with pytest.raises(UsageError, match="the stage of the label map alone: name the model_<epoch>.pth beside it"):
+    with pytest.raises(UsageError, match="only a label-map embedding: pass the model_<epoch>.pth in the same folder"):
         load_weights(network_of("origin_adm", MAPPED), {"channel_mapper.weight": torch.zeros(4, 6, 1, 1)}, "x", wider)
 
 

@@ -65,7 +65,9 @@ def test_precise_computations_default_to_float32(monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "cpu:x"])
 def test_an_unavailable_device_is_a_usage_error(name):
-    with pytest.raises(UsageError, match=f"--device {name}: expected auto, cpu, cuda or cuda:N of this machine"):
+    with pytest.raises(
+        UsageError, match=f"--device {name} is not available: expected auto, cpu, cuda or cuda:N on this machine"
+    ):
         choose_device(DeviceOptions(name))
 
 
@@ -106,8 +108,8 @@ def test_without_a_compiler_networks_run_eagerly_with_a_note(monkeypatch, capsys
     precision._why_not_compiled.cache_clear()
     network = nn.Linear(2, 2)
     assert machine.compiled(network, always_alike=True) is network
-    assert capsys.readouterr().out == (
-        "note: networks are not compiled, since torch.compile fails here: no g++ found\n"
+    assert capsys.readouterr().err == (
+        "note: networks are not compiled, because torch.compile fails on this machine: no g++ found\n"
     )
 
 

@@ -66,7 +66,7 @@ class Call:
 
 def test_a_malicious_pickle_does_not_run(tmp_path):
     for function, argument in [(os.system, f"touch {tmp_path}/a"), (eval, f"open('{tmp_path}/b', 'w')")]:
-        with pytest.raises(pickle.UnpicklingError, match="is no numpy array"):
+        with pytest.raises(pickle.UnpicklingError, match="is not a numpy array"):
             load(pickle.dumps({"data": np.zeros(2), "labels": Call(function, argument)}))
     assert list(tmp_path.iterdir()) == []
 

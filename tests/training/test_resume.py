@@ -134,7 +134,7 @@ def test_another_networks_content_pth_is_refused_with_a_suggestion(tmp_path):
     network = build_network("DiT-Mi/2", 4, options)
     state = TrainingState(network, MACHINE, 0.99, OptimizerOptions())
     header = replace(HEADER, network=options)
-    with pytest.raises(UsageError, match=r"embedding_table.* the file looks like --num_classes 3$"):
+    with pytest.raises(UsageError, match=r"embedding_table.* the file would fit with --num_classes 3$"):
         resume_run(state, tmp_path / "content.pth", 10, header)
     torch.save({name: value for name, value in content.items() if name != "epoch"}, tmp_path / "content.pth")
     with pytest.raises(UsageError, match="does not say its epoch"):
