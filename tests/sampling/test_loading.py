@@ -1,4 +1,4 @@
-"""Loading a sampler: flags against the header, and a change of solver or guidance."""
+"""Loading a sampler: flags are compared with the header, and solver and guidance can be changed."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ NETWORK = DiTOptions(num_in_channels=3, num_out_channels=3, num_classes=2)
 
 @pytest.fixture
 def request_of(tmp_path):
-    """request_of(flag=value, ...) asks for a sampler of a small checkpoint with these flags."""
+    """`request_of(flag=value, ...)` returns a request to sample from a small checkpoint with these flags."""
     path = tmp_path / "model_1.safetensors"
     facts = DatasetFacts("folder", 8, 3, None, True, ("cat", "dog"))
     network = build_network("DiT-Mi/4", 8, NETWORK)

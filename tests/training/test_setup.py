@@ -14,6 +14,6 @@ from training.setup import prepare, training_groups
         (["--batch_size", "10", "--grad_accumulation", "4"], "--grad_accumulation 4 must divide --batch_size 10"),
     ],
 )
-def test_options_that_cannot_be_together_are_refused(flags, message):
+def test_contradicting_options_are_refused(flags, message):
     with pytest.raises(UsageError, match=message):
         prepare(parse_options("", training_groups(), ["--device", "cpu", *flags]), Processes())
