@@ -26,7 +26,7 @@ CHECKPOINT = "saved_info/latent_flow/fashion_mnist/fashion_mnist_dit/best.safete
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, write_idx):
-    """A folder with a small Fashion-MNIST in data/, and the embedded default after two training steps in saved_info/."""
+    """A folder with a small Fashion-MNIST in data/, and the default experiment after two training steps in saved_info/."""
     place = tmp_path_factory.mktemp("place")
     write_idx(place / "data" / "fashion_mnist", {"train": 400, "t10k": 40})
     flags = {
