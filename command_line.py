@@ -159,7 +159,7 @@ def read_arguments_file(
 def _assignments(line: str, where: str) -> list[tuple[str, str]]:
     """The (key, value) pairs of a line. A word without "=" extends the value before it."""
     try:
-        words = shlex.split(line, comments=True)
+        words = shlex.split(_without_comment(line))
     except ValueError as error:
         raise UsageError(f"{where}: {error}: {line!r}") from error
     pairs: list[tuple[str, str]] = []
@@ -172,6 +172,19 @@ def _assignments(line: str, where: str) -> list[tuple[str, str]]:
         else:
             raise UsageError(f"{where}: expected KEY=VALUE, but found {line!r}")
     return pairs
+
+
+def _without_comment(line: str) -> str:
+    """The line up to a `#` that begins a word outside quotes, where bash begins a comment; `set#1` has none."""
+    quote = ""
+    for position, character in enumerate(line):
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"":
+            quote = character
+        elif character == "#" and (position == 0 or line[position - 1].isspace()):
+            return line[:position]
+    return line
 
 
 def _make_parser(

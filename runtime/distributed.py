@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from threading import Timer
 from typing import Any, TypeVar
 
 import torch
@@ -20,12 +21,23 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from options import UsageError, explain
+from runtime.messages import note
 
-__all__ = ["Processes", "join_processes", "launch_id", "launched", "may_restart_several_machines", "restarts"]
+__all__ = [
+    "Processes",
+    "join_processes",
+    "launch_id",
+    "launched",
+    "may_restart_several_machines",
+    "meeting_failed",
+    "patience",
+    "restarts",
+]
 
 T = TypeVar("T")
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+SECONDS_OF_SILENCE = 5.0
 LONGEST_WAIT = timedelta(hours=6)  # for the main process, which may download files or compare statistics
 DEFECT = 1  # exit code of an error that is not a user's error
 
@@ -133,7 +145,12 @@ def join_processes() -> Iterator[Processes]:
     local_rank = int(os.environ["LOCAL_RANK"])
     if local_rank < torch.cuda.device_count():
         torch.cuda.set_device(local_rank)
-    store, rank, count = next(rendezvous("env://"))
+    address = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
+    waiting = f"waiting for the other processes (WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment) at {address}"
+    with patience(
+        f"{waiting}; if no launcher is running, unset RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+    ):
+        store, rank, count = _meet(address)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it outlives the processes and keeps their addresses
         if may_restart_several_machines():
             raise UsageError(
@@ -154,6 +171,42 @@ def join_processes() -> Iterator[Processes]:
             raise SystemExit(code) from None
         raise
     dist.destroy_process_group()
+
+
+def _meet(address: str) -> tuple[Store, int, int]:
+    """Wait for the processes of the launch; returns their store, this process's rank and their number.
+
+    Raises:
+        UsageError: the address cannot be used, or not all processes came in time.
+    """
+    try:
+        return next(rendezvous("env://"))
+    except (dist.DistError, ValueError) as error:
+        raise meeting_failed(address, error) from error
+
+
+def meeting_failed(address: str, error: Exception) -> UsageError:
+    """The one-line error of processes that cannot meet at `address`."""
+    if "EADDRINUSE" in str(error):
+        return UsageError(
+            f"another program uses {address}, where the processes should meet: choose another --master_port"
+        )
+    reason = str(error).splitlines()[0]
+    return UsageError(
+        f"the processes cannot meet at {address}: {reason}. Start all of them, with the same address and port"
+    )
+
+
+@contextmanager
+def patience(text: str) -> Iterator[None]:
+    """Print a note if the block takes longer than a few seconds."""
+    timer = Timer(SECONDS_OF_SILENCE, note, (text,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _code_of_first_failure(store: Store, error: BaseException) -> int | None:

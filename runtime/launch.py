@@ -16,11 +16,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from command_line import parse_options
 from options import INTERRUPTED, Options, UsageError, exit_cleanly, option
-from runtime.distributed import DEFECT, Processes, join_processes, launched
+from runtime.distributed import DEFECT, Processes, join_processes, launched, meeting_failed
+from runtime.messages import show
+from runtime.signals import hangup_is_ignored
 
 __all__ = ["LaunchOptions", "run_script"]
 
@@ -126,11 +129,19 @@ def _launch(settings: LaunchOptions) -> int:
         local_addr="localhost" if alone else None,
         max_restarts=0,
     )
+    if hangup_is_ignored() and hasattr(config, "signals_to_handle"):  # torch handles SIGHUP even under nohup
+        config.signals_to_handle = "SIGTERM,SIGINT,SIGQUIT"
+    if not alone:
+        show(
+            f"waiting for {machines} machines at {config.rdzv_endpoint}: start this command on each, with its --node_rank"
+        )
     try:
         module = sys.modules["__main__"].__spec__  # set if the script was started with -m
         elastic_launch(config, sys.executable)(*(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:])
     except SignalException:
         return INTERRUPTED
+    except DistError as error:
+        raise meeting_failed(config.rdzv_endpoint, error) from error
     except ChildFailedError as error:
         if killed := _killed(error.failures):
             print("", *killed, sep="\n", file=sys.stderr)  # the current line may hold a progress bar

@@ -13,11 +13,12 @@ PACKAGES = ("torch", "torchvision", "diffusers", "torchdiffeq", "timm", "numpy")
 
 
 def code_version() -> str:
-    """The git commit, followed by "-dirty" if files have changed; "unknown" outside a repository."""
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-        cwd=REPOSITORY, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    """The git commit, followed by "-dirty" if files have changed; "unknown" outside a repository or without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        git = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return git.stdout.strip() or "unknown"
 
 

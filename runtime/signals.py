@@ -1,20 +1,26 @@
-"""Stop requests: Ctrl-C, SIGTERM and SIGUSR1 end a run at its next step, with everything saved."""
+"""Stop requests: Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end a run at its next step, with everything saved.
 
+SIGHUP, sent when a terminal closes, has no effect under nohup.
+"""
+
+import os
 import signal
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-__all__ = ["StopSignals", "orderly_exit"]
+__all__ = ["StopSignals", "hangup_is_ignored", "orderly_exit"]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @contextmanager
 def orderly_exit() -> Iterator[None]:
-    """Make SIGTERM and SIGUSR1 exit through sys.exit during the block, so that `with` blocks release their resources.
+    """Make SIGTERM, SIGUSR1 and SIGHUP exit through sys.exit during the block, so that `with` blocks release their resources.
 
     The exit code is 128 + the signal's number. Signals that already have a handler are left unchanged.
     """
@@ -22,7 +28,7 @@ def orderly_exit() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    deadly = [number for number in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(number) == signal.SIG_DFL]
+    deadly = [number for number in SIGNALS[1:] if signal.getsignal(number) == signal.SIG_DFL]
     for number in deadly:
         signal.signal(number, leave)
     try:
@@ -30,6 +36,19 @@ def orderly_exit() -> Iterator[None]:
     finally:
         for number in deadly:
             signal.signal(number, signal.SIG_DFL)
+
+
+def hangup_is_ignored() -> bool:
+    """Whether this process was started by nohup, or in another way that ignores SIGHUP."""
+    return signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def _leave_terminal() -> None:
+    """Send the output to /dev/null: writing to a closed terminal would end the run before it is saved."""
+    with Path(os.devnull).open("w") as nowhere:
+        for stream in (1, 2):
+            if stat.S_ISCHR(os.fstat(stream).st_mode):
+                os.dup2(nowhere.fileno(), stream)
 
 
 class StopSignals:
@@ -46,7 +65,8 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._request) for number in SIGNALS}
+        handled = [number for number in SIGNALS if not (number == signal.SIGHUP and hangup_is_ignored())]
+        self._before = {number: signal.signal(number, self._request) for number in handled}
         return self
 
     def __exit__(
@@ -57,5 +77,7 @@ class StopSignals:
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if number == signal.SIGHUP:
+            _leave_terminal()
         if self._once:
             signal.signal(number, self._before[signal.Signals(number)])
