@@ -36,6 +36,10 @@ class GuidedUNetOptions(UNetOptions, ClassOptions):
     num_head_upsample: int = option(-1, "number of attention heads in the decoder; -1: num_heads")
     num_head_channels: int = option(-1, "channels per head, which then set the number of heads; -1: use num_heads")
 
+    def levels(self, size: int) -> tuple[str, tuple[int, ...]]:
+        """The meaning of the numbers in attn_resolutions, and each level's number."""
+        return "downsampling factors", tuple(2**level for level in range(len(self.ch_mult)))
+
 
 class GuidedUNet(nn.Module):
     """Velocity network of --use_origin_adm for latents of side `size`, or of any other sides that its levels can halve."""

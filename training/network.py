@@ -13,16 +13,15 @@ from checkpoints.lfm_files import read_sampled
 from datasets_prep.datasets import ImageDataset
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import DenseInput
-from models.family import FamilyOptions
+from models.family import FamilyOptions, Weights
 from models.registry import Architecture, build_network, network_groups
 from options import UsageError
-from runtime.messages import fact
+from runtime.messages import fact, note
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
+from runtime.weights import check_finite, list_names, match_names
 
 __all__ = ["choose_architecture", "label_all_alike", "load_what_fits", "new_network"]
-
-LISTED_NAMES = 10
 
 
 def choose_architecture(
@@ -62,6 +61,9 @@ def choose_architecture(
                 f"{expected}, or leave the flag out"
             )
     _check_class_flag(options, given)
+    for name, explanation in options.unmatched(size).items():
+        if name in given:
+            note(f"--{name} {explanation}")
     return Architecture(model_type, size, replace(options, **channels), dense)
 
 
@@ -92,20 +94,21 @@ def new_network(architecture: Architecture, seed: int, start_from: Path | None) 
     return network
 
 
-def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def load_what_fits(network: nn.Module, weights: Weights) -> None:
     """Load the weights whose name and shape fit, and list the rest.
 
     Raises:
-        UsageError: not one weight fits.
+        UsageError: not one weight fits, or some are not finite.
     """
     own = network.state_dict()
+    weights = match_names(weights, own)
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     if not fitting:
         raise UsageError("--init_from: not one weight of that checkpoint has the name and shape of this network's")
+    check_finite(fitting, "--init_from: that checkpoint", own)
     network.load_state_dict(fitting, strict=False)
     left_out = sorted({*own, *weights} - {*fitting})
-    more = f" and {len(left_out) - LISTED_NAMES} more" if len(left_out) > LISTED_NAMES else ""
-    listed = f"; left as initialised or unused: {', '.join(left_out[:LISTED_NAMES])}{more}" if left_out else ""
+    listed = f"; left as initialised or unused: {list_names(left_out)}" if left_out else ""
     fact("init", f"loaded {len(fitting)} of {len(own)} weights{listed}")
 
 

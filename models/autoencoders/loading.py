@@ -45,8 +45,8 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder:
     """Load the autoencoder that `options` names; `channels` is the number of image channels, which pixel space needs.
 
     Raises:
-        UsageError: a missing folder, an unreachable hub, files that are not an AutoencoderKL in safetensors format, or a
-            factor that differs from `--f`.
+        UsageError: a missing folder, an unreachable hub, files that are not a complete AutoencoderKL in safetensors format,
+            or a factor that differs from `--f`.
     """
     name = options.pretrained_autoencoder_ckpt
     registered = AUTOENCODERS.get(name)
@@ -72,7 +72,7 @@ def _load_network(name: str, scale_factor: float | None) -> Autoencoder:
     try:
         return load_kl(folder, name, scale_factor)
     except UsageError as error:
-        if folder is not None:
+        if folder is not None or error.__cause__ is None:  # without a cause, the files were read but do not fit
             raise
         hint = "; without internet access, give a local folder in diffusers format"
         owner, _, rest = name.partition("/")
