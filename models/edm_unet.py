@@ -49,11 +49,10 @@ class UNetOptions(FamilyOptions):
         extra = [number for number in self.attn_resolutions if number not in levels]
         if not extra:
             return {}
-        whole = len(extra) == len(self.attn_resolutions)
-        return {
-            "attn_resolutions": f"{' '.join(map(str, extra))} {'matches' if len(extra) == 1 else 'match'} no level: the {meaning} are "
-            f"{', '.join(map(str, levels))}" + (", so only the innermost block has attention" if whole else "")
-        }
+        verb = "matches" if len(extra) == 1 else "match"
+        alone = ", so only the innermost block has attention" if len(extra) == len(self.attn_resolutions) else ""
+        listed = " ".join(map(str, extra))
+        return {"attn_resolutions": f"{listed} {verb} no level: the {meaning} are {', '.join(map(str, levels))}{alone}"}
 
 
 @dataclass(frozen=True)
