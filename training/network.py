@@ -1,4 +1,4 @@
-"""The network of a run: its architecture from options, latents and data, and its initial weights."""
+"""The architecture and the initial weights of a run's network."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +21,7 @@ from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
 from runtime.weights import check_finite, list_names, match_names
 
-__all__ = ["choose_architecture", "label_all_alike", "load_what_fits", "new_network"]
+__all__ = ["check_labels", "choose_architecture", "load_fitting_weights", "new_network"]
 
 
 def choose_architecture(
@@ -32,18 +32,18 @@ def choose_architecture(
     autoencoder: Autoencoder,
     dense: DenseInput | None,
 ) -> Architecture:
-    """The architecture for an autoencoder's latents.
+    """Choose the architecture for an autoencoder's latents.
 
     Args:
         model_type: key of NETWORKS.
-        options: the family's, whose channels are replaced by the latents' and the dense condition's.
-        given: the options that the user gave, by name.
+        options: the family's options. Their channels are set according to the latents and the dense condition.
+        given: values of the options that the user gave, by name.
         image_size: side of the images in pixels.
-        autoencoder: says the latents' channels and factor.
-        dense: what the network sees next to x_t.
+        autoencoder: determines the latents' channels and size.
+        dense: the dense condition in the network's input, if any.
 
     Raises:
-        UsageError: an image size that the factor does not divide, or given options that contradict the autoencoder.
+        UsageError: the autoencoder's factor does not divide the image size, or given options contradict the autoencoder.
     """
     size, remainder = divmod(image_size, autoencoder.factor)
     if remainder or not size:
@@ -55,10 +55,10 @@ def choose_architecture(
     channels: dict[str, Any] = {"num_in_channels": latents + extra, "num_out_channels": latents}
     for name, expected in channels.items():
         if name in given and given[name] != expected:
-            condition = f" and the condition next to them {extra}" if extra else ""
+            condition = f", and the condition adds {extra} to the network's input" if extra else ""
             raise UsageError(
                 f"--{name} {given[name]} contradicts the autoencoder, whose latents have {latents} channels{condition}: "
-                f"{expected}, or leave the flag out"
+                f"use {expected}, or leave the flag out"
             )
     _check_class_flag(options, given)
     for name, explanation in options.unmatched(size).items():
@@ -67,11 +67,11 @@ def choose_architecture(
     return Architecture(model_type, size, replace(options, **channels), dense)
 
 
-def label_all_alike(options: FamilyOptions, splits: tuple[ImageDataset, ...]) -> None:
-    """Give all images of an unconditional network one class.
+def check_labels(options: FamilyOptions, splits: tuple[ImageDataset, ...]) -> None:
+    """Set all labels to 0 for an unconditional network; otherwise check that the network has enough classes.
 
     Raises:
-        UsageError: a conditional network has fewer classes than the images.
+        UsageError: the images have labels beyond the network's classes.
     """
     for split in splits:
         if options.classes == 1:
@@ -84,38 +84,41 @@ def label_all_alike(options: FamilyOptions, splits: tuple[ImageDataset, ...]) ->
 
 
 def new_network(architecture: Architecture, seed: int, start_from: Path | None) -> nn.Module:
-    """The network with its initial weights, or with the weights of the checkpoint `start_from` that fit."""
+    """Build the network with random initial weights, or with the weights of the checkpoint `start_from` that fit."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "weights"))
         network = build_network(*architecture)
     if start_from:
         weights = read_sampled(start_from) if is_torch_file(start_from) else read_weights(start_from)[0]
-        load_what_fits(network, weights)
+        load_fitting_weights(network, weights)
     return network
 
 
-def load_what_fits(network: nn.Module, weights: Weights) -> None:
-    """Load the weights whose name and shape fit, and list the rest.
+def load_fitting_weights(network: nn.Module, weights: Weights) -> None:
+    """Load the weights whose name and shape match, and print the names of the rest.
 
     Raises:
-        UsageError: not one weight fits, or some are not finite.
+        UsageError: no weight matches, or some are not finite.
     """
     own = network.state_dict()
     weights = match_names(weights, own)
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     if not fitting:
-        raise UsageError("--init_from: not one weight of that checkpoint has the name and shape of this network's")
-    check_finite(fitting, "--init_from: that checkpoint", own)
+        raise UsageError(
+            "--init_from: no weight of this checkpoint matches the network in name and shape; choose a checkpoint of the "
+            "same --model_type"
+        )
+    check_finite(fitting, "--init_from: this checkpoint", own)
     network.load_state_dict(fitting, strict=False)
     left_out = sorted({*own, *weights} - {*fitting})
-    listed = f"; left as initialised or unused: {list_names(left_out)}" if left_out else ""
+    listed = f"; no match in name and shape: {list_names(left_out)}" if left_out else ""
     fact("init", f"loaded {len(fitting)} of {len(own)} weights{listed}")
 
 
 def _check_class_flag(options: FamilyOptions, given: Mapping[str, Any]) -> None:
-    """Refuse a number of classes that was given by another family's flag."""
+    """Check that the number of classes was not given by another family's flag."""
     for other in {group.class_flag for group in network_groups()} - {options.class_flag}:
         if (given.get(other) or 0) > 1 and options.classes == 1:
             raise UsageError(
-                f"--{other} {given[other]} is not for this network: its classes are given by --{options.class_flag}"
+                f"--{other} {given[other]} has no effect on this network: give its classes with --{options.class_flag}"
             )
