@@ -1,5 +1,6 @@
 """Loading of a sampler: finds the checkpoint, builds its network, and rejects flags that contradict its header."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -155,8 +156,14 @@ def _load_guide(request: SamplerRequest, model: LoadedModel, device: torch.devic
         theirs, ours = getattr(guide.header, entry), getattr(model.header, entry)
         if theirs != ours:
             raise UsageError(f"--guide_checkpoint {name}: its {entry} is {theirs}, but the guided network's is {ours}")
-    if guide.header.autoencoder.sha256 != model.header.autoencoder.sha256:
+    theirs, ours = guide.header.autoencoder, model.header.autoencoder
+    if theirs.sha256 != ours.sha256:
         raise UsageError(f"--guide_checkpoint {name}: it was trained on another autoencoder's latents")
+    if not _same_scale(theirs, ours):
+        raise UsageError(
+            f"--guide_checkpoint {name}: it was trained on latents with the standard deviations {theirs.latents_std}, but the "
+            f"guided network's have {ours.latents_std}"
+        )
     return guide
 
 
@@ -238,6 +245,12 @@ def _refuse_contradictions(request: SamplerRequest, header: Header, path: Path, 
                 f"--{name} {value} contradicts the checkpoint {path}, which has {stored[name]}: "
                 "leave the flag out, or choose another checkpoint"
             )
+
+
+def _same_scale(one: AutoencoderFacts, other: AutoencoderFacts) -> bool:
+    """Whether two records of one autoencoder describe the same latents, except for rounding."""
+    values = zip(one.latents_mean + one.latents_std, other.latents_mean + other.latents_std, strict=True)
+    return all(math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) for a, b in values)
 
 
 def _scale_factor(autoencoder: AutoencoderFacts) -> float | None:

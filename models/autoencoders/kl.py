@@ -24,6 +24,7 @@ from models.autoencoders.pixels import images_to_pixels, pixels_to_images
 from models.autoencoders.protocol import AutoencoderFacts
 from models.autoencoders.scale import has_superseded_scale, latent_scale
 from options import UsageError
+from runtime.files import read_json
 from runtime.messages import note
 from runtime.torch_files import weights_hash
 from runtime.weights import Mismatch, check_finite, find_mismatch, match_names, split_averages
@@ -180,9 +181,10 @@ def load_kl(folder: Path | None, name: str, scale_factor: float | None) -> KLAut
     """
     local = folder is not None
     try:
-        with contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext(), _errors_only():
+        with _quiet(local):
             config = diffusers.AutoencoderKL.load_config(folder or name, local_files_only=local)
-            _check_class(str(config.get("_class_name", CLASS)), name)
+        _check_class(str(config.get("_class_name", CLASS)), name)
+        with _quiet(local):
             network, found = diffusers.AutoencoderKL.from_pretrained(
                 folder or name,
                 torch_dtype=torch.float32,
@@ -234,10 +236,11 @@ def _mismatch(found: Mapping[str, Any]) -> Mismatch:
 
 def _load_unwrapped(network: nn.Module, folder: Path) -> Mismatch:
     """Load the weights in `folder` by their names without wrappers' prefixes, or report what does not fit."""
-    shards = sorted(folder.glob(f"{WEIGHTS}-*-of-*.safetensors"))
+    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    files = set(read_json(index)["weight_map"].values()) if index.exists() else {f"{WEIGHTS}.safetensors"}
     stored: dict[str, torch.Tensor] = {}
-    for path in shards or [folder / f"{WEIGHTS}.safetensors"]:
-        stored |= load_file(path)
+    for file in files:
+        stored |= load_file(folder / file)
     raw, averages = split_averages(stored, folder)
     own = network.state_dict()
     weights = match_names(raw | averages, own)
@@ -250,12 +253,13 @@ def _load_unwrapped(network: nn.Module, folder: Path) -> Mismatch:
 
 
 @contextlib.contextmanager
-def _errors_only() -> Iterator[None]:
-    """Silence diffusers' warnings about weights, which become an error here."""
+def _quiet(local: bool) -> Iterator[None]:
+    """Silence diffusers' warnings about weights, which become an error here, and progress bars of local files."""
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext():
+            yield
     finally:
         logging.set_verbosity(level)
 

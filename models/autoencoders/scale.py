@@ -33,7 +33,8 @@ def latent_scale(config: Any, scale_factor: float | None, name: str) -> tuple[li
         mean, std = list(config.latents_mean), [value / (factor or 1.0) for value in config.latents_std]
     else:
         mean, std = [config.shift_factor or 0.0] * channels, [1 / factor if factor else math.inf] * channels
-    if not {len(mean), len(std)} <= {1, channels} or not all(0 < value < math.inf for value in std):
+    valid = all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)
+    if not {len(mean), len(std)} <= {1, channels} or not valid:
         raise UsageError(
             f"the config.json of the autoencoder {name} has unusable latents_mean, latents_std or scaling_factor: expected "
             f"{channels} numbers in both lists, and a positive factor and deviations; correct it, or pass --scale_factor"
