@@ -1,6 +1,5 @@
 """Loading of a sampler: finds the checkpoint, builds its network, and rejects flags that contradict its header."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -159,7 +158,7 @@ def _load_guide(request: SamplerRequest, model: LoadedModel, device: torch.devic
     theirs, ours = guide.header.autoencoder, model.header.autoencoder
     if theirs.sha256 != ours.sha256:
         raise UsageError(f"--guide_checkpoint {name}: it was trained on another autoencoder's latents")
-    if not _same_scale(theirs, ours):
+    if not theirs.same_scale(ours):
         raise UsageError(
             f"--guide_checkpoint {name}: it was trained on latents with the standard deviations {theirs.latents_std}, but the "
             f"guided network's have {ours.latents_std}"
@@ -245,12 +244,6 @@ def _refuse_contradictions(request: SamplerRequest, header: Header, path: Path, 
                 f"--{name} {value} contradicts the checkpoint {path}, which has {stored[name]}: "
                 "leave the flag out, or choose another checkpoint"
             )
-
-
-def _same_scale(one: AutoencoderFacts, other: AutoencoderFacts) -> bool:
-    """Whether two records of one autoencoder describe the same latents, except for rounding."""
-    values = zip(one.latents_mean + one.latents_std, other.latents_mean + other.latents_std, strict=True)
-    return all(math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) for a, b in values)
 
 
 def _scale_factor(autoencoder: AutoencoderFacts) -> float | None:

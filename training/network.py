@@ -11,7 +11,7 @@ from torch import nn
 from checkpoints.files import read_weights
 from checkpoints.lfm_files import read_sampled
 from datasets_prep.datasets import ImageDataset
-from models.autoencoders.protocol import Autoencoder
+from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
 from models.family import FamilyOptions, Weights
 from models.registry import Architecture, build_network, network_groups
@@ -83,14 +83,28 @@ def check_labels(options: FamilyOptions, splits: tuple[ImageDataset, ...]) -> No
             )
 
 
-def new_network(architecture: Architecture, seed: int, start_from: Path | None) -> nn.Module:
-    """Build the network with random initial weights, or with the weights of the checkpoint `start_from` that fit."""
+def new_network(
+    architecture: Architecture, seed: int, start_from: Path | None, autoencoder: AutoencoderFacts
+) -> nn.Module:
+    """Build the network with random initial weights, or with the weights of the checkpoint `start_from` that fit.
+
+    If that checkpoint learned latents of the same autoencoder in another scale, a note says so.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "weights"))
         network = build_network(*architecture)
-    if start_from:
-        weights = read_sampled(start_from) if is_torch_file(start_from) else read_weights(start_from)[0]
-        load_fitting_weights(network, weights)
+    if start_from is None:
+        return network
+    if is_torch_file(start_from):
+        load_fitting_weights(network, read_sampled(start_from))
+        return network
+    weights, header = read_weights(start_from)
+    load_fitting_weights(network, weights)
+    if header.autoencoder.sha256 == autoencoder.sha256 and not header.autoencoder.same_scale(autoencoder):
+        note(
+            f"{start_from} learned latents with the mean {header.autoencoder.latents_mean} and standard deviation "
+            f"{header.autoencoder.latents_std}, but this run uses {autoencoder.latents_mean} and {autoencoder.latents_std}"
+        )
     return network
 
 

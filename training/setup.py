@@ -124,7 +124,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
     objective = OBJECTIVES[objective_name].build(path)
     weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
-    network = new_network(architecture, training.seed, weights)
+    network = new_network(architecture, training.seed, weights, header.autoencoder)
 
     processes.barrier()  # --overwrite may move files aside that other processes still read
     configuration = _configuration(options, machine, processes, inputs.dataset)

@@ -1,11 +1,18 @@
-"""Options that ask for attention where the network has no level."""
+"""Options that ask for attention where the network has no level, and initial weights for latents of another scale."""
+
+from dataclasses import replace
 
 import pytest
 
+from checkpoints.files import save_weights
 from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.protocol import AutoencoderFacts
+from models.dit import DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.guided_unet import GuidedUNetOptions
-from training.network import choose_architecture
+from models.registry import Architecture, build_network
+from tests.headers import header_of
+from training.network import choose_architecture, new_network
 
 SMALL = {"nf": 32, "ch_mult": (1, 2), "num_res_blocks": 1}
 
@@ -38,3 +45,14 @@ def test_attention_that_matches_no_level_is_a_note(model_type, kind, attention, 
 )
 def test_attention_that_matches_is_silent(model_type, kind, attention, capsys):
     assert note_about(model_type, kind, attention, True, capsys) == ""
+
+
+@pytest.mark.parametrize(("std", "noted"), [(2.0, True), (1.0 + 1e-7, False)])
+def test_initial_weights_for_another_scale_are_a_note(std, noted, tmp_path, capsys):
+    facts = AutoencoderFacts("some/ae", "abc", None, (0.0,) * 3, (1.0,) * 3)
+    options = DiTOptions(num_in_channels=3, num_out_channels=3)
+    architecture = Architecture("DiT-Mi/4", 16, options)
+    path = tmp_path / "model_1.safetensors"
+    save_weights(path, build_network(*architecture).state_dict(), header_of(options, "DiT-Mi/4", 16, autoencoder=facts))
+    new_network(architecture, 0, path, replace(facts, latents_std=(std,) * 3))
+    assert ("learned latents with the mean (0.0, 0.0, 0.0)" in capsys.readouterr().err) == noted
