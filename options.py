@@ -4,7 +4,7 @@ Each component has a dataclass whose fields are created by `option(default, help
 `command_line.parse_options` and gives each component its own instance. The first line of a class's docstring is the title
 of its group in `--help`. Classes may share a field, as network families do; the field is then a single flag.
 
-Pydantic would check ranges, but has no notion of flags or of resuming a run.
+Pydantic is not used, because it checks ranges but does not handle flags or the rules for resuming a run.
 """
 
 import dataclasses

@@ -35,8 +35,8 @@ __all__ = [
     "read_sampled",
 ]
 
-ALLOWED_CLASSES = (argparse.Namespace,)  # the only class of objects in content.pth
-PREFIX = "module."  # of data parallelism
+ALLOWED_CLASSES = (argparse.Namespace,)  # the only class in content.pth besides tensors and containers
+PREFIX = "module."
 STAGE_WEIGHT = "channel_mapper.weight"
 STAGE_FILE = re.compile(r"cond_stage_model_(\d+)\.pth")
 BUFFERS = ("resample_filter", "freqs")  # last name component of entries that are not parameters
@@ -98,7 +98,7 @@ def parse_published(content: Any, path: str | Path) -> PublishedFile:
         weights, averages = (_weights(part, path)[0] for part in (content["network"], content["ema"]["weights"]))
         return PublishedFile(weights, averages, {}, {}, step=content.get("step"), ours=True)
     if not is_published_content(content):
-        return PublishedFile(*_weights(content, path), {}, {})
+        return PublishedFile(*_weights(_unpack(content), path), {}, {})
     weights, averages = _weights(content["model_dict"], path)
     states = _states(weights, content.get("optimizer") or {}, path)
     arguments = content.get("args")
@@ -141,12 +141,27 @@ def read_sampled(path: str | Path) -> dict[str, torch.Tensor]:
     return read_published(path).sampled | read_condition_stage(path)
 
 
+def _unpack(content: Mapping[Any, Any]) -> Any:
+    """The state dict in a container such as {"model": ..., "step": ...}; `content` itself if it holds none or several."""
+    inside = [value for value in content.values() if _is_state_dict(value)]
+    return inside[0] if len(inside) == 1 else content
+
+
+def _is_state_dict(content: Any) -> bool:
+    return (
+        isinstance(content, Mapping)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items())
+    )
+
+
 def _weights(content: Any, path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The entries of a state dict without wrappers' prefixes, and EMA weights if it holds both."""
-    entries = content.items() if isinstance(content, Mapping) else ()
-    if not entries or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in entries):
-        found = f"a dict with the entries {list_names(map(str, content))}" if entries else f"a {type(content).__name__}"
-        raise UsageError(f"{path}: expected a state dict that maps names to tensors, but found {found}")
+    if not _is_state_dict(content):
+        listed = f" with the entries {list_names(map(str, content))}" if isinstance(content, Mapping) and content else ""
+        raise UsageError(
+            f"{path}: expected a state dict that maps names to tensors, but found a {type(content).__name__}{listed}"
+        )
     return split_averages(content, path)
 
 

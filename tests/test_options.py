@@ -322,7 +322,7 @@ class LargeNetwork(Network):
 
 
 def test_a_group_that_was_not_registered_is_refused():
-    """This group must be refused although all of its fields have values, which belong to another group."""
+    """All fields of this group have values, but they belong to another group."""
     with pytest.raises(KeyError, match="Unregistered is not among the option groups"):
         parse()[Unregistered]
     with pytest.raises(KeyError, match="LargeNetwork"):

@@ -66,9 +66,8 @@ def is_hub_id(name: str) -> bool:
 def _load_network(name: str, scale_factor: float | None) -> Autoencoder:
     folder = _local_folder(name)
     if folder is None and not is_hub_id(name):
-        raise UsageError(
-            f"--pretrained_autoencoder_ckpt {name}: no such folder, and not a hub id of the form owner/name"
-        )
+        found = "a file, but expected a folder in diffusers format" if Path(name).is_file() else "no such folder"
+        raise UsageError(f"--pretrained_autoencoder_ckpt {name}: {found}, and not a hub id of the form owner/name")
     try:
         return load_kl(folder, name, scale_factor)
     except UsageError as error:

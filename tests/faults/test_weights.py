@@ -167,6 +167,11 @@ def test_a_pipelines_folder_names_the_autoencoder_inside(original, tmp_path):
         load(tmp_path / "pipeline")
 
 
+def test_a_file_instead_of_a_folder_is_refused(original):
+    with pytest.raises(UsageError, match=r"safetensors: a file, but expected a folder in diffusers format"):
+        load(original / FILE)
+
+
 def test_a_hub_autoencoder_of_another_class_is_refused_before_its_weights_are_downloaded(monkeypatch):
     monkeypatch.setattr(kl.diffusers.AutoencoderKL, "load_config", lambda *a, **k: {"_class_name": "AutoencoderDC"})
     monkeypatch.setattr(kl.diffusers.AutoencoderKL, "from_pretrained", None)
@@ -189,6 +194,22 @@ def test_a_network_behind_prefixes_is_the_same(prefix, tmp_path):
     opened = open_published(tmp_path / "model_1.pth", FLAGS, "cpu")
     for name, value in opened.network.state_dict().items():
         assert torch.equal(value, weights[name]), name
+
+
+def test_a_network_in_a_container_is_the_same(tmp_path):
+    """As nanoGPT and Lightning save them."""
+    weights = network_weights()
+    optimizer = {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": [{"params": [0]}]}
+    content = {"model": with_prefix("_orig_mod.", weights), "optimizer": optimizer, "step": 3}
+    torch.save(content, tmp_path / "model_1.pth")
+    opened = open_published(tmp_path / "model_1.pth", FLAGS, "cpu")
+    for name, value in opened.network.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+    torch.save(content | {"ema": weights}, tmp_path / "model_1.pth")  # perhaps of a project with another convention
+    with pytest.raises(
+        UsageError, match=r"expected a state dict .* dict with the entries model, optimizer, step, ema$"
+    ):
+        open_published(tmp_path / "model_1.pth", FLAGS, "cpu")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "model."])
