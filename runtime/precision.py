@@ -142,7 +142,8 @@ class Machine:
 
     def describe(self) -> str:
         """Describe the device, precision and compilation in one line."""
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        count = torch.get_num_threads()
+        threads = f", {count} thread{'s' if count > 1 else ''}" if self.device.type == "cpu" else ""
         way = "compiled (takes about a minute at the start)" if self.compile else "not compiled"
         return f"{self.device}{threads}, {self.precision}, {way}"
 

@@ -118,7 +118,10 @@ def test_images_with_and_without_padding_have_the_same_latents(flow):
     [
         (lambda flow: flow.sample(labels=[3, 11]), r"class ids \[N\] in 0\.\.10, but got \[3, 11\]"),
         (lambda flow: flow.sample(labels=["3"]), r"expected integer class ids, but got \['3'\]"),
-        (lambda flow: flow.sample(labels=[3, 4], noise=torch.zeros(1, *flow.header.latent_shape)), "as many labels, noise latents or maps"),
+        (
+            lambda flow: flow.sample(labels=[3, 4], noise=torch.zeros(1, *flow.header.latent_shape)),
+            "as many labels, noise latents or maps",
+        ),
         (lambda flow: flow.sample(noise=torch.zeros(2, 4, 4, 4)), r"noise: expected latents .*\(4, 8, 8\)"),
         (lambda flow: flow.sample(count=0), "at least one sample"),
         (lambda flow: flow.sample(guidance=3), r"unknown keyword guidance: .* method, .*cfg_scale"),

@@ -119,7 +119,7 @@ def test_help_lists_common_options_and_help_all_the_others(capsys, monkeypatch):
 
         shown: str = option("", "recorded by the checkpoint", common=True)
 
-    monkeypatch.setattr("command_line.ONE_SCREEN", 8)
+    monkeypatch.setattr("command_line.FEW_OPTIONS", 8)
     texts = {}
     for flag in ("--help", "-h", "--help_all"):
         with pytest.raises(SystemExit):

@@ -86,10 +86,8 @@ class ExperimentOptions:
     keep_last: int = option(
         0, "number of newest checkpoints model_<epoch> to keep; 0: all", minimum=0, on_resume="freely", common=True
     )
-    save_ckpt_every: int = option(
-        25, "epochs between checkpoints model_<epoch>", minimum=1, on_resume="freely", common=True
-    )
-    plot_every: int = option(5, "epochs between sample grids", minimum=1, on_resume="freely", common=True)
+    save_ckpt_every: int = option(25, "epochs between checkpoints model_<epoch>", minimum=1, on_resume="freely")
+    plot_every: int = option(5, "epochs between sample grids", minimum=1, on_resume="freely")
     eval_every: int = option(
         5, "epochs between validations on held-out images", minimum=1, on_resume="freely", common=True
     )
