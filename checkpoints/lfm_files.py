@@ -158,7 +158,9 @@ def _is_state_dict(content: Any) -> bool:
 def _weights(content: Any, path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """The entries of a state dict without wrappers' prefixes, and EMA weights if it holds both."""
     if not _is_state_dict(content):
-        listed = f" with the entries {list_names(map(str, content))}" if isinstance(content, Mapping) and content else ""
+        listed = (
+            f" with the entries {list_names(map(str, content))}" if isinstance(content, Mapping) and content else ""
+        )
         raise UsageError(
             f"{path}: expected a state dict that maps names to tensors, but found a {type(content).__name__}{listed}"
         )
