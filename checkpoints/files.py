@@ -4,10 +4,11 @@ LFM's checkpoints are read by checkpoints/lfm_files.py, and training states (con
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,7 @@ from runtime.torch_files import is_torch_file, weights_hash
 __all__ = [
     "LoadedModel",
     "load_model",
+    "read_header",
     "read_weights",
     "save_weights",
 ]
@@ -54,25 +56,22 @@ def read_weights(path: str | Path) -> tuple[dict[str, torch.Tensor], Header]:
     Raises:
         UsageError: the file is missing, damaged, or not a checkpoint of this project.
     """
-    if is_torch_file(path):
-        raise UsageError(
-            f"{path} is a torch.save file, which does not describe its network: "
-            "convert it with python -m checkpoints.convert"
-        )
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            stored = json.loads((file.metadata() or {}).get("header", "null"))
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
-    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
-        raise UsageError(f"{path} is not a checkpoint of this project: expected the format {FORMAT} in its header")
+    with _open(path) as file:
+        stored = _stored_header(file, path)
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if weights_hash(weights) != stored.get("weights_sha256"):
         raise UsageError(f"the checkpoint {path} is damaged: its weights do not match the checksum in its header")
-    try:
-        return weights, Header.from_json(stored)
-    except UsageError as error:
-        raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
+    return weights, _parse(stored, path)
+
+
+def read_header(path: str | Path) -> Header:
+    """Read the header that `save_weights` wrote, without the weights.
+
+    Raises:
+        UsageError: the file is missing, unreadable, or not a checkpoint of this project.
+    """
+    with _open(path) as file:
+        return _parse(_stored_header(file, path), path)
 
 
 def load_model(
@@ -104,3 +103,33 @@ def load_model(
         )
     loaded.restore_scale(stored)
     return LoadedModel(network.eval().requires_grad_(False).to(device), loaded.to(device), header)
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[Any]:
+    if is_torch_file(path):
+        raise UsageError(
+            f"{path} is a torch.save file, which does not describe its network: "
+            "convert it with python -m checkpoints.convert"
+        )
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            yield file
+    except UsageError:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
+
+
+def _stored_header(file: Any, path: str | Path) -> dict[str, Any]:
+    stored = json.loads((file.metadata() or {}).get("header", "null"))
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
+        raise UsageError(f"{path} is not a checkpoint of this project: expected the format {FORMAT} in its header")
+    return stored
+
+
+def _parse(stored: dict[str, Any], path: str | Path) -> Header:
+    try:
+        return Header.from_json(stored)
+    except UsageError as error:
+        raise UsageError(f"cannot read the checkpoint {path}: {error}") from error

@@ -1,6 +1,7 @@
 """Read LFM's checkpoints (github.com/VinAIResearch/LFM), which hold weights but do not describe their network.
 
-- `model_<epoch>.pth`: a plain state dict. Names start with `module.` if it was saved under data parallelism.
+- `model_<epoch>.pth`: a plain state dict. Names start with `module.` if it was saved under data parallelism. Other wrappers'
+  prefixes are removed as well (runtime/weights.py).
 - `content.pth`: epoch, step, arguments, weights and optimizer. Parameters are numbered in the order of
   `network.parameters()`. The optimizer state of each parameter also holds its EMA.
 - `cond_stage_model_<epoch>.pth`: the label-map embedding of a semantic-synthesis model, saved in the same folder.
@@ -18,6 +19,7 @@ import torch
 
 from options import UsageError
 from runtime.torch_files import read_torch_file
+from runtime.weights import list_names, split_averages
 
 __all__ = [
     "ALLOWED_CLASSES",
@@ -93,16 +95,16 @@ def parse_published(content: Any, path: str | Path) -> PublishedFile:
             f"{path}: expected a state dict or the dict of content.pth, but found a {type(content).__name__}"
         )
     if {"network", "ema"} <= content.keys():  # a training state of this project
-        weights, averages = (_weights(part, path) for part in (content["network"], content["ema"]["weights"]))
+        weights, averages = (_weights(part, path)[0] for part in (content["network"], content["ema"]["weights"]))
         return PublishedFile(weights, averages, {}, {}, step=content.get("step"), ours=True)
     if not is_published_content(content):
-        return PublishedFile(_weights(content, path), {}, {}, {})
-    weights = _weights(content["model_dict"], path)
+        return PublishedFile(*_weights(_unpack(content), path), {}, {})
+    weights, averages = _weights(content["model_dict"], path)
     states = _states(weights, content.get("optimizer") or {}, path)
     arguments = content.get("args")
     return PublishedFile(
         weights=weights,
-        averages={name: state["ema"] for name, state in states.items() if "ema" in state},
+        averages=averages | {name: state["ema"] for name, state in states.items() if "ema" in state},
         states=states,
         arguments=vars(arguments) if isinstance(arguments, argparse.Namespace) else {},
         epoch=content.get("epoch"),
@@ -139,15 +141,30 @@ def read_sampled(path: str | Path) -> dict[str, torch.Tensor]:
     return read_published(path).sampled | read_condition_stage(path)
 
 
-def _weights(content: Any, path: str | Path) -> dict[str, torch.Tensor]:
-    """The entries of a state dict, without the prefix that data parallelism adds."""
-    entries = content.items() if isinstance(content, Mapping) else ()
-    if not entries or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in entries):
-        raise UsageError(f"{path}: expected a state dict that maps names to tensors")
-    weights = {name.removeprefix(PREFIX): value for name, value in entries}
-    if len(weights) < len(entries):
-        raise UsageError(f"{path}: some names appear both with and without the prefix {PREFIX!r}")
-    return weights
+def _unpack(content: Mapping[Any, Any]) -> Any:
+    """The state dict in a container such as {"model": ..., "step": ...}; `content` itself if it holds none or several."""
+    inside = [value for value in content.values() if _is_state_dict(value)]
+    return inside[0] if len(inside) == 1 else content
+
+
+def _is_state_dict(content: Any) -> bool:
+    return (
+        isinstance(content, Mapping)
+        and len(content) > 0
+        and all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items())
+    )
+
+
+def _weights(content: Any, path: str | Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The entries of a state dict without wrappers' prefixes, and EMA weights if it holds both."""
+    if not _is_state_dict(content):
+        listed = (
+            f" with the entries {list_names(map(str, content))}" if isinstance(content, Mapping) and content else ""
+        )
+        raise UsageError(
+            f"{path}: expected a state dict that maps names to tensors, but found a {type(content).__name__}{listed}"
+        )
+    return split_averages(content, path)
 
 
 def _states(weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, Any], path: str | Path) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,42 +12,18 @@ from models.family import Weights
 from models.registry import NETWORKS, ORIGIN_ADM, Architecture, build_network
 from options import UsageError
 from runtime.messages import note
+from runtime.weights import check_finite, find_mismatch, match_names
 
-__all__ = ["Mismatch", "find_mismatch", "load_weights", "suggest_flags"]
+__all__ = ["load_weights", "suggest_flags"]
 
-LISTED_NAMES = 10
 TYPICAL_LABEL_DROPOUT = 0.1  # LFM's networks with a null class
-
-
-class Mismatch(NamedTuple):
-    """Names only in the network, names only in the file, and names whose shapes differ."""
-
-    missing: list[str]
-    unexpected: list[str]
-    misshapen: list[str]
-
-    def __str__(self) -> str:
-        parts = zip(("missing", "unexpected", "wrong shape"), self, strict=True)
-        return "; ".join(f"{what}: {_some(names)}" for what, names in parts if names)
-
-
-def find_mismatch(own: Weights, weights: Weights) -> Mismatch:
-    """Compare the names and shapes of `weights` with a network's own state dict."""
-    return Mismatch(
-        [name for name in own if name not in weights],
-        [name for name in weights if name not in own],
-        [
-            f"{name} ({_shape(weights[name])} in the file, {_shape(value)} in the network)"
-            for name, value in own.items()
-            if name in weights and weights[name].shape != value.shape
-        ],
-    )
 
 
 def load_weights(network: nn.Module, weights: Weights, where: str, architecture: Architecture) -> None:
     """Load a state dict into `network`.
 
-    A position table for another latent size is recomputed where the network family allows it, with a note.
+    Names may carry the prefixes of wrappers (see runtime/weights.py). A position table for another latent size is recomputed
+    where the network family allows it, with a note.
 
     Args:
         network: the network to load into.
@@ -56,9 +32,11 @@ def load_weights(network: nn.Module, weights: Weights, where: str, architecture:
         architecture: the network's architecture, used to suggest flags.
 
     Raises:
-        UsageError: names or shapes differ. The message lists up to ten names per category, and flags that would fit.
+        UsageError: names or shapes differ, or values are not finite. The message lists up to ten names per category, and
+            flags that would fit.
     """
     own = network.state_dict()
+    weights = match_names(weights, own)
     fitted = NETWORKS[architecture.model_type].fit_grid(own, weights)
     mismatch = find_mismatch(own, fitted)
     if any(mismatch):
@@ -67,6 +45,7 @@ def load_weights(network: nn.Module, weights: Weights, where: str, architecture:
         )
     if fitted is not weights:
         note(f"{where}: position table recomputed, because the file has one for another latent size")
+    check_finite(weights, where, own)
     network.load_state_dict(fitted)
 
 
@@ -131,12 +110,3 @@ def _spell(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
     return f"--{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}"
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
-    return ", ".join(names[:LISTED_NAMES]) + more
-
-
-def _shape(tensor: torch.Tensor) -> str:
-    return "x".join(map(str, tensor.shape)) or "scalar"

@@ -37,6 +37,21 @@ class UNetOptions(FamilyOptions):
     )
     dropout: float = option(0.0, "dropout in the residual blocks", minimum=0, maximum=1)
 
+    def levels(self, size: int) -> tuple[str, tuple[int, ...]]:
+        """The meaning of the numbers in attn_resolutions, and each level's number, for latents of side `size`."""
+        return "sides of the feature maps", tuple(size >> level for level in range(len(self.ch_mult)))
+
+    def unmatched(self, size: int) -> dict[str, str]:
+        """Entries of attn_resolutions that match no level."""
+        meaning, levels = self.levels(size)
+        extra = [number for number in self.attn_resolutions if number not in levels]
+        if not extra:
+            return {}
+        verb = "matches" if len(extra) == 1 else "match"
+        alone = ", so only the innermost block has attention" if len(extra) == len(self.attn_resolutions) else ""
+        listed = " ".join(map(str, extra))
+        return {"attn_resolutions": f"{listed} {verb} no level: the {meaning} are {', '.join(map(str, levels))}{alone}"}
+
 
 @dataclass(frozen=True)
 class EdmUNetOptions(UNetOptions):

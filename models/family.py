@@ -39,6 +39,10 @@ class FamilyOptions:
         """Number of classes K, which is also the null class's id; 1 for an unconditional network."""
         return 1
 
+    def unmatched(self, size: int) -> dict[str, str]:
+        """Options that ask for something that a network for latents of side `size` does not have: name to explanation."""
+        return {}
+
 
 @dataclass(frozen=True)
 class ClassOptions(FamilyOptions):

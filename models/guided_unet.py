@@ -40,6 +40,10 @@ class GuidedUNetOptions(UNetOptions, ClassOptions):
         -1, "channels per attention head, instead of a fixed number of heads; -1: use num_heads"
     )
 
+    def levels(self, size: int) -> tuple[str, tuple[int, ...]]:
+        """The meaning of the numbers in attn_resolutions, and each level's number."""
+        return "downsampling factors", tuple(2**level for level in range(len(self.ch_mult)))
+
 
 class GuidedUNet(nn.Module):
     """Velocity network of --use_origin_adm for latents of side `size`, or of any other sides that its levels can halve."""

@@ -155,8 +155,14 @@ def _load_guide(request: SamplerRequest, model: LoadedModel, device: torch.devic
         theirs, ours = getattr(guide.header, entry), getattr(model.header, entry)
         if theirs != ours:
             raise UsageError(f"--guide_checkpoint {name}: its {entry} is {theirs}, but the guided network's is {ours}")
-    if guide.header.autoencoder.sha256 != model.header.autoencoder.sha256:
+    theirs, ours = guide.header.autoencoder, model.header.autoencoder
+    if theirs.sha256 != ours.sha256:
         raise UsageError(f"--guide_checkpoint {name}: it was trained on another autoencoder's latents")
+    if not theirs.same_scale(ours):
+        raise UsageError(
+            f"--guide_checkpoint {name}: it was trained on latents with the standard deviations {theirs.latents_std}, but the "
+            f"guided network's have {ours.latents_std}"
+        )
     return guide
 
 

@@ -6,11 +6,11 @@ import torch
 from torchvision.models.segmentation import deeplabv3_resnet50
 from torchvision.transforms.functional import normalize
 
-from checkpoints.state_dicts import find_mismatch
 from datasets_prep.label_maps.silhouettes import silhouette
 from evaluation.features.protocol import FeatureNetwork, predict_classes
 from evaluation.features.weights import read_weights_file
 from options import UsageError
+from runtime.weights import find_mismatch
 
 __all__ = ["Segmenter", "load_segmenter", "silhouette_segmenter"]
 

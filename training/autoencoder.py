@@ -163,7 +163,8 @@ def save_autoencoder(
 ) -> None:
     """Save in diffusers format (`save_pretrained`), with the training options. The folder is replaced atomically."""
     stored: Any = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
-    stored.register_to_config(**statistics)
+    if statistics:  # diffusers applies scaling_factor next to them
+        stored.register_to_config(scaling_factor=1.0, **statistics)
     if options.half_weights:
         stored.half()
     with replace_folder(folder) as temporary:

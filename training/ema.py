@@ -1,6 +1,7 @@
 """Exponential moving average (EMA) of a network's weights, which is used for samples and checkpoints."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,6 +37,11 @@ class Ema:
     def weights(self) -> dict[str, torch.Tensor]:
         """The state dict of the EMA network."""
         return self.network.state_dict()
+
+    @property
+    def warmup_updates(self) -> int:
+        """Number of updates after which the decay is final."""
+        return max(0, math.ceil((10 * self.decay - 1) / (1 - self.decay)))
 
     @torch.no_grad()
     def update(self, network: nn.Module, keep: torch.Tensor | None = None) -> None:

@@ -5,14 +5,15 @@ content.pth  content.previous.pth  metrics.jsonl  tensorboard/  samples/  run.lo
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoints.experiments import experiment_folder, newest_model
-from checkpoints.files import read_weights
+from checkpoints.files import read_header, read_weights
 from checkpoints.tasks import Task
+from models.autoencoders.protocol import AutoencoderFacts
 from options import OnResume, UsageError, as_json, option
 from runtime.distributed import Processes, launch_id, restarts
 from runtime.files import move_aside, read_json, remove_leftovers, write_json
@@ -23,6 +24,7 @@ from training.state_file import has_state
 
 __all__ = [
     "IMAGES",
+    "RECONSTRUCTIONS",
     "STATE_OF_IMAGES",
     "Configuration",
     "ExperimentOptions",
@@ -30,11 +32,13 @@ __all__ = [
     "has_ended",
     "only_run_in",
     "open_experiment",
+    "recorded_autoencoder",
     "run_folder",
     "will_resume",
 ]
 
 LOCK = "run.lock"
+RECONSTRUCTIONS = "samples/reconstructions.json"
 # Entries of config.json next to the options: the number of training images, and a hash that changes with the images.
 IMAGES, STATE_OF_IMAGES = "number of training images", "state of the training images"
 LAUNCH = "launch"  # entry of config.json: identifies the launch that started the run
@@ -193,6 +197,16 @@ def begun_by_this_launch(folder: Path) -> bool:
 def will_resume(folder: Path, options: ExperimentOptions) -> bool:
     """Whether training resumes from a content.pth in `folder`, which replaces all initial weights."""
     return not options.overwrite and has_state(folder)
+
+
+def recorded_autoencoder(folder: Path) -> AutoencoderFacts | None:
+    """The autoencoder that a run was begun with, from a checkpoint or the first reconstructions; None without a record."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with suppress(UsageError):  # a damaged file does not prevent resuming
+            return read_header(path).autoencoder
+    with suppress(UsageError, KeyError, TypeError):
+        return AutoencoderFacts.from_json(read_json(folder / RECONSTRUCTIONS)["autoencoder"])
+    return None
 
 
 def has_ended(folder: Path, last_step: int) -> bool:

@@ -11,18 +11,17 @@ from torch import nn
 from checkpoints.files import read_weights
 from checkpoints.lfm_files import read_sampled
 from datasets_prep.datasets import ImageDataset
-from models.autoencoders.protocol import Autoencoder
+from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
-from models.family import FamilyOptions
+from models.family import FamilyOptions, Weights
 from models.registry import Architecture, build_network, network_groups
 from options import UsageError
-from runtime.messages import fact
+from runtime.messages import fact, note
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
+from runtime.weights import check_finite, list_names, match_names
 
 __all__ = ["check_labels", "choose_architecture", "load_fitting_weights", "new_network"]
-
-LISTED_NAMES = 10
 
 
 def choose_architecture(
@@ -62,6 +61,9 @@ def choose_architecture(
                 f"use {expected}, or leave the flag out"
             )
     _check_class_flag(options, given)
+    for name, explanation in options.unmatched(size).items():
+        if name in given:
+            note(f"--{name} {explanation}")
     return Architecture(model_type, size, replace(options, **channels), dense)
 
 
@@ -81,34 +83,49 @@ def check_labels(options: FamilyOptions, splits: tuple[ImageDataset, ...]) -> No
             )
 
 
-def new_network(architecture: Architecture, seed: int, start_from: Path | None) -> nn.Module:
-    """Build the network with random initial weights, or with the weights of the checkpoint `start_from` that fit."""
+def new_network(
+    architecture: Architecture, seed: int, start_from: Path | None, autoencoder: AutoencoderFacts
+) -> nn.Module:
+    """Build the network with random initial weights, or with the weights of the checkpoint `start_from` that fit.
+
+    If that checkpoint learned latents of the same autoencoder in another scale, a note says so.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "weights"))
         network = build_network(*architecture)
-    if start_from:
-        weights = read_sampled(start_from) if is_torch_file(start_from) else read_weights(start_from)[0]
-        load_fitting_weights(network, weights)
+    if start_from is None:
+        return network
+    if is_torch_file(start_from):
+        load_fitting_weights(network, read_sampled(start_from))
+        return network
+    weights, header = read_weights(start_from)
+    load_fitting_weights(network, weights)
+    if header.autoencoder.sha256 == autoencoder.sha256 and not header.autoencoder.same_scale(autoencoder):
+        note(
+            f"{start_from} learned latents with the mean {header.autoencoder.latents_mean} and standard deviation "
+            f"{header.autoencoder.latents_std}, but this run uses {autoencoder.latents_mean} and {autoencoder.latents_std}"
+        )
     return network
 
 
-def load_fitting_weights(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+def load_fitting_weights(network: nn.Module, weights: Weights) -> None:
     """Load the weights whose name and shape match, and print the names of the rest.
 
     Raises:
-        UsageError: no weight matches.
+        UsageError: no weight matches, or some are not finite.
     """
     own = network.state_dict()
+    weights = match_names(weights, own)
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     if not fitting:
         raise UsageError(
             "--init_from: no weight of this checkpoint matches the network in name and shape; choose a checkpoint of the "
             "same --model_type"
         )
+    check_finite(fitting, "--init_from: this checkpoint", own)
     network.load_state_dict(fitting, strict=False)
     left_out = sorted({*own, *weights} - {*fitting})
-    more = f" and {len(left_out) - LISTED_NAMES} more" if len(left_out) > LISTED_NAMES else ""
-    listed = f"; no match in name and shape: {', '.join(left_out[:LISTED_NAMES])}{more}" if left_out else ""
+    listed = f"; no match in name and shape: {list_names(left_out)}" if left_out else ""
     fact("init", f"loaded {len(fitting)} of {len(own)} weights{listed}")
 
 

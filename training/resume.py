@@ -19,6 +19,7 @@ from options import UsageError
 from runtime.distributed import Processes
 from runtime.parallel import is_sharded
 from runtime.torch_files import read_torch_file
+from runtime.weights import check_finite
 from training.optimizers import load_optimizer_state
 from training.state import TrainingState
 from training.state_file import read_newest
@@ -46,7 +47,8 @@ def resume_run(
         processes: the run's processes.
 
     Raises:
-        UsageError: the file is unreadable or belongs to another network, or it is LFM's and the network is sharded.
+        UsageError: the file is unreadable, belongs to another network or has weights that are not finite, or it is LFM's and
+            the network is sharded.
     """
     sharded = is_sharded(state.network)
     device = "cpu" if sharded else state.machine.device
@@ -55,6 +57,9 @@ def resume_run(
         content = read_torch_file(file, device, ALLOWED_CLASSES, mmap=sharded)
         if not is_published_content(content) and not (isinstance(content, dict) and content.keys() >= ENTRIES):
             raise UsageError(f"{file} is not a training state: expected the entries {', '.join(sorted(ENTRIES))}")
+        if not is_published_content(content) and not sharded:
+            for part in (content["network"], content["ema"]["weights"]):
+                check_finite(part, file, state.network.state_dict())
         return content
 
     path, content = read_newest(path, read, processes)
@@ -92,7 +97,8 @@ def _restore_published(
     }
     load_optimizer_state(state.optimizers[0], adam_states)
     state.step = published.epoch * per_epoch
-    state.ema.updates.fill_(state.step)  # so that the EMA's warmup does not repeat
+    # LFM's EMA has no warmup, so it must not restart for a young run.
+    state.ema.updates.fill_(max(state.step, state.ema.warmup_updates if published.averages else 0))
     ema = (
         f"{len(published.averages)} EMA weights"
         if published.averages

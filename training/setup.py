@@ -27,7 +27,7 @@ from models.registry import NETWORKS, Architecture, NetworkOptions, network_grou
 from options import Options, UsageError, as_json
 from runtime.distributed import Processes
 from runtime.files import write_json
-from runtime.messages import fact
+from runtime.messages import fact, warn
 from runtime.pictures import GridOptions
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.provenance import provenance
@@ -38,10 +38,12 @@ from tasks.task import GENERATION, TrainingTask
 from training.data import steps_per_epoch
 from training.experiment import (
     IMAGES,
+    RECONSTRUCTIONS,
     STATE_OF_IMAGES,
     Configuration,
     ExperimentOptions,
     open_experiment,
+    recorded_autoencoder,
     run_folder,
     will_resume,
 )
@@ -107,6 +109,10 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     machine = machine.settled(calls, processes, whole=not training.fsdp)
     fact("machine", machine.describe())
 
+    folder = run_folder(experiment, data.dataset, task.task)
+    resumes = will_resume(folder, experiment)
+    if resumes:
+        _keep_scale(inputs.autoencoder, folder)
     model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
     dense = inputs.dense(options[ConditionOptions].condition_dropout if task.condition else 0.0)
     given = options.given
@@ -117,16 +123,14 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     path = options[OBJECTIVES[objective_name].options]
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
     objective = OBJECTIVES[objective_name].build(path)
-    folder = run_folder(experiment, data.dataset, task.task)
-    uses_init_from = experiment.init_from and not will_resume(folder, experiment)
-    weights = find_checkpoint(experiment.init_from, folder) if uses_init_from else None
-    network = new_network(architecture, training.seed, weights)
+    weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
+    network = new_network(architecture, training.seed, weights, header.autoencoder)
 
     processes.barrier()  # --overwrite may move files aside that other processes still read
     configuration = _configuration(options, machine, processes, inputs.dataset)
     resume = processes.from_main(open_experiment(folder, configuration, experiment) if processes.is_main else False)
     if processes.is_main and not resume:
-        _show_reconstructions(inputs, machine, folder / "samples" / "reconstructions.png")
+        _show_reconstructions(inputs, machine, folder / RECONSTRUCTIONS)
     source, held_out = (
         open_moments(split, inputs.autoencoder, data, options[LatentCacheOptions], machine.for_encoding, processes)
         for split in (inputs.dataset, inputs.held_out)
@@ -251,11 +255,27 @@ def _configuration(options: Options, machine: Machine, processes: Processes, dat
     return Configuration({**options.values, **resolved, **images}, options.policies(), options.defaults())
 
 
-def _show_reconstructions(inputs: _Inputs, machine: Machine, picture: Path) -> None:
+def _keep_scale(autoencoder: Autoencoder, folder: Path) -> None:
+    """Scale latents as the run in `folder` has done so far, even if the autoencoder's configuration is read otherwise now."""
+    recorded = recorded_autoencoder(folder)
+    if recorded is None:
+        return
+    found = autoencoder.describe()
+    if recorded.sha256 in (None, found.sha256):
+        autoencoder.restore_scale(recorded)
+    else:
+        warn(
+            f"the run in {folder} was begun with the autoencoder {recorded.id} (SHA-256 {str(recorded.sha256)[:12]}), but "
+            f"{found.id} now has other weights ({str(found.sha256)[:12]}): its latents differ from those learned so far"
+        )
+
+
+def _show_reconstructions(inputs: _Inputs, machine: Machine, record: Path) -> None:
     """Save a picture of held-out images above their reconstructions, and the PSNR of the autoencoder."""
     autoencoder = inputs.autoencoder
     if autoencoder.is_pixel_space or not inputs.held_out.has_images:
         return
+    picture = record.with_suffix(".png")
     ratio = draw_reconstructions(autoencoder, inputs.held_out, machine.device, picture)
-    write_json(picture.with_suffix(".json"), {"psnr_db": ratio, "autoencoder": autoencoder.describe()})
+    write_json(record, {"psnr_db": ratio, "autoencoder": autoencoder.describe()})
     fact("autoencoder", f"PSNR {ratio:.2f} dB on held-out images; reconstructions: {picture}")

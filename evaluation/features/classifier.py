@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from options import UsageError, as_json
 from runtime.files import atomic_path
+from runtime.weights import check_finite
 
 __all__ = ["SIDE", "FashionClassifier", "load_classifier", "save_classifier"]
 
@@ -80,7 +81,7 @@ def load_classifier(path: str | Path) -> FashionClassifier:
     """Load a file written by `save_classifier`, in float32 and evaluation mode.
 
     Raises:
-        UsageError: the file is missing, damaged, or holds another network.
+        UsageError: the file is missing, damaged, holds another network, or has weights that are not finite.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -91,4 +92,5 @@ def load_classifier(path: str | Path) -> FashionClassifier:
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"cannot load {path}: {reason}; expected a classifier saved by train_classifier.py") from error
+    check_finite(weights, path)
     return network.eval().requires_grad_(False)

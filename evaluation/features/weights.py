@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from options import UsageError
 from runtime.files import UNREADABLE
 from runtime.torch_files import read_torch_file
+from runtime.weights import check_finite, split_averages
 
 __all__ = ["download_weights", "read_weights_file"]
 
@@ -16,8 +17,10 @@ __all__ = ["download_weights", "read_weights_file"]
 def read_weights_file(path: str) -> dict[str, torch.Tensor]:
     """Read a state dict from a .safetensors file or a torch.save file. The latter is read with weights_only=True.
 
+    Prefixes of wrappers are removed from the names.
+
     Raises:
-        UsageError: the file is missing, damaged, or holds something else.
+        UsageError: the file is missing, damaged, holds something else, or has values that are not finite.
     """
     try:
         weights = load_file(path) if Path(path).suffix == ".safetensors" else read_torch_file(path)
@@ -27,7 +30,11 @@ def read_weights_file(path: str) -> dict[str, torch.Tensor]:
         raise UsageError(
             f"cannot use the weights file {path}: expected a state dict, but found {type(weights).__name__}"
         )
-    return weights
+    if not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()):
+        return weights  # the network that it is for explains what it expects
+    raw, averages = split_averages(weights, path)
+    check_finite(raw | averages, f"the weights file {path}")
+    return raw | averages
 
 
 def download_weights(url: str, what: str, *, check_hash: bool = False) -> dict[str, torch.Tensor]:

@@ -1,8 +1,7 @@
 """diffusers' AutoencoderKL, which encodes an image to a normal posterior (Kingma & Welling 2013, arXiv:1312.6114).
 
 A posterior sample z becomes the latent (z - mean) / std, per channel, which has about unit scale. Mean and std come from
-the first of these that is set: `--scale_factor` s (mean 0, std 1 / s), the autoencoder's `latents_mean` and `latents_std`,
-or its `scaling_factor` and `shift_factor`.
+`--scale_factor` s (mean 0, std 1 / s) or from the autoencoder's configuration (models/autoencoders/scale.py).
 
 Encoding runs in the precision of the surrounding autocast; decoding runs in float32 (see DECODING). Weights and pixels are
 in channels-last format, because it makes convolutions faster on CPUs. Compared with channels first, this changes the order
@@ -11,18 +10,24 @@ of float32 sums.
 
 import contextlib
 import io
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import diffusers
 import torch
+from diffusers.utils import logging
+from safetensors.torch import load_file
 from torch import nn
 
 from models.autoencoders.pixels import images_to_pixels, pixels_to_images
 from models.autoencoders.protocol import AutoencoderFacts
+from models.autoencoders.scale import has_superseded_scale, latent_scale
 from options import UsageError
+from runtime.files import read_json
+from runtime.messages import note
 from runtime.torch_files import weights_hash
+from runtime.weights import Mismatch, check_finite, find_mismatch, match_names, split_averages
 
 __all__ = ["LOGVAR_RANGE", "KLAutoencoder", "decode_pixels", "encode_moments", "load_kl", "new_autoencoder_kl"]
 
@@ -30,6 +35,7 @@ __all__ = ["LOGVAR_RANGE", "KLAutoencoder", "decode_pixels", "encode_moments", "
 # eight on other devices, to fill them.
 PIXELS_PER_CHUNK = 1 << 17
 OFF_CPU_MULTIPLIER = 4
+CLASS, WEIGHTS = "AutoencoderKL", "diffusion_pytorch_model"  # in config.json; stem of the weights' files
 LOGVAR_RANGE = (-30.0, 20.0)  # the clamping range of diffusers' DiagonalGaussianDistribution
 
 
@@ -54,7 +60,7 @@ class KLAutoencoder:
         self.latent_channels: int = config.latent_channels
         self.moment_channels = 2 * self.latent_channels
         self.factor = 2 ** (len(config.block_out_channels) - 1)
-        mean, std = _latent_scale(config, scale_factor)
+        mean, std = latent_scale(config, scale_factor, identity)
         self.mean = torch.tensor(mean).view(1, -1, 1, 1)
         self.std = torch.tensor(std).view(1, -1, 1, 1)
         self.sha256 = weights_hash(network.state_dict())
@@ -145,8 +151,10 @@ def new_autoencoder_kl(
         widths: channels of each level; multiples of 8.
         latent_channels: c.
         image_size: recorded in the configuration.
-        statistics: further configuration entries, such as latents_mean.
+        statistics: further configuration entries. With latents_mean and latents_std, scaling_factor is 1 by default.
     """
+    if "latents_std" in statistics:
+        statistics = {"scaling_factor": 1.0, **statistics}
     return diffusers.AutoencoderKL(
         in_channels=channels,
         out_channels=channels,
@@ -165,33 +173,115 @@ def new_autoencoder_kl(
 def load_kl(folder: Path | None, name: str, scale_factor: float | None) -> KLAutoencoder:
     """Load an AutoencoderKL from a local `folder` in diffusers format or, if that is None, from the hub by `name`.
 
-    The weights must be in safetensors format.
+    The weights must be in safetensors format. In a local folder, their names may carry the prefixes of wrappers.
 
     Raises:
-        UsageError: diffusers cannot load the autoencoder.
+        UsageError: diffusers cannot load the autoencoder, it has another class, or its weights are incomplete, do not fit or
+            are not finite.
     """
     local = folder is not None
     try:
-        with contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext():
-            network = diffusers.AutoencoderKL.from_pretrained(
+        with _quiet(local):
+            config = diffusers.AutoencoderKL.load_config(folder or name, local_files_only=local)
+        _check_class(str(config.get("_class_name", CLASS)), name)
+        with _quiet(local):
+            network, found = diffusers.AutoencoderKL.from_pretrained(
                 folder or name,
                 torch_dtype=torch.float32,
                 low_cpu_mem_usage=False,
                 use_safetensors=True,
                 local_files_only=local,
+                ignore_mismatched_sizes=True,  # they are listed below
+                output_loading_info=True,
             )
+    except UsageError:
+        raise
     except Exception as error:  # diffusers raises many types of error when loading fails
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"cannot load the autoencoder {name}: {reason}") from error
-    return KLAutoencoder(network, name, scale_factor)
+        raise UsageError(f"cannot load the autoencoder {name}: {_reason(error)}{_advise(folder)}") from error
+    mismatch = _mismatch(found)
+    if any(mismatch) and folder is not None:
+        mismatch = min(mismatch, _load_unwrapped(network, folder), key=lambda each: sum(map(len, each)))
+    if any(mismatch):
+        raise UsageError(
+            f"the weights of the autoencoder {name} do not fit the AutoencoderKL in its config.json; "
+            f"{mismatch}{_explain(mismatch)}"
+        )
+    check_finite(network.state_dict(), f"the autoencoder {name}")
+    loaded = KLAutoencoder(network, name, scale_factor)
+    if scale_factor is None and has_superseded_scale(network.config):
+        note(
+            f"{name} was written by an earlier version of train_autoencoder.py: its latents are normalized with latents_mean "
+            "and latents_std only; set scaling_factor to 1.0 in its config.json, so that diffusers does the same"
+        )
+    return loaded
 
 
-def _latent_scale(config: Any, scale_factor: float | None) -> tuple[list[float], list[float]]:
-    channels = config.latent_channels
-    if scale_factor is None and config.latents_mean is not None and config.latents_std is not None:
-        return list(config.latents_mean), list(config.latents_std)
-    shift = 0.0 if scale_factor is not None else (config.shift_factor or 0.0)
-    return [shift] * channels, [1 / (scale_factor or config.scaling_factor)] * channels
+def _check_class(found: str, name: str) -> None:
+    """Refuse diffusers' other classes. A class that diffusers does not know may have the same layers."""
+    if found == CLASS:
+        return
+    if hasattr(diffusers, found):
+        raise UsageError(f"cannot load the autoencoder {name}: its config.json names {found}, but expected {CLASS}")
+    note(f"the config.json of {name} names {found}, which is unknown: its weights are loaded as an {CLASS}'s")
+
+
+def _mismatch(found: Mapping[str, Any]) -> Mismatch:
+    """The mismatch that diffusers has found while loading."""
+    shapes = [
+        f"{name} ({'x'.join(map(str, stored))} in the file, {'x'.join(map(str, own))} in the network)"
+        for name, stored, own in sorted(found["mismatched_keys"])
+    ]
+    return Mismatch(sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), shapes)
+
+
+def _load_unwrapped(network: nn.Module, folder: Path) -> Mismatch:
+    """Load the weights in `folder` by their names without wrappers' prefixes, or report what does not fit."""
+    index = folder / f"{WEIGHTS}.safetensors.index.json"
+    files = set(read_json(index)["weight_map"].values()) if index.exists() else {f"{WEIGHTS}.safetensors"}
+    stored: dict[str, torch.Tensor] = {}
+    for file in files:
+        stored |= load_file(folder / file)
+    raw, averages = split_averages(stored, folder)
+    own = network.state_dict()
+    weights = match_names(raw | averages, own)
+    mismatch = find_mismatch(own, weights)
+    if not any(mismatch):
+        network.load_state_dict(weights)
+        if averages:
+            note(f"{folder}: the weights behind 'ema.' are used, not the others")
+    return mismatch
+
+
+@contextlib.contextmanager
+def _quiet(local: bool) -> Iterator[None]:
+    """Silence diffusers' warnings about weights, which become an error here, and progress bars of local files."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext():
+            yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error's message, with the next one if it announces it by a colon."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def _advise(folder: Path | None) -> str:
+    if folder is not None and (folder / "model_index.json").exists() and (folder / "vae").is_dir():
+        return f"; this is the folder of a whole pipeline: pass {folder / 'vae'}"
+    return ""
+
+
+def _explain(mismatch: Mismatch) -> str:
+    if any(name.startswith(("encoder.down.", "decoder.up.")) for name in mismatch.unexpected):
+        return "; the file has the names of the original latent diffusion code: convert it with AutoencoderKL.from_single_file"
+    if not any((mismatch.unexpected, mismatch.misshapen)) and all("quant_conv." in name for name in mismatch.missing):
+        return "; if the autoencoder has no such layers, set use_quant_conv and use_post_quant_conv to false in config.json"
+    return "; pass the complete folder of one autoencoder"
 
 
 def _chunk(pixels: int, device: torch.device) -> int:

@@ -45,8 +45,8 @@ def load_autoencoder(options: AutoencoderOptions, channels: int) -> Autoencoder:
     """Load the autoencoder that `options` names; `channels` is the number of image channels, which pixel space needs.
 
     Raises:
-        UsageError: a missing folder, an unreachable hub, files that are not an AutoencoderKL in safetensors format, or a
-            factor that differs from `--f`.
+        UsageError: a missing folder, an unreachable hub, files that are not a complete AutoencoderKL in safetensors format,
+            or a factor that differs from `--f`.
     """
     name = options.pretrained_autoencoder_ckpt
     registered = AUTOENCODERS.get(name)
@@ -66,13 +66,12 @@ def is_hub_id(name: str) -> bool:
 def _load_network(name: str, scale_factor: float | None) -> Autoencoder:
     folder = _local_folder(name)
     if folder is None and not is_hub_id(name):
-        raise UsageError(
-            f"--pretrained_autoencoder_ckpt {name}: no such folder, and not a hub id of the form owner/name"
-        )
+        found = "a file, but expected a folder in diffusers format" if Path(name).is_file() else "no such folder"
+        raise UsageError(f"--pretrained_autoencoder_ckpt {name}: {found}, and not a hub id of the form owner/name")
     try:
         return load_kl(folder, name, scale_factor)
     except UsageError as error:
-        if folder is not None:
+        if folder is not None or error.__cause__ is None:  # without a cause, the files were read but do not fit
             raise
         hint = "; without internet access, give a local folder in diffusers format"
         owner, _, rest = name.partition("/")

@@ -5,6 +5,7 @@
 latents to images.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
@@ -36,6 +37,12 @@ class AutoencoderFacts:
         """Read the facts from a header's JSON; a field that an older file lacks takes its default."""
         values: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()}
         return cls(**values)
+
+    def same_scale(self, other: "AutoencoderFacts") -> bool:
+        """Whether both records scale latents alike, except for rounding."""
+        ours, theirs = (facts.latents_mean + facts.latents_std for facts in (self, other))
+        close = (math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) for a, b in zip(ours, theirs, strict=False))
+        return len(ours) == len(theirs) and all(close)
 
     def to_json(self) -> dict[str, Any]:
         """The entries for headers and results; pixel space has no scale entries."""

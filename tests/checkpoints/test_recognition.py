@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from checkpoints.recognition import recognise
-from checkpoints.state_dicts import find_mismatch, load_weights, suggest_flags
+from checkpoints.state_dicts import load_weights, suggest_flags
 from models.guided_unet import GuidedUNetOptions
 from models.registry import NETWORKS, ORIGIN_ADM, Architecture, build_network
 from options import UsageError
+from runtime.weights import find_mismatch
 
 CASES = sorted((Path(__file__).parents[1] / "golden").glob("*.safetensors"))
 

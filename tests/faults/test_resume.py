@@ -8,7 +8,9 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from checkpoints.experiments import newest_model
 from command_line import parse_options
 from models.autoencoders.kl import new_autoencoder_kl
 from options import INTERRUPTED
@@ -17,7 +19,7 @@ from runtime.torch_files import read_torch_file
 from tasks.inpainting import INPAINTING
 from tasks.semantic_synthesis import SEMANTIC_SYNTHESIS
 from tasks.task import GENERATION
-from tests.training.test_loop import assert_same_run
+from tests.training.test_loop import assert_same_run, state_of
 from training import setup
 from training.script import IGNORED_FLAGS, run_training
 
@@ -168,3 +170,42 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(place, reference_ru
     assert read_torch_file(folder / "content.pth")["step"] in (FETCH - 1, FETCH)
     assert start(place, configuration, exp)[0] == 0
     assert_same_run(folder, reference_run(configuration))
+
+
+@pytest.mark.parametrize("record", ["checkpoint", "reconstructions"])
+def test_a_run_keeps_the_scale_of_its_latents(place, reference_run, record):
+    """The autoencoder's configuration may be edited, or read otherwise by another version."""
+    exp = f"rescaled_{record}"
+    with pytest.raises(PowerCutError):
+        start(place, FAST, exp, power_cut)
+    folder = place / "saved" / "latent_flow" / "fashion_mnist" / exp
+    if record == "reconstructions":
+        for path in folder.glob("*.safetensors"):
+            path.unlink()
+    else:
+        (folder / "best.safetensors").write_bytes(b"damaged")
+    config = place / "ae" / "config.json"
+    original = config.read_text()
+    assert '"scaling_factor": 0.5' in original
+    config.write_text(original.replace('"scaling_factor": 0.5', '"scaling_factor": 0.125'))
+    try:
+        assert start(place, FAST, exp)[0] == 0
+    finally:
+        config.write_text(original)
+    assert state_of(folder) == state_of(reference_run(FAST))
+    newest = newest_model(folder)
+    assert newest.read_bytes() == (reference_run(FAST) / newest.name).read_bytes()
+
+
+def test_a_resumed_run_with_other_autoencoder_weights_is_a_warning(place, capsys):
+    with pytest.raises(PowerCutError):
+        start(place, FAST, "other_weights", power_cut)
+    path = place / "ae" / "diffusion_pytorch_model.safetensors"
+    original = path.read_bytes()
+    weights = load_file(path)
+    save_file({name: value * 1.01 for name, value in weights.items()}, path)
+    try:
+        assert start(place, FAST, "other_weights")[0] == 0
+    finally:
+        path.write_bytes(original)
+    assert "now has other weights" in capsys.readouterr().err

@@ -1,5 +1,7 @@
 """Loading a sampler: flags are compared with the header, and solver and guidance can be changed."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,6 +9,8 @@ from checkpoints.files import save_weights
 from datasets_prep.datasets import DatasetFacts
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
+from models.autoencoders.kl import new_autoencoder_kl
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError, as_json
@@ -61,3 +65,27 @@ def test_flags_without_effect_are_named_for_an_adaptive_solver(request_of, capsy
     assert "note: --num_steps, --time_grid have no effect with the adaptive solver dopri5" in capsys.readouterr().err
     note_unused({"feather": 1}, ("resamplings",), "here")
     assert capsys.readouterr().err == ""
+
+
+def test_a_guide_of_latents_with_another_scale_is_refused(tmp_path):
+    torch.manual_seed(0)
+    new_autoencoder_kl(3, (8, 16), 3, 8, {}).save_pretrained(tmp_path / "ae")
+    facts = load_autoencoder(AutoencoderOptions(str(tmp_path / "ae")), 3).describe()
+    half = replace(facts, latents_std=tuple(value / 2 for value in facts.latents_std))
+    data = DatasetFacts("folder", 16, 3, None, True, ("cat", "dog"))
+    weights = build_network("DiT-Mi/4", 8, NETWORK).state_dict()
+    for name, autoencoder in (("model", facts), ("same", facts), ("half", half)):
+        header = header_of(NETWORK, "DiT-Mi/4", 8, dataset=data, autoencoder=autoencoder)
+        save_weights(tmp_path / f"{name}.safetensors", weights, header)
+
+    def load(guide):
+        source = SourceOptions(
+            str(tmp_path / "model.safetensors"), guide_checkpoint=str(tmp_path / f"{guide}.safetensors")
+        )
+        machine = MachineOptions(device="cpu", precision="fp32", compile=False)
+        guidance = GuidanceOptions(cfg_scale=2.0)
+        return load_sampler(SamplerRequest(source, SolverOptions("euler", 2), guidance, machine=machine))
+
+    load("same")
+    with pytest.raises(UsageError, match=r"--guide_checkpoint .*half.safetensors: .* standard deviations \(2.7"):
+        load("half")

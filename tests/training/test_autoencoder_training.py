@@ -157,6 +157,8 @@ def test_saved_autoencoder_has_latents_of_unit_scale(tmp_path, half_weights):
     np.testing.assert_allclose(latents.mean((0, 2, 3)), 0, atol=0.05)
     np.testing.assert_allclose(latents.std((0, 2, 3)), 1, atol=0.05)
     assert json.loads((tmp_path / "ae" / "training.json").read_text())["widths"] == [8, 16]
+    config = json.loads((tmp_path / "ae" / "config.json").read_text())
+    assert config["scaling_factor"] == 1.0  # diffusers' pipelines apply it next to the statistics
     size = (tmp_path / "ae" / "diffusion_pytorch_model.safetensors").stat().st_size
     parameters = sum(parameter.numel() for parameter in network.parameters())
     assert 1 <= size / parameters / (2 if half_weights else 4) < 1.5

@@ -111,6 +111,36 @@ def test_the_ema_does_not_warm_up_again_after_a_long_run(tmp_path):
     torch.testing.assert_close(state.ema.weights["blocks.0.attn.proj.bias"], 0.99 * before + 0.01 * current)
 
 
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.9999, 0.0])
+def test_the_ema_does_not_warm_up_again_after_a_short_run(decay, tmp_path):
+    """LFM's EMA has no warmup. Step 9 of a warmup would have the decay 0.55."""
+    _, _, content = published_run()
+    torch.save(content | {"epoch": 1}, tmp_path / "content.pth")
+    state = TrainingState(new_network(2), MACHINE, decay, OptimizerOptions())
+    resume_run(state, tmp_path / "content.pth", 9, HEADER)
+    assert state.step == 9
+    before, current = (
+        state.ema.weights["blocks.0.attn.proj.bias"].clone(),
+        state.network.blocks[0].attn.proj.bias.detach(),
+    )
+    state.ema.update(state.network)
+    torch.testing.assert_close(state.ema.weights["blocks.0.attn.proj.bias"], decay * before + (1 - decay) * current)
+
+
+@pytest.mark.parametrize("part", ["network", "ema"])
+def test_a_training_state_that_is_not_finite_gives_way_to_the_previous_one(part, tmp_path, capsys):
+    state, other = new_state(), new_state()
+    state.step = 7
+    save_content(tmp_path / "content.previous.pth", state.content())
+    broken = state.network if part == "network" else state.ema.network
+    with torch.no_grad():
+        broken.final_layer.linear.bias[:2] = torch.inf
+    save_content(tmp_path / "content.pth", state.content())
+    assert resume_run(other, tmp_path / "content.pth", 10, HEADER) == "content.previous.pth"
+    assert other.step == 7
+    assert "not finite (NaN or infinity): final_layer.linear.bias (2 of " in capsys.readouterr().err
+
+
 def test_our_own_content_pth_is_restored_completely(tmp_path):
     state, other = new_state(), new_state()
     fill_gradients(state.network, 1)
