@@ -67,11 +67,11 @@ def test_other_layers_are_refused(inception_weights):
 
 
 def test_oblong_images_are_not_cropped(inception_weights, tmp_path):
-    from evaluation.sources import decode
+    from datasets_prep.images import read_image
 
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert torch.equal(decode(tmp_path / "a.png", "a").permute(1, 2, 0), torch.from_numpy(pixels))
+    assert torch.equal(read_image(tmp_path / "a.png", None).permute(1, 2, 0), torch.from_numpy(pixels))
 
 
 def test_inception_takes_grey_and_colour_from_a_local_file(inception_weights):
