@@ -83,8 +83,9 @@ def crop_array(values: np.ndarray, size: int | None) -> torch.Tensor:
 
     With `size` None, the image keeps its size: uint8 [3, H, W].
     """
-    fits = size is None or values.shape[:2] == (size, size)
-    return _channels_first(values.copy() if fits else center_crop(Image.fromarray(values), size))
+    if size is None or values.shape[:2] == (size, size):
+        return _channels_first(values.copy())
+    return _channels_first(center_crop(Image.fromarray(values), size))
 
 
 def open_rgb(source: str | Path | BinaryIO, name: str) -> Image.Image:
@@ -109,9 +110,8 @@ def image_extent(source: str | Path | BinaryIO, name: str) -> tuple[int, int]:
         BadImageError: the file is no image; the message contains `name`.
     """
     with _as_bad_image(name), Image.open(source) as image:
-        width, height = image.size
-        sideways = width != height and _orientation(image) >= SIDEWAYS
-        return (width, height) if sideways else (height, width)
+        width, height = _upright_size(image)
+        return height, width
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -138,7 +138,8 @@ def read_map(path: str | Path, image_path: str | Path, size: int, classes: int) 
         BadImageError: a file cannot be read, or the map has another mode, id or aspect ratio.
     """
     with _as_bad_image(str(image_path)), Image.open(image_path) as image:
-        extent, orientation = image.size, _orientation(image)
+        orientation, extent = _orientation(image), _upright_size(image)
+    extent = extent[::-1] if orientation >= SIDEWAYS else extent
     with _as_bad_image(str(path)), Image.open(path) as file:
         mode, ids = file.mode, np.array(file)
     if mode not in ("L", "P"):
@@ -203,6 +204,15 @@ def _orientation(image: Image.Image) -> int:
     return found if found in TURNS else 1
 
 
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """The width and height of the turned image; loads the image if it lies on its side."""
+    if image.width != image.height and _orientation(image) >= SIDEWAYS:
+        image.load()  # TIFF images are upright before or after this, depending on Pillow's version
+        if _orientation(image) >= SIDEWAYS:
+            return image.height, image.width
+    return image.size
+
+
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
@@ -221,7 +231,7 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     """Scale an image of 16-bit, 32-bit or floating-point gray values to 8 bits."""
     values = np.asarray(image, dtype=np.float64)
     brightest = values.max()
-    if not BRIGHTEST >= brightest or not np.isfinite(values.min()):
+    if not brightest <= BRIGHTEST or not np.isfinite(values.min()):
         raise ValueError(f"expected finite gray values up to {BRIGHTEST}, but found {values.min():g} to {brightest:g}")
     if "transparency" in image.info:  # a gray value
         values = np.where(values == image.info["transparency"], 0, values)

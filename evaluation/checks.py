@@ -2,6 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+import torch
+
+from datasets_prep.image_dataset import DatasetFacts, shown_side
 from evaluation.features.protocol import FeatureNetwork, describe_features
 from evaluation.metrics import check_comparable, check_counts, check_widths
 from evaluation.reference import StoredSet
@@ -9,14 +12,22 @@ from evaluation.sources import ImageSource
 from evaluation.summary import NEEDS, Summary
 from options import UsageError
 
-__all__ = ["check_network", "check_pair_sizes", "check_reference", "check_sizes", "resolution", "spread"]
+__all__ = [
+    "check_network",
+    "check_pair_sizes",
+    "check_reference",
+    "check_scoring",
+    "check_sizes",
+    "resolution",
+    "spread",
+]
 
 MEASURED = 64  # images of a set, evenly spaced, whose sizes are looked at
 
 
-def spread(count: int, most: int = MEASURED) -> list[int]:
-    """At most `most` indices, evenly spaced in 0..count - 1, with both ends."""
-    chosen = min(count, most)
+def spread(count: int) -> list[int]:
+    """At most MEASURED indices, evenly spaced in 0..count - 1, with both ends."""
+    chosen = min(count, MEASURED)
     return [number * (count - 1) // max(1, chosen - 1) for number in range(chosen)]
 
 
@@ -61,16 +72,29 @@ def check_network(known: Summary, features: FeatureNetwork) -> None:
             check_widths(features.outputs[NEEDS[need]], len(statistics.mean))
 
 
-def check_reference(
-    reference: Summary, features: FeatureNetwork, metrics: Sequence[str], samples: int, side: int
+def check_scoring(
+    features: FeatureNetwork, metrics: Sequence[str], samples: int, real: int | None, facts: DatasetFacts
 ) -> None:
-    """Check that `samples` images of `side` x `side` pixels can be scored against a reference.
+    """Check that `samples` images like a dataset's can be scored against `real` ones (None: not known) at all.
 
     Raises:
-        UsageError: there are too few images for a metric, or the reference has another image size or other features.
+        UsageError: there are too few images for a metric, or the network does not accept images of this size.
     """
-    check_counts(metrics, samples, reference.known_count)
-    check_comparable({"resolution": [side, side]}, {"resolution": reference.meta.get("resolution")})
+    check_counts(metrics, samples, real)
+    side = shown_side(facts)
+    features(torch.zeros(1, facts.channels, side, side, dtype=torch.uint8), {"features"})
+
+
+def check_reference(
+    reference: Summary, features: FeatureNetwork, metrics: Sequence[str], samples: int, facts: DatasetFacts
+) -> None:
+    """Check that `samples` images like a dataset's can be scored against a reference.
+
+    Raises:
+        UsageError: as `check_scoring` does, or the reference has another image size or other features.
+    """
+    check_scoring(features, metrics, samples, reference.known_count, facts)
+    check_comparable({"resolution": [shown_side(facts)] * 2}, {"resolution": reference.meta.get("resolution")})
     check_network(reference, features)
 
 
@@ -90,7 +114,10 @@ def check_pair_sizes(fake: ImageSource, true: ImageSource, indices: Iterable[int
                 f"{true.name}; use --image_size to bring both to one size"
             )
         if min(sizes[0]) < smallest:
-            raise UsageError(f"expected images of at least {smallest} x {smallest} pixels, but {name} is {described[0]}")
+            raise UsageError(
+                f"expected images of at least {smallest} x {smallest} pixels for SSIM or --lpips, but {name} of {fake.name} is "
+                f"{described[0]}; --image_size enlarges both sets"
+            )
 
 
 def _resolution_of(stored: StoredSet, whole: bool) -> object:

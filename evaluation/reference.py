@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from evaluation.features.protocol import FeatureNetwork, describe_features
-from evaluation.sources import ImageSource, holds_images, image_batches, open_source
 from evaluation.metrics import check_comparable
+from evaluation.sources import ImageSource, holds_images, image_batches, open_source
 from evaluation.statistics import Statistics, load_statistics, save_statistics
 from evaluation.summary import Gatherer, Summary
 from options import UsageError
@@ -22,7 +22,15 @@ from runtime.files import UNREADABLE, atomic_path
 from runtime.messages import note
 from runtime.randomness import generator_for
 
-__all__ = ["REFERENCE_ROWS", "StoredSet", "holds_statistics", "open_set", "statistics_summary", "summarise", "summarise_set"]
+__all__ = [
+    "REFERENCE_ROWS",
+    "StoredSet",
+    "holds_statistics",
+    "open_set",
+    "statistics_summary",
+    "summarise",
+    "summarise_set",
+]
 
 # A reference keeps the features of a random subset of this size, the same number as in ADM's evaluation.
 REFERENCE_ROWS = 10_000

@@ -205,7 +205,8 @@ def _open_npz(path: Path) -> ImageSource:
         or not images.size
     ):
         raise UsageError(
-            f"{path}: expected images uint8 [N, H, W, 3] (or [N, H, W, 1]) in the array {' or '.join(NPZ_KEYS)}, but found {found}"
+            f"{path}: expected images uint8 [N, H, W, 3] (or [N, H, W, 1]) in the array {' or '.join(NPZ_KEYS)}, "
+            f"but found {found}"
         )
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
     meta = {"file": str(path), "fingerprint": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()}

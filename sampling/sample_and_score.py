@@ -153,13 +153,12 @@ def _score(
     with processes.main_first():
         features = choose_features(reference.features, stored.name, loaded.sampler.machine)
         dataset = None if reference.other else loaded.real_images(reference.data, "train")
-    side = shown_side(stored)
     if dataset is None:
-        real = _summarize_other(reference, features, side, batch_size, processes)
+        real = _summarize_other(reference, features, shown_side(stored), batch_size, processes)
     else:
         check_counts(scores.metrics, None, len(dataset))
         real = reference_statistics(dataset, features, reference.data.derived, scores.metrics, processes)
-    check_reference(real, features, scores.metrics, samples, side)
+    check_reference(real, features, scores.metrics, samples, stored)
     names = stored.class_names if loaded.header.num_classes == len(stored.class_names) else ()
     return score_images(batches, features, real, names, scores, processes)
 
