@@ -17,7 +17,7 @@ __all__ = ["ClassFiles", "list_classes", "list_files", "list_split", "open_folde
 HELD_OUT_EVERY = 20  # without a validation folder, every twentieth image is held out
 SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "test")}
 IMAGENET_TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
-NAMED_CLASSES = 10  # listed in an error message
+NAMED_CLASSES = 10  # at most so many class names in an error message
 
 
 class ClassFiles(NamedTuple):

@@ -1,7 +1,7 @@
 """Image files as uint8 tensors: decoding, and ADM's resize and center crop.
 
 `open_rgb` is the only reader of image files: training, scoring, statistics, LMDBs and masks all see the same pixels. Errors
-name the bad file. Label maps are resized and cropped like their images, by nearest neighbor.
+name the bad file. Label maps are resized and cropped like their images, but by nearest neighbor.
 """
 
 import io
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-LONGEST_SIDE = 200  # times the shorter side; a longer image could be enlarged to a huge one before it is cropped
+LONGEST_SIDE = 200  # in multiples of the shorter side; longer images could become huge before they are cropped
 NO_CLASS = 255  # the id of label-map pixels that belong to no class
 BRIGHTEST = 65535  # of the images that are scaled to 8 bits
 TURNS = {  # by EXIF orientation; 1 is upright
@@ -135,7 +135,7 @@ def read_map(path: str | Path, image_path: str | Path, size: int, classes: int) 
     NO_CLASS. The map has the aspect ratio of the stored image; the image's EXIF orientation is applied to both.
 
     Raises:
-        BadImageError: a file cannot be read, or the map has another mode, id or aspect ratio.
+        BadImageError: a file cannot be read, or the map has an unexpected mode, id or aspect ratio.
     """
     with _as_bad_image(str(image_path)), Image.open(image_path) as image:
         orientation, extent = _orientation(image), _upright_size(image)

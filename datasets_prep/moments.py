@@ -63,8 +63,8 @@ def open_moments(
 ) -> MomentSource:
     """Open the source of a dataset's posterior moments.
 
-    Images come from the latent cache, which is built if it is missing. In pixel space or with --no_latent_cache they are
-    encoded on the fly. A dataset of latents is read directly.
+    Moments of images come from the latent cache, which is built if it is missing. In pixel space or with --no_latent_cache,
+    images are encoded on the fly. A dataset of latents is read directly.
     """
     if isinstance(dataset, LatentDataset):
         return StoredMoments(dataset, autoencoder)

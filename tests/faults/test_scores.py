@@ -20,7 +20,7 @@ from evaluation.sources import open_source
 from evaluation.statistics import load_statistics
 from evaluation.summary import Gatherer, Summary
 from options import UsageError
-from tests.fake_features import FakeFeatures, MeanColours, Pixels
+from tests.fake_features import FakeFeatures, MeanColors, Pixels
 
 FACTS = DatasetFacts("toy", 28, 3, None, False, ())
 CPU = torch.device("cpu")
@@ -109,7 +109,7 @@ def test_other_sizes_are_refused_before_the_work(tmp_path, no_features, sides):
 def test_sets_of_mixed_sizes_are_compared_as_before(tmp_path, monkeypatch):
     """Even if one of them looks uniform at first sight."""
     monkeypatch.setattr(checks, "MEASURED", 3)
-    monkeypatch.setitem(FEATURES, "inception", MeanColours)
+    monkeypatch.setitem(FEATURES, "inception", MeanColors)
     for name in ("fake", "real"):
         write_set(tmp_path / name, 5, 16)
         if name == "fake":
