@@ -142,7 +142,7 @@ def load_statistics(path: str | Path) -> Statistics:
     """
     try:
         with Path(path).open("rb") as file:
-            content = _read_npy(file) if Path(path).suffix == ".npy" else dict(np.load(file, allow_pickle=False))
+            content = _read_npy(file) if Path(path).suffix == ".npy" else _read_npz(file)
         mean, covariance = (np.asarray(content[key], dtype=np.float64) for key in ("mu", "sigma"))
         meta = dict(json.loads(str(content.get("metadata", "{}"))))
         _check_metadata(meta)
@@ -178,6 +178,12 @@ def _check_metadata(meta: dict[str, Any]) -> None:
         )
         if not named:
             raise ValueError(f"expected a feature network in its metadata, but found {features!r}")
+
+
+def _read_npz(file: BinaryIO) -> dict[str, Any]:
+    """Read only the arrays of statistics: a file may also hold gigabytes of images."""
+    with np.load(file, allow_pickle=False) as archive:
+        return {key: archive[key] for key in ("mu", "sigma", "metadata") if key in archive}
 
 
 def _read_npy(file: BinaryIO) -> dict[str, Any]:

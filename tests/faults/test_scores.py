@@ -246,6 +246,12 @@ def test_metadata_of_another_type_are_refused(tmp_path, metadata):
         load_statistics(tmp_path / "s.npz")
 
 
+def test_only_statistics_are_read_from_a_file_with_more(tmp_path):
+    names = np.array([{"a": 1}], dtype=object)
+    np.savez(tmp_path / "s.npz", mu=np.ones(2), sigma=np.eye(2), files=names)
+    assert load_statistics(tmp_path / "s.npz").mean.tolist() == [1, 1]
+
+
 def test_folders_may_be_named_like_files(tmp_path):
     real = write_set(tmp_path / "real", 4)
     for name in ("set.npz", "set.npy"):
