@@ -202,7 +202,7 @@ def test_what_torchrun_starts_again_goes_on_and_ends_with_the_same_bits(place, u
     out, err = process.communicate(timeout=START_S)
     assert process.returncode == 0, err
     assert re.search(rf"resuming at step \d*[05] of {STEPS}", out)
-    assert ("removed run.lock, left by a process that has ended" in out) == (rank == 0)
+    assert ("removed run.lock, left by a process that has ended" in err) == (rank == 0)
     assert [path.name for path in record.parent.parent.glob(f"{exp}*")] == [exp]
     (record.parent / "content.previous.pth").unlink()
     assert_same_run(record.parent, uninterrupted)
