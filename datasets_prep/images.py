@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from options import UsageError
 from runtime.files import UNREADABLE
@@ -169,6 +169,8 @@ def _as_bad_image(name: str) -> Iterator[None]:
     """Convert decoding errors to a BadImageError for `name`."""
     try:
         yield
+    except UnidentifiedImageError as error:  # its message holds the address of a file object
+        raise BadImageError(name, "its format is not that of an image") from error
     except (*UNREADABLE, AssertionError, Image.DecompressionBombError) as error:
         raise BadImageError(name, error) from error
 

@@ -165,12 +165,15 @@ def _scored(
 
 def _open_pairs(generated: str, real: str, image_size: int | None) -> tuple[ImageSource, ImageSource]:
     """Open both folders; the second source follows the order of the first."""
+    sources = []
     for path in (generated, real):
-        if not Path(path).is_dir():
+        source = open_source(path, image_size) if Path(path).is_dir() else None
+        if source is None or not source.names:
             raise UsageError(
                 f"{path}: expected a folder of images, to be paired by name with the images of the other folder"
             )
-    fake, true = (open_source(path, image_size) for path in (generated, real))
+        sources.append(source)
+    fake, true = sources
     partner = dict(pair_by_name(fake, true))
     ordered = dataclasses.replace(
         true,

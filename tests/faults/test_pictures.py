@@ -14,7 +14,15 @@ from datasets_prep.build_lmdb import BuildLmdbOptions, build_lmdb
 from datasets_prep.celebamask import _read_part
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from datasets_prep.image_dataset import DatasetFacts
-from datasets_prep.images import BadImageError, center_crop, crop_map, image_extent, read_image, read_map
+from datasets_prep.images import (
+    BadImageError,
+    center_crop,
+    crop_map,
+    decode_image,
+    image_extent,
+    read_image,
+    read_map,
+)
 from datasets_prep.label_maps.segmented_dataset import MapClasses
 from datasets_prep.label_maps.segmented_files import open_segmented_files
 from datasets_prep.masks import MaskSetOptions, mask_set
@@ -173,6 +181,8 @@ def test_errors_offer_what_the_command_has(tmp_path):
     for call in (lambda: read_image(tmp_path / "bad.png", 8), lambda: image_extent(tmp_path / "bad.png", "bad.png")):
         with pytest.raises(BadImageError, match="--skip_bad_images"):
             call()
+    with pytest.raises(BadImageError, match="^cannot read the image number 3: its format is not that of an image "):
+        decode_image(b"no image", 8, "number 3")
     source = open_source(tmp_path)
     for call in (source.read, source.extent, open_source(tmp_path, 8).read):
         with pytest.raises(UsageError, match=r"bad\.png: .* \(repair or remove it\)$"):

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -286,6 +287,15 @@ def test_partners_of_another_size_are_named(tmp_path, monkeypatch, no_features):
     monkeypatch.setattr("evaluation.pair_comparison.load_features", load_features)
     with pytest.raises(UsageError, match=message):
         pairs(str(tmp_path / "fake"), str(tmp_path / "real"))
+
+
+def test_pairs_need_names(tmp_path, no_features):
+    """An LMDB is a folder too, but its images have no names."""
+    with lmdb.open(str(tmp_path / "set.lmdb"), map_size=1 << 20) as database, database.begin(write=True) as transaction:
+        transaction.put(b"0", pixels(1)[0].tobytes())
+    for order in (1, -1):
+        with pytest.raises(UsageError, match=r"set\.lmdb: expected a folder of images, to be paired by name"):
+            pairs(*[str(tmp_path / "set.lmdb"), write_set(tmp_path / "real", 1)][::order])
 
 
 def test_one_pair_is_too_few_for_a_distance(tmp_path, no_features):
