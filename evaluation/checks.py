@@ -115,7 +115,7 @@ def check_pair_sizes(fake: ImageSource, true: ImageSource, indices: Iterable[int
             )
         if min(sizes[0]) < smallest:
             raise UsageError(
-                f"expected images of at least {smallest} x {smallest} pixels for SSIM or --lpips, but {name} of {fake.name} is "
+                f"SSIM or --lpips needs images of at least {smallest} x {smallest} pixels, but {name} of {fake.name} is "
                 f"{described[0]}; --image_size enlarges both sets"
             )
 
