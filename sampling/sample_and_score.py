@@ -75,9 +75,8 @@ def sample_and_score(
     """
     if sampling.real_img_dir and not sampling.compute_fid:
         note("--real_img_dir has no effect without --compute_fid")
-    if sampling.compute_fid:
-        check_metrics(scores.metrics)
-        check_counts(scores.metrics, sampling.n_sample, None)
+    reference = _Reference(scores, features, data, sampling.real_img_dir) if sampling.compute_fid else None
+    _check_samples(reference, sampling.n_sample)
     sampler, num_classes = loaded.sampler, loaded.header.num_classes
     labels = choose_labels(sampling.labels, sampler.seed, num_classes, sampling.n_sample)
     rule = label_rule(sampling.labels)
@@ -87,7 +86,6 @@ def sample_and_score(
     tally = Tally(grid.count(num_classes), num_classes)
     started = time.perf_counter()
     batches = tally.watch(_batches(sampler, labels, sampling, writer, processes))
-    reference = _Reference(scores, features, data, sampling.real_img_dir) if sampling.compute_fid else None
     score = _score(batches, loaded, reference, sampling.n_sample, sampling.batch_size, processes)
     seconds = time.perf_counter() - started
     if writer is not None:
@@ -133,6 +131,13 @@ def _batches(
 
     reread = not (sampling.save_images == "jpg" and sampling.compute_fid)  # JPEG is lossy, which would change scores
     return read_or_draw(range(sampling.n_sample), draw, writer, sampling.batch_size, processes, reread)
+
+
+def _check_samples(reference: _Reference | None, samples: int) -> None:
+    """Check that there are enough samples for the metrics, before a feature network is loaded or downloaded."""
+    if reference is not None:
+        check_metrics(reference.scores.metrics)
+        check_counts(reference.scores.metrics, samples, None)
 
 
 def _score(

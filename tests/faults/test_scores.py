@@ -268,7 +268,10 @@ def pairs(fake: str, real: str, lpips: bool = False) -> dict:
 def test_pairs_too_small_for_a_metric_are_refused_before_the_work(tmp_path, no_features, lpips, side):
     sets = [write_set(tmp_path / name, 4, side) for name in ("fake", "real")]
     smallest = side + 1
-    with pytest.raises(UsageError, match=rf"SSIM or --lpips needs .* {smallest} x {smallest} pixels, but .*00 of fake is {side} x {side}"):
+    with pytest.raises(
+        UsageError,
+        match=rf"SSIM or --lpips needs .* {smallest} x {smallest} pixels, but .*00 of fake is {side} x {side}",
+    ):
         pairs(*sets, lpips)
     check_pairs(PairOptions(lpips), ScoreOptions(), 4, smallest)
     with pytest.raises(UsageError, match=f"needs images of at least {smallest} pixels per side, but these have {side}"):
