@@ -23,7 +23,7 @@ from PIL import Image
 
 from command_line import parse_options
 from datasets_prep.folders import list_files, state_of_files
-from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, center_crop, open_rgb
+from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, read_image
 from datasets_prep.lmdb_file import open_lmdb_file
 from datasets_prep.lmdb_images import HELD_OUT_SHARE
 from options import UsageError, exit_cleanly, option
@@ -191,7 +191,7 @@ def _encode_batches(paths: list[Path], options: BuildLmdbOptions) -> Iterator[tu
 
     def encode_file(path: Path) -> bytes | BadImageError:
         try:
-            return encode(Image.fromarray(center_crop(open_rgb(path, str(path)), options.image_size)))
+            return encode(Image.fromarray(read_image(path, options.image_size).permute(1, 2, 0).numpy()))
         except BadImageError as error:
             if options.skip_bad_images:
                 return error

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from command_line import leading_word, parse_options
+from datasets_prep.images import BadImageError, open_rgb
 from datasets_prep.label_maps.celebamask_hq import MAPS, PARTS, find_celebamask, numbered_images
 from options import UsageError, exit_cleanly, option
 from runtime.files import atomic_path
@@ -95,10 +96,9 @@ def _merge_image(tree: Path, number: int) -> None:
 
 def _read_part(path: Path) -> np.ndarray:
     try:
-        with Image.open(path) as image:
-            return np.asarray(image.convert("L"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UsageError(f"cannot read the mask {path}: {error}; if it is damaged, unpack it again") from error
+        return np.asarray(open_rgb(path, str(path)).convert("L"))
+    except BadImageError as error:
+        raise UsageError(f"cannot read the mask {path}: {error.reason}; if it is damaged, unpack it again") from error
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Image files as uint8 tensors: decoding, and ADM's resize and center crop.
 
-Errors name the bad file. Label maps are resized and cropped like their images, but by nearest neighbor.
+`open_rgb` is the only reader of image files: training, scoring, statistics, LMDBs and masks all see the same pixels. Errors
+name the bad file. Label maps are resized and cropped like their images, but by nearest neighbor.
 """
 
 import io
@@ -11,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from options import UsageError
 from runtime.files import UNREADABLE
@@ -24,6 +25,7 @@ __all__ = [
     "crop_array",
     "crop_map",
     "decode_image",
+    "image_extent",
     "open_rgb",
     "read_image",
     "read_map",
@@ -32,6 +34,17 @@ __all__ = [
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 LONGEST_SIDE = 200  # in multiples of the shorter side; longer images could become huge before they are cropped
 NO_CLASS = 255  # the id of label-map pixels that belong to no class
+BRIGHTEST = 65535  # of the images that are scaled to 8 bits
+TURNS = {  # by EXIF orientation; 1 is upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SIDEWAYS = 5  # from this orientation on, width and height are exchanged
 
 
 class BadImageError(UsageError):
@@ -43,10 +56,10 @@ class BadImageError(UsageError):
         self.reason = reason
 
 
-def read_image(path: str | Path, size: int) -> torch.Tensor:
-    """Decode a file into uint8 [3, size, size], resized and cropped by `center_crop`.
+def read_image(path: str | Path, size: int | None) -> torch.Tensor:
+    """Decode a file by `open_rgb` into uint8 [3, size, size], resized and cropped by `center_crop`.
 
-    EXIF orientation is applied, transparent images are composited onto black, and 16-bit grayscale is scaled to 8 bits.
+    With `size` None, the image keeps its size: uint8 [3, H, W].
 
     Raises:
         BadImageError: the file cannot be decoded completely.
@@ -54,32 +67,51 @@ def read_image(path: str | Path, size: int) -> torch.Tensor:
     return _read(path, str(path), size)
 
 
-def decode_image(data: bytes, size: int, name: str) -> torch.Tensor:
+def decode_image(data: bytes, size: int | None, name: str) -> torch.Tensor:
     """Like `read_image`, but from a file's bytes. Errors contain `name`."""
     return _read(io.BytesIO(data), name, size)
 
 
-def _read(source: str | Path | BinaryIO, name: str, size: int) -> torch.Tensor:
+def _read(source: str | Path | BinaryIO, name: str, size: int | None) -> torch.Tensor:
     image = open_rgb(source, name)
     with _as_bad_image(name):
-        return _channels_first(center_crop(image, size))
+        return _channels_first(np.array(image) if size is None else center_crop(image, size))
 
 
-def crop_array(values: np.ndarray, size: int) -> torch.Tensor:
-    """Convert an image uint8 [H, W, 3] to uint8 [3, size, size], with `center_crop` if its size differs."""
-    fits = values.shape[:2] == (size, size)
-    return _channels_first(values.copy() if fits else center_crop(Image.fromarray(values), size))
+def crop_array(values: np.ndarray, size: int | None) -> torch.Tensor:
+    """Convert an image uint8 [H, W, 3] to uint8 [3, size, size], with `center_crop` if its size differs.
+
+    With `size` None, the image keeps its size: uint8 [3, H, W].
+    """
+    if size is None or values.shape[:2] == (size, size):
+        return _channels_first(values.copy())
+    return _channels_first(center_crop(Image.fromarray(values), size))
 
 
 def open_rgb(source: str | Path | BinaryIO, name: str) -> Image.Image:
-    """Decode an image file into 8-bit RGB at its original size. See `read_image` for the conversions.
+    """Decode an image file into 8-bit RGB at its original size.
+
+    EXIF orientation is applied if it is readable, and a broken EXIF block is ignored. Transparent images are composited onto
+    black. 16-bit grayscale is scaled to 8 bits. Floating-point images have the range 0 to 1, 0 to 255 or 0 to 65535, the
+    smallest that holds their largest value. Of an animation, the first frame is read.
 
     Raises:
         BadImageError: the image cannot be decoded completely; the message contains `name`.
     """
     with _as_bad_image(name), Image.open(source) as image:
         image.load()
-        return _to_rgb(ImageOps.exif_transpose(image))
+        return _turned(_to_rgb(image), _orientation(image))
+
+
+def image_extent(source: str | Path | BinaryIO, name: str) -> tuple[int, int]:
+    """The height and width of the image that `open_rgb` returns, usually without decoding it.
+
+    Raises:
+        BadImageError: the file is no image; the message contains `name`.
+    """
+    with _as_bad_image(name), Image.open(source) as image:
+        width, height = _upright_size(image)
+        return height, width
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -106,7 +138,8 @@ def read_map(path: str | Path, image_path: str | Path, size: int, classes: int) 
         BadImageError: a file cannot be read, or the map has an unexpected mode, id or aspect ratio.
     """
     with _as_bad_image(str(image_path)), Image.open(image_path) as image:
-        extent, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation, extent = _orientation(image), _upright_size(image)
+    extent = extent[::-1] if orientation >= SIDEWAYS else extent
     with _as_bad_image(str(path)), Image.open(path) as file:
         mode, ids = file.mode, np.array(file)
     if mode not in ("L", "P"):
@@ -121,9 +154,8 @@ def read_map(path: str | Path, image_path: str | Path, size: int, classes: int) 
             str(path), f"expected the aspect ratio of {image_path}, {expected}, but the map has {found}"
         )
     labels = labels.resize(extent, Image.Resampling.NEAREST)
-    labels.getexif()[ExifTags.Base.Orientation] = orientation
     with _as_bad_image(str(path)):
-        return torch.from_numpy(crop_map(ImageOps.exif_transpose(labels), size))
+        return torch.from_numpy(crop_map(_turned(labels, orientation), size))
 
 
 def crop_map(labels: Image.Image, size: int) -> np.ndarray:
@@ -137,7 +169,9 @@ def _as_bad_image(name: str) -> Iterator[None]:
     """Convert decoding errors to a BadImageError for `name`."""
     try:
         yield
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:  # its message holds the address of a file object
+        raise BadImageError(name, "its format is not that of an image") from error
+    except (*UNREADABLE, AssertionError, Image.DecompressionBombError) as error:
         raise BadImageError(name, error) from error
 
 
@@ -163,13 +197,49 @@ def _channels_first(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values).permute(2, 0, 1).contiguous()
 
 
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation, a key of TURNS; 1 if it is upright, missing or unreadable."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (*UNREADABLE, AssertionError):  # a broken EXIF block says nothing about the pixels
+        return 1
+    return found if found in TURNS else 1
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """The width and height of the turned image; loads the image if it lies on its side."""
+    if image.width != image.height and _orientation(image) >= SIDEWAYS:
+        image.load()  # TIFF images are upright before or after this, depending on Pillow's version
+        if _orientation(image) >= SIDEWAYS:
+            return image.height, image.width
+    return image.size
+
+
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        scale = 257.0 if image.mode.startswith("I;16") or values.max() > 255 else 1.0
-        image = Image.fromarray((values / scale).clip(0, 255).round().astype(np.uint8))
+        image = _to_eight_bits(image)
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))
         image = Image.alpha_composite(black, image)
     return image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale an image of 16-bit, 32-bit or floating-point gray values to 8 bits."""
+    values = np.asarray(image, dtype=np.float64)
+    brightest = values.max()
+    if not brightest <= BRIGHTEST or not np.isfinite(values.min()):
+        raise ValueError(f"expected finite gray values up to {BRIGHTEST}, but found {values.min():g} to {brightest:g}")
+    if "transparency" in image.info:  # a gray value
+        values = np.where(values == image.info["transparency"], 0, values)
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+    if sixteen_bits or brightest > 255:
+        values = values / 257
+    elif image.mode == "F" and brightest <= 1:
+        values = values * 255
+    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))

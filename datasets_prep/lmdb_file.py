@@ -9,7 +9,7 @@ import hashlib
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import lmdb
@@ -52,9 +52,16 @@ class LmdbFile:
             raise UsageError(f"cannot read the LMDB {self.path}: {error}") from error
 
     def keys(self) -> Iterator[bytes]:
-        """All keys in order."""
-        with self._current().begin() as transaction, transaction.cursor() as cursor:
-            yield from cursor.iternext(keys=True, values=False)
+        """All keys in order.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        try:
+            with self._current().begin() as transaction, transaction.cursor() as cursor:
+                yield from cursor.iternext(keys=True, values=False)
+        except lmdb.Error as error:
+            raise UsageError(f"cannot read the LMDB {self.path}: {error}") from error
 
     def ends(self) -> tuple[bytes, bytes]:
         """The first and the last key.
@@ -105,7 +112,7 @@ def open_lmdb_file(path: Path) -> LmdbFile:
         return handle
 
 
-def key_at(keys: np.ndarray | range, index: int) -> bytes:
+def key_at(keys: np.ndarray | range | Sequence[bytes], index: int) -> bytes:
     """The key of image `index`. The numbers in a range become decimal strings."""
     return str(keys[index]).encode() if isinstance(keys, range) else bytes(keys[index])
 

@@ -6,18 +6,20 @@ square RGB images, or encoded images.
 LSUN: LMDBs such as `church_outdoor_train_lmdb`, with encoded images under hashes. The keys are listed once and stored.
 """
 
+import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
-from datasets_prep.images import BadImageError, crop_array, decode_image
+from datasets_prep.images import BadImageError, crop_array, decode_image, image_extent
 from datasets_prep.lmdb_file import LmdbFile, key_at, list_keys, open_lmdb_file
 from options import UsageError
 
-__all__ = ["HELD_OUT_SHARE", "open_lmdb", "open_lsun"]
+__all__ = ["HELD_OUT_SHARE", "LmdbImages", "open_lmdb", "open_lsun"]
 
 HELD_OUT_SHARE = 10  # the last tenth of an LMDB with both splits is held out: 3,000 images of CelebA-HQ, 7,000 of FFHQ
 LSUN_NAMES = {"lsun_church": "church_outdoor", "lsun_bedroom": "bedroom"}
@@ -68,23 +70,51 @@ def open_lsun(name: str, datadir: Path, split: Split, image_size: int) -> ImageD
     return _as_dataset(name, split, image_size, file, list_keys(file, datadir / f"{path.name}_keys.npy"))
 
 
-class _Reader:
-    """Reads images by index. The values are either all raw RGB of one size or all encoded images."""
+class LmdbImages:
+    """Reads the images of an LMDB by index. Each value is an encoded image or the raw RGB bytes of a square image.
 
-    def __init__(self, file: LmdbFile, keys: range | np.ndarray, image_size: int) -> None:
+    All raw images have one size, which is found from the first, the middle and the last value.
+
+    Args:
+        file: the LMDB.
+        keys: the images' keys.
+    """
+
+    def __init__(self, file: LmdbFile, keys: range | np.ndarray | Sequence[bytes]) -> None:
         self._file = file
         self._keys = keys
-        self._image_size = image_size
         self._side = _raw_side([self._value(index) for index in (0, len(keys) // 2, len(keys) - 1)])
 
-    def __call__(self, index: int) -> torch.Tensor:
+    def read(self, index: int, size: int | None) -> torch.Tensor:
+        """Read an image as uint8 [3, size, size], cropped as by `read_image`; with `size` None, as uint8 [3, H, W].
+
+        Raises:
+            BadImageError: the value is neither an image nor raw bytes of the expected number.
+        """
         value, name = self._value(index), self._name(index)
         if self._side is None:
-            return decode_image(value, self._image_size, name)
+            return decode_image(value, size, name)
         shape = (self._side, self._side, 3)
+        if value.startswith(SIGNATURES):
+            try:
+                return decode_image(value, size, name)
+            except BadImageError:  # raw pixels may begin like an encoded image
+                if len(value) != math.prod(shape):
+                    raise
         if len(value) != math.prod(shape):
             raise BadImageError(name, f"expected {math.prod(shape)} bytes for {shape}, but found {len(value)}")
-        return crop_array(np.frombuffer(value, np.uint8).reshape(shape), self._image_size)
+        return crop_array(np.frombuffer(value, np.uint8).reshape(shape), size)
+
+    def extent(self, index: int) -> tuple[int, int]:
+        """The height and width of an image, usually without decoding it.
+
+        Raises:
+            BadImageError: the value is no image.
+        """
+        value = self._value(index)
+        if self._side is not None and len(value) == 3 * self._side**2:
+            return self._side, self._side
+        return image_extent(io.BytesIO(value), self._name(index))
 
     def _name(self, index: int) -> str:
         return f"{key_at(self._keys, index).decode(errors='replace')!r} of {self._file.path}"
@@ -100,14 +130,14 @@ class _Reader:
 
 
 def _raw_side(values: list[bytes]) -> int | None:
-    """The side of the images if the values are raw bytes of square RGB images; None if they are encoded images."""
-    side = math.isqrt(len(values[0]) // 3)
-    raw = all(len(value) == 3 * side * side for value in values)
-    encoded = all(value.startswith(SIGNATURES) for value in values)
-    return side if raw and side and not encoded else None
+    """The side of the raw images among `values`; None if all are encoded, or do not have the lengths of raw images."""
+    plain = [value for value in values if not value.startswith(SIGNATURES)]
+    side = math.isqrt(len(plain[0]) // 3) if plain else 0
+    return side if side and all(len(value) == 3 * side * side for value in plain) else None
 
 
 def _as_dataset(name: str, split: Split, image_size: int, file: LmdbFile, keys: range | np.ndarray) -> ImageDataset:
     facts = DatasetFacts(name, image_size, 3, None, True, ())
     labels = np.zeros(len(keys), dtype=np.int64)
-    return ImageDataset(facts, split, labels, _Reader(file, keys, image_size), file.fingerprint(keys))
+    images = LmdbImages(file, keys)
+    return ImageDataset(facts, split, labels, lambda index: images.read(index, image_size), file.fingerprint(keys))

@@ -10,12 +10,14 @@ import torch
 
 from command_line import help_flags
 from datasets_prep.datasets import DATASETS, DatasetOptions, open_dataset
+from evaluation.checks import check_network, check_sizes
 from evaluation.features.inception import INCEPTION_DIMS
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FEATURES, FeatureOptions, load_features
-from evaluation.reference import holds_statistics, statistics_summary, summarise
+from evaluation.metrics import check_counts
+from evaluation.reference import StoredSet, open_set, summarise_set
 from evaluation.score import LabelledImages, ScoreOptions, needs_of, score_images, score_summaries
-from evaluation.sources import ImageSource, dataset_source, image_batches, open_source
+from evaluation.sources import dataset_source, image_batches
 from evaluation.summary import Summary
 from options import UsageError, option
 
@@ -78,27 +80,35 @@ def compare(
     """
     needs = {generated: needs_of(scoring.metrics, reference=False)}
     needs[real] = needs_of(scoring.metrics, reference=True) | needs.get(real, frozenset())
-    known = {path: statistics_summary(path, needs[path]) for path in needs if holds_statistics(path)}
-    if len(known) == len(needs):
-        return score_summaries(scoring.metrics, known[generated], known[real])
-    network = _choose_features(known.values(), features, device)
-    if real not in known:
-        source, cache_dir = _open_real(real, comparison)
-        known[real] = summarise(source, network, needs[real], cache_dir, comparison.batch_size)
-    if generated in known and generated != real:
-        return score_summaries(scoring.metrics, known[generated], known[real])
-    images = image_batches(open_source(generated, comparison.image_size), comparison.batch_size)
-    return score_images((LabelledImages(*batch) for batch in images), network, known[real], (), scoring)
+    true, cache_dir = _open_real(real, needs[real], comparison)
+    fake = true if generated == real else open_set(generated, needs[generated], comparison.image_size)
+    check_counts(scoring.metrics, fake.count, true.count)
+    if fake.source is None and true.source is None:
+        assert fake.known is not None
+        assert true.known is not None
+        return score_summaries(scoring.metrics, fake.known, true.known)
+    check_sizes(fake, true)
+    known = [stored.known for stored in (fake, true) if stored.known is not None]
+    network = _choose_features(known, features, device)
+    for summary in known:
+        check_network(summary, network)
+    reference = summarise_set(true, network, needs[real], cache_dir, comparison.batch_size)
+    if fake.known is None:
+        assert fake.source is not None
+        images = image_batches(fake.source, comparison.batch_size)
+        return score_images((LabelledImages(*batch) for batch in images), network, reference, (), scoring)
+    samples = summarise_set(fake, network, needs[generated], None, comparison.batch_size)
+    return score_summaries(scoring.metrics, samples, reference)
 
 
-def _open_real(real: str, comparison: ComparisonOptions) -> tuple[ImageSource, Path | None]:
+def _open_real(real: str, needs: Iterable[str], comparison: ComparisonOptions) -> tuple[StoredSet, Path | None]:
     """Open the real images. Also return the folder of cached statistics if they are a dataset."""
     if real in DATASETS and not Path(real).exists():
         data = DatasetOptions(dataset=real, datadir=comparison.datadir)
         if comparison.image_size is not None:
             data = dataclasses.replace(data, image_size=comparison.image_size)
-        return dataset_source(open_dataset(data, "train")), data.derived / "statistics"
-    return open_source(real, comparison.image_size), None
+        return StoredSet(None, dataset_source(open_dataset(data, "train"))), data.derived / "statistics"
+    return open_set(real, needs, comparison.image_size), None
 
 
 def _choose_features(known: Iterable[Summary], options: FeatureOptions, device: torch.device) -> FeatureNetwork:

@@ -13,12 +13,25 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from evaluation.neighbours import neighbour_scores
+from evaluation.neighbours import DENSITY_K, PRECISION_K, neighbour_scores
 from evaluation.statistics import Statistics
-from evaluation.summary import GROUPS, Summary
+from evaluation.summary import GROUPS, Summary, center_of
 from options import UsageError
+from runtime.randomness import generator_for
 
-__all__ = ["METRICS", "Metric", "check_comparable", "compute_metrics", "error_bars", "frechet_distance", "psnr"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "check_comparable",
+    "check_counts",
+    "check_widths",
+    "compute_metrics",
+    "error_bars",
+    "frechet_distance",
+    "inception_score",
+    "psnr",
+    "split_order",
+]
 
 INCEPTION_SPLITS = 10
 CHUNK = 1000  # rows per block of the kernel matrix
@@ -33,28 +46,33 @@ class Metric:
         need: key of evaluation.summary.NEEDS.
         compute: maps the generated and the reference summary to the values of one or more metrics, by name.
         against_reference: False if the metric ignores the real images.
+        fewest_samples: number of samples below which the metric is undefined.
+        fewest_real: number of real images below which it is undefined.
     """
 
     title: str
     need: str
     compute: Callable[[Summary, Summary], Mapping[str, float]]
     against_reference: bool = True
+    fewest_samples: int = 1
+    fewest_real: int = 1
 
 
 def frechet_distance(a: Statistics, b: Statistics) -> float:
     """Squared Fréchet distance d^2 between two Gaussians, computed in float64. Covariances may be singular.
 
     Raises:
-        UsageError: the statistics come from different feature networks or image sizes.
+        UsageError: the statistics come from different feature networks or image sizes, or the distance is not finite.
     """
     check_comparable(a.meta, b.meta)
-    if a.mean.shape != b.mean.shape:
-        raise UsageError(
-            f"cannot compare statistics of {len(a.mean)} features with statistics of {len(b.mean)} features"
-        )
+    check_widths(len(a.mean), len(b.mean))
+    if not all(np.isfinite(part).all() for s in (a, b) for part in (s.mean, s.covariance)):
+        raise UsageError("cannot compute a Fréchet distance: the mean or covariance of the features is not finite")
     difference = a.mean - b.mean
     overlap = _root_trace(*(torch.from_numpy((s.covariance + s.covariance.T) / 2) for s in (a, b)))
     distance = difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
+    if not math.isfinite(distance):
+        raise UsageError("cannot compute a Fréchet distance: the features are too large for float64")
     return max(0.0, float(distance))
 
 
@@ -65,20 +83,28 @@ def kernel_distance(generated: Summary, reference: Summary) -> float:
     """
     assert generated.rows is not None
     assert reference.rows is not None
-    cross = _kernel_sum(generated.rows, reference.rows, generated.device)
+    cross = _kernel_sum(generated.rows, reference.rows, center_of(reference.rows), generated.device)
     n, m = len(generated.rows), len(reference.rows)
     within = _within_kernel_sum(generated) / (n * (n - 1)) + _within_kernel_sum(reference) / (m * (m - 1))
     return within - 2 * cross / (n * m)
 
 
 def inception_score(logits: torch.Tensor) -> float:
-    """Inception Score: exp of the mean KL(p(y|x) || p(y)), averaged over ten splits of the rows (Salimans et al. 2016)."""
+    """Inception Score: exp of the mean KL(p(y|x) || p(y)), averaged over ten splits of the rows (Salimans et al. 2016).
+
+    A fixed permutation precedes the splits, so that samples sorted by class do not leave one class in each.
+    """
     scores = []
-    for part in logits.double().tensor_split(min(INCEPTION_SPLITS, len(logits))):
+    for part in logits[split_order(len(logits))].double().tensor_split(min(INCEPTION_SPLITS, len(logits))):
         log_p = part.log_softmax(1)
         log_marginal = log_p.logsumexp(0) - math.log(len(part))
         scores.append(math.exp(float((log_p.exp() * (log_p - log_marginal)).sum(1).mean())))
     return sum(scores) / len(scores)
+
+
+def split_order(count: int) -> torch.Tensor:
+    """The permutation [count] of the samples that precedes the Inception Score's splits."""
+    return torch.randperm(count, generator=generator_for(0, "inception score", count))
 
 
 def psnr(mse: float, value_range: float = 2.0) -> float:
@@ -108,24 +134,43 @@ def _kid(generated: Summary, reference: Summary) -> dict[str, float]:
 
 
 METRICS: dict[str, Metric] = {
-    "fid": Metric("FID", "moments", _fid),
-    "sfid": Metric("sFID", "spatial", _sfid),
+    "fid": Metric("FID", "moments", _fid, fewest_samples=2, fewest_real=2),
+    "sfid": Metric("sFID", "spatial", _sfid, fewest_samples=2, fewest_real=2),
     "is": Metric("Inception Score", "logits", _inception_score, against_reference=False),
-    "kid": Metric("KID", "rows", _kid),
-    "precision": Metric("precision", "rows", neighbour_scores),
-    "recall": Metric("recall", "rows", neighbour_scores),
-    "density": Metric("density", "rows", neighbour_scores),
-    "coverage": Metric("coverage", "rows", neighbour_scores),
+    "kid": Metric("KID", "rows", _kid, fewest_samples=2, fewest_real=2),
+    **{
+        name: Metric(
+            name, "rows", neighbour_scores, fewest_samples=PRECISION_K + 1, fewest_real=max(PRECISION_K, DENSITY_K) + 1
+        )
+        for name in ("precision", "recall", "density", "coverage")
+    },
 }
+
+
+def check_counts(names: Sequence[str], samples: int | None, real: int | None) -> None:
+    """Check that there are enough samples and real images for the metrics `names`. None: the number is not known.
+
+    Raises:
+        UsageError: a metric is undefined for so few.
+    """
+    for name in names:
+        metric = METRICS[name]
+        for count, fewest, what in (
+            (samples, metric.fewest_samples, "samples"),
+            (real if metric.against_reference else None, metric.fewest_real, "reference images"),
+        ):
+            if count is not None and count < fewest:
+                raise UsageError(f"--metrics {name} needs at least {fewest} {what}, but there are {count}")
 
 
 def compute_metrics(names: Sequence[str], generated: Summary, reference: Summary) -> dict[str, float]:
     """Compute metrics by name. Metrics with the same `compute` function share one call.
 
     Raises:
-        UsageError: the sets come from different feature networks or image sizes.
+        UsageError: the sets come from different feature networks or image sizes, or have too few images.
     """
     check_comparable(generated.meta, reference.meta)
+    check_counts(names, generated.known_count, reference.known_count)
     values: dict[str, float] = {}
     for compute in dict.fromkeys(METRICS[name].compute for name in names):
         values |= compute(generated, reference)
@@ -175,6 +220,19 @@ def check_comparable(a: Mapping[str, object], b: Mapping[str, object]) -> None:
         )
 
 
+def check_widths(samples: int, reference: int) -> None:
+    """Check that two sets have the same number of features.
+
+    Raises:
+        UsageError: they differ.
+    """
+    if samples != reference:
+        raise UsageError(
+            f"cannot compare statistics of {samples} features with statistics of {reference} features: choose another "
+            "--features or --dims"
+        )
+
+
 def _root_trace(a: torch.Tensor, b: torch.Tensor) -> float:
     """Compute tr((a b)^(1/2)) for covariances [D, D].
 
@@ -202,13 +260,24 @@ def _within_kernel_sum(summary: Summary) -> float:
     assert summary.rows is not None
     blocks = summary.rows.double().split(CHUNK)
     diagonal = sum(float(_kernel((part * part).sum(1), part.shape[1]).sum()) for part in blocks)
-    return _kernel_sum(summary.rows, summary.rows, summary.device) - diagonal
+    return _kernel_sum(summary.rows, summary.rows, center_of(summary.rows), summary.device) - diagonal
 
 
-def _kernel_sum(a: torch.Tensor, b: torch.Tensor, device: torch.device | str) -> float:
-    b = b.to(device)
-    products = (part.to(device) @ b.T for part in a.split(CHUNK))
-    return sum(float(_kernel(product.double(), b.shape[1]).sum()) for product in products)
+def _kernel_sum(a: torch.Tensor, b: torch.Tensor, center: torch.Tensor, device: torch.device | str) -> float:
+    """Sum of the kernel over all pairs of rows.
+
+    Large products are exact to float64: x.y = (x - c).(y - c) + x.c + y.c - c.c, where only the first term, which is small if
+    c is near the rows, is computed in float32.
+    """
+    c = center.double().to(device)
+    along_b = torch.cat([part.to(device).double() @ c for part in b.split(CHUNK)])
+    b = (b - center).to(device)
+    total = 0.0
+    for part in a.split(CHUNK):
+        along = (part.to(device).double() @ c)[:, None] + along_b - c @ c
+        products = (part - center).to(device) @ b.T
+        total += float(_kernel(products.double() + along, b.shape[1]).sum())
+    return total
 
 
 def _kernel(products: torch.Tensor, dims: int) -> torch.Tensor:

@@ -13,13 +13,14 @@ from functools import lru_cache
 
 import torch
 
-from evaluation.summary import Summary
+from evaluation.summary import Summary, center_of
 
-__all__ = ["neighbour_scores"]
+__all__ = ["DENSITY_K", "PRECISION_K", "neighbour_scores"]
 
 PRECISION_K = 3
 DENSITY_K = 5
 CHUNK = 1000  # rows per block of the distance matrix; a block takes 4 MB per thousand columns
+ROUNDING = 1e-3  # of the rows' norms; smaller float32 distances are rounding errors of equal rows
 
 
 def neighbour_scores(generated: Summary, reference: Summary) -> dict[str, float]:
@@ -32,7 +33,7 @@ def neighbour_scores(generated: Summary, reference: Summary) -> dict[str, float]
     precise, dense = 0, 0
     recalled = torch.zeros(len(real), dtype=torch.bool, device=real.device)
     covered = torch.zeros_like(recalled)
-    for start, distances in _distances(samples, real):
+    for start, distances in _distances(samples, real, real):
         precise += int((distances <= real_radii[0]).any(1).sum())
         inside = distances <= real_radii[1]
         dense += int(inside.sum())
@@ -50,14 +51,23 @@ def neighbour_scores(generated: Summary, reference: Summary) -> dict[str, float]
 def _radii(summary: Summary, ks: tuple[int, ...]) -> torch.Tensor:
     """Distance [len(ks), n] from each row to its k-th nearest neighbor, not counting the row itself."""
     rows = _rows(summary)
-    nearest = [distances.topk(max(ks) + 1, largest=False).values for _, distances in _distances(rows, rows)]
+    nearest = [distances.topk(max(ks) + 1, largest=False).values for _, distances in _distances(rows, rows, rows)]
     return torch.cat(nearest)[:, list(ks)].T
 
 
-def _distances(a: torch.Tensor, b: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yield blocks of the distance matrix: the first row of `a` in the block, and its distances [CHUNK, len(b)] to `b`."""
+def _distances(a: torch.Tensor, b: torch.Tensor, near: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Yield blocks of the distance matrix: the first row of `a` in the block, and its distances [CHUNK, len(b)] to `b`.
+
+    Distances are computed in float32 relative to the mean of the rows `near`, so that they keep their digits far from zero.
+    Equal rows have the distance 0.
+    """
+    center = center_of(near)
+    a, b = a - center, b - center
+    norms = [rows.norm(dim=1) for rows in (a, b)]
     for start in range(0, len(a), CHUNK):
-        yield start, torch.cdist(a[start : start + CHUNK], b)
+        distances = torch.cdist(a[start : start + CHUNK], b)
+        reach = norms[0][start : start + CHUNK, None] + norms[1]
+        yield start, distances.masked_fill_(distances <= ROUNDING * reach, 0)
 
 
 def _rows(summary: Summary) -> torch.Tensor:

@@ -1,25 +1,33 @@
 """Scoring of image pairs: streamed, or read from two folders and paired by file name (cal_inpainting.py)."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from evaluation.checks import check_pair_sizes, spread
 from evaluation.comparison import ComparisonOptions
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, load_features
-from evaluation.metrics import error_bars
-from evaluation.pairs import PixelScores, discriminative_scores, load_lpips, pair_by_name
+from evaluation.metrics import check_counts, error_bars
+from evaluation.pairs import (
+    SMALLEST_FOR_LPIPS,
+    SSIM_WINDOW,
+    PixelScores,
+    discriminative_scores,
+    load_lpips,
+    pair_by_name,
+)
 from evaluation.score import FEWEST_FOR_ERROR_BAR, IMAGE_FORMATS, ScoreOptions, needs_of, score_summaries
 from evaluation.sources import ImageSource, image_batches, open_source
 from evaluation.summary import Gatherer
 from options import UsageError, option
 from runtime.distributed import Processes
 
-__all__ = ["Pair", "PairOptions", "compare_pairs", "score_pairs"]
+__all__ = ["Pair", "PairOptions", "check_pairs", "compare_pairs", "score_pairs"]
 
 TITLES = {"p_ids": "P-IDS", "u_ids": "U-IDS", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS (AlexNet)"}
 
@@ -30,6 +38,23 @@ class PairOptions:
 
     lpips: bool = option(False, "also compute LPIPS; needs the package lpips and AlexNet's weights")
     lpips_weights: str | None = option(None, "file with torchvision's AlexNet weights; default: downloaded once")
+
+    @property
+    def smallest(self) -> int:
+        """Side of the smallest images that can be scored."""
+        return SMALLEST_FOR_LPIPS if self.lpips else SSIM_WINDOW
+
+
+def check_pairs(pairing: PairOptions, scoring: ScoreOptions, count: int, side: int) -> None:
+    """Check that `count` pairs of images of `side` x `side` pixels can be scored.
+
+    Raises:
+        UsageError: there are too few pairs for a metric, or the images are too small.
+    """
+    check_counts(scoring.metrics, count, count)
+    if side < pairing.smallest:
+        metric = "--lpips" if pairing.lpips else "SSIM"
+        raise UsageError(f"{metric} needs images of at least {pairing.smallest} pixels per side, but these have {side}")
 
 
 def compare_pairs(
@@ -56,12 +81,13 @@ def compare_pairs(
         The entries of `evaluation.score.score_summaries`. "scores" also holds the paired metrics.
 
     Raises:
-        UsageError: an image has no partner, or partners differ in size.
+        UsageError: an image has no partner, partners differ in size, or there are too few images or too small ones.
     """
     fake, true = _open_pairs(generated, real, comparison.image_size)
+    check_counts(scoring.metrics, fake.count, true.count)
+    check_pair_sizes(fake, true, spread(fake.count), pairing.smallest)
     network = load_features(features.features or "inception", features, device)
-    batches = (image_batches(source, comparison.batch_size) for source in (fake, true))
-    pairs = (Pair(images, originals, indices) for (images, indices), (originals, _) in zip(*batches, strict=True))
+    pairs = _read_pairs(fake, true, comparison.batch_size, pairing.smallest)
     return score_pairs(pairs, true.meta, network, scoring, pairing, device)
 
 
@@ -110,6 +136,15 @@ def score_pairs(
     return processes.from_main(scored)
 
 
+def _read_pairs(fake: ImageSource, true: ImageSource, batch_size: int, smallest: int) -> Iterator[Pair]:
+    """Yield all pairs; batches of both sources end where their sizes change."""
+    batches = (image_batches(source, batch_size) for source in (fake, true))
+    for (images, indices), (originals, others) in zip(*batches, strict=True):
+        if images.shape != originals.shape:
+            check_pair_sizes(fake, true, range(indices[0], max(indices[-1], others[-1]) + 1), smallest)
+        yield Pair(images, originals, indices)
+
+
 def _scored(
     fakes: Gatherer, reals: Gatherer, pixels: PixelScores, meta_of_originals: dict[str, Any], scoring: ScoreOptions
 ) -> dict[str, Any]:
@@ -130,11 +165,20 @@ def _scored(
 
 def _open_pairs(generated: str, real: str, image_size: int | None) -> tuple[ImageSource, ImageSource]:
     """Open both folders; the second source follows the order of the first."""
+    sources = []
     for path in (generated, real):
-        if not Path(path).is_dir():
+        source = open_source(path, image_size) if Path(path).is_dir() else None
+        if source is None or not source.names:
             raise UsageError(
                 f"{path}: expected a folder of images, to be paired by name with the images of the other folder"
             )
-    fake, true = (open_source(path, image_size) for path in (generated, real))
+        sources.append(source)
+    fake, true = sources
     partner = dict(pair_by_name(fake, true))
-    return fake, dataclasses.replace(true, read=lambda index: true.read(partner[index]))
+    ordered = dataclasses.replace(
+        true,
+        read=lambda index: true.read(partner[index]),
+        measure=lambda index: true.extent(partner[index]),
+        names=fake.names,
+    )
+    return fake, ordered

@@ -20,9 +20,11 @@ from models.autoencoders.pixels import images_to_pixels
 from options import UsageError
 from runtime.distributed import Processes
 
-__all__ = ["PixelScores", "discriminative_scores", "load_lpips", "pair_by_name"]
+__all__ = ["SMALLEST_FOR_LPIPS", "SSIM_WINDOW", "PixelScores", "discriminative_scores", "load_lpips", "pair_by_name"]
 
 MAX_LISTED_NAMES = 10  # in an error message
+SSIM_WINDOW = 7  # pixels; scikit-image's default
+SMALLEST_FOR_LPIPS = 31  # pixels; below this, nothing is left after AlexNet's second pooling
 ROUNDING_ERROR = 1 / 12  # mean squared error of rounding to 8 bits; gives identical images a finite PSNR, 58.9 dB
 ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
@@ -61,12 +63,17 @@ class PixelScores:
         """Add pairs of images uint8 [B, C, H, W].
 
         Raises:
-            UsageError: the partners differ in size.
+            UsageError: the partners differ in size, or are smaller than SSIM's window.
         """
         if generated.shape != real.shape:
             raise UsageError(
                 f"cannot compare images of different sizes: (height, width) is {tuple(generated.shape[2:])} for generated and "
                 f"{tuple(real.shape[2:])} for real images; use --image_size to resize both to the same size"
+            )
+        if min(generated.shape[2:]) < SSIM_WINDOW:
+            height, width = generated.shape[2:]
+            raise UsageError(
+                f"SSIM needs at least {SSIM_WINDOW} x {SSIM_WINDOW} pixels, but the images are {width} x {height}"
             )
         for a, b in zip(generated.numpy(), real.numpy(), strict=True):
             error = float(np.square(a.astype(np.float64) - b).mean())

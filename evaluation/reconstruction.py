@@ -18,7 +18,7 @@ from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, ImageDataset, crop_padding, like_originals, open_dataset
 from evaluation.features.protocol import FeatureNetwork, describe_features
 from evaluation.features.registry import FeatureOptions, choose_features
-from evaluation.metrics import psnr
+from evaluation.metrics import check_counts, psnr
 from evaluation.reference import summarise
 from evaluation.score import MetricOptions, needs_of, reference_statistics, result_line, score_summaries
 from evaluation.sources import ImageSource, dataset_source, image_batches
@@ -107,12 +107,14 @@ def main() -> None:
     settings, data = options[ReconstructionOptions], options[DatasetOptions]
     device = choose_device(options[DeviceOptions])
     train, held_out = open_dataset(data, "train"), open_dataset(data, "validation")
+    metrics = options[MetricOptions].metrics
+    check_counts(metrics, len(held_out), len(train))
     autoencoder = load_autoencoder(options[AutoencoderOptions], held_out.facts.channels).to(device)
     features = choose_features(options[FeatureOptions], data.dataset, Machine(device, "fp32"))
 
     if settings.picture:
         draw_reconstructions(autoencoder, held_out, device, settings.picture)
-    cache, metrics = data.derived / "statistics", options[MetricOptions].metrics
+    cache = data.derived / "statistics"
     reference = reference_statistics(train, features, data.derived, metrics)
     needs = needs_of(metrics, reference=False)
     real = summarise(dataset_source(held_out), features, needs, cache, settings.batch_size)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 
 from evaluation.features.protocol import FeatureNetwork, describe_features
-from evaluation.sources import ImageSource, image_batches, open_source
+from evaluation.metrics import check_comparable
+from evaluation.sources import ImageSource, holds_images, image_batches, open_source
 from evaluation.statistics import Statistics, load_statistics, save_statistics
 from evaluation.summary import Gatherer, Summary
 from options import UsageError
@@ -20,7 +22,15 @@ from runtime.files import UNREADABLE, atomic_path
 from runtime.messages import note
 from runtime.randomness import generator_for
 
-__all__ = ["REFERENCE_ROWS", "holds_statistics", "statistics_summary", "summarise", "summary_at"]
+__all__ = [
+    "REFERENCE_ROWS",
+    "StoredSet",
+    "holds_statistics",
+    "open_set",
+    "statistics_summary",
+    "summarise",
+    "summarise_set",
+]
 
 # A reference keeps the features of a random subset of this size, the same number as in ADM's evaluation.
 REFERENCE_ROWS = 10_000
@@ -73,24 +83,64 @@ def summarise(
     return processes.from_main(dataclasses.replace(parts[0], **known) if parts else Summary(None, {}))
 
 
-def summary_at(
-    path: str | Path, features: FeatureNetwork, needs: Iterable[str], batch_size: int, processes: Processes
-) -> Summary:
-    """Summarize the images at a path, or load the statistics stored there.
+@dataclass(frozen=True)
+class StoredSet:
+    """An image set before its features are computed. At least one attribute is not None.
 
-    Args:
-        path: images, as for `open_source`, or an .npz or .npy file of statistics.
-        features: the feature network, unused for statistics.
-        needs: keys of evaluation.summary.NEEDS.
-        batch_size: images per batch.
-        processes: processes that share the images. All return the same summary.
+    Attributes:
+        known: the statistics, if the set is a file that holds them.
+        source: the images, if something is needed that the statistics lack.
+    """
+
+    known: Summary | None
+    source: ImageSource | None
+
+    @property
+    def count(self) -> int | None:
+        """Number of images, or None if it is not recorded."""
+        if self.source is not None:
+            return self.source.count
+        return self.known.count if self.known else None
+
+
+def open_set(path: str | Path, needs: Iterable[str], image_size: int | None = None) -> StoredSet:
+    """Open the statistics and images at a path, as far as `needs` (keys of evaluation.summary.NEEDS) ask for them.
+
+    A file may hold both, as ADM's reference batches do: then "moments" are its statistics, and the rest is computed from its
+    images. With `image_size`, images are resized as by `open_source`.
 
     Raises:
         UsageError: the path holds neither images nor statistics, or the statistics lack something in `needs`.
     """
-    if holds_statistics(path):
-        return statistics_summary(path, needs)
-    return summarise(open_source(path), features, needs, None, batch_size, processes)
+    if not holds_statistics(path):
+        return StoredSet(None, open_source(path, image_size))
+    if not set(needs) - {"moments"} or not holds_images(path):
+        return StoredSet(statistics_summary(path, needs), None)
+    return StoredSet(statistics_summary(path, ("moments",)), open_source(path, image_size))
+
+
+def summarise_set(
+    stored: StoredSet,
+    features: FeatureNetwork,
+    needs: Iterable[str],
+    cache_dir: str | Path | None = None,
+    batch_size: int = 200,
+    processes: Processes = Processes(),  # noqa: B008
+) -> Summary:
+    """Summarize a set; the arguments are those of `summarise`.
+
+    Raises:
+        UsageError: as `summarise` does, or the statistics come from other features.
+    """
+    if stored.source is None:
+        assert stored.known is not None
+        return stored.known
+    if stored.known is None:
+        return summarise(stored.source, features, needs, cache_dir, batch_size, processes)
+    images = summarise(stored.source, features, set(needs) - {"moments"}, cache_dir, batch_size, processes)
+    check_comparable(images.meta, stored.known.meta)
+    meta = {**stored.known.meta, **images.meta}
+    return dataclasses.replace(images, count=stored.known.count, meta=meta, statistics=stored.known.statistics)
 
 
 def holds_statistics(path: str | Path) -> bool:
@@ -101,7 +151,7 @@ def holds_statistics(path: str | Path) -> bool:
     """
     path = Path(path)
     if path.suffix != ".npz" or not path.is_file():
-        return path.suffix == ".npy"
+        return path.suffix == ".npy" and not path.is_dir()
     try:
         with np.load(path, allow_pickle=False) as content:
             return "mu" in content

@@ -11,7 +11,7 @@ from datasets_prep.datasets import ImageDataset
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.jpeg import through_jpeg
 from evaluation.label_counts import LabelCounts
-from evaluation.metrics import METRICS, compute_metrics, error_bars
+from evaluation.metrics import INCEPTION_SPLITS, METRICS, check_comparable, compute_metrics, error_bars
 from evaluation.precision_effect import PrecisionEffect
 from evaluation.reference import summarise
 from evaluation.sources import dataset_source
@@ -36,6 +36,7 @@ __all__ = [
 
 FEWEST_SAMPLES = 10_000  # below this, the bias of a Frechet distance exceeds most differences between methods
 FEWEST_FOR_ERROR_BAR = 100
+FEWEST_PER_SPLIT = 10  # samples; with one per split, every Inception Score is 1
 IMAGE_FORMATS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"png": lambda images: images, "jpg": through_jpeg}
 
 
@@ -159,8 +160,11 @@ def score_images(
     transform = IMAGE_FORMATS[options.image_format]
     labels = LabelCounts(features, class_names)
     effect = PrecisionEffect(features)
+    size = reference.meta.get("resolution")
     for batch in batches:
         images = transform(batch.images)
+        if size != "mixed":
+            check_comparable({"resolution": list(images.shape[2:])}, {"resolution": size})
         gatherer.update(images, batch.indices)
         labels.update(images, batch.labels)
         effect.update(images)
@@ -216,7 +220,7 @@ def score_summaries(
         "feature_precision": features.get("precision", "fp32"),
         "reference": {"images": reference.count, **rows, **source, "sha256": reference.sha256()},
         "reference_samples": reference.count,
-        "warnings": _warnings(generated, reference),
+        "warnings": _warnings(metrics, generated, reference),
         "code_version": code_version(),
     }
 
@@ -243,8 +247,10 @@ def _title(name: str, generated: Summary, reference: Summary) -> str:
     return title if not features or features["name"] == "inception" else f"{title} ({features['name']} features)"
 
 
-def _warnings(generated: Summary, reference: Summary) -> list[str]:
+def _warnings(metrics: Sequence[str], generated: Summary, reference: Summary) -> list[str]:
     found = []
+    if "is" in metrics and generated.count is not None and generated.count < FEWEST_PER_SPLIT * INCEPTION_SPLITS:
+        found.append(f"{generated.count} samples in {INCEPTION_SPLITS} splits are too few for an Inception Score")
     if generated.count is None:
         found.append("the number of samples is not recorded")
     elif generated.count < FEWEST_SAMPLES:

@@ -1,31 +1,33 @@
 """Image sets to score: a dataset split, a folder, an .npz file or an LMDB. Threads read the images ahead of use."""
 
+import dataclasses
 import hashlib
-import io
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image
 
 from datasets_prep.datasets import ImageDataset, crop_padding
 from datasets_prep.folders import list_files
-from datasets_prep.images import IMAGE_SUFFIXES, center_crop
+from datasets_prep.image_dataset import shown_side
+from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, crop_array, image_extent, read_image
 from datasets_prep.lmdb_file import open_lmdb_file
+from datasets_prep.lmdb_images import LmdbImages
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.files import UNREADABLE
 from runtime.progress import progress_bar
 
-__all__ = ["ImageSource", "dataset_source", "decode", "image_batches", "open_source", "transformed"]
+__all__ = ["ImageSource", "dataset_source", "holds_images", "image_batches", "open_source", "resized", "transformed"]
 
 READER_THREADS = 8
 NPZ_KEYS = ("images", "arr_0")  # arr_0 is used by ADM's evaluation
+Result = TypeVar("Result")
 LMDB_METADATA_KEYS = frozenset((b"length", b"__len__", b"__keys__"))  # some writers store these next to the images
 
 
@@ -39,6 +41,7 @@ class ImageSource:
         read: returns the image with an index in 0..count - 1, as uint8 [C, H, W].
         meta: JSON-serializable description of the images, with a fingerprint.
         names: for a folder, the files' relative paths without suffix; otherwise empty.
+        measure: returns the height and width of an image, if that is faster than reading it.
     """
 
     name: str
@@ -46,6 +49,14 @@ class ImageSource:
     read: Callable[[int], torch.Tensor]
     meta: dict[str, Any]
     names: tuple[str, ...] = ()
+    measure: Callable[[int], tuple[int, int]] | None = None
+
+    def extent(self, index: int) -> tuple[int, int]:
+        """The height and width of an image."""
+        if self.measure is not None:
+            return self.measure(index)
+        height, width = self.read(index).shape[1:]
+        return height, width
 
 
 def dataset_source(dataset: ImageDataset) -> ImageSource:
@@ -57,28 +68,52 @@ def dataset_source(dataset: ImageDataset) -> ImageSource:
         len(dataset),
         lambda index: crop_padding(dataset[index], facts),
         {**meta, "fingerprint": dataset.fingerprint},
+        measure=lambda index: (shown_side(facts), shown_side(facts)),
     )
 
 
 def open_source(path: str | Path, image_size: int | None = None) -> ImageSource:
     """Open the images in a folder (including subfolders), an .npz file of uint8 [N, H, W, C], or an LMDB in key order.
 
-    Like pytorch_fid, images from folders and LMDBs are converted to RGB and not cropped. With `image_size`, they are also
-    resized and center-cropped, as for datasets.
+    Image files are read as for training, by `datasets_prep.images.open_rgb`, but not cropped. With `image_size`, all images
+    are resized and center-cropped as for training.
 
     Raises:
         UsageError: `path` is missing or has another format. Reading an image may also raise it, with the file's name.
     """
+    source = _open(Path(path))
+    return source if image_size is None else resized(source, image_size)
+
+
+def holds_images(path: str | Path) -> bool:
+    """Whether `path` is an .npz file with images, which may also hold statistics.
+
+    Raises:
+        UsageError: the .npz cannot be read.
+    """
     path = Path(path)
-    if path.suffix == ".npz":
-        return _open_npz(path)
-    if (path / "data.mdb").is_file() or (path.suffix == ".lmdb" and path.is_file()):
-        return _open_lmdb(path, image_size)
-    if path.is_dir():
-        return _open_folder(path, image_size)
-    raise UsageError(
-        f"{path}: expected a folder of images, an LMDB, an .npz file of images or statistics, or an .npy file of statistics"
-    )
+    if path.suffix != ".npz" or not path.is_file():
+        return False
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return any(key in content for key in NPZ_KEYS)
+    except UNREADABLE as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+
+
+def resized(source: ImageSource, size: int) -> ImageSource:
+    """Resize and center-crop all images to `size` x `size` pixels, as `datasets_prep.images.center_crop` does."""
+
+    def read(index: int) -> torch.Tensor:
+        image = source.read(index)
+        colors = np.ascontiguousarray(image.expand(3, -1, -1).permute(1, 2, 0).numpy())
+        try:
+            return crop_array(colors, size)[: len(image)]
+        except ValueError as error:
+            name = source.names[index] if source.names else f"number {index}"
+            raise UsageError(f"cannot resize the image {name} of {source.name}: {error} (remove it)") from error
+
+    return dataclasses.replace(source, read=read, measure=lambda index: (size, size))
 
 
 def transformed(
@@ -89,7 +124,7 @@ def transformed(
     def read(index: int) -> torch.Tensor:
         return transform(source.read(index)[None])[0]
 
-    return ImageSource(source.name, source.count, read, {**source.meta, "image_format": image_format})
+    return dataclasses.replace(source, read=read, meta={**source.meta, "image_format": image_format})
 
 
 def image_batches(
@@ -118,6 +153,18 @@ def image_batches(
                 progress.update(len(images))
 
 
+def _open(path: Path) -> ImageSource:
+    if path.is_dir():
+        return _open_lmdb(path) if (path / "data.mdb").is_file() else _open_folder(path)
+    if path.suffix == ".npz":
+        return _open_npz(path)
+    if path.suffix == ".lmdb" and path.is_file():
+        return _open_lmdb(path)
+    raise UsageError(
+        f"{path}: expected a folder of images, an LMDB, an .npz file of images or statistics, or an .npy file of statistics"
+    )
+
+
 def _stacked(images: list[torch.Tensor], start: int) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
     first = 0
     for index in range(1, len(images) + 1):
@@ -126,13 +173,18 @@ def _stacked(images: list[torch.Tensor], start: int) -> Iterator[tuple[torch.Ten
             first = index
 
 
-def _open_folder(folder: Path, image_size: int | None) -> ImageSource:
+def _open_folder(folder: Path) -> ImageSource:
     paths = list_files(folder, IMAGE_SUFFIXES)
     state = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
     meta = {"folder": str(folder), "fingerprint": hashlib.sha256(state.encode()).hexdigest()}
     names = tuple(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
     return ImageSource(
-        folder.name, len(paths), lambda index: decode(paths[index], str(paths[index]), image_size), meta, names
+        folder.name,
+        len(paths),
+        _strictly(lambda index: read_image(paths[index], None)),
+        meta,
+        names,
+        _strictly(lambda index: image_extent(paths[index], str(paths[index]))),
     )
 
 
@@ -140,53 +192,46 @@ def _open_npz(path: Path) -> ImageSource:
     try:
         with np.load(path, allow_pickle=False) as content:
             images = next((content[key] for key in NPZ_KEYS if key in content), None)
+            found = ", ".join(content) or "nothing"
     except UNREADABLE as error:
         raise UsageError(f"cannot read {path}: {error}") from error
-    if images is None or images.dtype != np.uint8 or images.ndim != 4:
-        raise UsageError(f"{path}: expected uint8 images [N, H, W, C] in the array {' or '.join(NPZ_KEYS)}")
+    if images is not None:
+        found = f"{images.dtype} {list(images.shape)}"
+    if (
+        images is None
+        or images.dtype != np.uint8
+        or images.ndim != 4
+        or images.shape[3] not in (1, 3)
+        or not images.size
+    ):
+        raise UsageError(
+            f"{path}: expected images uint8 [N, H, W, 3] (or [N, H, W, 1]) in the array {' or '.join(NPZ_KEYS)}, "
+            f"but found {found}"
+        )
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2)
     meta = {"file": str(path), "fingerprint": hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()}
-    return ImageSource(path.stem, len(tensor), tensor.__getitem__, meta)
+    height, width = images.shape[1:3]
+    return ImageSource(path.stem, len(tensor), tensor.__getitem__, meta, measure=lambda index: (height, width))
 
 
-def _open_lmdb(path: Path, image_size: int | None) -> ImageSource:
+def _open_lmdb(path: Path) -> ImageSource:
     file = open_lmdb_file(path)
     keys = [key for key in file.keys() if key not in LMDB_METADATA_KEYS]  # noqa: SIM118 - not a mapping
     if not keys:
         raise UsageError(f"the LMDB {path} contains no images")
-
-    def read(index: int) -> torch.Tensor:
-        return _decode_value(file.get(keys[index]) or b"", f"{keys[index]!r} in {path}", image_size)
-
+    images = LmdbImages(file, keys)
     meta = {"lmdb": str(path), "fingerprint": file.fingerprint(np.array(keys))}
-    return ImageSource(path.name, len(keys), read, meta)
+    read = _strictly(lambda index: images.read(index, None))
+    return ImageSource(path.name, len(keys), read, meta, measure=_strictly(images.extent))
 
 
-def _decode_value(value: bytes, name: str, image_size: int | None) -> torch.Tensor:
-    """Decode an LMDB value: an encoded image or the raw RGB bytes of a square image."""
-    try:
-        return decode(io.BytesIO(value), name, image_size)
-    except UsageError:
-        side = int(np.sqrt(len(value) / 3))
-        if len(value) != 3 * side * side or not value:
-            raise
-        raw = Image.frombytes("RGB", (side, side), value)
-        return _as_tensor(raw, image_size)
+def _strictly(read: Callable[[int], Result]) -> Callable[[int], Result]:
+    """Read from a set of which no image may be left out, so that errors do not offer --skip_bad_images."""
 
+    def strict(index: int) -> Result:
+        try:
+            return read(index)
+        except BadImageError as error:
+            raise UsageError(f"cannot read the image {error.image}: {error.reason} (repair or remove it)") from error
 
-def decode(file: str | Path | BinaryIO, name: str, image_size: int | None = None) -> torch.Tensor:
-    """Decode an image to uint8 [3, H, W]. With `image_size`, resize and center-crop it.
-
-    Raises:
-        UsageError: the image cannot be decoded. The message contains `name`.
-    """
-    try:
-        with Image.open(file) as image:
-            return _as_tensor(image.convert("RGB"), image_size)
-    except (*UNREADABLE, Image.DecompressionBombError) as error:
-        raise UsageError(f"cannot read the image {name}: {error}") from error
-
-
-def _as_tensor(image: Image.Image, image_size: int | None) -> torch.Tensor:
-    values = np.array(image) if image_size is None else center_crop(image, image_size)
-    return torch.from_numpy(values).permute(2, 0, 1).contiguous()
+    return strict

@@ -142,13 +142,15 @@ def load_statistics(path: str | Path) -> Statistics:
     """
     try:
         with Path(path).open("rb") as file:
-            content = _read_npy(file) if Path(path).suffix == ".npy" else dict(np.load(file, allow_pickle=False))
+            content = _read_npy(file) if Path(path).suffix == ".npy" else _read_npz(file)
         mean, covariance = (np.asarray(content[key], dtype=np.float64) for key in ("mu", "sigma"))
         meta = dict(json.loads(str(content.get("metadata", "{}"))))
+        _check_metadata(meta)
     except UNREADABLE as error:
         raise UsageError(f"cannot read statistics (arrays mu and sigma) from {path}: {error}") from error
     if (
         mean.ndim != 1
+        or not mean.size
         or covariance.shape != mean.shape * 2
         or not (np.isfinite(mean).all() and np.isfinite(covariance).all())
     ):
@@ -156,6 +158,32 @@ def load_statistics(path: str | Path) -> Statistics:
             f"{path}: expected finite arrays mu [D] and sigma [D, D], but found shapes {mean.shape} and {covariance.shape}"
         )
     return Statistics(mean, covariance, meta.pop("count", None), meta)
+
+
+def _check_metadata(meta: dict[str, Any]) -> None:
+    """Check the entries that comparisons use.
+
+    Raises:
+        ValueError: an entry has another type than `save_statistics` writes.
+    """
+    count, size, features = (meta.get(key) for key in ("count", "resolution", "features"))
+    if count is not None and type(count) is not int:
+        raise ValueError(f"expected a number of images in its metadata, but found {count!r}")
+    pair = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
+    if size not in (None, "mixed") and not pair:
+        raise ValueError(f"expected an image size in its metadata, but found {size!r}")
+    if features is not None:
+        named = isinstance(features, dict) and all(
+            isinstance(features.get(k), str) for k in ("name", "label", "sha256")
+        )
+        if not named:
+            raise ValueError(f"expected a feature network in its metadata, but found {features!r}")
+
+
+def _read_npz(file: BinaryIO) -> dict[str, Any]:
+    """Read only the arrays of statistics: a file may also hold gigabytes of images."""
+    with np.load(file, allow_pickle=False) as archive:
+        return {key: archive[key] for key in ("mu", "sigma", "metadata") if key in archive}
 
 
 def _read_npy(file: BinaryIO) -> dict[str, Any]:

@@ -23,12 +23,13 @@ from evaluation.statistics import RunningMoments, Statistics
 from options import UsageError
 from runtime.distributed import Processes
 
-__all__ = ["GROUPS", "NEEDS", "Gatherer", "Share", "Summary"]
+__all__ = ["GROUPS", "NEEDS", "Gatherer", "Share", "Summary", "center_of"]
 
 GROUPS = 8
 # Inputs of metrics, each with the network output that provides it. "moments" and "spatial" are means and covariances; "rows"
 # and "logits" have one row per image.
 NEEDS = {"moments": "features", "spatial": "spatial", "rows": "features", "logits": "logits"}
+CHUNK = 1000  # rows
 HASH_MULTIPLIER = 0x9E3779B1  # 2^32 / golden ratio; spreads images evenly over the groups for any order of the classes
 
 
@@ -54,6 +55,11 @@ class Summary:
     rows: torch.Tensor | None = None
     logits: torch.Tensor | None = None
 
+    @property
+    def known_count(self) -> int | None:
+        """Number of images or, if it is not recorded, of the rows; None if there are none either."""
+        return len(self.rows) if self.count is None and self.rows is not None else self.count
+
     def sha256(self) -> str:
         """Hash of the statistics and the rows."""
         digest = hashlib.sha256()
@@ -64,6 +70,12 @@ class Summary:
         if self.rows is not None:
             digest.update(self.rows.numpy().tobytes())
         return digest.hexdigest()
+
+
+def center_of(rows: torch.Tensor) -> torch.Tensor:
+    """The mean [D] of rows float32 [n, D], rounded to float32. Differences from it keep their digits far from zero."""
+    sums = [part.double().sum(0) for part in rows.split(CHUNK)]
+    return (torch.stack(sums).sum(0) / len(rows)).float()
 
 
 class Share(NamedTuple):
@@ -85,7 +97,7 @@ class Gatherer:
         keep: indices of the images whose rows are stored. None: all.
 
     Raises:
-        UsageError: the network lacks a needed output.
+        UsageError: the network lacks a needed output. `update` raises it for features that are not finite.
     """
 
     def __init__(
@@ -114,6 +126,7 @@ class Gatherer:
         numbers = torch.arange(self.count, self.count + len(images)) if indices is None else torch.tensor([*indices])
         self._resolutions.add((images.shape[2], images.shape[3]))
         outputs = {name: value.cpu() for name, value in self._features(images, self._outputs).items()}
+        self._check_finite(outputs, numbers)
         groups = _group_of(numbers) if self._grouped else torch.zeros_like(numbers)
         for group in groups.unique().tolist():
             chosen = groups == group
@@ -154,6 +167,15 @@ class Gatherer:
             self._concatenate_rows("rows", groups),
             self._concatenate_rows("logits", groups),
         )
+
+    def _check_finite(self, outputs: dict[str, torch.Tensor], numbers: torch.Tensor) -> None:
+        for name, values in outputs.items():
+            if not (finite := values.isfinite().all(1)).all():
+                first = int(numbers[~finite][0])
+                raise UsageError(
+                    f"the {name} of image {first} and {int((~finite).sum()) - 1} more in its batch are not finite: check the "
+                    f"weights of the feature network {self._features.name}, or use --feature_precision fp32"
+                )
 
     def _add(self, key: tuple[str, int], values: torch.Tensor, numbers: torch.Tensor) -> None:
         if key[0] in ("moments", "spatial"):

@@ -3,14 +3,27 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from datasets_prep.datasets import DatasetOptions
+from datasets_prep.image_dataset import shown_side
+from evaluation.checks import check_reference, resolution
+from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
-from evaluation.reference import summary_at
-from evaluation.score import ScoreOptions, needs_of, reference_statistics, result_line, score_images
+from evaluation.metrics import check_counts
+from evaluation.reference import open_set, summarise_set
+from evaluation.score import (
+    ScoreOptions,
+    check_metrics,
+    needs_of,
+    reference_statistics,
+    result_line,
+    score_images,
+)
+from evaluation.sources import resized
+from evaluation.summary import Summary
 from models.autoencoders.pixels import DECODING
 from runtime.distributed import Processes
 from runtime.files import write_json
@@ -62,6 +75,8 @@ def sample_and_score(
     """
     if sampling.real_img_dir and not sampling.compute_fid:
         note("--real_img_dir has no effect without --compute_fid")
+    reference = _Reference(scores, features, data, sampling.real_img_dir) if sampling.compute_fid else None
+    _check_samples(reference, sampling.n_sample)
     sampler, num_classes = loaded.sampler, loaded.header.num_classes
     labels = choose_labels(sampling.labels, sampler.seed, num_classes, sampling.n_sample)
     rule = label_rule(sampling.labels)
@@ -71,8 +86,7 @@ def sample_and_score(
     tally = Tally(grid.count(num_classes), num_classes)
     started = time.perf_counter()
     batches = tally.watch(_batches(sampler, labels, sampling, writer, processes))
-    reference = _Reference(scores, features, data, sampling.real_img_dir) if sampling.compute_fid else None
-    score = _score(batches, loaded, reference, sampling.batch_size, processes)
+    score = _score(batches, loaded, reference, sampling.n_sample, sampling.batch_size, processes)
     seconds = time.perf_counter() - started
     if writer is not None:
         writer.close()
@@ -119,10 +133,18 @@ def _batches(
     return read_or_draw(range(sampling.n_sample), draw, writer, sampling.batch_size, processes, reread)
 
 
+def _check_samples(reference: _Reference | None, samples: int) -> None:
+    """Check that there are enough samples for the metrics, before a feature network is loaded or downloaded."""
+    if reference is not None:
+        check_metrics(reference.scores.metrics)
+        check_counts(reference.scores.metrics, samples, None)
+
+
 def _score(
     batches: Iterable[GeneratedBatch],
     loaded: LoadedSampler,
     reference: _Reference | None,
+    samples: int,
     batch_size: int,
     processes: Processes,
 ) -> dict[str, Any]:
@@ -135,12 +157,31 @@ def _score(
         features = choose_features(reference.features, stored.name, loaded.sampler.machine)
         dataset = None if reference.other else loaded.real_images(reference.data, "train")
     if dataset is None:
-        needs = needs_of(scores.metrics, reference=True)
-        real = summary_at(reference.other, features, needs, batch_size, processes)
+        real = _summarize_other(reference, features, shown_side(stored), batch_size, processes)
     else:
+        check_counts(scores.metrics, None, len(dataset))
         real = reference_statistics(dataset, features, reference.data.derived, scores.metrics, processes)
+    check_reference(real, features, scores.metrics, samples, stored)
     names = stored.class_names if loaded.header.num_classes == len(stored.class_names) else ()
     return score_images(batches, features, real, names, scores, processes)
+
+
+def _summarize_other(
+    reference: _Reference, features: FeatureNetwork, side: int, batch_size: int, processes: Processes
+) -> Summary:
+    """Summarize `reference.other`; its images are brought to `side` x `side` pixels, as the training images are."""
+    needs = needs_of(reference.scores.metrics, reference=True)
+    stored = open_set(reference.other, needs)
+    check_counts(reference.scores.metrics, None, stored.count)
+    if stored.source is not None:
+        if (found := resolution(stored.source)) != [side, side] and processes.is_main:
+            sizes = "mixed sizes" if isinstance(found, str) else f"{found[1]} x {found[0]} pixels"
+            note(
+                f"--real_img_dir {reference.other}: the images have {sizes}; they are resized and cropped to {side} x {side} "
+                "pixels, like training images"
+            )
+        stored = replace(stored, source=resized(stored.source, side))
+    return summarise_set(stored, features, needs, None, batch_size, processes)
 
 
 def _save_grid(tally: Tally, grid: GridOptions, num_classes: int, path: Path, processes: Processes) -> None:

@@ -101,8 +101,17 @@ class SampleWriter:
         if self.kind == "npz":
             images = torch.from_numpy(table["images"][rows]).permute(0, 3, 1, 2)
         else:
-            images = torch.stack([pil_to_tensor(Image.open(self._path(index))) for index in indices])
+            images = torch.stack([self._read_file(self._path(index)) for index in indices])
         return GeneratedBatch(indices, images, **columns)
+
+    def _read_file(self, path: Path) -> torch.Tensor:
+        try:
+            with Image.open(path) as image:
+                return pil_to_tensor(image)
+        except UNREADABLE as error:
+            raise UsageError(
+                f"cannot read the sample {path}: {error}; delete it, and the same command draws anew"
+            ) from error
 
     def _check(self, settings: dict[str, Any]) -> None:
         manifest = self.folder / "samples.json"

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torchvision.transforms.functional import to_pil_image
 
+from datasets_prep.image_dataset import shown_side
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import choose_features
-from evaluation.pair_comparison import Pair, score_pairs
+from evaluation.pair_comparison import Pair, check_pairs, score_pairs
 from evaluation.sources import dataset_source
 from models.autoencoders.pixels import DECODING
 from runtime.distributed import Processes
@@ -101,6 +102,9 @@ def sample_for_images(
     started = time.perf_counter()
     features = _choose_features(request, loaded, processes)
     run = _Run(request, loaded, make_plan(features), processes)
+    if features is not None:
+        images = run.plan.conditioned.images
+        check_pairs(request.pairs, request.scores, len(images), shown_side(images.facts))
     writers = [run.writer(number) for number in range(request.conditioned.num_completions)]
     _write_inputs(run.plan, run.folder, processes)
     tally = Tally(SHEET_IMAGES, loaded.header.num_classes + 1)  # including the null class

@@ -23,6 +23,7 @@ from PIL import Image
 
 from checkpoints.experiments import newest_model
 from checkpoints.files import load_model, read_weights, save_weights
+from datasets_prep.images import center_crop
 from evaluation.features.registry import FeatureOptions, load_features
 from evaluation.reference import summarise
 from evaluation.sources import open_source
@@ -203,6 +204,39 @@ def test_score_against_a_folder_or_a_statistics_file(place, trained, call, tmp_p
         values.append(result["value"])
     assert values[0] == pytest.approx(values[1], rel=1e-3)
     assert call(TEST, [*sample_flags(place, tmp_path), "--real_img_dir", "x"])[2].count("no effect without") == 1
+
+
+def test_references_are_brought_to_the_samples_size_or_refused_before_sampling(place, trained, call, tmp_path):
+    generator = np.random.default_rng(0)
+    for index in range(100):
+        side = (56, 40)[index % 2]
+        picture = Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        for folder, size in (("mixed", None), ("resized", 28)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            shown = picture if size is None else Image.fromarray(center_crop(picture, size))
+            shown.save(tmp_path / folder / f"{index:03d}.png")
+    np.savez(tmp_path / "other.npz", mu=np.zeros(128), sigma=np.eye(128), metadata=np.array('{"resolution": [64, 64]}'))
+    values = []
+    for folder in ("mixed", "resized"):
+        flags = ["--compute_fid", "--real_img_dir", tmp_path / folder, "--output_json", tmp_path / "r"]
+        code, _, err = call(TEST, [*sample_flags(place, tmp_path / folder / "out", count=100), *flags])
+        assert code == 0, err
+        assert ("resized and cropped to 28 x 28" in err) == (folder == "mixed")
+        values.append(json.loads((tmp_path / "r").read_text())["value"])
+    assert values[0] == values[1]
+    for more, message in (
+        (["--real_img_dir", tmp_path / "other.npz"], "samples are 28 x 28, the reference is 64 x 64"),
+        (["--metrics", "precision", "--n_sample", 3], "--metrics precision needs at least 4 samples, but there are 3"),
+        (["--features", "inception", "--feature_weights", "x.pth"], "x.pth"),
+    ):
+        code, _, err = call(TEST, [*sample_flags(place, tmp_path / "refused", count=20), "--compute_fid", *more])
+        assert code == 2
+        assert message in err
+        assert "sampling:" not in err
+    for more in (["--eval_samples", 1], ["--eval_samples", 4, "--features", "inception", "--feature_weights", "x.pth"]):
+        code, _, err = call(TRAIN, [*train_flags(place, exp="refused"), *more])
+        assert (code, "needs at least 2 samples" in err or "x.pth" in err) == (2, True)
+        assert not folder_of(place, "refused").exists()
 
 
 def test_samples_from_the_global_generator(place, trained, call, tmp_path):

@@ -13,6 +13,7 @@ from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import open_moments
+from evaluation.checks import check_scoring
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.reconstruction import draw_reconstructions
@@ -104,6 +105,8 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         inputs = _open_inputs(
             task, data, options[AutoencoderOptions], scoring, own_options, training.seed, machine.for_encoding
         )
+    if inputs.features is not None:
+        check_scoring(inputs.features, ("fid",), experiment.eval_samples, len(inputs.dataset), inputs.dataset.facts)
     per_epoch = steps_per_epoch(len(inputs.dataset), training.batch_size * processes.count)
     calls = training.last_step(per_epoch) * training.grad_accumulation
     machine = machine.settled(calls, processes, whole=not training.fsdp)

@@ -110,7 +110,7 @@ def test_a_killed_build_resumes(tmp_path, source, monkeypatch, commit, moment):
     assert not (tmp_path / "lmdb").exists()
     read = []
     monkeypatch.setattr(
-        module, "open_rgb", lambda path, name, original=module.open_rgb: read.append(1) or original(path, name)
+        module, "read_image", lambda path, size, original=module.read_image: read.append(1) or original(path, size)
     )
     assert build(source, tmp_path / "lmdb") == 20
     assert content(tmp_path / "lmdb") == content(tmp_path / "whole")

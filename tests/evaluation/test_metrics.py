@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from evaluation.metrics import METRICS, compute_metrics, error_bars, frechet_distance, inception_score, psnr
+from evaluation.metrics import (
+    METRICS,
+    compute_metrics,
+    error_bars,
+    frechet_distance,
+    inception_score,
+    psnr,
+    split_order,
+)
 from evaluation.statistics import Statistics
 from evaluation.summary import GROUPS, Gatherer, Summary
 from options import UsageError
@@ -105,17 +113,43 @@ def test_kid_of_sets_of_different_sizes_is_the_unbiased_estimate(monkeypatch):
     assert compute_metrics(["kid"], summary_of(a), summary_of(b))["kid"] == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("shift", [0.0, 30.0, 1000.0])
+def test_kid_of_features_far_from_zero(shift):
+    """In float64, from the same float32 rows; the kernel of far rows is large, and so is what its rounding may cost."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(300, 64, generator=generator) * scale + shift for scale in (1.0, 1.2))
+    rows = a.double(), b.double()
+    (aa, bb, ab), n = (((x @ y.T / 64 + 1) ** 3 for x, y in (rows[:1] * 2, rows[1:] * 2, rows))), len(a)
+    expected = sum((k.sum() - k.trace()) / n / (n - 1) for k in (aa, bb)) - 2 * ab.mean()
+    found = compute_metrics(["kid"], summary_of(a), summary_of(b))["kid"]
+    assert found == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_samples_sorted_by_class_have_the_inception_score_of_mixed_ones():
+    """Ten splits in index order would hold one class each, and score 1."""
+    classes = torch.eye(10) * 1e4
+    ordered, in_turn = classes.repeat_interleave(100, 0), classes.repeat(100, 1)
+    assert 9 < inception_score(ordered) < 10
+    assert inception_score(ordered) == pytest.approx(inception_score(in_turn), abs=0.3)
+    assert inception_score(ordered) == inception_score(ordered.clone())
+
+
+def test_a_distance_that_is_not_finite_is_an_error():
+    for mean, covariance in ((np.array([np.nan, 0]), np.eye(2)), (np.zeros(2), np.diag([np.inf, 1]))):
+        with pytest.raises(UsageError, match="not finite"):
+            frechet_distance(Statistics(mean, covariance, 9), Statistics(np.zeros(2), np.eye(2), 9))
+    with pytest.raises(UsageError, match="too large"):
+        frechet_distance(Statistics(np.full(2, 1e200), np.eye(2), 9), Statistics(np.full(2, -1e200), np.eye(2), 9))
+
+
 def test_inception_score_equals_torch_fidelitys():
     from torch_fidelity.metric_isc import isc_features_to_metric
 
     logits = torch.randn(103, 11, generator=torch.Generator().manual_seed(0)) * 2
-    blocks = torch.cat([logits[i * 103 // 10 : (i + 1) * 103 // 10] for i in range(10)])
-    theirs = isc_features_to_metric(blocks[:100], splits=10, shuffle=False)["inception_score_mean"]
-    assert inception_score(logits[:100]) == pytest.approx(theirs, rel=1e-9)
-    certain = (
-        torch.eye(10).repeat(10, 1) * 1e4
-    )  # ten classes, each predicted with certainty and equally frequent in every split
-    assert inception_score(certain) == pytest.approx(10)
+    theirs = isc_features_to_metric(logits[:100], splits=10, shuffle=False)["inception_score_mean"]
+    shuffled = torch.empty(100, 11)
+    shuffled[split_order(100)] = logits[:100]
+    assert inception_score(shuffled) == pytest.approx(theirs, rel=1e-9)
     assert inception_score(torch.zeros(40, 10)) == pytest.approx(1)
 
 

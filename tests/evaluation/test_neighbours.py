@@ -55,3 +55,25 @@ def test_a_set_compared_with_itself_and_with_a_distant_set():
     near, far = rows(50, 0), rows(50, 1, shift=1000.0)
     assert neighbour_scores(summary(near), summary(near))["precision"] == 1
     assert set(neighbour_scores(summary(near), summary(far)).values()) == {0}
+
+
+@pytest.mark.parametrize("shift", [100.0, 3000.0])
+def test_features_far_from_zero_keep_their_digits(shift):
+    samples, real = rows(300, 0, 0.7) + shift, rows(400, 1) + shift
+    expected = neighbour_scores(
+        summary(samples - shift), summary(real - shift)
+    )  # exact: the shift cost the digits before
+    assert neighbour_scores(summary(samples), summary(real)) == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize(("count", "dims"), [(300, 64), (2500, 512)])
+def test_equal_images_lie_on_each_other(count, dims):
+    """Blank images, say: as many as neighbors, so that their balls are points, among others; whatever the block."""
+    generator = torch.Generator().manual_seed(0)
+    blank = torch.rand(1, dims, generator=generator).expand(10, -1)
+    real = torch.cat([torch.rand(count, dims, generator=generator), blank])
+    scores = neighbour_scores(summary(blank), summary(real))
+    assert scores["precision"] == 1
+    assert scores["recall"] == pytest.approx(10 / (count + 10))
+    assert scores["coverage"] >= scores["recall"]
+    assert scores["density"] >= 2

@@ -83,7 +83,7 @@ def test_an_lmdb_of_encoded_and_of_raw_images(tmp_path):
         database.begin(write=True) as transaction,
     ):
         transaction.put(b"0", b"1234")
-    with pytest.raises(UsageError, match=r"b'0' in .*bad\.lmdb"):
+    with pytest.raises(UsageError, match=r"'0' of .*bad\.lmdb"):
         everything(open_source(tmp_path / "bad.lmdb"))
 
 

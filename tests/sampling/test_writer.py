@@ -71,6 +71,13 @@ def test_a_lost_or_empty_image_is_missing(tmp_path):
     assert np.load(tmp_path / "samples.npz")["indices"].tolist() == [0, 1, 2]
 
 
+def test_a_damaged_image_is_named(tmp_path):
+    SampleWriter(tmp_path, "png", SETTINGS).add(batch(0, 1, 2))
+    (tmp_path / "000001.png").write_bytes((tmp_path / "000001.png").read_bytes()[:50])
+    with pytest.raises(UsageError, match=r"cannot read the sample .*000001\.png: .*; delete it"):
+        list(SampleWriter(tmp_path, "png", SETTINGS).read({0, 1}, 2))
+
+
 def test_a_truncated_part_counts_as_missing(tmp_path):
     writer = SampleWriter(tmp_path, "npz", SETTINGS)
     writer.add(batch(0, 1))

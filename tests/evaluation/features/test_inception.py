@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets_prep.images import read_image
 from evaluation.features.inception import InceptionFeatures
 from evaluation.features.protocol import describe_features
 from evaluation.features.registry import FeatureOptions, load_features
@@ -67,11 +68,9 @@ def test_other_layers_are_refused(inception_weights):
 
 
 def test_oblong_images_are_not_cropped(inception_weights, tmp_path):
-    from evaluation.sources import decode
-
     pixels = np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    assert torch.equal(decode(tmp_path / "a.png", "a").permute(1, 2, 0), torch.from_numpy(pixels))
+    assert torch.equal(read_image(tmp_path / "a.png", None).permute(1, 2, 0), torch.from_numpy(pixels))
 
 
 def test_inception_accepts_gray_and_color_images(inception_weights):
