@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from options import Options, UsageError, argument_type, check_range, group_title
+from options import Options, UsageError, argument_type, check_range, group_title, wrapped
 
 __all__ = ["help_flags", "leading_word", "parse_options", "read_arguments_file"]
 
@@ -29,7 +29,7 @@ PUBLISHED_KEYS = {
     "Bs": "batch_size",
 }
 
-ONE_SCREEN = 30  # scripts with at most this many options list them all in --help
+FEW_OPTIONS = 30  # scripts with at most this many options list all of them in --help
 
 HELP = frozenset(("-h", "--help", "--help_all"))
 ASSIGNMENT = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
@@ -79,7 +79,7 @@ def parse_options(
 
     for flag, reason in ignored.items():
         if given.pop(flag, None) is not None:
-            print(f"note: --{flag} has no effect here: {reason}", file=sys.stderr)
+            print(wrapped(f"note: --{flag} has no effect here: {reason}", sys.stderr), file=sys.stderr)
     for name, value in given.items():
         check_range(fields[name], value)
     values = {name: field.default for name, field in fields.items()} | dict(defaults) | given
@@ -214,7 +214,7 @@ def _hide_rare_options(
     parser: argparse.ArgumentParser, fields: Mapping[str, dataclasses.Field], rare: Collection[type]
 ) -> None:
     """Keep only the common options in the parser's help, if there are more options than fit on a screen."""
-    if len(fields) <= ONE_SCREEN:
+    if len(fields) <= FEW_OPTIONS:
         return
     hidden = {field.name for group in rare for field in dataclasses.fields(group)}
     for action in parser._actions:

@@ -119,7 +119,7 @@ class Flow:
 
         Args:
             labels: class ids [N], where K (the number of classes) is the null class; None cycles through the classes.
-            count: number of samples N; None: the number of labels, maps or noises given, else 8.
+            count: number of samples N; None: the number of labels, noise latents or maps given, else 8.
             seed: seed of the noise.
             steps: number of intervals of fixed-step solvers, also called num_steps.
             method: solver; see docs/sampling.md.
@@ -129,7 +129,7 @@ class Flow:
 
         Raises:
             UsageError: an option or method is unknown, guidance is requested from a network without a null class, labels are
-                out of range, or the number or shape of labels, noises and maps does not fit.
+                out of range, or the number or shape of labels, noise or maps does not fit.
         """
         solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
         check_method(solver)
@@ -141,8 +141,8 @@ class Flow:
         number = count if count is not None else next(iter(given.values()), 8)
         if number < 1 or any(length != number for length in given.values()):
             raise UsageError(
-                f"expected at least one sample, with one label, noise and map per sample, but got {number} samples and "
-                f"{given or 'nothing else'}"
+                f"expected at least one sample, and as many labels, noise latents or maps if given, but got {number} samples "
+                f"and {given or 'nothing else'}"
             )
         sampler = self._sampler(solver, guidance, seed)
         indices = range(number)

@@ -4,7 +4,7 @@ Each component has a dataclass whose fields are created by `option(default, help
 `command_line.parse_options` and gives each component its own instance. The first line of a class's docstring is the title
 of its group in `--help`. Classes may share a field, as network families do; the field is then a single flag.
 
-Pydantic would check ranges, but has no notion of flags or of resuming a run.
+Pydantic is not used, because it checks ranges but does not handle flags or the rules for resuming a run.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TextIO, TypeVar
 
 __all__ = [
     "INTERRUPTED",
@@ -34,6 +34,7 @@ __all__ = [
     "make_options",
     "option",
     "resume_policy",
+    "wrapped",
 ]
 
 T = TypeVar("T")
@@ -274,14 +275,20 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         if (reason := explain(error)) is None:
             raise
-        print(_wrapped(reason.line) if sys.stderr.isatty() else reason.line, file=sys.stderr)
+        print(wrapped(reason.line, sys.stderr), file=sys.stderr)
         sys.exit(reason.exit_code)
 
 
-def _wrapped(line: str) -> str:
-    """A line wrapped at the terminal's width, with paths and flags kept whole."""
-    columns = shutil.get_terminal_size().columns
-    return textwrap.fill(line, columns, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+def wrapped(line: str, file: TextIO, indent: int = 4) -> str:
+    """Wrap a line at the width of the terminal that it is printed on; other files get it unchanged.
+
+    Continuation lines are indented by `indent` more than the line. Paths and flags stay whole.
+    """
+    columns, margin = shutil.get_terminal_size().columns, " " * (len(line) - len(line.lstrip()) + indent)
+    longest = max(map(len, line.split()), default=0)
+    if not file.isatty() or longest > columns - len(margin):  # the terminal wraps a path longer than a line
+        return line
+    return textwrap.fill(line, columns, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False)
 
 
 def group_title(group: type) -> str:

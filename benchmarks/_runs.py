@@ -1,4 +1,4 @@
-"""Train and score the embedded default with the project's scripts, for benchmarks that compare whole runs."""
+"""Train and score the default experiment, fashion_mnist_dit, with the project's scripts."""
 
 import json
 import subprocess

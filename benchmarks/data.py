@@ -3,8 +3,8 @@
     python -m benchmarks.data [--gigabytes 8] [--images 20] [--folder saved_info/benchmarks/data] [--keep]
 
 Reading: shuffled batches of 16 are read from a cache of random moments, first with the shards dropped from the page cache
-(posix_fadvise after fsync; bytes read from the disk are counted), then with all shards in it. The same run times a step of
-`TrainingState.advance` with --precision bf16 --compile for comparison.
+(posix_fadvise after fsync; bytes read from the disk are counted), then with all shards in the page cache. For comparison, the
+same run times a step of `TrainingState.advance` with --precision bf16 --compile.
 
 Building: `build_latent_cache` encodes photographs from scikit-image and scikit-learn, cropped to 256 x 256 pixels and saved
 as PNG files. The encoder has Stable Diffusion's architecture and random weights. Builds alternate with the encoder alone on

@@ -6,8 +6,8 @@ The network, guidance and noise come from run_test.sh's arguments file (--args_f
 at tolerance 1e-5.
 
 1. Every setting generates the first --screened samples.
-2. The finalists are the best three with at most 16 evaluations, plus the cheapest of those whose FD is at most 3 % above
-   the reference's. They continue to --finalists samples and are timed in alternation with the reference.
+2. The finalists have at most 16 evaluations: the best three, plus the cheapest whose FD is at most 3 % above the
+   reference's. They continue to --finalists samples and are timed in alternation with the reference.
 3. The choice is the best finalist, provided its FD is at most 3 % above the reference's. If several are within 3 % of the
    best, the one with the fewest network evaluations is chosen.
 

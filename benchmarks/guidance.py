@@ -4,8 +4,8 @@
 
 The network, solver and noise come from run_test.sh's arguments file (--args_file chooses another). Plain guidance is active
 at all times, interval guidance only within an interval. Autoguidance is active at all times and guides away from
---guide_checkpoint. Its default is the embedded default trained for --guide_steps, which only suits sampling from the embedded
-default.
+--guide_checkpoint. By default, this is the default experiment (train_args/fashion_mnist_dit.txt) trained for --guide_steps.
+To sample another network, pass its own --guide_checkpoint.
 
 Every setting generates the first --screened samples; the best two of each family continue to --finalists. The plot is
 written to OUTPUT.png. Results and sample features are stored in --keep, so that an interrupted run resumes.
@@ -78,7 +78,7 @@ def settings_at(
 
 
 def trained_guide(source: SourceOptions, data: DatasetOptions, steps: int) -> Path:
-    """Train the embedded default for a few steps, or reuse the run if it exists. Returns its checkpoint."""
+    """Train the default experiment for a few steps, or reuse the run if it exists. Returns its checkpoint."""
     root, datadir = (str(Path(path).resolve()) for path in (source.save_root, data.datadir))
     run = run_default(root, f"{source.exp}_{steps}_steps", "--max_steps", str(steps), "--datadir", datadir)
     return newest_model(run, None)

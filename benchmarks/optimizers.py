@@ -1,4 +1,4 @@
-"""Question: which optimizer learns the most per image? Compares the embedded default's validation loss after equal steps.
+"""Question: which optimizer learns the most per image? Compares the default experiment's validation loss after equal steps.
 
     python -m benchmarks.optimizers [--steps 400]
 

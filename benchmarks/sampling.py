@@ -6,7 +6,7 @@ Part 1 times one guided evaluation of DiT-B/2 on 32 x 32 x 4 latents at guidance
 float32, in two passes, one with and one without labels. Each variant adds one optimization to the previous one; the last is
 equivalent to --precision bf16 --compile. Errors are relative to float32, for the guided velocity and for the network's output.
 
-Part 2 measures images/s of a trained network, from noise to uint8 images. The default network is the embedded default. It
+Part 2 measures images/s of a trained network, from noise to uint8 images. The default is the model that run.sh trains. It
 compares run_test.sh's solver with all optimizations to dopri5 at tolerance 1e-5, eager in float32. dopri5 also uses the
 guidance interval, evaluates both halves in one batch, and drops samples that have finished. Both variants alternate batch by
 batch on the same noise. FD is computed from the timed samples.
@@ -190,7 +190,7 @@ def draw_picture(seconds: dict[str, float], rates: dict[str, float], path: str) 
     left.invert_yaxis()
     bars = right.barh(list(rates), list(rates.values()))
     right.bar_label(bars, [f"{value:.3g}" for value in rates.values()], padding=3)
-    right.set(xlabel="images per second, embedded default", xlim=(0, 1.12 * max(rates.values())))
+    right.set(xlabel="images per second, default experiment", xlim=(0, 1.12 * max(rates.values())))
     right.invert_yaxis()
     figure.savefig(path, dpi=80)
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.soak [--minutes 30] [--training FLAGS] [--sampling FLAGS] [--phases training sampling]
 
-FLAGS are quoted flags for train_flow_latent.py and test_flow_latent.py. By default, the embedded default is trained, then
-sampled from. A script still running after --minutes receives Ctrl-C.
+FLAGS are quoted flags for train_flow_latent.py and test_flow_latent.py. By default, the default experiment is trained,
+then sampled from. A script still running after --minutes receives Ctrl-C.
 
 Measures the whole process tree once per second (Linux only) and compares the medians of the second and the last quarter.
 Writes docs/soak.png. Exits with code 1 if a quantity has grown.
@@ -54,7 +54,9 @@ def watch(command: Sequence[str], minutes: float) -> list[Row]:
     if process.returncode not in (0, INTERRUPTED):
         sys.exit(f"error: {shlex.join(command)} failed with exit code {process.returncode}")
     if len(rows) < LEAST_ROWS:
-        sys.exit(f"error: {shlex.join(command)} ended after {len(rows)} seconds; judging growth takes {LEAST_ROWS}")
+        sys.exit(
+            f"error: {shlex.join(command)} ended after {len(rows)} seconds; measuring growth takes at least {LEAST_ROWS}"
+        )
     return rows
 
 

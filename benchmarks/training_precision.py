@@ -1,4 +1,4 @@
-"""Question: how does training in compiled bfloat16 change the embedded default's scores?
+"""Question: how does training in compiled bfloat16 change the default experiment's scores?
 
     python -m benchmarks.training_precision [--steps 1000] [--seeds 4] [--first_seed 0]
 

@@ -124,7 +124,7 @@ OBJECTIVES: dict[str, ObjectiveFamily] = {"flow_matching": ObjectiveFamily(PathO
 class ObjectiveOptions:
     """Objective."""
 
-    objective: str = option("flow_matching", "training objective", choices=OBJECTIVES, common=True)
+    objective: str = option("flow_matching", "training objective", choices=OBJECTIVES)
 
 
 def objective_groups() -> tuple[type[PathOptions], ...]:

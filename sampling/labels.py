@@ -21,7 +21,7 @@ def choose_labels(rule: str, seed: int, num_classes: int, count: int) -> Labels:
     Args:
         rule: "balanced", "random", or a file with one class id per line; line i + 1 belongs to sample i.
         seed: seed of random labels.
-        num_classes: K.
+        num_classes: number of classes K.
         count: number of samples that will be drawn.
 
     Raises:
@@ -37,7 +37,7 @@ def choose_labels(rule: str, seed: int, num_classes: int, count: int) -> Labels:
 
 
 def label_rule(rule: str) -> str:
-    """`rule` as results record it: the word, or the SHA-256 of the file."""
+    """The rule as recorded in results: its name, or the SHA-256 of the file."""
     return rule if rule in RULES else f"sha256 {hashlib.sha256(Path(rule).read_bytes()).hexdigest()}"
 
 

@@ -31,7 +31,7 @@ class PictureOptions:
 
     pictured: int = option(8, "images or samples shown", minimum=1)
     frames: int = option(9, "samples per interpolation, or times per trajectory", minimum=2)
-    seeds: tuple[int, ...] = option((), "interpolate: the two seeds; default: --seed and the next", minimum=0)
+    seeds: tuple[int, ...] = option((), "interpolate: the two seeds; default: --seed and --seed plus 1", minimum=0)
     gif: bool = option(False, "trajectory: also save a GIF")
 
 
@@ -40,8 +40,8 @@ def invert(
 ) -> dict[str, Any]:
     """Integrate held-out images to noise and back.
 
-    Saves a sheet with a row of images, a row of their reconstructions by the autoencoder, and a row of images after the
-    integration. Saves the noise as npz.
+    Saves a sheet with three rows: the images, their reconstructions by the autoencoder, and the images after integration to
+    noise and back. Saves the noise as npz.
 
     Returns:
         The result, which is also written as JSON.
@@ -186,7 +186,7 @@ class Recorder:
         return part
 
     def nearest(self, row: int, times: list[float]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The recorded point and predicted data of one sample nearest to each of `times`."""
+        """One sample's recorded point and predicted data at the evaluation nearest to each of `times`."""
         seen = self._seen[row]
         return [min(seen, key=_distance_to(time))[1:] for time in times]
 
@@ -196,7 +196,7 @@ def _distance_to(time: float) -> Callable[[tuple[float, torch.Tensor, torch.Tens
 
 
 def _write_result(loaded: LoadedSampler, sampling: SamplingOptions, path: Path, summary: str) -> dict[str, Any]:
-    """Write the result of a picture at `path` as JSON, and return it."""
+    """Write the result for the picture at `path` as JSON, and return it."""
     result = {**loaded.describe(), "picture": str(path), "summary": f"{summary}: {path}"}
     write_json(sampling.output_json or path.with_suffix(".json"), result)
     return result

@@ -124,7 +124,7 @@ def _checkpoint_path(request: SamplerRequest, task: Task) -> Path:
 
 
 def _load_model(path: Path, request: SamplerRequest, device: torch.device, task: Task) -> LoadedModel:
-    """Load a checkpoint, whose header the flags must agree with, or a file of LFM's published code, which flags describe."""
+    """Load a checkpoint whose header agrees with the flags, or an LFM checkpoint, which the flags describe."""
     if is_torch_file(path):
         return open_published(path, request.given, device, downstream=task is not GENERATE)
     model = load_model(path, device, _moved_autoencoder(request))
@@ -174,7 +174,7 @@ def _choose_machine(request: SamplerRequest, processes: Processes, batches: floa
             f"with the adaptive solver {solver.method}, which uses --atol and --rtol",
         )
     precise = needs_float32(solver) and solver_counts
-    # For fixed-step solvers a lower bound, because some evaluate the network several times per step.
+    # A lower bound for fixed-step solvers, because some evaluate the network several times per step.
     evaluations = TYPICAL_ADAPTIVE_EVALUATIONS if adaptive else solver.steps
     return choose_machine(request.machine, processes, precise).settled(batches * evaluations, processes)
 

@@ -36,7 +36,7 @@ class SourceOptions:
 
     checkpoint: str = option(
         "",
-        "checkpoint, also LFM's (.pth); default: the newest of the experiment",
+        "checkpoint, this project's or LFM's (.pth); default: the experiment's newest",
         flags=("--model_ckpt",),
         common=True,
     )
@@ -81,7 +81,7 @@ class SamplingOptions:
         common=True,
     )
     output_json: str = option("", "file for the result; default: next to the grid")
-    output_log: str = option("", "file to which the line with the result is also appended")
+    output_log: str = option("", "log file to which the result is also appended, as one line")
 
 
 def sampling_groups() -> tuple[type, ...]:
@@ -101,7 +101,7 @@ def sampling_groups() -> tuple[type, ...]:
 
 
 def checkpoint_groups() -> tuple[type, ...]:
-    """The option dataclasses that this project's checkpoints record. Only files of LFM's published code need the flags."""
+    """The option dataclasses that this project's checkpoints record. Only LFM's checkpoints need the flags."""
     return AutoencoderOptions, NetworkOptions, *network_groups()
 
 
@@ -125,8 +125,8 @@ class SamplerRequest:
         autoencoder: the location of the autoencoder, if --pretrained_autoencoder_ckpt was given.
         network: the model type, if it was given.
         dataset: name of the dataset, which is part of an experiment's path.
-        given: values of the flags that the user gave, by name. They must agree with a checkpoint that has a header, and
-            describe the network of a file of LFM's published code.
+        given: values of the flags that the user gave, by name. They must agree with the header of this
+            project's checkpoint. For an LFM checkpoint, they describe the network.
     """
 
     source: SourceOptions

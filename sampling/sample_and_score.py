@@ -150,7 +150,7 @@ def _save_grid(tally: Tally, grid: GridOptions, num_classes: int, path: Path, pr
 
 
 def _output_folders(sampling: SamplingOptions, loaded: LoadedSampler) -> tuple[Path, Path]:
-    """The folders of the grid and of the samples. They differ for image files, because tools score all images of a folder."""
+    """The folders of the grid and of the samples. Image files get a separate one, because tools score a whole folder."""
     default = loaded.output_folder()
     if not sampling.output_dir:
         return default, default / loaded.stem

@@ -63,7 +63,7 @@ class Sampler:
     Args:
         network: velocity network(t, x, condition) in evaluation mode, on the machine's device.
         autoencoder: decodes the latents.
-        facts: facts about the dataset. Samples are cropped by its padding, and are gray if the dataset is.
+        facts: facts about the dataset. Its padding is cropped from the samples, which are gray if the dataset is.
         latent_shape: (c, h, w).
         num_classes: K; 1 means unconditional.
         solver: method and steps.

@@ -26,7 +26,7 @@ class Mode(NamedTuple):
     """A mode of test_flow_latent.py.
 
     Args:
-        run: run(loaded sampler, *options) returns a result in JSON's types. Its entry "summary" is printed.
+        run: run(loaded sampler, *options) returns a result in JSON's types. Its entry "summary", if there is one, is printed.
         options: the option dataclasses that `run` takes.
         parallel: whether several processes can share the work; `run` then also takes `processes`.
     """

@@ -81,7 +81,7 @@ class SampleWriter:
         _write_table(self.folder / f"samples.part_{batch.indices[0]:06d}.npz", table, durable=False)
 
     def close(self) -> None:
-        """Join the parts to samples.npz in the order of the indices. Every process must call this."""
+        """Merge the parts into samples.npz, ordered by index. Every process must call this."""
         self._processes.barrier()
         if not self._processes.is_main:
             return

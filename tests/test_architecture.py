@@ -24,7 +24,7 @@ LEVELS = {
     "latent_flow": 10,
 }
 AT_THE_ROOT = [ROOT / "options.py", ROOT / "command_line.py", ROOT / "latent_flow.py"]
-# These are run with `python -m`, so they count as scripts although they are in a library folder.
+# Modules in a library folder that count as scripts, because they are run with `python -m`.
 COMMANDS = {"checkpoints/convert.py"}
 OWNERS = {
     "torchdiffeq": "flow/",

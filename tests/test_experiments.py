@@ -68,7 +68,7 @@ OWN = {  # parameters in millions of this repository's own experiments, for late
     "fashion_mnist_dit": 1.9, "fashion_mnist_inpainting": 1.9, "fashion_mnist_semantic": 1.9,
     "fashion_mnist_pixel_unet": 1.3, "mnist_latent_dit": 129.5, "folder_dit": 129.7,
 }  # fmt: skip
-FACTORS = {"none": 1, "pretrained/fashion_mnist_autoencoder": 4}  # 8 for other autoencoders
+FACTORS = {"none": 1, "pretrained/fashion_mnist_autoencoder": 4}  # all other autoencoders have factor 8
 HALF_PRECISION = {"celeb512_adm", "celeb1024_adm"}
 
 
@@ -202,7 +202,7 @@ def assert_adam(training):
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_a_test_file_describes_the_network_without_the_train_file(name):
-    """LFM's published checkpoints have no header and need this."""
+    """LFM's published checkpoints have no header, so the test file must describe the network."""
     train, test = parse_file("train", name), parse_file("test", name)
     assert network_of(test) == network_of(train)
     assert test[DatasetOptions] == train[DatasetOptions]
@@ -240,7 +240,7 @@ def test_several_keys_on_one_line_are_parsed(tmp_path):
     }  # fmt: skip
 
 
-PUBLISHED_DEFAULTS = {  # the network's, in both scripts
+PUBLISHED_DEFAULTS = {  # of the network options in LFM's training and test scripts
     "model_type": "adm", "image_size": 32, "nf": 256, "num_res_blocks": 2, "attn_resolutions": (16,),
     "ch_mult": (1, 1, 2, 2, 4, 4), "dropout": 0, "label_dim": 0, "num_classes": None, "label_dropout": 0,
     "use_origin_adm": False, "use_scale_shift_norm": True, "resblock_updown": False, "use_new_attention_order": False,

@@ -26,7 +26,7 @@ CHECKPOINT = "saved_info/latent_flow/fashion_mnist/fashion_mnist_dit/best.safete
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, write_idx):
-    """A folder with a small Fashion-MNIST in data/, and the embedded default after two training steps in saved_info/."""
+    """A folder with a small Fashion-MNIST in data/, and the default experiment after two training steps in saved_info/."""
     place = tmp_path_factory.mktemp("place")
     write_idx(place / "data" / "fashion_mnist", {"train": 400, "t10k": 40})
     flags = {
@@ -118,7 +118,10 @@ def test_images_with_and_without_padding_have_the_same_latents(flow):
     [
         (lambda flow: flow.sample(labels=[3, 11]), r"class ids \[N\] in 0\.\.10, but got \[3, 11\]"),
         (lambda flow: flow.sample(labels=["3"]), r"expected integer class ids, but got \['3'\]"),
-        (lambda flow: flow.sample(labels=[3, 4], noise=torch.zeros(1, *flow.header.latent_shape)), "one label, noise and map"),
+        (
+            lambda flow: flow.sample(labels=[3, 4], noise=torch.zeros(1, *flow.header.latent_shape)),
+            "as many labels, noise latents or maps",
+        ),
         (lambda flow: flow.sample(noise=torch.zeros(2, 4, 4, 4)), r"noise: expected latents .*\(4, 8, 8\)"),
         (lambda flow: flow.sample(count=0), "at least one sample"),
         (lambda flow: flow.sample(guidance=3), r"unknown keyword guidance: .* method, .*cfg_scale"),

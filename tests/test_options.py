@@ -119,7 +119,7 @@ def test_help_lists_common_options_and_help_all_the_others(capsys, monkeypatch):
 
         shown: str = option("", "recorded by the checkpoint", common=True)
 
-    monkeypatch.setattr("command_line.ONE_SCREEN", 8)
+    monkeypatch.setattr("command_line.FEW_OPTIONS", 8)
     texts = {}
     for flag in ("--help", "-h", "--help_all"):
         with pytest.raises(SystemExit):
@@ -322,7 +322,7 @@ class LargeNetwork(Network):
 
 
 def test_a_group_that_was_not_registered_is_refused():
-    """This group must be refused although all of its fields have values, which belong to another group."""
+    """All fields of this group have values, but they belong to another group."""
     with pytest.raises(KeyError, match="Unregistered is not among the option groups"):
         parse()[Unregistered]
     with pytest.raises(KeyError, match="LargeNetwork"):

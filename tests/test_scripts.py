@@ -388,7 +388,8 @@ def test_training_killed_again_and_again_ends_with_the_same_bits(place, trained,
     flags += ["--save_content_every_steps", "1"]
     folder, notes = folder_of(place, "killed"), 0
     for lines in (5, 20, 35, 50):
-        process = subprocess.Popen([sys.executable, TRAIN, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        words, pipe = [sys.executable, TRAIN, *flags], subprocess.PIPE
+        process = subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
         wait_for_lines(folder / "metrics.jsonl", lines, process)
         process.kill()
         notes += "removed run.lock, left by a process that has ended" in process.communicate()[0]

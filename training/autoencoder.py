@@ -144,7 +144,7 @@ def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Mac
 
 
 def snapshot_folder(options: AutoencoderTrainingOptions) -> Path:
-    """The folder of the weights until the finished autoencoder is saved."""
+    """The folder for snapshots of the weights until the finished autoencoder is saved."""
     return Path(f"{options.output}.snapshot")
 
 

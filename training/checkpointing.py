@@ -1,4 +1,4 @@
-"""When a run validates, saves and draws sample grids: by epochs, steps or minutes, at its end, and when interrupted."""
+"""Validates, saves and draws sample grids: at intervals of epochs, steps or minutes, at the end, and on interruption."""
 
 import math
 import re
@@ -25,7 +25,7 @@ STEPS_BETWEEN_POLLS = 10  # with several processes, because each poll waits for 
 
 
 class Requests(NamedTuple):
-    """Requests of any process.
+    """Requests made by at least one process.
 
     Args:
         stop: stop, because of a signal.

@@ -160,7 +160,7 @@ def batches(
         label_dropout: probability of replacing a label by the null class.
         device: device of the batches.
         processes: this process takes slice `rank` of every global batch.
-        condition: dense conditions by image index. Their random draws are numbered through all global batches.
+        condition: dense conditions by image index. Their random draws are numbered consecutively across global batches.
         condition_dropout: probability of replacing a dense map by zeros.
     """
     global_batch = batch_size * processes.count
@@ -236,9 +236,9 @@ def _order(seed: int, count: int, global_batch: int, share: slice, flips: bool) 
 def _read_ahead(reader: Callable[[int], Callable[[], T]], first: int, last: int) -> Iterator[tuple[int, T]]:
     """Yield the steps first .. last - 1 with the result of `reader(step)()`, read in a thread during the previous step.
 
-    With a latent cache the thread only reads. If it also runs torch's parallel loops, it gets a second set of OpenMP
-    threads. Once these outnumber the processors, all threads sleep at the end of every loop, which slows down the training
-    step too. Training on images that are encoded at every step has this cost.
+    With a latent cache, the thread only reads. Without one, it encodes images and so runs torch's parallel loops, which get a
+    second set of OpenMP threads. Once there are more threads than processors, all of them sleep at the end of every loop,
+    which also slows down the training step.
     """
     with ThreadPoolExecutor(1) as thread:
         upcoming: deque[Future[T]] = deque()

@@ -41,8 +41,8 @@ class Ema:
     def update(self, network: nn.Module, keep: torch.Tensor | None = None) -> None:
         """Update the EMA with the network's current weights.
 
-        `keep` is a 0-d tensor on the weights' device: at 0, the update is skipped and does not count; at 1, it is made. The
-        host does not wait for it.
+        `keep` is a 0-d tensor on the weights' device. If it is 0, the update is skipped and not counted. If it is 1 or missing,
+        the update is applied. The host does not wait for the value.
         """
         keep = torch.ones_like(self.updates) if keep is None else keep.to(self.updates)
         self.updates += keep

@@ -56,7 +56,7 @@ class ExperimentOptions:
     save_root: str = option("saved_info", "folder of all experiments", on_resume="freely", common=True)
     resume: bool = option(
         False,
-        "also resume with another length, learning rate or number of images, or from a content.pth of LFM's published code",
+        "also resume after changing the length, learning rate or number of images, or from LFM's content.pth",
         on_resume="freely",
         common=True,
     )
@@ -65,7 +65,7 @@ class ExperimentOptions:
     )
     init_from: str = option(
         "",
-        "initialize from this checkpoint, also LFM's (.pth): loads all weights that fit and lists the rest",
+        "initialize from this checkpoint, this project's or LFM's (.pth): loads all weights that fit and lists the rest",
         flags=("--model_ckpt",),
         common=True,
     )
@@ -82,10 +82,8 @@ class ExperimentOptions:
     keep_last: int = option(
         0, "number of newest checkpoints model_<epoch> to keep; 0: all", minimum=0, on_resume="freely", common=True
     )
-    save_ckpt_every: int = option(
-        25, "epochs between checkpoints model_<epoch>", minimum=1, on_resume="freely", common=True
-    )
-    plot_every: int = option(5, "epochs between sample grids", minimum=1, on_resume="freely", common=True)
+    save_ckpt_every: int = option(25, "epochs between checkpoints model_<epoch>", minimum=1, on_resume="freely")
+    plot_every: int = option(5, "epochs between sample grids", minimum=1, on_resume="freely")
     eval_every: int = option(
         5, "epochs between validations on held-out images", minimum=1, on_resume="freely", common=True
     )
@@ -102,7 +100,7 @@ class Configuration:
     Args:
         values: values by name; "auto" and other placeholders are resolved.
         policies: resume policies of the options.
-        defaults: defaults of the options. A run that started before an option existed had its default.
+        defaults: defaults of the options. They stand for options that did not exist when the run started.
     """
 
     values: Mapping[str, Any]
@@ -223,7 +221,7 @@ def _changed(
 ) -> dict[str, tuple[Any, Any]]:
     """Old and new values of the options that differ. Instead of `batch_size`, the global batch size is compared.
 
-    A run that started before an option existed had its default.
+    An option that did not exist when the run started counts as having its default.
     """
     batches = [values.get("batch_size", 0) * values.get("processes", 1) for values in (previous, current)]
     changed = {

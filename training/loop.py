@@ -44,9 +44,10 @@ def train(run: TrainingRun, resume: bool) -> bool:
     # Set up.
     state = _initial_state(run, resume, per_epoch, last_step)
     if state is None or state.step >= last_step or 0 < options.max_minutes * 60 <= state.seconds:
-        note(
-            "the run has already ended; to train further, add --resume and raise --max_steps, --num_epoch or --max_minutes"
-        )
+        advice = "add --resume and raise --max_steps, --num_epoch or --max_minutes"
+        if state is None:
+            advice = f"start another --exp with --init_from, because there is no {CONTENT}"
+        note(f"the run has already ended; to train further, {advice}")
         return True
     if processes.is_main:
         fact("disk", check_space(run.folder, predict_use(state, experiment, per_epoch, last_step)))

@@ -1,4 +1,4 @@
-"""Reports of skipped steps and loss spikes, and the end of a run that skips too many steps in a row."""
+"""Reports skipped steps and loss spikes, and ends a run that skips too many steps in a row."""
 
 import math
 import statistics
@@ -55,7 +55,7 @@ class NanGuard:
         self._losses = LossHistory(log.past("train", "loss") if log else ())
 
     def report_loss(self, loss: float) -> None:
-        """Record an interval's mean loss and print a warning, if it is a spike."""
+        """Record an interval's mean loss and print a warning if it is a spike."""
         median = self._losses.detect_spike(loss)
         if median is not None and self._log:
             self._log.write(self._state.step, "spike", {"loss": loss, "median": median})

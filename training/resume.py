@@ -1,4 +1,4 @@
-"""Resuming a run from content.pth: exactly from this project's, or as far as possible from LFM's published code's."""
+"""Resume a run from content.pth: exactly from this project's file, or as far as possible from LFM's."""
 
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ def resume_run(
     if is_published_content(content):
         if sharded:
             raise UsageError(
-                f"{path} is from LFM's published code, which cannot resume with --fsdp: leave out --fsdp, or start from the "
-                "file's weights with --init_from"
+                f"{path} was saved by LFM's published code and cannot be resumed with --fsdp: leave out --fsdp, or start "
+                "from the file's weights with --init_from"
             )
         return _restore_published(state, parse_published(content, path), path, per_epoch, header)
     state.restore(content, processes)
@@ -77,7 +77,7 @@ def _restore_published(
         raise UsageError(f"{path} has optimizer state only for AdamW: resume with --optimizer adamw")
     if published.epoch is None:
         raise UsageError(
-            f"{path} does not say its epoch, so the run cannot resume: start from its weights with --init_from"
+            f"{path} does not record its epoch, so the run cannot resume: start from its weights with --init_from"
         )
     architecture = header.architecture
     stage = newest_condition_stage(path.parent)  # LFM stores these weights in a separate file

@@ -58,7 +58,7 @@ class TrainingOptions(OptimizerOptions):
     use_ema: bool = option(
         True, "use the exponential moving average (EMA) of the weights in samples, validation and checkpoints"
     )
-    ema_decay: float = option(0.9999, "EMA decay per step, lower in the first steps", minimum=0, maximum=1, common=True)
+    ema_decay: float = option(0.9999, "EMA decay per step, lower in the first steps", minimum=0, maximum=1)
     max_bad_steps: int = option(
         100, "stop after this many steps in a row without a finite gradient; 0: never", minimum=0, on_resume="freely"
     )

@@ -1,5 +1,6 @@
 """The common part of the training scripts, which differ only in their task."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -66,10 +67,17 @@ def _sampling_command(options: Options, task: Task) -> str:
     """The command that samples from the run; it uses the sampling arguments file of the same name if there is one."""
     arguments = Path("test_args", Path(options.args_file).name)
     known = arguments.is_file() and Path(options.args_file).parent.name == "train_args"
-    command = f"bash run_test.sh {arguments}" if known else f"python test_flow_latent{task.script}.py"
+    command = f"bash run_test.sh {arguments}" if known else f"{_python()} test_flow_latent{task.script}.py"
     defaults = options.defaults()
-    flags = [f"--{name} {options.written(name)}" for name in LOCATION if options.values[name] != defaults[name]]
-    return " ".join([command, *flags])
+    named = [name for name in LOCATION if options.values[name] != defaults[name] or name == "exp"]
+    flags = [f"--{name} {options.written(name)}" for name in named]
+    return " ".join([command, *flags, *([] if known else ["--n_sample 16"])])
+
+
+def _python() -> str:
+    """The interpreter as a user types it: the path of .venv's, which need not be active, or `python`."""
+    own = Path(sys.executable)
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else "python"
 
 
 def _overwrite_once(options: Options, folder: Path) -> Options:

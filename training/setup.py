@@ -211,7 +211,7 @@ def _check(training: TrainingOptions, solver: SolverOptions, machine: MachineOpt
         )
     if training.fsdp and machine.precision == "fp16":
         raise UsageError(
-            "--fsdp does not support --precision fp16, whose loss scale processes do not share: use --precision bf16"
+            "--fsdp does not support --precision fp16, because processes do not share its loss scale: use --precision bf16"
         )
     if training.batch_size % training.grad_accumulation:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The state of a training run, with the optimizer step, saving and restoring."""
+"""The state of a training run. It takes optimizer steps, and can be saved and restored."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -152,7 +152,7 @@ class TrainingState:
         return gather_state(content, keep=processes.is_main)
 
     def restore(self, content: Mapping[str, Any], processes: Processes = Processes()) -> None:  # noqa: B008
-        """Restore the result of `content()`, which the same or another number of processes may have saved."""
+        """Restore the result of `content()`, which may have been saved by another number of processes."""
         self.step, self.seconds = content["step"], content["seconds"]
         self.best, self.best_of = content["best"], content["best_of"]
         sums = content["sums"].view(-1, len(self.sums))

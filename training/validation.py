@@ -71,7 +71,7 @@ class Validation:
 
     @property
     def criterion(self) -> str:
-        """The name of the value that decides on best.safetensors, with all settings that it depends on."""
+        """The name of the value that selects best.safetensors, with all settings that the value depends on."""
         if self.features is None:
             return "validation loss"
         return f"{self.features.label} of {self.samples} samples, {self.solver}, {self.guidance}"

@@ -135,7 +135,7 @@ def test_what_is_due_in_a_bad_step_is_saved_after_the_next_good_one(tmp_path, mo
 
 
 def test_max_bad_steps_0_never_stops_the_run(tmp_path):
-    """The network stays unchanged, and no loss is recorded."""
+    """Every step is skipped, so the network stays unchanged and no loss is recorded."""
     options = {"log_every": 1, "save_content_every_steps": 4}
     run = poisoned_run(tmp_path / "run", lambda *_: True, experiment=options, max_bad_steps=0)
     before = {name: value.clone() for name, value in run.network.state_dict().items()}

@@ -14,10 +14,10 @@ import pytest
 from tests.test_launch import ROOT, TEST, TORCHRUN, TRAIN, environment, folder_of, place, train_flags
 from tests.training.test_loop import assert_same_run
 
-__all__ = ["place"]  # fixture
+__all__ = ["place"]  # a fixture, imported for pytest
 TWO_RANKS = Path(__file__).with_name("two_ranks.py")
 LAUNCHERS = {"flag": ([sys.executable], ["--num_process_per_node", "2"]), "torchrun": (TORCHRUN, [])}
-WITHIN_S = 60  # documented limit
+WITHIN_S = 60  # limit stated in the documentation
 START_S = 900
 STEPS = 300  # long enough that a kill hits the run in the middle
 IN_PARTS = ["--grad_accumulation", 2, "--num_workers", 2]
@@ -149,7 +149,7 @@ def test_a_rank_killed_in_sampling_ends_the_others(place, trained, launcher, ran
 @pytest.mark.parametrize("fate", ["killed", "defect", pytest.param("mistake", marks=pytest.mark.slow)])
 def test_the_reason_of_a_rank_that_dies_alone_is_told(launcher, fate):
     process = start(launcher, TWO_RANKS, ["--fate", fate])
-    err = end_of(process, (), START_S)  # includes the start
+    err = end_of(process, (), START_S)  # the limit includes starting the launcher
     if fate == "killed":
         return assert_names_the_killed(launcher, err, 1, r"\d+")
     reason = {"defect": "RuntimeError: the last words of rank 1", "mistake": "error: the last words of rank 1"}[fate]
@@ -202,7 +202,7 @@ def test_what_torchrun_starts_again_goes_on_and_ends_with_the_same_bits(place, u
     out, err = process.communicate(timeout=START_S)
     assert process.returncode == 0, err
     assert re.search(rf"resuming at step \d*[05] of {STEPS}", out)
-    assert ("removed run.lock, left by a process that has ended" in out) == (rank == 0)
+    assert ("removed run.lock, left by a process that has ended" in err) == (rank == 0)
     assert [path.name for path in record.parent.parent.glob(f"{exp}*")] == [exp]
     (record.parent / "content.previous.pth").unlink()
     assert_same_run(record.parent, uninterrupted)

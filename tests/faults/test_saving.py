@@ -158,11 +158,11 @@ def test_a_failed_write_leaves_both(tmp_path, monkeypatch):
 def test_a_file_that_one_process_cannot_read_is_used_by_none(tmp_path, monkeypatch):
     for step in (1, 2):
         save_state(tmp_path, content_of(step))
-    somewhere = iter([True, False])  # whether any process failed to read the newest file, then the one before it
+    somewhere = iter([True, False])  # whether a process failed to read the newest file, and then the previous one
     monkeypatch.setattr(Processes, "any", lambda self, failed: next(somewhere))
     path, content = read_newest(tmp_path / "content.pth", read_torch_file, Processes(1, 2))
     assert (path.name, content["step"]) == ("content.previous.pth", 1)
-    assert (tmp_path / "content.pth").exists()  # moving the file is the main process's task
+    assert (tmp_path / "content.pth").exists()  # only the main process moves the file
 
 
 def crash():

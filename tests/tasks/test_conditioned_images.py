@@ -68,14 +68,14 @@ def test_conditions_do_not_depend_on_the_batch():
     sampler = sampler_of(network, space, latent_shape=(3, 4, 4))
     settings = {"labels": conditioned.labels(), "dense": conditioned.dense(sampler)}
     list(generate(sampler, range(4), batch_size=3, **settings))
-    first, last = seen[0], seen[2]  # two steps each
+    first, last = seen[0], seen[2]  # each batch takes two steps
     assert (first.labels.tolist(), last.labels.tolist()) == ([2, 0, 1], [2])
     whole = conditioned.dense(sampler)(range(4))
     assert whole.shape == (4, 4, 4, 4)
     torch.testing.assert_close(torch.cat([first.dense, last.dense]), whole, atol=1e-5, rtol=1e-5)
     other = conditioned.dense(replace(sampler, seed=6))(range(4))
-    assert not torch.equal(other[:, :3], whole[:, :3])  # another posterior sample
-    assert torch.equal(other[:, 3], whole[:, 3])  # of the same mask
+    assert not torch.equal(other[:, :3], whole[:, :3])  # the posterior sample differs
+    assert torch.equal(other[:, 3], whole[:, 3])  # the mask does not
 
 
 @pytest.mark.parametrize(("labels", "dense"), [(True, True), (True, False), (False, True)])

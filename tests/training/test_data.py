@@ -206,7 +206,7 @@ def test_conditions_are_dropped_at_the_given_rate():
     assert not always.any()
     hidden = ~often.flatten(1).any(1)
     assert torch.equal(often[~hidden], never[~hidden])
-    assert 0.2 < hidden.double().mean() < 0.3  # of 540: four standard deviations are 0.07
+    assert 0.2 < hidden.double().mean() < 0.3  # with 540 images, four standard deviations are 0.07
 
 
 def test_labels_and_conditions_are_dropped_together():

@@ -58,7 +58,7 @@ def test_other_options_are_refused_by_name(folder, resume):
     message = str(raised.value)
     assert "--adam_betas was [0.9, 0.999], now [0.9, 0.95], --seed was 1, now 2" in message
     assert "--overwrite" in message
-    assert "--resume" not in message  # it would not help
+    assert "--resume" not in message  # --resume does not allow this change
     assert "--lr" not in message
     assert (folder / "config.json").read_bytes() == before
 

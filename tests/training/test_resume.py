@@ -134,7 +134,7 @@ def test_another_networks_content_pth_is_refused_with_a_suggestion(tmp_path):
     with pytest.raises(UsageError, match=r"embedding_table.* the file would fit with --num_classes 3$"):
         resume_run(state, tmp_path / "content.pth", 10, header)
     torch.save({name: value for name, value in content.items() if name != "epoch"}, tmp_path / "content.pth")
-    with pytest.raises(UsageError, match="does not say its epoch"):
+    with pytest.raises(UsageError, match="does not record its epoch"):
         resume_run(new_state(), tmp_path / "content.pth", 10, HEADER)
 
 
