@@ -1,8 +1,8 @@
 """Diffusion coefficients w(t) of the reverse SDE, by name (Ma et al. 2024, arXiv:2401.08740, section 2.4).
 
 Any w >= 0 preserves the marginals. `kl` minimizes a bound on the KL divergence; on the straight path it is 2 t / (1 - t).
-`linear` equals `sigma` on this path. The SDE adds noise sqrt(w) dW as in the paper. SiT's published code defines its forms,
-except `kl`, with sqrt(2 w) dW, so its norm 1 is our norm 2.
+`linear` equals `sigma` on this path. As in the paper, the SDE adds the noise sqrt(w) dW. SiT's published code adds
+sqrt(2 w) dW, except for `kl`, so its norm 1 corresponds to norm 2 here.
 """
 
 from collections.abc import Callable
