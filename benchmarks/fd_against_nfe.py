@@ -25,7 +25,9 @@ import torch
 from benchmarks._samples import Bench, BenchmarkOptions, request_benchmark, varied
 from benchmarks._timing import compare, markdown_table
 from flow.grids import GRIDS
+from flow.guidance import GuidanceOptions, GuidedVelocity
 from flow.solvers import SOLVERS, SolverOptions, solve
+from models.conditions import Condition
 from options import exit_cleanly, option
 from runtime.files import write_json
 
@@ -62,18 +64,18 @@ class Setting(NamedTuple):
     solver: SolverOptions
 
 
-def settings_of(options: FrontierOptions) -> list[Setting]:
+def settings_of(options: FrontierOptions, guidance: GuidanceOptions) -> list[Setting]:
     """All settings: the reference, fixed-step solvers at every NFE limit and on other time grids, and adaptive solvers."""
     found = [Setting("dopri5", "dopri5, 1e-05", REFERENCE)]
     for nfe in options.evaluations:
         for method in (name for name, kind in SOLVERS.items() if not kind.adaptive and name not in DUPLICATES):
-            found += fixed(method, nfe, method, SolverOptions(method))
+            found += fixed(method, nfe, SolverOptions(method), guidance)
     for nfe in options.grid_evaluations:
         for method in ON_GRIDS:
             for grid in list(GRIDS)[1:]:
-                found += fixed(f"{method}, {grid}", nfe, method, SolverOptions(method, time_grid=grid))
+                found += fixed(f"{method}, {grid}", nfe, SolverOptions(method, time_grid=grid), guidance)
             for shift in SHIFTS:
-                found += fixed(f"{method}, shift {shift:g}", nfe, method, SolverOptions(method, time_shift=shift))
+                found += fixed(f"{method}, shift {shift:g}", nfe, SolverOptions(method, time_shift=shift), guidance)
     for method, tolerances in TOLERANCES.items():
         for tolerance in tolerances:
             solver = SolverOptions(method, atol=tolerance, rtol=tolerance)
@@ -81,16 +83,18 @@ def settings_of(options: FrontierOptions) -> list[Setting]:
     return list(dict.fromkeys(found))
 
 
-def fixed(line: str, nfe: int, method: str, solver: SolverOptions) -> list[Setting]:
+def fixed(line: str, nfe: int, solver: SolverOptions, guidance: GuidanceOptions) -> list[Setting]:
     """The setting with the most steps within `nfe` evaluations; an empty list if a single step exceeds them."""
-    steps = [steps for steps in range(1, nfe + 1) if evaluations_of(method, steps) <= nfe]
-    return [Setting(line, f"{line}, {steps[-1]} steps", replace(solver, num_steps=steps[-1]))] if steps else []
+    trials = [replace(solver, num_steps=steps) for steps in range(1, nfe + 1)]
+    within = [trial for trial in trials if evaluations_of(trial, guidance) <= nfe]
+    return [Setting(line, f"{line}, {within[-1].num_steps} steps", within[-1])] if within else []
 
 
-def evaluations_of(method: str, steps: int) -> int:
-    """Evaluations that a fixed-step method takes, counted in a trial run."""
-    nothing = torch.zeros(1, 1)
-    return int(solve(lambda t, x: x, nothing, SolverOptions(method, steps), draw=lambda step: nothing).evaluations)
+def evaluations_of(solver: SolverOptions, guidance: GuidanceOptions) -> int:
+    """Evaluations that a fixed-step solver takes, counted in a trial run. Some start afresh at the interval's ends."""
+    nothing, condition = torch.zeros(1, 1), Condition(torch.zeros(1))
+    velocity = GuidedVelocity(lambda t, x, condition: x, condition, condition, guidance)
+    return int(solve(velocity, nothing, solver, draw=lambda step: nothing).evaluations)
 
 
 def measure(bench: Bench, setting: Setting, count: int) -> dict[str, Any]:
@@ -194,7 +198,7 @@ def main() -> None:
     print(f"{own.screened} samples of {bench.loaded.path}\n")
     print(markdown_table(HEADER, []))
     rows = []
-    settings = {setting.name: setting for setting in settings_of(own)}
+    settings = {setting.name: setting for setting in settings_of(own, bench.loaded.sampler.guidance)}
     for setting in settings.values():
         rows.append(measure(bench, setting, own.screened))
         print_row(cells_of(rows[-1]))

@@ -54,12 +54,12 @@ def dopri5(velocity: Velocity, x: torch.Tensor, times: Sequence[float], options:
     rejected = torch.zeros_like(rows, dtype=torch.bool)
     remaining_velocity = velocity
     while len(rows):
-        if not (h.abs() > SMALLEST_STEP).all():
+        reaches_end = h.abs() >= (end - t).abs()
+        if not (reaches_end | (h.abs() > SMALLEST_STEP)).all():
             raise UsageError(
                 f"--method dopri5 found no step size that meets --atol {options.atol:g} and --rtol {options.rtol:g}: "
                 "raise the tolerances, or check that the velocity is finite"
             )
-        reaches_end = h.abs() >= (end - t).abs()
         h = torch.where(reaches_end, end - t, h)
         new, new_slope, error = _step(remaining_velocity, t, x, slope, h)
         evaluations[rows] += 6

@@ -1,7 +1,8 @@
 """Time grids of the fixed-step solvers: functions of u, the uniform grid from 1 down to 0."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -72,10 +73,12 @@ class TimeGridOptions:
         return self.num_steps if self.step_size is None else max(1, round(1 / self.step_size))
 
 
-def time_grid(options: TimeGridOptions) -> list[float]:
+def time_grid(options: TimeGridOptions, breakpoints: Sequence[float] = ()) -> list[float]:
     """The `options.steps` + 1 times from 1 down to 0, with both ends exact.
 
-    `time_shift` s maps any grid to t' = s t / (1 + (s - 1) t) (Esser et al. 2024, section 5.3.2).
+    `time_shift` s maps any grid to t' = s t / (1 + (s - 1) t) (Esser et al. 2024, section 5.3.2). After that, the grid point
+    nearest to each of the decreasing `breakpoints` moves onto it, and the steps between two of them stretch in proportion.
+    The number of steps stays the same. With too few steps to reach all breakpoints, no point moves.
 
     Raises:
         UsageError: fewer than one step, or a grid so uneven that times coincide.
@@ -89,4 +92,21 @@ def time_grid(options: TimeGridOptions) -> list[float]:
             f"--time_grid {options.time_grid} has coinciding times at {options.steps} steps: "
             "choose a more even grid or fewer steps"
         )
-    return t.tolist()
+    return _stretch(t, breakpoints).tolist()
+
+
+def _stretch(t: torch.Tensor, breakpoints: Sequence[float]) -> torch.Tensor:
+    """Move the grid points t [N + 1] that are nearest to the breakpoints onto them, and stretch the grid in between."""
+    steps, fixed = len(t) - 1, [0]
+    if steps <= len(breakpoints):
+        return t
+    for number, time in enumerate(breakpoints):
+        first, last = fixed[-1] + 1, steps - len(breakpoints) + number  # each piece keeps at least one step
+        distance = (t[first : last + 1] - time).abs().round(decimals=9)
+        fixed.append(first + int(distance.argmin()))  # of two equally near, the noisier
+    stretched = t.clone()
+    ends = zip(pairwise([*fixed, steps]), pairwise([1.0, *breakpoints, 0.0]), strict=True)
+    for (first, last), (start, end) in ends:
+        share = (t[first : last + 1] - t[last]) / (t[first] - t[last])
+        stretched[first : last + 1] = share * start + (1 - share) * end
+    return stretched

@@ -4,6 +4,9 @@ Guidance extrapolates away from a worse velocity: v_guided = v_worse + scale (v 
 v_worse from the same network under the null condition (Ho & Salimans 2022, eq. 6). Autoguidance takes it from a weaker
 network under the same condition (Karras et al. 2024, arXiv:2406.02507, eq. 3). Guidance acts at times within an interval
 (Kynkaanniemi et al. 2024, arXiv:2404.07724, eq. 5), on all channels or only on the first few.
+
+The guided velocity jumps at the ends of the interval. `breakpoints` lists them, and `restrict` gives the velocity on either
+side, so that a solver steps to each end and decides once per step whether to guide.
 """
 
 import copy
@@ -72,6 +75,7 @@ class GuidedVelocity:
         self.null_condition = null_condition
         self.guidance = guidance
         self.guide = guide
+        self._guided: bool | None = None  # whether guidance acts; None: at times within the interval
         self._rows: torch.Tensor | None = None  # indices of these samples in the whole batch; None: all samples
         self._tally: list[tuple[torch.Tensor | None, torch.Tensor]] = []  # rows and their evaluations, for each call
 
@@ -90,6 +94,23 @@ class GuidedVelocity:
         guided[:, channels] = extrapolated[:, channels]
         return velocity.index_copy(0, rows, guided)
 
+    @property
+    def breakpoints(self) -> tuple[float, ...]:
+        """The ends of the guidance interval, where the velocity jumps; empty if guidance acts always or never."""
+        low, high = self.guidance.cfg_interval
+        jumps = self._guided is None and self.guidance.cfg_scale != 1 and low < high
+        return tuple(end for end in (low, high) if 0 < end < 1) if jumps else ()
+
+    def restrict(self, start: float, end: float) -> "GuidedVelocity":
+        """The velocity between two times, guided at all times if their midpoint is inside the guidance interval, else never.
+
+        It shares this velocity's evaluation count.
+        """
+        low, high = self.guidance.cfg_interval
+        part = copy.copy(self)
+        part._guided = low < (start + end) / 2 < high
+        return part
+
     def select_rows(self, rows: torch.Tensor) -> "GuidedVelocity":
         """The velocity of the samples `rows` of the batch. It shares this velocity's evaluation count."""
         part = copy.copy(self)
@@ -107,11 +128,12 @@ class GuidedVelocity:
     def _guided_rows(self, times: torch.Tensor) -> torch.Tensor:
         """Indices of the samples to guide."""
         all_rows = torch.arange(len(times), device=times.device)
-        if self.guidance.cfg_scale == 1:
+        if self.guidance.cfg_scale == 1 or self._guided is False:
             return all_rows[:0]
         low, high = self.guidance.cfg_interval
         # A boolean index makes the host wait for the device, so it is skipped where guidance always applies.
-        return all_rows if (low, high) == ALWAYS else all_rows[(times >= low) & (times <= high)]
+        always = self._guided or (low, high) == ALWAYS
+        return all_rows if always else all_rows[(times >= low) & (times <= high)]
 
     def _evaluate(self, times: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The velocity [B, ...] of all samples, and the worse velocity of `rows`.

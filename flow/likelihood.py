@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from flow.ode import SolverOptions, Velocity, select_rows
+from flow.ode import SolverOptions, Velocity, breakpoints_of, restrict, select_rows
 from flow.solvers import solve
 
 __all__ = ["Likelihood", "log_likelihood"]
@@ -67,6 +67,13 @@ class _WithDivergence:
             v = self._velocity(t, x)
             divergence = _exact_trace(v, x) if self._probe is None else _hutchinson(v, x, self._probe)
         return torch.cat([v.detach().flatten(1), divergence[:, None]], dim=1)
+
+    @property
+    def breakpoints(self) -> list[float]:
+        return breakpoints_of(self._velocity)
+
+    def restrict(self, start: float, end: float) -> "_WithDivergence":
+        return _WithDivergence(restrict(self._velocity, start, end), self._shape, self._probe)
 
     def select_rows(self, rows: torch.Tensor) -> "_WithDivergence":
         probe = None if self._probe is None else self._probe[rows]

@@ -1,4 +1,8 @@
-"""Arguments and results of every solver of dx/dt = velocity(t, x), from t = 1 (noise) to t = 0 (data)."""
+"""Arguments and results of every solver of dx/dt = velocity(t, x), from t = 1 (noise) to t = 0 (data).
+
+A velocity may have two methods and one attribute that solvers use, through the functions below: `select_rows`, `breakpoints`
+and `restrict`. A velocity that wraps another one must pass them on.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,6 +20,8 @@ __all__ = [
     "Solver",
     "SolverOptions",
     "Velocity",
+    "breakpoints_of",
+    "restrict",
     "select_rows",
     "solution_with_count",
     "time_tensor",
@@ -23,6 +29,8 @@ __all__ = [
 
 # velocity(t, x): t is one time [] or one per sample [B]; x and the result are [B, C, h, w].
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# Breakpoints closer than this to each other or to the ends are ignored. float32 tells their times apart.
+SHORTEST_PIECE = 1e-6
 # draw(step): standard normal noise like x, for solvers that add noise; each sample has a separate random stream.
 Draw = Callable[[int], torch.Tensor]
 
@@ -78,3 +86,26 @@ def select_rows(velocity: Velocity, rows: torch.Tensor) -> Velocity:
     """
     select: Callable[[torch.Tensor], Velocity] | None = getattr(velocity, "select_rows", None)
     return velocity if select is None else select(rows)
+
+
+def breakpoints_of(velocity: Velocity) -> list[float]:
+    """The times strictly between 1 and 0 at which the velocity jumps, in decreasing order.
+
+    A velocity that jumps at some times must list them in an attribute `breakpoints`, and have a method `restrict`. Any other
+    velocity has none. Times within `SHORTEST_PIECE` of another one or of the ends are left out.
+    """
+    kept = [1.0]
+    for time in sorted(getattr(velocity, "breakpoints", ()), reverse=True):
+        if kept[-1] - time > SHORTEST_PIECE and time > SHORTEST_PIECE:
+            kept.append(time)
+    return kept[1:]
+
+
+def restrict(velocity: Velocity, start: float, end: float) -> Velocity:
+    """The velocity between `start` and `end` (in either order), continued smoothly to all times.
+
+    At a breakpoint, it takes the side on which the interval lies, so that all stages of a step agree. The interval should not
+    contain breakpoints; if it does, the velocity at its midpoint decides.
+    """
+    method: Callable[[float, float], Velocity] | None = getattr(velocity, "restrict", None)
+    return velocity if method is None else method(start, end)

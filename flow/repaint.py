@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from flow.ode import Draw, Solution, Velocity, solution_with_count, time_tensor
+from flow.ode import Draw, Solution, Velocity, restrict, solution_with_count, time_tensor
 from flow.paths import straight_path
 
 __all__ = ["replace_known"]
@@ -45,8 +45,9 @@ def replace_known(
     """
     number = 0
     for t, s in pairwise(times):
+        part = restrict(velocity, t, s)
         for repetition in range(resamplings):
-            x_s = x + (s - t) * velocity(time_tensor(t, x), x)
+            x_s = x + (s - t) * part(time_tensor(t, x), x)
             at_s = time_tensor(s, x).expand(len(x))
             known_s = known if s == 0 else straight_path(at_s, known, draw(number), sigma_min).x_t
             x = torch.where(hole, x_s, known_s)

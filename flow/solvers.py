@@ -1,6 +1,8 @@
 """Solvers of dx/dt = velocity(t, x) from t = 1 (noise) to t = 0 (data), by name in SOLVERS."""
 
+from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -8,7 +10,7 @@ import torch
 from flow.adaptive import dopri5
 from flow.grids import time_grid
 from flow.multistep import adams_bashforth, dpm_solver
-from flow.ode import Draw, Solution, Solver, SolverOptions, Velocity
+from flow.ode import Draw, Solution, Solver, SolverOptions, Velocity, breakpoints_of, restrict
 from flow.runge_kutta import TABLEAUS, runge_kutta
 from flow.stochastic import heun, reverse_sde
 from flow.torchdiffeq_methods import torchdiffeq_solver
@@ -80,6 +82,10 @@ def solve(
 ) -> Solution:
     """Integrate from noise x [B, C, h, w] at t = 1 to data at t = 0.
 
+    A velocity that jumps, such as one with a guidance interval, is integrated piece by piece: no step crosses a breakpoint,
+    and adaptive step sizes and the history of multistep methods start afresh there. Fixed-step grids reach the breakpoints
+    (see `time_grid`). With too few steps for that, every step is a piece of its own.
+
     Args:
         velocity: velocity(t, x), where t is [] or [B].
         x: the initial state.
@@ -92,5 +98,24 @@ def solve(
     """
     check_method(options, backwards)
     method = SOLVERS[options.method]
-    times = [1.0, 0.0] if method.adaptive else time_grid(options)
-    return method.run(velocity, x, times[::-1] if backwards else times, options, draw)
+    breakpoints = breakpoints_of(velocity)
+    times = [1.0, *breakpoints, 0.0] if method.adaptive else time_grid(options, breakpoints)
+    evaluations, taken = torch.zeros(len(x), dtype=torch.long, device=x.device), 0
+    for piece in _split(times[::-1] if backwards else times, breakpoints):
+        part = restrict(velocity, piece[0], piece[-1])
+        x, used = method.run(part, x, piece, options, partial(_draw_later, draw, taken))
+        evaluations, taken = evaluations + used, taken + len(piece) - 1
+    return Solution(x, evaluations)
+
+
+def _split(times: Sequence[float], breakpoints: Sequence[float]) -> list[Sequence[float]]:
+    """Split times at the breakpoints, or at every time if they do not contain all breakpoints."""
+    inner = range(1, len(times) - 1)
+    at = [index for index in inner if times[index] in breakpoints]
+    cuts = [0, *(at if len(at) == len(breakpoints) else inner), len(times) - 1]
+    return [times[first : last + 1] for first, last in pairwise(cuts)]
+
+
+def _draw_later(draw: Draw, taken: int, step: int) -> torch.Tensor:
+    """The noise of a piece's step, after `taken` steps of earlier pieces."""
+    return draw(taken + step)

@@ -11,7 +11,7 @@ import torch
 
 from datasets_prep.datasets import DatasetOptions, crop_padding
 from evaluation.metrics import psnr
-from flow.ode import Velocity, select_rows
+from flow.ode import Velocity, breakpoints_of, restrict, select_rows
 from flow.solvers import check_method, solve
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
@@ -172,6 +172,17 @@ class Recorder:
         """The velocity of the samples `rows` of the batch. It records to the same lists."""
         part = Recorder(select_rows(self._whole, rows), 0)
         part._rows, part._seen = [self._rows[row] for row in rows.tolist()], self._seen
+        return part
+
+    @property
+    def breakpoints(self) -> list[float]:
+        """The recorded velocity's breakpoints."""
+        return breakpoints_of(self._whole)
+
+    def restrict(self, start: float, end: float) -> "Recorder":
+        """The velocity between two times. It records to the same lists."""
+        part = Recorder(restrict(self._whole, start, end), 0)
+        part._rows, part._seen = self._rows, self._seen
         return part
 
     def nearest(self, row: int, times: list[float]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from flow.grids import time_grid
+from flow.ode import breakpoints_of
 from flow.repaint import replace_known
 from sampling.loading import LoadedSampler
 from sampling.sampler import GeneratedBatch, Sampler
@@ -33,7 +34,6 @@ def training_free_draw(loaded: LoadedSampler, conditioned: ConditionedImages, re
         conditioned: masked images.
         resamplings: how many times each step is taken.
     """
-    times = time_grid(loaded.sampler.solver)
     sigma_min = loaded.header.path.sigma_min
     autoencoder = loaded.sampler.autoencoder
 
@@ -49,7 +49,7 @@ def training_free_draw(loaded: LoadedSampler, conditioned: ConditionedImages, re
         solution = replace_known(
             velocity,
             sampler.noise(indices),
-            times,
+            time_grid(sampler.solver, breakpoints_of(velocity)),
             known,
             hole,
             sampler.draw(indices),

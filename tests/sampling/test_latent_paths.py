@@ -1,9 +1,12 @@
 import math
 from itertools import pairwise
 
+import pytest
 import torch
 
+from flow.guidance import GuidanceOptions, GuidedVelocity
 from flow.solvers import SolverOptions, solve
+from models.conditions import Condition
 from sampling.latent_paths import Recorder, spherical
 
 FIRST, LAST = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -42,3 +45,21 @@ def test_recorded_points_lie_on_the_trajectory():
             share = (middle / FIRST[row]).mean().item()
             assert math.isclose(share, 0.6 / 1.1, abs_tol=rounding if method == "euler" else 0.2)
             torch.testing.assert_close(middle, share * FIRST[row], rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("method", ["heun", "dopri5"])
+def test_a_recorded_velocity_is_guided_as_without_recording(method):
+    def network(t, x, condition):
+        return torch.sin(x) * (1 + condition.labels + t).view(-1, 1, 1, 1)
+
+    def guided():
+        labels = torch.arange(3)
+        return GuidedVelocity(network, Condition(labels), Condition(0 * labels), GuidanceOptions(4.0, (0.2, 0.7)))
+
+    recorder, options = Recorder(guided(), 3), SolverOptions(method, 20)
+    solution, plain = solve(recorder, FIRST, options), solve(guided(), FIRST, options)
+    assert torch.equal(solution.x, plain.x)
+    assert torch.equal(solution.evaluations, plain.evaluations)
+    for row in range(3):
+        assert torch.equal(recorder.nearest(row, [1.0])[0][0], FIRST[row])
+        assert len(recorder._seen[row]) == solution.evaluations[row]
