@@ -16,7 +16,7 @@ from PIL import Image
 from datasets_prep.datasets import ImageDataset, crop_padding
 from datasets_prep.folders import list_files
 from datasets_prep.images import IMAGE_SUFFIXES, center_crop
-from datasets_prep.lmdb_file import open_lmdb_file
+from datasets_prep.lmdb_file import image_keys, open_lmdb_file
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.files import UNREADABLE
@@ -26,7 +26,6 @@ __all__ = ["ImageSource", "dataset_source", "decode", "image_batches", "open_sou
 
 READER_THREADS = 8
 NPZ_KEYS = ("images", "arr_0")  # arr_0 is used by ADM's evaluation
-LMDB_METADATA_KEYS = frozenset((b"length", b"__len__", b"__keys__"))  # some writers store these next to the images
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,8 @@ def _open_npz(path: Path) -> ImageSource:
 
 def _open_lmdb(path: Path, image_size: int | None) -> ImageSource:
     file = open_lmdb_file(path)
-    keys = [key for key in file.keys() if key not in LMDB_METADATA_KEYS]  # noqa: SIM118 - not a mapping
+    stored = list(file.keys())
+    keys = [stored[number] for number in image_keys(stored, image_size, str(path))]
     if not keys:
         raise UsageError(f"the LMDB {path} contains no images")
 

@@ -11,16 +11,17 @@ from torch import nn
 from checkpoints.files import read_weights
 from checkpoints.lfm_files import read_sampled
 from datasets_prep.datasets import ImageDataset
+from datasets_prep.folder_layout.report import class_names
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import DenseInput
 from models.family import FamilyOptions
 from models.registry import Architecture, build_network, network_groups
 from options import UsageError
-from runtime.messages import fact
+from runtime.messages import fact, warn
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
 
-__all__ = ["choose_architecture", "label_all_alike", "load_what_fits", "new_network"]
+__all__ = ["check_classes", "choose_architecture", "label_all_alike", "load_what_fits", "new_network"]
 
 LISTED_NAMES = 10
 
@@ -79,6 +80,52 @@ def label_all_alike(options: FamilyOptions, splits: tuple[ImageDataset, ...]) ->
                 f"the dataset has labels up to {int(split.labels.max())}, out of range for --{options.class_flag} "
                 f"{options.classes}: labels must lie in 0..{options.classes - 1}"
             )
+
+
+def check_classes(options: FamilyOptions, dataset: ImageDataset, *, new: bool) -> None:
+    """Compare the network's number of classes with the classes of the training images.
+
+    Classes without images get a warning, because files of a dataset with all its classes must also train on a part of it.
+
+    Args:
+        options: the network's.
+        dataset: the training images, after `label_all_alike`.
+        new: whether the weights are new. Otherwise, they may know classes that these images lack.
+
+    Raises:
+        UsageError: all images have one label, and the weights are new.
+    """
+    if options.classes == 1:
+        return
+    asked, names = f"--{options.class_flag} {options.classes}", class_names(dataset)
+    found = dataset.labels.unique().tolist()
+    absent = [number for number in range(options.classes) if number not in set(found)]
+    if not absent:
+        return
+    if len(found) > 1 or not new:
+        listed = ", ".join(map(str, absent[:LISTED_NAMES])) + (", ..." if len(absent) > LISTED_NAMES else "")
+        warn(
+            f"{asked}, but no training image has the label {listed}: the network does not learn these classes, and their "
+            "samples mean nothing. Choose the labels of samples with --labels, or start again with another "
+            f"--{options.class_flag}"
+        )
+        return
+    survey = dataset.survey
+    reason = f"{names[found[0]]}" if names else "there are no classes"
+    if survey is not None and survey.no_classes:
+        reason += f", because {survey.no_classes}"
+    labels = (
+        ""
+        if survey is None
+        else (
+            "put the images of each class into a folder of their own, or write a metadata.csv with the columns file_name and "
+            "label, or "
+        )
+    )
+    raise UsageError(
+        f"{asked}, but all {len(dataset):,} training images have one label ({reason}): {labels}leave out "
+        f"--{options.class_flag}"
+    )
 
 
 def new_network(architecture: Architecture, seed: int, start_from: Path | None) -> nn.Module:

@@ -10,7 +10,8 @@ import torch
 from checkpoints.experiments import find_checkpoint
 from checkpoints.header import Header
 from datasets_prep.conditions import ConditionSource
-from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, ImageDataset
+from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, ImageDataset, choose_flips
+from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import open_moments
 from evaluation.features.protocol import FeatureNetwork
@@ -45,7 +46,7 @@ from training.experiment import (
     run_folder,
     will_continue,
 )
-from training.network import choose_architecture, label_all_alike, new_network
+from training.network import check_classes, choose_architecture, label_all_alike, new_network
 from training.run import TrainingOptions, TrainingRun
 from training.validation import Validation
 
@@ -57,6 +58,7 @@ def training_groups() -> tuple[type, ...]:
     return (
         ExperimentOptions,
         DatasetOptions,
+        FlipOptions,
         LatentCacheOptions,
         AutoencoderOptions,
         NetworkOptions,
@@ -100,7 +102,14 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     own_options = options[task.condition_options] if task.condition_options else None
     with processes.main_first():  # the others find what the main process has downloaded
         inputs = _open_inputs(
-            task, data, options[AutoencoderOptions], scoring, own_options, training.seed, machine.for_encoding
+            task,
+            data,
+            options[FlipOptions],
+            options[AutoencoderOptions],
+            scoring,
+            own_options,
+            training.seed,
+            machine.for_encoding,
         )
     per_epoch = steps_per_epoch(len(inputs.dataset), training.batch_size * processes.count)
     calls = training.last_step(per_epoch) * training.grad_accumulation
@@ -114,13 +123,14 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     chosen = options[NETWORKS[model_type].options]
     architecture = choose_architecture(model_type, chosen, given, data.image_size, inputs.autoencoder, dense)
     label_all_alike(architecture.options, (inputs.dataset, inputs.held_out))
+    folder = run_folder(experiment, data.dataset, task.task)
+    continues = will_continue(folder, experiment)
+    check_classes(architecture.options, inputs.dataset, new=not continues and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
     path = options[OBJECTIVES[objective_name].options]
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
     objective = OBJECTIVES[objective_name].build(path)
-    folder = run_folder(experiment, data.dataset, task.task)
-    starts_from = experiment.init_from and not will_continue(folder, experiment)
-    weights = find_checkpoint(experiment.init_from, folder) if starts_from else None
+    weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not continues else None
     network = new_network(architecture, training.seed, weights)
 
     # The folder, once all processes have read what --overwrite may move aside.
@@ -130,7 +140,15 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     if processes.is_main and not resume:
         _show_reconstructions(inputs, machine, folder / "samples" / "reconstructions.png")
     source, held_out = (
-        open_moments(split, inputs.autoencoder, data, options[LatentCacheOptions], machine.for_encoding, processes)
+        open_moments(
+            split,
+            inputs.autoencoder,
+            data,
+            options[LatentCacheOptions],
+            machine.for_encoding,
+            processes,
+            Path(experiment.save_root) / "latent_cache",
+        )
         for split in (inputs.dataset, inputs.held_out)
     )
     condition = inputs.held_out_condition
@@ -217,13 +235,16 @@ def _check(training: TrainingOptions, solver: SolverOptions, machine: MachineOpt
 def _open_inputs(
     task: TrainingTask,
     data: DatasetOptions,
+    flip: FlipOptions,
     autoencoder_options: AutoencoderOptions,
     features_options: FeatureOptions | None,
     condition_options: Any,
     seed: int,
     machine: Machine,
 ) -> _Inputs:
-    dataset, held_out = task.open(data, "train"), task.open(data, "validation").head(HELD_OUT_IMAGES)
+    dataset, held_out = (choose_flips(task.open(data, split), flip) for split in ("train", "validation"))
+    show_data(dataset, held_out)
+    held_out = held_out.head(HELD_OUT_IMAGES)
     autoencoder = load_autoencoder(autoencoder_options, dataset.facts.channels).to(machine.device)
     features = None
     if features_options is not None:
