@@ -154,7 +154,7 @@ def _held_out(
         )
         layout.unused.append(layout.held_out.root)
         return None
-    remarks.append(f"{len(foreign):,} held-out files belong to no training class and are left out, such as {first}")
+    remarks.append(f"held-out files of no training class, which are left out: {len(foreign):,} (the first is {first})")
     kept = np.flatnonzero(labels != UNLABELED)
     return [paths[number] for number in kept], labels[kept]
 

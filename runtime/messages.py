@@ -53,7 +53,8 @@ def warn(text: str) -> None:
 
 def _write(text: str, file: TextIO, indent: int = 4) -> None:
     """Print `text`, wrapped only on a terminal, so that log files have one line per message and unbroken paths."""
-    lines = text.splitlines()
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    lines = text.encode(encoding, "backslashreplace").decode(encoding).splitlines()  # names of files may be any bytes
     if file.isatty():
         width = shutil.get_terminal_size().columns
         lines = [part for line in lines for part in _wrapped(line, width, indent)]

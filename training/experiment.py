@@ -24,6 +24,7 @@ from training.state_file import has_state
 __all__ = [
     "IMAGES",
     "STATE_OF_IMAGES",
+    "STATE_OF_LABELS",
     "Configuration",
     "ExperimentOptions",
     "begun_by_this_launch",
@@ -35,8 +36,10 @@ __all__ = [
 ]
 
 LOCK = "run.lock"
-# Entries of config.json next to the options: the number of training images, and a hash that changes with the images.
+# Entries of config.json next to the options: the number of training images, and hashes that change with the images and with
+# the labels that a conditional network gets.
 IMAGES, STATE_OF_IMAGES = "number of training images", "state of the training images"
+STATE_OF_LABELS = "labels of the training images"
 LAUNCH = "launch"  # entry of config.json: what started the run
 TAKES_OVER = "takes_over"  # entry of config.json: the run began with a content.pth of the published code
 # Entries of config.json that are no options, and whether a run may resume with other values of them. The images' state may
@@ -44,6 +47,7 @@ TAKES_OVER = "takes_over"  # entry of config.json: the run began with a content.
 RESOLVED: dict[str, OnResume] = {
     IMAGES: "on_request",
     STATE_OF_IMAGES: "rounding",
+    STATE_OF_LABELS: "on_request",
     "processes": "rounding",
     "threads": "rounding",
 }
@@ -169,7 +173,7 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
         exact = " and will not be bit-identical" if all(policies.get(name) == "rounding" for name in changed) else ""
         note(f"the run resumes with changed options{exact}: {listed}")
-    if changed or IMAGES not in previous:
+    if changed or not {IMAGES, STATE_OF_LABELS} <= previous.keys():
         write_json(config_path, {"options": current, **provenance()})
     return True
 
@@ -222,14 +226,17 @@ def _changed(
 ) -> dict[str, tuple[Any, Any]]:
     """Old and new values of the options that matter; another batch per process does not if the global one is the same.
 
-    A run from before an option existed had its default.
+    A run from before an option existed had its default. Labels change with the number of images.
     """
+    unknown = (IMAGES, STATE_OF_IMAGES, STATE_OF_LABELS)  # in runs from before they were recorded
     batches = [values.get("batch_size", 0) * values.get("processes", 1) for values in (previous, current)]
     changed = {
         name: (previous.get(name), value)
         for name, value in current.items()
         if policies.get(name) != "freely"
-        and previous.get(name, value if name in (IMAGES, STATE_OF_IMAGES) else defaults.get(name)) != value
+        and previous.get(name, value if name in unknown else defaults.get(name)) != value
     }
     changed.pop("batch_size", None)
+    if IMAGES in changed:
+        changed.pop(STATE_OF_LABELS, None)
     return changed | ({"batch_size times processes": (batches[0], batches[1])} if batches[0] != batches[1] else {})

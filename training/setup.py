@@ -40,6 +40,7 @@ from training.data import steps_per_epoch
 from training.experiment import (
     IMAGES,
     STATE_OF_IMAGES,
+    STATE_OF_LABELS,
     Configuration,
     ExperimentOptions,
     open_experiment,
@@ -262,7 +263,11 @@ def _configuration(options: Options, machine: Machine, processes: Processes, dat
     resolved: dict[str, Any] = {"precision": machine.precision, "compile": machine.compile}
     resolved |= {"processes": processes.count, "threads": torch.get_num_threads()}
     state = dataset.fingerprint + getattr(dataset, "maps_fingerprint", "")
-    images = {IMAGES: len(dataset), STATE_OF_IMAGES: hashlib.sha256(state.encode()).hexdigest()[:12]}
+    images = {
+        IMAGES: len(dataset),
+        STATE_OF_IMAGES: hashlib.sha256(state.encode()).hexdigest()[:12],
+        STATE_OF_LABELS: hashlib.sha256(dataset.labels.numpy().tobytes()).hexdigest()[:12],
+    }
     return Configuration({**options.values, **resolved, **images}, options.policies(), options.defaults())
 
 

@@ -14,7 +14,18 @@ from typing import Literal, NamedTuple
 
 from datasets_prep.folder_layout.label_files import LABEL_FILES
 
-__all__ = ["DERIVED", "FolderTree", "LeftOut", "Parts", "examples", "holds_files", "is_junk", "read_tree", "subfolders"]
+__all__ = [
+    "DERIVED",
+    "FolderTree",
+    "LeftOut",
+    "Parts",
+    "examples",
+    "holds_files",
+    "is_junk",
+    "printable",
+    "read_tree",
+    "subfolders",
+]
 
 # Names in lower case. Everything that begins with a dot (.DS_Store, ._image.jpg, .ipynb_checkpoints) is passed over too.
 JUNK = frozenset((
@@ -63,10 +74,10 @@ class LeftOut:
             ("unreadable folders", self.unreadable),
             ("special files", self.special),
         ]
-        phrases = [f"{len(paths):,} {reason} ({examples(paths)})" for reason, paths in reasons if paths]
+        phrases = [f"{reason}: {len(paths):,} ({examples(sorted(paths))})" for reason, paths in reasons if paths]
         if self.other_types:
             types = [suffix for suffix, _ in self.other_types.most_common()]
-            phrases.append(f"{self.other_types.total():,} files of other types ({examples(types)})")
+            phrases.append(f"files of other types: {self.other_types.total():,} ({examples(types)})")
         return phrases
 
     def unread_pictures(self) -> dict[str, int]:
@@ -112,14 +123,10 @@ class FolderTree:
         return dict(sorted(counts.items()))
 
     def paths(self, base: Parts = ()) -> list[Path]:
-        """All files below `base`, sorted."""
+        """All files below `base`, sorted as paths are."""
         depth = len(base)
-        return sorted(
-            Path(os.path.join(self.root, *parts, name))  # noqa: PTH118 - pathlib is slow for a million files
-            for parts, names in self.names.items()
-            if parts[:depth] == base
-            for name in names
-        )
+        files = sorted((*parts, name) for parts, names in self.names.items() if parts[:depth] == base for name in names)
+        return [Path(os.path.join(self.root, *file)) for file in files]  # noqa: PTH118 - pathlib is slow for a million files
 
 
 class _Place(NamedTuple):
@@ -244,7 +251,12 @@ def _kind(entry: os.DirEntry) -> Kind:
 def examples(names: Collection[str]) -> str:
     """The first EXAMPLES of `names`, and whether there are more."""
     more = ", ..." if len(names) > EXAMPLES else ""
-    return ", ".join(list(names)[:EXAMPLES]) + more
+    return ", ".join(printable(name) for name in list(names)[:EXAMPLES]) + more
+
+
+def printable(name: str) -> str:
+    """A file's name on one line, with escapes for everything that cannot be printed."""
+    return name if name.isprintable() else ascii(name)[1:-1]
 
 
 def _suffix(name: str) -> str:

@@ -62,7 +62,9 @@ def read_labels(files: Iterable[Path], images: Iterable[Path]) -> FileLabels:
                 remarks.append(f"cannot read the labels in {file}: {error}")
                 continue
             if absent := [name for name in found if name not in known and not os.path.exists(name)]:  # noqa: PTH110
-                remarks.append(f"{file} lists {len(absent):,} images that do not exist, such as {absent[0]}")
+                remarks.append(
+                    f"{file} lists images that do not exist: {len(absent):,} ({absent[0]}{', ...' if len(absent) > 1 else ''})"
+                )
             values |= {name: label for name, label in found.items() if name in known}
             used.append(file)
         if any(label is not None for label in values.values()):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from datasets_prep.folder_layout.entries import printable
 from datasets_prep.image_dataset import ImageDataset
 from runtime.messages import fact, warn
 
@@ -46,8 +47,9 @@ def _describe_classes(dataset: ImageDataset) -> str:
     names = names or [str(number) for number in range(len(counts))]
     source = "" if survey is None else f" from {survey.source}"
     if len(counts) <= NAMED_CLASSES:
-        listed = ", ".join(f"{name} {count:,}" for name, count in zip(names, counts, strict=True))
+        listed = ", ".join(f"{printable(name)} {count:,}" for name, count in zip(names, counts, strict=True))
     else:
         least, most = int(counts.argmin()), int(counts.argmax())
-        listed = f"{counts[least]:,} ({names[least]}) to {counts[most]:,} ({names[most]}) images each"
+        ends = (f"{counts[number]:,} ({printable(names[number])})" for number in (least, most))
+        listed = f"{' to '.join(ends)} images each"
     return f"{len(counts):,}{source}: {listed}"

@@ -67,7 +67,7 @@ def _split_warnings(layout: Layout) -> list[str]:
     if layout.strays:
         strays = examples([str(path) for path in layout.strays])
         warnings.append(
-            f"{len(layout.strays):,} entries next to {train.root} and {held_out.root} are not used: {strays}"
+            f"entries next to {train.root} and {held_out.root} that are not used: {len(layout.strays):,} ({strays})"
         )
     if os.path.realpath(train.root) == os.path.realpath(held_out.root):
         warnings.append(f"{train.root} and {held_out.root} are the same folder")
@@ -84,21 +84,21 @@ def _class_warnings(layout: Layout, labeling: Labeling) -> list[str]:
     directly, below = len(tree.names.get(base, ())), tree.counts(base)
     if labeling.by_path is None and 0 < directly < sum(below.values()):
         warnings.append(
-            f"the folders {examples(list(below))} in {folder} are no classes, because {directly:,} files lie next to them, "
-            f"such as {tree.names[base][0]}"
+            f"the folders {examples(list(below))} in {folder} are no classes, because files lie next to them: {directly:,} "
+            f"({examples(sorted(tree.names[base]))})"
         )
     empty = [
         str(tree.root.joinpath(*parts))
         for parts in tree.empty
-        if parts[:-1] == base and parts[-1:] and parts[-1] not in DERIVED
+        if parts and parts[:-1] == base[: len(parts) - 1] and parts[-1] not in DERIVED
     ]
     if empty:
-        warnings.append(f"{len(empty):,} empty folders: {examples(empty)}")
+        warnings.append(f"empty folders: {len(empty):,} ({examples(empty)})")
     counts = _class_counts(layout, labeling)
     if none := [name for name in labeling.classes if not counts.get(name)]:
-        warnings.append(f"{len(none):,} classes without images according to {labeling.source}: {examples(none)}")
+        warnings.append(f"classes without images in {labeling.source}: {len(none):,} ({examples(none)})")
     if single := [name for name in labeling.classes if counts.get(name) == 1 and len(counts) > 1]:
-        warnings.append(f"{len(single):,} classes with a single image in {folder}: {examples(single)}")
+        warnings.append(f"classes with a single image in {folder}: {len(single):,} ({examples(single)})")
     if labeling.by_path is None:
         warnings += _name_warnings(layout, labeling, folder)
     return warnings
@@ -135,10 +135,10 @@ def _left_out_warnings(layout: Layout) -> list[str]:
     found, warnings = layout.left_out, []
     for reason, paths in (("broken links", found.broken_links), ("folders that cannot be read", found.unreadable)):
         if paths:
-            warnings.append(f"{len(paths):,} {reason} in {layout.root}: {examples(paths)}")
+            warnings.append(f"{reason} in {layout.root}: {len(paths):,} ({examples(sorted(paths))})")
     if pictures := found.unread_pictures():
         warnings.append(
-            f"{sum(pictures.values()):,} pictures in {layout.root} are in formats that are not read "
-            f"({examples(list(pictures))}): convert them to PNG or JPEG"
+            f"pictures in {layout.root} in formats that are not read: {sum(pictures.values()):,} ({examples(list(pictures))}); "
+            "convert them to PNG or JPEG"
         )
     return warnings

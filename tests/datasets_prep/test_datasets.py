@@ -144,7 +144,8 @@ def test_separate_validation_folder(photo_dir, tmp_path):
     validation = open_folder(root, "validation")
     assert validation.labels.tolist() == [1] * 11
     assert any(
-        "11 held-out files belong to no training class" in text and "eel" in text for text in validation.survey.warnings
+        "held-out files of no training class, which are left out: 11" in text and "eel" in text
+        for text in validation.survey.warnings
     )
 
 
