@@ -73,7 +73,8 @@ def list_split(root: Path, split: Split, suffixes: Collection[str], kind: str = 
         UsageError: a folder is missing or empty.
     """
     if not root.is_dir():
-        raise UsageError(f"--datadir {root} is not a directory: name the folder that holds the {kind}")
+        unpack = " (unpack an archive first)" if root.is_file() else ""
+        raise UsageError(f"--datadir {root} is not a directory: name the folder that holds the {kind}{unpack}")
     return _files_of(find_layout(root, suffixes), split, suffixes, kind)
 
 

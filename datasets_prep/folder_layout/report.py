@@ -44,7 +44,7 @@ def _describe_classes(dataset: ImageDataset) -> str:
     counts = np.bincount(dataset.stored_labels, minlength=len(names))
     if not names and len(counts) == 1:
         return "none" if survey is None else f"none, because {survey.no_classes}"
-    names = names or [str(number) for number in range(len(counts))]
+    names = [*names, *map(str, range(len(names), len(counts)))]
     source = "" if survey is None else f" from {survey.source}"
     if len(counts) <= NAMED_CLASSES:
         listed = ", ".join(f"{printable(name)} {count:,}" for name, count in zip(names, counts, strict=True))
