@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from options import Options, UsageError, argument_type, check_range, group_title
+from options import Options, UsageError, argument_type, check_range, group_title, wrapped
 
 __all__ = ["help_flags", "leading_word", "parse_options", "read_arguments_file"]
 
@@ -29,7 +29,7 @@ PUBLISHED_KEYS = {
     "Bs": "batch_size",
 }
 
-ONE_SCREEN = 30  # scripts with at most this many options list them all in --help
+FEW_OPTIONS = 30  # scripts with at most this many options list all of them in --help
 
 HELP = frozenset(("-h", "--help", "--help_all"))
 ASSIGNMENT = re.compile(r"([A-Za-z]\w*)=(.*)", re.DOTALL)
@@ -57,7 +57,7 @@ def parse_options(
         ignored: flags accepted for compatibility, each with the reason why it has no effect. Using one prints a note.
         task: the TASK that an arguments file may name; None accepts any.
         positional: the positional arguments, which the caller has already removed from `argv`, for the usage line.
-        rare: groups that `--help` leaves to `--help_all`, although some of their options are common elsewhere.
+        rare: groups that only `--help_all` lists, although some of their options are common in other scripts.
         adjust: fills in defaults that depend on other options.
 
     Raises:
@@ -79,7 +79,7 @@ def parse_options(
 
     for flag, reason in ignored.items():
         if given.pop(flag, None) is not None:
-            print(f"note: --{flag} has no effect here: {reason}", file=sys.stderr)
+            print(wrapped(f"note: --{flag} has no effect here: {reason}", sys.stderr), file=sys.stderr)
     for name, value in given.items():
         check_range(fields[name], value)
     values = {name: field.default for name, field in fields.items()} | dict(defaults) | given
@@ -92,12 +92,12 @@ def parse_options(
 
 
 def help_flags(words: Iterable[str]) -> list[str]:
-    """The words that ask for help."""
+    """The words that are help flags."""
     return [word for word in words if word in HELP]
 
 
 def leading_word(meaning: str, argv: Sequence[str] | None = None) -> tuple[str, list[str]]:
-    """Split the required word before the flags from the flags.
+    """Split off the required word that precedes the flags.
 
     Args:
         meaning: what the word is, for the error message.
@@ -184,7 +184,7 @@ def _make_parser(
     parser = _Parser(
         usage=f"%(prog)s {positional + ' ' if positional else ''}[--args_file FILE] [flags]",
         description=description,
-        epilog="Write a switch --x as --x, --x true, --x false or --no-x. Brackets show defaults.",
+        epilog="Pass a switch --x as --x, --x true, --x false or --no-x. Brackets show defaults.",
         allow_abbrev=False,
         add_help=False,
         formatter_class=_HelpFormatter,
@@ -213,8 +213,8 @@ def _make_parser(
 def _hide_rare_options(
     parser: argparse.ArgumentParser, fields: Mapping[str, dataclasses.Field], rare: Collection[type]
 ) -> None:
-    """Leave the common options only in the parser's help, if there are more options than fit on a screen."""
-    if len(fields) <= ONE_SCREEN:
+    """Keep only the common options in the parser's help, if there are more options than fit on a screen."""
+    if len(fields) <= FEW_OPTIONS:
         return
     hidden = {field.name for group in rare for field in dataclasses.fields(group)}
     for action in parser._actions:
@@ -270,7 +270,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """As wide as the terminal, up to 118 columns, and one spelling for a switch instead of three."""
+    """Formats help as wide as the terminal, up to 118 columns, with one spelling of a switch instead of three."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size((118, 24)).columns, 118)

@@ -68,7 +68,7 @@ def load(
     if is_torch_file(file):
         if unknown := sorted(set(flags) - described_by()):
             raise UsageError(
-                f"unknown keyword {', '.join(unknown)}: expected some of {', '.join(sorted(described_by()))}"
+                f"unknown keyword {', '.join(unknown)}: expected any of {', '.join(sorted(described_by()))}"
             )
         model = open_published(Path(file), {**flags, **moved}, machine.device)
     elif flags:
@@ -85,7 +85,7 @@ class Flow:
     Args:
         model: network, autoencoder and header.
         machine: device, precision, and whether to compile the network.
-        automatic: whether adaptive solvers with a fine tolerance may switch to float32.
+        automatic: whether the network runs in float32 for adaptive solvers with tight tolerances.
     """
 
     def __init__(self, model: LoadedModel, machine: Machine, *, automatic: bool = True) -> None:
@@ -119,7 +119,7 @@ class Flow:
 
         Args:
             labels: class ids [N], where K (the number of classes) is the null class; None cycles through the classes.
-            count: number of samples N; None: the number of labels, maps or noises given, else 8.
+            count: number of samples N; None: the number of labels, noise latents or maps given, else 8.
             seed: seed of the noise.
             steps: number of intervals of fixed-step solvers, also called num_steps.
             method: solver; see docs/sampling.md.
@@ -129,7 +129,7 @@ class Flow:
 
         Raises:
             UsageError: an option or method is unknown, guidance is requested from a network without a null class, labels are
-                out of range, or the number or shape of labels, noises and maps does not fit.
+                out of range, or the number or shape of labels, noise or maps does not fit.
         """
         solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
         check_method(solver)
@@ -141,8 +141,8 @@ class Flow:
         number = count if count is not None else next(iter(given.values()), 8)
         if number < 1 or any(length != number for length in given.values()):
             raise UsageError(
-                f"expected at least one sample, with one label, noise and map per sample, but got {number} samples and "
-                f"{given or 'nothing else'}"
+                f"expected at least one sample, and as many labels, noise latents or maps if given, but got {number} samples "
+                f"and {given or 'nothing else'}"
             )
         sampler = self._sampler(solver, guidance, seed)
         indices = range(number)
@@ -162,7 +162,7 @@ class Flow:
     ) -> torch.Tensor:
         """Invert images, uint8 [N, C, H, W], to the noise [N, c, h, w] at t = 1; `sample(noise=...)` maps it back.
 
-        Without labels, the images are given the null class, or the only class.
+        Without labels, all images get the null class, or class 0 if the network is unconditional.
 
         Raises:
             UsageError: the method cannot run from data to noise, or labels are missing for a network without a null class.
@@ -188,7 +188,7 @@ class Flow:
         Args:
             t: time, where 0 is data and 1 is noise.
             x: latents x_t.
-            labels: class ids [N]; None for the null class, or the only class.
+            labels: class ids [N]; None for the null class, or for class 0 if the network is unconditional.
             dense: dense condition maps [N, K, h, w] for a network that takes them.
             guidance: fields of GuidanceOptions.
 

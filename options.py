@@ -1,10 +1,10 @@
 """Options, each declared once as a field of a frozen dataclass.
 
-Every component owns one dataclass, whose fields `option(default, help)` creates. A script passes the classes it needs to
-`command_line.parse_options` and hands each component its own instance. The first line of a class's docstring is the title
+Each component has a dataclass whose fields are created by `option(default, help)`. A script passes the classes it needs to
+`command_line.parse_options` and gives each component its own instance. The first line of a class's docstring is the title
 of its group in `--help`. Classes may share a field, as network families do; the field is then a single flag.
 
-Pydantic would check ranges, but has no notion of flags or of resuming a run.
+Pydantic is not used, because it checks ranges but does not handle flags or the rules for resuming a run.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TextIO, TypeVar
 
 __all__ = [
     "INTERRUPTED",
@@ -34,6 +34,7 @@ __all__ = [
     "make_options",
     "option",
     "resume_policy",
+    "wrapped",
 ]
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ T = TypeVar("T")
 #   never       no: it would be a different run
 #   on_request  only with --resume: the run then differs from what its first options describe
 #   rounding    yes: only the order of floating-point sums changes, so results differ in the last bits
-#   freely      yes: the option decides when things are shown and saved, not what the network learns
+#   freely      yes: the option affects what is printed, sampled or saved, not what the network learns
 OnResume = Literal["never", "on_request", "rounding", "freely"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -79,8 +80,8 @@ def option(
     Args:
         default: value when the flag is not given.
         help: one sentence for `--help`, with the unit.
-        choices: the allowed values, or for a tuple the allowed elements: a sequence of names or the dictionary they index.
-            Entries added to the dictionary later are allowed too.
+        choices: the allowed values, or for a tuple the allowed elements: a sequence of names, or a dictionary whose keys are
+            the names. Keys added to the dictionary later are allowed too.
         flags: alternative spellings, such as "--attn_resolution".
         minimum: the smallest allowed number.
         maximum: the largest allowed number.
@@ -154,7 +155,7 @@ class Options:
         return "\n".join(lines)
 
     def written(self, name: str) -> str:
-        """A value in the syntax of an arguments file, which is also the shell's."""
+        """An option's value in the syntax of an arguments file, which is also the shell's."""
         return _written(self.values[name])
 
     def policies(self) -> dict[str, OnResume]:
@@ -247,7 +248,7 @@ def as_json(value: Any) -> Any:
 
 
 class Explanation(NamedTuple):
-    """The exit code and the line on stderr with which a script ends after an error that is not a bug."""
+    """A script's exit code, and the line it prints to stderr, after an error that is not a bug."""
 
     exit_code: int
     line: str
@@ -274,14 +275,20 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
     except (Exception, KeyboardInterrupt) as error:
         if (reason := explain(error)) is None:
             raise
-        print(_wrapped(reason.line) if sys.stderr.isatty() else reason.line, file=sys.stderr)
+        print(wrapped(reason.line, sys.stderr), file=sys.stderr)
         sys.exit(reason.exit_code)
 
 
-def _wrapped(line: str) -> str:
-    """A line wrapped at the terminal's width, with paths and flags kept whole."""
-    columns = shutil.get_terminal_size().columns
-    return textwrap.fill(line, columns, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)
+def wrapped(line: str, file: TextIO, indent: int = 4) -> str:
+    """Wrap a line at the width of the terminal that it is printed on; other files get it unchanged.
+
+    Continuation lines are indented by `indent` more than the line. Paths and flags stay whole.
+    """
+    columns, margin = shutil.get_terminal_size().columns, " " * (len(line) - len(line.lstrip()) + indent)
+    longest = max(map(len, line.split()), default=0)
+    if not file.isatty() or longest > columns - len(margin):  # the terminal wraps a path longer than a line
+        return line
+    return textwrap.fill(line, columns, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False)
 
 
 def group_title(group: type) -> str:

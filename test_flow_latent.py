@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Sample from a trained latent flow, and score the samples. Everything about the network comes from its checkpoint."""
+"""Sample from a trained velocity network and score the samples. The checkpoint describes the network."""
 
 from checkpoints.tasks import GENERATE
 from runtime.launch import run_script

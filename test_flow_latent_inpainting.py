@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Inpaint the held-out images behind masks with a trained network, and score the completions against the images.
+"""Inpaint held-out images with a trained network, and score the completions against the images.
 
-A network trained for generation inpaints without further training: every step puts the known part back.
+A network trained for generation can inpaint too: every solver step restores the latent outside the hole.
 """
 
 from checkpoints.tasks import INPAINT

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Make images of the held-out images' label maps with a trained network, and score them against the images."""
+"""Generate images from the label maps of held-out images with a trained network, and score them against these images."""
 
 from checkpoints.tasks import SEMANTIC
 from tasks.script import run_conditioned_script

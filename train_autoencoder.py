@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train a small KL autoencoder for a dataset that has none, and save it in diffusers format."""
+"""Train a small KL autoencoder for a dataset without a pretrained one, and save it in diffusers format."""
 
 import shutil
 
@@ -20,7 +20,7 @@ from training.autoencoder import (
 
 
 def main() -> None:
-    """Parse the flags, train, measure the latents' scale, save."""
+    """Parse the flags, train, measure the latents' scale, and save."""
     groups = [AutoencoderTrainingOptions, DatasetOptions, FlipOptions, PrecisionOptions]
     options = parse_options(str(__doc__), groups)
     settings = options[AutoencoderTrainingOptions]
@@ -32,7 +32,10 @@ def main() -> None:
     save_autoencoder(network, snapshot_folder(settings), {}, settings)
     save_autoencoder(network, settings.output, posterior_statistics(network, dataset, machine), settings)
     shutil.rmtree(snapshot_folder(settings))
-    show(f"saved to {settings.output}; measure it with: python -m evaluation.reconstruction ...")
+    show(
+        f"saved to {settings.output}; measure its reconstructions with: python -m evaluation.reconstruction "
+        f"--pretrained_autoencoder_ckpt {settings.output} and the flags of the dataset"
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train the small classifier of Fashion-MNIST whose features score the embedded default, and measure it once."""
+"""Train the small classifier whose features score Fashion-MNIST samples, and measure its accuracy on the test images."""
 
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
@@ -12,7 +12,7 @@ from training.classifier import ClassifierTrainingOptions, accuracy, gather_imag
 
 
 def main() -> None:
-    """Parse the flags, train on the training images, save with the accuracy on the test images."""
+    """Parse the flags, train on the training images, and save the classifier with its accuracy on the test images."""
     options = parse_options(str(__doc__), [ClassifierTrainingOptions, DatasetOptions, PrecisionOptions])
     settings = options[ClassifierTrainingOptions]
     machine = choose_machine(options[PrecisionOptions])

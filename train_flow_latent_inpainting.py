@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Train latent flow matching to inpaint: the network sees the latent of the masked image and the mask beside x_t.
+"""Train latent flow matching for inpainting. The network also sees the masked image's latent and the mask.
 
-The network is guided-diffusion's U-Net (--use_origin_adm) unless another --model_type, or --no-use_origin_adm, is given.
+The default network is guided-diffusion's U-Net (--use_origin_adm). --model_type or --no-use_origin_adm selects another.
 """
 
 from tasks.inpainting import INPAINTING

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Train latent flow matching to make images of label maps, which a learnt 1x1 convolution brings to the network.
+"""Train latent flow matching for semantic synthesis. The network also sees a label map, through a learned 1x1 convolution.
 
-The network is guided-diffusion's U-Net (--use_origin_adm) unless another --model_type, or --no-use_origin_adm, is given.
+The default network is guided-diffusion's U-Net (--use_origin_adm). --model_type or --no-use_origin_adm selects another.
 """
 
 from tasks.semantic_synthesis import SEMANTIC_SYNTHESIS

@@ -1,1 +1,1 @@
-"""One file per claim of speed; sides are compared in one run, alternating, and a Markdown table tells medians."""
+"""Benchmarks, one module per claim or question. Variants alternate within one run; results are medians in Markdown tables."""

@@ -1,4 +1,4 @@
-"""Stand-ins of real size: a latent cache of random moments, and an autoencoder shaped like Stable Diffusion's."""
+"""Full-size substitutes for real data: a cache of random moments, and Stable Diffusion's autoencoder with random weights."""
 
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,13 @@ from models.autoencoders.protocol import Autoencoder
 
 __all__ = ["MOMENT_SHAPE", "ORIENTATIONS", "new_autoencoder", "new_network", "open_random_cache", "write_random_cache"]
 
-MOMENT_SHAPE, ORIENTATIONS = (8, 32, 32), 2  # of 256-pixel images that may be mirrored
+MOMENT_SHAPE, ORIENTATIONS = (8, 32, 32), 2  # 256-pixel images, each also mirrored
 IMAGE_BYTES = ORIENTATIONS * int(np.prod(MOMENT_SHAPE)) * 2
 SHARD_SIZE = SHARD_BYTES // IMAGE_BYTES
 
 
 def new_network() -> diffusers.AutoencoderKL:
-    """Of the shape of Stable Diffusion's autoencoder."""
+    """An untrained network with the architecture of Stable Diffusion's autoencoder."""
     levels: dict[str, Any] = {
         "down_block_types": ("DownEncoderBlock2D",) * 4,
         "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -30,13 +30,13 @@ def new_network() -> diffusers.AutoencoderKL:
 
 
 def new_autoencoder() -> Autoencoder:
-    """Stable Diffusion's autoencoder with random weights."""
+    """Stable Diffusion's autoencoder with random weights from a fixed seed."""
     torch.manual_seed(0)
     return KLAutoencoder(new_network(), "random weights")
 
 
 def write_random_cache(folder: Path, size: int) -> int:
-    """Write shards of random moments of `size` bytes in all, onto the disk; returns the number of images."""
+    """Write shards of random moments, about `size` bytes in total, to `folder`. Returns the number of images."""
     folder.mkdir(parents=True, exist_ok=True)
     block = np.random.default_rng(0).standard_normal((SHARD_SIZE, ORIENTATIONS, *MOMENT_SHAPE), np.float32)
     block = block.astype(np.float16)
@@ -48,7 +48,7 @@ def write_random_cache(folder: Path, size: int) -> int:
 
 
 def open_random_cache(folder: Path, count: int) -> LatentCache:
-    """The cache that `write_random_cache` made, without comparing checksums."""
+    """Open the cache written by `write_random_cache`, without verifying checksums."""
     manifest = {
         "orientations": ORIENTATIONS,
         "shard_size": SHARD_SIZE,

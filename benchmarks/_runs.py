@@ -1,4 +1,4 @@
-"""Trainings of the embedded default by its script, for benchmarks that compare them."""
+"""Train and score the default experiment, fashion_mnist_dit, with the project's scripts."""
 
 import json
 import subprocess
@@ -12,20 +12,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def run_default(folder: str, name: str, *flags: str) -> Path:
-    """Train experiment `name` under `folder`, with flags beside those of its args file; returns the folder of the run."""
+    """Train experiment `name` under `folder` with flags added to those in its arguments file. Returns the run folder."""
     _call("train_flow_latent.py", "train_args", folder, name, flags)
     return Path(folder, "latent_flow", "fashion_mnist", name)
 
 
 def score_default(folder: str, name: str, *flags: str) -> dict[str, Any]:
-    """Draw and score the samples of experiment `name` as run_test.sh does; returns the result."""
+    """Sample and score experiment `name` as run_test.sh does. Returns the scores."""
     _call("test_flow_latent.py", "test_args", folder, name, flags)
     (result,) = Path(folder, "latent_flow", "fashion_mnist", name, "samples").glob("model_*.json")
     return json.loads(result.read_text())
 
 
 def records_of(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl of one kind."""
+    """The entries of a run's metrics.jsonl whose "kind" is `kind`."""
     entries = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [entry for entry in entries if entry["kind"] == kind]
 

@@ -1,4 +1,4 @@
-"""What benchmarks share. Timings alternate: noise that drifts over minutes hits all sides alike."""
+"""Timing and tables for the benchmarks. Variants alternate, so that slow drift of the machine affects all of them equally."""
 
 import argparse
 import math
@@ -11,14 +11,15 @@ from typing import NamedTuple, Protocol
 
 __all__ = ["Comparison", "Side", "compare", "compare_apart", "markdown_table", "parse_no_options"]
 
-TURN = 1.0  # seconds
+TURN_SECONDS = 1.0
 
 
 def compare(sides: Mapping[str, Callable[[], object]], rounds: int = 7, settled: bool = False) -> dict[str, float]:
-    """Median seconds of each side over `rounds` alternating rounds.
+    """Median seconds per call of each variant over `rounds` alternating rounds.
 
-    A side runs once in its turn, after one warm-up call each at the start. `settled`: it runs for a second, at least twice, and
-    of all calls but the first, which finds caches and freed memory as another side left them, the median counts.
+    By default each variant is called once to warm up, then once per round. With `settled`, it is called for a second per
+    round, at least twice. The first call of each turn is then ignored, because it finds caches and freed memory in the
+    state that another variant left them in; the median of the other calls counts.
     """
     if not settled:
         for run in sides.values():
@@ -26,12 +27,20 @@ def compare(sides: Mapping[str, Callable[[], object]], rounds: int = 7, settled:
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(rounds):
         for name, run in sides.items():
-            seconds[name].append(statistics.median(_times(run, TURN, least=2)[1:]) if settled else _seconds(run))
+            seconds[name].append(
+                statistics.median(_times(run, TURN_SECONDS, least=2)[1:]) if settled else _seconds(run)
+            )
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 class Comparison(NamedTuple):
-    """Of a side and the reference: median seconds of each, and the median over turns of how many times as fast the side was."""
+    """Result of comparing a variant with the reference.
+
+    Attributes:
+        reference: the reference's median seconds.
+        side: the variant's median seconds.
+        times: speedup, the median over turns.
+    """
 
     reference: float
     side: float
@@ -39,13 +48,13 @@ class Comparison(NamedTuple):
 
 
 class Side(Protocol):
-    """Something whose calls are timed."""
+    """A callable to time."""
 
     def __call__(self) -> object:
-        """Do what is timed."""
+        """Run the timed code once."""
 
     def results(self) -> dict[str, Sequence[float]]:
-        """Vectors that two calls must have led to on every side."""
+        """Vectors that must agree between variants after two calls."""
 
 
 Maker = Callable[[], Side]
@@ -54,13 +63,13 @@ Maker = Callable[[], Side]
 def compare_apart(
     reference: Maker, sides: Mapping[str, Maker], seconds: float, tolerances: Mapping[str, float]
 ) -> dict[str, Comparison]:
-    """Compare one side after another with the reference: for some seconds, each takes a turn of a second.
+    """Compare each variant with the reference, alternating turns of a second for `seconds` per variant.
 
-    What is compared is made, by functions that can be pickled, in processes of their own, so that memory and the settings of
-    its allocator are those of a program that does nothing else. A turn's first call counts only where it fills the turn.
+    Each variant is built in a separate process by a picklable function, so that variants share neither memory nor allocator
+    settings. A turn's first call is ignored unless it is the only one.
 
     Raises:
-        SystemExit: a side's results after two calls are not those of the reference.
+        SystemExit: a variant's results after two calls differ from the reference's.
     """
     results = {}
     with _process(reference) as base:
@@ -82,12 +91,12 @@ def require_agreement(
     expected: Mapping[str, Sequence[float]],
     tolerances: Mapping[str, float],
 ) -> None:
-    """Raise SystemExit where a vector is further from the expected one than that share of its length."""
+    """Raise SystemExit if a vector's distance from the expected vector, relative to its norm, exceeds the tolerance."""
     for name, tolerance in tolerances.items():
-        away = math.dist(results[name], expected[name]) / math.hypot(*expected[name])
-        print(f"{side}: {name} {100 * away:.2g} % from the reference's", flush=True)
-        if not away <= tolerance:
-            raise SystemExit(f"error: {side}: its {name} must be within {100 * tolerance:g} % of the reference's")
+        difference = math.dist(results[name], expected[name]) / math.hypot(*expected[name])
+        print(f"{side}: {name} differs by {100 * difference:.2g} % from the reference", flush=True)
+        if not difference <= tolerance:
+            raise SystemExit(f"error: {side}: {name} must be within {100 * tolerance:g} % of the reference")
 
 
 def _process(make: Maker) -> ProcessPoolExecutor:
@@ -95,11 +104,11 @@ def _process(make: Maker) -> ProcessPoolExecutor:
 
 
 def _warm_up(process: ProcessPoolExecutor) -> dict[str, Sequence[float]]:
-    """Results of two calls, after which memory is settled."""
+    """Call the variant twice, so that memory use settles, and return its results."""
     return process.submit(_first_results).result()
 
 
-_side: Side  # of this process
+_side: Side  # the variant that this process times
 
 
 def _make_side(make: Maker) -> None:
@@ -114,7 +123,7 @@ def _first_results() -> dict[str, Sequence[float]]:
 
 
 def _turn() -> float:
-    times = _times(_side, TURN)
+    times = _times(_side, TURN_SECONDS)
     return statistics.median(times[1:] or times)
 
 
@@ -132,12 +141,12 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
+    """Format rows as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def parse_no_options(documentation: str | None) -> None:
-    """Refuse flags, and answer `--help` with a benchmark's own documentation."""
+    """Parse the command line of a benchmark without options: reject flags, print `documentation` for `--help`."""
     formatter = argparse.RawDescriptionHelpFormatter
     argparse.ArgumentParser(description=documentation, formatter_class=formatter).parse_args()

@@ -1,13 +1,14 @@
-"""Claim: the latent cache gives images 20 times as fast as a DiT-S/2 step takes them, and is built at the encoder's own speed.
+"""Claim: the latent cache supplies images 20 times as fast as DiT-S/2 trains on them, and is built at the encoder's speed.
 
     python -m benchmarks.data [--gigabytes 8] [--images 20] [--folder saved_info/benchmarks/data] [--keep]
 
-Reading: shuffled batches of 16 from random moments in the cache's own format, with the shards dropped from the page cache
-(posix_fadvise, after fsync; the bytes that then come from the disk are counted) and with all of them in it, against a step
-of `TrainingState.advance` with --precision bf16 --compile in the same run. Building: photographs of scikit-image and
-scikit-learn, cut to 256 x 256 pixels in PNG files, through `build_latent_cache` with an encoder shaped like Stable
-Diffusion's with random weights, in turn with that encoder alone on as many images in memory, in bfloat16 and the same chunks
-and under the same setting of the allocator.
+Reading: shuffled batches of 16 are read from a cache of random moments, first with the shards dropped from the page cache
+(posix_fadvise after fsync; bytes read from the disk are counted), then with all shards in the page cache. For comparison, the
+same run times a step of `TrainingState.advance` with --precision bf16 --compile.
+
+Building: `build_latent_cache` encodes photographs from scikit-image and scikit-learn, cropped to 256 x 256 pixels and saved
+as PNG files. The encoder has Stable Diffusion's architecture and random weights. Builds alternate with the encoder alone on
+as many images in memory, in bfloat16, with the same chunks and allocator settings.
 """
 
 import argparse
@@ -35,14 +36,14 @@ from runtime.precision import Machine, keep_freed_memory
 
 STEP = "DiT-S/2"
 BATCH = CASES[STEP].batch_size
-COLD, WARM = 4096, 1 << 16  # images read in a round
+COLD, WARM = 4096, 1 << 16  # images read per round
 SIDE = 256
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 MACHINE = Machine(torch.device("cpu"), "bf16")
 
 
 def drop_from_page_cache(folder: Path) -> None:
-    """Write back and forget the files of `folder`, none of which may be mapped."""
+    """Write the files in `folder` back to the disk and drop them from the page cache. They must not be memory-mapped."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -57,13 +58,13 @@ def read_into_page_cache(folder: Path) -> None:
 
 
 def bytes_from_disk() -> int:
-    """Of this process, since its start."""
+    """Bytes that this process has read from the disk since it started."""
     lines = Path("/proc/self/io").read_text(encoding="utf-8").splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith("read_bytes")))
 
 
 def reading_rate(cache: LatentCache, count: int, seed: int) -> float:
-    """Images a second of shuffled batches, half of them mirrored."""
+    """Images per second when reading shuffled batches; half of the images are mirrored."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(cache), generator=generator)[:count]
     mirrored = torch.rand(count, generator=generator) < 0.5
@@ -74,9 +75,9 @@ def reading_rate(cache: LatentCache, count: int, seed: int) -> float:
 
 
 def measure_reading(folder: Path, size: int, rounds: int) -> tuple[dict[str, float], float]:
-    """Images a second by state of the page cache, and bytes from the disk for each image where that is cold."""
+    """Images per second with a cold and a warm page cache, and bytes read from the disk per image when cold."""
     count = write_random_cache(folder, size)
-    print(f"{count} images in {size / 1e9:.1f} GB written", flush=True)
+    print(f"wrote {count} images, {size / 1e9:.1f} GB", flush=True)
     rates: dict[str, list[float]] = {"cold": [], "warm": []}
     read = 0
     for seed in range(rounds):
@@ -91,14 +92,14 @@ def measure_reading(folder: Path, size: int, rounds: int) -> tuple[dict[str, flo
 
 
 def consumption(rounds: int) -> float:
-    """Images a second that training takes."""
+    """Images per second that training consumes."""
     case = CASES[STEP]
     step = OurStep(case)
     return case.batch_size / compare({"step": step}, rounds)["step"]
 
 
 def write_photographs(folder: Path, count: int) -> None:
-    """Squares of photographs, at random places and of random size, as PNG files."""
+    """Save random square crops of photographs, resized to SIDE x SIDE pixels, as PNG files."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -115,7 +116,7 @@ def write_photographs(folder: Path, count: int) -> None:
 
 
 def measure_building(folder: Path, count: int, rounds: int) -> tuple[dict[str, float], int]:
-    """Seconds by side, and how many images are encoded in them: `count`, and their mirror images."""
+    """Seconds per variant, and the number of images encoded: `count` images and their mirror images."""
     write_photographs(folder / "train", count)
     dataset = open_dataset(DatasetOptions("folder", str(folder), SIDE), "train")
     autoencoder = new_autoencoder()
@@ -126,14 +127,14 @@ def measure_building(folder: Path, count: int, rounds: int) -> tuple[dict[str, f
         shutil.rmtree(folder / "cache", ignore_errors=True)
         build_latent_cache(folder / "cache", dataset, autoencoder, MACHINE)
 
-    keep_freed_memory()  # as the scripts do
+    keep_freed_memory()  # the scripts' setting
     seconds = compare({"building": build, "encoder alone": lambda: encode(autoencoder, pixels)}, rounds)
     return seconds | {"reading": _seconds_of_reading(dataset)}, 2 * len(dataset)
 
 
 @torch.no_grad()
 def encode(autoencoder: Autoencoder, pixels: torch.Tensor) -> None:
-    """Every image twice, as for both orientations."""
+    """Encode every image twice, once for each orientation in the cache."""
     with MACHINE.autocast():
         for chunk in pixels.split(PIXELS_PER_CHUNK // SIDE**2):
             for _ in range(2):
@@ -148,7 +149,7 @@ def _seconds_of_reading(dataset: ImageDataset) -> float:
 
 
 def draw_picture(reading: dict[str, float], building: dict[str, float], path: Path) -> None:
-    """Images a second: what reading gives and training takes, and what building and the encoder alone encode."""
+    """Plot images per second: reading next to training, and building next to the encoder alone."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
@@ -156,7 +157,7 @@ def draw_picture(reading: dict[str, float], building: dict[str, float], path: Pa
         bars = axis.bar(list(rates), list(rates.values()), 0.6)
         axis.bar_label(bars, fmt=lambda rate: f"{rate:.3g}" if rate < 100 else f"{rate:,.0f}")
         axis.margins(y=0.12)
-        axis.set_ylabel("images a second")
+        axis.set_ylabel("images per second")
         axis.set_title(title)
     axes[0].set_yscale("log")
     axes[0].axhline(20 * reading[STEP], color="grey", linewidth=1, linestyle="--")
@@ -164,14 +165,16 @@ def draw_picture(reading: dict[str, float], building: dict[str, float], path: Pa
 
 
 def main() -> None:
-    """Print two tables, and draw them."""
+    """Print a table each for reading and building, and plot both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gigabytes", type=float, default=8, help="of moments")
-    parser.add_argument("--images", type=int, default=20, help="to encode, twice each")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("saved_info/benchmarks/data"), help="for the moments")
-    parser.add_argument("--keep", action="store_true", help="leave them there")
-    parser.add_argument("--output", type=Path, default=Path("docs/data.png"))
+    parser.add_argument("--gigabytes", type=float, default=8, help="size of the random moments; default: 8")
+    parser.add_argument("--images", type=int, default=20, help="images to encode, each twice; default: 20")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds per measurement; default: 5")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("saved_info/benchmarks/data"), help="folder for the moments"
+    )
+    parser.add_argument("--keep", action="store_true", help="do not delete the moments afterwards")
+    parser.add_argument("--output", type=Path, default=Path("docs/data.png"), help="picture to write")
     options = parser.parse_args()
     print(f"bfloat16 peak {peak() / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads", flush=True)
     try:
@@ -181,14 +184,20 @@ def main() -> None:
             shutil.rmtree(options.folder, ignore_errors=True)
     taken = consumption(options.rounds)
     rows = [[state, f"{rate:,.0f}", f"{rate / taken:,.0f}"] for state, rate in rates.items()]
-    print(f"\n{STEP} takes {taken:.0f} images/s; read cold, an image costs {from_disk / 1e3:.0f} kB from the disk\n")
-    print(markdown_table(["page cache", "images/s", f"times what {STEP} takes"], rows), flush=True)
+    print(
+        f"\n{STEP} trains at {taken:.0f} images/s; a cold read takes {from_disk / 1e3:.0f} kB per image from the disk\n"
+    )
+    print(markdown_table(["page cache", "images/s", f"relative to {STEP} training"], rows), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         seconds, encoded = measure_building(Path(folder), options.images, options.rounds)
     alone, building = (encoded / seconds[side] for side in ("encoder alone", "building"))
-    print(f"\n{encoded} images encoded; reading the files alone takes {seconds['reading']:.2f} s\n")
+    print(f"\nencoded {encoded} images; reading the image files alone takes {seconds['reading']:.2f} s\n")
     row = [f"{alone:.2f}", f"{building:.2f}", f"{100 * building / alone:.0f} %"]
-    print(markdown_table(["encoder alone, images/s", "building the cache, images/s", "of the encoder"], [row]))
+    print(
+        markdown_table(
+            ["encoder alone, images/s", "building the cache, images/s", "share of the encoder's speed"], [row]
+        )
+    )
     draw_picture({STEP: taken, **rates}, {"encoder alone": alone, "building": building}, options.output)
 
 

@@ -1,13 +1,18 @@
-"""Which solver, in how many evaluations? FD of every solver's samples against its evaluations of the velocity (NFE).
+"""Question: which solver, at how many evaluations? Plots every solver's FD against its evaluations of the velocity (NFE).
 
     python -m benchmarks.fd_against_nfe [--output docs/fd_against_nfe] [flags of test_flow_latent.py]
 
-The network, its guidance and the noises are those of run_test.sh (--args_file chooses another file). All settings draw the
-first --screened samples; then the best three of at most 16 evaluations, and the cheapest among those as good as the
-reference, dopri5 at tolerance 1e-5, are drawn on to --finalists samples, and timed in turn with the reference. The choice is
-the best finalist, if its FD is at most 3 % above the reference's; of several within 3 % of the best, the one with the fewest
-network evaluations. Draws OUTPUT.png; rows and features of all samples are kept in --keep, so that an
-interrupted run, or one with further --evaluations, goes on.
+The network, guidance and noise come from run_test.sh's arguments file (--args_file chooses another). The reference is dopri5
+at tolerance 1e-5.
+
+1. Every setting generates the first --screened samples.
+2. The finalists have at most 16 evaluations: the best three, plus the cheapest whose FD is at most 3 % above the
+   reference's. They continue to --finalists samples and are timed in alternation with the reference.
+3. The choice is the best finalist, provided its FD is at most 3 % above the reference's. If several are within 3 % of the
+   best, the one with the fewest network evaluations is chosen.
+
+The plot is written to OUTPUT.png. Results and sample features are stored in --keep, so that an interrupted run resumes and
+further --evaluations can be added.
 """
 
 from collections.abc import Sequence
@@ -17,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks._draws import Bench, DrawOptions, request_benchmark, varied
+from benchmarks._samples import Bench, BenchmarkOptions, request_benchmark, varied
 from benchmarks._timing import compare, markdown_table
 from flow.grids import GRIDS
 from flow.solvers import SOLVERS, SolverOptions, solve
@@ -25,7 +30,7 @@ from options import exit_cleanly, option
 from runtime.files import write_json
 
 REFERENCE = SolverOptions("dopri5", atol=1e-5, rtol=1e-5)
-TWINS = ("multistep", "torchdiffeq_dopri5")  # ab2 by another name, and a dopri5 whose samples depend on their batch
+DUPLICATES = ("multistep", "torchdiffeq_dopri5")  # an alias of ab2, and a dopri5 whose samples depend on their batch
 TOLERANCES = {
     "dopri5": (1e-1, 1e-2, 1e-3),
     "adaptive_heun": (1e-1, 1e-2),
@@ -34,23 +39,23 @@ TOLERANCES = {
 }
 ON_GRIDS = ("euler", "heun", "ab2", "dpm")
 SHIFTS = (0.5, 2.0)
-FEW, CLOSE = 16, 1.03  # evaluations of a choice, and its FD as a multiple of the reference's
-HEADER = ["solver", "evaluations", "of networks", "FD", "against dopri5 at 1e-5", "seconds"]
+FEW, CLOSE = 16, 1.03  # limits for a choice: evaluations, and FD relative to the reference's
+HEADER = ["solver", "evaluations", "network evaluations", "FD", "relative to dopri5 at 1e-5", "seconds"]
 
 
 @dataclass(frozen=True)
-class FrontierOptions(DrawOptions):
+class FrontierOptions(BenchmarkOptions):
     """Benchmark."""
 
-    output: str = option("docs/fd_against_nfe", "path, without suffix, of the PNG to write")
-    finalists: int = option(10000, "samples of the best", minimum=16)
-    timed: int = option(100, "samples that the best draw in turn, three times, to be timed", minimum=1)
-    evaluations: tuple[int, ...] = option((4, 8, 16, 32, 64), "NFE to give fixed-step solvers, at most", minimum=1)
-    grid_evaluations: tuple[int, ...] = option((8,), "the same for the other time grids", minimum=1)
+    output: str = option("docs/fd_against_nfe", "path of the PNG to write, without suffix")
+    finalists: int = option(10000, "samples per finalist", minimum=16)
+    timed: int = option(100, "samples per timing of a finalist; each is timed three times", minimum=1)
+    evaluations: tuple[int, ...] = option((4, 8, 16, 32, 64), "NFE limits to try with fixed-step solvers", minimum=1)
+    grid_evaluations: tuple[int, ...] = option((8,), "NFE limits to try with non-uniform time grids", minimum=1)
 
 
 class Setting(NamedTuple):
-    """A row of the table, on a line of the plot."""
+    """A solver setting: one row of the table, one point on a line of the plot."""
 
     line: str
     name: str
@@ -58,10 +63,10 @@ class Setting(NamedTuple):
 
 
 def settings_of(options: FrontierOptions) -> list[Setting]:
-    """The reference, every fixed-step solver at rising numbers of evaluations, on other grids, and the adaptive solvers."""
+    """All settings: the reference, fixed-step solvers at every NFE limit and on other time grids, and adaptive solvers."""
     found = [Setting("dopri5", "dopri5, 1e-05", REFERENCE)]
     for nfe in options.evaluations:
-        for method in (name for name, kind in SOLVERS.items() if not kind.adaptive and name not in TWINS):
+        for method in (name for name, kind in SOLVERS.items() if not kind.adaptive and name not in DUPLICATES):
             found += fixed(method, nfe, method, SolverOptions(method))
     for nfe in options.grid_evaluations:
         for method in ON_GRIDS:
@@ -77,22 +82,22 @@ def settings_of(options: FrontierOptions) -> list[Setting]:
 
 
 def fixed(line: str, nfe: int, method: str, solver: SolverOptions) -> list[Setting]:
-    """The setting of most steps within `nfe` evaluations, if one step is."""
+    """The setting with the most steps within `nfe` evaluations; an empty list if a single step exceeds them."""
     steps = [steps for steps in range(1, nfe + 1) if evaluations_of(method, steps) <= nfe]
     return [Setting(line, f"{line}, {steps[-1]} steps", replace(solver, num_steps=steps[-1]))] if steps else []
 
 
 def evaluations_of(method: str, steps: int) -> int:
-    """Evaluations that a fixed-step method takes, by counting."""
+    """Evaluations that a fixed-step method takes, counted in a trial run."""
     nothing = torch.zeros(1, 1)
     return int(solve(lambda t, x: x, nothing, SolverOptions(method, steps), draw=lambda step: nothing).evaluations)
 
 
 def measure(bench: Bench, setting: Setting, count: int) -> dict[str, Any]:
-    """A finished row."""
-    draws = bench.draw(varied(bench.loaded, setting.solver), count)
-    theirs = bench.draw(varied(bench.loaded, REFERENCE), count)
-    fd, reference = bench.distance(draws.features), bench.distance(theirs.features)
+    """Sample a setting and the reference; return the setting's row of results."""
+    samples = bench.sample(varied(bench.loaded, setting.solver), count)
+    theirs = bench.sample(varied(bench.loaded, REFERENCE), count)
+    fd, reference = bench.distance(samples.features), bench.distance(theirs.features)
     return {
         "line": setting.line,
         "name": setting.name,
@@ -100,12 +105,12 @@ def measure(bench: Bench, setting: Setting, count: int) -> dict[str, Any]:
         "samples": count,
         "fd": fd,
         "ratio": fd / reference,
-        "ratio_error": bench.error_of_difference(draws, theirs) / reference,
-        **draws.costs(),
+        "ratio_error": bench.error_of_difference(samples, theirs) / reference,
+        **samples.costs(),
     }
 
 
-def written(row: dict[str, Any]) -> list[str]:
+def cells_of(row: dict[str, Any]) -> list[str]:
     ratio = "1" if not row["ratio_error"] else f"{row['ratio']:.3f} ± {row['ratio_error']:.3f}"
     costs = [f"{row['nfe']:.4g}", f"{row['network_evaluations']:.4g}"]
     return [row["name"], *costs, f"{row['fd']:.4f}", ratio, f"{row['seconds']:.1f}"]
@@ -116,7 +121,7 @@ def print_row(row: list[str]) -> None:
 
 
 def finalists_of(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The best three of few evaluations, and the cheapest that is as good as the reference."""
+    """The best three settings with few evaluations, and the cheapest of those close to the reference."""
     few = sorted((row for row in rows if row["nfe"] <= FEW), key=lambda row: row["fd"])
     cheap = [row for row in few if row["ratio"] <= CLOSE]
     return few[:3] + [row for row in sorted(cheap, key=cost)[:1] if row not in few[:3]]
@@ -127,7 +132,7 @@ def cost(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def run_final(bench: Bench, settings: list[Setting], options: FrontierOptions) -> list[dict[str, Any]]:
-    """More samples of the chosen settings; the seconds are those of `timed` samples, drawn in turn."""
+    """Rows of the finalists at --finalists samples; "seconds" is the time for `timed` samples, measured in alternation."""
     timed = min(options.timed, options.finalists)
     seconds = compare(
         {setting.name: bench.call(varied(bench.loaded, setting.solver), timed) for setting in settings}, 3
@@ -137,7 +142,7 @@ def run_final(bench: Bench, settings: list[Setting], options: FrontierOptions) -
 
 
 def summary_table(rows: list[dict[str, Any]], budgets: Sequence[int]) -> str:
-    """FD of the fixed-step solvers in at most so many evaluations."""
+    """Table of the fixed-step solvers' FD, one column per NFE limit."""
     table: dict[str, dict[int, str]] = {}
     for row in rows:
         if not SOLVERS[row["solver"].method].adaptive:
@@ -148,7 +153,7 @@ def summary_table(rows: list[dict[str, Any]], budgets: Sequence[int]) -> str:
 
 
 def draw_picture(rows: list[dict[str, Any]], path: str) -> None:
-    """FD of all solvers over evaluations, and of some over the time grids."""
+    """Plot FD against evaluations for all solvers, and FD against time grids for some."""
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(14, 6), layout="constrained", sharey=True)
@@ -183,7 +188,7 @@ def draw_picture(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def main() -> None:
-    """Screen, confirm, choose; print the tables as they grow."""
+    """Screen all settings, sample the finalists, print tables along the way, and print the choice."""
     request = request_benchmark(str(__doc__), FrontierOptions)
     own, bench = request.own, Bench(request, request.own.keep)
     print(f"{own.screened} samples of {bench.loaded.path}\n")
@@ -192,13 +197,13 @@ def main() -> None:
     settings = {setting.name: setting for setting in settings_of(own)}
     for setting in settings.values():
         rows.append(measure(bench, setting, own.screened))
-        print_row(written(rows[-1]))
+        print_row(cells_of(rows[-1]))
         save(bench, own.output, rows, [])
     print(f"\n{summary_table(rows, sorted({*own.evaluations, *own.grid_evaluations}))}")
     chosen = [settings[row["name"]] for row in [*finalists_of(rows[1:]), rows[0]]]
     final = run_final(bench, chosen, own)
     print(f"\n{own.finalists} samples; seconds for {final[0]['timed']}\n")
-    print(markdown_table(HEADER, [written(row) for row in final]))
+    print(markdown_table(HEADER, [cells_of(row) for row in final]))
     save(bench, own.output, rows, final)
     draw_picture(rows, f"{own.output}.png")
     print(f"\n{verdict(final)}")
@@ -210,7 +215,7 @@ def save(bench: Bench, output: str, rows: list[dict[str, Any]], final: list[dict
 
 
 def verdict(final: list[dict[str, Any]]) -> str:
-    """The choice by the rule of this page."""
+    """Apply the rule in the module's docstring and state the choice."""
     *candidates, reference = final
     least = min(row["fd"] for row in candidates)
     if least > CLOSE * reference["fd"]:

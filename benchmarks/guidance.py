@@ -1,12 +1,14 @@
-"""How much guidance, when, and away from what? FD against the scale for plain, interval and autoguidance.
+"""Question: which guidance, at which scale? Plots FD against the guidance scale for plain, interval and autoguidance.
 
     python -m benchmarks.guidance [--output docs/guidance] [flags of test_flow_latent.py]
 
-Network, solver and noises are those of run_test.sh (--args_file chooses another file). Plain guidance acts at all times,
-interval guidance at some; autoguidance, at all times, leads away from --guide_checkpoint, by default the embedded default
-trained for --guide_steps, which serves only where that is guided. All draw the first --screened samples, and the best two
-of every family go on to --finalists. Draws OUTPUT.png; rows and features are kept in --keep, so that an interrupted run goes
-on.
+The network, solver and noise come from run_test.sh's arguments file (--args_file chooses another). Plain guidance is active
+at all times, interval guidance only within an interval. Autoguidance is active at all times and guides away from
+--guide_checkpoint. By default, this is the default experiment (train_args/fashion_mnist_dit.txt) trained for --guide_steps.
+To sample another network, pass its own --guide_checkpoint.
+
+Every setting generates the first --screened samples; the best two of each family continue to --finalists. The plot is
+written to OUTPUT.png. Results and sample features are stored in --keep, so that an interrupted run resumes.
 """
 
 import dataclasses
@@ -15,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks._draws import Bench, DrawOptions, request_benchmark, varied
 from benchmarks._runs import run_default
+from benchmarks._samples import Bench, BenchmarkOptions, request_benchmark, varied
 from benchmarks._timing import markdown_table
 from checkpoints.experiments import newest_model
 from datasets_prep.datasets import DatasetOptions
@@ -28,24 +30,24 @@ from sampling.request import SourceOptions
 
 ALWAYS = (0.0, 1.0)
 PLAIN, INTERVAL, AUTO = "plain", "interval", "autoguidance"
-HEADER = ["guidance", "scale", "evaluations", "of networks", "FD", "seconds"]
+HEADER = ["guidance", "scale", "evaluations", "network evaluations", "FD", "seconds"]
 
 
 @dataclass(frozen=True)
-class GuidanceBenchOptions(DrawOptions):
+class GuidanceBenchOptions(BenchmarkOptions):
     """Benchmark."""
 
-    output: str = option("docs/guidance", "path, without suffix, of the PNG to write")
-    finalists: int = option(5000, "samples of the best two of every family", minimum=16)
-    guide_steps: int = option(400, "steps of the guide that is trained where no --guide_checkpoint is given", minimum=1)
-    plain_scales: tuple[float, ...] = option((1.0, 1.25, 1.5, 2.0, 3.0), "scales of plain guidance; 1 is none")
-    interval_scales: tuple[float, ...] = option((2.0, 4.0, 6.0), "scales of interval guidance")
-    intervals: tuple[str, ...] = option(("0.2-0.7", "0.1-0.5", "0.4-0.9"), "its intervals, LOW-HIGH")
-    auto_scales: tuple[float, ...] = option((1.5, 2.0, 3.0, 4.0), "scales of autoguidance")
+    output: str = option("docs/guidance", "path of the PNG to write, without suffix")
+    finalists: int = option(5000, "samples for the best two settings of each family", minimum=16)
+    guide_steps: int = option(400, "training steps of the guide if --guide_checkpoint is not given", minimum=1)
+    plain_scales: tuple[float, ...] = option((1.0, 1.25, 1.5, 2.0, 3.0), "scales for plain guidance; 1 turns it off")
+    interval_scales: tuple[float, ...] = option((2.0, 4.0, 6.0), "scales for interval guidance")
+    intervals: tuple[str, ...] = option(("0.2-0.7", "0.1-0.5", "0.4-0.9"), "intervals for interval guidance, LOW-HIGH")
+    auto_scales: tuple[float, ...] = option((1.5, 2.0, 3.0, 4.0), "scales for autoguidance")
 
 
 class Setting(NamedTuple):
-    """A row of the table; settings of one family compete, those of one line are joined in the plot."""
+    """A row of the table. Settings compete within their `family`; `line` names their line in the plot."""
 
     family: str
     line: str
@@ -53,7 +55,7 @@ class Setting(NamedTuple):
 
 
 def settings_of(bench: Bench, guided: LoadedSampler, own: GuidanceBenchOptions) -> list[Setting]:
-    """All settings; `guided` is the sampler with the guide."""
+    """All settings. `guided` is the sampler with the guide loaded, for autoguidance."""
     found = [settings_at(PLAIN, PLAIN, bench.loaded, ALWAYS, own.plain_scales)]
     for text in own.intervals:
         low, high = map(float, text.split("-"))
@@ -76,24 +78,24 @@ def settings_at(
 
 
 def trained_guide(source: SourceOptions, data: DatasetOptions, steps: int) -> Path:
-    """The embedded default after a few steps of training, or the checkpoint that an earlier start has trained."""
+    """Train the default experiment for a few steps, or reuse the run if it exists. Returns its checkpoint."""
     root, datadir = (str(Path(path).resolve()) for path in (source.save_root, data.datadir))
     run = run_default(root, f"{source.exp}_{steps}_steps", "--max_steps", str(steps), "--datadir", datadir)
     return newest_model(run, None)
 
 
 def measure(bench: Bench, setting: Setting, count: int) -> dict[str, Any]:
-    """A finished row."""
-    draws, guidance = bench.draw(setting.loaded, count), setting.loaded.sampler.guidance
+    """Sample a setting; return its row of results."""
+    samples, guidance = bench.sample(setting.loaded, count), setting.loaded.sampler.guidance
     return {
         "family": setting.family,
         "line": setting.line,
         "scale": guidance.cfg_scale,
         "interval": guidance.cfg_interval,
         "samples": count,
-        "fd": bench.distance(draws.features),
-        "error": bench.error_of_difference(draws),
-        **draws.costs(),
+        "fd": bench.distance(samples.features),
+        "error": bench.error_of_difference(samples),
+        **samples.costs(),
     }
 
 
@@ -103,7 +105,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def draw_picture(rows: list[dict[str, Any]], path: str) -> None:
-    """FD over the scale."""
+    """Plot FD against the guidance scale."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -118,7 +120,7 @@ def draw_picture(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def main() -> None:
-    """Screen, draw on the best, print the tables as they grow."""
+    """Screen all settings, sample the finalists, and print tables along the way."""
     request = request_benchmark(str(__doc__), GuidanceBenchOptions)
     own, source = request.own, request.sampler.source
     guide = source.guide_checkpoint or str(trained_guide(source, request.data, own.guide_steps))
@@ -128,7 +130,7 @@ def main() -> None:
     )
     bench = Bench(dataclasses.replace(request, sampler=alone), own.keep)
     settings = settings_of(bench, load_sampler(with_guide), own)
-    print(f"{own.screened} samples of {bench.loaded.path}; autoguidance by {guide}\n\n{markdown_table(HEADER, [])}")
+    print(f"{own.screened} samples from {bench.loaded.path}; autoguidance with {guide}\n\n{markdown_table(HEADER, [])}")
     rows: list[dict[str, Any]] = []
     for setting in settings:
         rows.append(measure(bench, setting, own.screened))

@@ -1,4 +1,4 @@
-"""Claim (runtime/cpu_kernels.py): on a CPU, compiled, our layers train faster than torch's."""
+"""Claim (runtime/cpu_kernels.py): on a CPU, our compiled layers train faster than torch's compiled layers."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -18,11 +18,11 @@ Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def cases() -> Iterator[tuple[str, torch.Tensor, nn.Module]]:
-    """A name, an input, torch's layer."""
+    """Yield a name, an input and torch's layer."""
     for shape in IMAGES:
         x, channels = torch.randn(shape).bfloat16().to(memory_format=torch.channels_last), shape[1]
         yield "group norm and SiLU", x, nn.Sequential(nn.GroupNorm(GROUPS, channels), nn.SiLU())
-        yield "doubling", x, nn.Upsample(scale_factor=2, mode="nearest")
+        yield "nearest upsampling", x, nn.Upsample(scale_factor=2, mode="nearest")
     for shape in TOKENS:
         x, width = torch.randn(shape).bfloat16(), shape[2]
         mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU("tanh"), nn.Linear(4 * width, width))
@@ -31,14 +31,14 @@ def cases() -> Iterator[tuple[str, torch.Tensor, nn.Module]]:
 
 
 def main() -> None:
-    """Time forward and backward pass, in bfloat16, of each pair; print a table."""
+    """Time forward and backward passes of each layer in bfloat16, and print a table."""
     parse_no_options(__doc__)
     keep_freed_memory()
     machine, rows = Machine(torch.device("cpu"), "bf16"), []
     for name, x, torchs in cases():
         x.requires_grad_()
         ours = with_cpu_kernels(copy.deepcopy(torchs))
-        torch._dynamo.reset()  # else the second shape would be compiled for all
+        torch._dynamo.reset()  # The second shape would otherwise trigger compilation with dynamic shapes.
         layers = (torchs, *(torch.compile(layer, options=machine.compiler_options) for layer in (torchs, ours)))
 
         def step(layer: Layer, x: torch.Tensor = x) -> Callable[[], object]:

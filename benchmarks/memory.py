@@ -1,13 +1,17 @@
-"""Claim: a training step holds little more than theory asks for: at most a quarter.
+"""Claim: a training step uses at most a quarter more memory than theory requires.
 
     python -m benchmarks.memory [--network DiT-L/2] [--batch_size 4] [--output docs/memory.png]
 
-Each row is a process of its own that takes two steps on random 32 x 32 x 4 latents with `TrainingState.advance` in
-bfloat16, and tells its peak of resident memory, less what it held after its imports. Ours keeps freed memory, as training
-does on a CPU; the last rows return it, eager, to tell what the optimizer and the average hold. Theory: weights, gradients,
-two moments and the average, 20 bytes a parameter, and activations: all tensors that autograd saves in the forward pass, each
-storage once, without weights and their casts. With gradient checkpointing these are the inputs of the blocks, what is saved
-outside of them, and what one block saves. Linux only, where ru_maxrss counts KiB.
+Each row runs in a separate process, which takes two steps of `TrainingState.advance` in bfloat16 on random 32 x 32 x 4
+latents. It reports its peak resident memory minus the memory in use after its imports. The first two rows keep freed memory,
+as training on a CPU does. The others are eager and return freed memory, to show how much the optimizer and the EMA use.
+
+Theory is the sum of two parts:
+- 20 bytes per parameter: weight, gradient, AdamW's two state tensors and EMA.
+- Activations: all tensors that autograd saves in the forward pass, counting each storage once, without weights and their
+  casts. With gradient checkpointing, these are the blocks' inputs, tensors saved outside the blocks, and one block's tensors.
+
+Linux only, where ru_maxrss counts KiB.
 """
 
 import argparse
@@ -30,52 +34,52 @@ from runtime.precision import Machine, keep_freed_memory
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState
 
-BYTES = 20  # a parameter: weight, gradient, two moments, average
-ADMITTED = 1.25
+BYTES_PER_PARAMETER = 20  # float32 weight, gradient, two AdamW state tensors and EMA
+MAX_RATIO = 1.25
 BF16 = Machine(torch.device("cpu"), "bf16")
 OPTIONS = DiTOptions(num_classes=10)
-PASSED_ON = {
+CASTS_AND_VIEWS = {  # autograd nodes between a weight and the tensor saved for it
     "ToCopyBackward0",
     "TBackward0",
     "ViewBackward0",
     "TransposeBackward0",
-}  # from a weight to what is saved of it
+}
 
 
 class StackingEma:
-    """The average as the published code keeps it: all parameters in one vector, stacked anew at every step."""
+    """EMA as in LFM's published code: one vector of all parameters, which are concatenated again at every step."""
 
     def __init__(self, network: nn.Module) -> None:
         self.stacked = stack(network.parameters())
 
     def update(self, network: nn.Module, keep: torch.Tensor) -> None:
-        """Move towards the network."""
+        """Update the EMA with the network's current parameters."""
         self.stacked.mul_(DECAY).add_(stack(network.parameters()), alpha=1 - DECAY)
 
 
 class ForeachAdamW(torch.optim.AdamW):
-    """AdamW that computes on all parameters at once, with temporaries, and skips no step."""
+    """AdamW with `foreach`, which allocates temporaries for all parameters. It never skips a step."""
 
     def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        """Step without the fused one's switch, which this one refuses."""
+        """Take a step without `found_inf`, which only the fused implementation accepts."""
         self.found_inf = None
         return super().step(closure)
 
 
 def with_foreach(state: TrainingState) -> None:
-    """AdamW with temporaries."""
+    """Replace the optimizer with AdamW that allocates temporaries."""
     group = {"params": state.parameters, "relative_lr": 1.0}
     state.optimizers = [ForeachAdamW([group], weight_decay=0.0, foreach=True)]
 
 
 def with_stacking(state: TrainingState) -> None:
-    """The stacking average in the place of the one in place."""
+    """Replace the in-place EMA with `StackingEma`."""
     del state.ema
     state.ema = StackingEma(state.network)  # type: ignore[assignment]
 
 
 class Row(NamedTuple):
-    """How a step is taken; `change` alters the state before the first one."""
+    """How to take a step. `change` modifies the training state before the first one."""
 
     checkpointing: bool = False
     keeps_memory: bool = False
@@ -88,18 +92,18 @@ ROWS = {
     "ours, checkpointing, compiled": Row(checkpointing=True, keeps_memory=True, compile=True),
     "ours, eager, freed memory returned": Row(),
     "foreach AdamW": Row(change=with_foreach),
-    "stacking average": Row(change=with_stacking),
+    "stacking EMA": Row(change=with_stacking),
 }
 
 
-def held() -> float:
-    """Bytes: the peak of resident memory so far."""
+def peak_memory() -> float:
+    """Peak resident memory so far, in bytes."""
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_of(name: str, case: Case) -> dict[str, float]:
-    """Bytes that two steps of a row hold at their peak."""
-    baseline, row = held(), ROWS[name]
+    """Peak memory of two steps of a row, in bytes."""
+    baseline, row = peak_memory(), ROWS[name]
     keep_freed_memory(row.keeps_memory)
     case = case._replace(options=replace(case.options, use_grad_checkpointing=row.checkpointing))
     network, batch = new_network(case).train(), new_batch(case)
@@ -108,11 +112,11 @@ def peak_of(name: str, case: Case) -> dict[str, float]:
     row.change(state)
     for _ in range(2):
         state.advance(velocity, OBJECTIVE, batch, RATE, 0.0)
-    return {"peak": held() - baseline}
+    return {"peak": peak_memory() - baseline}
 
 
 def theory_of(case: Case) -> dict[str, float]:
-    """Bytes of parameters and of activations, without and with gradient checkpointing, and of the weights' casts."""
+    """Bytes used by parameters, activations (without and with gradient checkpointing) and the weights' casts."""
     network, batch = new_network(case).train(), new_batch(case)
     owned = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
     saved: dict[int, tuple[int, bool, bool, torch.Tensor]] = {}
@@ -128,7 +132,7 @@ def theory_of(case: Case) -> dict[str, float]:
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:  # the tensor is kept, so that nothing else gets its place
+        if storage.data_ptr() not in owned:  # keep a reference, so that its address is not reused
             saved.setdefault(storage.data_ptr(), (storage.nbytes(), inside[0], is_cast(tensor), tensor))
         return tensor
 
@@ -142,7 +146,8 @@ def theory_of(case: Case) -> dict[str, float]:
     others = sum(size for key, (size, inner, cast, _) in saved.items() if not (inner or cast) and key not in inputs)
     del output
     return {
-        "states": BYTES * sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
+        "states": BYTES_PER_PARAMETER
+        * sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad),
         "activations": of_blocks + others,
         "checkpointed": sum(inputs.values()) + others + of_blocks / len(blocks),
         "casts": sum(size for size, _, cast, _ in saved.values() if cast),
@@ -150,15 +155,15 @@ def theory_of(case: Case) -> dict[str, float]:
 
 
 def is_cast(tensor: torch.Tensor) -> bool:
-    """Whether a saved tensor is a weight in another precision or another view."""
+    """Whether a saved tensor is a weight cast to another precision or viewed with another shape."""
     node = tensor.grad_fn
-    while node is not None and node.name() in PASSED_ON:
+    while node is not None and node.name() in CASTS_AND_VIEWS:
         node = node.next_functions[0][0]
     return node is not None and node is not tensor.grad_fn and hasattr(node, "variable")
 
 
 def in_process(name: str, options: argparse.Namespace) -> dict[str, float]:
-    """What this module prints for a row, in a process of its own."""
+    """Run this module for one row in a separate process, and parse the result it prints."""
     flags = ["--network", options.network, "--batch_size", str(options.batch_size)]
     command = [sys.executable, "-m", "benchmarks.memory", "--row", name, *flags]
     result = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -166,27 +171,27 @@ def in_process(name: str, options: argparse.Namespace) -> dict[str, float]:
 
 
 def draw_picture(peaks: dict[str, float], theory: dict[str, float], path: Path) -> None:
-    """Peaks, and theory as lines."""
+    """Plot peaks as bars and theory as lines."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(8, 3), layout="constrained")
     bars = axis.barh(list(peaks), [peak / 1e9 for peak in peaks.values()])
     axis.bar_label(bars, [f"{peak / 1e9:.1f}" for peak in peaks.values()], padding=3)
-    for kind, style in (("activations", "-"), ("checkpointed", "--")):
-        name = "theory" if kind == "activations" else "theory, checkpointing"
-        axis.axvline((theory["states"] + theory[kind]) / 1e9, color="grey", linestyle=style, label=name)
-    axis.set(xlabel="GB at the peak of a step", xlim=(0, 1.1e-9 * max(peaks.values())))
+    for part, style in (("activations", "-"), ("checkpointed", "--")):
+        name = "theory" if part == "activations" else "theory, checkpointing"
+        axis.axvline((theory["states"] + theory[part]) / 1e9, color="grey", linestyle=style, label=name)
+    axis.set(xlabel="peak memory of a step, GB", xlim=(0, 1.1e-9 * max(peaks.values())))
     axis.invert_yaxis()
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     figure.savefig(path, dpi=80)
 
 
 def main() -> None:
-    """Print the table and draw it; exit code 1 where ours exceeds what is admitted."""
+    """Print the table and plot it. Exit with code 1 if a row of ours exceeds theory by more than a quarter."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--network", default="DiT-L/2", help="a DiT")
-    parser.add_argument("--batch_size", type=int, default=4)
-    parser.add_argument("--output", type=Path, default=Path("docs/memory.png"))
+    parser.add_argument("--network", default="DiT-L/2", help="name of a DiT; default: DiT-L/2")
+    parser.add_argument("--batch_size", type=int, default=4, help="default: 4")
+    parser.add_argument("--output", type=Path, default=Path("docs/memory.png"), help="picture to write")
     parser.add_argument("--row", choices=("theory", *ROWS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     case = Case(options.network, 32, options.batch_size, OPTIONS)
@@ -197,11 +202,13 @@ def main() -> None:
     for name, row in ROWS.items():
         peaks[name] = in_process(name, options)["peak"]
         expected = theory["states"] + theory["checkpointed" if row.checkpointing else "activations"]
-        exceeds |= name.startswith("ours") and peaks[name] > ADMITTED * expected
+        exceeds |= name.startswith("ours") and peaks[name] > MAX_RATIO * expected
         rows.append([name, *(f"{value / 1e9:.2f} GB" for value in (peaks[name], expected))])
         rows[-1].append(f"{peaks[name] / expected:.3f}")
         print(rows[-1], flush=True)
-    print(f"\n{options.network}, batch {options.batch_size}: {theory['states'] / BYTES / 1e6:.0f} M parameters\n")
+    print(
+        f"\n{options.network}, batch {options.batch_size}: {theory['states'] / BYTES_PER_PARAMETER / 1e6:.0f} M parameters\n"
+    )
     print("; ".join(f"{name} {size / 1e9:.2f} GB" for name, size in theory.items()))
     print(f"\n{markdown_table(['step', 'peak', 'theory', 'ratio'], rows)}")
     draw_picture(peaks, theory, options.output)

@@ -1,8 +1,8 @@
-"""Question: what does an image teach by which optimizer? Validation losses of the embedded default after the same steps.
+"""Question: which optimizer learns the most per image? Compares the default experiment's validation loss after equal steps.
 
     python -m benchmarks.optimizers [--steps 400]
 
-Each row is a run of its own by the script, which also tells the images a second.
+Each row is a separate run of the training script, which also reports images per second.
 """
 
 import argparse
@@ -20,7 +20,7 @@ RUNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400, help="of each of four runs; default: 400")
+    parser.add_argument("--steps", type=int, default=400, help="steps per run (there are four runs); default: 400")
     steps = parser.parse_args().steps
     print(f"| optimizer, learning rate | validation loss after {steps} steps | images/s |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:

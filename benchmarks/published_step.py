@@ -1,12 +1,13 @@
-"""Claim: a training step on 256-pixel images costs a fraction of the published one, which encodes them each time.
+"""Claim: a training step on 256-pixel images takes a fraction of the time of LFM's published step, which encodes every image.
 
     python -m benchmarks.published_step [NETWORK ...] [--batch_size 8] [--rounds 3]
 
-The published kind of step encodes its images with Stable Diffusion's autoencoder (its shape, random weights), draws from the
-posterior, and is the plain step of benchmarks/training_step.py on that: all in float32 and eager, with an average over
-parameters stacked into one vector. Its images lie in memory: reading them costs it nothing here. Ours is the step of
-training/state.py in bfloat16 and compiled, on batches of training/data.py from a latent cache of random moments. The two take
-turns.
+The published step encodes its images with Stable Diffusion's autoencoder (random weights), samples from the posterior, and
+then takes the plain step of benchmarks/training_step.py. Everything runs eagerly in float32, with the EMA in one vector of
+concatenated parameters. Its images are already in memory, so that reading them costs nothing here.
+
+Our step is training/state.py's step in bfloat16 and compiled. Its batches come from training/data.py and a latent cache of
+random moments. The two steps alternate.
 """
 
 import argparse
@@ -34,21 +35,21 @@ SIDE = 256
 
 
 class PublishedStep:
-    """Encode the images, then take the plain step."""
+    """A callable that encodes the images, then takes the plain step."""
 
     def __init__(self, step: PlainStep, autoencoder: Autoencoder, images: torch.Tensor) -> None:
         self.step, self.autoencoder, self.images = step, autoencoder, images
         self.batch = step.batch
-        self.encoding: list[float] = []  # seconds of each step
+        self.encoding: list[float] = []  # seconds per step
 
     def encode(self) -> torch.Tensor:
-        """Latents in float32, the whole batch at a time, of a posterior sample."""
+        """Encode the whole batch at once in float32 and sample normalized latents from the posterior."""
         with torch.no_grad():
             posterior = self.autoencoder.network.encode(images_to_pixels(self.images)).latent_dist
             return (posterior.sample() - self.autoencoder.mean) / self.autoencoder.std
 
     def __call__(self) -> None:
-        """Take a step."""
+        """Take a training step."""
         keep_freed_memory(self.step.keeps_memory)
         started = time.perf_counter()
         self.step.batch = self.batch._replace(data=self.encode())
@@ -57,13 +58,13 @@ class PublishedStep:
 
 
 class CachedStep:
-    """Take the next batch from the cache, then our step."""
+    """A callable that takes the next batch from the cache, then our step."""
 
     def __init__(self, step: OurStep, upcoming: Iterator[Batch]) -> None:
         self.step, self.upcoming = step, upcoming
 
     def __call__(self) -> None:
-        """Take a step."""
+        """Take a training step."""
         self.step.batch = next(self.upcoming)
         self.step()
 
@@ -86,7 +87,7 @@ def batches_from_cache(folder: Path, autoencoder: Autoencoder, batch_size: int) 
 
 
 def measure(case: Case, rounds: int) -> dict[str, float]:
-    """Seconds of a step by side, and those that encoding takes of the published one."""
+    """Seconds per step of both variants, and the published step's seconds for encoding."""
     torch.manual_seed(2)
     images = torch.randint(256, (case.batch_size, 3, SIDE, SIDE), dtype=torch.uint8)
     plain = new_autoencoder()
@@ -100,17 +101,17 @@ def measure(case: Case, rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print a table."""
+    """Print a table and plot it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(NETWORKS))
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"{', '.join(NETWORKS)}; default: all")
+    parser.add_argument("--batch_size", type=int, default=8, help="default: 8")
+    parser.add_argument("--rounds", type=int, default=3, help="turns per step; default: 3")
     parser.add_argument(
-        "--output", type=Path, help="picture to draw; default: docs/published_step.png, of all networks"
+        "--output", type=Path, help="picture to write; default: docs/published_step.png if all networks are run"
     )
     options = parser.parse_args()
     if unknown := set(options.networks) - set(NETWORKS):
-        parser.error(f"unknown networks: {', '.join(unknown)}; expected some of {', '.join(NETWORKS)}")
+        parser.error(f"unknown networks: {', '.join(unknown)}; choose from {', '.join(NETWORKS)}")
     print(f"bfloat16 peak {peak() / 1e9:.0f} GFLOP/s on {torch.get_num_threads()} threads\n")
     results, rows = {}, []
     for name in options.networks or NETWORKS:
@@ -124,11 +125,11 @@ def main() -> None:
     header = [
         "network",
         "batch",
-        "as published",
-        "of that encoding",
-        "ours from the cache",
-        "times",
-        "times without encoding",
+        "LFM's step",
+        "encoding alone",
+        "ours, from the cache",
+        "speedup",
+        "speedup without encoding",
     ]
     print(f"\n{markdown_table(header, rows)}")
     if options.output or not options.networks:
@@ -136,18 +137,18 @@ def main() -> None:
 
 
 def draw_picture(results: dict[str, dict[str, float]], path: Path) -> None:
-    """Seconds of a step, the published one's parts stacked."""
+    """Plot seconds per step, with the published step's two parts stacked."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 2.8), layout="constrained")
-    for place, (name, seconds) in enumerate(results.items()):
-        first = place == 0
+    for number, (name, seconds) in enumerate(results.items()):
+        first = number == 0
         step, encoding = seconds["published"] - seconds["encoding"], seconds["encoding"]
-        axis.barh(f"{name}, as published", encoding, color="C0", label="encoding" if first else None)
-        axis.barh(f"{name}, as published", step, left=encoding, color="C1", label="the step itself" if first else None)
+        axis.barh(f"{name}, LFM", encoding, color="C0", label="encoding" if first else None)
+        axis.barh(f"{name}, LFM", step, left=encoding, color="C1", label="the step itself" if first else None)
         axis.barh(f"{name}, ours", seconds["ours"], color="C2", label="ours, from the cache" if first else None)
     axis.invert_yaxis()
-    axis.set_xlabel("seconds a step")
+    axis.set_xlabel("seconds per step")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=80)
 

@@ -1,11 +1,13 @@
-"""What the published experiments cost, by counting: operations, bytes and GPU-hours, without a GPU or any data.
+"""Counts operations, bytes and GPU-hours of LFM's published experiments. Needs no GPU and no data.
 
     python -m benchmarks.scaling [--flops 312e12] [--utilisation 0.4]
 
-Builds each network of train_args/ without memory (torch's meta device) and counts the floating-point operations of a forward
-pass. A training step takes three times that, four with gradient checkpointing; with images encoded at every step, as
-published, an image takes the encoder's forward pass besides. GPU-hours are those operations over --flops (the default is an
-A100's bfloat16, dense) times --utilisation: two assumptions, to be replaced by your own.
+Builds each network in train_args/ on torch's meta device, without memory, and counts the floating-point operations of a
+forward pass. A training step takes three times as many, or four times with gradient checkpointing. LFM's code also encodes
+every image at every step, which adds the encoder's forward pass.
+
+GPU-hours are these operations divided by --flops times --utilisation. Both are assumptions: replace them with your own. The
+default of --flops is an A100's dense bfloat16 rate.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from runtime.launch import LaunchOptions
 from training.run import TrainingOptions
 from training.setup import training_groups
 
-IMAGES = {  # of the training splits
+IMAGES = {  # sizes of the training splits
     "celeba_256": 27_000,
     "celeba_512": 27_000,
     "celeba_1024": 27_000,
@@ -34,13 +36,22 @@ IMAGES = {  # of the training splits
     "lsun_bedroom": 3_033_042,
     "imagenet_256": 1_281_167,
 }
-FACTOR = 8  # of Stable Diffusion's autoencoder
-BYTES_PER_PARAMETER = 20  # float32: weight, gradient, two moments, average
-MOMENT_BYTES = 2 * 4 * 2  # mean and log-variance of four channels in float16, per place of the latents
+FACTOR = 8  # downsampling of Stable Diffusion's autoencoder
+BYTES_PER_PARAMETER = 20  # float32 weight, gradient, two AdamW state tensors and EMA
+MOMENT_BYTES = 2 * 4 * 2  # per latent pixel: mean and log-variance of four channels in float16
 
 
 class Cost(NamedTuple):
-    """Of one experiment: parameters, operations per image of a forward pass and of encoding, images seen, and bytes."""
+    """The cost of one experiment.
+
+    Attributes:
+        parameters: number of parameters.
+        forward: operations per image of the network's forward pass.
+        encoding: operations per image of the encoder.
+        passes: a training step's operations as a multiple of `forward`.
+        seen: images seen in training.
+        cache: bytes of the latent cache.
+    """
 
     parameters: int
     forward: int
@@ -51,20 +62,20 @@ class Cost(NamedTuple):
 
 
 def operations(network: nn.Module, *inputs: Any) -> int:
-    """Floating-point operations of a forward pass on the meta device: two for each multiplication."""
+    """Floating-point operations of a forward pass on the meta device. A multiply-add counts as two."""
     with FlopCounterMode(display=False) as counter:
         network.requires_grad_(False)(*inputs)
     return counter.get_total_flops()
 
 
 def encoder() -> nn.Module:
-    """The encoder of Stable Diffusion's autoencoder, without memory."""
+    """The encoder of Stable Diffusion's autoencoder, on the meta device."""
     with torch.device("meta"):
         return new_network().encoder
 
 
 def cost_of(file: Path, encode: nn.Module) -> Cost | None:
-    """Count an experiment; None for one that is not the paper's, or for another task."""
+    """The cost of an experiment in train_args/; None if it is not one of LFM's, or trains another task."""
     if "TASK=" in file.read_text():
         return None
     options = parse_options("", (*training_groups(), LaunchOptions), [f"--args_file={file}"])
@@ -78,22 +89,24 @@ def cost_of(file: Path, encode: nn.Module) -> Cost | None:
         forward = operations(network, torch.rand(1), torch.rand(1, family.num_in_channels, side, side))
         encoding = operations(encode, torch.rand(1, 3, data.image_size, data.image_size))
     images = IMAGES[data.dataset]
-    mirrored = 2  # every dataset of the paper flips
+    orientations = 2  # LFM mirrors images in every dataset.
     return Cost(
         sum(parameter.numel() for parameter in network.parameters()),
         forward,
         encoding,
         4 if family.use_grad_checkpointing else 3,
         images * training.num_epoch,
-        images * mirrored * MOMENT_BYTES * side**2,
+        images * orientations * MOMENT_BYTES * side**2,
     )
 
 
 def main() -> None:
-    """Print the table."""
+    """Print a table of all experiments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flops", type=float, default=312e12, help="of the device, per second")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of them that training reaches")
+    parser.add_argument("--flops", type=float, default=312e12, help="peak FLOP/s of the device; default: 312e12")
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, help="share of the peak that training reaches; default: 0.4"
+    )
     options = parser.parse_args()
     rate, encode, rows = options.flops * options.utilisation * 3600, encoder(), []
     for file in sorted(Path(__file__).parents[1].glob("train_args/*.txt")):
@@ -110,8 +123,9 @@ def main() -> None:
         ]
         rows.append([*row, f"{cost.parameters * BYTES_PER_PARAMETER / 1e9:.1f}", f"{cost.cache / 1e9:.1f}"])
     header = ["experiment", "parameters", "GFLOP forward", "GFLOP encoding", "images seen", "GPU-hours from the cache"]
-    header += ["GPU-hours encoding every image", "ratio", "GB of weights and moments", "GB of cache"]
-    print(f"{options.flops / 1e12:.0f} TFLOP/s at {100 * options.utilisation:.0f} %\n\n{markdown_table(header, rows)}")
+    header += ["GPU-hours encoding every image", "ratio", "GB of weights and optimizer state", "GB of cache"]
+    peak, share = options.flops / 1e12, 100 * options.utilisation
+    print(f"{peak:.0f} TFLOP/s at {share:.0f} % utilization\n\n{markdown_table(header, rows)}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""Claims (features/inception.py, metrics.py): features 1.5x, distance 5x faster than pip's pytorch_fid, same values.
+"""Claims: compared with pip's pytorch_fid, Inception features are 1.5x and the Fréchet distance 5x as fast, with equal values.
 
-Both see the same images and the same random weights; the distance is also taken with --feature_precision bf16.
+Code: evaluation/features/inception.py and evaluation/metrics.py. Both sides use the same images and the same random weights.
+Features and distance are also computed with --feature_precision bf16.
 """
 
 import tempfile
@@ -18,14 +19,14 @@ from evaluation.metrics import frechet_distance
 from evaluation.statistics import RunningMoments, Statistics
 from pytorch_fid import fid_score, inception
 
-BATCH = 50  # pytorch_fid's
-IMAGES = 100  # of each set whose distance is compared, at 64 features
+BATCH = 50  # pytorch_fid's default
+IMAGES = 100  # in each of the two sets whose distance is compared, at 64 features
 DIMS = 2048
-ROWS = 5000  # of random features, so that covariances have full rank
+ROWS = 5000  # random features; enough for covariances of full rank
 
 
 def main() -> None:
-    """Time features and distance, and compare values."""
+    """Time features and distance, and compare their values."""
     parse_no_options(__doc__)
     warnings.simplefilter("ignore", DeprecationWarning)
     torch.manual_seed(0)
@@ -39,7 +40,7 @@ def main() -> None:
 
 
 def random_weights() -> dict[str, torch.Tensor]:
-    """A state dict of pytorch_fid's InceptionV3 whose activations stay of order one."""
+    """Random weights for pytorch_fid's InceptionV3 that keep activations of order one."""
     with (
         mock.patch.object(inception, "load_state_dict_from_url"),
         mock.patch.object(torch.nn.Module, "load_state_dict"),
@@ -86,7 +87,7 @@ def compare_values(weights: str) -> None:
     sets = [torch.randint(a, b, (IMAGES, 3, 32, 32), dtype=torch.uint8) for a, b in zip(low, high, strict=True)]
     theirs = pip_network(weights, 64)
     networks = {name: InceptionFeatures(weights, "cpu", 64, name) for name in ("fp32", "bf16")}
-    values = {"pip pytorch_fid": fid_score.calculate_frechet_distance(*_pip_moments(theirs, sets))}
+    values = {"pip pytorch_fid": fid_score.calculate_frechet_distance(*_pip_statistics(theirs, sets))}
     for name, network in networks.items():
         values[name] = frechet_distance(*(_statistics(network, images) for images in sets))
     exact = values["pip pytorch_fid"]
@@ -95,33 +96,33 @@ def compare_values(weights: str) -> None:
 
 
 @torch.no_grad()
-def _pip_moments(network: torch.nn.Module, sets: list[torch.Tensor]) -> list[np.ndarray]:
-    moments = []
+def _pip_statistics(network: torch.nn.Module, sets: list[torch.Tensor]) -> list[np.ndarray]:
+    statistics = []
     for images in sets:
-        rows = torch.cat([network(part / 255)[0].mean((2, 3)) for part in images.split(BATCH)]).double().numpy()
-        moments += [rows.mean(0), np.cov(rows, rowvar=False)]
-    return moments
+        rows = torch.cat([network(batch / 255)[0].mean((2, 3)) for batch in images.split(BATCH)]).double().numpy()
+        statistics += [rows.mean(0), np.cov(rows, rowvar=False)]
+    return statistics
 
 
 def _statistics(network: InceptionFeatures, images: torch.Tensor) -> Statistics:
-    moments = RunningMoments(network.outputs["features"])
-    for part in images.split(BATCH):
-        moments.update(network(part, {"features"})["features"])
-    return moments.statistics()
+    running = RunningMoments(network.outputs["features"])
+    for batch in images.split(BATCH):
+        running.update(network(batch, {"features"})["features"])
+    return running.statistics()
 
 
 def time_distance() -> None:
     decay = torch.logspace(0, -4, DIMS, dtype=torch.float64)
-    known = []
+    both = []
     for _ in range(2):
         rows = torch.randn(ROWS, DIMS, dtype=torch.float64) @ (
             torch.randn(DIMS, DIMS, dtype=torch.float64) / 45 * decay
         )
-        known.append(Statistics(rows.mean(0).numpy(), torch.cov(rows.T).numpy(), ROWS))
-    moments = [array for s in known for array in (s.mean, s.covariance)]
+        both.append(Statistics(rows.mean(0).numpy(), torch.cov(rows.T).numpy(), ROWS))
+    arrays = [array for s in both for array in (s.mean, s.covariance)]
     sides = {
-        "pip pytorch_fid": lambda: fid_score.calculate_frechet_distance(*moments),
-        "ours": lambda: frechet_distance(*known),
+        "pip pytorch_fid": lambda: fid_score.calculate_frechet_distance(*arrays),
+        "ours": lambda: frechet_distance(*both),
     }
     seconds, values = compare(sides, rounds=1), {name: run() for name, run in sides.items()}
     table = []

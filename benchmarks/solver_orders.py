@@ -1,10 +1,12 @@
-"""Claim (docs/lab-notes/sampling.md): on a Gaussian mixture with exact velocity, the error of each solver falls with its order.
+"""Claim (docs/lab-notes/sampling.md): on a Gaussian mixture with exact velocity, each solver's error decreases at its order.
 
     python -m benchmarks.solver_orders [--picture docs/solvers.png]
 
-Data: five Gaussians of standard deviation 0.15 on a circle of radius 1.5. The error is the root mean square, over 64 noises
-in float64, of the distance to what the ODE leads to. `stochastic` has no such distance; its error is that of the variance
-of samples of N(0.7, 0.4^2), which is computed, not sampled: it is linear in every draw.
+The data are five Gaussians with standard deviation 0.15 on a circle of radius 1.5. A solver's error is its root mean square
+distance from the exact solution of the ODE, over 64 noise samples in float64.
+
+`stochastic` has no exact solution to compare with. Its error is the error of the variance of samples from N(0.7, 0.4^2).
+This variance is computed exactly rather than estimated, because the sample is linear in every random draw.
 """
 
 import argparse
@@ -19,31 +21,31 @@ from flow.grids import GRIDS
 from flow.solvers import SOLVERS, SolverOptions, solve
 
 ANGLES = 2 * math.pi * torch.arange(5, dtype=torch.float64) / 5
-CENTRES = 1.5 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # [5, 2]
+CENTERS = 1.5 * torch.stack([ANGLES.cos(), ANGLES.sin()], dim=1)  # [5, 2]
 SPREAD = 0.15
 NOISE = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 STEPS = (8, 16, 32, 64, 128, 256, 512)
 TOLERANCES = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
-Curve = list[tuple[float, float]]  # evaluations a sample, error
+Curve = list[tuple[float, float]]  # evaluations per sample, error
 
 
 def mixture_velocity(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """E[noise - data | x_t] of the mixture, for points [B, 2]."""
+    """The mixture's exact velocity E[noise - data | x_t] at points [B, 2]."""
     t = t.expand(len(x))[:, None, None]
     variance = (1 - t) ** 2 * SPREAD**2 + t**2
-    centred = x[:, None] - (1 - t) * CENTRES  # [B, 5, 2]
-    shares = torch.softmax(-centred.square().sum(2) / (2 * variance[..., 0]), dim=1)[..., None]
-    return (shares * ((t - (1 - t) * SPREAD**2) / variance * centred - CENTRES)).sum(1)
+    centered = x[:, None] - (1 - t) * CENTERS  # [B, 5, 2]
+    weights = torch.softmax(-centered.square().sum(2) / (2 * variance[..., 0]), dim=1)[..., None]
+    return (weights * ((t - (1 - t) * SPREAD**2) / variance * centered - CENTERS)).sum(1)
 
 
 def gaussian_velocity(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """E[noise - data | x_t] of data N(0.7, 0.4^2)."""
+    """The exact velocity E[noise - data | x_t] for data N(0.7, 0.4^2)."""
     variance = (1 - t) ** 2 * 0.16 + t**2
     return (t - (1 - t) * 0.16) / variance * (x - (1 - t) * 0.7) - 0.7
 
 
 def point_errors(exact: torch.Tensor) -> dict[str, Curve]:
-    """Errors of the methods that follow the ODE."""
+    """Error curves of the ODE solvers."""
     curves: dict[str, Curve] = {}
     for name, method in SOLVERS.items():
         if name in ("stochastic", "multistep"):
@@ -62,7 +64,7 @@ def point_errors(exact: torch.Tensor) -> dict[str, Curve]:
 
 
 def variance_errors(diffusion: str) -> Curve:
-    """Errors of the SDE's variance, read off a batch of unit draws."""
+    """Error curve of the SDE's variance, from the response to a batch of unit draws."""
     curve = []
     for steps in STEPS:
         unit = torch.eye(steps + 1, dtype=torch.float64).unbind(1)
@@ -77,7 +79,7 @@ def variance_errors(diffusion: str) -> Curve:
 
 
 def errors_by_grid(exact: torch.Tensor) -> list[list[str]]:
-    """Rows of errors at 16 evaluations: a method on each grid, and on the uniform grid shifted by 0.5 and 2."""
+    """Errors at 16 evaluations: one row per method, with a column per time grid and for shifts 0.5 and 2."""
     rows = []
     for name, steps in (("euler", 16), ("midpoint", 8), ("heun", 8), ("ab2", 16), ("dpm", 16)):
         settings = [SolverOptions(name, steps, time_grid=grid) for grid in GRIDS]
@@ -88,14 +90,14 @@ def errors_by_grid(exact: torch.Tensor) -> list[list[str]]:
 
 
 def measured_order(curve: Curve) -> float:
-    """Slope of log error over log evaluations between the two finest runs whose error is above rounding."""
+    """Slope of log error against log evaluations, between the two finest runs with errors above rounding."""
     (work, error), (more, less) = [point for point in curve if point[1] > 1e-11][-2:]
     return math.log(error / less) / math.log(more / work)
 
 
 def draw_picture(curves: dict[str, Curve], stochastic: dict[str, Curve], path: str) -> None:
-    """Error over evaluations, both logarithmic."""
-    import matplotlib.pyplot as plt  # only where a picture is asked for
+    """Plot error against evaluations on logarithmic axes."""
+    import matplotlib.pyplot as plt  # needed only for --picture
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     panels: tuple[tuple[str, Callable[[str], bool]], ...] = (
@@ -119,9 +121,9 @@ def draw_picture(curves: dict[str, Curve], stochastic: dict[str, Curve], path: s
 
 
 def main() -> None:
-    """Print the table and draw the picture."""
+    """Print the table, and plot it if asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--picture", default="", help="PNG file to draw to")
+    parser.add_argument("--picture", default="", help="PNG file to write; default: none")
     picture = parser.parse_args().picture
     exact = solve(mixture_velocity, NOISE, SolverOptions("dopri5", atol=1e-12, rtol=1e-12)).x
     curves = point_errors(exact)

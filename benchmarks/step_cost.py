@@ -1,9 +1,10 @@
-"""What a training step costs as batch, tokens or parameters grow: seconds, rate, and memory of activations.
+"""Measures how a training step's time, FLOP/s and activation memory grow with batch size, tokens and parameters.
 
     python -m benchmarks.step_cost [--rounds 3] [--output docs/lab-notes/step_cost.png]
 
-Steps of `TrainingState.advance` in bfloat16, not compiled, from DiT-S/2 on 8 images of 32 x 32 x 4 latents, one thing varied
-at a time. Memory of activations is counted, as in benchmarks/memory.py: what autograd saves in the forward pass.
+Times `TrainingState.advance` in bfloat16 without compilation. The starting point is DiT-S/2 with batches of 8 latents,
+32 x 32 x 4 each; one quantity varies at a time. Activation memory is counted as in benchmarks/memory.py: the tensors that
+autograd saves in the forward pass.
 """
 
 import argparse
@@ -29,7 +30,14 @@ VARIED = {
 
 
 class Cost(NamedTuple):
-    """Of a step: what was varied, seconds, operations a second, and bytes of activations."""
+    """The cost of a step.
+
+    Attributes:
+        value: the varied quantity.
+        seconds: time per step.
+        rate: operations per second.
+        activations: bytes of activations.
+    """
 
     value: float
     seconds: float
@@ -38,7 +46,7 @@ class Cost(NamedTuple):
 
 
 def cost_of(case: Case, varied: str, rounds: int) -> Cost:
-    """Measure the step of a case."""
+    """Measure a training step."""
     network, batch = new_network(case), new_batch(case)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     value = {"batch": case.batch_size, "tokens": (case.size // 2) ** 2, "parameters": parameters}[varied]
@@ -49,13 +57,13 @@ def cost_of(case: Case, varied: str, rounds: int) -> Cost:
 
 
 def draw_picture(costs: dict[str, list[Cost]], path: Path) -> None:
-    """Seconds and activations over what was varied, both axes logarithmic."""
+    """Plot seconds and activations against the varied quantity on logarithmic axes."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(costs), figsize=(9, 3), layout="constrained")
     for axis, (name, entries) in zip(axes, costs.items(), strict=True):
         values = [cost.value for cost in entries]
-        axis.loglog(values, [cost.seconds for cost in entries], "o-", label="seconds a step")
+        axis.loglog(values, [cost.seconds for cost in entries], "o-", label="seconds per step")
         axis.loglog(values, [cost.activations / 1e9 for cost in entries], "s--", label="GB of activations")
         axis.minorticks_off()
         axis.set_xticks(values, [f"{value / 1e6:.3g} M" if value > 1e6 else f"{value:g}" for value in values])
@@ -65,10 +73,10 @@ def draw_picture(costs: dict[str, list[Cost]], path: Path) -> None:
 
 
 def main() -> None:
-    """Print a table, and draw it."""
+    """Print a table and plot it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("docs/lab-notes/step_cost.png"))
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps; default: 3")
+    parser.add_argument("--output", type=Path, default=Path("docs/lab-notes/step_cost.png"), help="picture to write")
     options = parser.parse_args()
     keep_freed_memory()
     costs, rows = {}, []

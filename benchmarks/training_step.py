@@ -1,14 +1,17 @@
-"""Claim: a training step here is several times faster than the published kind of step, on the same processor.
+"""Claim: a training step here is several times faster than a plain step like LFM's, on the same processor.
 
     python -m benchmarks.training_step [NETWORK ...] [--seconds 20] [--output docs/training_step.png]
 
-The reference is a plain step in float32: eager, of torch's and timm's layers, AdamW one parameter after another, an average
-over all parameters stacked into one vector. Each side after it adds one optimisation to the side before, up to ours:
-`TrainingState.advance` on the compiled network of our layers. Each side is compared with the reference, in turns of a second
-or of one step, on the same batch and from the same weights, each of the two in a process of its own, as in training. Their
-first losses must agree to 1e-2, and what two steps change in the velocity of a few images to AGREEMENT. The rate is that of
-the operations counted in a forward pass, times three for both passes, over the best of several large products of bfloat16
-matrices just before. Two to six minutes a network.
+The reference is a plain, eager step in float32 with torch's and timm's layers. Its AdamW updates one parameter after another,
+and its EMA is one vector of concatenated parameters. Each variant adds one optimization to the previous one. The last is
+ours: `TrainingState.advance` on the compiled network with our layers.
+
+Each variant alternates with the reference in turns of a second or of one step, on the same batch and from the same weights.
+Both run in separate processes. Their results must agree to the tolerances in AGREEMENT: the first loss to 1e-2, and how two
+steps change the velocity of a few images to 0.05.
+
+GFLOP/s are the operations counted in a forward pass, times three for forward and backward, per second. The peak is the best
+of several large bfloat16 matrix products, measured just before. Each network takes two to six minutes.
 """
 
 import argparse
@@ -41,12 +44,12 @@ from training.state import TrainingState
 RATE, DECAY = 1e-4, 0.9999
 OBJECTIVE = FlowMatching(PathOptions(sigma_min=0.0))
 AGREEMENT = {"first loss": 1e-2, "change of the velocity": 0.05}
-WATCHED = 2  # images whose velocity is
+WATCHED = 2  # images whose velocity is compared
 UNET: dict[str, Any] = {"nf": 128, "ch_mult": (1, 2, 2), "num_in_channels": 4, "num_out_channels": 4}
 
 
 class Case(NamedTuple):
-    """A network and what goes through it."""
+    """A network, its latent size and its batch size."""
 
     model_type: str
     size: int
@@ -64,7 +67,7 @@ CASES = {
 
 
 class Effect:
-    """What steps do to a network."""
+    """Records how training steps change a network: its losses, and its velocity on a few images."""
 
     def __init__(self, network: nn.Module, batch: Batch) -> None:
         self.network = network
@@ -74,16 +77,16 @@ class Effect:
 
     @torch.no_grad()
     def velocity(self) -> torch.Tensor:
-        """Of the watched images, in float32."""
+        """The velocity on the watched images, in float32."""
         return self.network(*self.inputs).flatten()
 
     def results(self) -> dict[str, Sequence[float]]:
-        """The first loss, and how the velocity has changed."""
+        """The first loss, and the change of the velocity since the start."""
         return {"first loss": self.losses[:1], "change of the velocity": (self.velocity() - self.before).tolist()}
 
 
 class PlainStep:
-    """One step after another on one batch, each optimisation by a switch."""
+    """A plain training step on one batch, with a switch for each optimization."""
 
     def __init__(
         self,
@@ -105,7 +108,7 @@ class PlainStep:
         self.stacked = torch.empty(0) if in_place else stack(self.parameters)
 
     def __call__(self) -> None:
-        """Take a step."""
+        """Take a training step."""
         keep_freed_memory(self.keeps_memory)
         t = self.batch.draws.t.view(-1, 1, 1, 1)
         x_t = (1 - t) * self.batch.data + t * self.batch.noise
@@ -124,14 +127,14 @@ class PlainStep:
 
 
 def stack(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
-    """All in one vector."""
+    """Concatenate all parameters into one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in parameters])
 
 
 def with_timms_patches(network: nn.Module) -> nn.Module:
-    """The network, a DiT's patches embedded by timm's layer: a convolution, after which tokens lie transposed.
+    """Replace a DiT's patch embedding with timm's, in place. Returns the network.
 
-    The other layers are torch's where they are not compiled.
+    timm's layer is a convolution followed by a transpose. Our other layers fall back to torch's unless they are compiled.
     """
     if isinstance(network, DiT):
         ours = network.x_embedder
@@ -142,7 +145,7 @@ def with_timms_patches(network: nn.Module) -> nn.Module:
 
 
 class OurStep:
-    """The step of training/state.py on one batch, compiled."""
+    """The compiled training step of training/state.py on one batch."""
 
     def __init__(self, case: Case) -> None:
         machine = Machine(torch.device("cpu"), "bf16", compile=True)
@@ -153,17 +156,17 @@ class OurStep:
         self.results = self.effect.results
 
     def __call__(self) -> None:
-        """Take a step."""
+        """Take a training step."""
         keep_freed_memory()
         self.state.sums.zero_()
         self.state.advance(self.velocity, OBJECTIVE, self.batch, RATE, 0.0)
         self.effect.losses.append(self.state.sums[0].item())
 
 
-# Each with the switches of the sides before it; ours comes after them.
+# Each variant also turns on the switches before it. OURS follows them.
 SWITCHES = {
     "fused AdamW": "fused",
-    "average in place": "in_place",
+    "in-place EMA": "in_place",
     "bfloat16": "bf16",
     "freed memory kept": "keeps_memory",
 }
@@ -171,9 +174,10 @@ OURS = "compiled (ours)"
 
 
 def new_network(case: Case) -> nn.Module:
-    """With weights by a fixed seed; the layers that begin as zeros are made small, so that gradients reach every weight.
+    """Build a network with weights from a fixed seed, and with our CPU kernels.
 
-    Its CPU kernels change nothing in eager float32; in eager bfloat16 they are those of attention.
+    Zero-initialized layers get small weights, so that gradients reach every weight. In eager mode, our kernels change nothing
+    in float32, and only attention in bfloat16.
     """
     torch.manual_seed(0)
     return with_cpu_kernels(with_small_weights(build_network(case.model_type, case.size, case.options)))
@@ -181,7 +185,7 @@ def new_network(case: Case) -> nn.Module:
 
 @torch.no_grad()
 def with_small_weights(network: nn.Module) -> nn.Module:
-    """The network, weights small and random where they began as zeros."""
+    """Replace zero-initialized weights with small random ones, in place. Returns the network."""
     for parameter in network.parameters():
         if parameter.requires_grad and not parameter.any():
             parameter.normal_(std=0.02)
@@ -196,22 +200,22 @@ def new_batch(case: Case) -> Batch:
 
 
 def forward_operations(case: Case) -> int:
-    """Floating-point operations of a forward pass on the batch: two for each multiplication."""
-    with torch.device("meta"):  # where those in attention are counted, too
+    """Floating-point operations of a forward pass on the batch. A multiply-add counts as two."""
+    with torch.device("meta"):  # attention's operations are counted only on the meta device
         batch = new_batch(case)
         network = build_network(case.model_type, case.size, case.options)
         return operations(network, batch.draws.t, batch.data, batch.condition)
 
 
 def peak(side: int = 4096) -> float:
-    """FLOP/s of the best of several products of square bfloat16 matrices."""
+    """Peak FLOP/s: the fastest of several products of square bfloat16 matrices."""
     a, b = torch.randn(2, side, side).bfloat16()
     seconds = min(compare({"product": lambda: a @ b}, rounds=1)["product"] for _ in range(5))
     return 2 * side**3 / seconds
 
 
 def measure(case: Case, seconds: float) -> dict[str, Comparison]:
-    """Each side compared with the reference."""
+    """Compare each variant with the reference."""
     sides: dict[str, Callable[[], Side]] = {}
     switches = dict[str, bool]()
     for name, switch in SWITCHES.items():
@@ -222,32 +226,36 @@ def measure(case: Case, seconds: float) -> dict[str, Comparison]:
 
 
 def draw_picture(results: dict[str, dict[str, Comparison]], path: Path) -> None:
-    """Times as fast as the reference, by network and side."""
+    """Plot speedups over the reference by network and variant."""
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     names = [*SWITCHES, OURS]
     for number, name in enumerate(names):
-        places = [place + (number - (len(names) - 1) / 2) * 0.16 for place in range(len(results))]
-        bars = axis.bar(places, [sides[name].times for sides in results.values()], 0.15, label=name)
+        positions = [network + (number - (len(names) - 1) / 2) * 0.16 for network in range(len(results))]
+        bars = axis.bar(positions, [sides[name].times for sides in results.values()], 0.15, label=name)
     axis.bar_label(bars, fmt="%.1f", padding=2)
     axis.axhline(1, color="grey", linewidth=1)
     axis.set_xticks(range(len(results)), list(results))
     axis.margins(y=0.1)
-    axis.set_ylabel("times as fast as the reference")
+    axis.set_ylabel("speedup over the reference")
     axis.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=5, frameon=False)
     figure.savefig(path, dpi=80)
 
 
 def main() -> None:
-    """Print a table of all cases, and draw it."""
+    """Print a table of all networks and plot it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=", ".join(CASES))
-    parser.add_argument("--seconds", type=float, default=20, help="of each side's comparison, in whole turns")
-    parser.add_argument("--output", type=Path, help="picture to draw; default: docs/training_step.png, of all networks")
+    parser.add_argument("networks", nargs="*", metavar="NETWORK", help=f"{', '.join(CASES)}; default: all")
+    parser.add_argument(
+        "--seconds", type=float, default=20, help="seconds per variant, rounded up to whole turns; default: 20"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="picture to write; default: docs/training_step.png if all networks are run"
+    )
     options = parser.parse_args()
     if unknown := set(options.networks) - CASES.keys():
-        parser.error(f"unknown networks: {', '.join(unknown)}; expected some of {', '.join(CASES)}")
+        parser.error(f"unknown networks: {', '.join(unknown)}; choose from {', '.join(CASES)}")
     results, rows = {}, []
     for name in options.networks or CASES:
         best = peak()
@@ -258,8 +266,8 @@ def main() -> None:
         rows[-1] += [f"{side.times:.2f}" for side in sides.values()]
         rows[-1] += [f"{rate / 1e9:.0f}", f"{100 * rate / best:.0f} % of {best / 1e9:.0f}"]
         print(rows[-1], flush=True)
-    header = ["network", "reference", "ours", *SWITCHES, OURS, "GFLOP/s", "of the peak"]
-    print(f"\nTimes as fast as the reference, by side\n\n{markdown_table(header, rows)}")
+    header = ["network", "reference", "ours", *SWITCHES, OURS, "GFLOP/s", "share of the peak"]
+    print(f"\nSpeedup over the reference\n\n{markdown_table(header, rows)}")
     if options.output or not options.networks:
         draw_picture(results, options.output or Path("docs/training_step.png"))
 

@@ -65,7 +65,7 @@ def _from_published(source: Path, target: Path, given: Mapping[str, Any]) -> Non
         autoencoder = load_autoencoder(request.autoencoder, request.dataset.channels)
         if "scale_factor" not in given:
             scale = request.autoencoder.scale_factor
-            note(f"assuming latents scaled by {scale}, as in LFM's checkpoints; set --scale_factor if they are not")
+            note(f"assuming that latents are scaled by {scale}, as in LFM's checkpoints; otherwise, set --scale_factor")
     network, header = build_published(file, source, request, autoencoder)
     save_weights(target, network.state_dict(), header)
 

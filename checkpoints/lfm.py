@@ -112,7 +112,7 @@ def _architecture(
         num_in_channels=channels + embedded if request.in_channels is None else request.in_channels,
         num_out_channels=channels if request.out_channels is None else request.out_channels,
     )
-    if not network.null_class_has_weights and network.classes > 1:  # the weights may know a null class: allow guidance
+    if not network.null_class_has_weights and network.classes > 1:  # labels may have been dropped, so allow guidance
         network = replace(network, label_dropout=network.label_dropout or TYPICAL_LABEL_DROPOUT)
     factor = autoencoder.factor if autoencoder else request.autoencoder.f or FACTOR
     size, remainder = divmod(request.dataset.image_size, factor)

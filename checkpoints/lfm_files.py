@@ -33,7 +33,7 @@ __all__ = [
     "read_sampled",
 ]
 
-ALLOWED_CLASSES = (argparse.Namespace,)  # the only class of objects in content.pth
+ALLOWED_CLASSES = (argparse.Namespace,)  # the only class in content.pth besides tensors and containers
 PREFIX = "module."
 STAGE_WEIGHT = "channel_mapper.weight"
 STAGE_FILE = re.compile(r"cond_stage_model_(\d+)\.pth")

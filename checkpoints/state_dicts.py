@@ -117,7 +117,7 @@ def _advice(weights: Weights, architecture: Architecture) -> str:
         return "; it holds only a label-map embedding: pass the model_<epoch>.pth in the same folder instead"
     flags = suggest_flags(weights, architecture)
     if not flags:
-        return "; no flags were found that would fit: check that this is the right file"
+        return "; no flags were found that would make it fit: check that this is the right file"
     return f"; the file would fit with {' '.join(_spell(name, value) for name, value in flags.items())}"
 
 

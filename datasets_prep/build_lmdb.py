@@ -2,8 +2,8 @@
 
     python -m datasets_prep.build_lmdb --source IMAGES --datadir DIR --image_size 256
 
-writes `train.lmdb` and `validation.lmdb` into DIR. The images have the keys "0", "1", ... in natural order of their file
-names (2.jpg before 10.jpg). By default, the last tenth is held out: 3,000 of CelebA-HQ's images 0.jpg to 29999.jpg.
+The command writes `train.lmdb` and `validation.lmdb` into DIR. The images have the keys "0", "1", ... in natural order of
+their file names (2.jpg before 10.jpg). By default, the last tenth is held out: 3,000 of CelebA-HQ's images 0.jpg to 29999.jpg.
 
 The command may be interrupted at any moment; repeat it to resume. Each LMDB grows under a temporary name. Its key
 "progress" is updated in the same transaction as the images and deleted in the last one, so a finished LMDB holds only images.
@@ -79,7 +79,7 @@ def build_lmdb(target: Path, paths: list[Path], root: Path, options: BuildLmdbOp
         The number of images in the LMDB.
 
     Raises:
-        UsageError: `target` was built or begun with other images or options, or an image cannot be read.
+        UsageError: `target` was built or started with other images or options, or an image cannot be read.
     """
     identity = {
         "files": len(paths),
@@ -165,7 +165,7 @@ def main() -> None:
 
 
 def _fill(environment: lmdb.Environment, paths: list[Path], options: BuildLmdbOptions, name: str) -> None:
-    """Add the images from the stored progress on, and delete the progress at the end."""
+    """Add the images that are still missing according to the stored progress, and delete the progress at the end."""
     with environment.begin() as transaction:
         stored = transaction.get(PROGRESS)
     if stored is None and environment.stat()["entries"]:
@@ -236,7 +236,7 @@ def _check_same(folder: Path, identity: dict[str, Any]) -> None:
     for key, expected in identity.items():
         if stored.get(key) != expected:
             raise UsageError(
-                f"{folder} was begun with another {key}: expected {expected}, but found {stored.get(key)}. "
+                f"{folder} was started with another {key}: expected {expected}, but found {stored.get(key)}. "
                 "Repeat the original command, remove the folder, or choose another --datadir"
             )
 

@@ -1,8 +1,8 @@
 """Random access to the shards of a latent cache, at disk speed.
 
-By default, the system reads far ahead in memory-mapped files. For one 16 kB row in random order, that can be megabytes.
-MADV_RANDOM turns read-ahead off. MADV_WILLNEED announces all rows of a batch before the first is used, so that the disk
-reads them concurrently.
+By default, the system reads far ahead in memory-mapped files. In random order, it may then read megabytes for a single row
+of 16 kB. MADV_RANDOM turns read-ahead off. MADV_WILLNEED announces all rows of a batch before the first is used, so that the
+disk reads them concurrently.
 """
 
 import mmap
@@ -22,12 +22,12 @@ ADVISABLE = hasattr(mmap, "MADV_WILLNEED")  # not on Windows
 
 
 class LatentCache:
-    """Posterior moments of every image of a split by index, without access to the images."""
+    """Posterior moments of a split's images by index. The images themselves are not needed."""
 
     def __init__(self, folder: Path, manifest: dict[str, Any], labels: torch.Tensor) -> None:
         self.folder = folder
         self.labels = labels
-        self.precision: str = manifest.get("precision", "fp32")  # of the encoder; absent from older caches
+        self.precision: str = manifest.get("precision", "fp32")  # the encoder's; older caches do not record it
         self.orientations: int = manifest["orientations"]
         self.shard_size: int = manifest["shard_size"]
         self.shards = [_map_rows(folder / entry["file"]) for entry in manifest["shards"]]
@@ -35,7 +35,7 @@ class LatentCache:
         rows = [min(self.shard_size, len(labels) - first) for first in range(0, len(labels), self.shard_size)]
         expected = [(count, self.orientations, *self.moment_shape) for count in rows]
         if [shard.shape for shard in self.shards] != expected:
-            raise ValueError("the shards have other shapes")
+            raise ValueError("the shards have unexpected shapes")
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -21,7 +21,7 @@ from runtime.precision import Machine
 __all__ = ["ConditionSource", "LabelMaps", "MaskDraw", "MaskedImages", "class_shares"]
 
 GREY = torch.tensor(128, dtype=torch.uint8)
-MaskDraw = Callable[[int], torch.Tensor]  # from a number to a mask, bool [H, W], True in the hole
+MaskDraw = Callable[[int], torch.Tensor]  # maps a draw's number to a mask, bool [H, W], True in the hole
 
 
 class ConditionSource(Protocol):
@@ -32,7 +32,7 @@ class ConditionSource(Protocol):
     def read(self, indices: torch.Tensor, mirrored: torch.Tensor, draws: Sequence[int]) -> torch.Tensor:
         """Read the conditions of images `indices` [B] as uint8 [B, ., H, W].
 
-        Conditions are mirrored where `mirrored` [B]. `draws` are the numbers of the random draws, such as the masks.
+        Conditions are mirrored where `mirrored` [B]. `draws` [B] number the random draws, such as the masks.
         """
         ...
 
@@ -88,7 +88,7 @@ class MaskedImages:
 
 
 class LabelMaps:
-    """Label maps as the share of each class in the image region of a latent pixel. The network maps the shares to c channels.
+    """Label maps, encoded as each class's share of a latent pixel's image region. The network maps the shares to c channels.
 
     Args:
         dataset: images with label maps.

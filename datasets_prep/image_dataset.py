@@ -35,7 +35,7 @@ class DatasetFacts:
         channels: channels of the images.
         crop: side to which samples are cropped; None if the dataset adds no padding.
         flips: whether mirror images belong to the distribution.
-        class_names: empty without classes or with more than LISTED_CLASSES.
+        class_names: empty if there are no classes, or more than LISTED_CLASSES.
     """
 
     name: str
@@ -83,7 +83,7 @@ class ImageDataset:
         """Check that the dataset has images, because `purpose` (such as a flag) needs them.
 
         Raises:
-            UsageError: there are no images.
+            UsageError: the dataset holds only latents.
         """
 
     def verify(self, index: int) -> None:

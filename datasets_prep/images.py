@@ -1,6 +1,6 @@
 """Image files as uint8 tensors: decoding, and ADM's resize and center crop.
 
-Errors name the bad file. Label maps are resized and cropped like their images, by nearest neighbor.
+Errors name the bad file. Label maps are resized and cropped like their images, but by nearest neighbor.
 """
 
 import io
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
-LONGEST_SIDE = 200  # times the shorter side; a longer image could be enlarged to a huge one before it is cropped
+LONGEST_SIDE = 200  # in multiples of the shorter side; longer images could become huge before they are cropped
 NO_CLASS = 255  # the id of label-map pixels that belong to no class
 
 
@@ -103,7 +103,7 @@ def read_map(path: str | Path, image_path: str | Path, size: int, classes: int) 
     NO_CLASS. The map has the aspect ratio of the stored image; the image's EXIF orientation is applied to both.
 
     Raises:
-        BadImageError: a file cannot be read, or the map has another mode, id or aspect ratio.
+        BadImageError: a file cannot be read, or the map has an unexpected mode, id or aspect ratio.
     """
     with _as_bad_image(str(image_path)), Image.open(image_path) as image:
         extent, orientation = image.size, image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -5,8 +5,8 @@ A folder holds:
     labels.npy         the images' labels (in labels_<CRC-32>.npy if they have changed)
     moments_00000.npy  and further shards, of shape [n, orientations, 2 c, h, w]
 
-Orientation 1 is the mirror image. It is stored if the dataset flips, because encode(flip(x)) is not flip(encode(x)). A cache
-with mirror images also serves a dataset that does not flip.
+Orientation 0 is the image. Orientation 1 is its mirror image, which only datasets with `flips` need. Both are encoded,
+because encode(flip(x)) differs from flip(encode(x)). A cache with mirror images also serves a dataset without `flips`.
 
 An interrupted build resumes. Images are encoded in the machine's precision, which the manifest records. A cache encoded in
 another precision is accepted.

@@ -1,11 +1,11 @@
 """Precomputed latents as a dataset: a latent cache, or a folder of .npy or .npz files.
 
-datasets_prep/build_latents.py builds caches, and so does training. A cache records its autoencoder, the labels and both
-orientations.
+Both datasets_prep/build_latents.py and training build latent caches. A cache records its autoencoder, the labels and, if the
+dataset has mirror images, their moments.
 
 In a folder, each file holds one image's posterior mean or a posterior sample, [c, h, w], or the mean and log-variance,
 [2 c, h, w]. Values are unscaled, as the encoder returns them. Class folders, `train` and `validation` work as for images.
-Folders do not flip, because the latents of mirror images cannot be computed from latents.
+Folders have no mirror images, because an image's latent does not determine its mirror image's latent.
 """
 
 from collections.abc import Callable
@@ -69,8 +69,8 @@ class LatentDataset(ImageDataset):
     def check_images(self, purpose: str) -> NoReturn:
         """Raise UsageError: a dataset of latents has no images."""
         raise UsageError(
-            f"{self.facts.name} holds latents but no images, which {purpose} needs: leave it out, write the samples with "
-            "--save_images, and score them against reference statistics of the images (pytorch_fid/fid_score.py)"
+            f"{self.facts.name} holds latents but no images, which {purpose} needs. To score samples, write them with "
+            "--save_images and compare them with reference statistics of the images (pytorch_fid/fid_score.py)"
         )
 
     def _refuse(self, index: int) -> NoReturn:

@@ -110,7 +110,7 @@ def open_lmdb_file(path: Path) -> LmdbFile:
 
 
 def key_at(keys: np.ndarray | range, index: int) -> bytes:
-    """The key of image `index`. Elements of a range become decimal numbers."""
+    """The key of image `index`. The numbers in a range become decimal strings."""
     return str(keys[index]).encode() if isinstance(keys, range) else bytes(keys[index])
 
 

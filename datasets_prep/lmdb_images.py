@@ -19,7 +19,7 @@ from options import UsageError
 
 __all__ = ["HELD_OUT_SHARE", "open_lmdb", "open_lsun"]
 
-HELD_OUT_SHARE = 10  # an LMDB with both splits holds out its last tenth: 3,000 images of CelebA-HQ, 7,000 of FFHQ
+HELD_OUT_SHARE = 10  # the last tenth of an LMDB with both splits is held out: 3,000 images of CelebA-HQ, 7,000 of FFHQ
 LSUN_NAMES = {"lsun_church": "church_outdoor", "lsun_bedroom": "bedroom"}
 LSUN_SPLITS = {"train": "train", "validation": "val"}
 SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF")  # of PNG, JPEG and WebP

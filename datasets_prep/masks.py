@@ -2,13 +2,13 @@
 
     python -m datasets_prep.masks OUT.png --size 64
 
-draws one row of masks per kind and prints their hole ratios.
+The command draws one row of masks per kind and prints their hole ratios.
 
 `strokes` follows DeepFillv2 (Yu et al. 2019, Algorithm 1): polylines with random angles, lengths and widths. `mixed` combines
-them with random boxes to the wide masks of LaMa (Suvorov et al. 2022) and CoModGAN (Zhao et al. 2021). `half` and `lines`
-(every other row) follow RePaint (Lugmayr et al. 2022). `outpaint` follows Palette (Saharia et al. 2022).
+strokes and random boxes, like the wide masks of LaMa (Suvorov et al. 2022) and CoModGAN (Zhao et al. 2021). `half` and
+`lines` (every other row) follow RePaint (Lugmayr et al. 2022). `outpaint` follows Palette (Saharia et al. 2022).
 
-All lengths are relative to the image's side, so that a mask is the same drawing at every size.
+All lengths are relative to the image's side, so a mask looks the same at every size.
 """
 
 import math
@@ -34,11 +34,11 @@ __all__ = ["MASK_KINDS", "MaskOptions", "MaskSetOptions", "draw_mask", "hole_rat
 
 Draw = Callable[[int, torch.Generator], np.ndarray]
 
-# Ranges. Lengths are relative to the image's side.
+# Ranges of the random numbers. Lengths are relative to the image's side.
 STROKES, VERTICES = (1, 4), (4, 12)
 STROKE_LENGTH, STROKE_WIDTH = (0.05, 0.35), (0.05, 0.15)
 BOXES, BOX_SIDE = (1, 4), (0.1, 0.5)
-SIDE_DEPTH, RING_DEPTH = (0.25, 0.5), (0.125, 0.25)  # of outpainting masks on one side and on all sides
+SIDE_DEPTH, RING_DEPTH = (0.25, 0.5), (0.125, 0.25)  # depths of outpainting masks on one side, and on all sides
 BOTH_SHARE = 0.2  # share of mixed masks with both strokes and boxes
 HOLE_RATIOS = (0.02, 0.8)  # random masks outside this range are drawn again
 WHITE = 128  # the darkest gray that marks a hole in a mask file
@@ -179,10 +179,10 @@ def draw_mask(kind: str, size: int, seed: int, index: int) -> torch.Tensor:
 
 
 def mask_set(options: MaskSetOptions, size: int) -> Callable[[int], torch.Tensor]:
-    """The fixed masks of a test, as a function from an index to bool [size, size].
+    """The fixed masks of a test run, as a function that maps an index to bool [size, size].
 
     A folder's masks are used in turn, starting over after the last. They are resized and cropped like images, but by nearest
-    neighbor. Pixels of at least half white are holes.
+    neighbor. Pixels with a gray value of WHITE or more are in the hole.
 
     Raises:
         UsageError: the folder has no images. The returned function raises it too, if a mask cannot be read, is empty or

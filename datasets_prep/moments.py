@@ -68,8 +68,8 @@ def open_moments(
 ) -> MomentSource:
     """Open the source of a dataset's posterior moments.
 
-    Images come from the latent cache, which is built if it is missing; in `spare` if the data folder is read-only. In pixel
-    space or with --no_latent_cache they are encoded on the fly. A dataset of latents is read directly.
+    Moments of images come from the latent cache, which is built if it is missing. It is below `spare` if the data folder is
+    read-only. In pixel space or with --no_latent_cache, images are encoded on the fly. A dataset of latents is read directly.
 
     Raises:
         UsageError: the latent cache cannot be written, or belongs to other images.

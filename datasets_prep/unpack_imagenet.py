@@ -113,7 +113,7 @@ def _members(
 
 @contextmanager
 def _named_when_complete(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder and rename it to `folder` at the end. It keeps the files of an interrupted command."""
+    """Yield a folder with a temporary name, and rename it to `folder` at the end. After an error, it keeps its files."""
     unfinished = folder.with_name(f"{folder.name}.unfinished")
     unfinished.mkdir(parents=True, exist_ok=True)
     yield unfinished

@@ -38,7 +38,7 @@ class LabelCounts:
             self._recognized += int((predict_classes(self._features, images) == labels).sum())
 
     def merge_all(self, processes: Processes) -> None:
-        """Add the counts of all processes in the main process."""
+        """Sum the counts of all processes in the main process."""
         shares = processes.gather((self._counts, self._recognized))
         for counts, recognized in shares[1:]:
             self._add(counts)

@@ -29,7 +29,7 @@ class Metric:
     """A metric and the inputs that it needs.
 
     Attributes:
-        title: name to report with Inception features.
+        title: name in results that use Inception features.
         need: key of evaluation.summary.NEEDS.
         compute: maps the generated and the reference summary to the values of one or more metrics, by name.
         against_reference: False if the metric ignores the real images.
@@ -135,8 +135,9 @@ def compute_metrics(names: Sequence[str], generated: Summary, reference: Summary
 def error_bars(names: Sequence[str], part: Callable[[Sequence[int]], Summary], reference: Summary) -> dict[str, float]:
     """Estimate each metric's standard deviation over sets of samples of the same size, for a fixed reference.
 
-    The samples are split into halves A and B in seven ways. The values v_A and v_B have the same bias, which depends on the
-    number of samples, and each has twice the variance sigma^2 of the whole set's value. So E (v_A - v_B)^2 = 4 sigma^2.
+    The samples are split into halves A and B in seven ways. A metric's values v_A and v_B have the same bias, because the
+    bias depends only on the number of samples. If the whole set's value has variance sigma^2, each half's value has variance
+    2 sigma^2, so E (v_A - v_B)^2 = 4 sigma^2.
     The splits are balanced half-samples (McCarthy 1969): a Hadamard matrix over eight groups makes them uncorrelated.
     The estimate has seven degrees of freedom and is accurate to about 27 %.
 
@@ -170,7 +171,7 @@ def check_comparable(a: Mapping[str, object], b: Mapping[str, object]) -> None:
         described = [size if isinstance(size, str) else "{1} x {0}".format(*size) for size in sizes]  # type: ignore[misc]
         raise UsageError(
             f"cannot compare images of different sizes: the samples are {described[0]}, the reference is {described[1]}; "
-            "use --image_size to bring both to one size"
+            "use --image_size to resize both to the same size"
         )
 
 

@@ -45,7 +45,7 @@ def compare_pairs(
 
     Args:
         generated: the folder to score.
-        real: the folder with their partners.
+        real: the folder with the partners of these images.
         comparison: image size and batch size.
         scoring: metrics, error bars and image format.
         pairing: whether LPIPS is computed, and its weights.

@@ -66,7 +66,7 @@ class PixelScores:
         if generated.shape != real.shape:
             raise UsageError(
                 f"cannot compare images of different sizes: (height, width) is {tuple(generated.shape[2:])} for generated and "
-                f"{tuple(real.shape[2:])} for real images; use --image_size to bring both to one size"
+                f"{tuple(real.shape[2:])} for real images; use --image_size to resize both to the same size"
             )
         for a, b in zip(generated.numpy(), real.numpy(), strict=True):
             error = float(np.square(a.astype(np.float64) - b).mean())
@@ -120,7 +120,7 @@ def load_lpips(weights_file: str | None, device: torch.device | str) -> Perceptu
     network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
     layers = {name.partition(".")[2]: parameter for name, parameter in network.net.named_parameters()}
     try:
-        for name, parameter in layers.items():  # lpips calls AlexNet's "features.0.weight" "slice1.0.weight"
+        for name, parameter in layers.items():  # lpips renames AlexNet's "features.0.weight" to "slice1.0.weight"
             parameter.data.copy_(weights[f"features.{name}"])
     except (KeyError, RuntimeError) as error:
         raise UsageError(

@@ -118,7 +118,7 @@ def statistics_summary(path: str | Path, needs: Iterable[str]) -> Summary:
     if beyond := set(needs) - {"moments"}:
         raise UsageError(
             f"{path} holds only the mean and covariance of features, which is enough for --metrics fid. The other metrics "
-            f"need {', '.join(sorted(beyond))}; pass the images instead"
+            f"need data that the file lacks ({', '.join(sorted(beyond))}); pass the images instead"
         )
     statistics = load_statistics(path)
     meta = {"file": str(path), **statistics.meta}

@@ -44,7 +44,10 @@ class MetricOptions:
     """Metrics."""
 
     metrics: tuple[str, ...] = option(
-        ("fid",), "metrics to compute; fid is the Frechet distance for any --features", choices=METRICS, common=True
+        ("fid",),
+        "metrics to compute; fid is the Frechet distance between the chosen --features",
+        choices=METRICS,
+        common=True,
     )
 
 
@@ -246,7 +249,7 @@ def _warnings(generated: Summary, reference: Summary) -> list[str]:
         found.append("the number of samples is not recorded")
     elif generated.count < FEWEST_SAMPLES:
         found.append(
-            f"{generated.count} samples are fewer than {FEWEST_SAMPLES}; compare this score only with scores of as many samples"
+            f"{generated.count} samples are fewer than {FEWEST_SAMPLES}; compare it only with scores of equally many samples"
         )
     for what, summary in (("samples", generated), ("reference images", reference)):
         known = summary.statistics or summary.spatial

@@ -1,9 +1,9 @@
-"""Summaries of image sets, with all inputs of the metrics, gathered in one pass over the images.
+"""Summaries of image sets: the inputs of all metrics, gathered in one pass over the images.
 
 Images are not stored. The memory for D features depends on the metrics:
 
 - The mean and covariance take 8 D^2 bytes (34 MB for 2048 features) for any number of images.
-- Metrics that compare single images store their features, 4 D bytes per image (8 KB, so 410 MB for 50,000 images).
+- Metrics that compare individual images need each image's features, 4 D bytes (8 KB, so 410 MB for 50,000 images).
 - The Inception Score stores logits (4 KB per image).
 
 A grouped gatherer assigns images to eight groups by index, so that metrics can also be computed on halves of the set (see
@@ -42,8 +42,8 @@ class Summary:
         device: where metrics may process rows.
         statistics: mean and covariance of the features.
         spatial: mean and covariance of the spatial features.
-        rows: features of single images, float32 [n, D], ordered by image index.
-        logits: logits of single images, float32 [n, K], ordered by image index.
+        rows: features of individual images, float32 [n, D], ordered by image index.
+        logits: logits of individual images, float32 [n, K], ordered by image index.
     """
 
     count: int | None
@@ -81,7 +81,7 @@ class Gatherer:
     Args:
         features: the feature network.
         needs: keys of NEEDS.
-        grouped: keep groups apart, so that `summary` can be called for some of them.
+        grouped: keep the eight groups separate, so that `summary` can select some of them.
         keep: indices of the images whose rows are stored. None: all.
 
     Raises:

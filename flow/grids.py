@@ -73,7 +73,7 @@ class TimeGridOptions:
 
 
 def time_grid(options: TimeGridOptions) -> list[float]:
-    """Times from 1 down to 0, `options.steps` + 1 in number, with both ends exact.
+    """The `options.steps` + 1 times from 1 down to 0, with both ends exact.
 
     `time_shift` s maps any grid to t' = s t / (1 + (s - 1) t) (Esser et al. 2024, section 5.3.2).
 

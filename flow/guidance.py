@@ -1,8 +1,8 @@
 """The velocity that a solver integrates: a network under a condition and guidance.
 
-Guidance extrapolates away from a worse velocity: v = v_worse + scale (v - v_worse). Classifier-free guidance takes v_worse
-from the same network under the null condition (Ho & Salimans 2022, eq. 6). Autoguidance takes it from a weaker network
-under the same condition (Karras et al. 2024, arXiv:2406.02507, eq. 3). Guidance acts at times within an interval
+Guidance extrapolates away from a worse velocity: v_guided = v_worse + scale (v - v_worse). Classifier-free guidance takes
+v_worse from the same network under the null condition (Ho & Salimans 2022, eq. 6). Autoguidance takes it from a weaker
+network under the same condition (Karras et al. 2024, arXiv:2406.02507, eq. 3). Guidance acts at times within an interval
 (Kynkaanniemi et al. 2024, arXiv:2404.07724, eq. 5), on all channels or only on the first few.
 """
 
@@ -73,7 +73,7 @@ class GuidedVelocity:
         self.guidance = guidance
         self.guide = guide
         self._rows: torch.Tensor | None = None  # indices of these samples in the whole batch; None: all samples
-        self._tally: list[tuple[torch.Tensor | None, torch.Tensor]] = []  # for each call: rows, and their evaluations
+        self._tally: list[tuple[torch.Tensor | None, torch.Tensor]] = []  # rows and their evaluations, for each call
 
     def __call__(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Velocity [B, C, h, w] at times t ([] or [B]) and points x [B, C, h, w]."""
@@ -91,7 +91,7 @@ class GuidedVelocity:
         return velocity.index_copy(0, rows, guided)
 
     def select_rows(self, rows: torch.Tensor) -> "GuidedVelocity":
-        """The velocity of the samples `rows` of the batch; its evaluations go to the same count."""
+        """The velocity of the samples `rows` of the batch. It shares this velocity's evaluation count."""
         part = copy.copy(self)
         part.condition, part.null_condition = _select(self.condition, rows), _select(self.null_condition, rows)
         part._rows = rows if self._rows is None else self._rows[rows]

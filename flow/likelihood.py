@@ -25,7 +25,7 @@ class Likelihood(NamedTuple):
 
     @property
     def bits_per_dimension(self) -> torch.Tensor:
-        """-log2 of the density per dimension, [B]. Lower is likelier; negative where the density exceeds 1."""
+        """-log2 of the density per dimension, [B]. Lower is more likely; negative where the density exceeds 1."""
         return -self.log_density / (self.noise[0].numel() * math.log(2))
 
 
@@ -54,7 +54,7 @@ def log_likelihood(
 
 
 class _WithDivergence:
-    """The velocity of x and of its accumulated divergence, as one state [B, D + 1]."""
+    """The joint velocity of x and the accumulated divergence, which form one state [B, D + 1]."""
 
     def __init__(self, velocity: Velocity, shape: torch.Size, probe: torch.Tensor | None) -> None:
         self._velocity = velocity

@@ -11,8 +11,8 @@ from flow.runge_kutta import TABLEAUS, combine, slopes_of_step
 
 __all__ = ["adams_bashforth", "dpm_solver"]
 
-# Runge-Kutta methods for the first steps, by the order of the multistep method. They may have one order less, because there
-# are only a few such steps.
+# Runge-Kutta methods for the first steps, by the order of the multistep method. One order less suffices, because there are
+# only a few such steps.
 STARTS = {2: TABLEAUS["euler"], 3: TABLEAUS["heun"], 4: TABLEAUS["rk3"]}
 
 
@@ -21,7 +21,8 @@ def adams_bashforth(
 ) -> Solution:
     """Adams-Bashforth method of `order` on any time grid (Hairer, Norsett & Wanner 1993, sections III.1 and III.5).
 
-    The first order - 1 intervals are Runge-Kutta steps of order - 1, so order 2 takes exactly one evaluation per step.
+    The first `order` - 1 intervals use a Runge-Kutta method of one order less. With `order` 2, this is Euler's method, so
+    every step takes exactly one evaluation.
     """
     past: list[float] = []
     slopes: list[torch.Tensor] = []  # velocities at the times in `past`, newest first
@@ -64,7 +65,7 @@ def dpm_solver(
 
 
 def mean_weights(nodes: Sequence[float], end: float) -> list[float]:
-    """Weights of the values at `nodes` in the mean of their interpolating polynomial over [nodes[0], end]."""
+    """Weights that turn values at `nodes` into the mean of their interpolating polynomial over [nodes[0], end]."""
     scaled = (torch.tensor(nodes, dtype=torch.float64) - nodes[0]) / (end - nodes[0])
     powers = torch.arange(len(nodes), dtype=torch.float64)
     monomial_means = 1 / (powers + 1)  # the mean of s^m over [0, 1]

@@ -1,8 +1,8 @@
 """Training objectives of velocity networks, by name in OBJECTIVES.
 
 An objective draws its times from named random streams, computes one loss per sample, and defines the velocity that a
-sampler integrates. The training step and the validation loss use the same objective. LFM's objective is defined here;
-any other is a separate file that adds an entry to OBJECTIVES.
+sampler integrates. The training step and the validation loss use the same objective. LFM's objective is defined here. To
+add another, register it in OBJECTIVES from a separate file.
 """
 
 from collections.abc import Callable
@@ -124,7 +124,7 @@ OBJECTIVES: dict[str, ObjectiveFamily] = {"flow_matching": ObjectiveFamily(PathO
 class ObjectiveOptions:
     """Objective."""
 
-    objective: str = option("flow_matching", "training objective", choices=OBJECTIVES, common=True)
+    objective: str = option("flow_matching", "training objective", choices=OBJECTIVES)
 
 
 def objective_groups() -> tuple[type[PathOptions], ...]:

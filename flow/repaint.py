@@ -1,7 +1,7 @@
 """Inpainting with a network that was not trained for it, by restoring the known region at every step.
 
 After each step from t to s, the known region of x_s is replaced by a point on the path between the known data and fresh
-noise (Song et al. 2021, arXiv:2011.13456, appendix I.2). To harmonize both regions, noise takes x_s back to time t and the
+noise (Song et al. 2021, arXiv:2011.13456, appendix I.2). To harmonize the two regions, x_s is noised back to time t and the
 step is repeated (resampling; Lugmayr et al. 2022, arXiv:2201.09865, section 4.2). On the path x_t = a_t data + b_t noise,
 with a_t = 1 - t and b_t = sigma_min + (1 - sigma_min) t, this noising step is
 
@@ -39,7 +39,7 @@ def replace_known(
         times: decreasing times.
         known: data [B, C, h, w]; its values in the hole are ignored.
         hole: bool [B, 1, h, w], True where data is unknown.
-        draw: draw(n) is standard normal noise like x; every repetition of a step has two values of n.
+        draw: draw(n) is standard normal noise like x. Each repetition of a step uses two values of n.
         resamplings: how many times each step is taken.
         sigma_min: the share of noise at the data end of the path.
     """

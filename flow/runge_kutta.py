@@ -19,8 +19,8 @@ class Tableau(NamedTuple):
     weights: tuple[float, ...]
 
 
-# heun is the trapezoidal rule, as in EDM's deterministic sampler (Karras et al. 2022, algorithm 1). rk3 is Kutta's method.
-# rk4 is the 3/8 rule, as in torchdiffeq.
+# heun is the trapezoidal rule, as in EDM's deterministic sampler (Karras et al. 2022, algorithm 1). rk3 is Kutta's
+# third-order method. rk4 is the 3/8 rule, as in torchdiffeq.
 TABLEAUS = {
     "euler": Tableau((0,), ((),), (1,)),
     "midpoint": Tableau((0, 1 / 2), ((), (1 / 2,)), (0, 1)),

@@ -44,9 +44,9 @@ MIN_BF16_TOLERANCE = 1e-3
 
 
 def needs_float32(options: SolverOptions) -> bool:
-    """Whether an adaptive solver's tolerance is so tight that it would mistake bfloat16's rounding for its error.
+    """Whether the solver is adaptive, with tolerances so tight that it would mistake bfloat16 rounding for integration error.
 
-    It would then take more and smaller steps.
+    In bfloat16, it would then take more and smaller steps.
     """
     return SOLVERS[options.method].adaptive and min(options.atol, options.rtol) < MIN_BF16_TOLERANCE
 
@@ -71,7 +71,7 @@ def check_method(options: SolverOptions, backwards: bool = False) -> None:
 
 
 def _missing_draw(step: int) -> torch.Tensor:
-    raise ValueError("this method adds noise: pass solve(..., draw=...), a function from the step to noise like x")
+    raise ValueError("this method adds noise: pass solve(..., draw=...), a function that maps a step to noise like x")
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ TIME_SAMPLINGS: dict[str, Callable[[torch.Tensor, "TimeOptions"], torch.Tensor]]
 class TimeOptions:
     """Training times."""
 
-    time_sampling: str = option("uniform", "distribution of training times", choices=TIME_SAMPLINGS, common=True)
+    time_sampling: str = option("uniform", "distribution of training times", choices=TIME_SAMPLINGS)
     time_location: float = option(0.0, "location of logit_normal times; values above 0 mean more noise")
     time_scale: float = option(1.0, "scale of logit_normal times", minimum=0)
 

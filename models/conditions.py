@@ -44,10 +44,10 @@ class ConditionOptions:
 
 @dataclass(frozen=True)
 class DenseInput:
-    """The dense map in a network's input.
+    """How a network takes a dense map as input.
 
     Args:
-        channels: input channels of the network that hold the map.
+        channels: number of the network's input channels that hold the map.
         classes: number of classes of a label map, which the network maps to `channels`; None: the map is used unchanged.
         dropout: probability of dropping the map in training; above 0, there is a null condition.
     """

@@ -46,7 +46,7 @@ class DiTOptions(ClassOptions):
 
     @property
     def label_rows(self) -> int:
-        """Rows of the label table: one per class, at least one, and one for the null class if labels are dropped."""
+        """Rows of the label table: one per class (at least one), and one for the null class if labels are dropped."""
         return self.classes + (self.label_dropout > 0)
 
 
@@ -205,7 +205,7 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
 
 
 def with_own_positions(own: Weights, weights: Weights) -> Weights:
-    """Fit `weights` to a DiT with the state dict `own`: replace a position table for another grid by the DiT's table.
+    """Fit `weights` to a DiT with the state dict `own`, whose position table replaces one for another grid.
 
     All other entries are unchanged. If there is nothing to replace, the result is `weights` itself, not a copy.
     """

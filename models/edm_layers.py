@@ -23,7 +23,7 @@ class Style(NamedTuple):
     eps: float
     skip_scale: float
     filter: tuple[int, ...]
-    always_project: bool  # a resampling skip always has a 1x1 convolution
+    always_project: bool  # resampling skips have a 1x1 convolution even if the channels match
     heads: Callable[[int], int]
     pyramid: bool  # ncsn++: a downsampled input is added at every level of the encoder
     init: str
@@ -66,7 +66,7 @@ class Convolution(nn.Module):
         table = torch.outer(taps, taps)[None, None] / taps.sum().square()
         self.register_buffer("resample_filter", table if up or down else None)
         self.filter_padding = (len(filter) - 1) // 2
-        # Equivalent to resampling by the filter (1, 1), whose table is only kept for the names in LFM's checkpoints.
+        # Equivalent to resampling with the filter (1, 1). The buffer remains, because LFM's checkpoints contain it.
         self.box: nn.Module | None = None
         if (up or down) and filter == (1, 1):
             self.box = Double() if up else nn.AvgPool2d(2)
@@ -112,7 +112,7 @@ class Norm(GroupNorm):
 
 
 class Block(nn.Module):
-    """Residual block with an embedding, and with optional resampling and self-attention."""
+    """Residual block that takes an embedding, with optional resampling and self-attention."""
 
     def __init__(
         self,

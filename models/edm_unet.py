@@ -1,7 +1,7 @@
 """EDM's U-Nets adm, ddpm++ and ncsn++ (Karras et al. 2022, arXiv:2206.00364, appendix F).
 
-Names, shapes and order of the state dict match LFM's published checkpoints. Here, `attn_resolutions` are sides of feature
-maps.
+Names, shapes and order of the state dict match LFM's published checkpoints. `attn_resolutions` are sides of feature maps,
+unlike for `--use_origin_adm`.
 """
 
 import math
@@ -25,19 +25,17 @@ __all__ = ["EdmUNet", "EdmUNetOptions", "UNetOptions"]
 
 @dataclass(frozen=True)
 class UNetOptions(FamilyOptions):
-    """U-Nets."""
+    """U-Nets (adm, ddpm++, ncsn++ and --use_origin_adm)."""
 
-    nf: int = option(256, "U-Nets: base number of channels", minimum=4)
-    ch_mult: tuple[int, ...] = option(
-        (1, 1, 2, 2, 4, 4), "U-Nets: channels of each level, as multiples of nf", minimum=1
-    )
-    num_res_blocks: int = option(2, "U-Nets: residual blocks per level", minimum=1)
+    nf: int = option(256, "base number of channels", minimum=4)
+    ch_mult: tuple[int, ...] = option((1, 1, 2, 2, 4, 4), "channels of each level, as multiples of nf", minimum=1)
+    num_res_blocks: int = option(2, "residual blocks per level", minimum=1)
     attn_resolutions: tuple[int, ...] = option(
         (16,),
-        "U-Nets: sides of the feature maps with attention; with --use_origin_adm, downsampling factors",
+        "sides of the feature maps with attention; with --use_origin_adm, their downsampling factors",
         flags=("--attn_resolution",),
     )
-    dropout: float = option(0.0, "U-Nets: dropout in the residual blocks", minimum=0, maximum=1)
+    dropout: float = option(0.0, "dropout in the residual blocks", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True)

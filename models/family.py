@@ -87,7 +87,7 @@ def check_sides(height: int, width: int, levels: int, owner: str) -> None:
     """Check that latents of these sides can be halved between `levels` levels.
 
     Raises:
-        UsageError: a side is not a multiple of 2^(levels - 1). The message says that the levels belong to `owner`.
+        UsageError: a side is not a multiple of 2^(levels - 1). The message attributes the levels to `owner`.
     """
     for side in (height, width):
         if side % 2 ** (levels - 1):

@@ -24,17 +24,21 @@ __all__ = ["GuidedUNet", "GuidedUNetOptions"]
 
 @dataclass(frozen=True)
 class GuidedUNetOptions(UNetOptions, ClassOptions):
-    """adm with --use_origin_adm."""
+    """U-Net of --use_origin_adm."""
 
     use_scale_shift_norm: bool = option(True, "let the embedding scale and shift the features; off: add it to them")
     resblock_updown: bool = option(
-        False, "resample with residual blocks between levels, instead of convolutions or pooling"
+        False, "use residual blocks to resample between levels; off: resample as resamp_with_conv selects"
     )
-    resamp_with_conv: bool = option(True, "use convolutions to resample between levels")
+    resamp_with_conv: bool = option(
+        True, "use convolutions to resample between levels; off: average pooling and nearest-neighbor upsampling"
+    )
     use_new_attention_order: bool = option(False, "split channels into queries, keys and values first, then into heads")
     num_heads: int = option(4, "number of attention heads", minimum=1)
     num_head_upsample: int = option(-1, "number of attention heads in the decoder; -1: num_heads")
-    num_head_channels: int = option(-1, "channels per head, which then set the number of heads; -1: use num_heads")
+    num_head_channels: int = option(
+        -1, "channels per attention head, instead of a fixed number of heads; -1: use num_heads"
+    )
 
 
 class GuidedUNet(nn.Module):
@@ -161,7 +165,7 @@ class Entry(nn.Sequential):
 
 
 class ResBlock(nn.Module):
-    """Residual block with an embedding; `way` "up" or "down" resamples both the main path and the skip."""
+    """Residual block that takes an embedding. With `way` "up" or "down", it resamples both the main path and the skip."""
 
     def __init__(
         self, inputs: int, outputs: int, embedding: int, dropout: float, film: bool, way: str | None = None

@@ -28,7 +28,7 @@ __all__ = [
     "options_from_header",
 ]
 
-# Network flags of LFM's published code that have no effect, and the reason.
+# Network flags of LFM's published code that have no effect, with the reason.
 IGNORED_NETWORK_FLAGS = {
     "augment_dim": "LFM always sets it to 0",
     "centered": "pixels always lie in [-1, 1]",
@@ -60,7 +60,7 @@ class NetworkOptions:
 
 
 def guided_diffusion_by_default(options: Options) -> Options:
-    """Add --use_origin_adm, the default of LFM's downstream scripts, unless another network is asked for."""
+    """Add --use_origin_adm, the default of LFM's downstream scripts, unless --model_type names another network."""
     named = options.values["model_type"] != NetworkOptions.model_type
     return options if named else options.completed({"use_origin_adm": True})
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Compute the feature statistics of a dataset, in an .npz file for fid_score.py or any program that reads `mu` and `sigma`.
+"""Save a dataset's feature statistics as .npz, for fid_score.py or any program that reads the arrays `mu` and `sigma`.
 
 Example: python pytorch_fid/compute_dataset_stat.py --dataset ffhq_256 --datadir data --image_size 256
 """

@@ -97,7 +97,7 @@ class Processes:
 
 
 def launched() -> bool:
-    """Whether a launcher started this process. All of its variables must be set, not just MASTER_PORT, for example."""
+    """Whether a launcher started this process and set all of LAUNCHER_VARIABLES. Clusters may set some of them globally."""
     return all(name in os.environ for name in LAUNCHER_VARIABLES)
 
 
@@ -112,7 +112,7 @@ def launch_id() -> str:
 
 
 def may_restart_several_machines() -> bool:
-    """Whether torchrun may restart processes on more than one machine; machines count their restarts differently."""
+    """Whether torchrun may restart processes on several machines, whose restart counts may then differ."""
     machines, admitted = (int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
     return machines > 1 and admitted > 0
 

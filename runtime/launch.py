@@ -96,7 +96,7 @@ def run_script(
             settings = options[LaunchOptions]
             if settings.wanted > 1 and not launched():
                 return _launch(settings)
-            sys.stderr.write(notes.getvalue())  # not before: the main process would repeat the launcher's notes
+            sys.stderr.write(notes.getvalue())  # only now, so that the launcher does not print them too
             settings.check(processes)
             return main(options, processes) or 0
 

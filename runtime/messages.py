@@ -1,12 +1,12 @@
 """Print facts, results, notes and warnings, wrapped at the terminal's width and kept clear of progress bars."""
 
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterable
 from typing import TextIO
 
 from tqdm import tqdm
+
+from options import wrapped
 
 __all__ = ["fact", "labeled", "note", "one_line", "show", "show_result", "warn"]
 
@@ -52,18 +52,8 @@ def warn(text: str) -> None:
 
 
 def _write(text: str, file: TextIO, indent: int = 4) -> None:
-    """Print `text`, wrapped only on a terminal, so that log files have one line per message and unbroken paths."""
+    """Print lines, wrapped on a terminal, while progress bars are hidden."""
     encoding = getattr(file, "encoding", None) or "utf-8"
-    lines = text.encode(encoding, "backslashreplace").decode(encoding).splitlines()  # names of files may be any bytes
-    if file.isatty():
-        width = shutil.get_terminal_size().columns
-        lines = [part for line in lines for part in _wrapped(line, width, indent)]
-    tqdm.write("\n".join(lines), file=file)  # hides active progress bars while it prints
+    text = text.encode(encoding, "backslashreplace").decode(encoding)  # names of files may be any bytes
+    tqdm.write("\n".join(wrapped(line, file, indent) for line in text.splitlines()), file=file)
     file.flush()
-
-
-def _wrapped(line: str, width: int, indent: int) -> list[str]:
-    margin = " " * (len(line) - len(line.lstrip()) + indent)
-    if max(map(len, line.split()), default=0) > width - len(margin):
-        return [line]  # a path longer than a line; the terminal wraps it
-    return textwrap.wrap(line, width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False) or [""]

@@ -1,4 +1,4 @@
-"""Sample grids as PNG, and animated ones as GIF."""
+"""Save sample grids as PNG files, and animated grids as GIF files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

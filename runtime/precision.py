@@ -142,7 +142,8 @@ class Machine:
 
     def describe(self) -> str:
         """Describe the device, precision and compilation in one line."""
-        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        count = torch.get_num_threads()
+        threads = f", {count} thread{'s' if count > 1 else ''}" if self.device.type == "cpu" else ""
         way = "compiled (takes about a minute at the start)" if self.compile else "not compiled"
         return f"{self.device}{threads}, {self.precision}, {way}"
 
@@ -257,6 +258,6 @@ def _multiplies_bfloat16(device: torch.device) -> bool:
 
 
 def _is_amd_with_bfloat16() -> bool:
-    """Whether this is an AMD processor with AVX512_BF16; Xeons that have it without AMX are slower in bfloat16."""
+    """Whether this is an AMD processor with AVX512_BF16; Xeons with AVX512_BF16 but without AMX are slower in bfloat16."""
     capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older torch
     return bool(capabilities.get("avx512_bf16")) and str(capabilities.get("cpu_name")).startswith("AMD")

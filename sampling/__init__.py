@@ -1,1 +1,1 @@
-"""Sampling: a checkpoint, seeds and labels in, images out."""
+"""Sampling of images from a checkpoint, given seeds and labels."""

@@ -1,4 +1,4 @@
-"""The cost of sampling: evaluations per sample, and seconds per network evaluation and per batch of images."""
+"""The cost of sampling: network evaluations per sample, and seconds per network evaluation and per batch of images."""
 
 import statistics
 import time
@@ -26,11 +26,11 @@ class TimingOptions:
     """Timing (--measure_time)."""
 
     time_batch_sizes: tuple[int, ...] = option((1, 8, 64), "batch sizes to time", minimum=1)
-    time_repeats: int = option(7, "timed runs of each, after a warm-up", minimum=1)
+    time_repeats: int = option(7, "timed runs per batch size, after one warmup run", minimum=1)
 
 
 def count_evaluations(loaded: LoadedSampler, sampling: SamplingOptions) -> dict[str, Any]:
-    """Count the evaluations that `sampling.n_sample` samples take, without decoding them; writes the result as JSON."""
+    """Count the evaluations for `sampling.n_sample` samples, without decoding them. Writes the result as JSON."""
     sampler, count = loaded.sampler, sampling.n_sample
     labels = choose_labels(sampling.labels, sampler.seed, sampler.num_classes, count)
     evaluations, network_evaluations = [], []
@@ -43,15 +43,15 @@ def count_evaluations(loaded: LoadedSampler, sampling: SamplingOptions) -> dict[
     counts = describe_evaluations(torch.cat(evaluations), torch.cat(network_evaluations))
     result = {**loaded.describe(), "samples": count, **counts}
     result["summary"] = (
-        f"{count} samples: {counts['nfe']:g} evaluations on average, from {counts['nfe_range'][0]} to "
-        f"{counts['nfe_range'][1]}; {counts['network_evaluations']:g} of networks"
+        f"{count} samples: NFE {counts['nfe']:g} on average, {counts['nfe_range'][0]} to {counts['nfe_range'][1]}; the "
+        f"network runs {counts['network_evaluations']:g} times per sample"
     )
     write_json(sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nfe.json", result)
     return result
 
 
 def measure_time(loaded: LoadedSampler, sampling: SamplingOptions, timing: TimingOptions) -> dict[str, Any]:
-    """Time a network evaluation, and drawing and decoding a batch, for each batch size; writes the result as JSON."""
+    """Time a network evaluation, and sampling with decoding, for each batch size. Writes the result as JSON."""
     sampler = loaded.sampler
     rows: list[dict[str, Any]] = []
     for batch_size in timing.time_batch_sizes:
@@ -81,12 +81,12 @@ def _network_call(sampler: Sampler, batch_size: int) -> Callable[[], object]:
 
 
 def _pipeline_call(sampler: Sampler, batch_size: int) -> Callable[[], object]:
-    """A batch of images uint8, from the seed on."""
+    """Sampling and decoding of one batch of images."""
     return lambda: list(generate(sampler, range(batch_size), batch_size=batch_size))
 
 
 def _time(call: Callable[[], object], repeats: int, device: torch.device) -> dict[str, float]:
-    """Median, fastest and slowest of `repeats` calls in seconds, after one call to warm up."""
+    """Median, fastest and slowest of `repeats` calls in seconds, after one warmup call."""
     seconds = []
     for _ in range(repeats + 1):
         _wait(device)

@@ -1,4 +1,4 @@
-"""Class labels of samples: in turn, random, or from a file. Label i depends on the sample's index i alone."""
+"""Class labels of samples: in turn, random, or from a file. A label depends only on the index of its sample."""
 
 import hashlib
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ RULES = ("balanced", "random")
 
 
 def choose_labels(rule: str, seed: int, num_classes: int, count: int) -> Labels:
-    """The labels that `--labels` asks for.
+    """Return the function from sample indices to labels that `--labels` specifies.
 
     Args:
-        rule: "balanced", "random", or a file of one class id per line, line i + 1 for sample i.
+        rule: "balanced", "random", or a file with one class id per line; line i + 1 belongs to sample i.
         seed: seed of random labels.
-        num_classes: K.
+        num_classes: number of classes K.
         count: number of samples that will be drawn.
 
     Raises:
@@ -37,7 +37,7 @@ def choose_labels(rule: str, seed: int, num_classes: int, count: int) -> Labels:
 
 
 def label_rule(rule: str) -> str:
-    """`rule` as a result records it: the word, or the SHA-256 of its file."""
+    """The rule as recorded in results: its name, or the SHA-256 of the file."""
     return rule if rule in RULES else f"sha256 {hashlib.sha256(Path(rule).read_bytes()).hexdigest()}"
 
 
@@ -46,10 +46,10 @@ def _labels_from_file(path: Path, num_classes: int, count: int) -> Labels:
         ids = torch.tensor([int(line) for line in path.read_text(encoding="utf-8").split()], dtype=torch.long)
     except (OSError, ValueError) as error:
         raise UsageError(
-            f"--labels {path}: expected balanced, random, or a file of one class id per line ({error})"
+            f"--labels {path}: expected balanced, random, or a file with one class id per line ({error})"
         ) from error
     if len(ids) < count:
-        raise UsageError(f"--labels {path}: {count} samples need as many lines, but the file has {len(ids)}")
+        raise UsageError(f"--labels {path}: expected a class id for each of {count} samples, but found {len(ids)}")
     if not ((ids >= 0) & (ids < num_classes)).all():
         raise UsageError(f"--labels {path}: class ids must lie in 0..{num_classes - 1}")
 

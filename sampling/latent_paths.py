@@ -30,20 +30,24 @@ class PictureOptions:
     """Pictures of the flow (--mode invert, interpolate, trajectory)."""
 
     pictured: int = option(8, "images or samples shown", minimum=1)
-    frames: int = option(9, "places between two seeds, or times of a trajectory", minimum=2)
-    seeds: tuple[int, ...] = option((), "interpolate: the two seeds; default: --seed and the next", minimum=0)
-    gif: bool = option(False, "trajectory: a GIF as well")
+    frames: int = option(9, "samples per interpolation, or times per trajectory", minimum=2)
+    seeds: tuple[int, ...] = option((), "interpolate: the two seeds; default: --seed and --seed plus 1", minimum=0)
+    gif: bool = option(False, "trajectory: also save a GIF")
 
 
 def invert(
     loaded: LoadedSampler, sampling: SamplingOptions, data: DatasetOptions, pictures: PictureOptions
 ) -> dict[str, Any]:
-    """Integrate held-out images to noise and back; returns the result, which is also written as JSON.
+    """Integrate held-out images to noise and back.
 
-    Writes a sheet (images, their reconstructions by the autoencoder, and the images that came back) and the noise as npz.
+    Saves a sheet with three rows: the images, their reconstructions by the autoencoder, and the images after integration to
+    noise and back. Saves the noise as npz.
+
+    Returns:
+        The result, which is also written as JSON.
 
     Raises:
-        UsageError: the solver cannot integrate from data to noise, or there are no held-out images.
+        UsageError: the solver cannot integrate from data to noise, or the held-out images are missing.
     """
     sampler = loaded.sampler
     check_method(sampler.solver, backwards=True)
@@ -73,18 +77,21 @@ def invert(
     }
     result["summary"] = (
         f"{count} held-out images to noise (mean {result['noise_mean']:.3f}, standard deviation "
-        f"{result['noise_std']:.3f}) and back, with an error of {result['latent_rms_error']:.2g} in the latents; "
-        f"images, their reconstructions and what came back: {result['picture']}"
+        f"{result['noise_std']:.3f}) and back, with an RMS error of {result['latent_rms_error']:.2g} in the latents; "
+        f"images, their reconstructions and the images after integration: {result['picture']}"
     )
     write_json(sampling.output_json or folder / f"{stem}.json", result)
     return result
 
 
 def interpolate(loaded: LoadedSampler, sampling: SamplingOptions, pictures: PictureOptions) -> dict[str, Any]:
-    """Sample from noises on the great circle between two seeds' noises; writes a sheet with one sample index per row.
+    """Sample from noise on the great circle between two seeds' noise. Saves a sheet with one sample index per row.
+
+    Returns:
+        The result, which is also written as JSON.
 
     Raises:
-        UsageError: --seeds names other than two seeds.
+        UsageError: --seeds does not have two seeds.
     """
     sampler = loaded.sampler
     seeds = pictures.seeds or (sampler.seed, sampler.seed + 1)
@@ -95,16 +102,20 @@ def interpolate(loaded: LoadedSampler, sampling: SamplingOptions, pictures: Pict
     shares = torch.linspace(0, 1, pictures.frames).tolist()
     noise = torch.stack([spherical(first, last, share) for share in shares], dim=1)  # [N, F, c, h, w]
     labels = balanced_labels(indices, sampler.num_classes).repeat_interleave(pictures.frames)
-    places = [index for index in indices for _ in shares]  # the samples of a row share a stochastic solver's noise
-    solution = solve(sampler.velocity(labels), noise.flatten(0, 1), sampler.solver, draw=sampler.draw(places))
+    repeated = [index for index in indices for _ in shares]  # the samples of a row share a stochastic solver's noise
+    solution = solve(sampler.velocity(labels), noise.flatten(0, 1), sampler.solver, draw=sampler.draw(repeated))
     path = loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_from_{seeds[0]}_to_{seeds[1]}.png"
     save_sheet(sampler.decode(solution.x), path, pictures.frames)
-    summary = f"{len(indices)} ways of {len(shares)} samples from seed {seeds[0]} to {seeds[1]}"
+    summary = f"{len(indices)} interpolations of {len(shares)} samples from seed {seeds[0]} to seed {seeds[1]}"
     return _write_result(loaded, sampling, path, summary)
 
 
 def trajectory(loaded: LoadedSampler, sampling: SamplingOptions, pictures: PictureOptions) -> dict[str, Any]:
-    """Show samples on their way: a row of points x_t from noise to data, above a row of the data that each x_t points at."""
+    """Save a sheet of trajectories: a row of points x_t from noise to data, above a row of the data predicted from each.
+
+    Returns:
+        The result, which is also written as JSON.
+    """
     sampler, indices = loaded.sampler, range(pictures.pictured)
     labels = choose_labels(sampling.labels, sampler.seed, sampler.num_classes, len(indices))
     recorder = Recorder(sampler.velocity(labels(indices, sampler.num_classes)), len(indices))
@@ -118,11 +129,11 @@ def trajectory(loaded: LoadedSampler, sampling: SamplingOptions, pictures: Pictu
     if pictures.gif:
         by_frame = images.unflatten(0, (len(indices), 2, pictures.frames)).permute(2, 1, 0, 3, 4, 5).flatten(1, 2)
         save_animation(list(by_frame), path.with_suffix(".gif"), len(indices))
-    return _write_result(loaded, sampling, path, f"{len(indices)} samples at {pictures.frames} times")
+    return _write_result(loaded, sampling, path, f"{len(indices)} trajectories at {pictures.frames} times")
 
 
 def spherical(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tensor:
-    """Interpolate noises [B, ...] from `first` (share 0) to `last` (share 1) on a great circle (slerp, Shoemake 1985).
+    """Interpolate noise [B, ...] from `first` (share 0) to `last` (share 1) on a great circle (slerp, Shoemake 1985).
 
     Lengths are interpolated linearly, so both ends are exact.
     """
@@ -137,7 +148,7 @@ def spherical(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Te
 
 
 class Recorder:
-    """A velocity that records, for each sample, the points x_t where it was evaluated and the data x_t - t v they point at.
+    """A velocity that records each sample's points x_t where it was evaluated, and the data x_t - t v predicted there.
 
     Args:
         velocity: the velocity to record.
@@ -158,13 +169,13 @@ class Recorder:
         return v
 
     def select_rows(self, rows: torch.Tensor) -> "Recorder":
-        """The velocity of some samples of the batch; it records into the same lists."""
+        """The velocity of the samples `rows` of the batch. It records to the same lists."""
         part = Recorder(select_rows(self._whole, rows), 0)
         part._rows, part._seen = [self._rows[row] for row in rows.tolist()], self._seen
         return part
 
     def nearest(self, row: int, times: list[float]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """The point and the data of one sample that were recorded nearest to each of `times`."""
+        """One sample's recorded point and predicted data at the evaluation nearest to each of `times`."""
         seen = self._seen[row]
         return [min(seen, key=_distance_to(time))[1:] for time in times]
 
@@ -174,7 +185,7 @@ def _distance_to(time: float) -> Callable[[tuple[float, torch.Tensor, torch.Tens
 
 
 def _write_result(loaded: LoadedSampler, sampling: SamplingOptions, path: Path, summary: str) -> dict[str, Any]:
-    """Write the result of a picture at `path` as JSON, and return it."""
+    """Write the result for the picture at `path` as JSON, and return it."""
     result = {**loaded.describe(), "picture": str(path), "summary": f"{summary}: {path}"}
     write_json(sampling.output_json or path.with_suffix(".json"), result)
     return result

@@ -22,22 +22,24 @@ __all__ = ["LikelihoodOptions", "compute_nll"]
 class LikelihoodOptions:
     """Likelihood (--compute_nll)."""
 
-    exact_trace: bool = option(False, "the divergence's exact trace, one backward pass per dimension, not an estimate")
+    exact_trace: bool = option(
+        False, "compute the divergence exactly, with one backward pass per dimension, instead of estimating it"
+    )
 
 
 def compute_nll(
     loaded: LoadedSampler, sampling: SamplingOptions, data: DatasetOptions, likelihood: LikelihoodOptions
 ) -> dict[str, Any]:
-    """Negative log-likelihood, in bits per latent dimension, of up to --n_sample held-out images.
+    """Compute the negative log-likelihood of up to --n_sample held-out images, in bits per latent dimension.
 
-    The density is over scaled latents, drawn from the posterior as in training. Only networks on the latents of one
-    autoencoder can be compared by it.
+    The density is over scaled latents, drawn from the posterior as in training. Values are comparable only between networks
+    for the same autoencoder.
 
     Returns:
         The result, which is also written as JSON.
 
     Raises:
-        UsageError: the solver cannot integrate from data to noise, or there are no held-out images.
+        UsageError: the solver cannot integrate from data to noise, or the held-out images are missing.
     """
     sampler, exact = loaded.sampler, likelihood.exact_trace
     check_method(sampler.solver, backwards=True)
@@ -69,7 +71,7 @@ def compute_nll(
     }
     result["summary"] = (
         f"{result['bits_per_dimension']:.4f} bits per latent dimension (standard error {error or math.nan:.4f}) of "
-        f"{len(dataset)} held-out images, {result['nfe']:g} evaluations each"
+        f"{len(dataset)} held-out images, NFE {result['nfe']:g}"
     )
     write_json(sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json", result)
     return result

@@ -1,4 +1,4 @@
-"""From a request to a sampler: find the checkpoint, rebuild its network, and refuse flags that contradict its header."""
+"""Loading of a sampler: finds the checkpoint, builds its network, and rejects flags that contradict its header."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,7 +29,7 @@ from sampling.sampler import Sampler, check_guidance
 
 __all__ = ["LoadedSampler", "load_sampler"]
 
-TYPICAL_ADAPTIVE_EVALUATIONS = 100  # of the network, per batch; decides whether compiling pays
+TYPICAL_ADAPTIVE_EVALUATIONS = 100  # network evaluations per batch; decides whether compiling pays off
 FIXED_STEP_FLAGS = ("grid_location", "grid_rho", "grid_scale", "num_steps", "step_size", "time_grid", "time_shift")
 
 
@@ -51,7 +51,7 @@ class LoadedSampler:
 
     @property
     def stem(self) -> str:
-        """File name, without suffix, for results of this checkpoint, solver, guidance scale and seed."""
+        """File name, without suffix, of results of this checkpoint, solver, guidance scale and seed."""
         solver, scale = self.sampler.solver, self.sampler.guidance.cfg_scale
         steps = "" if SOLVERS[solver.method].adaptive else f"_{solver.steps}steps"
         return f"{self.path.stem}_{solver.method}{steps}_cfg{scale:g}_seed{self.sampler.seed}"
@@ -62,7 +62,7 @@ class LoadedSampler:
         return TASKS[self.header.task]
 
     def output_folder(self, chosen: str = "") -> Path:
-        """Folder for pictures and results: `chosen`, or samples/ next to the checkpoint if it is empty."""
+        """Folder of pictures and results: `chosen`, or samples/ next to the checkpoint if `chosen` is empty."""
         return Path(chosen) if chosen else self.path.parent / "samples"
 
     def describe(self) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class LoadedSampler:
         return open_dataset(replace(data, dataset=stored.name, image_size=stored.image_size), split)
 
     def changed(self, solver: SolverOptions | None = None, guidance: GuidanceOptions | None = None) -> "LoadedSampler":
-        """The same network with another solver or guidance; None keeps the present one."""
+        """The same network with another solver or guidance; None keeps the current one."""
         solver, guidance = solver or self.sampler.solver, guidance or self.sampler.guidance
         settings = {**self.settings, "solver": as_json(solver), "guidance": as_json(guidance)}
         return replace(self, sampler=replace(self.sampler, solver=solver, guidance=guidance), settings=settings)
@@ -97,7 +97,7 @@ def load_sampler(
         request: checkpoint, solver, guidance and machine.
         processes: each loads its own copy.
         tasks: tasks that the network may have been trained for; experiments are looked up in the first one's folder.
-        batches: approximate number of batches per process, which decides whether compiling the network pays.
+        batches: approximate number of batches per process, which decides whether compiling the network pays off.
 
     Raises:
         UsageError: the checkpoint is missing, belongs to another task or contradicts the flags, or the guide does not fit.
@@ -124,7 +124,7 @@ def _checkpoint_path(request: SamplerRequest, task: Task) -> Path:
 
 
 def _load_model(path: Path, request: SamplerRequest, device: torch.device, task: Task) -> LoadedModel:
-    """The model of a checkpoint, which the flags must fit, or of a published file, which they describe."""
+    """Load a checkpoint whose header agrees with the flags, or an LFM checkpoint, which the flags describe."""
     if is_torch_file(path):
         return open_published(path, request.given, device, downstream=task is not GENERATE)
     model = load_model(path, device, _moved_autoencoder(request))
@@ -134,12 +134,12 @@ def _load_model(path: Path, request: SamplerRequest, device: torch.device, task:
 
 
 def _moved_autoencoder(request: SamplerRequest) -> AutoencoderOptions | None:
-    """The autoencoder that the user names; None: the one in the header."""
+    """The autoencoder that the user named; None: the header's."""
     return request.autoencoder if "pretrained_autoencoder_ckpt" in request.given else None
 
 
 def _load_guide(request: SamplerRequest, model: LoadedModel, device: torch.device) -> LoadedModel | None:
-    """The weaker network of autoguidance, or None after checking that the network itself can be guided.
+    """Load the weaker network of autoguidance. Without one, check that the network supports classifier-free guidance.
 
     Raises:
         UsageError: the guidance scale does not fit, or the guide was trained on other latents or for another task.
@@ -161,9 +161,9 @@ def _load_guide(request: SamplerRequest, model: LoadedModel, device: torch.devic
 
 
 def _choose_machine(request: SamplerRequest, processes: Processes, batches: float, solver_counts: bool) -> Machine:
-    """The machine with precision and compiling decided.
+    """Choose the device, the precision, and whether to compile.
 
-    `solver_counts` is false for a task that brings its solver, so that --method does not matter.
+    `solver_counts` is False for a task with a fixed solver, where --method has no effect.
     """
     solver = request.solver
     adaptive = SOLVERS[solver.method].adaptive
@@ -171,10 +171,10 @@ def _choose_machine(request: SamplerRequest, processes: Processes, batches: floa
         note_unused(
             request.given,
             FIXED_STEP_FLAGS,
-            f"on the adaptive solver {solver.method}, which follows --atol and --rtol",
+            f"with the adaptive solver {solver.method}, which uses --atol and --rtol",
         )
     precise = needs_float32(solver) and solver_counts
-    # A lower bound for fixed-step solvers, some of which evaluate the network several times per step.
+    # A lower bound for fixed-step solvers, because some evaluate the network several times per step.
     evaluations = TYPICAL_ADAPTIVE_EVALUATIONS if adaptive else solver.steps
     return choose_machine(request.machine, processes, precise).settled(batches * evaluations, processes)
 
@@ -199,13 +199,13 @@ def _make_sampler(request: SamplerRequest, model: LoadedModel, guide: LoadedMode
 
 
 def _velocity_network(model: LoadedModel, machine: Machine) -> Network:
-    """The network as its objective has samplers read it, in the machine's precision."""
+    """The velocity that the network's objective defines, in the machine's precision."""
     objective = OBJECTIVES[model.header.objective].build(model.header.path)
     return objective.velocity(for_sampling(model.network, machine))
 
 
 def _settings(request: SamplerRequest, header: Header, guide: LoadedModel | None, machine: Machine) -> dict[str, Any]:
-    """See `LoadedSampler`; the names are part of the format of samples.json."""
+    """The settings of a `LoadedSampler`. Their names are part of the format of samples.json."""
     return {
         "weights_sha256": header.weights_sha256,
         "network": {"model_type": header.model_type, **as_json(header.network)},
@@ -221,7 +221,7 @@ def _settings(request: SamplerRequest, header: Header, guide: LoadedModel | None
 
 
 def _refuse_contradictions(request: SamplerRequest, header: Header, path: Path, free: Sequence[str]) -> None:
-    """Refuse given flags, except the `free` ones, that differ from the header.
+    """Check that the given flags, except the `free` ones, agree with the header.
 
     Raises:
         UsageError: a flag and the header disagree; the message names both values.
@@ -235,12 +235,12 @@ def _refuse_contradictions(request: SamplerRequest, header: Header, path: Path, 
     for name, value in given.items():
         if value != stored[name]:
             raise UsageError(
-                f"--{name} {value} contradicts the checkpoint {path}, which says {stored[name]}: "
+                f"--{name} {value} contradicts the checkpoint {path}, which has {stored[name]}: "
                 "leave the flag out, or choose another checkpoint"
             )
 
 
 def _scale_factor(autoencoder: AutoencoderFacts) -> float | None:
-    """The scale factor that equals an autoencoder's statistics; None if no single factor does."""
+    """The scale factor that is equivalent to an autoencoder's latent means and deviations; None if there is none."""
     means, stds = autoencoder.latents_mean, autoencoder.latents_std
     return round(1 / stds[0], 6) if not any(means) and len(set(stds)) == 1 else None

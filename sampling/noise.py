@@ -36,7 +36,7 @@ def _global_generator(seed: int) -> NoiseSource:
     return draw
 
 
-# Keys are the values of `--generator`; a value makes the source of noise from a seed.
+# Keys are the values of `--generator`. Each value creates a noise source from a seed.
 NOISE_SOURCES: dict[str, Callable[[int], NoiseSource]] = {
     "dummy": _global_generator,
     "determ": _own_streams,

@@ -1,4 +1,4 @@
-"""The flags of sampling, and the request for a sampler that they amount to: checkpoint, solver, guidance and machine."""
+"""Options of the sampling scripts, and the request that selects a checkpoint, solver, guidance and machine."""
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,11 +32,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """What to sample from."""
+    """Checkpoint and noise."""
 
     checkpoint: str = option(
         "",
-        "checkpoint, ours or a published .pth; default: the newest of the experiment",
+        "checkpoint, this project's or LFM's (.pth); default: the experiment's newest",
         flags=("--model_ckpt",),
         common=True,
     )
@@ -44,12 +44,12 @@ class SourceOptions:
     save_root: str = option("saved_info", "folder of all experiments", common=True)
     epoch_id: int | None = option(None, "epoch of the experiment's checkpoint; default: the newest")
     guide_checkpoint: str = option(
-        "", "autoguidance: checkpoint of a weaker network, which --cfg_scale leads away from in the null class's place"
+        "", "checkpoint of a weaker network for autoguidance, which replaces classifier-free guidance"
     )
-    seed: int = option(42, "seed of the noise; sample i depends on (seed, i) alone", minimum=0, common=True)
+    seed: int = option(42, "seed of the noise; the noise of sample i depends only on (seed, i)", minimum=0, common=True)
     generator: str = option(
         "determ-indiv",
-        "source of the noise: a stream per sample (determ, determ-indiv), or torch's global generator (dummy)",
+        "noise source: one stream per sample (determ, determ-indiv), or torch's global generator (dummy)",
         choices=NOISE_SOURCES,
     )
 
@@ -60,32 +60,32 @@ class SamplingOptions:
 
     n_sample: int = option(50000, "number of samples", minimum=1, common=True)
     batch_size: int = option(
-        200, "samples drawn at a time; only torchdiffeq's adaptive solvers see it", minimum=1, common=True
+        200, "samples per batch; changes results only with torchdiffeq's adaptive solvers", minimum=1, common=True
     )
     labels: str = option(
-        "balanced", "classes asked for: balanced (in turn), random, or a file of one class id a line", common=True
+        "balanced", "class labels: balanced (in turn), random, or a file with one class id per line", common=True
     )
     compute_fid: bool = option(False, "score the samples against the dataset's training images", common=True)
     real_img_dir: str = option(
-        "", "score against these images, or this statistics file (.npz, .npy), instead", common=True
+        "", "image folder or statistics file (.npz, .npy) to score against, instead of the training images", common=True
     )
     output_dir: str = option(
         "",
-        "folder for samples (and the grid, unless they are png or jpg); default: samples/ beside the checkpoint",
+        "folder for the samples, and for the grid unless samples are png or jpg; default: samples/ next to the checkpoint",
         common=True,
     )
     save_images: str | None = option(
         None,
-        "also write every sample, in this format; samples that the folder holds are not drawn again",
+        "also write every sample in this format; samples that are already in the folder are not drawn again",
         choices=FORMATS,
         common=True,
     )
-    output_json: str = option("", "file for the result; default: beside the grid")
-    output_log: str = option("", "also append the result's line to this file")
+    output_json: str = option("", "file for the result; default: next to the grid")
+    output_log: str = option("", "log file to which the result is also appended, as one line")
 
 
 def sampling_groups() -> tuple[type, ...]:
-    """The option dataclasses of `sampler_request` and of plain sampling, in the order of `--help`."""
+    """The option dataclasses of `sampler_request` and of the mode `sample`, in the order of `--help`."""
     return (
         SourceOptions,
         SamplingOptions,
@@ -101,32 +101,32 @@ def sampling_groups() -> tuple[type, ...]:
 
 
 def checkpoint_groups() -> tuple[type, ...]:
-    """The option dataclasses that our checkpoints record; only LFM's published files need them as flags."""
+    """The option dataclasses that this project's checkpoints record. Only LFM's checkpoints need the flags."""
     return AutoencoderOptions, NetworkOptions, *network_groups()
 
 
-# Published flags of the samplers without an effect, there or here.
+# Sampling flags of LFM's published code that have no effect, and the reason.
 IGNORED_SAMPLING_FLAGS = {
     **IGNORED_NETWORK_FLAGS,
     "use_karras_samplers": "see --time_grid edm",
-    "perturb": "it changed nothing that is sampled here",
+    "perturb": "it does not affect samples",
 }
 
 
 @dataclass(frozen=True)
 class SamplerRequest:
-    """A network to sample from, and how.
+    """A request for a sampler.
 
     Args:
-        source: where the checkpoint is, and the seed.
+        source: the checkpoint and the noise.
         solver: method and steps.
         guidance: scale, interval and channels.
         machine: device and precision.
-        autoencoder: where the autoencoder is, if --pretrained_autoencoder_ckpt was given.
-        network: the network's name, if it was given.
+        autoencoder: the location of the autoencoder, if --pretrained_autoencoder_ckpt was given.
+        network: the model type, if it was given.
         dataset: name of the dataset, which is part of an experiment's path.
-        given: values of the flags that the user gave, by name. They must agree with a checkpoint that has a header, and
-            describe the network in a published file.
+        given: values of the flags that the user gave, by name. They must agree with the header of this
+            project's checkpoint. For an LFM checkpoint, they describe the network.
     """
 
     source: SourceOptions
@@ -140,7 +140,7 @@ class SamplerRequest:
 
 
 def sampler_request(options: Options) -> SamplerRequest:
-    """Collect the request from the parsed flags of a script."""
+    """Create the request from the options of a script."""
     return SamplerRequest(
         source=options[SourceOptions],
         solver=options[SolverOptions],
@@ -154,6 +154,6 @@ def sampler_request(options: Options) -> SamplerRequest:
 
 
 def note_unused(given: Collection[str], names: Iterable[str], reason: str) -> None:
-    """Print which of the flags `names` the user gave although they have no effect, for example `without --compute_fid`."""
+    """Print a note about given flags among `names` that have no effect. A reason is, for example, `without --compute_fid`."""
     if unused := [f"--{name}" for name in names if name in given]:
-        note(f"{', '.join(unused)} has no effect {reason}")
+        note(f"{', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect {reason}")

@@ -1,4 +1,4 @@
-"""The test script's main mode: draw samples, save a grid, optionally write and score them, and record how they were made."""
+"""The mode `sample` of test_flow_latent.py: draws samples, saves a grid, and optionally writes and scores the samples."""
 
 import time
 from collections import deque
@@ -28,12 +28,12 @@ __all__ = ["sample_and_score", "summary_of_samples"]
 
 @dataclass(frozen=True)
 class _Reference:
-    """The metrics of a score, and the real images to compare with.
+    """The metrics, and the real images to compare with.
 
     Args:
         scores: metrics, error bars, and the format of the samples.
         features: the feature network.
-        data: where the dataset's files are.
+        data: the location of the dataset.
         other: folder of images or statistics file to use instead of the dataset's training images; empty: none.
     """
 
@@ -52,13 +52,13 @@ def sample_and_score(
     data: DatasetOptions,
     processes: Processes = Processes(),  # noqa: B008
 ) -> dict[str, Any]:
-    """Draw samples and save their grid; write and score them if `sampling` asks for it.
+    """Draw samples and save their grid. Write and score them if `sampling` asks for it.
 
     Returns:
         The result, in every process. The main process also writes it as JSON.
 
     Raises:
-        UsageError: the folder holds samples of other settings, or the reference is missing.
+        UsageError: the folder holds samples with other settings, or the reference is missing.
     """
     if sampling.real_img_dir and not sampling.compute_fid:
         note("--real_img_dir has no effect without --compute_fid")
@@ -115,10 +115,8 @@ def _batches(
     def draw(indices: Sequence[int]) -> Iterator[GeneratedBatch]:
         return generate(sampler, indices, batch_size=sampling.batch_size, labels=labels, processes=processes)
 
-    lossless = not (
-        sampling.save_images == "jpg" and sampling.compute_fid
-    )  # a jpg file does not hold the sample itself
-    return read_or_draw(range(sampling.n_sample), draw, writer, sampling.batch_size, processes, reread=lossless)
+    reread = not (sampling.save_images == "jpg" and sampling.compute_fid)  # JPEG is lossy, which would change scores
+    return read_or_draw(range(sampling.n_sample), draw, writer, sampling.batch_size, processes, reread)
 
 
 def _score(
@@ -128,7 +126,7 @@ def _score(
     batch_size: int,
     processes: Processes,
 ) -> dict[str, Any]:
-    """Consume the batches and score them against the dataset's training images or `reference.other`; None: no score."""
+    """Consume the batches, and score them against the real images of `reference`; None: no score."""
     if reference is None:
         deque(batches, maxlen=0)
         return {}
@@ -152,7 +150,7 @@ def _save_grid(tally: Tally, grid: GridOptions, num_classes: int, path: Path, pr
 
 
 def _output_folders(sampling: SamplingOptions, loaded: LoadedSampler) -> tuple[Path, Path]:
-    """Folders of the grid and of the samples. They differ for image files, because such a folder is scored as a whole."""
+    """The folders of the grid and of the samples. Image files get a separate one, because tools score a whole folder."""
     default = loaded.output_folder()
     if not sampling.output_dir:
         return default, default / loaded.stem

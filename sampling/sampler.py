@@ -1,7 +1,7 @@
 """Samples of a trained network as a stream of batches in memory.
 
-Sample i is a function of (seed, i), its label and condition, and the solver. The batch size only decides how many samples are
-drawn at a time. Several processes take whole batches in turn, so each batch is the same as in one process.
+Sample i is a function of (seed, i), its label and condition, and the solver. The batch size determines only how many samples
+are drawn at a time. Several processes take whole batches in turn, so each batch is the same as in one process.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -63,7 +63,7 @@ class Sampler:
     Args:
         network: velocity network(t, x, condition) in evaluation mode, on the machine's device.
         autoencoder: decodes the latents.
-        facts: facts about the dataset. Its padding is cropped off the images, and a grey dataset gives grey images.
+        facts: facts about the dataset. Its padding is cropped from the samples, which are gray if the dataset is.
         latent_shape: (c, h, w).
         num_classes: K; 1 means unconditional.
         solver: method and steps.
@@ -72,8 +72,8 @@ class Sampler:
         guidance: scale, interval and channels.
         guide: a weaker network, for autoguidance.
         generator: key of NOISE_SOURCES, for the initial noise; by default each sample has its own stream.
-        drops_labels: whether the network was trained with the null class, which guidance then leads away from.
-        drops_dense: whether the network was trained with the null map (zeros), which guidance then leads away from.
+        drops_labels: whether the network was trained with the null class, so that guidance uses it.
+        drops_dense: whether the network was trained with the null map (zeros), so that guidance uses it.
     """
 
     network: Callable[..., torch.Tensor] | nn.Module
@@ -132,7 +132,7 @@ def balanced_labels(indices: Sequence[int], num_classes: int) -> torch.Tensor:
 
 
 def check_guidance(label_dropout: float, dense: DenseInput | None, scale: float) -> None:
-    """Refuse a guidance scale for a network that was trained with neither a null class nor a null map.
+    """Check that the network supports the guidance scale: guidance needs a null class or a null map.
 
     Args:
         label_dropout: probability of dropping a label in training.
@@ -140,7 +140,7 @@ def check_guidance(label_dropout: float, dense: DenseInput | None, scale: float)
         scale: the guidance scale; 1 means no guidance.
 
     Raises:
-        UsageError: the scale is not 1.
+        UsageError: the scale is not 1, and the network was trained with neither.
     """
     if scale != 1 and not label_dropout and not (dense and dense.dropout):
         how = "--label_dropout" if dense is None else "--label_dropout or --condition_dropout"

@@ -1,4 +1,4 @@
-"""The work of test_flow_latent.py: one dictionary of the modes that it has, and the loop over those that were asked for."""
+"""The modes of test_flow_latent.py, by name in MODES, and the loop over the chosen ones."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -23,10 +23,10 @@ __all__ = ["MODES", "Mode", "ModeOptions", "mode_groups", "run", "run_modes"]
 
 
 class Mode(NamedTuple):
-    """Something to do with a sampler.
+    """A mode of test_flow_latent.py.
 
     Args:
-        run: run(loaded sampler, *options) returns a result in JSON's types. Its "summary" is the line to print.
+        run: run(loaded sampler, *options) returns a result in JSON's types. Its entry "summary", if there is one, is printed.
         options: the option dataclasses that `run` takes.
         parallel: whether several processes can share the work; `run` then also takes `processes`.
     """
@@ -37,7 +37,7 @@ class Mode(NamedTuple):
 
 
 SAMPLE = "sample"
-# Keys are the values of --mode. A new mode is one entry; its options become flags.
+# Keys are the values of --mode. Adding an entry adds a mode, and the mode's options as flags.
 MODES = {
     SAMPLE: Mode(
         sample_and_score, (SamplingOptions, GridOptions, ScoreOptions, FeatureOptions, DatasetOptions), parallel=True
@@ -53,24 +53,24 @@ MODES = {
 
 @dataclass(frozen=True)
 class ModeOptions:
-    """What to do."""
+    """Mode."""
 
     mode: str = option(
         SAMPLE,
         "sample; invert (held-out images to noise and back); interpolate (between two seeds); trajectory (noise to data); "
-        "compute_nfe, measure_time, compute_nll: as the next three flags",
+        "compute_nfe, measure_time, compute_nll: same as the flags of that name",
         choices=MODES,
         common=True,
     )
-    compute_nfe: bool = option(False, "only count the evaluations that --n_sample samples take")
-    measure_time: bool = option(False, "only time the network, and the whole way from noise to image")
+    compute_nfe: bool = option(False, "only count the network evaluations for --n_sample samples")
+    measure_time: bool = option(False, "only time a network evaluation, and sampling from noise to image")
     compute_nll: bool = option(
-        False, "only the likelihood of up to --n_sample held-out images, in bits per latent dimension"
+        False, "only compute the likelihood of up to --n_sample held-out images, in bits per latent dimension"
     )
 
     @property
     def chosen(self) -> list[str]:
-        """Keys of MODES: those whose own flags are on, or else --mode."""
+        """Keys of the chosen modes: all whose flags are on, else --mode."""
         return [name for name in MODES if getattr(self, name, False)] or [self.mode]
 
 
@@ -82,7 +82,7 @@ def mode_groups() -> tuple[type, ...]:
 
 def run(options: Options, processes: Processes) -> None:
     """Run the chosen modes, print a summary of each result, and append it to --output_log as one line."""
-    show(options.describe("--print_config has all"))
+    show(options.describe("--print_config shows all"))
     log = options[SamplingOptions].output_log
     for result in run_modes(options, processes):
         summary, warnings = result.get("summary") or summary_of_samples(result), result.get("warnings", [])
@@ -95,17 +95,22 @@ def run_modes(options: Options, processes: Processes = Processes()) -> Iterator[
     """Load the sampler once and yield the result of each mode that the flags (of `mode_groups`) ask for.
 
     Raises:
-        UsageError: several processes for a mode that one process does, or one output file for several results.
+        UsageError: several processes were started for a mode that needs one, or --output_json was given for several results.
     """
     chosen, sampling = options[ModeOptions].chosen, options[SamplingOptions]
     if processes.count > 1 and not all(MODES[name].parallel for name in chosen):
-        raise UsageError(f"{', '.join(chosen)}: is done by one process, but there are {processes.count}")
+        raise UsageError(
+            f"{', '.join(chosen)}: expected one process, but {processes.count} were started; leave out "
+            "--num_process_per_node"
+        )
     if len(chosen) > 1 and sampling.output_json:
-        raise UsageError(f"--output_json takes one result, but {', '.join(chosen)} make {len(chosen)}")
+        raise UsageError(
+            f"--output_json holds one result, but {', '.join(chosen)} produce {len(chosen)}: leave it out, or choose one mode"
+        )
     batches = sampling.n_sample / sampling.batch_size / processes.count if chosen == [SAMPLE] else 0
     loaded = load_sampler(sampler_request(options), processes, batches=batches)
     for name in chosen:
         mode = MODES[name]
         shared = {"processes": processes} if mode.parallel else {}
-        fresh = replace(loaded, sampler=replace(loaded.sampler))  # torch's global generator begins anew for each mode
+        fresh = replace(loaded, sampler=replace(loaded.sampler))  # a new sampler seeds torch's global generator again
         yield mode.run(fresh, *(options[group] for group in mode.options), **shared)

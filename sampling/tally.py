@@ -1,4 +1,4 @@
-"""Counts and pictures that are gathered while a stream of samples passes by."""
+"""Counts and images that are collected from a stream of samples."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -12,7 +12,7 @@ __all__ = ["Tally", "describe_evaluations"]
 
 
 class Tally:
-    """Counts evaluations and labels of a stream of batches, and keeps the batches with the first samples.
+    """Counts the evaluations and labels of a stream of batches, and keeps the batches with the first samples.
 
     Args:
         count: keep batches with samples below this index.
@@ -26,7 +26,7 @@ class Tally:
         self._counts: list[torch.Tensor] = []
 
     def watch(self, batches: Iterable[GeneratedBatch]) -> Iterator[GeneratedBatch]:
-        """Pass the batches on unchanged."""
+        """Yield the batches unchanged, and count them."""
         for batch in batches:
             self._counts.append(torch.stack([batch.evaluations, batch.network_evaluations]))
             self.label_counts += torch.bincount(batch.labels, minlength=len(self.label_counts))
@@ -35,16 +35,16 @@ class Tally:
             yield batch
 
     def counts(self, processes: Processes) -> torch.Tensor:
-        """Evaluations of the velocity and of networks, int64 [2, N], for the samples of all processes."""
+        """Velocity evaluations and network evaluations of all processes' samples, int64 [2, N]."""
         parts = [part for counts in processes.gather(self._counts) for part in counts]
         return processes.from_main(torch.cat(parts, dim=1) if parts else torch.empty(2, 0))
 
 
 def describe_evaluations(evaluations: torch.Tensor, network_evaluations: torch.Tensor) -> dict[str, Any]:
-    """Entries of a result about the cost of its samples.
+    """The entries of a result that describe the cost of its samples.
 
     Args:
-        evaluations: velocity evaluations of each sample [N]; the result has their mean, smallest and largest.
+        evaluations: velocity evaluations of each sample [N]; the entries are their mean, minimum and maximum.
         network_evaluations: network evaluations of each sample [N]; a guided velocity evaluation takes two.
     """
     return {

@@ -1,8 +1,8 @@
-"""Samples on disk, as one image file each or all in one npz. An interrupted command continues where it stopped.
+"""Samples on disk, as one image file per sample or in one npz file. An interrupted command resumes when it is repeated.
 
 A folder of samples holds 000000.png, ... (or .jpg) and samples.npz with `indices`, `labels`, `evaluations` and
-`network_evaluations` [N]; in the format npz also `images` uint8 [N, H, W, C]. samples.json records the settings that made them.
-While samples are drawn, each batch writes its images first and then its part of samples.npz, samples.part_000000.npz.
+`network_evaluations` [N]; in the format npz also `images` uint8 [N, H, W, C]. samples.json records the samples' settings.
+During sampling, each batch writes its images first and then its part of samples.npz, such as samples.part_000000.npz.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,16 +28,16 @@ COLUMNS = ("indices", "labels", "evaluations", "network_evaluations")
 
 
 class SampleWriter:
-    """Writes batches of samples to a folder, and reads samples that the folder already holds.
+    """Writes batches of samples to a folder, and reads samples that are already there.
 
     Args:
         folder: created if it does not exist.
         kind: one of FORMATS.
-        settings: everything that the samples depend on; it must equal the folder's samples.json if there is one.
+        settings: everything that the samples depend on; must equal the folder's samples.json if there is one.
         processes: each writes the samples that it draws.
 
     Raises:
-        UsageError: the folder holds samples of other or unknown settings.
+        UsageError: the folder holds samples with other or unknown settings.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SampleWriter:
         self.folder = folder
         self.kind = kind
         self._processes = processes
-        with processes.main_first():  # the main process writes samples.json, which the others compare with
+        with processes.main_first():  # the main process writes samples.json, and the others check it
             self._check({"format": kind, **as_json(settings)})
 
     def held(self, wanted: range) -> set[int]:
@@ -58,7 +58,7 @@ class SampleWriter:
         return {int(i) for table in self._tables() for i in table["indices"] if int(i) in wanted and self._has(int(i))}
 
     def read(self, wanted: set[int], batch_size: int) -> Iterator[GeneratedBatch]:
-        """Read the samples `wanted`, at most `batch_size` at a time. JPEG files give compressed images."""
+        """Read the samples `wanted`, at most `batch_size` at a time. Images from JPEG files differ from the samples."""
         missing = set(wanted)
         for table in self._tables():
             rows = [row for row, index in enumerate(table["indices"].tolist()) if index in missing]
@@ -81,7 +81,7 @@ class SampleWriter:
         _write_table(self.folder / f"samples.part_{batch.indices[0]:06d}.npz", table, durable=False)
 
     def close(self) -> None:
-        """Join the parts to samples.npz, in the order of the indices; every process must call it."""
+        """Merge the parts into samples.npz, ordered by index. Every process must call this."""
         self._processes.barrier()
         if not self._processes.is_main:
             return
@@ -113,7 +113,8 @@ class SampleWriter:
                        if before.get(name) != now.get(name)]  # fmt: skip
             if changed:
                 raise UsageError(
-                    f"{self.folder} holds samples made otherwise ({'; '.join(changed)}): empty it, or name another folder"
+                    f"{self.folder} holds samples with other settings ({'; '.join(changed)}): empty it, or choose another "
+                    "--output_dir"
                 )
             return
         if any(self.folder.glob(f"*.{self.kind}")):
@@ -129,14 +130,14 @@ class SampleWriter:
         return self.kind == "npz" or (self._path(index).is_file() and self._path(index).stat().st_size > 0)
 
     def _tables(self) -> Iterator[dict[str, np.ndarray]]:
-        """The tables in samples.npz and its parts. A part that a power loss damaged counts as absent."""
+        """Yield the tables of samples.npz and its parts. Parts that a power failure damaged are skipped."""
         for path in sorted(self.folder.glob("samples*.npz")):
             try:
                 with np.load(path) as archive:  # never unpickles
                     yield {name: archive[name] for name in archive.files}
             except UNREADABLE:
                 if path.name == "samples.npz":
-                    raise UsageError(f"cannot read {path}: delete it, and the same command draws anew") from None
+                    raise UsageError(f"cannot read {path}: delete it and repeat the command") from None
 
 
 def read_or_draw(
@@ -147,15 +148,15 @@ def read_or_draw(
     processes: Processes = Processes(),  # noqa: B008
     reread: bool = True,
 ) -> Iterator[GeneratedBatch]:
-    """Read this process's share of the samples in the writer's folder, then draw and write its share of the missing ones.
+    """Read this process's share of the samples in the writer's folder, then draw and write its share of missing samples.
 
     Args:
         wanted: indices of all samples.
         draw: draws this process's share of the samples with given indices.
-        writer: None: all samples are drawn, and none is written.
+        writer: reads and writes the samples; None: all samples are drawn, and none are written.
         batch_size: number of samples to read at a time.
-        processes: all of them draw.
-        reread: whether samples in the folder may be used; if not, all are drawn and written again.
+        processes: share the work.
+        reread: whether to use the samples in the folder; if not, all are drawn and written again.
     """
     held = processes.from_main(writer.held(wanted) if writer is not None and reread and processes.is_main else set())
     if writer is not None and held:
@@ -176,7 +177,7 @@ def _write_table(path: Path, table: Mapping[str, np.ndarray], durable: bool = Tr
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten a nested mapping; the names of nested entries are joined by dots."""
+    """Flatten a nested mapping. Names of nested entries are joined by dots."""
     items: Iterable[tuple[str, Any]] = value.items()
     flat: dict[str, Any] = {}
     for name, item in items:

@@ -30,7 +30,7 @@ class ConditionedOptions:
     """Sampling for held-out images."""
 
     n_sample: int = option(
-        50000, "held-out images to sample for, at most, starting with the first", minimum=1, common=True
+        50000, "maximum number of held-out images to sample for, starting with the first", minimum=1, common=True
     )
     num_completions: int = option(1, "samples per image, with the seeds seed, seed + 1, ...", minimum=1, common=True)
     batch_size: int = option(
@@ -42,7 +42,7 @@ class ConditionedOptions:
     compute_fid: bool = option(False, "score the samples (the first of each image) against the images", common=True)
     output_dir: str = option("", "folder for the results; default: in samples/ next to the checkpoint", common=True)
     output_json: str = option("", "file for the result; default: result.json in that folder")
-    output_log: str = option("", "file to which the line with the result is also appended")
+    output_log: str = option("", "file to which a one-line summary of the result is appended")
 
 
 def conditioned_groups() -> tuple[type, ...]:
@@ -76,7 +76,7 @@ class ConditionedRequest:
 
     Args:
         sampler: the network, solver and guidance; its `given` holds all flags that the user gave.
-        conditioned: number of images and samples, labels, and the folder of results.
+        conditioned: number of images and samples, labels, and the results folder.
         data: the images.
         scores: metrics of the samples as a set.
         pairs: metrics of samples paired with their images.
@@ -111,7 +111,7 @@ def open_held_out(request: ConditionedRequest, loaded: LoadedSampler, task: Trai
 
 
 def set_labels(dataset: ImageDataset, loaded: LoadedSampler, use_labels: bool) -> None:
-    """Set the images' labels to the network's input: their classes, or the null class without `use_labels`.
+    """Set the images' labels to the network's condition: their classes, or the null class without `use_labels`.
 
     The labels for an unconditional network are 0.
 

@@ -1,6 +1,6 @@
 """Sampling for held-out images, such as completions of masked images. Samples are written and scored against the images.
 
-The folder of results holds a contact sheet and PNG files with matching names in subfolders:
+The results folder holds a contact sheet, and PNG files with matching names in subfolders:
     originals                      the images
     masks and masked, or maps      the conditions
     completions or samples         the samples; further samples of each image are in completions_1, ...
@@ -57,7 +57,7 @@ class SamplingPlan:
 
     Args:
         conditioned: the images and their conditions.
-        name: describes the conditions in the name of the folder of results.
+        name: describes the conditions in the results folder's name.
         settings: all settings of the samples that the sampler's settings do not include.
         output: folder of the samples, such as "completions".
         inputs: further folders of PNG files. Each function maps image indices [B] to images uint8 [B, C, H, W].
@@ -87,7 +87,7 @@ def sample_for_images(
     """Draw, write and score samples for images, and save a contact sheet.
 
     Args:
-        request: number of samples, folder of results, and scores.
+        request: number of samples, results folder, and scores.
         loaded: the sampler.
         make_plan: creates the task's plan from the feature network, or from None if samples are not scored.
         processes: the batches are sharded over them.
@@ -140,7 +140,7 @@ class _Run:
 
     @property
     def folder(self) -> Path:
-        """The folder of results."""
+        """The results folder."""
         chosen = self.request.conditioned.output_dir
         default = self.loaded.output_folder() / f"{self.loaded.stem}_{self.plan.name}"
         return Path(chosen) if chosen else default

@@ -61,7 +61,7 @@ class InpaintingOptions:
         0, "width in pixels of the seam outside the hole, where samples fade into the known pixels", minimum=0
     )
     resamplings: int = option(
-        5, "for a network trained for generation: how often each Euler step is taken (RePaint)", minimum=1
+        5, "for a network trained for generation: how many times each Euler step is taken (RePaint)", minimum=1
     )
 
 

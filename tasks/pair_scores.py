@@ -62,7 +62,7 @@ def recognises(features: FeatureNetwork, dataset: ImageDataset) -> bool:
 
 
 def recognition(features: FeatureNetwork | None, dataset: ImageDataset) -> list[PairScore]:
-    """The recognition score in a list. The list is empty if the feature network does not classify the dataset's classes."""
+    """A list with the recognition score, or an empty list if the feature network does not classify the dataset's classes."""
     if features is None or not recognises(features, dataset):
         return []
     return [Recognition(features, torch.from_numpy(dataset.stored_labels))]

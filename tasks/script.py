@@ -40,7 +40,7 @@ def _run(
     sample: Callable[..., dict[str, Any]], groups: tuple[type, ...], options: Options, processes: Processes
 ) -> None:
     """Sample, print a summary of the result, and append it to --output_log as one line."""
-    show(options.describe("--print_config has all"))
+    show(options.describe("--print_config shows all"))
     request = ConditionedRequest(
         sampler=sampler_request(options),
         conditioned=options[ConditionedOptions],

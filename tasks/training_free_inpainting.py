@@ -31,7 +31,7 @@ def training_free_draw(loaded: LoadedSampler, conditioned: ConditionedImages, re
     Args:
         loaded: the sampler, with Euler steps.
         conditioned: masked images.
-        resamplings: how often each step is taken.
+        resamplings: how many times each step is taken.
     """
     times = time_grid(loaded.sampler.solver)
     sigma_min = loaded.header.path.sigma_min

@@ -1,4 +1,4 @@
-"""Data that several tests share."""
+"""Fixtures shared by several test modules."""
 
 import gzip
 import importlib.util
@@ -26,20 +26,20 @@ THREADS = torch.get_num_threads()
 
 @pytest.fixture(autouse=True)
 def same_number_of_threads() -> None:
-    """Every test begins with the process's own number, whatever a run in the same process has chosen before."""
+    """Restore the number of threads before each test, in case an earlier run in this process changed it."""
     torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
 def fashion_mnist_dir() -> Path:
-    """A data directory with the Fashion-MNIST files; fetched once into the repository's `data/` if need be."""
+    """A data directory with the Fashion-MNIST files, downloaded once into the repository's `data/` if necessary."""
     find_idx_folder("fashion_mnist", ROOT / "data")
     return ROOT / "data"
 
 
 @pytest.fixture(scope="session")
 def write_idx() -> Callable[[Path, dict[str, int]], None]:
-    """write_idx(folder, counts) makes Fashion-MNIST's files: bright rectangles on black; place and size tell the class."""
+    """`write_idx(folder, counts)` writes Fashion-MNIST's files: bright rectangles on black, shaped according to the class."""
 
     def write(folder: Path, counts: dict[str, int]) -> None:
         generator = np.random.default_rng(0)
@@ -59,7 +59,7 @@ def write_idx() -> Callable[[Path, dict[str, int]], None]:
 
 @pytest.fixture
 def photo_dir(tmp_path: Path) -> Path:
-    """Two class folders, `cat` with 14 JPEG and `dog` with 11 PNG files, of smooth images of several sizes."""
+    """Two class folders of smooth images in several sizes: `cat` with 14 JPEG files and `dog` with 11 PNG files."""
     folder = tmp_path / "photos"
     for label, (name, suffix, count) in enumerate([("cat", "jpg", 14), ("dog", "png", 11)]):
         (folder / name).mkdir(parents=True)
@@ -73,7 +73,7 @@ def photo_dir(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def process_restored():
-    """The scripts set signal handlers and the number of threads."""
+    """Restore signal handlers and the number of threads, which the scripts change."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     handlers, threads = [signal.getsignal(number) for number in numbers], torch.get_num_threads()
     yield
@@ -84,7 +84,7 @@ def process_restored():
 
 @pytest.fixture
 def call(process_restored, monkeypatch, capsys):
-    """call(script, flags) runs a script in this process and gives (exit code, stdout, stderr)."""
+    """`call(script, flags)` runs a script in this process and returns (exit code, stdout, stderr)."""
 
     def run(script, flags):
         monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
@@ -97,7 +97,7 @@ def call(process_restored, monkeypatch, capsys):
 
 
 def smooth_image(width: int, height: int, seed: int) -> np.ndarray:
-    """A colourful image uint8 [height, width, 3] of a few low frequencies."""
+    """A colorful image uint8 [height, width, 3] composed of a few low frequencies."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[0 : 1 : height * 1j, 0 : 1 : width * 1j]
     waves = [
@@ -109,7 +109,7 @@ def smooth_image(width: int, height: int, seed: int) -> np.ndarray:
 
 @pytest.fixture
 def golden(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module tests/golden_check.py; the size of its DiT cases has a name, DiT-Golden/2."""
+    """The module tests/golden_check.py. Its DiT cases' size is registered as DiT-Golden/2."""
     spec = importlib.util.spec_from_file_location("golden_check", ROOT / "tests" / "golden_check.py")
     assert spec is not None
     assert spec.loader is not None
@@ -122,7 +122,7 @@ def golden(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def inception_weights(tmp_path_factory) -> str:
-    """A state dict of the FID's InceptionV3 with random weights, under which features have about unit variance."""
+    """Random weights for the FID's InceptionV3 that give features of about unit variance."""
     from pytorch_fid import inception
 
     torch.manual_seed(0)
@@ -136,9 +136,8 @@ def inception_weights(tmp_path_factory) -> str:
             module.momentum = 1.0
     noise = torch.rand(8, 3, 20, 20, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        network.train()(
-            torch.nn.functional.interpolate(noise, (139, 139)) * 2 - 1
-        )  # sets the normalisations' statistics
+        # A forward pass in training mode sets the running statistics of the normalization layers.
+        network.train()(torch.nn.functional.interpolate(noise, (139, 139)) * 2 - 1)
     for module in network.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.running_var.clamp_(min=1e-2)
@@ -149,7 +148,7 @@ def inception_weights(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def image_folders(tmp_path_factory) -> tuple[Path, Path]:
-    """Two folders of 70 PNG images of 20 x 16 pixels: noise of two colours, of which the second is smoother."""
+    """Two folders of 70 PNG images each, 20 x 16 pixels of color noise; the second folder's noise has less contrast."""
     root, generator = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name, low, high in (("a", 0, 255), ("b", 60, 200)):
         (root / name).mkdir()

@@ -1,4 +1,4 @@
-"""A feature network for tests, whose outputs are plain functions of the images."""
+"""Feature networks for tests. Their outputs are simple functions of the images."""
 
 from collections.abc import Collection, Mapping
 from typing import Self
@@ -7,7 +7,7 @@ import torch
 
 
 class FakeFeatures:
-    """A subclass states `outputs` and has one method of images for each, named after it."""
+    """Base class. A subclass lists its `outputs` and has a method of the same name, taking images, for each."""
 
     name, label, sha256, precision, device = "fake", "FD (fake)", "0" * 64, "fp32", "cpu"
     outputs: Mapping[str, int] = {"features": 3}
@@ -21,7 +21,7 @@ class FakeFeatures:
 
 
 class Pixels(FakeFeatures):
-    """Mean colours in [0, 1]."""
+    """Mean colors in [0, 1]."""
 
     name, label = "pixels", "FD (pixels)"
 
@@ -29,8 +29,8 @@ class Pixels(FakeFeatures):
         return images.float().mean((2, 3)) / 255
 
 
-class MeanColours(FakeFeatures):
-    """Mean colours in [0, 255], in Inception's place: also the entry of FEATURES that loads it."""
+class MeanColors(FakeFeatures):
+    """Mean colors in [0, 255]. Replaces Inception; the class is also the loader to register in FEATURES."""
 
     name, label = "inception", "FID"
 

@@ -1,9 +1,13 @@
 #!/usr/bin/env python
 """Check networks against golden cases: `python tests/golden_check.py FILE...`.
 
-A case's header alone builds the network; its weights are filled by the rule of tests/golden/fill_weights.py. Prints the
-largest absolute errors of velocity, guided velocity and dopri5 sample of each file. Exit code 0: all within 1e-5, 2e-5 and
-1e-3; 1: some are not, or a network has other names, shapes or order; 2: a file is no golden case.
+Each network is built from its case's header and filled with weights by tests/golden/fill_weights.py. For each file, prints
+the largest absolute errors of the velocity, guided velocity and dopri5 sample.
+
+Exit codes:
+- 0: all errors are within 1e-5, 2e-5 and 1e-3, respectively.
+- 1: an error is larger, or a state dict has different names, shapes or order.
+- 2: a file is not a golden case.
 """
 
 import dataclasses
@@ -28,11 +32,19 @@ from models.registry import NETWORKS, NetworkOptions, build_network  # noqa: E40
 from options import UsageError  # noqa: E402
 
 LIMITS = {"velocity": 1e-5, "velocity_cfg": 2e-5, "sample_dopri5": 1e-3}
-GOOD, DIFFERS, NO_CASE = 0, 1, 2  # exit codes
+GOOD, DIFFERS, NOT_A_CASE = 0, 1, 2  # exit codes
 
 
 class GoldenCase(NamedTuple):
-    """A case's arguments, its weights' names and shapes in order, the constructed ones, guidance scale and tensors."""
+    """A golden case.
+
+    Attributes:
+        arguments: LFM's arguments for the network.
+        weights: names and shapes of the state dict's entries, in order.
+        constant_weights: names of entries that keep the values given by the constructor.
+        cfg_scale: guidance scale, or None.
+        tensors: inputs and expected outputs.
+    """
 
     arguments: dict[str, Any]
     weights: list[tuple[str, list[int]]]
@@ -45,7 +57,7 @@ def read_case(path: str | Path) -> GoldenCase:
     """Read a golden case.
 
     Raises:
-        UsageError: the file cannot be read, or lacks an entry.
+        UsageError: the file cannot be read or lacks an entry.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -59,15 +71,15 @@ def read_case(path: str | Path) -> GoldenCase:
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UsageError(f"cannot be read: {error}") from error
     except KeyError as error:
-        raise UsageError(f"is no golden case: it has no {error}") from error
+        raise UsageError(f"is not a golden case: it has no {error}") from error
     return case
 
 
 def build_case(case: GoldenCase) -> nn.Module:
-    """The network of a case with its weights filled in.
+    """Build a case's network and fill in its weights.
 
     Raises:
-        ValueError: names, shapes or order of the state dict are not the published ones.
+        ValueError: the state dict differs from LFM's in names, shapes or order.
     """
     arguments = case.arguments
     side = arguments["image_size"] // arguments["f"]
@@ -77,13 +89,14 @@ def build_case(case: GoldenCase) -> nn.Module:
     else:
         name = NetworkOptions(arguments["model_type"], arguments.get("use_origin_adm", False)).resolve()
         network = build_network(name, side, _options(NETWORKS[name].options, arguments))
-    own = [(name, list(value.shape)) for name, value in network.state_dict().items()]
-    if own != case.weights:
+    found = [(name, list(value.shape)) for name, value in network.state_dict().items()]
+    if found != case.weights:
         ours, theirs = next(
-            ((a, b) for a, b in zip(own, case.weights, strict=False) if a != b), (own[-1], case.weights[-1])
+            ((a, b) for a, b in zip(found, case.weights, strict=False) if a != b), (found[-1], case.weights[-1])
         )
         raise ValueError(
-            f"the state dict has {len(own)} entries instead of {len(case.weights)}; first difference: {ours} for {theirs}"
+            f"expected a state dict of {len(case.weights)} entries, but found {len(found)}; first difference: "
+            f"expected {theirs}, but found {ours}"
         )
     for name, value in network.state_dict().items():
         if name not in case.constant_weights:
@@ -93,7 +106,7 @@ def build_case(case: GoldenCase) -> nn.Module:
 
 @torch.no_grad()
 def check_case(path: str | Path) -> dict[str, float]:
-    """Largest absolute error of each output that the case has; infinite for one of another shape."""
+    """Largest absolute error of each output in the case; infinity if the shapes differ."""
     case = read_case(path)
     network, tensors = build_case(case), case.tensors
     condition = Condition(tensors["in.y"].long() if "in.y" in tensors else None)
@@ -109,23 +122,23 @@ def check_case(path: str | Path) -> dict[str, float]:
 
 
 def main(paths: list[str]) -> int:
-    """Check all files and print a line for each."""
+    """Check all files and print a line for each. Returns the exit code."""
     if not paths:
-        print(f"error: expected golden cases; {str(__doc__).splitlines()[0]}", file=sys.stderr)
-        return NO_CASE
+        print("error: expected golden cases: python tests/golden_check.py FILE...", file=sys.stderr)
+        return NOT_A_CASE
     codes = set()
     for path in paths:
-        code, text = _judge(path)
+        code, text = _check_file(path)
         codes.add(code)
         print(f"{'ok  ' if code == GOOD else 'FAIL'} {Path(path).stem}: {text}", flush=True)
     return max(codes)
 
 
-def _judge(path: str) -> tuple[int, str]:
+def _check_file(path: str) -> tuple[int, str]:
     try:
         errors = check_case(path)
     except UsageError as error:
-        return NO_CASE, str(error)
+        return NOT_A_CASE, str(error)
     except (KeyError, ValueError, RuntimeError) as error:
         return DIFFERS, f"{type(error).__name__}: {error}"
     good = all(error <= LIMITS[name] for name, error in errors.items())
@@ -136,9 +149,9 @@ def _error(value: torch.Tensor, expected: torch.Tensor) -> float:
     return (value - expected).abs().max().item() if value.shape == expected.shape else float("inf")
 
 
-def _options(kind: type, arguments: dict[str, Any]) -> Any:
-    names = {field.name for field in dataclasses.fields(kind)}
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items() if k in names})
+def _options(options_class: type, arguments: dict[str, Any]) -> Any:
+    names = {field.name for field in dataclasses.fields(options_class)}
+    return options_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items() if k in names})
 
 
 def _fill_weight(name: str, shape: tuple[int, ...]) -> Any:

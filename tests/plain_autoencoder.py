@@ -1,4 +1,4 @@
-"""An autoencoder without a posterior, for tests: squares of 2 x 2 pixels become channels, and nothing is lost."""
+"""A lossless autoencoder without a posterior, for tests: blocks of 2 x 2 pixels become channels."""
 
 from torch.nn import functional
 

@@ -1,4 +1,4 @@
-"""Pickles as Python 2 wrote them."""
+"""Pickles in the form that Python 2 wrote."""
 
 import io
 import pickle
@@ -9,7 +9,7 @@ __all__ = ["python2_pickle"]
 
 
 class _Python2Pickler(pickle._Pickler):
-    """Protocol 2, whose strings, text and bytes alike, are strings of bytes."""
+    """Pickle protocol 2, with text and bytes both stored as byte strings."""
 
     dispatch: ClassVar = dict(pickle._Pickler.dispatch)
 
@@ -22,7 +22,7 @@ class _Python2Pickler(pickle._Pickler):
 
 
 def python2_pickle(value: Any) -> bytes:
-    """`value` pickled by Python 2 and numpy 1."""
+    """Pickle `value` like Python 2 with numpy 1."""
     file = io.BytesIO()
     _Python2Pickler(file, protocol=2).dump(value)
     return file.getvalue().replace(b"numpy._core.", b"numpy.core.")

@@ -1,4 +1,4 @@
-"""Small networks of every family, for tests that must hold for all."""
+"""A small network of every family, for tests that apply to all families."""
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ SMALL: dict[str, FamilyOptions] = {
 
 
 def new_network(model_type: str, options: FamilyOptions, dense: DenseInput | None = None) -> nn.Module:
-    """On inputs of side 8, in evaluation, without gradients; no weight is zero, and always the same."""
+    """Build a network for inputs of side 8, in eval mode and without gradients. The weights are fixed and nonzero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = build_network(model_type, 8, options, dense).eval().requires_grad_(False)

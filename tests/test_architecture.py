@@ -1,4 +1,4 @@
-"""The plan of the house (docs: layers, one owner per heavy dependency, thin scripts), read from the source code."""
+"""Architecture rules, checked in the source code: layers, one owner per heavy dependency, thin scripts."""
 
 import ast
 import importlib.util
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Imports point from a higher level to a lower one, or stay within a folder; models and flow do not know each other.
+# A module may import from lower levels and from its own folder. `models` and `flow` must not import each other.
 LEVELS = {
     "options": 0,
     "command_line": 1,
@@ -24,7 +24,7 @@ LEVELS = {
     "latent_flow": 10,
 }
 AT_THE_ROOT = [ROOT / "options.py", ROOT / "command_line.py", ROOT / "latent_flow.py"]
-# Commands whose name python -m gives: scripts, though they lie in a layer's folder.
+# Modules in a library folder that count as scripts, because they are run with `python -m`.
 COMMANDS = {"checkpoints/convert.py"}
 OWNERS = {
     "torchdiffeq": "flow/",
@@ -48,7 +48,7 @@ def relative(path: Path) -> str:
 
 
 def imported_modules(source: str, package: str) -> set[str]:
-    """The dotted names that `source`, a module of `package` ("" for a script), imports anywhere."""
+    """The dotted names imported anywhere in `source`, a module of `package` ("" for a script)."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -64,13 +64,13 @@ def imports_of(path: Path) -> set[str]:
 
 
 def forbidden_imports(own: str, level: int, imported: set[str]) -> set[str]:
-    """Those of `imported` that a module of the folder `own` on `level` must not import."""
+    """The names in `imported` that a module on `level` in the folder `own` must not import."""
     folders = {name: name.partition(".")[0] for name in imported}
     return {name for name, top in folders.items() if top in LEVELS and top != own and LEVELS[top] >= level}
 
 
 def string_constants(source: str) -> set[str]:
-    """All strings in `source` but its docstrings and other bare strings."""
+    """All strings in `source` except docstrings and other bare strings."""
     tree = ast.parse(source)
     bare = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     constants = (node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in bare)
@@ -83,7 +83,7 @@ def test_every_layer_has_modules():
 
 
 @pytest.mark.parametrize("path", library_files(), ids=relative)
-def test_imports_point_downwards(path):
+def test_modules_import_only_from_lower_levels(path):
     own = relative(path).partition("/")[0].removesuffix(".py")
     assert forbidden_imports(own, LEVELS[own], imports_of(path)) == set()
 
@@ -95,7 +95,7 @@ def test_nothing_imports_a_script():
         assert not imports_of(path) & scripts, relative(path)
 
 
-def test_an_upward_or_sideways_import_is_found():
+def test_forbidden_imports_are_found():
     source = (
         "def f():\n    from training.ema import Ema\nimport flow.paths\nfrom . import dit\nimport options, models.dit"
     )
@@ -106,11 +106,11 @@ def test_an_upward_or_sideways_import_is_found():
 
 
 @pytest.mark.parametrize("dependency", OWNERS)
-def test_one_module_touches_a_heavy_dependency(dependency):
+def test_each_heavy_dependency_is_imported_by_one_module(dependency):
     users = [
         relative(path)
         for path in [*library_files(), *script_files()]
-        if path.parent.name != "benchmarks"  # they compare with it
+        if path.parent.name != "benchmarks"  # the benchmarks compare with them
         and any(name.partition(".")[0] == dependency for name in imports_of(path))
     ]
     assert len(users) == 1, users
@@ -125,7 +125,7 @@ def test_pytorch_fid_is_the_pip_package():
     assert Path(found.origin).parts[-3:-1] == ("site-packages", "pytorch_fid")
 
 
-def test_no_device_is_named_below_the_scripts():
+def test_only_runtime_precision_mentions_cuda():
     allowed = ROOT / "runtime" / "precision.py"
     for path in library_files():
         found = [text for text in string_constants(path.read_text(encoding="utf-8")) if "cuda" in text]
@@ -138,8 +138,8 @@ def test_scripts_are_thin():
             assert len(path.read_text(encoding="utf-8").splitlines()) < 120, relative(path)
 
 
-def rooms() -> dict[str, list[Path]]:
-    """The modules of each folder of the library."""
+def modules_by_folder() -> dict[str, list[Path]]:
+    """The modules of each library folder."""
     found: dict[str, list[Path]] = {}
     for path in library_files():
         if path.parent != ROOT and path.name != "__init__.py":
@@ -147,14 +147,14 @@ def rooms() -> dict[str, list[Path]]:
     return found
 
 
-def test_no_room_is_crowded():
-    counts = {room: len(paths) for room, paths in rooms().items()}
+def test_no_folder_has_more_than_20_modules():
+    counts = {folder: len(paths) for folder, paths in modules_by_folder().items()}
     assert len(counts) > 10
-    assert {room: count for room, count in counts.items() if count > 20} == {}
+    assert {folder: count for folder, count in counts.items() if count > 20} == {}
 
 
 def functions_that_take(annotation: str, source: str) -> list[str]:
-    """The functions in `source` with an argument of this annotation."""
+    """The functions in `source` that have an argument with this annotation."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
@@ -164,8 +164,8 @@ def functions_that_take(annotation: str, source: str) -> list[str]:
     return found
 
 
-def test_options_end_at_the_door():
-    """Scripts and what assembles their work see all options; every other function takes the dataclass that it needs."""
+def test_few_functions_take_all_options():
+    """Only scripts and the modules that set up their work take all options. Other functions take the dataclass they need."""
     taking = {
         relative(path): names
         for path in [*library_files(), *script_files()]
@@ -183,19 +183,18 @@ def test_a_function_that_takes_all_options_is_found():
 def test_headers_are_read_by_attribute():
     for path in [*library_files(), *script_files()]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if (
-                isinstance(node, ast.Subscript) and relative(path) != "evaluation/features/classifier.py"
-            ):  # its own format
+            # evaluation/features/classifier.py is excluded because its header has a separate format.
+            if isinstance(node, ast.Subscript) and relative(path) != "evaluation/features/classifier.py":
                 assert not ast.unparse(node.value).endswith("header"), f"{relative(path)}:{node.lineno}"
 
 
 @pytest.mark.parametrize(
     ("protocol", "home"), [("Autoencoder", "models/autoencoders/"), ("Features", "evaluation/features/")]
 )
-def test_nobody_asks_for_the_class_behind_a_protocol(protocol, home):
+def test_isinstance_is_not_used_with_protocols(protocol, home):
     for path in [*library_files(), *script_files()]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "isinstance":
-                asked = ast.unparse(node.args[1])
-                found = protocol in asked or "PixelSpace" in asked
+                checked = ast.unparse(node.args[1])
+                found = protocol in checked or "PixelSpace" in checked
                 assert not found or relative(path).startswith(home), f"{relative(path)}:{node.lineno}"

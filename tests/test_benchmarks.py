@@ -10,7 +10,7 @@ def agree(**results):
     require_agreement("side", EXPECTED | results, EXPECTED, TOLERANCES)
 
 
-def test_sides_with_the_same_results_are_compared():
+def test_variants_with_equal_results_are_accepted():
     agree()
     agree(loss=[2.019], change=[3.0, -4.24])
 
@@ -18,12 +18,12 @@ def test_sides_with_the_same_results_are_compared():
 @pytest.mark.parametrize(
     ("results", "message"),
     [
-        ({"loss": [2.03]}, "its loss must be within 1 %"),
-        ({"change": [-3.0, 4.0]}, "its change must be within 5 %"),
-        ({"change": [3.0, -4.3]}, "its change must be within 5 %"),
-        ({"loss": [float("nan")]}, "its loss must be within 1 %"),
+        ({"loss": [2.03]}, "side: loss must be within 1 %"),
+        ({"change": [-3.0, 4.0]}, "side: change must be within 5 %"),
+        ({"change": [3.0, -4.3]}, "side: change must be within 5 %"),
+        ({"loss": [float("nan")]}, "side: loss must be within 1 %"),
     ],
 )
-def test_a_side_with_other_results_is_refused(results, message):
+def test_a_variant_with_different_results_is_refused(results, message):
     with pytest.raises(SystemExit, match=message):
         agree(**results)

@@ -1,4 +1,4 @@
-"""Checks that tests named in the documents and messages quoted in docs/troubleshooting.md exist."""
+"""Checks that tests named in the documents, and messages and output quoted in them, exist."""
 
 import ast
 import re
@@ -15,6 +15,8 @@ DOCUMENTS = sorted(
 )
 NAME = re.compile(r"`(?:(tests/[\w/]+\.py)(?:::(\w+))?|(test_\w+))`")
 HEADING = re.compile(r"^\| promise .*?`(tests/[\w/]+\.py)`", re.MULTILINE)
+OUTPUT = re.compile(r"^<!-- output -->\n```\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PHRASE = re.compile(r"(?<![\w./-])[a-z]+(?: [a-z]+)+(?![\w/-]|\.\w)")  # two or more words without values
 QUOTE = re.compile(r"^\| `([^`]+)` \|", re.MULTILINE)
 OTHER_FOLDERS = frozenset(("benchmarks", "data", "saved_info", "tests"))  # without messages for users of the library
 
@@ -106,6 +108,25 @@ def check(path, n):
 '''
     text = "| message | cause |\n|---|---|\n| `...: ... bytes are missing` | x |\n| `is damaged` | x |\n| `(see --help)` | x |"
     assert unknown_quotes(text, set(strings(ast.parse(code)))) == ["is damaged"]
+
+
+def unknown_phrases(text: str, known: set[str]) -> list[str]:
+    """The phrases in the output blocks of `text` that are not part of a known string. The network's name adm is a value."""
+    phrases = [phrase for block in OUTPUT.findall(text) for phrase in PHRASE.findall(block)]
+    return [phrase for phrase in phrases if not any(phrase.replace(" adm", "") in message for message in known)]
+
+
+def test_the_documents_quote_the_current_output():
+    texts = [path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md")]
+    known = {text.replace("...", "") for text in messages()}
+    assert sum(len(OUTPUT.findall(text)) for text in texts) >= 8
+    assert [phrase for text in texts for phrase in unknown_phrases(text, known)] == []
+
+
+def test_phrases_of_old_output_are_found():
+    output = "samples     200 in 8.6 s, 8 evaluations each, mean hole ratio 0.2; from content.pth"
+    text = f"<!-- output -->\n```\n{output}\n```\nany other text"
+    assert unknown_phrases(text, {", mean hole ratio "}) == ["evaluations each"]
 
 
 def test_make_runs_every_benchmark_once():

@@ -1,4 +1,4 @@
-"""The scripts of inpainting and semantic synthesis as a user runs them, on small files in the real layouts."""
+"""End-to-end tests of the inpainting and semantic synthesis scripts, on small files in the datasets' real layouts."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from evaluation.features.registry import FEATURES
 from models.autoencoders.kl import new_autoencoder_kl
 from runtime.messages import one_line
 from runtime.torch_files import read_torch_file
-from tests.fake_features import MeanColours
+from tests.fake_features import MeanColors
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("process_restored")
@@ -50,7 +50,7 @@ def script_of(kind, task):
 
 
 def start(script, flags):
-    """Run a script in this process: (exit code, stdout, stderr)."""
+    """Run a script in this process and return (exit code, stdout, stderr)."""
     with (
         pytest.MonkeyPatch.context() as patch,
         redirect_stdout(io.StringIO()) as out,
@@ -63,21 +63,21 @@ def start(script, flags):
 
 
 def run(script, flags):
-    """The same of a script that succeeds; its stdout."""
+    """Run a script that must succeed, and return its stdout."""
     code, out, err = start(script, flags)
     assert code == 0, err
     return out
 
 
 def notes_of(script, flags):
-    """What a script that succeeds prints on stderr."""
+    """Run a script that must succeed, and return its stderr."""
     code, _, err = start(script, flags)
     assert code == 0, err
     return err
 
 
 def refusal(script, flags):
-    """The one line of a script that refuses its flags."""
+    """Run a script that must refuse its flags, and return its error line."""
     code, _, err = start(script, flags)
     assert code == 2, err
     (line,) = (line for line in err.splitlines() if line.startswith("error: "))
@@ -86,13 +86,13 @@ def refusal(script, flags):
 
 
 def picture(seed, side):
-    """Random colours of four squares, uint8 [side, side, 3]."""
-    colours = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
-    return colours.repeat(side // 2, axis=0).repeat(side // 2, axis=1)
+    """An image of four squares in random colors, uint8 [side, side, 3]."""
+    colors = np.random.default_rng(seed).integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    return colors.repeat(side // 2, axis=0).repeat(side // 2, axis=1)
 
 
 def write_celeba(folder):
-    """NVAE's layout: LMDBs of raw bytes."""
+    """Write images in NVAE's layout: LMDBs of raw bytes."""
     folder.mkdir()
     for split, count in (("train", 4), ("validation", 3)):
         with lmdb.open(str(folder / f"{split}.lmdb"), map_size=1 << 22) as base, base.begin(write=True) as transaction:
@@ -101,21 +101,21 @@ def write_celeba(folder):
 
 
 def write_celebamask(folder):
-    """The official tree of 20 faces with merged maps; two are held out."""
+    """Write 20 faces in CelebAMask-HQ's official layout, with merged label maps. Two faces are held out."""
     tree = folder / "CelebAMask-HQ"
     (tree / "CelebA-HQ-img").mkdir(parents=True)
     (tree / "CelebAMask-HQ-mask-anno" / "0").mkdir(parents=True)
     for number in range(20):
         Image.fromarray(picture(number, 64)).save(tree / "CelebA-HQ-img" / f"{number}.jpg")
-        for part, place in (("skin", np.s_[4:28, 6:20]), ("l_eye", np.s_[10:14, 8:12]), ("hair", np.s_[0:10, 10:30])):
+        for part, region in (("skin", np.s_[4:28, 6:20]), ("l_eye", np.s_[10:14, 8:12]), ("hair", np.s_[0:10, 10:30])):
             mask = np.zeros((32, 32), np.uint8)
-            mask[place] = 255
+            mask[region] = 255
             Image.fromarray(mask).save(tree / "CelebAMask-HQ-mask-anno" / "0" / f"{number:05d}_{part}.png")
     merge_tree(tree, 1)
 
 
 def write_folders(folder):
-    """Two classes, six images of 16 x 16 for training and five held out."""
+    """Write images of 16 x 16 pixels in two classes: six for training and five held out."""
     for split, count in (("train", 6), ("validation", HELD_OUT)):
         for index in range(count):
             path = folder / split / ("cat", "dog")[index % 2] / f"{index}.png"
@@ -125,7 +125,7 @@ def write_folders(folder):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, write_idx):
-    """All data, and ae/, an autoencoder in the shape of Stable Diffusion's: f = 8, 4 latent channels, but 8 wide."""
+    """All datasets, and in ae/ an autoencoder like Stable Diffusion's (f = 8, 4 latent channels) with a width of only 8."""
     place = tmp_path_factory.mktemp("downstream")
     write_celeba(place / "celeba")
     write_celebamask(place / "faces")
@@ -161,16 +161,16 @@ def folder_of(place, task, exp, dataset="folder"):
 
 
 @pytest.fixture(scope="module")
-def labelled(place):
-    """The experiment of a DiT with labels, trained to inpaint; labels and conditions were dropped."""
-    flags = [*photos(place, "labelled"), *TINY, *LABELS, "--condition_dropout", 0.2, "--max_steps", 6]
+def labeled(place):
+    """Name of an inpainting run with labels, trained with dropout of labels and conditions."""
+    flags = [*photos(place, "labeled"), *TINY, *LABELS, "--condition_dropout", 0.2, "--max_steps", 6]
     run(script_of("train", "inpaint"), flags)
-    return "labelled"
+    return "labeled"
 
 
 @pytest.fixture(scope="module")
 def semantic(place):
-    """The experiment of a DiT trained on silhouettes."""
+    """Name of a semantic synthesis run trained on silhouettes."""
     flags = [*fashion(place, "maps"), *PIXELS, "--model_type", "DiT-Mi/8", "--batch_size", 8, "--max_steps", 2]
     run(script_of("train", "semantic"), flags)
     return "maps"
@@ -178,13 +178,13 @@ def semantic(place):
 
 @pytest.fixture(scope="module")
 def generator(place):
-    """The checkpoint of a network of generation."""
+    """Checkpoint of a network trained for generation."""
     run(script_of("train", "generate"), [*photos(place, "free"), *TINY, "--max_steps", 2])
     return newest_model(folder_of(place, "generate", "free"))
 
 
-def complete(place, output, *flags, exp="labelled"):
-    """Inpaint into the folder `output`; the result."""
+def complete(place, output, *flags, exp="labeled"):
+    """Inpaint into the folder `output` and return the result."""
     run(script_of("test", "inpaint"), [*photos(place, exp), "--output_dir", output, *flags])
     return json.loads((output / "result.json").read_text())
 
@@ -194,16 +194,16 @@ def names_in(folder):
 
 
 def pictures(folder):
-    """The images of a folder, int [N, H, W] or [N, H, W, 3]."""
+    """The images in a folder, int [N, H, W] or [N, H, W, 3]."""
     return np.stack([np.asarray(Image.open(folder / name)) for name in names_in(folder)]).astype(int)
 
 
-# The published commands.
+# LFM's published commands.
 
 
 @pytest.mark.parametrize("task", COMMANDS)
-def test_published_commands_train_and_their_networks_sample(task, place, tmp_path, monkeypatch):
-    monkeypatch.setitem(FEATURES, "inception", MeanColours)
+def test_published_commands_train_sample_and_score(task, place, tmp_path, monkeypatch):
+    monkeypatch.setitem(FEATURES, "inception", MeanColors)
     exp, channels, count = {"inpaint": ("inpainting_kl", 9, 3), "semantic": ("semantic_kl", 8, 2)}[task]
     data = {"inpaint": place / "celeba", "semantic": place / "faces"}[task]
     own = ["--datadir", data, "--save_root", tmp_path / "saved", "--image_size", 64, "--nf", 32, *SOLVER, *MACHINE]
@@ -211,7 +211,7 @@ def test_published_commands_train_and_their_networks_sample(task, place, tmp_pat
     out = run(script_of("train", task), [*COMMANDS[task], *small, "--max_steps", 2])
     folder = folder_of(tmp_path, task, exp, "celeba_256")
     assert out.splitlines()[-2] == "complete; sample with:"
-    assert out.splitlines()[-1].startswith(f"  python {script_of('test', task)} --dataset celeba_256 --exp ")
+    assert re.match(rf"  \S*python\S* {script_of('test', task)} --dataset celeba_256 --exp ", out.splitlines()[-1])
     assert read_torch_file(folder / "content.pth")["step"] == 2
     weights, header = read_weights(newest_model(folder))
     assert (header.task, header.model_type, header.latent_size) == (task, "origin_adm", 8)
@@ -247,8 +247,8 @@ def test_published_commands_train_and_their_networks_sample(task, place, tmp_pat
 
 
 @pytest.mark.parametrize("task", ["inpaint", "semantic"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(task, place):
-    """Labels and conditions are dropped, images are mirrored, masks are drawn: all by the step's number."""
+def test_resuming_is_bit_exact(task, place):
+    """Label dropout, condition dropout, mirroring and masks are all random, and depend only on the step."""
     network = [*PIXELS, "--model_type", "DiT-Mi/8", "--batch_size", 4, "--no_lr_decay", "--log_every", 1]
     dropout = [*LABELS[:-1], 0.3] if task == "inpaint" else ["--num_classes", 10, "--label_dropout", 0.3]
     flags = [*network, *dropout, "--condition_dropout", 0.3, "--optimizer", "muon", "--save_content_every_steps", 1]
@@ -282,7 +282,7 @@ def test_mistakes_in_training(place):
     inpaint, semantic = script_of("train", "inpaint"), script_of("train", "semantic")
     flags = [*photos(place, "mistake"), *TINY]
     assert re.search(
-        r"--num_in_channels 9 contradicts the autoencoder.* 3 channels and the condition next to them 4: 7",
+        r"--num_in_channels 9 contradicts the autoencoder.* 3 channels, and the condition adds 4 .*: use 7",
         refusal(inpaint, [*flags, "--num_in_channels", 9]),
     )
     assert "the dataset 'folder' has no label maps: expected one of celeba" in refusal(semantic, flags)
@@ -291,8 +291,8 @@ def test_mistakes_in_training(place):
     assert "needs a network with a null class" in refusal(inpaint, [*flags, "--cfg_scale", 2])
 
 
-def test_another_kind_of_mask_is_another_run(place, labelled):
-    flags = [*photos(place, labelled), *TINY, *LABELS, "--condition_dropout", 0.2, "--max_steps", 6]
+def test_changing_the_mask_kind_of_a_run_is_refused(place, labeled):
+    flags = [*photos(place, labeled), *TINY, *LABELS, "--condition_dropout", 0.2, "--max_steps", 6]
     assert "--mask_kind was mixed, now half" in refusal(script_of("train", "inpaint"), [*flags, "--mask_kind", "half"])
     assert "complete; sample with:" in run(script_of("train", "inpaint"), flags)
 
@@ -301,19 +301,19 @@ def test_another_kind_of_mask_is_another_run(place, labelled):
 
 
 @pytest.fixture(scope="module")
-def completed(place, labelled, tmp_path_factory):
-    """The folder of two completions for each image, and its result."""
+def completed(place, labeled, tmp_path_factory):
+    """A folder with two completions per image, and the result."""
     folder = tmp_path_factory.mktemp("completed")
     return folder, complete(place, folder, "--num_completions", 2)
 
 
-def test_folders_of_matching_names_and_known_pixels_that_are_exact(place, completed):
+def test_output_folders_match_and_known_pixels_are_exact(place, completed):
     folder, result = completed
     kinds = ["originals", "masks", "masked", "completions", "completions_1"]
     assert {path.name for path in folder.iterdir() if path.is_dir()} == set(kinds)
     assert all(names_in(folder / kind) == [f"{index:06d}.png" for index in range(HELD_OUT)] for kind in kinds)
     originals, masks, masked, first, second = (pictures(folder / kind) for kind in kinds)
-    order = [0, 2, 4, 1, 3]  # cats come first
+    order = [0, 2, 4, 1, 3]  # classes are read in order, so cats come first
     np.testing.assert_array_equal(originals, np.stack([picture(index, 16) for index in order]))
     assert set(np.unique(masks)) == {0, 255}
     holes = masks > 0
@@ -335,11 +335,11 @@ def test_folders_of_matching_names_and_known_pixels_that_are_exact(place, comple
     assert "value" not in result
 
 
-def test_further_completions_and_batches_change_nothing(place, completed, tmp_path):
+def test_completions_do_not_depend_on_batch_size_or_their_number(place, completed, tmp_path):
     folder, _ = completed
     complete(place, tmp_path, "--batch_size", 2)
     assert np.abs(pictures(tmp_path / "completions") - pictures(folder / "completions")).max() <= 1
-    complete(place, tmp_path / "b", "--seed", 43)  # completion 1 is that of the following seed
+    complete(place, tmp_path / "b", "--seed", 43)  # completion 1 uses the next seed
     np.testing.assert_array_equal(pictures(tmp_path / "b" / "completions"), pictures(folder / "completions_1"))
 
 
@@ -347,12 +347,12 @@ def state_of(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in sorted(folder.rglob("*.png"))}
 
 
-def test_what_is_there_is_not_drawn_again(place, labelled, tmp_path):
+def test_existing_samples_are_not_sampled_again(place, labeled, tmp_path):
     first = complete(place, tmp_path, "--n_sample", 3)
     before = state_of(tmp_path / "completions")
     assert first["samples"] == len(before) == 3
-    script, flags = script_of("test", "inpaint"), [*photos(place, labelled), "--output_dir", tmp_path]
-    assert "already holds 3 of 5 samples" in notes_of(script, flags)  # of more images, the others
+    script, flags = script_of("test", "inpaint"), [*photos(place, labeled), "--output_dir", tmp_path]
+    assert "already holds 3 of 5 samples" in notes_of(script, flags)  # only the missing ones are sampled
     both = state_of(tmp_path / "completions")
     assert len(both) == HELD_OUT
     assert all(both[path] == value for path, value in before.items())
@@ -382,12 +382,12 @@ def test_what_is_there_is_not_drawn_again(place, labelled, tmp_path):
     ],
     ids=lambda value: str(value[0]).lstrip("-") if isinstance(value, list) else "",
 )
-def test_a_folder_of_other_samples_is_refused_and_left_alone(change, message, place, labelled, tmp_path):
+def test_a_folder_with_samples_of_other_settings_is_refused(change, message, place, labeled, tmp_path):
     complete(place, tmp_path, "--n_sample", 2)
     before = state_of(tmp_path)
-    flags = [*photos(place, labelled), "--output_dir", tmp_path, *change]
+    flags = [*photos(place, labeled), "--output_dir", tmp_path, *change]
     assert re.search(message, refusal(script_of("test", "inpaint"), flags))
-    assert state_of(tmp_path) == before  # no mask of the new kind lies among the old ones
+    assert state_of(tmp_path) == before  # in particular, no new mask is written
 
 
 def test_guidance_leads_away_from_labels_and_condition(place, completed, tmp_path):
@@ -401,8 +401,8 @@ def test_guidance_leads_away_from_labels_and_condition(place, completed, tmp_pat
 
 
 def test_guidance_over_the_condition_alone(place, tmp_path):
-    """A network without a null class is asked for the same class in both terms."""
-    for exp, labels in (("unlabelled", []), ("no_null_class", ["--num_classes", 2])):
+    """A network without a null class is evaluated with the same class in both terms."""
+    for exp, labels in (("unlabeled", []), ("no_null_class", ["--num_classes", 2])):
         flags = [*photos(place, exp), *TINY, *labels, "--condition_dropout", 0.5, "--max_steps", 2]
         run(script_of("train", "inpaint"), [*flags, "--cfg_scale", 3])  # the preview is guided, too
         result = complete(place, tmp_path / exp, "--cfg_scale", 2, exp=exp)
@@ -412,14 +412,14 @@ def test_guidance_over_the_condition_alone(place, tmp_path):
     assert "--label_dropout or --condition_dropout above 0" in refusal(script_of("test", "inpaint"), flags)
 
 
-def test_labels_may_be_kept_from_the_network(place, completed, tmp_path):
+def test_no_use_labels_hides_labels_from_the_network(place, completed, tmp_path):
     folder, _ = completed
     result = complete(place, tmp_path, "--no-use_labels")
     assert result["use_labels"] is False
-    unlabelled, plain = pictures(tmp_path / "completions"), pictures(folder / "completions")
+    unlabeled, plain = pictures(tmp_path / "completions"), pictures(folder / "completions")
     holes = pictures(folder / "masks") > 0
-    assert (unlabelled != plain)[holes].mean() > 0.1
-    np.testing.assert_array_equal(unlabelled[~holes], plain[~holes])
+    assert (unlabeled != plain)[holes].mean() > 0.1
+    np.testing.assert_array_equal(unlabeled[~holes], plain[~holes])
 
 
 def test_seams(place, completed, tmp_path):
@@ -437,7 +437,7 @@ def test_seams(place, completed, tmp_path):
         assert np.abs(one - (weight * sample + (1 - weight) * original)).max() <= 0.5 + 1e-3
 
 
-def test_masks_of_a_folder(place, labelled, tmp_path):
+def test_masks_of_a_folder(place, labeled, tmp_path):
     (tmp_path / "masks").mkdir()
     holes = np.zeros((2, 16, 16), bool)
     holes[0, 3:9, 5:12], holes[1, :, 12:] = True, True
@@ -447,17 +447,17 @@ def test_masks_of_a_folder(place, labelled, tmp_path):
     expected = np.stack([holes[1 - index % 2] for index in range(HELD_OUT)])
     np.testing.assert_array_equal(pictures(tmp_path / "out" / "masks") > 0, expected)
     Image.new("L", (16, 16)).save(tmp_path / "masks" / "a.png")
-    flags = [*photos(place, labelled), "--output_dir", tmp_path / "x", "--mask_dir", tmp_path / "masks"]
+    flags = [*photos(place, labeled), "--output_dir", tmp_path / "x", "--mask_dir", tmp_path / "masks"]
     said = refusal(script_of("test", "inpaint"), flags)
     assert re.search(r"the mask .*a\.png covers nothing at 16 x 16", said)
 
 
 def test_a_network_of_generation_inpaints_without_training(place, generator, tmp_path):
     script = script_of("test", "inpaint")
-    flags = [*photos(place, "labelled"), "--checkpoint", generator, "--resamplings", 3, "--method", "dopri5"]
-    out = run(script, [*flags, "--num_steps", 4, "--output_dir", tmp_path, "--num_completions", 2])
-    assert "was trained for generation, so inpainting uses RePaint: 4 Euler steps, 3 times each" in out
-    assert "has no effect" not in out
+    flags = [*photos(place, "labeled"), "--checkpoint", generator, "--resamplings", 3, "--method", "dopri5"]
+    notes = notes_of(script, [*flags, "--num_steps", 4, "--output_dir", tmp_path, "--num_completions", 2])
+    assert "was trained for generation, so inpainting uses RePaint: 4 Euler steps, 3 times each" in notes
+    assert "has no effect" not in notes
     result = json.loads((tmp_path / "result.json").read_text())
     assert (result["nfe"], result["solver"]["method"], result["inpainting"]["resamplings"]) == (12, "euler", 3)
     originals, holes = pictures(tmp_path / "originals"), pictures(tmp_path / "masks") > 0
@@ -469,8 +469,8 @@ def test_a_network_of_generation_inpaints_without_training(place, generator, tmp
     assert np.abs(pictures(tmp_path / "b" / "completions") - first).max() <= 1
 
 
-def test_each_script_refuses_the_networks_of_the_others_and_names_theirs(place, labelled, semantic, generator):
-    inpainting = newest_model(folder_of(place, "inpaint", labelled))
+def test_a_script_refuses_other_tasks_networks_and_names_the_right_script(place, labeled, semantic, generator):
+    inpainting = newest_model(folder_of(place, "inpaint", labeled))
     synthesis = newest_model(folder_of(place, "semantic", semantic, "fashion_mnist"))
     for task, checkpoint, said in [
         ("semantic", generator, r"was trained for generation: use test_flow_latent\.py$"),
@@ -483,7 +483,7 @@ def test_each_script_refuses_the_networks_of_the_others_and_names_theirs(place, 
         assert re.search(said, refusal(script_of("test", task), flags)), task
 
 
-def test_images_of_silhouettes_are_scored_against_their_maps(place, semantic, tmp_path):
+def test_semantic_synthesis_is_scored_against_its_label_maps(place, semantic, tmp_path):
     out = run(script_of("test", "semantic"), [*fashion(place, semantic), "--output_dir", tmp_path, "--compute_fid"])
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["metric"] == "FD (fashion-mnist features)"
@@ -494,9 +494,9 @@ def test_images_of_silhouettes_are_scored_against_their_maps(place, semantic, tm
     assert originals.shape == samples.shape == (12, 28, 28)
     assert maps.shape == (12, 28, 28, 3)
     np.testing.assert_array_equal(maps.any(-1), originals > 20)
-    colours = [np.unique(image[original > 20], axis=0) for image, original in zip(maps, originals, strict=True)]
-    assert [len(colour) for colour in colours] == [1] * 12
-    assert len({colour.tobytes() for colour in colours}) == 10
+    colors = [np.unique(image[original > 20], axis=0) for image, original in zip(maps, originals, strict=True)]
+    assert [len(color) for color in colors] == [1] * 12
+    assert len({color.tobytes() for color in colors}) == 10
 
 
 # Several processes.

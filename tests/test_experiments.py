@@ -1,4 +1,4 @@
-"""The files of train_args/ and test_args/ through the scripts' own parsers, and the published flags with their defaults."""
+"""Parses the files in train_args/ and test_args/ with the scripts' parsers, and checks LFM's flags and their defaults."""
 
 import re
 import runpy
@@ -30,11 +30,11 @@ from training.run import TrainingOptions
 
 ROOT = Path(__file__).parents[1]
 KINDS = ("train", "test")
-SCRIPTS = {"generate": "", "inpaint": "_inpainting", "semantic": "_semantic_syn"}  # the ends of their names
+SCRIPTS = {"generate": "", "inpaint": "_inpainting", "semantic": "_semantic_syn"}  # endings of the scripts' names
 
 
 class Experiment(NamedTuple):
-    """What a published experiment is: recipe, checkpoint, and millions of parameters."""
+    """One of LFM's published experiments: recipe, checkpoint, and parameters in millions."""
 
     exp: str
     dataset: str
@@ -64,21 +64,21 @@ EXPERIMENTS = {
     "inpainting_kl": Experiment("inpainting_kl", "celeba_256", 2, 64, 5e-5, 500, False, None, 356.1),
     "semantic_kl": Experiment("semantic_kl", "celeba_256", 2, 64, 5e-5, 175, False, None, 356.1),
 }
-OWN = {  # millions of parameters of this repository's own experiments, for latents of four channels
+OWN = {  # parameters in millions of this repository's own experiments, for latents of four channels
     "fashion_mnist_dit": 1.9, "fashion_mnist_inpainting": 1.9, "fashion_mnist_semantic": 1.9,
     "fashion_mnist_pixel_unet": 1.3, "mnist_latent_dit": 129.5, "folder_dit": 129.7,
 }  # fmt: skip
-FACTORS = {"none": 1, "pretrained/fashion_mnist_autoencoder": 4}  # of others, 8
+FACTORS = {"none": 1, "pretrained/fashion_mnist_autoencoder": 4}  # all other autoencoders have factor 8
 HALF_PRECISION = {"celeb512_adm", "celeb1024_adm"}
 
 
 class ParsingReachedError(Exception):
-    """Raised in the place of parsing."""
+    """Raised instead of parsing flags."""
 
 
 @cache
 def parser_of(script):
-    """The groups of options of a script and the flags that it ignores; the script stops when it would parse its flags."""
+    """A script's option groups and the flags that it ignores. Runs the script until it would parse its flags."""
     stop = mock.patch("runtime.launch.parse_options", side_effect=ParsingReachedError)
     with stop as parse_options, pytest.raises(ParsingReachedError):
         runpy.run_path(str(ROOT / script), run_name="__main__")
@@ -105,13 +105,13 @@ def parse_file(kind, name):
 
 
 def network_of(options):
-    """(model type, the options of its family) of a network in evaluation."""
+    """The model type and family options of a network at evaluation."""
     model_type = options[NetworkOptions].resolve()
     return model_type, replace(options[NETWORKS[model_type].options], use_grad_checkpointing=False)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_file_is_one_of_the_experiments(kind):
+def test_every_arguments_file_is_a_known_experiment(kind):
     assert {path.stem for path in (ROOT / f"{kind}_args").iterdir()} == EXPERIMENTS.keys() | OWN.keys()
 
 
@@ -195,33 +195,33 @@ def test_recipe_of_the_latent_dit():
 
 
 def assert_adam(training):
-    """AdamW without decay of the weights, with Adam's own betas, at a constant rate."""
+    """Check for AdamW without weight decay, with Adam's default betas and a constant learning rate."""
     assert (training.optimizer, training.weight_decay, training.adam_betas) == ("adamw", 0, (0.9, 0.999))
     assert (training.no_lr_decay, training.warmup_steps, training.grad_clip) == (True, 0, 0)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_the_test_file_alone_describes_the_network(name):
-    """As the published checkpoints need it, which have no header."""
+def test_a_test_file_describes_the_network_without_the_train_file(name):
+    """LFM's published checkpoints have no header, so the test file must describe the network."""
     train, test = parse_file("train", name), parse_file("test", name)
     assert network_of(test) == network_of(train)
     assert test[DatasetOptions] == train[DatasetOptions]
 
 
 @pytest.mark.parametrize("name", [*EXPERIMENTS, *OWN])
-def test_the_two_files_belong_together(name):
+def test_train_and_test_files_agree(name):
     train, test = parse_file("train", name), parse_file("test", name)
     assert test[SourceOptions].exp == train[ExperimentOptions].exp
     assert task_of("train", name) == task_of("test", name)
     epoch = test[SourceOptions].epoch_id
     if epoch is not None:
-        assert epoch % train[ExperimentOptions].save_ckpt_every == 0, "training never keeps this epoch"
+        assert epoch % train[ExperimentOptions].save_ckpt_every == 0, "training does not save this epoch's checkpoint"
         assert epoch <= train[TrainingOptions].num_epoch
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_the_first_line_tells_what_it_is(kind, name):
+def test_the_first_line_describes_the_experiment(kind, name):
     first, *others = path_of(kind, name).read_text().splitlines()
     gpus, batch_size = EXPERIMENTS[name].gpus, EXPERIMENTS[name].batch_size
     assert first.startswith(f"# LFM's {EXPERIMENTS[name].exp} ")
@@ -229,7 +229,7 @@ def test_the_first_line_tells_what_it_is(kind, name):
     assert not any(line.startswith("#") for line in others)
 
 
-def test_a_published_file_on_one_line(tmp_path):
+def test_several_keys_on_one_line_are_parsed(tmp_path):
     path = tmp_path / "celeb256_dit.txt"
     path.write_text(
         "MODEL_TYPE=DiT-L/2 EPOCH_ID=475 DATASET=celeba_256 EXP=celeb_f8_dit METHOD=dopri5 STEPS=0 "
@@ -240,7 +240,7 @@ def test_a_published_file_on_one_line(tmp_path):
     }  # fmt: skip
 
 
-PUBLISHED_DEFAULTS = {  # of the network, in both scripts
+PUBLISHED_DEFAULTS = {  # of the network options in LFM's training and test scripts
     "model_type": "adm", "image_size": 32, "nf": 256, "num_res_blocks": 2, "attn_resolutions": (16,),
     "ch_mult": (1, 1, 2, 2, 4, 4), "dropout": 0, "label_dim": 0, "num_classes": None, "label_dropout": 0,
     "use_origin_adm": False, "use_scale_shift_norm": True, "resblock_updown": False, "use_new_attention_order": False,
@@ -296,7 +296,7 @@ SAMPLING_FLAGS = (
     "--output_log x.log --real_img_dir real --num_steps 40 --batch_size 20 --use_karras_samplers --atol 1e-4 --rtol 1e-4 "
     "--method heun --step_size 0.01 --perturb"
 ).split()
-# Flags that have no effect say so; all others must become options.
+# These flags print a note that they have no effect. All other flags must become options.
 WITHOUT_EFFECT = {"augment_dim", "layout", "centered", "num_timesteps"}
 
 
@@ -317,7 +317,7 @@ def test_published_sampling_flags(capsys):
 
 
 def notes(capsys):
-    """The flags that were said to have no effect, each once."""
+    """The flags that a note reports as having no effect. Each must be reported once."""
     found = re.findall(r"^note: --(\w+) has no effect here: .+$", capsys.readouterr().err, re.M)
     assert len(found) == len(set(found))
     return set(found)
@@ -340,7 +340,7 @@ def test_own_downstream_experiments(task):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("task", ["inpaint", "semantic"])
-def test_the_downstream_networks_are_guided_diffusions_unless_others_are_named(kind, task):
+def test_downstream_tasks_default_to_guided_diffusions_network(kind, task):
     def network(*flags):
         return guided_diffusion_by_default(parse(kind, *flags, task=task))[NetworkOptions].resolve()
 

@@ -1,4 +1,4 @@
-"""docs/extending.md's examples, verbatim: each is registered here, trains two steps, saves, resumes and samples."""
+"""Runs docs/extending.md's examples verbatim: each is registered, trained for two steps, saved, resumed and sampled."""
 
 import re
 from collections.abc import Sequence
@@ -195,10 +195,10 @@ def ralston(
 SOLVERS["ralston"] = Method(ralston)
 
 
-# What the examples have in common.
+# Shared code.
 
 ROOT = Path(__file__).parents[1]
-# What was registered above, taken back, so that other tests see the project's own; `registered` puts it in again.
+# The entries registered above are removed again, so that other tests see only the project's. `registered` restores them.
 ADDED = [
     (registry, name, registry.pop(name))
     for registry, name in [
@@ -224,14 +224,14 @@ PLAIN = {
 
 @pytest.fixture
 def registered(monkeypatch):
-    """The examples, as if their files had just been imported."""
+    """Register the examples, as importing their files would."""
     for registry, name, entry in ADDED:
         monkeypatch.setitem(registry, name, entry)
 
 
 @pytest.fixture
 def small_dit(monkeypatch):
-    """A DiT for the examples that are about something else."""
+    """A small DiT for the examples that do not define a network."""
     monkeypatch.setitem(DIT_SIZES, "Extending", (16, 1, 2))
     monkeypatch.setitem(NETWORKS, "DiT-Extending/4", Family(DiTOptions, partial(build_dit, "Extending", 4)))
 
@@ -256,7 +256,7 @@ def test_an_example_trains_saves_resumes_and_samples(tmp_path, example):
     whole, parts = (torch.load(folder / exp / "content.pth", weights_only=True) for exp in ("whole", "parts"))
     assert whole["step"] == parts["step"] == 2
     for name, weight in whole["network"].items():
-        assert torch.equal(weight, parts["network"][name]), name  # exact resume
+        assert torch.equal(weight, parts["network"][name]), name  # resuming is exact
     header = read_weights(folder / "whole" / "best.safetensors")[1]
     found = {"model_type": header.model_type, "objective": header.objective, "dataset": header.dataset.name}
     found |= {"pretrained_autoencoder_ckpt": header.autoencoder.id}
@@ -271,14 +271,12 @@ def test_an_example_trains_saves_resumes_and_samples(tmp_path, example):
 
 
 def test_the_document_has_exactly_these_examples():
-    """Each code block of docs/extending.md stands in this file, and each example of this file in the document."""
+    """Each code block in docs/extending.md appears in this file, and the document has a block for each example here."""
     document = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", document, re.DOTALL)
     source = Path(__file__).read_text(encoding="utf-8")
     assert len(blocks) == len(EXAMPLES)
     for block in blocks:
-        body = re.sub(
-            r"\A(from [^\n]*\n|import [^\n]*\n|    [^\n]*\n|\)\n|\n)*", "", block
-        )  # a block begins with its imports
+        body = re.sub(r"\A(from [^\n]*\n|import [^\n]*\n|    [^\n]*\n|\)\n|\n)*", "", block)  # remove the imports
         assert body in source, body[:200]
         assert 20 <= len(block.splitlines()) <= 60

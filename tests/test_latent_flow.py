@@ -1,4 +1,4 @@
-"""The Python interface: docs/python.md's examples run, and its samples are the test script's."""
+"""The Python interface: docs/python.md's examples run, and samples equal the test script's."""
 
 import json
 import os
@@ -26,7 +26,7 @@ CHECKPOINT = "saved_info/latent_flow/fashion_mnist/fashion_mnist_dit/best.safete
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, write_idx):
-    """A folder with a little Fashion-MNIST in data/, and in saved_info/ the embedded experiment after two steps."""
+    """A folder with a small Fashion-MNIST in data/, and the default experiment after two training steps in saved_info/."""
     place = tmp_path_factory.mktemp("place")
     write_idx(place / "data" / "fashion_mnist", {"train": 400, "t10k": 40})
     flags = {
@@ -67,7 +67,7 @@ def samples_of_the_script(place, *flags):
     ],
     ids=["dpm", "dopri5", "stochastic", "guided"],
 )
-def test_samples_are_those_of_the_script(place, flow, flags, options):
+def test_samples_equal_the_test_scripts(place, flow, flags, options):
     expected = samples_of_the_script(place, "--seed", "5", *flags)
     found = flow.sample(labels=range(10), seed=5, **options)
     assert found.dtype == torch.uint8
@@ -87,16 +87,16 @@ def test_the_documents_examples_run(place, monkeypatch):
     assert names["result"]["value"] >= 0
 
 
-def test_what_comes_back_of_an_inversion(flow):
+def test_inverting_and_sampling_reconstructs_the_images(flow):
     images = flow.sample(labels=[3, 4], seed=0, steps=8)
     noise = flow.invert(images, labels=[3, 4], steps=64)
     assert noise.shape == (2, *flow.header.latent_shape)
     back = flow.sample(labels=[3, 4], noise=noise, method="heun", steps=64)
-    kept = flow.decode(flow.encode(images))
-    assert (back.int() - kept.int()).abs().float().mean() < 2
+    reconstructed = flow.decode(flow.encode(images))
+    assert (back.int() - reconstructed.int()).abs().float().mean() < 2
 
 
-def test_velocity_is_the_networks_and_guided(flow):
+def test_velocity_applies_guidance(flow):
     t, x = torch.tensor([0.3, 0.6]), torch.randn(2, *flow.header.latent_shape)
     plain, null = flow.velocity(t, x, labels=[1, 2]), flow.velocity(t, x)
     assert plain.dtype == torch.float32
@@ -118,7 +118,10 @@ def test_images_with_and_without_padding_have_the_same_latents(flow):
     [
         (lambda flow: flow.sample(labels=[3, 11]), r"class ids \[N\] in 0\.\.10, but got \[3, 11\]"),
         (lambda flow: flow.sample(labels=["3"]), r"expected integer class ids, but got \['3'\]"),
-        (lambda flow: flow.sample(labels=[3, 4], noise=torch.zeros(1, *flow.header.latent_shape)), "one label, noise and map"),
+        (
+            lambda flow: flow.sample(labels=[3, 4], noise=torch.zeros(1, *flow.header.latent_shape)),
+            "as many labels, noise latents or maps",
+        ),
         (lambda flow: flow.sample(noise=torch.zeros(2, 4, 4, 4)), r"noise: expected latents .*\(4, 8, 8\)"),
         (lambda flow: flow.sample(count=0), "at least one sample"),
         (lambda flow: flow.sample(guidance=3), r"unknown keyword guidance: .* method, .*cfg_scale"),
@@ -143,15 +146,15 @@ def test_mistakes_in_loading_are_named(place, tmp_path):
     with pytest.raises(UsageError, match="cannot read the checkpoint"):
         latent_flow.load(tmp_path / "absent.safetensors")
     torch.save({"a": torch.zeros(1)}, tmp_path / "model_1.pth")
-    with pytest.raises(UsageError, match="model_tpye: expected some of .*model_type"):
+    with pytest.raises(UsageError, match="model_tpye: expected any of .*model_type"):
         latent_flow.load(tmp_path / "model_1.pth", model_tpye="DiT-L/2")
     with pytest.raises(UsageError, match="nf must be at least 4"):
         latent_flow.load(tmp_path / "model_1.pth", dataset="celeba_256", image_size=256, nf=-5)
 
 
 @pytest.mark.slow
-def test_installed_it_works_from_another_folder(place, tmp_path):
-    """In an environment of its own, which borrows the packages that are here."""
+def test_the_installed_package_works_from_another_folder(place, tmp_path):
+    """Install into a new virtual environment, which borrows the packages installed here."""
     subprocess.run([sys.executable, "-m", "venv", "--system-site-packages", str(tmp_path / "venv")], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     borrowed = [path for path in sys.path if path.endswith("site-packages")]
@@ -170,7 +173,7 @@ def test_installed_it_works_from_another_folder(place, tmp_path):
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path):
-    """Every cell in order, with fewer steps of training."""
+    """Run every cell in order, with fewer training steps."""
     cells = json.loads((ROOT / "examples" / "tour.ipynb").read_text(encoding="utf-8"))["cells"]
     source = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     environment = {"TOUR_RUNS": str(tmp_path), "TOUR_STEPS": "4", "MPLBACKEND": "agg", "PYTHONPATH": str(ROOT)}

@@ -1,8 +1,9 @@
-"""The scripts in several processes, as a user starts them: by a flag, by torchrun, by accelerate launch."""
+"""The scripts in several processes, started as a user would: with a flag, torchrun or accelerate launch."""
 
 import gzip
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -25,7 +26,7 @@ LIMIT_S = 900
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with 100 training and 20 test images of noise in Fashion-MNIST's files."""
+    """A folder with 100 training and 20 test images of noise in the format of Fashion-MNIST's files."""
     place, generator = tmp_path_factory.mktemp("launch"), np.random.default_rng(0)
     (place / "data").mkdir()
     for prefix, count in [("train", 100), ("t10k", 20)]:
@@ -49,7 +50,7 @@ def folder_of(place, exp):
 
 
 def environment():
-    """This process's, without what would make a script believe that a launcher started it."""
+    """This process's environment without the variables that a launcher sets."""
     return {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
@@ -60,7 +61,7 @@ def as_processes(launcher, script, flags):
     )
 
 
-def here(monkeypatch, script, flags):
+def run_in_this_process(monkeypatch, script, flags):
     """Run a script in this process."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "argv", [script, *map(str, flags)])
@@ -77,7 +78,7 @@ def losses_of(folder):
 
 @pytest.fixture(scope="module")
 def pair(place):
-    """The finished launcher of a training in two processes, started by a flag."""
+    """The finished launcher of a training run in two processes, started with a flag."""
     flags = [*train_flags(place, "pair", 16), "--num_process_per_node", 2, "--beta1", 0.5]
     finished = as_processes([sys.executable], TRAIN, flags)
     assert finished.returncode == 0, finished.stderr
@@ -85,9 +86,9 @@ def pair(place):
 
 
 def test_a_flag_starts_two_processes_that_train_as_one(place, pair, monkeypatch):
-    here(monkeypatch, TRAIN, train_flags(place, "one", 32))
+    run_in_this_process(monkeypatch, TRAIN, train_flags(place, "one", 32))
     one, two = (losses_of(folder_of(place, exp)) for exp in ("one", "pair"))
-    assert len(one) == 5  # four steps and a validation
+    assert len(one) == 5  # four training steps and one validation
     assert two == pytest.approx(one, rel=1e-5)
     names = [sorted(p.name for p in folder_of(place, exp).rglob("*") if p.is_file() and "tfevents" not in p.name)
              for exp in ("one", "pair")]  # fmt: skip
@@ -96,13 +97,13 @@ def test_a_flag_starts_two_processes_that_train_as_one(place, pair, monkeypatch)
     assert json.loads((folder_of(place, "pair") / "config.json").read_text())["options"]["processes"] == 2
 
 
-def test_two_processes_speak_with_one_voice(pair):
-    assert pair.stdout.count("complete; sample with:\n  python test_flow_latent.py ") == 1
+def test_two_processes_print_each_line_once(pair):
+    assert len(re.findall(r"complete; sample with:\n  \S*python\S* test_flow_latent\.py ", pair.stdout)) == 1
     assert pair.stderr.count("note: --beta1 has no effect") == 1
     assert pair.stdout.count("step 4: validation loss") == 1
 
 
-def test_sampling_by_torchrun_gives_the_files_and_the_score_of_one_process(place, pair, monkeypatch, tmp_path):
+def test_sampling_with_torchrun_equals_sampling_in_one_process(place, pair, monkeypatch, tmp_path):
     flags = ["--save_root", place / "saved", "--exp", "pair", "--dataset", "fashion_mnist", "--datadir", place / "data"]
     flags += ["--n_sample", 50, "--batch_size", 8, "--method", "dopri5", "--atol", 1e-2, "--rtol", 1e-2]
     flags += ["--compute_fid", "--save_images", "npz", "--precision", "fp32", "--num_threads", 1, "--device", "cpu"]
@@ -110,25 +111,26 @@ def test_sampling_by_torchrun_gives_the_files_and_the_score_of_one_process(place
         TORCHRUN, TEST, [*flags, "--output_dir", tmp_path / "2", "--output_json", tmp_path / "2.json"]
     )
     assert finished.returncode == 0, finished.stderr
-    assert [
-        line for line in finished.stdout.splitlines() if line.startswith("picture ")
-    ] == finished.stdout.splitlines()[-1:]
-    here(monkeypatch, TEST, [*flags, "--output_dir", tmp_path / "1", "--output_json", tmp_path / "1.json"])
+    lines = finished.stdout.splitlines()
+    assert [line for line in lines if line.startswith("picture ")] == lines[-1:]
+    run_in_this_process(
+        monkeypatch, TEST, [*flags, "--output_dir", tmp_path / "1", "--output_json", tmp_path / "1.json"]
+    )
     one, two = (json.loads((tmp_path / f"{count}.json").read_text()) for count in (1, 2))
     assert two["value"] == pytest.approx(one["value"], rel=1e-9)
     same = ("samples", "nfe", "recognised", "reference_samples", "weights_sha256")
     assert [one[key] for key in same] == [two[key] for key in same]
     assert (one["processes"], two["processes"]) == (1, 2)
     with np.load(tmp_path / "1" / "samples.npz") as a, np.load(tmp_path / "2" / "samples.npz") as b:
-        np.testing.assert_array_equal(a["images"], b["images"])  # although the solver adapts to its batch
+        np.testing.assert_array_equal(a["images"], b["images"])  # equal although the solver is adaptive
         np.testing.assert_array_equal(a["labels"], b["labels"])
     grids = [Path(result["grid"]).read_bytes() for result in (one, two)]
     assert grids[0] == grids[1]
 
 
 @pytest.mark.slow
-def test_a_mistake_that_one_process_finds_is_one_line(place, pair):
-    """The main process alone compares the options with those of the run, while the others wait."""
+def test_an_error_found_by_one_process_is_one_line(place, pair):
+    """Only the main process compares the options with the run's, while the other waits."""
     flags = [*train_flags(place, "pair", 16), "--num_process_per_node", 2, "--seed", 7]
     finished = as_processes([sys.executable], TRAIN, flags)
     assert finished.returncode == 2
@@ -139,7 +141,7 @@ def test_a_mistake_that_one_process_finds_is_one_line(place, pair):
 
 
 @pytest.mark.slow
-def test_a_mistake_that_all_processes_find_is_one_line(place):
+def test_an_error_found_by_all_processes_is_one_line(place):
     flags = [*train_flags(place, "cats", 16), "--num_process_per_node", 2, "--num_classes", 3]
     finished = as_processes([sys.executable], TRAIN, flags)
     assert finished.returncode == 2
@@ -148,7 +150,7 @@ def test_a_mistake_that_all_processes_find_is_one_line(place):
 
 
 def interrupt(place, exp, flags, number):
-    """Send a signal to the launcher of two processes in the middle of their training."""
+    """Send a signal to the launcher during training in two processes, and return the saved training state."""
     command = [sys.executable, TRAIN, *map(str, flags), "--num_process_per_node", "2"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -162,7 +164,7 @@ def interrupt(place, exp, flags, number):
     out, err = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 130, err
     assert "Traceback" not in err
-    assert "run the same command again, without --overwrite, to resume" in out.splitlines()[-1]
+    assert "to resume, run the same command again, without --overwrite" in out.splitlines()[-1]
     return read_torch_file(folder_of(place, exp) / "content.pth")
 
 
@@ -185,7 +187,7 @@ def test_interrupted_processes_save_and_one_goes_on(place):
 
 
 @pytest.mark.slow
-def test_accelerate_launch_in_front(place):
+def test_training_with_accelerate_launch(place):
     finished = as_processes(
         ACCELERATE, TRAIN, [*train_flags(place, "accelerated", 32, steps=1), "--num_process_per_node", 1]
     )

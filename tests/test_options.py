@@ -80,10 +80,10 @@ def test_booleans(words, expected):
         (["--use_ema", "maybe"], "expected true or false"),
         (["--method", "rk99"], "invalid choice"),
         (["--num_steps", "many"], "invalid int"),
-        (["--num_step", "3"], "unrecognized arguments"),  # no abbreviations
+        (["--num_step", "3"], "unrecognized arguments"),  # flags cannot be abbreviated
     ],
 )
-def test_unusable_flags_are_the_users_errors(words, message):
+def test_invalid_flags_are_usage_errors(words, message):
     with pytest.raises(UsageError, match=message):
         parse(*words)
 
@@ -119,7 +119,7 @@ def test_help_lists_common_options_and_help_all_the_others(capsys, monkeypatch):
 
         shown: str = option("", "recorded by the checkpoint", common=True)
 
-    monkeypatch.setattr("command_line.ONE_SCREEN", 8)
+    monkeypatch.setattr("command_line.FEW_OPTIONS", 8)
     texts = {}
     for flag in ("--help", "-h", "--help_all"):
         with pytest.raises(SystemExit):
@@ -138,7 +138,7 @@ def test_the_usage_names_positional_arguments(capsys):
     assert "IN OUT [--args_file FILE] [flags]" in capsys.readouterr().out
 
 
-def test_script_defaults_are_no_explicit_values(capsys):
+def test_script_defaults_do_not_count_as_explicit(capsys):
     options = parse(defaults={"num_steps": 3})
     assert options[Sampler].num_steps == 3
     assert options.explicit == frozenset()
@@ -148,7 +148,7 @@ def test_script_defaults_are_no_explicit_values(capsys):
     assert "[3]" in capsys.readouterr().out
 
 
-def test_description_lists_what_differs_from_the_defaults_in_the_form_of_an_arguments_file(tmp_path):
+def test_description_lists_changed_options_in_arguments_file_syntax(tmp_path):
     words = ["--cfg", 1.5, "--widths", 8, 24, "--no-use_ema", "--num_steps", 50, "--seed", 3]
     options = parse(*words)
     text = options.describe("the others: --help")
@@ -162,7 +162,7 @@ def test_description_lists_what_differs_from_the_defaults_in_the_form_of_an_argu
     assert parse().describe("none differs") == "changed options (none differs):"
 
 
-def test_ignored_flags_say_so_once(capsys):
+def test_ignored_flags_print_one_note(capsys):
     options = parse("--local_rank", 0, "--num_steps", 2, ignored={"local_rank": "one process", "amp": "always on"})
     assert capsys.readouterr().err == "note: --local_rank has no effect here: one process\n"
     assert options[Sampler].num_steps == 2
@@ -183,7 +183,7 @@ def test_arguments_file(tmp_path):
     assert options.explicit == {"method", "widths", "use_ema", "cfg_scale"}
 
 
-def test_later_flags_win_wherever_the_file_stands(tmp_path):
+def test_command_line_flags_override_the_arguments_file(tmp_path):
     path = write(tmp_path, "NUM_STEPS=10\nWIDTHS=8 16 32\nFLIP=true\n")
     for words in (["--args_file", path, "--num_steps", 4], ["--num_steps", 4, f"--args_file={path}"]):
         options = parse(*words, "--widths", 64, "--no-flip")
@@ -269,14 +269,14 @@ def failing(error):
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "c"), "error: No such file or directory: c\n"),
     ],
 )
-def test_users_errors_are_one_line_and_exit_code_2(error, line, capsys):
+def test_usage_errors_are_one_line_and_exit_code_2(error, line, capsys):
     with pytest.raises(SystemExit) as raised:
         exit_cleanly(failing(error))
     assert raised.value.code == 2
     assert capsys.readouterr().err == line
 
 
-def test_a_diverged_run_has_an_exit_code_of_its_own(capsys):
+def test_divergence_has_exit_code_3(capsys):
     with pytest.raises(SystemExit) as raised:
         exit_cleanly(failing(DivergedError("it began at step 3")))
     assert raised.value.code == 3
@@ -291,7 +291,7 @@ def test_other_errors_keep_their_traceback():
 
 
 @pytest.mark.parametrize(("value", "code"), [(None, 0), (0, 0), (3, 3)])
-def test_the_script_s_own_exit_code(value, code):
+def test_a_scripts_return_value_is_its_exit_code(value, code):
     with pytest.raises(SystemExit) as raised:
         exit_cleanly(lambda: value)
     assert raised.value.code == code
@@ -322,7 +322,7 @@ class LargeNetwork(Network):
 
 
 def test_a_group_that_was_not_registered_is_refused():
-    """Though all of its fields have a value, which would be another component's."""
+    """All fields of this group have values, but they belong to another group."""
     with pytest.raises(KeyError, match="Unregistered is not among the option groups"):
         parse()[Unregistered]
     with pytest.raises(KeyError, match="LargeNetwork"):
@@ -334,7 +334,7 @@ def test_the_base_of_a_registered_group_is_registered():
     assert options[Network] == Network(widths=(64,))
 
 
-def test_choices_are_those_of_the_dictionary_when_the_flags_are_parsed():
+def test_choices_are_read_from_the_dictionary_at_parsing():
     kinds = {"one": 1}
 
     @dataclass(frozen=True)
@@ -349,7 +349,7 @@ def test_choices_are_those_of_the_dictionary_when_the_flags_are_parsed():
     assert parse_options("", [Kind], ["--kind", "two"])[Kind].kind == "two"
 
 
-def test_policies_on_resume_are_the_field_s_then_the_group_s_then_never():
+def test_resume_policy_is_the_fields_or_the_groups_or_never():
     @dataclass(frozen=True)
     class Shown:
         """Shown."""
@@ -383,7 +383,7 @@ def test_the_complete_configuration_is_one_tree(capsys):
     ]
 
 
-def test_options_are_made_of_values_as_of_words():
+def test_make_options_converts_values():
     made = make_options(Sampler, {"num_steps": 7, "cfg_scale": 2, "method": "heun"})
     assert made == Sampler(method="heun", num_steps=7, cfg_scale=2.0)
     assert isinstance(made.cfg_scale, float)

@@ -1,7 +1,6 @@
-"""Every published experiment from its files, on small data in the dataset's real layout: train, continue, sample, score.
+"""Trains, resumes, samples and scores each of LFM's experiments from its arguments files, on small data in the real layout.
 
-Networks, images and batches are smaller than published and the features that are compared are mean colours; everything
-else is as the files say.
+Networks, images and batches are smaller than LFM's, and FID uses mean colors as features. Everything else follows the files.
 """
 
 import io
@@ -23,12 +22,12 @@ from evaluation.features.registry import FEATURES
 from models.autoencoders.kl import new_autoencoder_kl
 from runtime.messages import one_line
 from runtime.torch_files import read_torch_file
-from tests.fake_features import MeanColours
+from tests.fake_features import MeanColors
 
 ROOT = Path(__file__).parents[1]
 COUNTS = {"train": 4, "validation": 2}
 
-# The network's smaller options, and the side of the images that the levels of its U-Net ask for at f = 8.
+# Options that shrink the network, and the image size that the levels of its U-Net require at f = 8.
 DIT = (["--model_type", "DiT-Mi/2"], 64)
 ADM = (["--nf", "32", "--num_res_blocks", "1"], 64)
 SMALL = {
@@ -36,18 +35,18 @@ SMALL = {
     "imnet_adm": ADM, "celeb256_adm": ADM, "ffhq_adm": ADM, "bed_adm": ADM, "church_adm": ADM,
     "celeb512_adm": (ADM[0], 128), "celeb1024_adm": (ADM[0], 256),
 }  # fmt: skip
-QUICK = {"celeb256_dit", "bed_adm", "celeb256_adm", "imnet_adm"}  # each layout of data and each family of networks
+QUICK = {"celeb256_dit", "bed_adm", "celeb256_adm", "imnet_adm"}  # cover each dataset layout and network family
 
 
 def picture(seed, side):
-    """Two random colours, one above the other, uint8 [side, side, 3]."""
-    colours = np.random.default_rng(seed).integers(0, 256, (2, 1, 3), dtype=np.uint8)
-    return np.repeat(np.repeat(colours, side // 2, axis=0), side, axis=1)
+    """An image with a random color in each half, one above the other, uint8 [side, side, 3]."""
+    colors = np.random.default_rng(seed).integers(0, 256, (2, 1, 3), dtype=np.uint8)
+    return np.repeat(np.repeat(colors, side // 2, axis=0), side, axis=1)
 
 
-def encoded(image, kind):
+def encoded(image, file_format):
     stream = io.BytesIO()
-    Image.fromarray(image).save(stream, kind)
+    Image.fromarray(image).save(stream, file_format)
     return stream.getvalue()
 
 
@@ -77,9 +76,9 @@ def write_lsun(folder, side):
 def write_imagenet(folder, side):
     for split, count in zip(("train", "val"), COUNTS.values(), strict=True):
         for i in range(count):
-            place = folder / split / f"n0144076{i % 2}"
-            place.mkdir(parents=True, exist_ok=True)
-            (place / f"{i}.JPEG").write_bytes(encoded(picture(i, side), "JPEG"))
+            class_folder = folder / split / f"n0144076{i % 2}"
+            class_folder.mkdir(parents=True, exist_ok=True)
+            (class_folder / f"{i}.JPEG").write_bytes(encoded(picture(i, side), "JPEG"))
 
 
 LAYOUTS = {
@@ -91,7 +90,7 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    """An autoencoder in the shape of Stable Diffusion's: f = 8, 4 latent channels, but 8 wide."""
+    """An autoencoder like Stable Diffusion's (f = 8, 4 latent channels) with a width of only 8."""
     folder = tmp_path_factory.mktemp("autoencoder")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -103,13 +102,13 @@ def value_of(file, key):
     return re.findall(rf"^{key}=(.*)$", file.read_text(), re.MULTILINE)[0]
 
 
-def prepare(name, autoencoder, place):
-    """Write the data; the flags of training and of sampling."""
+def prepare(name, autoencoder, root):
+    """Write the dataset and return the flags for training and sampling."""
     network, side = SMALL[name]
     train_file, test_file = (ROOT / f"{kind}_args" / f"{name}.txt" for kind in ("train", "test"))
-    (place / "data").mkdir()
-    LAYOUTS[value_of(train_file, "DATASET")](place / "data", side)
-    both = ["--datadir", place / "data", "--save_root", place / "saved", *network, "--image_size", side]
+    (root / "data").mkdir()
+    LAYOUTS[value_of(train_file, "DATASET")](root / "data", side)
+    both = ["--datadir", root / "data", "--save_root", root / "saved", *network, "--image_size", side]
     both += ["--pretrained_autoencoder_ckpt", autoencoder]
     train = [train_file, *both, "--batch_size", 2, "--num_process_per_node", 1, "--method", "euler", "--num_steps", 1]
     test = [
@@ -128,12 +127,12 @@ def prepare(name, autoencoder, place):
         "--rtol",
         0.1,
     ]
-    return train, [*test, "--output_json", place / "result.json", "--output_log", place / "log"]
+    return train, [*test, "--output_json", root / "result.json", "--output_log", root / "log"]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in SMALL])
-def test_train_continue_sample_score(name, autoencoder, call, monkeypatch, tmp_path):
-    monkeypatch.setitem(FEATURES, "inception", MeanColours)
+def test_train_resume_sample_score(name, autoencoder, call, monkeypatch, tmp_path):
+    monkeypatch.setitem(FEATURES, "inception", MeanColors)
     train, test = prepare(name, autoencoder, tmp_path)
     exp, dataset = (value_of(train[0], key) for key in ("EXP", "DATASET"))
     folder = tmp_path / "saved" / "latent_flow" / dataset / exp
@@ -161,7 +160,7 @@ def test_train_continue_sample_score(name, autoencoder, call, monkeypatch, tmp_p
     assert (tmp_path / "log").read_text().startswith(one_line("\n".join(out.splitlines()[-3:])))
 
 
-def test_the_task_may_stand_anywhere_in_the_file(tmp_path):
+def test_task_may_be_anywhere_in_the_file(tmp_path):
     (tmp_path / "x.txt").write_text('# TASK=none\nEXP=x TASK="dance"  # TASK=other\n')
     words = ["bash", str(ROOT / "run.sh"), "x.txt"]
     finished = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, check=False)
@@ -181,7 +180,7 @@ def test_the_task_may_stand_anywhere_in_the_file(tmp_path):
 )
 @pytest.mark.parametrize("kind", ["train", "test"])
 def test_the_task_chooses_the_script(kind, name, script, tmp_path):
-    """With a Python that, instead of running what it is given, says it."""
+    """Runs the shell scripts with a fake Python that prints its arguments."""
     python = tmp_path / "python3"
     python.write_text('#!/usr/bin/env bash\nif [[ $1 == - ]]; then echo "$0"; else printf "%s\\n" "$@"; fi\n')
     python.chmod(0o755)
@@ -197,8 +196,8 @@ def test_the_task_chooses_the_script(kind, name, script, tmp_path):
 
 
 @pytest.mark.slow
-def test_through_the_shell(autoencoder, tmp_path):
-    """As a user types it; relative paths of files are those of the repository, from wherever the command is given."""
+def test_shell_scripts_train_and_sample(autoencoder, tmp_path):
+    """Runs run.sh and run_test.sh as a user would. Relative paths of arguments files are relative to the repository."""
     train, test = prepare("celeb256_dit", autoencoder, tmp_path)
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 

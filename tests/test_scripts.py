@@ -1,6 +1,7 @@
-"""The scripts as a user runs them, on small files in the real formats, with a tiny autoencoder and network.
+"""End-to-end tests of the scripts, on small files in the real formats, with a tiny autoencoder and network.
 
-Most runs are in this process (importing torch and diffusers takes seconds); one of each kind is a process of its own.
+Most runs take place in this process, since importing torch and diffusers takes seconds. Each script is also run once in a
+separate process.
 """
 
 import argparse
@@ -47,7 +48,7 @@ def place(tmp_path_factory, write_idx):
         torch.manual_seed(0)
         statistics = {"latents_mean": [0.0, 0.1], "latents_std": [0.5, 0.5]}
         network = new_autoencoder_kl(1, (8, 8, 8), 2, 32, statistics)
-    network.decoder.conv_out.weight.data *= 5  # images of some contrast
+    network.decoder.conv_out.weight.data *= 5  # gives the images some contrast
     network.save_pretrained(place / "ae")
     return place
 
@@ -74,7 +75,7 @@ def as_process(script, flags):
 
 @pytest.fixture(scope="module")
 def trained(place):
-    """The finished process of a short training, its folder being folder_of(place)."""
+    """The finished process of a short training run with the run folder `folder_of(place)`."""
     finished = as_process(TRAIN, train_flags(place))
     assert finished.returncode == 0, finished.stderr
     return finished
@@ -90,7 +91,7 @@ def checkpoint(place, trained):
     return newest_model(folder_of(place))
 
 
-def test_training_leaves_checkpoint_picture_and_record(place, trained, checkpoint):
+def test_training_writes_checkpoint_preview_and_metrics(place, trained, checkpoint):
     folder = folder_of(place)
     assert checkpoint.name == "model_1.safetensors"
     assert re.search(rf"^run folder +{re.escape(str(folder))}$", trained.stdout, re.M)
@@ -117,7 +118,7 @@ def test_training_leaves_checkpoint_picture_and_record(place, trained, checkpoin
     assert list((place / "data" / "latent_cache").glob("*/manifest.json"))
 
 
-def test_training_again_says_that_it_is_complete(place, trained, checkpoint, call):
+def test_restarting_a_complete_run_changes_nothing(place, trained, checkpoint, call):
     before = {path: path.read_bytes() for path in folder_of(place).rglob("*") if path.is_file()}
     code, out, _ = call(TRAIN, train_flags(place))
     assert code == 0
@@ -126,11 +127,11 @@ def test_training_again_says_that_it_is_complete(place, trained, checkpoint, cal
 
 
 def test_trained_weights_differ_from_the_initial_ones(place, trained, checkpoint):
-    """And the average of four steps lies between them."""
+    """The EMA after four steps lies between the initial and the trained weights."""
     content = read_torch_file(folder_of(place) / "content.pth")
-    average, _ = read_weights(checkpoint)
-    name = "final_layer.linear.weight"  # starts at zero
-    assert 0 < average[name].abs().mean() < content["network"][name].abs().mean()
+    ema, _ = read_weights(checkpoint)
+    name = "final_layer.linear.weight"  # initialized with zeros
+    assert 0 < ema[name].abs().mean() < content["network"][name].abs().mean()
 
 
 def test_samples_do_not_depend_on_the_batch_size(place, trained, checkpoint, call, tmp_path):
@@ -149,7 +150,7 @@ def test_samples_do_not_depend_on_the_batch_size(place, trained, checkpoint, cal
     np.testing.assert_array_equal(a["labels"], b["labels"])
     images = a["images"].astype(int)
     assert np.abs(images - b["images"]).max() <= 1
-    assert np.abs(images[0] - images[10]).max() > 10  # of one class, but of other noise
+    assert np.abs(images[0] - images[10]).max() > 10  # same class, different noise
     result = json.loads((tmp_path / "b.json").read_text())
     assert (result["samples"], result["nfe"], result["step"], result["seed"]) == (20, 3, 4, 42)
     assert result["checkpoint"] == str(checkpoint)
@@ -158,14 +159,14 @@ def test_samples_do_not_depend_on_the_batch_size(place, trained, checkpoint, cal
     assert Path(result["grid"]).is_file()
 
 
-def test_samples_as_files_and_of_another_seed(place, trained, call, tmp_path):
+def test_samples_as_files_and_with_another_seed(place, trained, call, tmp_path):
     code, _, _ = call(TEST, [*sample_flags(place, tmp_path / "png", count=3), "--save_images", "png"])
     assert code == 0
     assert sorted(path.name for path in (tmp_path / "png").glob("0*")) == ["000000.png", "000001.png", "000002.png"]
     code, _, _ = call(TEST, [*sample_flags(place, tmp_path / "npz", count=5), "--save_images", "npz"])
     assert code == 0
     images = np.load(tmp_path / "npz" / "samples.npz")["images"]
-    for index in range(3):  # the same samples, of more
+    for index in range(3):  # equal to the first of more samples
         with Image.open(tmp_path / "png" / f"00000{index}.png") as picture:
             assert np.abs(np.asarray(picture).astype(int) - images[index, :, :, 0]).max() <= 1
     call(TEST, [*sample_flags(place, tmp_path / "seed", count=5), "--save_images", "npz", "--seed", "43"])
@@ -204,7 +205,7 @@ def test_score_against_a_folder_or_a_statistics_file(place, trained, call, tmp_p
     assert call(TEST, [*sample_flags(place, tmp_path), "--real_img_dir", "x"])[2].count("no effect without") == 1
 
 
-def test_noise_of_the_global_generator(place, trained, call, tmp_path):
+def test_samples_from_the_global_generator(place, trained, call, tmp_path):
     def samples(generator, name):
         flags = ["--generator", generator, "--save_images", "npz"]
         assert call(TEST, [*sample_flags(place, tmp_path / name, count=5), *flags])[0] == 0
@@ -215,7 +216,7 @@ def test_noise_of_the_global_generator(place, trained, call, tmp_path):
     assert np.abs(one - streams).max() > 10
 
 
-def test_autoencoder_is_trained_and_loaded_as_any_other(place, call, tmp_path):
+def test_a_trained_autoencoder_can_be_loaded(place, call, tmp_path):
     flags = [
         "--output",
         tmp_path / "ae",
@@ -238,7 +239,7 @@ def test_autoencoder_is_trained_and_loaded_as_any_other(place, call, tmp_path):
     latents = autoencoder.sample(autoencoder.encode(images))
     assert latents.shape == (2, 3, 16, 16)
     assert autoencoder.decode(latents).shape == images.shape
-    assert autoencoder.std.unique().numel() == 3  # measured, per channel
+    assert autoencoder.std.unique().numel() == 3  # measured per channel
 
 
 def test_own_photos_in_pixel_space(photo_dir, call, tmp_path):
@@ -250,7 +251,7 @@ def test_own_photos_in_pixel_space(photo_dir, call, tmp_path):
     folder = tmp_path / "saved" / "latent_flow" / "folder" / "photos"
     header = read_weights(newest_model(folder))[1]
     assert header.dataset.class_names == ("cat", "dog")
-    assert newest_model(folder).name == "model_2.safetensors"  # 24 images: three steps an epoch
+    assert newest_model(folder).name == "model_2.safetensors"  # 24 images in batches of 8: three steps per epoch
     assert not (folder / "samples" / "reconstructions.png").exists()
     code, _, err = call(TEST, [*data, *run, "--n_sample", 5, "--save_images", "npz", "--output_dir", tmp_path])
     assert code == 0, err
@@ -259,8 +260,8 @@ def test_own_photos_in_pixel_space(photo_dir, call, tmp_path):
     assert samples["labels"].tolist() == [0, 1, 0, 1, 0]
 
 
-def test_the_pixel_unet_by_its_own_files(place, call, tmp_path):
-    """Shortened: two steps, and one of the solver."""
+def test_the_pixel_unets_arguments_files(place, call, tmp_path):
+    """Shortened to two training steps and one solver step."""
     name = "fashion_mnist_pixel_unet"
     flags = ["--datadir", place / "data", "--save_root", tmp_path, "--num_steps", 1]
     training = ["--args_file", ROOT / "train_args" / f"{name}.txt", "--max_steps", 2, "--batch_size", 8]
@@ -275,8 +276,8 @@ def test_the_pixel_unet_by_its_own_files(place, call, tmp_path):
             assert picture.size == (2 * (16 * 30 + 2), 2 * (8 * 30 + 2))
 
 
-def test_the_latent_dit_by_its_own_files(place, call, tmp_path):
-    """Shortened, with a smaller network and a local autoencoder of colour images, whose samples become grey."""
+def test_the_latent_dits_arguments_files(place, call, tmp_path):
+    """Shortened, with a smaller network and a local autoencoder for color images, whose output is converted to gray."""
     name, ae = "mnist_latent_dit", tmp_path / "ae"
     torch.manual_seed(0)
     new_autoencoder_kl(3, (8, 8, 8, 8), 4, 32, {}).save_pretrained(ae)
@@ -302,8 +303,8 @@ def test_the_latent_dit_by_its_own_files(place, call, tmp_path):
     assert np.load(tmp_path / "samples.npz")["images"].shape == (5, 28, 28, 1)
 
 
-def test_training_on_latents_made_beforehand(place, call, tmp_path):
-    """Moments [4, 8, 8] of images of 32 pixels; nothing but the scores needs an image."""
+def test_training_on_precomputed_latents(place, call, tmp_path):
+    """Trains on moments [4, 8, 8] of images of 32 pixels. Only scoring needs images."""
     for index in range(40):
         (tmp_path / "data" / "ab"[index % 2]).mkdir(parents=True, exist_ok=True)
         moments = np.random.default_rng(index).normal(size=(4, 8, 8)).astype(np.float32)
@@ -325,13 +326,11 @@ def test_training_on_latents_made_beforehand(place, call, tmp_path):
 
 
 def test_start_from_other_weights(place, checkpoint, call):
-    """Fewer classes and no null class: the label table does not fit, everything else is loaded."""
+    """Without a null class, the label table does not fit. All other weights are loaded."""
     flags = [*train_flags(place, "fine"), "--init_from", checkpoint, "--label_dropout", 0, "--lr", 0, "--no-use_ema"]
     code, out, _ = call(TRAIN, flags)
     assert code == 0
-    assert re.search(
-        r"init +loaded (\d+) of .*left as initialised or unused: y_embedder\.embedding_table\.weight\b", out
-    )
+    assert re.search(r"init +loaded (\d+) of .*no match in name and shape: y_embedder\.embedding_table\.weight\b", out)
     weights, loaded = read_weights(checkpoint)[0], read_weights(newest_model(folder_of(place, "fine")))[0]
     differing = {
         name for name in loaded if loaded[name].shape != weights[name].shape or (loaded[name] != weights[name]).any()
@@ -349,7 +348,7 @@ def wait_for_lines(path, count, process):
 
 
 def test_interrupted_training_continues_bit_for_bit(place, trained, call):
-    """Ctrl-C on the real script: it saves, says how to go on, and the same command completes the same run."""
+    """On Ctrl-C, the script saves and says how to resume. The same command then completes the run."""
     flags = [*train_flags(place, "stopped", steps=100), "--batch_size", "8", "--num_threads", "1"]
     process = subprocess.Popen(
         [sys.executable, TRAIN, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -358,7 +357,7 @@ def test_interrupted_training_continues_bit_for_bit(place, trained, call):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert "run the same command again, without --overwrite, to resume" in out.splitlines()[-1]
+    assert "to resume, run the same command again, without --overwrite" in out.splitlines()[-1]
     assert "Traceback" not in err
     stopped_at = read_torch_file(folder_of(place, "stopped") / "content.pth")["step"]
     assert 3 <= stopped_at < 100
@@ -384,12 +383,13 @@ def test_interrupted_training_continues_bit_for_bit(place, trained, call):
 
 @pytest.mark.slow
 def test_training_killed_again_and_again_ends_with_the_same_bits(place, trained, call):
-    """SIGKILL, at no particular moment: each start removes the lock of the last one and what it left half-written."""
+    """SIGKILL at arbitrary moments. Each start removes the lock and partial files that the previous one left."""
     flags = [*train_flags(place, "killed", steps=60), "--batch_size", "8", "--num_threads", "1"]
     flags += ["--save_content_every_steps", "1"]
     folder, notes = folder_of(place, "killed"), 0
     for lines in (5, 20, 35, 50):
-        process = subprocess.Popen([sys.executable, TRAIN, *flags], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        words, pipe = [sys.executable, TRAIN, *flags], subprocess.PIPE
+        process = subprocess.Popen(words, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
         wait_for_lines(folder / "metrics.jsonl", lines, process)
         process.kill()
         notes += "removed run.lock, left by a process that has ended" in process.communicate()[0]
@@ -408,7 +408,7 @@ def test_training_killed_again_and_again_ends_with_the_same_bits(place, trained,
 
 
 def assert_one_line(code, err, message):
-    """One line `error: ...` at the end of stderr, exit code 2, no traceback."""
+    """Check for exit code 2 and a single line `error: ...` at the end of stderr, without a traceback."""
     lines = err.splitlines()
     assert code == 2, err
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:], err
@@ -464,14 +464,14 @@ def test_training_mistakes(mistake, place, call, tmp_path):
     assert_one_line(code, err, message.replace("{tmp}", str(tmp_path)))
 
 
-def test_a_mended_mistake_needs_no_other_name(place, call):
-    """The failed starts of the test above have left nothing that would have to be overwritten."""
+def test_after_a_failed_start_the_same_name_can_be_used(place, call):
+    """The failed starts in the test above leave nothing that would need --overwrite."""
     call(TRAIN, [*train_flags(place, "mistake"), "--batch_size", "301"])
     code, _, err = call(TRAIN, [*train_flags(place, "mistake", steps=1)])
     assert code == 0, err
 
 
-def test_mistake_of_a_real_process(place):
+def test_training_mistake_in_a_separate_process(place):
     finished = as_process(TRAIN, [*train_flags(place, "mistake"), "--dataset", "cats"])
     assert_one_line(finished.returncode, finished.stderr, "unknown dataset 'cats'")
     assert len(finished.stderr.splitlines()) == 1
@@ -479,7 +479,7 @@ def test_mistake_of_a_real_process(place):
 
 def test_a_second_start_in_the_same_folder_is_refused(place, trained, call):
     lock = folder_of(place) / "run.lock"
-    assert not lock.exists()  # the first one has released it
+    assert not lock.exists()  # released by the first run
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 7, "identity": "", "since": "yesterday"}))
     before = {path: path.read_bytes() for path in folder_of(place).rglob("*") if path.is_file()}
     for more in ([], ["--overwrite"]):
@@ -535,7 +535,7 @@ FULL = {
 
 @pytest.mark.parametrize("name", FULL)
 def test_no_space_left(name, place, trained, call, tmp_path):
-    """The temporary file that precedes each file is a link to the device that is always full."""
+    """Each file's temporary file is a link to /dev/full, which is always full."""
     cache = next((place / "data" / "latent_cache").glob("*_train_*")).name
     places = {"folder": tmp_path / "saved/latent_flow/fashion_mnist/full", "cache": tmp_path / "cache" / cache}
     path = Path(FULL[name].format(**places))
@@ -549,10 +549,10 @@ def test_no_space_left(name, place, trained, call, tmp_path):
 
 
 SAMPLING_MISTAKES = {
-    "other network": (["--model_type", "DiT-S/2"], "--model_type DiT-S/2 contradicts the checkpoint .*says DiT-Mi/4"),
-    "other classes": (["--num_classes", "7"], "--num_classes 7 contradicts the checkpoint .*says 10"),
-    "other size": (["--image_size", "64"], "--image_size 64 contradicts the checkpoint .*says 32"),
-    "other dropout": (["--label_dropout", "0.2"], "--label_dropout 0.2 contradicts the checkpoint .*says 0.1"),
+    "other network": (["--model_type", "DiT-S/2"], "--model_type DiT-S/2 contradicts the checkpoint .*has DiT-Mi/4"),
+    "other classes": (["--num_classes", "7"], "--num_classes 7 contradicts the checkpoint .*has 10"),
+    "other size": (["--image_size", "64"], "--image_size 64 contradicts the checkpoint .*has 32"),
+    "other dropout": (["--label_dropout", "0.2"], "--label_dropout 0.2 contradicts the checkpoint .*has 0.1"),
     "unknown method": (["--method", "karras"], "unknown --method 'karras': expected one of euler, midpoint"),
     "no such experiment": (
         ["--exp", "absent"],
@@ -608,7 +608,7 @@ def test_sampling_onto_a_full_disk(place, trained, call, tmp_path):
 
 
 def test_five_lines_of_python(checkpoint):
-    """Load a checkpoint, sample, look: what the README shows."""
+    """Load a checkpoint and sample, as shown in the README."""
     from flow.solvers import SolverOptions
     from runtime.precision import Machine
     from sampling.sampler import Sampler, generate
@@ -622,10 +622,10 @@ def test_five_lines_of_python(checkpoint):
     assert batch.evaluations.tolist() == [4] * 4
 
 
-def test_a_run_of_the_published_code_is_continued(place, trained, call):
-    """Its content.pth in the experiment's folder: refused without --resume, then taken over with its epoch."""
+def test_a_run_of_lfms_code_is_resumed(place, trained, call):
+    """LFM's content.pth in the run folder is refused without --resume. With it, the run resumes at the stored epoch."""
     content = read_torch_file(folder_of(place) / "content.pth")
-    names = list(content["network"])  # a DiT's parameters in order; the first, its positions, is frozen
+    names = list(content["network"])  # a DiT's parameters in order; the first, the position table, is frozen
     moments = content["optimizers"][0]["state"]
     states = {number + 1: {**moments[number], "ema": content["network"][names[number + 1]]} for number in moments}
     published = {
@@ -640,20 +640,20 @@ def test_a_run_of_the_published_code_is_continued(place, trained, call):
     folder.mkdir()
     torch.save(published, folder / "content.pth")
     code, _, err = call(TRAIN, train_flags(place, "published", steps=11))
-    assert_one_line(code, err, r"content\.pth that no run here has written: choose --resume")
+    assert_one_line(code, err, r"content\.pth that no run of this project wrote: choose --resume")
     code, _, err = call(TRAIN, [*train_flags(place, "published", steps=11), "--resume", "--label_dropout", "0"])
     assert_one_line(code, err, r"the file would fit with --label_dropout 0\.1")
     code, out, err = call(TRAIN, [*train_flags(place, "published", steps=11), "--resume"])
     assert code == 0, err
-    assert f"LFM's published code: {len(names)} weights, {len(moments)} moving averages" in out
+    assert f"LFM's published code: {len(names)} weights, {len(moments)} EMA weights" in out
     assert "resuming at step 9 of 11" in out
     after = read_torch_file(folder / "content.pth")
     assert after["step"] == 11
     assert [state["step"].item() for state in after["optimizers"][0]["state"].values()] == [4 + 2] * len(moments)
 
 
-def test_start_from_a_published_file(place, trained, checkpoint, call, tmp_path):
-    """--model_ckpt, the published spelling, with a file of torch.save; a name alone is looked for in the folder."""
+def test_init_from_an_lfm_checkpoint(place, trained, checkpoint, call, tmp_path):
+    """--model_ckpt is LFM's name for the flag. Its file is written by torch.save; a bare name refers to the run folder."""
     weights = read_weights(checkpoint)[0]
     folder_of(place, "tuned").mkdir()
     torch.save({f"module.{name}": value for name, value in weights.items()}, folder_of(place, "tuned") / "model_7.pth")

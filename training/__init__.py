@@ -1,1 +1,1 @@
-"""Training: the loop, moving averages, schedules, and the small systems the embedded default stands on."""
+"""Training of velocity networks, of small autoencoders, and of the Fashion-MNIST classifier."""

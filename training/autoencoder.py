@@ -1,7 +1,7 @@
-"""Training of a small AutoencoderKL (Kingma & Welling 2014; Rombach et al. 2022) for a dataset that has none.
+"""Training of a small AutoencoderKL (Kingma & Welling 2014; Rombach et al. 2022) for a dataset without a pretrained one.
 
-Loss: mean squared error of the decoded posterior sample, plus a small weight times the Kullback-Leibler divergence of the
-posterior from the standard normal.
+The loss is the mean squared error of the decoded posterior sample, plus a small weight times the Kullback-Leibler (KL)
+divergence of the posterior from the standard normal.
 """
 
 import copy
@@ -36,43 +36,57 @@ __all__ = [
     "train_autoencoder",
 ]
 
-SAVE_EVERY = 1000  # steps
+SAVE_EVERY = 1000  # steps between snapshots
 
 
 @dataclass(frozen=True)
 class AutoencoderTrainingOptions:
     """Autoencoder training."""
 
-    output: str = option("autoencoder", "folder to save to, in diffusers format")
-    widths: tuple[int, ...] = option((16, 32, 64), "channels of each level (multiples of 8); each further level halves")
+    output: str = option("autoencoder", "output folder, in diffusers format")
+    widths: tuple[int, ...] = option(
+        (16, 32, 64), "channels of each level (multiples of 8); each level after the first halves the resolution"
+    )
     latent_channels: int = option(4, "channels of the latents", minimum=1)
     image_channels: int | None = option(
-        None, "channels of the images it takes; default: the dataset's; 3 repeats grey ones", minimum=1
+        None, "input channels; default: the dataset's; 3 repeats the channel of gray images", minimum=1
     )
-    kl_weight: float = option(1e-6, "weight of the KL divergence, per image, beside the mean squared error", minimum=0)
+    kl_weight: float = option(
+        1e-6, "weight of the KL divergence per image; the mean squared error has weight 1", minimum=0
+    )
     batch_size: int = option(32, "images per step", minimum=1)
     max_steps: int = option(10000, "optimizer steps", minimum=1)
     lr: float = option(2e-3, "learning rate", minimum=0)
-    lr_schedule: str = option("trapezoid", "course of the learning rate", choices=SCHEDULES)
-    ema_decay: float = option(0.999, "decay of the average of the weights that is saved", minimum=0)
+    lr_schedule: str = option("trapezoid", "learning-rate schedule", choices=SCHEDULES)
+    ema_decay: float = option(
+        0.999, "decay of the exponential moving average (EMA) of the weights, which is saved", minimum=0
+    )
     seed: int = option(0, "seed of the initial weights, the data order and the posterior samples")
-    half_weights: bool = option(True, "store the weights as float16, which halves the file")
+    half_weights: bool = option(True, "store the weights in float16, which halves the file size")
 
 
 def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions, machine: Machine) -> nn.Module:
-    """Train on all images of `dataset`; the AutoencoderKL with its averaged weights, rounded as they are stored."""
+    """Train on all images of `dataset`.
+
+    Returns:
+        The AutoencoderKL with its EMA weights, rounded to the precision of the saved file.
+
+    Raises:
+        UsageError: the image size, widths, channels or batch size do not fit the dataset.
+    """
     facts = dataset.facts
     if facts.image_size % 2 ** (len(options.widths) - 1):
         raise UsageError(
             f"--image_size {facts.image_size} cannot be halved {len(options.widths) - 1} times, as the "
-            f"{len(options.widths)} --widths ask for"
+            f"{len(options.widths)} --widths require: choose another size, or fewer widths"
         )
     if any(width < 8 or width % 8 for width in options.widths):
         raise UsageError(f"--widths {' '.join(map(str, options.widths))}: expected multiples of 8")
     channels = options.image_channels or facts.channels
     if channels not in (facts.channels, 3) or facts.channels not in (channels, 1):
         raise UsageError(
-            f"--image_channels {channels} is not for images of {facts.channels}: only grey images can be repeated, as 3"
+            f"--image_channels {channels} does not fit images with {facts.channels} channels: expected the same number, "
+            "or 3 for gray images"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -100,7 +114,7 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
         optimizer.step()
         ema.update(network)
         if (step + 1) % SAVE_EVERY == 0:
-            save_autoencoder(ema.network, snapshot_folder(options), {}, options)  # a crash costs little
+            save_autoencoder(ema.network, snapshot_folder(options), {}, options)  # in case of a crash
         if step % 100 == 0:
             psnr = 10 * torch.log10(4 / error.detach()).item()
             progress.set_postfix(psnr=f"{psnr:.1f} dB", kl=f"{divergence.item():.0f}", refresh=False)
@@ -110,10 +124,10 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
 
 
 def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Machine) -> dict[str, list[float]]:
-    """Mean and standard deviation of posterior *samples*, per channel: latents_mean and latents_std.
+    """Compute the mean and standard deviation of posterior *samples* per channel, as latents_mean and latents_std.
 
-    The variance of a sample is the variance of the posterior's mean plus the mean of its variance, so a channel that the
-    autoencoder does not use (mean 0, variance 1) is not blown up.
+    The variance of samples is the variance of the posterior means plus the mean of the posterior variances. A channel that
+    the autoencoder does not use (mean 0, variance 1) is therefore not amplified.
     """
     autoencoder = KLAutoencoder(network, "unsaved", scale_factor=1.0).to(machine.device)
     count, total, square, variance = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
@@ -130,24 +144,24 @@ def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Mac
 
 
 def snapshot_folder(options: AutoencoderTrainingOptions) -> Path:
-    """Where the weights are kept until the finished autoencoder is saved."""
+    """The folder for snapshots of the weights until the finished autoencoder is saved."""
     return Path(f"{options.output}.snapshot")
 
 
 def check_output(folder: str | Path) -> None:
-    """Refuse to replace a folder that holds anything but an autoencoder.
+    """Check that saving to `folder` replaces nothing other than an autoencoder.
 
     Raises:
-        UsageError: such a folder.
+        UsageError: the folder exists and is not an autoencoder.
     """
     if Path(folder).exists() and not (Path(folder) / "diffusion_pytorch_model.safetensors").is_file():
-        raise UsageError(f"--output {folder} exists and is no autoencoder: name a new folder")
+        raise UsageError(f"--output {folder} exists and is not an autoencoder: name a new folder")
 
 
 def save_autoencoder(
     network: nn.Module, folder: str | Path, statistics: dict[str, list[float]], options: AutoencoderTrainingOptions
 ) -> None:
-    """Save in diffusers format (`save_pretrained`), whole or not at all, with the options that it was trained with."""
+    """Save in diffusers format (`save_pretrained`), with the training options. The folder is replaced atomically."""
     stored: Any = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     stored.register_to_config(**statistics)
     if options.half_weights:
@@ -160,7 +174,7 @@ def save_autoencoder(
 def _losses(
     network: nn.Module, pixels: torch.Tensor, border: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared error inside the padding, and the KL divergence per image."""
+    """Mean squared error of the images without their padding, and mean KL divergence per image."""
     mean, logvar = encode_moments(network, pixels).float().chunk(2, dim=1)
     logvar = logvar.clamp(*LOGVAR_RANGE)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -174,9 +188,11 @@ def _losses(
 def _shuffled_batches(
     dataset: ImageDataset, batch_size: int, seed: int, device: torch.device
 ) -> Iterator[torch.Tensor]:
-    """Endless batches of pixels; every epoch is a new permutation, mirrored at random where the dataset flips."""
+    """Yield batches of pixels endlessly. Every epoch has a new random order, and random mirroring if the dataset flips."""
     if len(dataset) < batch_size:
-        raise UsageError(f"--batch_size {batch_size} is larger than the dataset of {len(dataset)} images: use less")
+        raise UsageError(
+            f"--batch_size {batch_size} is larger than the dataset of {len(dataset)} images: choose a smaller one"
+        )
     epoch = 0
     while True:
         generator = generator_for(seed, "order", epoch)

@@ -1,4 +1,4 @@
-"""When a run validates, draws samples and saves: at the ends of epochs and of the run, by steps, by minutes, on request."""
+"""Validates, saves and draws sample grids: at intervals of epochs, steps or minutes, at the end, and on interruption."""
 
 import math
 import re
@@ -21,11 +21,17 @@ from training.state_file import save_state
 __all__ = ["Checkpointer", "Requests", "remove_older"]
 
 LOSS = "loss"
-STEPS_BETWEEN_POLLS = 10  # at which several processes ask each other
+STEPS_BETWEEN_POLLS = 10  # with several processes, because each poll waits for all of them
 
 
 class Requests(NamedTuple):
-    """What any process was asked for: to stop, to end because the time is up, to save because the last saving is long ago."""
+    """Requests made by at least one process.
+
+    Args:
+        stop: stop, because of a signal.
+        out_of_time: end the run, because of --max_minutes.
+        save: save the training state, because of --save_content_every_minutes.
+    """
 
     stop: bool
     out_of_time: bool
@@ -33,7 +39,15 @@ class Requests(NamedTuple):
 
 
 class Checkpointer:
-    """Does what is due after each step. All processes take part, and the one with the metrics log writes."""
+    """Validates, saves and draws sample grids when they are due.
+
+    Args:
+        run: the run.
+        state: its state.
+        log: the metrics log, in the main process only. Every process must call the methods, but only the main one writes.
+        clock: the run's clock.
+        per_epoch: steps per epoch.
+    """
 
     def __init__(
         self, run: TrainingRun, state: TrainingState, log: MetricsLog | None, clock: Clock, per_epoch: int
@@ -43,10 +57,10 @@ class Checkpointer:
         self._log = log
         self._clock = clock
         self._per_epoch = per_epoch
-        self._put_off = False
+        self._save_postponed = False
 
     def poll(self, stop: StopSignals) -> Requests:
-        """The requests so far; several processes agree on them now and then."""
+        """The requests of all processes. Several processes exchange them only every STEPS_BETWEEN_POLLS steps."""
         processes, options = self._run.processes, self._run.experiment
         if processes.count > 1 and self._state.step % STEPS_BETWEEN_POLLS:
             return Requests(False, False, False)
@@ -56,7 +70,7 @@ class Checkpointer:
         return Requests(*(processes.sum(own) > 0).tolist())
 
     def after_step(self, ended: bool, requests: Requests) -> None:
-        """Validate, draw and save what is due."""
+        """Validate, save and draw a sample grid, each if it is due."""
         experiment, state = self._run.experiment, self._state
         if self._due(experiment.eval_every, ended):
             self._validate(ended)
@@ -64,37 +78,38 @@ class Checkpointer:
             self._save_model(f"model_{-(-state.step // self._per_epoch)}", ended)
             if self._log and experiment.keep_last:
                 remove_older(self._run.folder, experiment.keep_last)
-        if self._content_due(ended, requests):
+        if self._training_state_due(ended, requests):
             content = state.content(self._run.processes)
             if self._log:
                 save_state(self._run.folder, content)
             self._clock.saved()
-        if self._due(experiment.plot_every, ended):  # after all that a run cannot do without
+        if self._due(experiment.plot_every, ended):  # last, so that a failure here loses no training
             sheet = self._run.validation.preview(state.ema.network)
             if self._log:
                 picture = self._run.folder / "samples" / f"step_{state.step:07d}.png"
                 save_sheet(sheet.images, picture, sheet.columns)
 
     def _due(self, every: int, ended: bool) -> bool:
-        """Whether a number of epochs has just passed, or the run has ended."""
+        """Whether a multiple of `every` epochs is complete, or the run has ended."""
         epoch, position = divmod(self._state.step, self._per_epoch)
         return ended or (position == 0 and epoch % every == 0)
 
-    def _content_due(self, ended: bool, requests: Requests) -> bool:
-        """Whether to save now; what is due while steps are skipped waits for the next good one.
+    def _training_state_due(self, ended: bool, requests: Requests) -> bool:
+        """Whether to save the training state now.
 
-        So that a run which never recovers leaves a content.pth of before.
+        While steps are skipped, a save is postponed until the next good step. A run that never recovers thus keeps a
+        content.pth from before the skipped steps.
         """
         options, step = self._run.experiment, self._state.step
         every_steps = options.save_content_every_steps
         if requests.stop or not options.save_content:
             return requests.stop
         regular = step % every_steps == 0 if every_steps else self._due(options.save_content_every, ended)
-        due = regular or requests.save or self._put_off
+        due = regular or requests.save or self._save_postponed
         if not due or ended:
             return ended
-        self._put_off = bool(self._run.training.max_bad_steps and self._state.streak[0] > 0)
-        return not self._put_off
+        self._save_postponed = bool(self._run.training.max_bad_steps and self._state.consecutive_skips[0] > 0)
+        return not self._save_postponed
 
     def _validate(self, ended: bool) -> None:
         run, state = self._run, self._state
@@ -118,14 +133,14 @@ class Checkpointer:
 
 
 def _summary(values: Mapping[str, float]) -> str:
-    """Validation results on one line: the loss, its values by quarter of t, and the score if there is one."""
+    """Validation results on one line: the loss, the loss in each quarter of t, and the score if there is one."""
     by_time = " ".join(f"{value:.3f}" for name, value in values.items() if name.startswith(f"{LOSS}_"))
     scores = [f"{name} {value:.4g}" for name, value in values.items() if not name.startswith((LOSS, "objective"))]
     return ", ".join([f"validation loss {values[LOSS]:.4f} (by quarter of t: {by_time})", *scores])
 
 
 def remove_older(folder: Path, keep_last: int) -> None:
-    """Remove model_<epoch>.safetensors of all but the last `keep_last` epochs; nothing else, best.safetensors least of all."""
+    """Remove all but the newest `keep_last` files model_<epoch>.safetensors. Other files, such as best.safetensors, stay."""
     epochs = {
         int(match[1]): path
         for path in folder.iterdir()

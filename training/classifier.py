@@ -1,6 +1,6 @@
-"""Training of the small classifier whose features score the embedded default, on training images only.
+"""Training of the small classifier whose features score Fashion-MNIST samples.
 
-Cross-entropy with label smoothing, random shifts and mirror images; the averaged weights are what is kept.
+The loss is cross-entropy with label smoothing, on randomly shifted and mirrored training images. The EMA weights are saved.
 """
 
 import time
@@ -29,29 +29,34 @@ __all__ = ["ClassifierTrainingOptions", "accuracy", "gather_images", "train_clas
 class ClassifierTrainingOptions:
     """Classifier training."""
 
-    output: str = option("classifier.safetensors", "file to save to")
-    widths: tuple[int, ...] = option((16, 32, 64, 128), "channels of the stem and of each level; each level halves")
+    output: str = option("classifier.safetensors", "output file")
+    widths: tuple[int, ...] = option(
+        (16, 32, 64, 128), "channels of the stem and of each level; each level halves the resolution"
+    )
     batch_size: int = option(128, "images per step", minimum=2)
     max_steps: int = option(6000, "optimizer steps", minimum=1)
     lr: float = option(4e-3, "learning rate", minimum=0)
-    lr_schedule: str = option("cosine", "course of the learning rate", choices=SCHEDULES)
-    weight_decay: float = option(0.05, "decay of the weights, relative to the learning rate", minimum=0)
-    label_smoothing: float = option(0.1, "probability spread over all classes", minimum=0)
-    max_shift: int = option(2, "largest random shift, pixels", minimum=0)
-    mirror: bool = option(True, "mirror half of the images")
-    ema_decay: float = option(0.998, "decay of the average of the weights that is saved", minimum=0)
+    lr_schedule: str = option("cosine", "learning-rate schedule", choices=SCHEDULES)
+    weight_decay: float = option(0.05, "decoupled weight decay, multiplied by the learning rate", minimum=0)
+    label_smoothing: float = option(0.1, "label smoothing: probability spread evenly over all classes", minimum=0)
+    max_shift: int = option(2, "largest random shift, in pixels", minimum=0)
+    mirror: bool = option(True, "mirror each image with probability 1/2")
+    ema_decay: float = option(
+        0.998, "decay of the exponential moving average (EMA) of the weights, which is saved", minimum=0
+    )
     seed: int = option(0, "seed of the initial weights, the data order and the augmentation")
 
 
 def gather_images(dataset: ImageDataset) -> torch.Tensor:
-    """All images of a grey 28 x 28 dataset, without padding, as one uint8 tensor [N, 1, 28, 28].
+    """Gather all images of a gray 28 x 28 dataset, without padding, in one uint8 tensor [N, 1, 28, 28].
 
     Raises:
-        UsageError: images of another size or in colour.
+        UsageError: the images have another size or are in color.
     """
     images = crop_padding(torch.stack([dataset[i] for i in range(len(dataset))]), dataset.facts)
     if images.shape[1:] != (1, SIDE, SIDE):
-        raise UsageError(f"the classifier is for 1 x {SIDE} x {SIDE} images, but these are {tuple(images.shape[1:])}")
+        found = " x ".join(map(str, images.shape[1:]))
+        raise UsageError(f"the classifier requires images of 1 x {SIDE} x {SIDE}, but the dataset's are {found}")
     return images
 
 
@@ -62,7 +67,14 @@ def train_classifier(
     options: ClassifierTrainingOptions,
     machine: Machine,
 ) -> FashionClassifier:
-    """Train on images uint8 [N, 1, 28, 28] with labels [N]; the averaged weights, rounded to float16."""
+    """Train on images uint8 [N, 1, 28, 28] with labels [N].
+
+    Returns:
+        The network with its EMA weights, rounded to float16.
+
+    Raises:
+        UsageError: the batch size exceeds the number of images.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         network = FashionClassifier(options.widths, classes)
@@ -98,7 +110,7 @@ def train_classifier(
 
 @torch.no_grad()
 def accuracy(network: FashionClassifier, images: torch.Tensor, labels: torch.Tensor, machine: Machine) -> float:
-    """Share of images uint8 [N, 1, 28, 28] whose most probable class is their label, in float32."""
+    """Accuracy in [0, 1] on images uint8 [N, 1, 28, 28] with labels [N], in float32."""
     hits = 0
     for part, truth in zip(images.split(500), labels.split(500), strict=True):
         hits += int((network(images_to_pixels(part).to(machine.device)).argmax(1).cpu() == truth).sum())
@@ -108,10 +120,10 @@ def accuracy(network: FashionClassifier, images: torch.Tensor, labels: torch.Ten
 def _augmented_batches(
     images: torch.Tensor, labels: torch.Tensor, options: ClassifierTrainingOptions
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless batches of shifted and mirrored images; every epoch is a new permutation."""
+    """Yield batches of randomly shifted and mirrored images endlessly. Every epoch has a new random order."""
     count, size, shift = len(images), options.batch_size, options.max_shift
     if count < size:
-        raise UsageError(f"--batch_size {size} is larger than the dataset of {count} images")
+        raise UsageError(f"--batch_size {size} is larger than the dataset of {count} images: choose a smaller one")
     padded = functional.pad(images[:, 0], [shift] * 4)
     side = torch.arange(SIDE)
     epoch = 0

@@ -1,7 +1,7 @@
-"""The batches of training: functions of (seed, step, global sample index) alone.
+"""Training batches as functions of (seed, step, index in the global batch).
 
-The draws of a step are made for the global batch, and each process takes its slice. So N processes see what one would, and a
-resumed run sees what an uninterrupted one would, without any random state to save.
+A step's random numbers are drawn for the global batch, and each process uses its own slice. N processes therefore train on
+the same data as one process, and a resumed run on the same data as an uninterrupted one. No random state is saved.
 """
 
 from collections import deque
@@ -28,9 +28,9 @@ Columns = TypeVar("Columns", bound=tuple)
 
 
 class Batch(NamedTuple):
-    """One process's share of a step: data and noise [B, c, h, w], the objective's draws [B], and the condition.
+    """One process's batch: data and noise [B, c, h, w], the objective's draws [B], and the condition.
 
-    In the condition, dropped labels are the null class and dropped maps are zero.
+    In the condition, dropped labels are replaced by the null class and dropped maps by zeros.
     """
 
     data: torch.Tensor
@@ -39,33 +39,36 @@ class Batch(NamedTuple):
     condition: Condition
 
     def split(self, count: int) -> "list[Batch]":
-        """The batch in `count` equal parts.
+        """Split the batch into `count` equal parts.
 
         Raises:
-            ValueError: `count` does not divide the batch.
+            ValueError: `count` does not divide the batch size.
         """
         size, remainder = divmod(len(self.data), count)
         if remainder:
-            raise ValueError(f"a batch of {len(self.data)} cannot be cut into {count} equal parts")
+            raise ValueError(f"a batch of {len(self.data)} cannot be split into {count} equal parts")
         parts = [slice(first, first + size) for first in range(0, len(self.data), size)]
-        return [Batch(self.data[p], self.noise[p], _rows(self.draws, p), _rows(self.condition, p)) for p in parts]
+        return [
+            Batch(self.data[p], self.noise[p], _select_rows(self.draws, p), _select_rows(self.condition, p))
+            for p in parts
+        ]
 
 
-def _rows(columns: Columns, part: slice) -> Columns:
-    """Some rows of a named tuple of tensors or None."""
+def _select_rows(columns: Columns, part: slice) -> Columns:
+    """Select rows of a named tuple whose fields are tensors or None."""
     rows: Any = (None if column is None else column[part] for column in columns)
     return type(columns)(*rows)
 
 
 class StepStreams:
-    """The random streams of one step, for the global batch.
+    """The random numbers of one step, for the global batch.
 
-    The purposes that the first version had ("time", "dropout", "posterior", "noise", "condition") share one generator and are
-    drawn in this order, so that its runs resume exactly. Every other purpose has a generator of its own, named after it: a new
-    draw changes no other.
+    The purposes "time", "dropout", "posterior", "noise" and "condition" share one generator and are drawn in this order, so
+    that runs of the first version resume exactly. Every other purpose has a separate generator that is seeded with its name,
+    so a new purpose does not change the numbers of other purposes.
 
     Args:
-        seed: the run's.
+        seed: the run's seed.
         step: number of the step, from 0.
         count: N, samples in the global batch.
         shape: (c, h, w) of the latents.
@@ -82,7 +85,7 @@ class StepStreams:
         self._normal = {purpose: self._randn(self._first) for purpose in ("posterior", "noise")}
 
     def uniform(self, purpose: str) -> torch.Tensor:
-        """Numbers [N] in [0, 1)."""
+        """Uniform numbers [N] in [0, 1)."""
         if purpose not in self._uniform:
             generator = self._own_generator("uniform", purpose)
             self._uniform[purpose] = torch.rand(self._shape[0], generator=generator, device=self._device)
@@ -104,10 +107,10 @@ class StepStreams:
 
 
 def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Whole batches in `count` images; the rest of an epoch is left out, as published.
+    """Number of whole global batches in `count` images. As in LFM's published code, an epoch skips the remaining images.
 
     Raises:
-        UsageError: not even one batch.
+        UsageError: the images do not fill one batch.
     """
     if count < batch_size:
         raise UsageError(f"the dataset has {count} images, fewer than one batch of {batch_size}: lower --batch_size")
@@ -115,12 +118,12 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 
 def epoch_indices(seed: int, epoch: int, count: int) -> torch.Tensor:
-    """The permutation [count] in which an epoch visits the images."""
+    """The random order of the images in an epoch, a permutation [count]."""
     return torch.randperm(count, generator=generator_for(seed, "order", epoch))
 
 
 def first_images(seed: int, step: int, count: int, batch_size: int, wanted: int) -> list[int]:
-    """The first `wanted` of the images, by index, that the whole batch of a step is made of."""
+    """Indices of the first `wanted` images in a step's global batch of `batch_size` images."""
     chosen, _ = _order(seed, count, batch_size, slice(wanted), flips=False)(step)
     return chosen.tolist()
 
@@ -142,38 +145,38 @@ def batches(
     condition: ConditionSource | None = None,
     condition_dropout: float = 0.0,
 ) -> Iterator[Batch]:
-    """The batches of steps first_step .. last_step - 1; what they are made of is read one step ahead in a thread.
+    """Yield this process's batches of the steps first_step .. last_step - 1. A thread reads the data one step ahead.
 
     Args:
         source: posterior moments by image index.
         autoencoder: samples the posterior and scales the latents.
         objective: draws its times from the step's random streams.
         batch_size: images per process.
-        first_step: the step to (re)start at.
+        first_step: the step to start at.
         last_step: the step to stop before.
-        seed: of all draws.
-        flips: whether each image is mirrored half of the time.
-        num_classes: K, also the null class's id.
-        label_dropout: probability of the null class.
-        device: where the batch lives.
+        seed: seed of all random numbers.
+        flips: whether to mirror each image with probability 1/2.
+        num_classes: K, which is also the null class's id.
+        label_dropout: probability of replacing a label by the null class.
+        device: device of the batches.
         processes: this process takes slice `rank` of every global batch.
-        condition: dense conditions by image index, whose random parts are numbered by step and place in the whole batch.
-        condition_dropout: probability of a dense map of zeros.
+        condition: dense conditions by image index. Their random draws are numbered consecutively across global batches.
+        condition_dropout: probability of replacing a dense map by zeros.
     """
-    whole = batch_size * processes.count
+    global_batch = batch_size * processes.count
     share = slice(processes.rank * batch_size, (processes.rank + 1) * batch_size)
-    choose = _order(seed, len(source), whole, share, flips)
+    choose = _order(seed, len(source), global_batch, share, flips)
 
-    pin = device.type != "cpu"  # so that no copy to the device holds up the host
+    pin = device.type != "cpu"  # so that the host does not wait for copies to the device
 
-    def request(step: int) -> Callable[[], _Read]:
-        draws = range(step * whole + share.start, step * whole + share.stop)
+    def reader(step: int) -> Callable[[], _Read]:
+        draws = range(step * global_batch + share.start, step * global_batch + share.stop)
         return partial(_read, source, condition, *choose(step), draws, pin)
 
-    for step, (moments, labels, raw) in _one_ahead(request, first_step, last_step):
+    for step, (moments, labels, raw) in _read_ahead(reader, first_step, last_step):
         moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-        streams = StepStreams(seed, step, whole, (autoencoder.latent_channels, *moments.shape[2:]), device)
-        dropout = streams.uniform("dropout")[share]  # of labels and map alike, so that guidance leads away from both
+        streams = StepStreams(seed, step, global_batch, (autoencoder.latent_channels, *moments.shape[2:]), device)
+        dropout = streams.uniform("dropout")[share]  # for labels and maps, so that guidance moves away from both
         dense = None
         if condition is not None and raw is not None:
             dense = condition.encode(raw, streams.normal("condition")[share])
@@ -181,13 +184,13 @@ def batches(
         yield Batch(
             data=autoencoder.sample(moments, streams.normal("posterior")[share]),
             noise=streams.normal("noise")[share],
-            draws=_rows(objective.draw(streams), share),
+            draws=_select_rows(objective.draw(streams), share),
             condition=Condition(drop_labels(labels, dropout, label_dropout, num_classes), dense),
         )
 
 
 class _Read(NamedTuple):
-    """What was read of a process's share: moments, labels [B], and the condition before it is encoded."""
+    """The data of a process's batch: moments, labels [B], and the conditions before encoding."""
 
     moments: torch.Tensor
     labels: torch.Tensor
@@ -213,9 +216,9 @@ def _read(
 Choose = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _order(seed: int, count: int, whole: int, share: slice, flips: bool) -> Choose:
-    """A function from a step to the images in this process's `share` of its `whole` batch, and which are mirrored."""
-    per_epoch = steps_per_epoch(count, whole)
+def _order(seed: int, count: int, global_batch: int, share: slice, flips: bool) -> Choose:
+    """Return a function from a step to the images in `share` of its global batch, and whether each is mirrored."""
+    per_epoch = steps_per_epoch(count, global_batch)
     order_of: dict[int, torch.Tensor] = {}
 
     def choose(step: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,23 +226,23 @@ def _order(seed: int, count: int, whole: int, share: slice, flips: bool) -> Choo
         if epoch not in order_of:
             order_of.clear()
             order_of[epoch] = epoch_indices(seed, epoch, count)
-        chosen = order_of[epoch][position * whole : (position + 1) * whole]
-        mirrored = torch.rand(whole, generator=generator_for(seed, "flip", step)) < (0.5 if flips else 0)
+        chosen = order_of[epoch][position * global_batch : (position + 1) * global_batch]
+        mirrored = torch.rand(global_batch, generator=generator_for(seed, "flip", step)) < (0.5 if flips else 0)
         return chosen[share], mirrored[share]
 
     return choose
 
 
-def _one_ahead(request: Callable[[int], Callable[[], T]], first: int, last: int) -> Iterator[tuple[int, T]]:
-    """Steps first .. last - 1 with the result of `request(step)()`, had in a thread while the step before is computed.
+def _read_ahead(reader: Callable[[int], Callable[[], T]], first: int, last: int) -> Iterator[tuple[int, T]]:
+    """Yield the steps first .. last - 1 with the result of `reader(step)()`, read in a thread during the previous step.
 
-    From a cache the thread does nothing but read. torch's parallel loops in it give it OpenMP threads of its own, and once
-    there are more of these than processors, all of them go to sleep at the end of every loop, in the training step too. Images
-    that are encoded at every step pay for that.
+    With a latent cache, the thread only reads. Without one, it encodes images and so runs torch's parallel loops, which get a
+    second set of OpenMP threads. Once there are more threads than processors, all of them sleep at the end of every loop,
+    which also slows down the training step.
     """
     with ThreadPoolExecutor(1) as thread:
         upcoming: deque[Future[T]] = deque()
         for step in range(first, last):
             for ahead in range(step + len(upcoming), min(step + 2, last)):
-                upcoming.append(thread.submit(request(ahead)))
+                upcoming.append(thread.submit(reader(ahead)))
             yield step, upcoming.popleft().result()

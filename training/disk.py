@@ -1,4 +1,4 @@
-"""The space that a run will take on the disk, told before it begins."""
+"""Prediction of a run's disk use, and a check of the free space before it starts."""
 
 import shutil
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ UNITS = ("B", "kB", "MB", "GB", "TB")
 
 @dataclass(frozen=True)
 class DiskUse:
-    """Bytes of one checkpoint and of one content.pth, and how many of each are kept in the end."""
+    """Bytes of a checkpoint and of a content.pth, and how many of each the complete run keeps."""
 
     weights: int
     content: int
@@ -26,54 +26,57 @@ class DiskUse:
 
     @property
     def one_saving(self) -> int:
-        """Bytes that must be free when a content.pth and a checkpoint are written, beside those that they replace."""
+        """Bytes that must be free to write a content.pth and a checkpoint before the old ones are deleted."""
         return self.weights + self.content
 
     @property
     def total(self) -> int:
-        """Bytes of all that is kept, and of the temporary file of a saving."""
+        """Bytes of all kept files, and of one temporary file during a save."""
         return self.checkpoints * self.weights + self.contents * self.content + max(self.weights, self.content)
 
 
 def predict_use(state: TrainingState, experiment: ExperimentOptions, per_epoch: int, last_step: int) -> DiskUse:
-    """What a run of `last_step` steps will keep; best.safetensors is one of the checkpoints."""
+    """Predict the disk use of a run of `last_step` steps. The checkpoints include best.safetensors."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in state.ema.weights.values())
-    moments = sum(
+    optimizer_state = sum(
         parameter.numel() * parameter.element_size() * (1 if isinstance(optimizer, Muon) else 2)
         for optimizer in state.optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
-    regular, beside = divmod(last_step, per_epoch * experiment.save_ckpt_every)
-    numbered = regular + (1 if beside else 0)
+    regular, remainder = divmod(last_step, per_epoch * experiment.save_ckpt_every)
+    numbered = regular + (1 if remainder else 0)
     numbered = min(numbered, experiment.keep_last or numbered)
-    return DiskUse(weights, 2 * weights + moments, numbered + 1, 2 if experiment.save_content else 0)
+    return DiskUse(weights, 2 * weights + optimizer_state, numbered + 1, 2 if experiment.save_content else 0)
 
 
 def check_space(folder: Path, use: DiskUse) -> str:
-    """Compare the space that a run needs with the free space; returns both in words, and warns if the whole does not fit.
+    """Compare a run's disk use with the free space. Prints a warning if the complete run does not fit.
+
+    Returns:
+        A description of both.
 
     Raises:
-        UsageError: not even one checkpoint and one content.pth fit.
+        UsageError: a checkpoint and a content.pth do not fit.
     """
     free = shutil.disk_usage(folder).free
     if free < use.one_saving:
         raise UsageError(
-            f"{folder}: a checkpoint and a content.pth need {_written(use.one_saving)}, but only {_written(free)} are free: "
-            "free some space or choose another --save_root"
+            f"{folder}: a checkpoint and a content.pth need {_with_unit(use.one_saving)}, but only {_with_unit(free)} is "
+            "free: free some space or choose another --save_root"
         )
     if use.total > free:
         warn(
-            f"the whole run needs {_written(use.total)} in {folder}, but only {_written(free)} are free: see --keep_last "
-            "and --save_ckpt_every"
+            f"the complete run needs {_with_unit(use.total)} in {folder}, but only {_with_unit(free)} is free: save fewer "
+            "checkpoints with --keep_last or --save_ckpt_every"
         )
     return (
-        f"{_written(use.total)} for {use.checkpoints} checkpoints of {_written(use.weights)} and {use.contents} content.pth "
-        f"of {_written(use.content)}; {_written(free)} free"
+        f"{_with_unit(use.total)} for {use.checkpoints} checkpoints of {_with_unit(use.weights)} and {use.contents} "
+        f"content.pth of {_with_unit(use.content)}; {_with_unit(free)} free"
     )
 
 
-def _written(size: float) -> str:
+def _with_unit(size: float) -> str:
     for unit in UNITS[:-1]:
         if size < 1000:
             return f"{size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""Exponential moving average of a network's weights: the network that is sampled and saved."""
+"""Exponential moving average (EMA) of a network's weights, which is used for samples and checkpoints."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -13,37 +13,36 @@ __all__ = ["Ema"]
 
 
 class Ema:
-    """Moving average of a network's weights, in place, with a warm-up that makes it right from the first step.
+    """Exponential moving average of a network's weights, with a warmup that makes it useful from the first step.
 
-    After update number n the decay is min(decay, (1 + n) / (10 + n)), so the average forgets its random initial value at
-    once. `network` is a copy of the network that always has the averaged weights; buffers are averaged as well, or copied
-    if they are no floats. Where weights are shared out among processes, each process averages its part, so both networks must
-    be shared out alike.
+    Update number n has the decay min(decay, (1 + n) / (10 + n)), so the EMA quickly forgets the random initial weights.
+    `network` is a copy that holds the EMA weights. Floating-point buffers are averaged too; other buffers are copied. If the
+    weights are sharded, each process averages its shard, so both networks must be sharded alike.
 
     Args:
-        network: the network to follow, without any parallel wrapper.
-        decay: the final decay per step, in [0, 1); 0 follows the network exactly.
-        place: brings the copy to where it is to be, in place; None: it stays where `network` is.
+        network: the network to average, without a parallel wrapper.
+        decay: the final decay per update, in [0, 1); 0 copies the weights.
+        move: moves or shards the copy in place; None: the copy stays on the device of `network`.
     """
 
-    def __init__(self, network: nn.Module, decay: float, place: Callable[[nn.Module], object] | None = None) -> None:
+    def __init__(self, network: nn.Module, decay: float, move: Callable[[nn.Module], object] | None = None) -> None:
         self.decay = decay
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
-        if place:
-            place(self.network)
+        if move:
+            move(self.network)
         self.updates = torch.zeros((), dtype=torch.float64, device=next(self.network.parameters()).device)
 
     @property
     def weights(self) -> dict[str, torch.Tensor]:
-        """The state dict of the averaged network."""
+        """The state dict of the EMA network."""
         return self.network.state_dict()
 
     @torch.no_grad()
     def update(self, network: nn.Module, keep: torch.Tensor | None = None) -> None:
-        """Move the average towards the network's weights as they are now.
+        """Update the EMA with the network's current weights.
 
-        `keep`, a 0-d tensor of 1 or 0 on the weights' device, decides without a word to the host whether it moves at all
-        and whether the update counts.
+        `keep` is a 0-d tensor on the weights' device. If it is 0, the update is skipped and not counted. If it is 1 or missing,
+        the update is applied. The host does not wait for the value.
         """
         keep = torch.ones_like(self.updates) if keep is None else keep.to(self.updates)
         self.updates += keep
@@ -61,11 +60,11 @@ class Ema:
         torch._foreach_lerp_(averages, currents, [rate] * len(averages))
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs, tensors and numbers only."""
+        """The state that `load_state_dict` restores, made of tensors only."""
         return {"updates": self.updates, "weights": self.weights}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict()`'s value; names and shapes must fit."""
+        """Restore the result of `state_dict()`. Names and shapes must match."""
         self.updates.fill_(state["updates"])
         self.network.load_state_dict(state["weights"])
 

@@ -1,7 +1,7 @@
-"""The folder of a run: where it lies, whether a start continues it, and what it keeps.
+"""The run folder: its path, its configuration, and whether training there starts or resumes.
 
 <save_root>/latent_flow/<dataset>/<exp>/  config.json  model_<epoch>.safetensors  best.safetensors
-content.pth  content.previous.pth  metrics.jsonl  tensorboard/  samples/  run.lock (while it runs)
+content.pth  content.previous.pth  metrics.jsonl  tensorboard/  samples/  run.lock (during training)
 """
 
 from collections.abc import Iterator, Mapping
@@ -32,7 +32,7 @@ __all__ = [
     "only_run_in",
     "open_experiment",
     "run_folder",
-    "will_continue",
+    "will_resume",
 ]
 
 LOCK = "run.lock"
@@ -40,11 +40,10 @@ LOCK = "run.lock"
 # the labels that a conditional network gets.
 IMAGES, STATE_OF_IMAGES = "number of training images", "state of the training images"
 STATE_OF_LABELS = "labels of the training images"
-LAUNCH = "launch"  # entry of config.json: what started the run
-TAKES_OVER = "takes_over"  # entry of config.json: the run began with a content.pth of the published code
-# Entries of config.json that are no options, and whether a run may resume with other values of them. The images' state may
-# change by copying them.
-RESOLVED: dict[str, OnResume] = {
+LAUNCH = "launch"  # entry of config.json: identifies the launch that started the run
+TAKES_OVER = "takes_over"  # entry of config.json: whether the run started from a content.pth of LFM's published code
+# Resume policies of entries of config.json that are not options. Copying the images may change their hash.
+ENTRY_POLICIES: dict[str, OnResume] = {
     IMAGES: "on_request",
     STATE_OF_IMAGES: "rounding",
     STATE_OF_LABELS: "on_request",
@@ -57,55 +56,55 @@ RESOLVED: dict[str, OnResume] = {
 class ExperimentOptions:
     """Run."""
 
-    exp: str = option("experiment", "name of the experiment, its folder's name", common=True)
+    exp: str = option("experiment", "name of the experiment and of its folder", common=True)
     save_root: str = option("saved_info", "folder of all experiments", on_resume="freely", common=True)
     resume: bool = option(
         False,
-        "continue even if length, learning rate or images were changed, or from a content.pth of the published code",
+        "also resume after changing the length, learning rate or number of images, or from LFM's content.pth",
         on_resume="freely",
         common=True,
     )
     overwrite: bool = option(
-        False, "start anew; an existing run of this name is moved aside", on_resume="freely", common=True
+        False, "start over; an existing run of this name is moved aside", on_resume="freely", common=True
     )
     init_from: str = option(
         "",
-        "start from the weights of this checkpoint, ours or a published .pth (what fits is loaded, the rest is listed)",
+        "initialize from this checkpoint, this project's or LFM's (.pth): loads all weights that fit and lists the rest",
         flags=("--model_ckpt",),
         common=True,
     )
-    save_content: bool = option(True, "keep content.pth, all that an exact resume needs", on_resume="freely")
-    save_content_every: int = option(10, "epochs between savings of content.pth", minimum=1, on_resume="freely")
+    save_content: bool = option(
+        True, "save the training state content.pth, which an exact resume needs", on_resume="freely"
+    )
+    save_content_every: int = option(10, "epochs between saves of content.pth", minimum=1, on_resume="freely")
     save_content_every_steps: int = option(
-        0, "steps between savings of content.pth; 0: by epochs", minimum=0, on_resume="freely"
+        0, "steps between saves of content.pth; 0: save_content_every applies", minimum=0, on_resume="freely"
     )
     save_content_every_minutes: float = option(
-        0.0, "and after so many minutes without a saving; 0: not by the clock", minimum=0, on_resume="freely"
+        0.0, "also save content.pth after this many minutes without a save; 0: off", minimum=0, on_resume="freely"
     )
     keep_last: int = option(
-        0, "checkpoints model_<epoch> to keep, of the last epochs; 0: all", minimum=0, on_resume="freely", common=True
+        0, "number of newest checkpoints model_<epoch> to keep; 0: all", minimum=0, on_resume="freely", common=True
     )
-    save_ckpt_every: int = option(
-        25, "epochs between checkpoints model_<epoch>", minimum=1, on_resume="freely", common=True
-    )
-    plot_every: int = option(5, "epochs between sample grids", minimum=1, on_resume="freely", common=True)
+    save_ckpt_every: int = option(25, "epochs between checkpoints model_<epoch>", minimum=1, on_resume="freely")
+    plot_every: int = option(5, "epochs between sample grids", minimum=1, on_resume="freely")
     eval_every: int = option(
         5, "epochs between validations on held-out images", minimum=1, on_resume="freely", common=True
     )
     eval_samples: int = option(
-        0, "samples scored at every validation; 0: validation loss only", minimum=0, on_resume="freely", common=True
+        0, "samples to score at every validation; 0: validation loss only", minimum=0, on_resume="freely", common=True
     )
     log_every: int = option(50, "steps between lines of metrics.jsonl", minimum=1, on_resume="freely")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """All that config.json records of a run's options.
+    """A run's options and other facts, as config.json records them.
 
     Args:
-        values: by name, those that were resolved ("auto" and the like) as they came out.
-        policies: whether a run may resume with other values.
-        defaults: values of options that a run from before they existed had.
+        values: values by name; "auto" and other placeholders are resolved.
+        policies: resume policies of the options.
+        defaults: defaults of the options. They stand for options that did not exist when the run started.
     """
 
     values: Mapping[str, Any]
@@ -117,17 +116,17 @@ def run_folder(experiment: ExperimentOptions, dataset: str, task: Task) -> Path:
     """The folder of a run.
 
     Raises:
-        UsageError: --exp is no plain name.
+        UsageError: --exp is not a plain name.
     """
     return experiment_folder(experiment.save_root, dataset, experiment.exp, task.runs)
 
 
 @contextmanager
 def only_run_in(folder: Path, processes: Processes) -> Iterator[None]:
-    """Nobody else trains in `folder` during the block; what a killed process left half-written there is removed.
+    """Lock `folder` during the block, and remove unfinished files of killed processes.
 
     Raises:
-        UsageError: somebody does.
+        UsageError: another process is training in the folder.
     """
     with locked(folder / LOCK, "is training in this folder") if processes.is_main else nullcontext():
         left = remove_leftovers(folder) if processes.is_main else []
@@ -137,11 +136,11 @@ def only_run_in(folder: Path, processes: Processes) -> Iterator[None]:
 
 
 def open_experiment(folder: Path, configuration: Configuration, options: ExperimentOptions) -> bool:
-    """Prepare the folder and write config.json; returns whether an existing run is continued.
+    """Prepare the run folder and write config.json; returns whether training resumes.
 
     Raises:
-        UsageError: the folder holds a run with other options (the message names them), or one of the published code
-            that --resume was not given for.
+        UsageError: the folder holds a run with other options (the message names them), or a content.pth of LFM's published
+            code, and --resume was not given.
     """
     config_path, saved = folder / "config.json", has_state(folder)
     current = as_json(configuration.values)
@@ -154,20 +153,20 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
     config: dict[str, Any] = read_json(config_path) if config_path.exists() else {TAKES_OVER: True}
     begun = (saved and not config.get(TAKES_OVER)) or (folder / "metrics.jsonl").exists()
     if not begun:  # a start that failed before its first step does not count
-        return _begin(config_path, current, saved, options.resume)
+        return _start(config_path, current, saved, options.resume)
     previous = config.get("options", {})
-    policies = RESOLVED | dict(configuration.policies)
+    policies = ENTRY_POLICIES | dict(configuration.policies)
     changed = _changed(previous, current, as_json(configuration.defaults), policies)
-    admitted = ("rounding", "on_request") if options.resume else ("rounding",)
-    refused = {name: pair for name, pair in changed.items() if policies.get(name) not in admitted}
+    allowed = ("rounding", "on_request") if options.resume else ("rounding",)
+    refused = {name: pair for name, pair in changed.items() if policies.get(name) not in allowed}
     if refused:
         flags = {name: name if " " in name else f"--{name}" for name in refused}
         listed = ", ".join(f"{flags[name]} was {old}, now {new}" for name, (old, new) in sorted(refused.items()))
         on_request = all(policies.get(name) == "on_request" for name in refused)
-        way_out = "--resume to go on with the change, " if on_request else ""
+        with_resume = "--resume to resume with this change, " if on_request else ""
         raise UsageError(
-            f"{folder} holds a run with other options: {listed}. Choose {way_out}another --exp, "
-            "or --overwrite to start anew (the old run is moved aside)"
+            f"{folder} holds a run with other options: {listed}. Choose {with_resume}another --exp, "
+            "or --overwrite to start over (the old run is moved aside)"
         )
     if changed:
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
@@ -178,33 +177,33 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
     return True
 
 
-def _begin(config_path: Path, current: Mapping[str, Any], published: bool, resume: bool) -> bool:
-    """A first start; `published`: from a content.pth that is not ours. Returns whether that is continued."""
-    if published and not resume:
+def _start(config_path: Path, current: Mapping[str, Any], takes_over: bool, resume: bool) -> bool:
+    """Start a run, from an existing content.pth of LFM's published code if `takes_over`; returns `takes_over`."""
+    if takes_over and not resume:
         raise UsageError(
-            f"{config_path.parent} holds a content.pth that no run here has written: choose --resume to continue it (files of "
-            "the published code serve), another --exp, or --overwrite to start anew (the old folder is moved aside)"
+            f"{config_path.parent} holds a content.pth that no run of this project wrote: choose --resume to resume from it "
+            "(LFM's files work), another --exp, or --overwrite to start over (the old folder is moved aside)"
         )
-    write_json(config_path, {"options": current, **provenance(), TAKES_OVER: published, LAUNCH: launch_id()})
-    return published
+    write_json(config_path, {"options": current, **provenance(), TAKES_OVER: takes_over, LAUNCH: launch_id()})
+    return takes_over
 
 
 def begun_by_this_launch(folder: Path) -> bool:
-    """Whether the launcher's processes began the run in `folder`, died, and were started again."""
+    """Whether the launcher has restarted the processes that began the run in `folder`."""
     path = folder / "config.json"
     return restarts() > 0 and path.exists() and read_json(path).get(LAUNCH) == launch_id()
 
 
-def will_continue(folder: Path, options: ExperimentOptions) -> bool:
-    """Whether a start goes on from the folder's content.pth, which replaces whatever the weights are before."""
+def will_resume(folder: Path, options: ExperimentOptions) -> bool:
+    """Whether training resumes from a content.pth in `folder`, which replaces all initial weights."""
     return not options.overwrite and has_state(folder)
 
 
 def has_ended(folder: Path, last_step: int) -> bool:
-    """Whether a run without content.pth was trained to its end, as its newest checkpoint says.
+    """Whether a run without content.pth is complete, according to its newest checkpoint.
 
     Raises:
-        UsageError: to an end that is no longer the run's.
+        UsageError: it is complete, but with fewer than `last_step` steps.
     """
     if not any(folder.glob("model_*.safetensors")):
         return False
@@ -212,8 +211,8 @@ def has_ended(folder: Path, last_step: int) -> bool:
     header = read_weights(newest)[1]
     if header.ended and (header.step or 0) < last_step and not header.training.get("max_minutes"):
         raise UsageError(
-            f"{folder} ended at step {header.step} and kept no content.pth to go on from: use --init_from {newest} "
-            "with another --exp, or --overwrite to start anew (the old run is moved aside)"
+            f"{folder} ended at step {header.step} without a content.pth to resume from: use --init_from {newest} "
+            "with another --exp, or --overwrite to start over (the old run is moved aside)"
         )
     return header.ended
 
@@ -224,9 +223,9 @@ def _changed(
     defaults: Mapping[str, Any],
     policies: Mapping[str, OnResume],
 ) -> dict[str, tuple[Any, Any]]:
-    """Old and new values of the options that matter; another batch per process does not if the global one is the same.
+    """Old and new values of the options that differ. Instead of `batch_size`, the global batch size is compared.
 
-    A run from before an option existed had its default. Labels change with the number of images.
+    An option that did not exist when the run started counts as having its default. Labels change with the number of images.
     """
     unknown = (IMAGES, STATE_OF_IMAGES, STATE_OF_LABELS)  # in runs from before they were recorded
     batches = [values.get("batch_size", 0) * values.get("processes", 1) for values in (previous, current)]
@@ -239,4 +238,4 @@ def _changed(
     changed.pop("batch_size", None)
     if IMAGES in changed:
         changed.pop(STATE_OF_LABELS, None)
-    return changed | ({"batch_size times processes": (batches[0], batches[1])} if batches[0] != batches[1] else {})
+    return changed | ({"global batch size": (batches[0], batches[1])} if batches[0] != batches[1] else {})

@@ -1,4 +1,4 @@
-"""The training loop of LFM (Dao et al. 2023, algorithm 1): one read from top to bottom."""
+"""The training loop of LFM (Dao et al. 2023, algorithm 1)."""
 
 import math
 from collections.abc import Iterator
@@ -27,30 +27,31 @@ __all__ = ["train"]
 
 
 def train(run: TrainingRun, resume: bool) -> bool:
-    """Train to the last step, or until interrupted; returns whether the run is complete.
+    """Train to the last step or until interrupted; returns whether the run is complete.
 
     Args:
-        run: network, data, options, and how to validate.
-        resume: continue from the folder's content.pth, where there is one.
+        run: network, data, options and validation.
+        resume: resume from the run folder's content.pth if there is one.
 
     Raises:
-        DivergedError: the numbers have gone wrong for good.
+        DivergedError: --max_bad_steps steps in a row had no finite gradient.
     """
     options, experiment, processes = run.training, run.experiment, run.processes
-    whole_batch = options.batch_size * processes.count
-    per_epoch = steps_per_epoch(len(run.source), whole_batch)
+    global_batch = options.batch_size * processes.count
+    per_epoch = steps_per_epoch(len(run.source), global_batch)
     last_step = options.last_step(per_epoch)
 
-    # Where the run stands.
-    state = _state(run, resume, per_epoch, last_step)
+    # Set up.
+    state = _initial_state(run, resume, per_epoch, last_step)
     if state is None or state.step >= last_step or 0 < options.max_minutes * 60 <= state.seconds:
-        note(
-            "the run has already ended; to train further, add --resume and raise --max_steps, --num_epoch or --max_minutes"
-        )
+        advice = "add --resume and raise --max_steps, --num_epoch or --max_minutes"
+        if state is None:
+            advice = f"start another --exp with --init_from, because there is no {CONTENT}"
+        note(f"the run has already ended; to train further, {advice}")
         return True
     if processes.is_main:
         fact("disk", check_space(run.folder, predict_use(state, experiment, per_epoch, last_step)))
-        fact("length", f"{last_step:,} steps of {whole_batch} images, {last_step / per_epoch:.3g} epochs")
+        fact("length", f"{last_step:,} steps of {global_batch} images, {last_step / per_epoch:.3g} epochs")
     parallel = state.network if run.is_sharded else replicate(state.network, processes)
     network = run.machine.compiled(parallel, always_alike=processes.count == options.grad_accumulation == 1)
     log = MetricsLog(run.folder, state.step) if processes.is_main else None
@@ -58,7 +59,7 @@ def train(run: TrainingRun, resume: bool) -> bool:
     checkpointer = Checkpointer(run, state, log, clock, per_epoch)
     nan_guard = NanGuard(run, state, log, last_step)
 
-    # The steps.
+    # Train.
     ended = False
     bar = progress_bar(total=last_step, initial=state.step, desc="training", unit="step")
     with bar, StopSignals(once=processes.count == 1) as stop:
@@ -71,7 +72,7 @@ def train(run: TrainingRun, resume: bool) -> bool:
             requests = checkpointer.poll(stop)
             ended = state.step == last_step or requests.out_of_time
             if state.step % experiment.log_every == 0:
-                values = clock.lap(whole_batch, processes) | {"lr": rate, "epoch": state.step / per_epoch}
+                values = clock.lap(global_batch, processes) | {"lr": rate, "epoch": state.step / per_epoch}
                 shown = f"{values.get('loss', math.nan):.4f}"
                 bar.set_postfix(loss=shown, img_s=f"{values['images_per_s']:.0f}", refresh=False)
                 if log:
@@ -85,30 +86,30 @@ def train(run: TrainingRun, resume: bool) -> bool:
             if ended or requests.stop:
                 break
 
-    # The end.
+    # Finish.
     if log:
         log.close()
     if ended and state.step < last_step:
-        note(f"--max_minutes ended the run at step {state.step} of {last_step}; such a run is not reproducible")
+        note(f"--max_minutes ended the run at step {state.step} of {last_step}, so it is not reproducible")
     return ended or state.step >= last_step
 
 
-def _state(run: TrainingRun, resume: bool, per_epoch: int, last_step: int) -> TrainingState | None:
-    """The state at the start: new, or continued from content.pth; None where the run has ended and kept no content.
+def _initial_state(run: TrainingRun, resume: bool, per_epoch: int, last_step: int) -> TrainingState | None:
+    """Create a new state, or restore it from content.pth; None if the run is complete but has no content.pth.
 
     Raises:
-        UsageError: it ended before `last_step`, and cannot be continued.
+        UsageError: the run ended before `last_step` and cannot resume.
     """
-    options, goes_on = run.training, resume and has_state(run.folder)
-    if resume and not goes_on:
+    options, restore = run.training, resume and has_state(run.folder)
+    if resume and not restore:
         if has_ended(run.folder, last_step):
             return None
-        note(f"{run.folder} has no {CONTENT} to resume from; the run starts at its first step")
+        note(f"{run.folder} has no {CONTENT} to resume from, so training starts at the first step")
     decay = options.ema_decay if options.use_ema else 0.0
-    place = partial(shard, device=run.machine.device, processes=run.processes) if run.is_sharded else None
+    move = partial(shard, device=run.machine.device, processes=run.processes) if run.is_sharded else None
     matrices = NETWORKS[run.header.model_type].hidden_matrices
-    state = TrainingState(run.network, run.machine, decay, options, place, matrices)
-    if goes_on:
+    state = TrainingState(run.network, run.machine, decay, options, move, matrices)
+    if restore:
         source = resume_run(state, run.folder / CONTENT, per_epoch, run.header, run.processes)
         fact("start", f"resuming at step {state.step} of {last_step} from {source}")
     return state

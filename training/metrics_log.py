@@ -1,4 +1,4 @@
-"""The record of a run: metrics.jsonl and TensorBoard events, cut back to the step that a resumed run starts from; its clock."""
+"""Metrics of a run, written to metrics.jsonl and TensorBoard, and the run's clock."""
 
 import json
 import time
@@ -15,18 +15,23 @@ __all__ = ["Clock", "MetricsLog"]
 
 
 class MetricsLog:
-    """Appends one JSON object a line; entries beyond `step` (of an interrupted continuation) are dropped at the start."""
+    """Appends metrics to metrics.jsonl, one JSON object per line, and to TensorBoard.
+
+    Args:
+        folder: the run folder.
+        step: the step at which training starts or resumes. Later entries, written before an interruption, are removed.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _step_of(line, step)]
+            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _is_up_to(step, line)]
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
-        """Record `values` of one kind ("train", "validation", "skipped", "spike") at a step."""
+        """Record `values` at a step. Their kind is "train", "validation", "skipped" or "spike"."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
         for name, value in values.items():
@@ -34,18 +39,18 @@ class MetricsLog:
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def past(self, kind: str, name: str) -> list[float]:
-        """The values of one name in all entries of a kind so far."""
+        """All recorded values of this kind and name."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         entries = [json.loads(line) for line in lines]
         return [entry[name] for entry in entries if entry["kind"] == kind and name in entry]
 
     def close(self) -> None:
-        """Flush the events."""
+        """Flush and close the TensorBoard file."""
         self._events.close()
 
 
 class Clock:
-    """Seconds and throughput of a run, across its resumptions."""
+    """Elapsed time and throughput of a run, including the time before it resumed."""
 
     def __init__(self, state: TrainingState) -> None:
         self._state = state
@@ -58,18 +63,18 @@ class Clock:
         return self._offset + time.monotonic() - self._started
 
     def since_saving(self) -> float:
-        """Seconds since the start, or the last call of `saved`."""
+        """Seconds since the last call of `saved`, or since the start."""
         return time.monotonic() - self._saved
 
     def saved(self) -> None:
-        """The whole state has just been saved."""
+        """Record that the training state has just been saved."""
         self._saved = time.monotonic()
 
     def lap(self, images_per_step: int, processes: Processes) -> dict[str, float]:
-        """Means over steps and processes since the last call, read from the device; the sums begin anew.
+        """Read means over the steps since the last call from the device, average them over processes, and reset the sums.
 
-        After a resumption the sums hold steps of before it as well, but the throughput is that of the steps taken since.
-        Skipped steps have no part in loss and norm; both are missing where there were no others.
+        After a resume, the means include steps from before it, but the throughput counts only later steps. Loss and gradient
+        norm exclude skipped steps; both are missing if all steps were skipped.
         """
         loss, norm, skipped, steps = processes.mean(self._state.sums.clone()).tolist()
         self._state.sums.zero_()
@@ -82,8 +87,8 @@ class Clock:
         return means | {"skipped": skipped} | speed
 
 
-def _step_of(line: str, limit: int) -> bool:
+def _is_up_to(step: int, line: str) -> bool:
     try:
-        return json.loads(line)["step"] <= limit
+        return json.loads(line)["step"] <= step
     except (ValueError, KeyError, TypeError):
-        return False  # torn by a crash
+        return False  # a crash left the line incomplete

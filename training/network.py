@@ -1,4 +1,4 @@
-"""The network of a run: its architecture from options, latents and data, and its initial weights."""
+"""The architecture and the initial weights of a run's network."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,7 +21,7 @@ from runtime.messages import fact, warn
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
 
-__all__ = ["check_classes", "choose_architecture", "label_all_alike", "load_what_fits", "new_network"]
+__all__ = ["check_classes", "check_labels", "choose_architecture", "load_fitting_weights", "new_network"]
 
 LISTED_NAMES = 10
 
@@ -34,18 +34,18 @@ def choose_architecture(
     autoencoder: Autoencoder,
     dense: DenseInput | None,
 ) -> Architecture:
-    """The architecture for an autoencoder's latents.
+    """Choose the architecture for an autoencoder's latents.
 
     Args:
         model_type: key of NETWORKS.
-        options: the family's, whose channels are replaced by the latents' and the dense condition's.
-        given: the options that the user gave, by name.
+        options: the family's options. Their channels are set according to the latents and the dense condition.
+        given: values of the options that the user gave, by name.
         image_size: side of the images in pixels.
-        autoencoder: says the latents' channels and factor.
-        dense: what the network sees next to x_t.
+        autoencoder: determines the latents' channels and size.
+        dense: the dense condition in the network's input, if any.
 
     Raises:
-        UsageError: an image size that the factor does not divide, or given options that contradict the autoencoder.
+        UsageError: the autoencoder's factor does not divide the image size, or given options contradict the autoencoder.
     """
     size, remainder = divmod(image_size, autoencoder.factor)
     if remainder or not size:
@@ -57,20 +57,20 @@ def choose_architecture(
     channels: dict[str, Any] = {"num_in_channels": latents + extra, "num_out_channels": latents}
     for name, expected in channels.items():
         if name in given and given[name] != expected:
-            condition = f" and the condition next to them {extra}" if extra else ""
+            condition = f", and the condition adds {extra} to the network's input" if extra else ""
             raise UsageError(
                 f"--{name} {given[name]} contradicts the autoencoder, whose latents have {latents} channels{condition}: "
-                f"{expected}, or leave the flag out"
+                f"use {expected}, or leave the flag out"
             )
     _check_class_flag(options, given)
     return Architecture(model_type, size, replace(options, **channels), dense)
 
 
-def label_all_alike(options: FamilyOptions, splits: tuple[ImageDataset, ...]) -> None:
-    """Give all images of an unconditional network one class.
+def check_labels(options: FamilyOptions, splits: tuple[ImageDataset, ...]) -> None:
+    """Set all labels to 0 for an unconditional network; otherwise check that the network has enough classes.
 
     Raises:
-        UsageError: a conditional network has fewer classes than the images.
+        UsageError: the images have labels beyond the network's classes.
     """
     for split in splits:
         if options.classes == 1:
@@ -89,7 +89,7 @@ def check_classes(options: FamilyOptions, dataset: ImageDataset, *, new: bool) -
 
     Args:
         options: the network's.
-        dataset: the training images, after `label_all_alike`.
+        dataset: the training images, after `check_labels`.
         new: whether the weights are new. Otherwise, they may know classes that these images lack.
 
     Raises:
@@ -129,37 +129,40 @@ def check_classes(options: FamilyOptions, dataset: ImageDataset, *, new: bool) -
 
 
 def new_network(architecture: Architecture, seed: int, start_from: Path | None) -> nn.Module:
-    """The network with its initial weights, or with the weights of the checkpoint `start_from` that fit."""
+    """Build the network with random initial weights, or with the weights of the checkpoint `start_from` that fit."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "weights"))
         network = build_network(*architecture)
     if start_from:
         weights = read_sampled(start_from) if is_torch_file(start_from) else read_weights(start_from)[0]
-        load_what_fits(network, weights)
+        load_fitting_weights(network, weights)
     return network
 
 
-def load_what_fits(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    """Load the weights whose name and shape fit, and list the rest.
+def load_fitting_weights(network: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Load the weights whose name and shape match, and print the names of the rest.
 
     Raises:
-        UsageError: not one weight fits.
+        UsageError: no weight matches.
     """
     own = network.state_dict()
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     if not fitting:
-        raise UsageError("--init_from: not one weight of that checkpoint has the name and shape of this network's")
+        raise UsageError(
+            "--init_from: no weight of this checkpoint matches the network in name and shape; choose a checkpoint of the "
+            "same --model_type"
+        )
     network.load_state_dict(fitting, strict=False)
     left_out = sorted({*own, *weights} - {*fitting})
     more = f" and {len(left_out) - LISTED_NAMES} more" if len(left_out) > LISTED_NAMES else ""
-    listed = f"; left as initialised or unused: {', '.join(left_out[:LISTED_NAMES])}{more}" if left_out else ""
+    listed = f"; no match in name and shape: {', '.join(left_out[:LISTED_NAMES])}{more}" if left_out else ""
     fact("init", f"loaded {len(fitting)} of {len(own)} weights{listed}")
 
 
 def _check_class_flag(options: FamilyOptions, given: Mapping[str, Any]) -> None:
-    """Refuse a number of classes that was given by another family's flag."""
+    """Check that the number of classes was not given by another family's flag."""
     for other in {group.class_flag for group in network_groups()} - {options.class_flag}:
         if (given.get(other) or 0) > 1 and options.classes == 1:
             raise UsageError(
-                f"--{other} {given[other]} is not for this network: its classes are given by --{options.class_flag}"
+                f"--{other} {given[other]} has no effect on this network: give its classes with --{options.class_flag}"
             )

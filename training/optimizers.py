@@ -1,8 +1,8 @@
-"""Optimizers by name, which skip a step by themselves: where `found_inf` is 1, weights and moments stay as they are.
+"""Optimizers by name. Where their `found_inf` is 1, they skip the step: weights and optimizer state do not change.
 
-AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) is torch's fused one, which has that switch. Muon (Jordan et al. 2024,
-https://kellerjordan.github.io/posts/muon) moves a hidden matrix along the orthogonal matrix nearest to its momentum, which
-learns more from each image; embeddings, biases, first and last layer are left to AdamW.
+AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) is torch's fused implementation, which supports `found_inf`. Muon (Jordan
+et al. 2024, https://kellerjordan.github.io/posts/muon) updates a hidden matrix by the orthogonal matrix nearest to its
+momentum, which learns more from each image. AdamW trains all other parameters: embeddings, biases, first and last layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +17,9 @@ from torch.optim.optimizer import ParamsT
 from options import UsageError, option
 from runtime.parallel import arranged_like
 
-__all__ = ["Muon", "OptimizerOptions", "load_optimizer_state", "make_optimizers", "orthogonalise"]
+__all__ = ["Muon", "OptimizerOptions", "load_optimizer_state", "make_optimizers", "orthogonalize"]
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # quintic whose iteration drives singular values to about 1
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of a quintic that drives singular values toward 1
 NEWTON_SCHULZ_STEPS = 5
 
 
@@ -29,16 +29,16 @@ class OptimizerOptions:
 
     optimizer: str = option(
         "adamw",
-        "adamw, or muon, which leaves the matrices of DiT's blocks to Muon",
+        "adamw, or muon: Muon for the matrices in DiT blocks, AdamW for the rest",
         choices=("adamw", "muon"),
         common=True,
     )
     lr: float = option(5e-4, "learning rate", minimum=0, on_resume="on_request", common=True)
     muon_lr: float = option(
-        0.02, "learning rate of Muon's matrices, on the same course as lr", minimum=0, on_resume="on_request"
+        0.02, "learning rate of Muon's matrices; follows the schedule of lr", minimum=0, on_resume="on_request"
     )
-    adam_betas: tuple[float, ...] = option((0.9, 0.999), "AdamW's two decay rates", minimum=0)
-    weight_decay: float = option(0.0, "decay of the weights, relative to the learning rate", minimum=0)
+    adam_betas: tuple[float, ...] = option((0.9, 0.999), "beta1 and beta2 of AdamW", minimum=0)
+    weight_decay: float = option(0.0, "decoupled weight decay, multiplied by the learning rate", minimum=0)
 
 
 def make_optimizers(
@@ -47,22 +47,29 @@ def make_optimizers(
     precision: str = "fp32",
     hidden_matrices: Sequence[nn.Parameter] = (),
 ) -> list[torch.optim.Optimizer]:
-    """The optimizers of the network's trained parameters.
+    """Create the optimizers of the network's trainable parameters.
 
-    A group's learning rate is `lr` times its entry "relative_lr". `precision` is the run's; `hidden_matrices` are the
-    parameters that its family leaves to Muon.
+    The learning rate of a parameter group is `lr` times its entry "relative_lr".
+
+    Args:
+        network: the velocity network.
+        options: the optimizer and its settings.
+        precision: the run's precision.
+        hidden_matrices: the parameters that Muon may train.
 
     Raises:
-        UsageError: Muon for a family without hidden matrices.
+        UsageError: Muon is chosen, but the network has no hidden matrices.
     """
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     matrices: list[nn.Parameter] = []
     if options.optimizer == "muon":
         matrices = [parameter for parameter in hidden_matrices if parameter.requires_grad]
         if not matrices:
-            raise UsageError("--optimizer muon is for DiT, whose blocks are made of matrices: choose --optimizer adamw")
-    of_muon = {id(matrix) for matrix in matrices}
-    others: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in of_muon], "relative_lr": 1.0}]
+            raise UsageError(
+                "--optimizer muon needs a network with hidden matrices, such as DiT: choose --optimizer adamw"
+            )
+    muon_ids = {id(matrix) for matrix in matrices}
+    others: list[dict[str, Any]] = [{"params": [p for p in trained if id(p) not in muon_ids], "relative_lr": 1.0}]
     beta1, beta2 = options.adam_betas
     optimizers: list[torch.optim.Optimizer] = [
         torch.optim.AdamW(others, betas=(beta1, beta2), weight_decay=options.weight_decay, fused=True)
@@ -80,29 +87,29 @@ def make_optimizers(
     return optimizers
 
 
-def load_optimizer_state(optimizer: torch.optim.Optimizer, moments: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-    """Give an optimizer the state of its parameters, by their number; its rates stay as they are.
+def load_optimizer_state(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+    """Load the state of an optimizer's parameters, by parameter number. Learning rates do not change.
 
-    Moments are brought into the order in memory that their parameter has: torch's fused AdamW takes it for granted, and would
-    move each weight by the moments of another.
+    Each state gets the memory format of its parameter. torch's fused AdamW assumes that they match, and would otherwise
+    update weights with the state of other weights.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state = {
         number: {name: arranged_like(value, parameters[number]) for name, value in values.items()}
-        for number, values in moments.items()
+        for number, values in states.items()
     }
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised, for matrices.
+    """Nesterov momentum with orthogonalized updates, for matrices.
 
     Args:
         params: parameters [rows, columns], or groups of them.
-        lr: learning rate; an update has a spectral norm of about lr max(1, rows / columns)^(1/2).
-        momentum: decay of the momentum, which is Nesterov's.
-        weight_decay: decoupled, relative to the learning rate.
-        dtype: of the iteration that orthogonalises; it needs no more than bfloat16.
+        lr: learning rate. The spectral norm of an update is about lr max(1, rows / columns)^(1/2).
+        momentum: decay of the momentum.
+        weight_decay: decoupled weight decay, multiplied by the learning rate.
+        dtype: dtype of the orthogonalization; bfloat16 suffices.
     """
 
     found_inf: torch.Tensor | None = None
@@ -120,13 +127,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step; matrices of one shape go through the iteration together."""
+        """Take one step. Matrices of equal shape are orthogonalized as one batch."""
         for group in self.param_groups:
             given = [matrix for matrix in group["params"] if matrix.grad is not None]
             for shape, alike in groupby(sorted(given, key=lambda p: p.shape), key=lambda p: p.shape):
-                self._advance([*alike], shape, group)
+                self._update([*alike], shape, group)
 
-    def _advance(self, matrices: list[torch.Tensor], shape: torch.Size, group: dict[str, Any]) -> None:
+    def _update(self, matrices: list[torch.Tensor], shape: torch.Size, group: dict[str, Any]) -> None:
         gradient = torch.stack([matrix.grad for matrix in matrices])  # type: ignore[misc]
         good = gradient.new_ones(()) if self.found_inf is None else 1 - self.found_inf
         gradient = torch.where(good > 0, gradient, 0)
@@ -139,14 +146,15 @@ class Muon(torch.optim.Optimizer):
         rate = group["lr"] * good
         if group["weight_decay"]:
             torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
-        update = orthogonalise(step.to(self.dtype)).to(step.dtype) * (rate * max(1, shape[0] / shape[1]) ** 0.5)
+        update = orthogonalize(step.to(self.dtype)).to(step.dtype) * (rate * max(1, shape[0] / shape[1]) ** 0.5)
         torch._foreach_sub_(matrices, update.unbind())
 
 
-def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """U V^T of each matrix [N, rows, columns] with singular value decomposition U S V^T, nearly: S becomes 0.7 to 1.2.
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Replace the singular values of matrices [N, rows, columns] by values between about 0.7 and 1.2.
 
-    A Newton-Schulz iteration, in the matrices' precision.
+    The result approximates U V^T for the singular value decomposition U S V^T. A Newton-Schulz iteration computes it in the
+    matrices' dtype.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]

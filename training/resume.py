@@ -1,4 +1,4 @@
-"""A run goes on where content.pth says: exactly, if it is ours, or with all that one of the published code holds."""
+"""Resume a run from content.pth: exactly from this project's file, or as far as possible from LFM's."""
 
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from training.state_file import read_newest
 
 __all__ = ["resume_run"]
 
-PARTS = frozenset(("step", "seconds", "best", "best_of", "sums", "network", "ema", "optimizers"))  # of ours
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of Adam
+ENTRIES = frozenset(("step", "seconds", "best", "best_of", "sums", "network", "ema", "optimizers"))
+ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
 
 
 def resume_run(
@@ -36,64 +36,70 @@ def resume_run(
     header: Header,
     processes: Processes = Processes(),  # noqa: B008
 ) -> str:
-    """Bring `state` to where a content.pth stands; returns a line that says what was taken over.
+    """Restore a new `state` from content.pth; returns a description of the restored file.
 
     Args:
-        state: a fresh one.
-        path: the file; where it is damaged, the run goes on from the one before it.
-        per_epoch: steps in an epoch, since the published code counts in epochs.
-        header: of the run's checkpoints, whose architecture explains a mismatch.
-        processes: those of the run.
+        state: a new training state.
+        path: path of content.pth. If it is damaged, content.previous.pth is used.
+        per_epoch: steps per epoch, because LFM's published code counts epochs.
+        header: header of the run's checkpoints, which helps to explain a mismatch of weights.
+        processes: the run's processes.
 
     Raises:
-        UsageError: an unreadable file, one of another network, or a published one for weights that are shared out.
+        UsageError: the file is unreadable or belongs to another network, or it is LFM's and the network is sharded.
     """
-    shared_out = is_sharded(state.network)
-    device = "cpu" if shared_out else state.machine.device
+    sharded = is_sharded(state.network)
+    device = "cpu" if sharded else state.machine.device
 
     def read(file: Path) -> dict[str, Any]:
-        content = read_torch_file(file, device, ALLOWED_CLASSES, mmap=shared_out)
-        if not is_published_content(content) and not (isinstance(content, dict) and content.keys() >= PARTS):
-            raise UsageError(f"{file} is no content.pth: expected {', '.join(sorted(PARTS))} in it")
+        content = read_torch_file(file, device, ALLOWED_CLASSES, mmap=sharded)
+        if not is_published_content(content) and not (isinstance(content, dict) and content.keys() >= ENTRIES):
+            raise UsageError(f"{file} is not a training state: expected the entries {', '.join(sorted(ENTRIES))}")
         return content
 
     path, content = read_newest(path, read, processes)
     if is_published_content(content):
-        if shared_out:
+        if sharded:
             raise UsageError(
-                f"{path} is of the published code, and continues without --fsdp only; --init_from takes its weights"
+                f"{path} was saved by LFM's published code and cannot be resumed with --fsdp: leave out --fsdp, or start "
+                "from the file's weights with --init_from"
             )
-        return _take_over(state, parse_published(content, path), path, per_epoch, header)
+        return _restore_published(state, parse_published(content, path), path, per_epoch, header)
     state.restore(content, processes)
     return path.name
 
 
-def _take_over(state: TrainingState, published: PublishedFile, path: Path, per_epoch: int, header: Header) -> str:
+def _restore_published(
+    state: TrainingState, published: PublishedFile, path: Path, per_epoch: int, header: Header
+) -> str:
+    """Restore weights, EMA, AdamW's state and the epoch; returns a description."""
     if len(state.optimizers) > 1:
-        raise UsageError(f"{path} has the moments of AdamW alone: continue it with --optimizer adamw")
+        raise UsageError(f"{path} has optimizer state only for AdamW: resume with --optimizer adamw")
     if published.epoch is None:
         raise UsageError(
-            f"{path} does not say its epoch, so the run cannot go on; start from its weights with --init_from"
+            f"{path} does not record its epoch, so the run cannot resume: start from its weights with --init_from"
         )
     architecture = header.architecture
-    stage = newest_condition_stage(path.parent)  # content.pth is without it
+    stage = newest_condition_stage(path.parent)  # LFM stores these weights in a separate file
     load_weights(state.network, published.weights | stage, str(path), architecture)
     load_weights(state.ema.network, published.sampled | stage, str(path), architecture)
     entries = state.network.state_dict(keep_vars=True)
     names = [name for name, entry in entries.items() if isinstance(entry, nn.Parameter) and entry.requires_grad]
-    moments = {
-        index: {key: torch.as_tensor(published.states[name][key]) for key in MOMENTS}
+    adam_states = {
+        index: {key: torch.as_tensor(published.states[name][key]) for key in ADAM_STATE}
         for index, name in enumerate(names)
-        if published.states.get(name, {}).keys() >= set(MOMENTS)
+        if published.states.get(name, {}).keys() >= set(ADAM_STATE)
     }
-    load_optimizer_state(state.optimizers[0], moments)
+    load_optimizer_state(state.optimizers[0], adam_states)
     state.step = published.epoch * per_epoch
-    state.ema.updates.fill_(state.step)  # its warm-up is over
-    averages = (
-        f"{len(published.averages)} moving averages" if published.averages else "no moving average (it begins anew)"
+    state.ema.updates.fill_(state.step)  # so that the EMA's warmup does not repeat
+    ema = (
+        f"{len(published.averages)} EMA weights"
+        if published.averages
+        else "no EMA weights (so the EMA starts from the weights)"
     )
     return (
-        f"{path.name} of LFM's published code: {len(published.weights)} weights, {averages}, the optimizer state of "
-        f"{len(moments)} of {len(names)} trained parameters, and epoch {published.epoch}. The learning rate follows from "
-        "the step"
+        f"{path.name} of LFM's published code: {len(published.weights)} weights, {ema}, optimizer state of "
+        f"{len(adam_states)} of {len(names)} trained parameters, and epoch {published.epoch}. The learning rate follows "
+        "from the step"
     )

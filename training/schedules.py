@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the factor on the base rate as a function of progress in [0, 1]."""
+"""Learning-rate schedules: the factor of the base learning rate as a function of progress in [0, 1]."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ def _linear(progress: float) -> float:
 
 
 def _trapezoid(progress: float) -> float:
-    """Constant for the first 60 %, then linear to zero."""
+    """Constant for the first 60 %, then linear decay to zero."""
     return min(1.0, (1 - progress) / 0.4)
 
 
@@ -32,7 +32,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 def learning_rate(schedule: str, base: float, step: int, steps: int, warmup: int = 0, final: float = 0.0) -> float:
-    """The rate of step number `step` (from 0) of `steps`: linear warm-up, then the schedule from `base` to `final`."""
+    """The learning rate of step `step` (from 0) of `steps`: linear warmup, then the schedule from `base` to `final`."""
     ramp = min(1.0, (step + 1) / warmup) if warmup else 1.0
     floor = min(final, base)
     return ramp * (floor + (base - floor) * SCHEDULES[schedule](min(1.0, step / max(1, steps))))

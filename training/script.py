@@ -1,5 +1,6 @@
-"""What the training scripts have in common: they differ in the task."""
+"""The common part of the training scripts, which differ only in their task."""
 
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,18 +20,18 @@ from training.setup import prepare, training_groups
 
 __all__ = ["IGNORED_FLAGS", "run_training", "run_training_script"]
 
-LOCATION = ("dataset", "exp", "save_root", "datadir")  # options that say where a run and its data are
+LOCATION = ("dataset", "exp", "save_root", "datadir")  # options that locate a run and its data
 
-# Published flags without an effect, here or there.
+# Training flags of LFM's published code that have no effect, and the reason.
 IGNORED_FLAGS = {
     **IGNORED_NETWORK_FLAGS,
-    "beta1": "the published trainer never used it (AdamW's betas were 0.9 and 0.999); see --adam_betas",
-    "beta2": "the published trainer never used it (AdamW's betas were 0.9 and 0.999); see --adam_betas",
+    "beta1": "LFM's published code never used it (its AdamW had betas 0.9 and 0.999); see --adam_betas",
+    "beta2": "LFM's published code never used it (its AdamW had betas 0.9 and 0.999); see --adam_betas",
 }
 
 
 def run_training_script(task: TrainingTask, description: str) -> None:
-    """The whole of a training script: parse the command line, start the processes, train, exit."""
+    """Run a training script: parse the command line, start the processes, train and exit."""
     groups = (*training_groups(), *task.options)
     run_script(
         partial(run_training, task),
@@ -47,7 +48,7 @@ def run_training(task: TrainingTask, options: Options, processes: Processes) -> 
     folder = run_folder(options[ExperimentOptions], options[DatasetOptions].dataset, task.task)
     if options[ExperimentOptions].overwrite:
         options = _overwrite_once(options, folder)
-    show(options.describe("config.json has all"))
+    show(options.describe("config.json lists all"))
     with orderly_exit(), only_run_in(folder, processes):
         run, resume = prepare(options, processes, task)
         parameters = sum(p.numel() for p in run.network.parameters())
@@ -55,29 +56,41 @@ def run_training(task: TrainingTask, options: Options, processes: Processes) -> 
         fact("run folder", str(run.folder))
         complete = train(run, resume)
     if not complete:
-        show("interrupted; run the same command again, without --overwrite, to resume")
+        show("interrupted; to resume, run the same command again, without --overwrite")
         return INTERRUPTED
     show(f"complete; sample with:\n  {_sampling_command(options, task.task)}")
     return 0
 
 
 def _sampling_command(options: Options, task: Task) -> str:
-    """The command that samples the run, with the arguments file of the same name if there is one."""
+    """The command that samples from the run; it uses the sampling arguments file of the same name if there is one."""
     arguments = Path("test_args", Path(options.args_file).name)
     known = arguments.is_file() and Path(options.args_file).parent.name == "train_args"
-    command = f"bash run_test.sh {arguments}" if known else f"python test_flow_latent{task.script}.py"
+    command = f"bash run_test.sh {arguments}" if known else f"{_python()} test_flow_latent{task.script}.py"
     defaults = options.defaults()
-    flags = [f"--{name} {options.written(name)}" for name in LOCATION if options.values[name] != defaults[name]]
-    return " ".join([command, *flags])
+    named = [name for name in LOCATION if options.values[name] != defaults[name] or name == "exp"]
+    flags = [f"--{name} {options.written(name)}" for name in named]
+    return " ".join([command, *flags, *([] if known else ["--n_sample 16"])])
+
+
+def _python() -> str:
+    """The interpreter as a user types it: the path of .venv's, which need not be active, or `python`."""
+    own = Path(sys.executable)
+    return str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else "python"
 
 
 def _overwrite_once(options: Options, folder: Path) -> Options:
-    """The options without --overwrite where the launcher has started the processes of this very run again."""
+    """Remove --overwrite from the options if the launcher has restarted this run's processes.
+
+    Raises:
+        UsageError: the launcher may restart processes on several machines, where this cannot be decided.
+    """
     if may_restart_several_machines():
         raise UsageError(
-            "--overwrite with --max-restarts on several machines: move the old run aside, and leave the flag out"
+            "--overwrite does not work with --max-restarts on several machines: rename the old run's folder, and leave out "
+            "--overwrite"
         )
     if not begun_by_this_launch(folder):
         return options
-    note("the launcher restarted the processes; the run resumes, without --overwrite")
+    note("the launcher restarted the processes, so the run resumes and --overwrite has no effect")
     return replace(options, values={**options.values, "overwrite": False})

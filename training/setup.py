@@ -1,4 +1,4 @@
-"""From the parsed options to a `TrainingRun`: data, autoencoder, network, objective, and how the run is validated."""
+"""Construction of a `TrainingRun` from the options: data, autoencoder, network, objective and validation."""
 
 import hashlib
 from dataclasses import replace
@@ -45,9 +45,9 @@ from training.experiment import (
     ExperimentOptions,
     open_experiment,
     run_folder,
-    will_continue,
+    will_resume,
 )
-from training.network import check_classes, choose_architecture, label_all_alike, new_network
+from training.network import check_classes, check_labels, choose_architecture, new_network
 from training.run import TrainingOptions, TrainingRun
 from training.validation import Validation
 
@@ -76,7 +76,7 @@ def training_groups() -> tuple[type, ...]:
 
 
 class _Inputs(NamedTuple):
-    """The data of a run: the splits, the autoencoder, dense conditions of both splits, and the scoring network if any."""
+    """The data of a run: both splits and their dense conditions, the autoencoder, and the feature network for scores."""
 
     dataset: ImageDataset
     held_out: ImageDataset
@@ -86,22 +86,22 @@ class _Inputs(NamedTuple):
     features: FeatureNetwork | None
 
     def dense(self, dropout: float) -> DenseInput | None:
-        """What the network sees next to x_t."""
+        """The dense condition in the network's input, if any."""
         return None if self.condition is None else replace(self.condition.dense, dropout=dropout)
 
 
 def prepare(options: Options, processes: Processes, task: TrainingTask = GENERATION) -> tuple[TrainingRun, bool]:
-    """The run of a task that the options describe, and whether it continues an existing one.
+    """Prepare a run of a task; returns it, and whether it resumes an existing run.
 
     Raises:
-        UsageError: options that contradict each other, the data, or the existing run.
+        UsageError: the options contradict each other, the data or the existing run.
     """
     data, experiment, training = options[DatasetOptions], options[ExperimentOptions], options[TrainingOptions]
     _check(training, options[SolverOptions], options[MachineOptions])
     machine = choose_machine(options[MachineOptions], processes)
     scoring = options[FeatureOptions] if experiment.eval_samples else None
     own_options = options[task.condition_options] if task.condition_options else None
-    with processes.main_first():  # the others find what the main process has downloaded
+    with processes.main_first():  # only the main process downloads
         inputs = _open_inputs(
             task,
             data,
@@ -117,25 +117,23 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     machine = machine.settled(calls, processes, whole=not training.fsdp)
     fact("machine", machine.describe())
 
-    # The network and its objective.
     model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
     dense = inputs.dense(options[ConditionOptions].condition_dropout if task.condition else 0.0)
     given = options.given
     chosen = options[NETWORKS[model_type].options]
     architecture = choose_architecture(model_type, chosen, given, data.image_size, inputs.autoencoder, dense)
-    label_all_alike(architecture.options, (inputs.dataset, inputs.held_out))
+    check_labels(architecture.options, (inputs.dataset, inputs.held_out))
     folder = run_folder(experiment, data.dataset, task.task)
-    continues = will_continue(folder, experiment)
-    check_classes(architecture.options, inputs.dataset, new=not continues and not experiment.init_from)
+    resumes = will_resume(folder, experiment)
+    check_classes(architecture.options, inputs.dataset, new=not resumes and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
     path = options[OBJECTIVES[objective_name].options]
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
     objective = OBJECTIVES[objective_name].build(path)
-    weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not continues else None
+    weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
     network = new_network(architecture, training.seed, weights)
 
-    # The folder, once all processes have read what --overwrite may move aside.
-    processes.barrier()
+    processes.barrier()  # --overwrite may move files aside that other processes still read
     configuration = _configuration(options, machine, processes, inputs.dataset)
     resume = processes.from_main(open_experiment(folder, configuration, experiment) if processes.is_main else False)
     if processes.is_main and not resume:
@@ -168,7 +166,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         samples=experiment.eval_samples,
         features=inputs.features,
         grid=options[GridOptions],
-        # A sharded network takes part as a whole: all processes draw every sample with it.
+        # A sharded network needs all processes for every evaluation, so each process draws all samples.
         processes=Processes() if training.fsdp else processes,
         conditioned=ConditionedImages(inputs.held_out, condition) if condition else None,
     )
@@ -198,7 +196,7 @@ def _header(
     training: TrainingOptions,
     machine: Machine,
 ) -> Header:
-    """What every checkpoint of the run records."""
+    """The header of the run's checkpoints."""
     return Header(
         model_type=architecture.model_type,
         network=architecture.options,
@@ -218,18 +216,26 @@ def _header(
 
 
 def _check(training: TrainingOptions, solver: SolverOptions, machine: MachineOptions) -> None:
-    """Refuse options of training that contradict each other."""
+    """Check that the training options do not contradict each other.
+
+    Raises:
+        UsageError: they do.
+    """
     check_method(solver)
     if len(training.adam_betas) != 2 or max(training.adam_betas) >= 1:
         raise UsageError(f"--adam_betas: expected two numbers below 1, but {training.adam_betas} was given")
     if training.fsdp and training.optimizer != "adamw":
-        raise UsageError(f"--fsdp shards every matrix, and --optimizer {training.optimizer} needs it whole: use adamw")
+        raise UsageError(
+            f"--optimizer {training.optimizer} needs whole matrices, which --fsdp shards: use --optimizer adamw"
+        )
     if training.fsdp and machine.precision == "fp16":
-        raise UsageError("--fsdp: fp16's loss scale is not shared among processes: use --precision bf16")
+        raise UsageError(
+            "--fsdp does not support --precision fp16, because processes do not share its loss scale: use --precision bf16"
+        )
     if training.batch_size % training.grad_accumulation:
         raise UsageError(
-            f"--grad_accumulation {training.grad_accumulation} cuts the batch of a process into equal parts, so it must "
-            f"divide --batch_size {training.batch_size}"
+            f"--grad_accumulation {training.grad_accumulation} must divide --batch_size {training.batch_size}, because it "
+            "splits the batch into equal parts"
         )
 
 
@@ -259,7 +265,7 @@ def _open_inputs(
 
 
 def _configuration(options: Options, machine: Machine, processes: Processes, dataset: ImageDataset) -> Configuration:
-    """What config.json records: all options, resolved, and what else decides on the run's numbers."""
+    """The contents of config.json: all options, resolved, and other facts that the results depend on."""
     resolved: dict[str, Any] = {"precision": machine.precision, "compile": machine.compile}
     resolved |= {"processes": processes.count, "threads": torch.get_num_threads()}
     state = dataset.fingerprint + getattr(dataset, "maps_fingerprint", "")
@@ -272,7 +278,7 @@ def _configuration(options: Options, machine: Machine, processes: Processes, dat
 
 
 def _show_reconstructions(inputs: _Inputs, machine: Machine, picture: Path) -> None:
-    """A picture of held-out images above their reconstructions, and the PSNR: what the autoencoder alone loses."""
+    """Save a picture of held-out images above their reconstructions, and the PSNR of the autoencoder."""
     autoencoder = inputs.autoencoder
     if autoencoder.is_pixel_space or not inputs.held_out.has_images:
         return

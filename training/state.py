@@ -1,4 +1,4 @@
-"""The state of a training run: what changes, the optimizer step that changes it, and how it is saved and restored."""
+"""The state of a training run. It takes optimizer steps, and can be saved and restored."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -22,15 +22,15 @@ __all__ = ["TrainingState"]
 
 
 class TrainingState:
-    """Network, average, optimizer and position of a run.
+    """Network, EMA, optimizers and progress of a run.
 
     Args:
-        network: the velocity network, anywhere.
+        network: the velocity network, on any device.
         machine: device and precision.
-        ema_decay: decay of the average; 0: none.
-        optimizer: how the weights are moved.
-        place: brings a network to where it is trained, in place; None: to the machine's device.
-        hidden_matrices: the network family's, for Muon.
+        ema_decay: decay of the EMA; 0: no averaging.
+        optimizer: the optimizer's options.
+        move: moves or shards a network in place; None: it moves to the machine's device.
+        hidden_matrices: selects the network's parameters for Muon.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class TrainingState:
         machine: Machine,
         ema_decay: float,
         optimizer: OptimizerOptions,
-        place: Callable[[nn.Module], object] | None = None,
+        move: Callable[[nn.Module], object] | None = None,
         hidden_matrices: Callable[[nn.Module], list[nn.Parameter]] | None = None,
     ) -> None:
-        place = place or (lambda module: module.to(machine.device))
-        self.network = with_cpu_kernels(network)  # before its average is made, which is a copy
+        move = move or (lambda module: module.to(machine.device))
+        self.network = with_cpu_kernels(network)  # before the EMA copies the network
         self.machine = machine
-        self.ema = Ema(network, ema_decay, place)
-        place(network)
+        self.ema = Ema(network, ema_decay, move)
+        move(network)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         matrices = hidden_matrices(network) if hidden_matrices else []
         self.optimizers = make_optimizers(network, optimizer, machine.precision, matrices)
@@ -54,13 +54,13 @@ class TrainingState:
         self.step = 0
         self.seconds = 0.0
         self.best = math.inf
-        self.best_of = ""  # what `best` is a value of
-        # Sums since the last line of the metrics log, kept on the device: loss, gradient norm, skipped steps, steps.
+        self.best_of = ""  # the validation criterion of `best`
+        # Sums since the last line of the metrics log: loss, gradient norm, skipped steps, steps.
         self.sums = torch.zeros(4, device=machine.device)
-        # For each step since they were last taken, 1 where it was skipped; and the length of the series of skipped steps that
-        # goes on, with the loss of its first one. On the device, too.
+        # One flag per step since the last `take_skipped`: 1 if the step was skipped.
         self._flags: list[torch.Tensor] = []
-        self.streak = torch.zeros(2, device=machine.device)
+        # Number of skipped steps in a row up to now, and the loss of the first of them.
+        self.consecutive_skips = torch.zeros(2, device=machine.device)
         self._good, self._skipped = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]], device=machine.device)
 
     def advance(
@@ -72,11 +72,18 @@ class TrainingState:
         grad_clip: float,
         accumulation: int = 1,
     ) -> None:
-        """One optimizer step on the objective's mean loss at learning rate `rate`.
+        """Take one optimizer step on the objective's mean loss.
 
-        `network` is the state's own, perhaps compiled or wrapped for several processes. The batch goes through it in
-        `accumulation` equal parts, whose gradients add up to the whole batch's. A step whose gradient is not finite changes
-        neither the weights nor the optimizer state nor the average; it is counted without the host waiting for the device.
+        A step whose gradient is not finite is skipped: weights, optimizer state and EMA do not change. Skipped steps are
+        counted on the device, so the host does not wait.
+
+        Args:
+            network: the state's network, possibly compiled or wrapped for several processes.
+            objective: computes the loss.
+            batch: this process's batch.
+            rate: the learning rate.
+            grad_clip: maximum gradient norm; 0: no clipping.
+            accumulation: number of equal parts of the batch, whose gradients are accumulated one after the other.
         """
         for parameter in self.parameters:
             parameter.grad = None
@@ -93,7 +100,7 @@ class TrainingState:
             clip_grads_with_norm_(self.parameters, grad_clip, norm)
         bad = (~torch.isfinite(norm)).float()
         for optimizer in self.optimizers:
-            optimizer.found_inf = bad  # type: ignore[attr-defined]  # the switch to skip the step
+            optimizer.found_inf = bad  # type: ignore[attr-defined]  # skips the step where it is 1
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["relative_lr"]
             optimizer.step()
@@ -102,31 +109,31 @@ class TrainingState:
         zero = torch.zeros_like(norm)
         good = self._good + torch.stack([loss, norm, zero, zero])
         self.sums += torch.where(bad > 0, self._skipped, good)
-        length, first_loss = self.streak
-        longer = torch.stack([length + 1, torch.where(length > 0, first_loss, loss)])
-        self.streak = torch.where(bad > 0, longer, 0.0)
+        count, first_loss = self.consecutive_skips
+        one_more = torch.stack([count + 1, torch.where(count > 0, first_loss, loss)])
+        self.consecutive_skips = torch.where(bad > 0, one_more, 0.0)
         self._flags.append(bad)
         self.step += 1
 
     def take_skipped(self) -> list[int]:
-        """The steps since the last call, counted from 1 on, that were skipped; the host waits for the device."""
+        """The steps, counted from 1, that were skipped since the last call. The host waits for the device."""
         first = self.step - len(self._flags) + 1
         flags = torch.stack(self._flags).tolist() if self._flags else []
         self._flags = []
-        return [first + place for place, flag in enumerate(flags) if flag]
+        return [first + index for index, flag in enumerate(flags) if flag]
 
     def _backward(self, network: nn.Module, objective: Objective, part: Batch, parts: int) -> torch.Tensor:
-        """Add the gradient of a part's mean loss, divided by the number of `parts`; returns that loss."""
+        """Add the gradient of a part's mean loss divided by the number of `parts`; returns the divided loss."""
         losses = objective.loss(self.machine.evaluating(network), part.data, part.noise, part.draws, part.condition)
         loss = losses.mean() / parts
         self.scaler.scale(loss).backward()
         return loss.detach()
 
     def content(self, processes: Processes = Processes()) -> dict[str, Any]:  # noqa: B008
-        """All that an exact resume needs; random streams are functions of the step and need no saving.
+        """Gather the training state, everything that an exact resume needs.
 
-        The same whether the weights are shared out among the processes or not. Every process must call it, and the main
-        one gets the content.
+        Random numbers depend only on the step, so none are saved. Sharded weights are gathered, so the result does not depend
+        on sharding. Every process must call this; the main process gets the result.
         """
         sums = processes.gather(self.sums.cpu())
         content = {
@@ -134,34 +141,34 @@ class TrainingState:
             "seconds": self.seconds,
             "best": self.best,
             "best_of": self.best_of,
-            "sums": torch.stack(sums) if sums else self.sums,  # a row for each process
+            "sums": torch.stack(sums) if sums else self.sums,  # one row per process
             "flags": torch.stack(self._flags) if self._flags else torch.zeros(0),
-            "streak": self.streak,
+            "streak": self.consecutive_skips,
             "network": self.network.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-            "scaler": self.scaler.state_dict(),  # empty but in fp16
+            "scaler": self.scaler.state_dict(),  # empty except in fp16
         }
         return gather_state(content, keep=processes.is_main)
 
     def restore(self, content: Mapping[str, Any], processes: Processes = Processes()) -> None:  # noqa: B008
-        """Continue from `content()`'s value, of as many processes or of another number."""
+        """Restore the result of `content()`, which may have been saved by another number of processes."""
         self.step, self.seconds = content["step"], content["seconds"]
         self.best, self.best_of = content["best"], content["best_of"]
         sums = content["sums"].view(-1, len(self.sums))
         self.sums.copy_(sums[processes.rank] if len(sums) == processes.count else sums.mean(0))
         if content.get("scaler") and self.scaler.is_enabled():
             self.scaler.load_state_dict(content["scaler"])
-        if "streak" in content:  # not in older files
-            self.streak = content["streak"].to(self.sums)
+        if "streak" in content:  # absent from older files
+            self.consecutive_skips = content["streak"].to(self.sums)
             self._flags = list(content["flags"].to(self.sums))
-        self.network.load_state_dict(_parts(content["network"], self.network.state_dict()))
-        average = content["ema"] | {"weights": _parts(content["ema"]["weights"], self.ema.weights)}
-        self.ema.load_state_dict(average)
+        self.network.load_state_dict(_sharded_like(self.network.state_dict(), content["network"]))
+        ema_weights = _sharded_like(self.ema.weights, content["ema"]["weights"])
+        self.ema.load_state_dict(content["ema"] | {"weights": ema_weights})
         for optimizer, stored in zip(self.optimizers, content["optimizers"], strict=True):
             load_optimizer_state(optimizer, stored["state"])
 
 
-def _parts(weights: Mapping[str, torch.Tensor], models: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict, those shared out that are so in `models`."""
-    return {name: arranged_like(value, models[name]) if name in models else value for name, value in weights.items()}
+def _sharded_like(own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The stored tensors, each sharded like the network's own tensor of that name."""
+    return {name: arranged_like(value, own[name]) if name in own else value for name, value in stored.items()}

@@ -1,4 +1,4 @@
-"""The files that an exact resume needs: content.pth, and the one before it in case the newest is damaged."""
+"""The files of the training state: content.pth, and content.previous.pth in case it is damaged."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,27 +16,30 @@ CONTENT, PREVIOUS = "content.pth", "content.previous.pth"
 
 
 def has_state(folder: Path) -> bool:
-    """Whether a run in `folder` has something to go on from."""
+    """Whether `folder` has a training state to resume from."""
     return any((folder / name).exists() for name in (CONTENT, PREVIOUS))
 
 
 def save_state(folder: Path, content: Mapping[str, Any]) -> None:
-    """Write content.pth, and keep the one before it; whenever the process is killed, one of them is whole."""
+    """Write content.pth and keep the previous one. If the process is killed, at least one of them is complete."""
     save_content(folder / CONTENT, content, folder / PREVIOUS)
 
 
 def read_newest(path: Path, read: Callable[[Path], Any], processes: Processes) -> tuple[Path, Any]:
-    """The content.pth at `path` or, where that is damaged, the one before it: which it is, and what `read` made of it.
+    """Read the training state at `path` or, if it is damaged, the previous one. All processes read the same file.
 
-    All processes read the same one. A damaged content.pth is kept aside, as content.pth.damaged-<number>.
+    A damaged content.pth is renamed to content.pth.damaged-<number>.
+
+    Returns:
+        The path of the file, and the result of `read`.
 
     Raises:
-        UsageError: neither can be read.
+        UsageError: neither file can be read.
     """
     content, reason = _attempt(read, path)
     if not processes.any(reason is not None):
         return path, content
-    del content  # before another one takes its memory
+    del content  # frees its memory before the other file is read
     reason = reason or UsageError(f"another process cannot read {path}")
     previous = path.with_name(PREVIOUS)
     if not previous.exists():
@@ -44,13 +47,13 @@ def read_newest(path: Path, read: Callable[[Path], Any], processes: Processes) -
     content, second = _attempt(read, previous)
     if processes.any(second is not None):
         raise UsageError(
-            f"{reason}; nor the one before it: {second or previous}. Nothing is left to go on from: start anew with "
-            "--overwrite (the old run is moved aside) and, to keep what was learnt, --init_from one of its checkpoints"
+            f"{reason}; the previous file is unreadable too: {second or previous}. Start over with --overwrite (the old run "
+            "is moved aside), and keep its last weights with --init_from one of its checkpoints"
         )
-    kept = ""
+    renamed = ""
     if processes.is_main and path.exists():
-        kept = f"; it is kept as {move_aside(path, 'damaged').name}"
-    warn(f"{reason}{kept}. The run resumes from {previous.name}")
+        renamed = f"; renamed to {move_aside(path, 'damaged').name}"
+    warn(f"{reason}{renamed}. The run resumes from {previous.name}")
     return previous, content
 
 

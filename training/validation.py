@@ -1,4 +1,4 @@
-"""Validation: loss on held-out images, score and sample grid of the averaged network."""
+"""Validation of the EMA network: loss on held-out images, scores of samples, and sample grids."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,27 +27,29 @@ from tasks.conditioned_images import ConditionedImages
 
 __all__ = ["Validation", "validation_loss"]
 
-PREVIEWED = 24  # held-out images whose dense conditions are sampled
+PREVIEWED = 24  # held-out images on the sample grid of a network with dense conditions
 IMAGES_PER_BATCH = 256
 QUARTERS = 4
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Judges the averaged network of a run.
+    """Validation of a run's EMA network. Every process must call the methods and gets the results.
 
     Args:
-        header: what the run's checkpoints record.
-        dataset: training images, the reference of scores.
-        held_out: moments of the held-out images, for the loss.
-        autoencoder: encodes and decodes.
-        objective: whose loss is validated.
+        header: header of the run's checkpoints.
+        dataset: training images, the reference for scores.
+        held_out: posterior moments of the held-out images, for the loss.
+        autoencoder: samples the posterior and decodes samples.
+        objective: computes the loss.
         solver, guidance, seed, grid: how samples are drawn and shown.
-        machine: device and precision; samples are drawn in float32 if `precise`.
-        derived: folder that caches the reference's statistics.
-        samples: how many are scored; without `features` there is no score.
+        machine: device and precision.
+        derived: folder that caches reference statistics.
+        samples: number of samples to score.
+        features: the feature network; None: samples are not scored.
         conditioned: held-out images with dense conditions, for networks that take one.
-        processes: they share the work, and all get the result; every process must call the methods.
+        processes: share the work.
+        precise: draw samples in float32.
     """
 
     header: Header
@@ -69,13 +71,13 @@ class Validation:
 
     @property
     def criterion(self) -> str:
-        """The name of the number that decides on best.safetensors, with all that its value depends on."""
+        """The name of the value that selects best.safetensors, with all settings that the value depends on."""
         if self.features is None:
             return "validation loss"
         return f"{self.features.label} of {self.samples} samples, {self.solver}, {self.guidance}"
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
-        """Values to record; "objective" is the score where samples are scored, else the validation loss."""
+        """Compute the values to record. "objective" is the score if samples are scored, else the validation loss."""
         condition = self.conditioned.condition if self.conditioned else None
         values = validation_loss(
             network, self.objective, self.held_out, self.autoencoder, self.machine, self.processes, condition
@@ -89,7 +91,7 @@ class Validation:
         return values
 
     def preview(self, network: nn.Module) -> Sheet:
-        """Samples with fixed noise and labels in turn; with dense conditions, next to the image and its condition."""
+        """Draw a sample grid with fixed noise and balanced labels. Dense conditions are shown next to their samples."""
         classes = self.header.num_classes
         count, columns = self.grid.count(classes), self.grid.columns(classes)
         if self.conditioned is not None:
@@ -97,8 +99,8 @@ class Validation:
         samples = first_images(self._draw(network, count), count, self.processes)
         if self.conditioned is None or not self.processes.is_main:
             return Sheet(samples, columns)
-        places = torch.arange(count)
-        return side_by_side([self.conditioned.originals(places), self.conditioned.shown(places), samples])
+        indices = torch.arange(count)
+        return side_by_side([self.conditioned.originals(indices), self.conditioned.shown(indices), samples])
 
     def _draw(self, network: nn.Module, count: int) -> Iterator[GeneratedBatch]:
         sampler = Sampler(
@@ -130,9 +132,16 @@ def validation_loss(
     processes: Processes = Processes(),  # noqa: B008
     condition: ConditionSource | None = None,
 ) -> dict[str, float]:
-    """The objective's loss on the first images of `source`, at fixed times and noise: the same in all `processes`.
+    """Compute the objective's mean loss on the first images of `source`, at fixed times and noise.
 
-    `condition`: of the same images; number i of its random parts goes to image i.
+    Args:
+        network: the velocity network.
+        objective: computes the loss.
+        source: posterior moments; the first HELD_OUT_IMAGES images count.
+        autoencoder: samples the posterior.
+        machine: device and precision.
+        processes: share the batches, and all get the result.
+        condition: dense conditions of the same images. Image i uses random draw i, such as mask i.
 
     Returns:
         "loss", and "loss_q1" .. "loss_q4" for t in [0, 1/4), ..., [3/4, 1].
@@ -153,9 +162,9 @@ def validation_loss(
         dense = None
         if condition is not None:
             dense = condition.encode(condition.read(chosen, unmirrored[chosen], chosen.tolist()), *others)
-        asked = Condition(source.labels[chosen].to(machine.device), dense)
+        given = Condition(source.labels[chosen].to(machine.device), dense)
         at = objective.at(times[chosen].to(machine.device))
-        own[chosen] = objective.loss(machine.evaluating(network), data, noise, at, asked).cpu()
+        own[chosen] = objective.loss(machine.evaluating(network), data, noise, at, given).cpu()
     losses, quarter = processes.sum(own), (times * QUARTERS).long().clamp(max=QUARTERS - 1)
     by_quarter = {f"loss_q{q + 1}": losses[quarter == q].mean().item() for q in range(QUARTERS) if (quarter == q).any()}
     return {"loss": losses.mean().item(), **by_quarter}

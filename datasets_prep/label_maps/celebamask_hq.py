@@ -15,7 +15,7 @@ from options import UsageError
 
 __all__ = ["CELEBA_CLASSES", "IMAGES", "MAPS", "PARTS", "find_celebamask", "numbered_images", "open_celebamask"]
 
-# In the order of their ids, which start at 1. Later parts are painted over earlier ones.
+# The parts in the order of their ids, which start at 1. Later parts are painted over earlier ones.
 PARTS = tuple(
     "skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r neck_l neck cloth".split()
 )

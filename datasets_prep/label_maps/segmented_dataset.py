@@ -119,8 +119,8 @@ def colour_map(maps: torch.Tensor, classes: MapClasses) -> torch.Tensor:
 def distinct_colours(count: int) -> np.ndarray:
     """Create distinct colors uint8 [count, 3], for `count` up to 256. The first is black.
 
-    Follows the PASCAL VOC devkit. The bits of a color's number, from the lowest, are assigned in turn to red, green and blue,
-    from the highest bit down.
+    The colors are the PASCAL VOC devkit's. The bits of a color's number, lowest first, become bits of red, green and blue in
+    turn, highest first.
     """
     colors = np.zeros((count, 3), np.uint8)
     numbers = np.arange(count)

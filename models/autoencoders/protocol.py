@@ -20,7 +20,7 @@ class AutoencoderFacts:
 
     Args:
         id: hub id or folder; "none" for pixel space.
-        sha256: hash of the weights; None for a checkpoint that was converted without them.
+        sha256: hash of the weights; "none" for pixel space; None in a checkpoint that was converted without the autoencoder.
         scale_factor: the user's --scale_factor, if given.
         latents_mean, latents_std: per channel; latents are (z - mean) / std. Empty in pixel space.
     """

@@ -1,4 +1,4 @@
-"""An experiment has a folder of its own, where its checkpoints are found; what is missing is said."""
+"""Run folders and the checkpoints found in them, and errors that say what is missing."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from checkpoints.experiments import experiment_folder, find_checkpoint, newest_m
 from options import UsageError
 
 
-def test_newest_model_is_that_of_the_largest_number(tmp_path):
+def test_newest_model_has_the_largest_number(tmp_path):
     for name in ["model_9", "model_10", "model_100", "best", "model_200.tmp-3", "model_x", "old_model_300"]:
         (tmp_path / f"{name}.safetensors").touch()
     (tmp_path / "model_400.safetensors.tmp-12").touch()
@@ -21,7 +21,7 @@ def test_newest_model_is_that_of_the_largest_number(tmp_path):
         newest_model(tmp_path, 11)
 
 
-def test_published_checkpoints_are_found_and_ours_come_first(tmp_path):
+def test_lfms_checkpoints_are_found_and_ours_take_precedence(tmp_path):
     for name in ["model_475.pth", "model_450.pth", "model_450.safetensors", "cond_stage_model_500.pth", "content.pth"]:
         (tmp_path / name).touch()
     assert newest_model(tmp_path).name == "model_475.pth"
@@ -30,7 +30,7 @@ def test_published_checkpoints_are_found_and_ours_come_first(tmp_path):
         newest_model(tmp_path, 500)
 
 
-def test_a_name_alone_is_also_looked_for_in_the_experiment(tmp_path):
+def test_a_bare_checkpoint_name_is_looked_up_in_the_run_folder(tmp_path):
     (tmp_path / "model_1.pth").touch()
     assert find_checkpoint("model_1.pth", tmp_path) == tmp_path / "model_1.pth"
     assert find_checkpoint(str(tmp_path / "model_1.pth"), tmp_path / "x") == tmp_path / "model_1.pth"
@@ -52,6 +52,6 @@ def test_plain_names(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/a", "-a", ".hidden", "a b", "a\n", "a\\b"])
-def test_names_that_are_no_plain_folder_are_refused(name, tmp_path):
+def test_names_that_are_not_plain_folder_names_are_refused(name, tmp_path):
     with pytest.raises(UsageError, match=r"--exp .*expected a plain name"):
         experiment_folder(str(tmp_path), "mnist", name)

@@ -1,4 +1,4 @@
-"""A checkpoint is whole, its own description, and never executed."""
+"""Checkpoints are complete and self-describing, and never run code when loaded."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def save_tiny_autoencoder(folder, seed=0, **statistics):
 
 
 def save_model(path, autoencoder):
-    """A network with random weights throughout, saved as training does; returns it."""
+    """Save a network with random weights the way training does, and return it."""
     network = build_network("DiT-Mi/2", 4, OPTIONS).eval()
     with torch.no_grad():
         for parameter in network.parameters():
@@ -60,7 +60,7 @@ def bits(tensor):
     return tensor.contiguous().view(-1).view(torch.uint8).tolist()
 
 
-def test_weights_and_header_come_back_bit_for_bit(file):
+def test_weights_and_header_round_trip_bit_for_bit(file):
     weights, header = read_weights(file)
     assert weights.keys() == WEIGHTS.keys()
     for name, value in WEIGHTS.items():
@@ -92,7 +92,7 @@ def test_network_is_rebuilt_from_the_file_alone(tmp_path):
     assert model.autoencoder.describe() == autoencoder.describe()
 
 
-def test_scale_factor_of_training_is_that_of_sampling(tmp_path):
+def test_sampling_uses_the_scale_factor_of_training(tmp_path):
     source = save_tiny_autoencoder(tmp_path / "ae", latents_mean=[0.5, -1.0], latents_std=[2.0, 0.25])
     save_model(tmp_path / "m", load_autoencoder(AutoencoderOptions(source.pretrained_autoencoder_ckpt, 0.5), 1))
     for model in (load_model(tmp_path / "m"), load_model(tmp_path / "m", autoencoder=source)):
@@ -100,7 +100,7 @@ def test_scale_factor_of_training_is_that_of_sampling(tmp_path):
         assert model.autoencoder.mean.flatten().tolist() == [0.0, 0.0]
 
 
-def test_scale_of_training_outlives_a_change_of_the_autoencoders_configuration(tmp_path):
+def test_stored_scale_overrides_a_changed_autoencoder_configuration(tmp_path):
     source = save_tiny_autoencoder(tmp_path / "ae", latents_mean=[0.5, -1.0], latents_std=[2.0, 0.3])
     trained = load_autoencoder(source, 1)
     save_model(tmp_path / "m", trained)
@@ -120,7 +120,7 @@ def test_pixel_space_model(tmp_path):
     assert model.autoencoder.latent_channels == 1
 
 
-def test_moved_autoencoder_is_named_and_another_one_refused(tmp_path):
+def test_a_moved_autoencoder_is_named_and_a_different_one_refused(tmp_path):
     save_model(tmp_path / "m", load_autoencoder(save_tiny_autoencoder(tmp_path / "ae"), 1))
     (tmp_path / "ae").rename(tmp_path / "moved")
     with pytest.raises(UsageError, match=f"{tmp_path}/ae"):
@@ -143,7 +143,7 @@ def test_truncated_file_is_named(file, share):
 
 def test_a_flipped_byte_anywhere_is_found(file):
     data = file.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")  # of the weights
+    start = 8 + int.from_bytes(data[:8], "little")  # start of the weights
     for position in [0, 9, start, start + 17, len(data) - 1]:
         damaged = bytearray(data)
         damaged[position] ^= 1
@@ -179,14 +179,14 @@ def test_missing_checkpoint_is_named(tmp_path):
         read_weights(tmp_path / "absent.safetensors")
 
 
-def test_a_file_of_torch_save_is_no_checkpoint_of_ours(tmp_path):
+def test_a_file_written_by_torch_save_is_not_our_checkpoint(tmp_path):
     torch.save(WEIGHTS, tmp_path / "model_1.pth")
     with pytest.raises(UsageError, match=r"model_1\.pth is a torch\.save file.*python -m checkpoints\.convert"):
         read_weights(tmp_path / "model_1.pth")
 
 
-def test_a_full_disk_is_an_os_error_and_costs_nothing(file):
-    """exit_cleanly turns it into one line; libraries that write to paths hide it in errors of their own."""
+def test_a_full_disk_raises_os_error_and_keeps_the_old_file(file):
+    """`exit_cleanly` prints OSError as one line. Libraries that write to paths raise other error types for a full disk."""
     before = file.read_bytes()
     file.with_name(f"{file.name}.tmp-{os.getpid()}").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
@@ -195,6 +195,6 @@ def test_a_full_disk_is_an_os_error_and_costs_nothing(file):
     assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
-def test_checkpoints_have_the_permissions_of_any_new_file(file):
+def test_checkpoints_have_default_permissions(file):
     (file.parent / "ordinary").touch()
     assert file.stat().st_mode == (file.parent / "ordinary").stat().st_mode

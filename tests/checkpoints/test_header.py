@@ -1,4 +1,4 @@
-"""A header comes back from its JSON as it was, those of older versions included; what it does not know it refuses by name."""
+"""Headers survive a round trip through JSON, older versions can be read, and unknown entries are refused by name."""
 
 import json
 
@@ -20,7 +20,7 @@ UNET = EdmUNetOptions(8, 4, label_dropout=0.1, ch_mult=(1, 2), attn_resolutions=
 
 @pytest.fixture(autouse=True)
 def another_objective(monkeypatch):
-    """The objective of FULL, which is not the default."""
+    """Registers the objective in FULL, which is not the default one."""
     monkeypatch.setitem(OBJECTIVES, "another", OBJECTIVES["flow_matching"])
 
 
@@ -46,7 +46,7 @@ FULL = Header(
     published_file="model_475.pth",
     weights_sha256="cd" * 32,
 )
-# As versions wrote it that knew one task, one objective and no condition.
+# Written by a version that had one task and one objective, and no conditions.
 OLD = {
     "format": FORMAT,
     "model_type": "adm",
@@ -71,24 +71,24 @@ OLD = {
 
 
 @pytest.mark.parametrize("header", [FULL, header_of(DiTOptions())], ids=["full", "least"])
-def test_there_and_back(header, monkeypatch):
+def test_json_round_trip(header, monkeypatch):
     monkeypatch.setitem(OBJECTIVES, "another", OBJECTIVES["flow_matching"])
     assert Header.from_json(json.loads(json.dumps(header.to_json()))) == header
 
 
-def test_the_full_header_leaves_no_default():
+def test_the_full_header_changes_every_default():
     least = header_of(DiTOptions())
     assert [name for name, value in vars(FULL).items() if value == getattr(least, name)] == []
 
 
-def test_the_file_also_says_what_follows():
-    """For readers that know no families of networks."""
+def test_the_file_includes_derived_entries():
+    """These entries are for readers that do not know our network families."""
     stored = FULL.to_json()
     assert (stored["format"], stored["latent_channels"], stored["num_classes"]) == (FORMAT, 4, 2)
     assert stored.keys() == {"format", "latent_channels", "num_classes", *vars(FULL)}
 
 
-def test_what_follows_from_the_network():
+def test_entries_derived_from_the_network():
     assert FULL.latent_shape == (4, 8, 8)
     assert FULL.architecture == ("adm", 8, UNET, DenseInput(4, classes=6, dropout=0.2))
     assert (FULL.num_classes, FULL.drops_labels, FULL.drops_dense) == (2, True, True)
@@ -114,7 +114,7 @@ def test_a_header_of_an_older_version():
     assert header.training == {"lr": 1e-4, "adam_betas": [0.9, 0.999]}
     assert (header.step, header.epoch, header.precision, header.weights_sha256) == (7, 1, "fp32", "ef" * 32)
     assert (header.latent_shape, header.num_classes, header.drops_labels) == ((3, 8, 8), 2, True)
-    assert Header.from_json(header.to_json()) == header  # written anew, it says the same
+    assert Header.from_json(header.to_json()) == header  # the rewritten header is equal
 
 
 def test_the_scale_of_an_older_autoencoder_becomes_tuples():
@@ -123,7 +123,7 @@ def test_the_scale_of_an_older_autoencoder_becomes_tuples():
     assert header.autoencoder == AutoencoderFacts("a/b", None, None, (0.5, -1.0, 0.0), (2.0, 0.25, 1.0))
 
 
-def test_without_a_path_it_is_the_default_one():
+def test_a_missing_path_means_the_default_path():
     assert Header.from_json({name: value for name, value in OLD.items() if name != "path"}).path == PathOptions()
 
 
@@ -154,12 +154,12 @@ def test_a_missing_entry_is_refused_by_name(name):
 
 @pytest.mark.parametrize("name", ["network", "autoencoder", "dataset", "path", "dense"])
 @pytest.mark.parametrize("value", [3, "x", [1]], ids=str)
-def test_an_entry_of_another_kind_is_refused(name, value):
+def test_an_entry_of_the_wrong_type_is_refused(name, value):
     with pytest.raises(UsageError, match="cannot read its header"):
         Header.from_json(OLD | {name: value})
 
 
-def test_another_position_changes_the_position_alone():
+def test_at_changes_only_the_position():
     moved = FULL.at(20, 5, ended=False)
     assert (moved.step, moved.epoch, moved.ended) == (20, 5, False)
     assert moved.at(12, 3, ended=True) == FULL

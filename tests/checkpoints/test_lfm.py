@@ -1,4 +1,4 @@
-"""Files in the published formats, built from the golden lists of names, through the code that opens them."""
+"""Reads LFM's checkpoint formats. The files are built from the golden cases' lists of names."""
 
 import argparse
 import json
@@ -39,7 +39,7 @@ BUFFERS = ("resample_filter", "freqs")
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    """A folder with an autoencoder like the published one: factor 8, four channels."""
+    """A folder with an autoencoder like LFM's: factor 8, four channels."""
     folder = tmp_path_factory.mktemp("autoencoder")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ def autoencoder(tmp_path_factory):
 
 
 def weights_of(case, golden):
-    """The state dict that the case's list describes; its constant entries come from the network."""
+    """The state dict described by the case's list. Its constant entries come from the network."""
     constants = golden.build_case(case).state_dict()
     return {
         name: constants[name].clone()
@@ -72,7 +72,7 @@ def flags_of(arguments, autoencoder):
 
 
 def content_of(case, weights, prefix="", **arguments):
-    """A published content.pth whose averages are `weights`; the weights themselves are others."""
+    """LFM's content.pth with `weights` as EMA weights. Its raw weights are different."""
     parameters = [name for name, _ in case.weights if not name.endswith(BUFFERS)]
     states = {
         index: {
@@ -99,12 +99,12 @@ def content_of(case, weights, prefix="", **arguments):
 
 
 def request_of(flags):
-    """The request of test_flow_latent.py with these flags."""
+    """The request made by test_flow_latent.py for these flags."""
     return sampler_request(parse_options("", sampling_groups(), flags))
 
 
 def given_of(flags):
-    """The values of flags, by name."""
+    """The values of flags by name."""
     return request_of(flags).given
 
 
@@ -125,7 +125,7 @@ def assert_golden(model, case, golden):
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_published_weights_give_the_golden_velocities(name, prefix, golden, autoencoder, tmp_path):
+def test_lfms_weights_give_the_golden_velocities(name, prefix, golden, autoencoder, tmp_path):
     case = golden.read_case(CASES[name])
     path = tmp_path / "model_475.pth"
     torch.save({prefix + key: value for key, value in weights_of(case, golden).items()}, path)
@@ -139,8 +139,8 @@ def test_published_weights_give_the_golden_velocities(name, prefix, golden, auto
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_of_content_the_averages_are_sampled_by_its_own_arguments(name, golden, autoencoder, tmp_path, capsys):
-    """Here without any flag of the network: content.pth holds the arguments of its run."""
+def test_content_pth_gives_its_ema_weights_and_arguments(name, golden, autoencoder, tmp_path, capsys):
+    """Needs no network flags, because content.pth stores its run's arguments."""
     case = golden.read_case(CASES[name])
     arguments = case.arguments | {"model_type": model_type_of(case.arguments), "dataset": "celeba_256", "lr": 1e-4}
     path = tmp_path / "content.pth"
@@ -152,7 +152,7 @@ def test_of_content_the_averages_are_sampled_by_its_own_arguments(name, golden, 
     assert f"EMA values for {count} of its {len(case.weights)} weights" in capsys.readouterr().out
 
 
-def test_content_without_averages_gives_its_weights(golden, autoencoder, tmp_path, capsys):
+def test_content_pth_without_ema_gives_its_raw_weights(golden, autoencoder, tmp_path, capsys):
     case = golden.read_case(CASES["adm_unconditional"])
     weights = weights_of(case, golden)
     for optimizer in (content_of(case, weights)["optimizer"], {}):
@@ -166,7 +166,7 @@ def test_content_without_averages_gives_its_weights(golden, autoencoder, tmp_pat
         assert "adm with its" in capsys.readouterr().out
 
 
-def test_flags_win_over_the_arguments_in_content(golden, autoencoder, tmp_path):
+def test_flags_take_precedence_over_arguments_in_content_pth(golden, autoencoder, tmp_path):
     case = golden.read_case(CASES["adm_unconditional"])
     path = tmp_path / "content.pth"
     torch.save(content_of(case, weights_of(case, golden), **case.arguments | {"dataset": "ffhq_256", "seed": 5}), path)
@@ -177,15 +177,15 @@ def test_flags_win_over_the_arguments_in_content(golden, autoencoder, tmp_path):
         open_published(path, given_of([*flags, "--nf", "64"]), "cpu")
 
 
-def test_labels_of_edm_networks_may_always_be_guided(golden, autoencoder, tmp_path):
-    """Their null class is a vector of zeros: published files do not tell whether labels were dropped."""
+def test_edm_networks_with_labels_can_always_be_guided(golden, autoencoder, tmp_path):
+    """Their null class is a zero vector, and LFM's files do not record whether labels were dropped."""
     case = golden.read_case(CASES["adm_class_conditional"])
     torch.save(weights_of(case, golden), tmp_path / "model_1.pth")
     flags = flags_of(case.arguments | {"label_dropout": None}, autoencoder)
     assert open_published(tmp_path / "model_1.pth", given_of(flags), "cpu").header.network.label_dropout > 0
 
 
-def test_optimizer_of_other_parameters_is_refused(golden, tmp_path):
+def test_optimizer_state_for_other_parameters_is_refused(golden, tmp_path):
     case = golden.read_case(CASES["dit_unconditional"])
     content = content_of(case, weights_of(case, golden))
     content["optimizer"]["state"] = {i + 1: state for i, state in content["optimizer"]["state"].items()}
@@ -194,7 +194,7 @@ def test_optimizer_of_other_parameters_is_refused(golden, tmp_path):
         read_published(tmp_path / "content.pth")
 
 
-def test_stage_of_label_maps_beside_a_model(tmp_path):
+def test_the_label_map_stage_next_to_a_model_is_found(tmp_path):
     weight = torch.randn(4, 19, 1, 1)
     (tmp_path / "model_175.pth").touch()
     assert read_condition_stage(tmp_path / "model_175.pth") == {}
@@ -209,14 +209,14 @@ def test_stage_of_label_maps_beside_a_model(tmp_path):
 @pytest.mark.parametrize(
     "value", [3, [torch.zeros(1)], {"a": 1.0}, {}, {"a": torch.zeros(1), "module.a": torch.zeros(1)}]
 )
-def test_other_values_are_no_state_dict(value, tmp_path):
+def test_other_values_are_not_a_state_dict(value, tmp_path):
     torch.save(value, tmp_path / "model_1.pth")
     with pytest.raises(UsageError, match=r"model_1\.pth: (expected a state dict|some names appear both)"):
         read_published(tmp_path / "model_1.pth")
 
 
 class Trap:
-    """Unpickled without care, it creates a file."""
+    """Creates a file if it is unpickled without care."""
 
     def __init__(self, path):
         self.path = path
@@ -227,7 +227,7 @@ class Trap:
 
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("name", ["model_1.pth", "content.pth", "cond_stage_model_1.pth"])
-def test_code_in_a_published_file_is_never_executed(name, zipped, tmp_path):
+def test_code_in_an_lfm_file_is_never_executed(name, zipped, tmp_path):
     marker, path = tmp_path / "executed", tmp_path / name
     content = {"model_dict": {"a": torch.zeros(1)}, "args": argparse.Namespace(trap=Trap(marker))}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
@@ -242,7 +242,7 @@ def test_code_in_a_published_file_is_never_executed(name, zipped, tmp_path):
 
 @pytest.fixture
 def convert(monkeypatch, capsys):
-    """convert(arguments) runs `python -m checkpoints.convert` in this process and gives (exit code, stdout, stderr)."""
+    """`convert(arguments)` runs `python -m checkpoints.convert` in this process and returns (exit code, stdout, stderr)."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
@@ -255,7 +255,7 @@ def convert(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_there_and_back(name, convert, golden, autoencoder, tmp_path):
+def test_conversion_keeps_the_velocities(name, convert, golden, autoencoder, tmp_path):
     case = golden.read_case(CASES[name])
     weights = weights_of(case, golden)
     torch.save(weights, tmp_path / "model_475.pth")
@@ -263,7 +263,7 @@ def test_there_and_back(name, convert, golden, autoencoder, tmp_path):
         tmp_path / "model_475.pth", tmp_path / "m.safetensors", *flags_of(case.arguments, autoencoder)
     )
     assert code == 0, err
-    model = load_model(tmp_path / "m.safetensors")  # nothing else needs to be said
+    model = load_model(tmp_path / "m.safetensors")  # the file needs no further description
     assert_golden(model, case, golden)
     code, _, err = convert(tmp_path / "m.safetensors", tmp_path / "back.pth", "--module_prefix")
     assert code == 0, err
@@ -272,8 +272,8 @@ def test_there_and_back(name, convert, golden, autoencoder, tmp_path):
     assert all(torch.equal(back[f"module.{key}"], value) for key, value in weights.items())
 
 
-def test_converted_by_an_arguments_file_without_the_autoencoder_at_hand(convert, golden, autoencoder, tmp_path):
-    """As with the published autoencoder where there is no network: its id and scale are kept, its hash is not known."""
+def test_converting_with_an_arguments_file_needs_no_autoencoder(convert, golden, autoencoder, tmp_path):
+    """Without network access, LFM's autoencoder is represented by its id and scale; its hash is unknown."""
     case = golden.read_case(CASES["guided_diffusion_inpainting_9ch"])
     torch.save(weights_of(case, golden), tmp_path / "model_500.pth")
     (tmp_path / "arguments.txt").write_text(
@@ -315,7 +315,7 @@ def test_mistakes_in_converting(convert, golden, autoencoder, tmp_path):
     assert "--module_prefix" in out
 
 
-def test_the_test_script_finds_and_samples_a_published_file(golden, autoencoder, tmp_path, monkeypatch, capsys):
+def test_the_test_script_finds_and_samples_an_lfm_file(golden, autoencoder, tmp_path, monkeypatch, capsys):
     case = golden.read_case(CASES["dit_class_conditional"])
     folder = tmp_path / "saved_info" / "latent_flow" / "celeba_256" / "published"
     folder.mkdir(parents=True)
@@ -332,7 +332,7 @@ def test_the_test_script_finds_and_samples_a_published_file(golden, autoencoder,
     assert (result["checkpoint"], result["samples"], result["step"]) == (str(folder / "model_475.pth"), 2, None)
 
 
-# What the flags of the two downstream scripts' networks are here, --use_origin_adm being their default.
+# The networks described by the flags of the two downstream scripts, where --use_origin_adm is the default.
 DOWNSTREAM = [
     "--dataset",
     "celeba_256",
@@ -351,7 +351,7 @@ CLASSES = 19
 
 
 def plain_network(channels, golden):
-    """guided-diffusion's U-Net with so many channels of input, filled as the golden cases are."""
+    """guided-diffusion's U-Net with `channels` input channels, filled like the golden cases."""
     options = GuidedUNetOptions(channels, 4, nf=32, num_res_blocks=1, ch_mult=(1, 2), attn_resolutions=(2,))
     network = GuidedUNet(8, options).eval()
     for name, value in network.state_dict().items():
@@ -361,7 +361,7 @@ def plain_network(channels, golden):
 
 @pytest.fixture
 def open_with(autoencoder):
-    """open_with(task, path, flags) opens a file as the task's test script does."""
+    """`open_with(task, path, flags)` opens a file the way the task's test script does."""
 
     def open_(task, path, *flags):
         own = {INPAINT: (MaskSetOptions, InpaintingOptions), SEMANTIC: (SegmentationOptions,)}[task]
@@ -383,7 +383,7 @@ def open_with(autoencoder):
 
 @pytest.mark.parametrize("prefix", ["", "module."])
 @torch.no_grad()
-def test_a_published_inpainting_network_gives_the_golden_velocity(prefix, golden, open_with, tmp_path):
+def test_lfms_inpainting_network_gives_the_golden_velocity(prefix, golden, open_with, tmp_path):
     case = golden.read_case(CASES["guided_diffusion_inpainting_9ch"])
     torch.save({prefix + key: value for key, value in weights_of(case, golden).items()}, tmp_path / "model_500.pth")
     opened = open_with(INPAINT, tmp_path / "model_500.pth", "--num_in_channels", 9)
@@ -397,7 +397,7 @@ def test_a_published_inpainting_network_gives_the_golden_velocity(prefix, golden
 @pytest.mark.parametrize("prefix", ["", "module."])
 @pytest.mark.parametrize("flags", [["--num_in_channels", "8"], []], ids=["channels", "no channels"])
 @torch.no_grad()
-def test_a_published_semantic_network_maps_labels_by_the_stage_beside_it(prefix, flags, golden, open_with, tmp_path):
+def test_lfms_semantic_network_maps_labels_with_its_separate_stage(prefix, flags, golden, open_with, tmp_path):
     plain = plain_network(8, golden)
     generator = torch.Generator().manual_seed(0)
     stage = torch.randn(4, CLASSES, 1, 1, generator=generator)
@@ -414,7 +414,7 @@ def test_a_published_semantic_network_maps_labels_by_the_stage_beside_it(prefix,
     assert (velocity - expected).abs().max() <= golden.LIMITS["velocity"]
 
 
-def test_a_semantic_network_without_its_stage_is_refused_and_not_taken_for_another(golden, open_with, tmp_path):
+def test_a_semantic_network_without_its_stage_is_refused(golden, open_with, tmp_path):
     torch.save(plain_network(8, golden).state_dict(), tmp_path / "model_175.pth")
     for task in (SEMANTIC, INPAINT):
         with pytest.raises(
@@ -424,8 +424,8 @@ def test_a_semantic_network_without_its_stage_is_refused_and_not_taken_for_anoth
 
 
 @pytest.mark.parametrize("name", ["guided_diffusion_inpainting_9ch", "dit_unconditional"])
-def test_a_content_of_the_published_code_names_its_own_network(name, golden, autoencoder, tmp_path):
-    """The downstream scripts' default is for files that do not; a network of generation serves without training."""
+def test_lfms_content_pth_describes_its_network(name, golden, autoencoder, tmp_path):
+    """The file's arguments override the downstream scripts' default network. A generation network can inpaint untrained."""
     case = golden.read_case(CASES[name])
     arguments = case.arguments | {"model_type": model_type_of(case.arguments), "dataset": "celeba_256"}
     if name == "guided_diffusion_inpainting_9ch":
@@ -438,7 +438,7 @@ def test_a_content_of_the_published_code_names_its_own_network(name, golden, aut
     assert opened.header.model_type == ("DiT-Golden/2" if name == "dit_unconditional" else "origin_adm")
 
 
-def test_each_script_refuses_the_other_tasks_published_network(golden, autoencoder, open_with, tmp_path):
+def test_each_script_refuses_lfms_networks_for_other_tasks(golden, autoencoder, open_with, tmp_path):
     case = golden.read_case(CASES["guided_diffusion_inpainting_9ch"])
     torch.save(weights_of(case, golden), tmp_path / "model_1.pth")
     with pytest.raises(UsageError, match=r"trained for inpainting: use test_flow_latent_inpainting\.py"):
@@ -449,7 +449,7 @@ def test_each_script_refuses_the_other_tasks_published_network(golden, autoencod
 
 
 @pytest.mark.parametrize("named", [True, False])
-def test_a_semantic_network_there_and_back_in_both_files(named, convert, golden, autoencoder, tmp_path):
+def test_converting_a_semantic_network_and_its_stage(named, convert, golden, autoencoder, tmp_path):
     weights, stage = plain_network(8, golden).state_dict(), torch.randn(4, CLASSES, 1, 1)
     torch.save(weights, tmp_path / "model_175.pth")
     torch.save({"module.channel_mapper.weight": stage}, tmp_path / "cond_stage_model_175.pth")
@@ -470,7 +470,7 @@ def test_a_semantic_network_there_and_back_in_both_files(named, convert, golden,
         assert all(torch.equal(back[f"module.{key}"], value) for key, value in expected.items())
 
 
-def test_training_starts_from_a_published_network_and_its_stage(golden, tmp_path):
+def test_training_starts_from_lfms_network_and_its_stage(golden, tmp_path):
     weights, stage = plain_network(8, golden).state_dict(), torch.randn(4, CLASSES, 1, 1)
     torch.save(weights, tmp_path / "model_175.pth")
     assert read_sampled(tmp_path / "model_175.pth").keys() == weights.keys()

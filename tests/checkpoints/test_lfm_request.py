@@ -1,4 +1,4 @@
-"""What describes the network in a published file: flags, then the file's own arguments, then defaults."""
+"""Precedence of what describes the network in an LFM file: flags, then the file's arguments, then defaults."""
 
 import pytest
 
@@ -9,11 +9,11 @@ from options import UsageError
 DATA = {"dataset": "celeba_256", "image_size": 256}
 
 
-def test_facts_that_a_name_tells():
-    grey = published_facts("fashion_mnist", 32)
-    assert (grey.channels, grey.crop, grey.flips) == (1, 28, False)
-    colour = published_facts("celeba_256", 256)
-    assert (colour.channels, colour.crop, colour.flips) == (3, None, True)
+def test_facts_implied_by_a_dataset_name():
+    gray = published_facts("fashion_mnist", 32)
+    assert (gray.channels, gray.crop, gray.flips) == (1, 28, False)
+    color = published_facts("celeba_256", 256)
+    assert (color.channels, color.crop, color.flips) == (3, None, True)
 
 
 def test_dataset_and_image_size_have_no_default():
@@ -24,7 +24,7 @@ def test_dataset_and_image_size_have_no_default():
     assert request_network({}, DATA).dataset == published_facts("celeba_256", 256)
 
 
-def test_flags_come_before_arguments_and_arguments_before_defaults():
+def test_flags_override_arguments_and_arguments_override_defaults():
     arguments = DATA | {
         "model_type": "DiT-B/2",
         "num_classes": 10,
@@ -38,7 +38,7 @@ def test_flags_come_before_arguments_and_arguments_before_defaults():
     assert (request.in_channels, request.out_channels) == (None, None)
 
 
-def test_published_spellings_and_lists():
+def test_lfms_spellings_and_lists():
     options = request_network({"use_origin_adm": True}, DATA | {"attn_resolution": [16, 8], "ch_mult": [1, 2]}).options
     assert isinstance(options, GuidedUNetOptions)
     assert (options.attn_resolutions, options.ch_mult) == ((16, 8), (1, 2))
@@ -55,6 +55,6 @@ def test_published_spellings_and_lists():
         ({}, {"use_origin_adm": False}, "adm"),
     ],
 )
-def test_downstream_networks_are_guided_diffusions_unless_others_are_named(given, arguments, expected):
+def test_downstream_tasks_default_to_guided_diffusions_network(given, arguments, expected):
     assert request_network(DATA | given, arguments, downstream=True).model_type == expected
     assert request_network(DATA, downstream=False).model_type == "adm"

@@ -1,4 +1,4 @@
-"""Flags read from the golden lists of names and shapes, and a wrong flag found out by them."""
+"""Infers flags from the golden cases' names and shapes, and detects wrong flags."""
 
 import dataclasses
 from pathlib import Path
@@ -20,7 +20,7 @@ def stems(path):
 
 
 def listed(case):
-    """Tensors of the names and shapes in a case's list, without values."""
+    """Tensors with the names and shapes in a case's list, without values."""
     return {name: torch.empty(shape, device="meta") for name, shape in case.weights}
 
 
@@ -35,14 +35,14 @@ def architecture_of(case):
 
 
 @pytest.mark.parametrize("path", CASES, ids=stems)
-def test_what_the_names_of_a_golden_case_show(path, golden):
+def test_flags_are_inferred_from_a_golden_cases_names(path, golden):
     case = golden.read_case(path)
     model_type, size, options, _ = architecture_of(case)
     found = recognise(listed(case))
     assert found.pop("model_type") == model_type
     assert found.pop("latent_size", size) == size
     assert found.pop("label_rows", None) == getattr(options, "label_rows", None)
-    if path.stem == "adm_narrow_attention":  # 32 channels are too few for a head, so they leave no trace
+    if path.stem == "adm_narrow_attention":  # too few channels for a head, so num_head_channels leaves no trace
         assert found.pop("attn_resolutions") == (2,)
     assert len(found) >= 2
     assert found == {name: getattr(options, name) for name in found}
@@ -57,14 +57,14 @@ OTHER_VALUES = {
     "num_out_channels": 6,
     "label_dim": 3,
     "num_classes": 7,
-    "use_scale_shift_norm": None,  # the opposite
+    "use_scale_shift_norm": None,  # the opposite value
     "resblock_updown": None,
     "resamp_with_conv": None,
 }
 
 
 @pytest.mark.parametrize("path", CASES, ids=stems)
-def test_a_wrong_flag_is_found_out(path, golden):
+def test_a_wrong_flag_is_detected(path, golden):
     case = golden.read_case(path)
     weights, (model_type, size, options, _) = listed(case), architecture_of(case)
     tried = 0
@@ -75,7 +75,7 @@ def test_a_wrong_flag_is_found_out(path, golden):
         wrong = dataclasses.replace(options, **{name: not true if other is None else other})
         with torch.device("meta"):
             built = build_network(model_type, size, wrong).state_dict()
-        if not any(find_mismatch(built, weights)):  # resblock_updown leaves resamp_with_conv without effect
+        if not any(find_mismatch(built, weights)):  # with resblock_updown, resamp_with_conv has no effect
             assert (name, options.resblock_updown) == ("resamp_with_conv", True)
             continue
         expected = true
@@ -94,7 +94,7 @@ def guided(**values):
         return build_network(ORIGIN_ADM, 8, options).state_dict()
 
 
-def test_other_family_and_other_size(golden):
+def test_wrong_family_and_wrong_size_are_detected(golden):
     cases = {path.stem: golden.read_case(path) for path in CASES}
     dit, adm = architecture_of(cases["dit_unconditional"]), architecture_of(cases["adm_unconditional"])
     assert suggest_flags(listed(cases["adm_unconditional"]), dit)["model_type"] == "adm"
@@ -139,21 +139,21 @@ def test_guided_networks_of_other_shapes(values):
         (1, {"num_classes": 10, "label_dropout": 0.1}, {"num_classes": 1, "label_dropout": 0.0}),
     ],
 )
-def test_rows_of_the_label_table_are_classes_and_perhaps_a_null_class(rows, given, suggested):
+def test_classes_are_inferred_from_the_rows_of_the_label_table(rows, given, suggested):
     kind = NETWORKS["DiT-Mi/2"].options
     with torch.device("meta"):
         weights = build_network("DiT-Mi/2", 8, kind(num_classes=rows)).state_dict()
     assert suggest_flags(weights, Architecture("DiT-Mi/2", 8, kind(**given))) == suggested
 
 
-def test_no_network_at_all():
+def test_tensors_that_are_not_a_network():
     assert recognise({}) == {}
     assert recognise({"a.weight": torch.empty(2)}) == {}
     for mark in ("x_embedder.proj.weight", "map_layer0.weight", "time_embed.0.weight"):
-        assert recognise({mark: torch.empty(8, 2)}) == {}  # a part of one
+        assert recognise({mark: torch.empty(8, 2)}) == {}  # part of a network
 
 
-def test_a_mismatch_names_at_most_ten_of_each_kind(golden):
+def test_a_mismatch_lists_at_most_ten_names_of_each_kind(golden):
     case = golden.read_case(next(path for path in CASES if path.stem == "guided_diffusion_unconditional"))
     architecture = architecture_of(case)
     wrong = architecture._replace(options=dataclasses.replace(architecture.options, ch_mult=(2, 2, 2)))
@@ -170,7 +170,7 @@ def test_a_mismatch_names_at_most_ten_of_each_kind(golden):
     assert advice == "the file would fit with --ch_mult 1 2"
 
 
-def test_no_suggestion_where_none_explains_it():
+def test_no_suggestion_if_no_flag_explains_the_mismatch():
     architecture = Architecture("DiT-Mi/2", 8, NETWORKS["DiT-Mi/2"].options())
     network = build_network(*architecture)
     weights = dict(network.state_dict())
@@ -183,7 +183,7 @@ def test_no_suggestion_where_none_explains_it():
         load_weights(network, {"channel_mapper.weight": torch.zeros(4, 19, 1, 1)}, "file.pth", architecture)
 
 
-def test_positions_of_another_grid_are_replaced_and_said(capsys):
+def test_positions_of_another_grid_are_replaced_with_a_note(capsys):
     kind = NETWORKS["DiT-Mi/2"].options
     small, large = (Architecture("DiT-Mi/2", size, kind()) for size in (4, 8))
     source, target = build_network(*small), build_network(*large)

@@ -1,4 +1,4 @@
-"""Photographs from the wheels of scikit-image and scikit-learn."""
+"""Photographs included in the packages scikit-image and scikit-learn."""
 
 from importlib.metadata import distribution
 from pathlib import Path
@@ -15,7 +15,7 @@ FILES = {
 
 @pytest.fixture(scope="session")
 def photographs() -> list[Image.Image]:
-    """24 RGB pictures of 72 x 64 to 95 x 64 pixels: quarters of six photographs."""
+    """24 RGB images of 72 x 64 to 95 x 64 pixels: quarters of six photographs."""
     paths = [Path(distribution(package).locate_file(name)) for package, names in FILES.items() for name in names]
     pictures = []
     for index in range(24):
@@ -30,5 +30,5 @@ def photographs() -> list[Image.Image]:
 
 @pytest.fixture(scope="session")
 def squares(photographs) -> list[np.ndarray]:
-    """The photographs' left parts, uint8 [64, 64, 3]."""
+    """The left parts of the photographs, uint8 [64, 64, 3]."""
     return [np.array(picture.crop((0, 0, 64, 64))) for picture in photographs]

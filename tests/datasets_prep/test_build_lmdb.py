@@ -1,4 +1,4 @@
-"""LMDBs from a folder of photographs: what is in them, and that a build ended at any moment goes on to the same end."""
+"""Builds LMDBs from a folder of photographs: their content, and resuming a build that was killed at any moment."""
 
 import io
 import os
@@ -20,14 +20,14 @@ from options import UsageError
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    """Commits of 3 images, and a map that is soon full."""
+    """Commit every 3 images, and start with a small map size."""
     monkeypatch.setattr(module, "IMAGES_PER_COMMIT", 3)
     monkeypatch.setattr(module, "FIRST_MAP_BYTES", 1 << 16)
 
 
 @pytest.fixture
 def source(tmp_path, photographs):
-    """20 photographs, PNG and JPEG, in two folders."""
+    """20 photographs in two folders, PNG and JPEG."""
     folder = tmp_path / "images"
     for index, picture in enumerate(photographs[:20]):
         path = folder / f"{index // 10}" / f"{index:05d}.{'png' if index % 2 else 'jpg'}"
@@ -55,7 +55,7 @@ def content(path):
 
 
 @pytest.mark.parametrize("format", ["png", "raw"])
-def test_read_back_it_is_the_folder(tmp_path, source, monkeypatch, format, capsys):
+def test_the_lmdb_equals_the_folder(tmp_path, source, monkeypatch, format, capsys):
     flags = ["--source", source, "--datadir", tmp_path / "data", "--image_size", 48, "--format", format]
     run(monkeypatch, *flags)
     assert "train.lmdb: 18 images of 48 x 48" in capsys.readouterr().out
@@ -85,7 +85,7 @@ def test_formats(tmp_path, source):
 
 @pytest.mark.parametrize("commit", [0, 1, 4, 6])
 @pytest.mark.parametrize("moment", ["before", "within", "after"])
-def test_a_killed_build_goes_on(tmp_path, source, monkeypatch, commit, moment):
+def test_a_killed_build_resumes(tmp_path, source, monkeypatch, commit, moment):
     build(source, tmp_path / "whole")
     child = os.fork()
     if not child:
@@ -143,7 +143,7 @@ def test_bad_images(tmp_path, source, capsys):
         (source / name).write_bytes((source / name).read_bytes()[:200])
     with pytest.raises(UsageError, match=r"00004\.jpg"):
         build(source, tmp_path / "lmdb")
-    assert build(source, tmp_path / "lmdb", skip_bad_images=True) == 18  # goes on after the first commit
+    assert build(source, tmp_path / "lmdb", skip_bad_images=True) == 18  # continues after the first commit
     assert "left out 2 of 20 images" in capsys.readouterr().err
     values = content(tmp_path / "lmdb")
     assert set(values) == {str(index).encode() for index in range(18)}
@@ -165,7 +165,7 @@ def test_official_splits(tmp_path):
         assert splits == {"train": paths[: count - held_out], "validation": paths[count - held_out :]}
 
 
-def test_numbers_in_names_are_numbers(tmp_path):
+def test_numbers_in_names_are_sorted_numerically(tmp_path):
     names = ["0.jpg", "2.jpg", "9.png", "10.jpg", "100.jpg", "b/1.jpg", "b/02.jpg", "b/x3.jpg"]
     for name in reversed(names):
         (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The official tree of CelebAMask-HQ, small: real photographs, masks of parts, and their merged maps."""
+"""A small tree in CelebAMask-HQ's official layout: real photographs, part masks and merged label maps."""
 
 import sys
 
@@ -15,7 +15,7 @@ from datasets_prep.label_maps.celebamask_hq import CELEBA_CLASSES, PARTS
 from datasets_prep.label_maps.datasets import open_segmentation
 from options import UsageError
 
-NUMBERS = [*range(15), 1999, 2000, 4001, 27000, 29999]  # 20 images in four folders of masks
+NUMBERS = [*range(15), 1999, 2000, 4001, 27000, 29999]  # 20 images, with masks in four folders
 SIDE = 64
 
 
@@ -27,7 +27,7 @@ def part_mask(box, shape=(SIDE // 2, SIDE // 2)):
 
 
 def masks_of(number):
-    """The head, an ear that the hair covers in part, an eye in the skin, and a hat for some."""
+    """The head, an ear partly covered by hair, an eye inside the skin, and for some images a hat."""
     shift = number % 5
     masks = {
         "skin": part_mask((4, 28, 4 + shift, 24)),
@@ -55,7 +55,7 @@ def open_split(datadir, split="train", size=32, **settings):
     return open_segmentation(DatasetOptions("celeba", str(datadir), size, **settings), split)
 
 
-def test_published_classes():
+def test_classes_equal_lfms():
     assert CELEBA_CLASSES.count == 19
     expected = "background skin nose eye_g l_eye r_eye l_brow r_brow l_ear r_ear mouth u_lip l_lip hair hat ear_r"
     assert CELEBA_CLASSES.names == (*expected.split(), "neck_l", "neck", "cloth")
@@ -65,15 +65,15 @@ def test_published_classes():
 def test_later_parts_cover_earlier_ones():
     masks = [None] * 18
     masks[0] = np.array([[255, 255, 255, 0]], np.uint8)  # skin
-    masks[12] = np.array([[0, 1, 255, 0]], np.uint8)  # hair, one pixel of it faint
+    masks[12] = np.array([[0, 1, 255, 0]], np.uint8)  # hair with one faint pixel
     masks[17] = np.array([[0, 0, 7, 0]], np.uint8)  # cloth
     merged = merge_parts(masks)
     assert merged.tolist() == [[1, 13, 18, 0]]
     assert merged.dtype == np.uint8
 
 
-def test_all_parts_in_their_order():
-    """Part k is there from column k on, so that in column k it is the last one."""
+def test_parts_are_merged_in_order():
+    """Part k covers column k and all columns after it, so it is the topmost part in column k."""
     masks = [np.arange(18)[None] >= number for number in range(18)]
     assert merge_parts(masks).tolist() == [list(range(1, 19))]
     assert merge_parts(masks[::-1]).tolist() == [[18] * 18]
@@ -94,8 +94,8 @@ def test_merged_maps_are_exact(tree):
         np.testing.assert_array_equal(found, expected)
 
 
-def test_merging_goes_on_where_it_ended(tree, monkeypatch):
-    """It ends at a damaged mask; the maps made before are kept, and none is half written."""
+def test_merging_resumes_where_it_stopped(tree, monkeypatch):
+    """Merging stops at a damaged mask. The maps written before remain, and none is partially written."""
     damaged = tree / "CelebAMask-HQ-mask-anno" / "1" / "02000_hair.png"
     whole = damaged.read_bytes()
     damaged.write_bytes(whole[:60])
@@ -126,7 +126,7 @@ def test_a_failed_write_leaves_nothing(tree, monkeypatch):
     assert list((tree / "masks").iterdir()) == []
 
 
-def test_images_without_masks_or_with_odd_ones_are_named(tree):
+def test_images_with_missing_or_wrong_masks_are_named(tree):
     folder = tree / "CelebAMask-HQ-mask-anno" / "0"
     Image.fromarray(part_mask((0, 4, 0, 4), (16, 16))).save(folder / "00003_hair.png")
     with pytest.raises(UsageError, match=r"image 3: .*found the sizes \[\(16, 16\), \(32, 32\)\]"):
@@ -163,7 +163,7 @@ def test_splits_by_number(tree):
     assert open_split(tree, "validation", 64).label_map(0).shape == (64, 64)
 
 
-def test_what_is_missing_is_told(tree, tmp_path):
+def test_missing_files_are_named(tree, tmp_path):
     with pytest.raises(UsageError, match=r"expected the folder CelebAMask-HQ/CelebA-HQ-img in"):
         open_split(tmp_path)
     with pytest.raises(UsageError, match=r"18 of 18 label maps are missing.*python -m datasets_prep\.celebamask"):
@@ -176,7 +176,7 @@ def test_what_is_missing_is_told(tree, tmp_path):
         open_split(tree)
 
 
-def test_bad_maps_are_left_out_on_demand(tree):
+def test_bad_maps_can_be_skipped(tree):
     merge_tree(tree, 2)
     (tree / "masks" / "3.png").write_bytes(b"torn")
     with pytest.raises(UsageError, match=r"cannot read the image .*3\.png"):

@@ -1,4 +1,4 @@
-"""CIFAR-10's batches as Python 2 pickled them, in a folder or in the archive."""
+"""CIFAR-10's batches as pickled by Python 2, in a folder or in the archive."""
 
 import io
 import pickle
@@ -25,7 +25,7 @@ def images(squares):
 
 @pytest.fixture(scope="module")
 def batches(images):
-    """The files' bytes by name; labels are 0 to 9 over and over."""
+    """The files' bytes by name. Labels cycle through 0 to 9."""
     names = [name for split in BATCHES.values() for name in split]
     files = {}
     for number, name in enumerate(names):
@@ -60,7 +60,7 @@ def open_split(datadir, split="train", size=32):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Downloads fail, and are counted."""
+    """Make downloads fail, and count them."""
     tried = []
 
     def download(url, root, filename, md5):
@@ -81,14 +81,14 @@ def assert_whole(datadir, images):
     assert (train.facts.class_names, train.facts.flips) == (CLASSES, True)
 
 
-def test_batches_of_python_2(tmp_path, batches, images, no_network):
+def test_batches_pickled_by_python_2(tmp_path, batches, images, no_network):
     write_folder(tmp_path, batches)
     assert_whole(tmp_path, images)
     assert open_split(tmp_path, size=64)[0].shape == (3, 64, 64)
     assert no_network == []
 
 
-def test_archive_is_unpacked_below_the_data_directory(tmp_path, batches, images, no_network):
+def test_the_archive_is_unpacked_in_the_data_directory(tmp_path, batches, images, no_network):
     datadir = tmp_path / "data"
     datadir.mkdir()
     members = {f"{FOLDER}/{name}": data for name, data in batches.items()}
@@ -103,7 +103,7 @@ def test_archive_is_unpacked_below_the_data_directory(tmp_path, batches, images,
     assert no_network == []
 
 
-def test_what_cannot_be_fetched_is_told(tmp_path, no_network):
+def test_a_failed_download_is_reported(tmp_path, no_network):
     with pytest.raises(
         UsageError, match=rf"neither {FOLDER}/ nor {ARCHIVE} .*no route to host.*Download https?://.*{ARCHIVE}"
     ):

@@ -1,4 +1,4 @@
-"""What a network is shown beside x_t: shares of classes, and images whose holes tell nothing."""
+"""Conditions concatenated to x_t: fractions of classes, and masked images whose holes reveal nothing."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def random(shape, high, seed):
 
 
 def halved(maps, classes, times):
-    """As published: one-hot, then bilinear halvings."""
+    """LFM's method: one-hot, then repeated bilinear halving."""
     shares = functional.one_hot(maps.long().clamp(max=classes), classes + 1)[..., :classes].permute(0, 3, 1, 2).float()
     for _ in range(times):
         shares = functional.interpolate(shares, scale_factor=0.5, mode="bilinear", align_corners=False, antialias=False)
@@ -30,18 +30,18 @@ def halved(maps, classes, times):
 
 
 @pytest.mark.parametrize("times", [0, 1, 2, 3])
-def test_shares_are_the_published_halvings_of_the_one_hot_map(times):
+def test_class_fractions_equal_lfms_halvings_of_the_one_hot_map(times):
     maps = random((3, 16, 24), 7, seed=times)
     maps[0, :5, :7] = NO_CLASS
     shares = class_shares(maps, 7, 2**times)
     assert shares.dtype == torch.float32
-    assert torch.equal(shares, halved(maps, 7, times))  # powers of two: exact
+    assert torch.equal(shares, halved(maps, 7, times))  # exact, because all values are multiples of powers of two
 
 
-def test_what_is_unlabelled_counts_nowhere():
+def test_unlabeled_pixels_count_for_no_class():
     maps = torch.full((1, 4, 4), 3, dtype=torch.uint8)
     maps[0, :2, :2] = NO_CLASS
-    maps[0, 0, 2], maps[0, 3, 3] = 5, 1  # 5 is no class either
+    maps[0, 0, 2], maps[0, 3, 3] = 5, 1  # 5 is not a class either
     shares = class_shares(maps, 5, 2)
     assert shares.sum(1).tolist() == [[[0, 0.75], [1, 1]]]
     assert shares[0, 3].tolist() == [[0, 0.75], [1, 0.75]]
@@ -62,7 +62,7 @@ def dataset_of(images):
 
 
 def square(number):
-    """A hole of 7 x 6 pixels, that the number moves: its edges lie between the latents'."""
+    """A hole of 7 x 6 pixels, shifted by `number`. Its edges lie inside latent pixels."""
     hole = torch.zeros(SIDE, SIDE, dtype=torch.bool)
     hole[2 + number : 9 + number, 3:9] = True
     return hole
@@ -72,7 +72,7 @@ UNMIRRORED = torch.zeros(2, dtype=torch.bool)
 PLACES = torch.arange(2)
 
 
-def test_what_the_hole_hides_has_no_influence(autoencoder):
+def test_hidden_pixels_have_no_influence(autoencoder):
     images, noise = random((2, 3, SIDE, SIDE), 256, seed=0), torch.randn(2, 2, 4, 4)
     changed = torch.where(torch.stack([square(0), square(1)])[:, None], 255 - images, images)
     for space in (autoencoder, PixelSpace(3)):
@@ -88,8 +88,11 @@ def test_what_the_hole_hides_has_no_influence(autoencoder):
         )
 
 
-def test_the_condition_is_the_latent_of_the_masked_image_and_the_mask(autoencoder):
-    """(1 - m) image in [0, 1], brought to [-1, 1]; a posterior sample; 2 m - 1, resized by nearest neighbour."""
+def test_the_condition_is_the_masked_images_latent_and_the_mask(autoencoder):
+    """The masked image is (1 - m) image in [0, 1], scaled to [-1, 1], encoded and sampled from the posterior.
+
+    The mask is 2 m - 1, resized by nearest neighbor.
+    """
     images, noise = random((2, 3, SIDE, SIDE), 256, seed=1), torch.randn(2, 2, 4, 4)
     condition = MaskedImages(dataset_of(images), autoencoder, square, MACHINE)
     raw = condition.read(PLACES, UNMIRRORED, [5, 0])
@@ -101,12 +104,12 @@ def test_the_condition_is_the_latent_of_the_masked_image_and_the_mask(autoencode
     map_ = condition.encode(raw, noise)
     assert condition.dense.channels == map_.shape[1] == 3
     torch.testing.assert_close(map_[:, :2], expected, atol=1e-5, rtol=1e-4)
-    assert torch.equal(map_[:, 2:], 2 * holes[:, :, ::4, ::4] - 1)  # of four pixels, the first
+    assert torch.equal(map_[:, 2:], 2 * holes[:, :, ::4, ::4] - 1)  # nearest neighbor takes the first of four pixels
     assert map_[:, 2].unique().tolist() == [-1, 1]
     assert not torch.equal(condition.encode(raw, -noise)[:, :2], map_[:, :2])
 
 
-def test_images_are_encoded_in_the_machine_s_precision(autoencoder):
+def test_images_are_encoded_in_the_machines_precision(autoencoder):
     images, noise = random((2, 3, SIDE, SIDE), 256, seed=1), torch.randn(2, 2, 4, 4)
     exact, rounded = (
         MaskedImages(dataset_of(images), autoencoder, square, Machine(torch.device("cpu"), precision))
@@ -117,7 +120,7 @@ def test_images_are_encoded_in_the_machine_s_precision(autoencoder):
     torch.testing.assert_close(rounded.encode(raw, noise), exact.encode(raw, noise), rtol=0, atol=0.5)
 
 
-def test_the_image_is_mirrored_and_the_mask_is_not():
+def test_mirroring_applies_to_the_image_but_not_to_the_mask():
     images = random((2, 3, SIDE, SIDE), 255, seed=2) + 1
     condition = MaskedImages(dataset_of(images), PixelSpace(3), square, MACHINE)
     raw = condition.read(PLACES, torch.tensor([False, True]), [0, 0])
@@ -128,7 +131,7 @@ def test_the_image_is_mirrored_and_the_mask_is_not():
     assert not raw[:, :3, hole].any()
 
 
-def test_draws_decide_on_masks_and_indices_on_images():
+def test_masks_depend_on_draws_and_images_on_indices():
     images = random((4, 3, SIDE, SIDE), 255, seed=3) + 1
     condition = MaskedImages(dataset_of(images), PixelSpace(3), square, MACHINE)
     raw = condition.read(torch.tensor([3, 3]), UNMIRRORED, [2, 4])
@@ -160,7 +163,7 @@ def maps_of(maps):
     return SegmentedDataset(facts, "train", np.zeros(len(maps)), images.__getitem__, "x", CLASSES, maps.__getitem__)
 
 
-def test_in_a_mirrored_map_left_and_right_change_places(autoencoder):
+def test_mirroring_a_map_swaps_left_and_right_classes(autoencoder):
     maps = random((2, SIDE, SIDE), 5, seed=4)
     condition = LabelMaps(maps_of(maps), autoencoder)
     assert (condition.dense.channels, condition.dense.classes) == (2, 5)

@@ -40,7 +40,7 @@ def test_fashion_mnist_is_the_file_padded_with_black(fashion_mnist_dir, split, p
     assert (dataset.facts.crop, dataset.facts.flips, dataset.facts.class_names) == (28, False, CLASSES["fashion_mnist"])
 
 
-def test_splits_have_fingerprints_of_their_own(fashion_mnist_dir):
+def test_each_split_has_a_different_fingerprint(fashion_mnist_dir):
     options = DatasetOptions(datadir=str(fashion_mnist_dir))
     train, again, validation = (open_dataset(options, split) for split in ("train", "train", "validation"))
     assert train.fingerprint == again.fingerprint != validation.fingerprint
@@ -54,14 +54,14 @@ def test_unpadded_images_need_no_crop(fashion_mnist_dir):
     assert torch.equal(crop_padding(batch, dataset.facts), batch)
 
 
-def test_decoded_images_become_like_the_originals():
-    grey, colour = (DatasetFacts("toy", 32, channels, 28, False, ()) for channels in (1, 3))
+def test_decoded_images_are_cropped_like_the_originals():
+    gray, color = (DatasetFacts("toy", 32, channels, 28, False, ()) for channels in (1, 3))
     decoded = torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     inside = decoded[:, :, 2:30, 2:30]
-    assert torch.equal(like_originals(decoded, colour), inside)
+    assert torch.equal(like_originals(decoded, color), inside)
     expected = (inside.double().sum(1, keepdim=True) / 3).round().byte()
-    assert torch.equal(like_originals(decoded, grey), expected)
-    assert torch.equal(like_originals(decoded[:, :1], grey), inside[:, :1])
+    assert torch.equal(like_originals(decoded, gray), expected)
+    assert torch.equal(like_originals(decoded[:, :1], gray), inside[:, :1])
 
 
 @pytest.mark.parametrize("size", [27, 26, 33, 16])
@@ -109,10 +109,10 @@ def test_idx_fingerprint_covers_the_labels(monkeypatch, tmp_path):
     assert len(fingerprints) == 3
 
 
-def test_folder_splits_share_no_image_and_lose_none(photo_dir):
+def test_folder_splits_partition_the_images(photo_dir):
     train, validation = open_folder(photo_dir), open_folder(photo_dir, "validation")
     paths = sorted(photo_dir.rglob("*.*"))
-    held_out = [19]  # every twentieth of 25
+    held_out = [19]  # one in twenty of 25
     kept = [index for index in range(25) if index not in held_out]
     assert (len(train), len(validation)) == (24, 1)
     for dataset, indices in [(train, kept), (validation, held_out)]:
@@ -124,8 +124,8 @@ def test_folder_splits_share_no_image_and_lose_none(photo_dir):
     assert train.facts.channels == 3
 
 
-def test_labels_of_a_split_that_lacks_a_class(photo_dir):
-    """The one image held out is a dog: its label must be the training images' number of dogs, not 0."""
+def test_labels_if_a_split_lacks_a_class(photo_dir):
+    """The only held-out image is a dog. Its label must be the dog's class among the training images, not 0."""
     validation = open_folder(photo_dir, "validation")
     assert validation.labels.tolist() == [1]
 
@@ -149,22 +149,22 @@ def test_separate_validation_folder(photo_dir, tmp_path):
     )
 
 
-def test_folder_named_train_is_no_class(photo_dir, tmp_path):
+def test_a_folder_named_train_is_not_a_class(photo_dir, tmp_path):
     shutil.copytree(photo_dir, tmp_path / "root" / "train")
     assert open_folder(tmp_path / "root").facts.class_names == ("cat", "dog")
-    shutil.copytree(photo_dir / "cat", tmp_path / "root" / "bus")  # now it is one: of vehicles
+    shutil.copytree(photo_dir / "cat", tmp_path / "root" / "bus")  # now "train" is also a class, of vehicles
     assert open_folder(tmp_path / "root").facts.class_names == ("bus", "train")
 
 
-def test_images_beside_the_folders_leave_no_classes(photo_dir):
+def test_images_next_to_the_folders_mean_no_classes(photo_dir):
     shutil.copy(photo_dir / "cat" / "00.jpg", photo_dir / "zero.JPG")
     dataset = open_folder(photo_dir)
     assert dataset.facts.class_names == ()
     assert dataset.labels.unique().tolist() == [0]
-    assert len(dataset) == 25  # 26, one of them held out
+    assert len(dataset) == 25  # 26 images, one of them held out
 
 
-def test_single_image_serves_both_splits(tmp_path):
+def test_a_single_image_is_in_both_splits(tmp_path):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "one.png")
     assert len(open_folder(tmp_path)) == len(open_folder(tmp_path, "validation")) == 1
 

@@ -1,4 +1,4 @@
-"""ImageNet in torchvision's layout. (The dataset `folder` is tested in test_datasets.py.)"""
+"""ImageNet in torchvision's layout. The dataset `folder` is tested in test_datasets.py."""
 
 import shutil
 
@@ -14,7 +14,7 @@ WNIDS = ("n01440764", "n01443537", "n02119789")
 
 @pytest.fixture
 def imagenet(tmp_path, photographs):
-    """Three classes of 4, 3 and 2 training images, and a validation image of the last two."""
+    """Three classes with 4, 3 and 2 training images; the last two have one validation image each."""
     root = tmp_path / "imagenet"
     for split, counts in (("train", (4, 3, 2)), ("val", (0, 1, 1))):
         for number, count in enumerate(counts):
@@ -40,7 +40,7 @@ def test_images_and_labels(imagenet):
     assert (facts.name, facts.flips, facts.crop, facts.class_names) == ("imagenet_256", True, None, WNIDS)
 
 
-def test_a_thousand_names_are_not_remembered(imagenet):
+def test_imagenets_class_names_are_not_stored(imagenet):
     for number in range(98):
         folder = imagenet / "train" / f"n1{number:07d}"
         shutil.copytree(imagenet / "train" / WNIDS[2], folder)
@@ -49,9 +49,9 @@ def test_a_thousand_names_are_not_remembered(imagenet):
     assert dataset.facts.class_names == ()
 
 
-def test_fingerprint_is_that_of_names_and_sizes(imagenet, tmp_path):
+def test_the_fingerprint_depends_on_names_and_sizes(imagenet, tmp_path):
     before = open_split(imagenet).fingerprint
-    shutil.copytree(imagenet, tmp_path / "copy", copy_function=shutil.copyfile)  # times are not kept
+    shutil.copytree(imagenet, tmp_path / "copy", copy_function=shutil.copyfile)  # file times are not copied
     assert open_split(tmp_path / "copy").fingerprint == before
     image = imagenet / "train" / WNIDS[0] / f"{WNIDS[0]}_0.JPEG"
     image.write_bytes(image.read_bytes() + b"\0")

@@ -19,7 +19,7 @@ ARRAYS = {
 
 
 def encode(array):
-    """The IDX format: two zero bytes, the type (8: uint8), the number of axes, big-endian lengths, the values."""
+    """Encode in the IDX format: two zero bytes, the type (8: uint8), the number of axes, big-endian lengths, and the values."""
     lengths = b"".join(length.to_bytes(4, "big") for length in array.shape)
     return bytes([0, 0, 8, array.ndim]) + lengths + array.tobytes()
 
@@ -34,7 +34,7 @@ def fill(folder, suffix=""):
 
 @pytest.fixture
 def no_fetching(monkeypatch):
-    """Both ways of fetching fail, and tell in which order they were tried."""
+    """Make both download methods fail, and record the order of the attempts."""
     tried = []
 
     def download(name, datadir):
@@ -47,7 +47,7 @@ def no_fetching(monkeypatch):
 
     monkeypatch.setattr(idx, "_download", download)
     monkeypatch.setattr(idx, "_fetch_deb", fetch_deb)
-    monkeypatch.setattr(idx, "DEBIAN_PACKAGES", {"mnist": "dataset-mnist"})  # a package that no machine has
+    monkeypatch.setattr(idx, "DEBIAN_PACKAGES", {"mnist": "dataset-mnist"})  # a package that does not exist
     return tried
 
 
@@ -75,11 +75,11 @@ def test_real_files_hold_balanced_classes(fashion_mnist_dir):
         lambda data: data + b"\0",
         lambda data: data[:6],
         lambda data: b"",
-        lambda data: bytes([0, 0, 9]) + data[3:],  # signed bytes
+        lambda data: bytes([0, 0, 9]) + data[3:],  # type 9: signed bytes
         lambda data: b"<html>503 Service Unavailable</html>",
     ],
 )
-def test_torn_or_foreign_file_is_named(tmp_path, damage):
+def test_a_truncated_or_foreign_file_is_named(tmp_path, damage):
     name = "train-images-idx3-ubyte"
     path = fill(tmp_path) / name
     path.write_bytes(damage(path.read_bytes()))
@@ -87,7 +87,7 @@ def test_torn_or_foreign_file_is_named(tmp_path, damage):
         read_idx(tmp_path, name)
 
 
-@pytest.mark.parametrize("position", [0, 15, -6, None])  # magic number, deflate stream, checksum, truncated
+@pytest.mark.parametrize("position", [0, 15, -6, None])  # magic number, deflate stream, checksum, truncation
 def test_damaged_gzip_file_is_named(tmp_path, position):
     name = "t10k-images-idx3-ubyte"
     path = fill(tmp_path, ".gz") / f"{name}.gz"
@@ -108,7 +108,7 @@ def test_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize("place", ["", "mnist", "MNIST/raw", "usr/share/datasets/mnist"])
 @pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_files_in_the_data_directory_are_found_without_fetching(tmp_path, no_fetching, place, suffix):
+def test_files_in_the_data_directory_are_found_without_downloading(tmp_path, no_fetching, place, suffix):
     folder = fill(tmp_path / place, suffix)
     assert find_idx_folder("mnist", tmp_path) == folder
     assert no_fetching == []
@@ -121,7 +121,7 @@ def test_incomplete_folder_does_not_count(tmp_path, no_fetching):
     assert find_idx_folder("mnist", tmp_path) == complete
 
 
-def test_all_attempts_are_told(tmp_path, no_fetching):
+def test_the_error_lists_all_attempts(tmp_path, no_fetching):
     with pytest.raises(UsageError) as raised:
         find_idx_folder("mnist", tmp_path / "data")
     assert no_fetching == ["torchvision", "apt-get"]
@@ -137,16 +137,16 @@ def test_all_attempts_are_told(tmp_path, no_fetching):
     assert "\n" not in message
 
 
-def test_package_is_fetched_where_the_download_fails(tmp_path, no_fetching, monkeypatch):
+def test_the_package_is_tried_after_a_failed_download(tmp_path, no_fetching, monkeypatch):
     monkeypatch.setattr(idx, "_fetch_deb", lambda name, datadir: fill(datadir / "usr/share/datasets/mnist", ".gz"))
     folder = find_idx_folder("mnist", tmp_path / "new")
     assert folder == tmp_path / "new/usr/share/datasets/mnist"
     assert no_fetching == ["torchvision"]
     assert find_idx_folder("mnist", tmp_path / "new") == folder
-    assert no_fetching == ["torchvision"]  # nothing is fetched twice
+    assert no_fetching == ["torchvision"]  # nothing is downloaded twice
 
 
-def test_download_has_a_time_out_of_its_own(tmp_path, monkeypatch):
+def test_the_download_sets_a_timeout(tmp_path, monkeypatch):
     seen = []
 
     def dataset(root, download):

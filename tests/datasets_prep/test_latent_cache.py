@@ -1,4 +1,4 @@
-"""Every image is encoded once, as it would be directly, in shards that are resumed, checked and refused by name."""
+"""Every image is encoded once, with the same result as encoding it directly. Shards can be resumed and are verified."""
 
 import json
 import threading
@@ -17,7 +17,10 @@ from runtime.precision import Machine
 from tests.plain_autoencoder import PlainAutoencoder
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
-COUNT, SHARD = 23, 5  # images, and images a shard where they are not mirrored: shards of 5, 5, 5, 5, 3
+COUNT, SHARD = (
+    23,
+    5,
+)  # Images, and images per shard if they are not mirrored. This gives shards of 5, 5, 5, 5 and 3 images.
 
 
 def tiny_autoencoder(seed=0):
@@ -35,7 +38,7 @@ def tiny_dataset(flips=False, count=COUNT, image_size=8, fingerprint="f"):
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
-    """Shards of 5 images of 8 x 8 pixels and 4 x 4 x 4 moments, in batches of 2."""
+    """Use shards of 5 images of 8 x 8 pixels with moments of 4 x 4 x 4, encoded in batches of 2."""
     monkeypatch.setattr(latent_cache, "SHARD_BYTES", SHARD * 4 * 4 * 4 * 2)
     monkeypatch.setattr(latent_cache, "PIXELS_PER_BATCH", 2 * 8 * 8)
 
@@ -59,7 +62,7 @@ def all_images(dataset):
 
 
 def stop_after(monkeypatch, images):
-    """Interrupt the encoder once it has seen so many images; returns the list of those it saw, by batch."""
+    """Interrupt the encoder after `images` images. Returns the batches that it encoded."""
     seen = []
     encode = KLAutoencoder.encode
 
@@ -73,21 +76,21 @@ def stop_after(monkeypatch, images):
     return seen
 
 
-def test_cache_is_the_direct_encoding_in_half_precision(tmp_path, autoencoder):
+def test_the_cache_equals_direct_encoding_in_half_precision(tmp_path, autoencoder):
     dataset = tiny_dataset()
     cache = build(tmp_path / "cache", dataset, autoencoder)
     direct = autoencoder.encode(all_images(dataset))
-    indices = torch.tensor([22, 0, 7, 7, 4, 5, 19])  # from every shard, in no order
+    indices = torch.tensor([22, 0, 7, 7, 4, 5, 19])  # from every shard, in arbitrary order
     found = cache.moments(indices, torch.zeros(7, dtype=torch.bool))
     assert found.dtype == torch.float16
-    # One unit in the last place of float16; encoding in other batches rounds differently.
+    # The tolerance is one unit in the last place of float16, since rounding depends on the batches.
     torch.testing.assert_close(found.float(), direct[indices], rtol=2**-10, atol=1e-5)
     assert len(cache) == COUNT
     assert torch.equal(cache.labels, dataset.labels)
     assert len(list((tmp_path / "cache").glob("moments_*.npy"))) == 5
 
 
-def test_a_system_that_takes_no_advice_reads_the_same(tmp_path, autoencoder, monkeypatch):
+def test_reading_works_without_posix_fadvise(tmp_path, autoencoder, monkeypatch):
     dataset = tiny_dataset(flips=True)
     wanted = torch.tensor([22, 0, 7, 7, 4]), torch.tensor([True, False, True, False, True])
     advised = build(tmp_path / "cache", dataset, autoencoder).moments(*wanted)
@@ -95,19 +98,19 @@ def test_a_system_that_takes_no_advice_reads_the_same(tmp_path, autoencoder, mon
     assert torch.equal(open_latent_cache(tmp_path / "cache", dataset, autoencoder).moments(*wanted), advised)
 
 
-def test_both_orientations_where_the_dataset_flips(tmp_path, autoencoder):
+def test_both_orientations_are_cached_if_the_dataset_flips(tmp_path, autoencoder):
     dataset = tiny_dataset(flips=True)
     cache = build(tmp_path / "cache", dataset, autoencoder)
     images = all_images(dataset)
     upright, mirrored = autoencoder.encode(images), autoencoder.encode(images.flip(3))
-    assert (mirrored - upright.flip(3)).abs().max() > 0.01  # why both are stored
+    assert (mirrored - upright.flip(3)).abs().max() > 0.01  # mirroring the moments would not be enough
     turned = torch.arange(COUNT) % 3 == 0
     expected = torch.where(turned.view(-1, 1, 1, 1), mirrored, upright)
     torch.testing.assert_close(cache.moments(torch.arange(COUNT), turned).float(), expected, rtol=2**-10, atol=1e-5)
 
 
 def test_caches_of_earlier_versions_are_opened_and_completed(tmp_path, autoencoder, monkeypatch):
-    """Their manifests and the entries of their shards also held sums and statistics of the latents."""
+    """Their manifests and shard entries also stored sums and statistics of the latents."""
     folder, dataset = tmp_path / "cache", tiny_dataset()
     build(tmp_path / "whole", dataset, autoencoder)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -116,7 +119,7 @@ def test_caches_of_earlier_versions_are_opened_and_completed(tmp_path, autoencod
     entries = sorted(folder.glob("moments_*.json"))
     for entry in entries:
         add_keys(entry, count=SHARD * 16, sum=[0.5, -0.5], sum_of_squares=[3.0, 4.0])
-    build(folder, dataset, autoencoder)  # half-built by an earlier version, completed by this one
+    build(folder, dataset, autoencoder)  # begun by an earlier version, completed by this one
     assert (folder / "manifest.json").read_bytes() == (tmp_path / "whole" / "manifest.json").read_bytes()
     add_keys(folder / "manifest.json", statistics={"mean": [0.1, 0.2], "std": [1.0, 2.0]})
     before = files_of(folder)
@@ -133,7 +136,7 @@ def add_keys(path, **values):
 
 
 @pytest.mark.parametrize("images", [1, 6, 15, 22])
-def test_interrupted_build_goes_on_without_encoding_anything_twice(tmp_path, autoencoder, monkeypatch, images):
+def test_an_interrupted_build_encodes_nothing_twice(tmp_path, autoencoder, monkeypatch, images):
     dataset = tiny_dataset()
     build(tmp_path / "whole", dataset, autoencoder)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -149,7 +152,7 @@ def test_interrupted_build_goes_on_without_encoding_anything_twice(tmp_path, aut
     assert files_of(tmp_path / "cache") == files_of(tmp_path / "whole")
 
 
-def test_finished_cache_is_left_alone(tmp_path, autoencoder, monkeypatch):
+def test_a_finished_cache_is_not_rebuilt(tmp_path, autoencoder, monkeypatch):
     dataset = tiny_dataset()
     build(tmp_path / "cache", dataset, autoencoder)
     before = files_of(tmp_path / "cache")
@@ -165,7 +168,7 @@ def test_a_cache_that_another_run_is_building_is_waited_for(tmp_path, autoencode
     lock = tmp_path / "cache" / "build.lock"
     lock.write_text('{"host": "elsewhere", "pid": 7, "identity": "", "since": "yesterday"}')
 
-    def nap(seconds):  # in which the other run comes to its end
+    def nap(seconds):  # the other run finishes during the wait
         for name, data in files_of(tmp_path / "whole").items():
             (tmp_path / "cache" / name).write_bytes(data)
         lock.unlink()
@@ -184,7 +187,7 @@ def test_processes_share_the_shards(tmp_path, autoencoder, monkeypatch):
     build(tmp_path / "alone", dataset, autoencoder)
     folder = tmp_path / "shared"
     monkeypatch.setattr(Processes, "any", lambda self, flag: flag)
-    with pytest.raises(UsageError, match="moments_00001"):  # the main process came too early: the second's are missing
+    with pytest.raises(UsageError, match="moments_00001"):  # too early: the second process's shards are missing
         build_latent_cache(folder, dataset, autoencoder, MACHINE, Processes(0, 2))
     assert [path.name for path in sorted(folder.glob("*.npy"))] == [f"moments_0000{i}.npy" for i in (0, 2, 4)]
     build_latent_cache(folder, dataset, autoencoder, MACHINE, Processes(1, 2))
@@ -210,7 +213,7 @@ def test_cache_of_other_data_is_refused_with_both_values(tmp_path, autoencoder, 
             use(folder, tiny_dataset(**change), autoencoder)
 
 
-def test_cache_of_another_autoencoder_is_refused_with_both_hashes(tmp_path, autoencoder):
+def test_a_cache_of_another_autoencoder_is_refused_with_both_hashes(tmp_path, autoencoder):
     folder, other = tmp_path / "cache", tiny_autoencoder(seed=1)
     build(folder, tiny_dataset(), autoencoder)
     before = files_of(folder)
@@ -239,23 +242,24 @@ def test_a_missing_shard_is_named(tmp_path, autoencoder):
         open_latent_cache(folder, dataset, autoencoder)
 
 
-def test_precision_is_noted_and_any_of_them_serves(tmp_path, autoencoder, monkeypatch):
+def test_the_precision_is_recorded_and_any_precision_is_accepted(tmp_path, autoencoder, monkeypatch):
     folder, dataset, bf16 = tmp_path / "cache", tiny_dataset(), Machine(torch.device("cpu"), "bf16")
     everything = torch.arange(COUNT), torch.zeros(COUNT, dtype=torch.bool)
     build_latent_cache(folder, dataset, autoencoder, bf16)
     before = files_of(folder)
-    cache = build(folder, dataset, autoencoder)  # a run in float32 uses it as it is
+    cache = build(folder, dataset, autoencoder)  # a run in float32 uses the bfloat16 cache
     assert files_of(folder) == before
     assert noted_precision(folder) == "bf16"
     with bf16.autocast():
         direct = autoencoder.encode(all_images(dataset))
     found = cache.moments(*everything).float()
-    torch.testing.assert_close(found, direct, rtol=2**-6, atol=2**-7)  # of bfloat16: other batches round differently
+    # The tolerance is bfloat16's precision, since rounding depends on the batches.
+    torch.testing.assert_close(found, direct, rtol=2**-6, atol=2**-7)
     assert not torch.equal(found, build(tmp_path / "fp32", dataset, autoencoder).moments(*everything).float())
     assert noted_precision(tmp_path / "fp32") == "fp32"
 
 
-def test_a_cache_made_in_two_precisions_says_so(tmp_path, autoencoder, monkeypatch):
+def test_a_cache_built_in_two_precisions_records_both(tmp_path, autoencoder, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stop_after(patch, 6)
         build_latent_cache(tmp_path / "cache", tiny_dataset(), autoencoder, Machine(torch.device("cpu"), "bf16"))
@@ -267,7 +271,7 @@ def noted_precision(folder):
     return json.loads((folder / "manifest.json").read_text())["precision"]
 
 
-def test_next_batch_is_read_while_one_is_encoded(tmp_path, autoencoder, monkeypatch):
+def test_the_next_batch_is_read_during_encoding(tmp_path, autoencoder, monkeypatch):
     dataset, encode, ahead = tiny_dataset(count=SHARD), KLAutoencoder.encode, []
     read = [threading.Event() for _ in range(SHARD)]
 
@@ -286,7 +290,7 @@ def test_next_batch_is_read_while_one_is_encoded(tmp_path, autoencoder, monkeypa
     assert ahead == [True, True, True]
 
 
-def test_what_float16_cannot_hold_is_never_cached(tmp_path, autoencoder, monkeypatch):
+def test_values_beyond_float16_are_never_cached(tmp_path, autoencoder, monkeypatch):
     encode = KLAutoencoder.encode
     monkeypatch.setattr(KLAutoencoder, "encode", lambda self, batch: encode(self, batch) + 1e6)
     with pytest.raises(UsageError, match=r"float16 cannot hold for some of the images 0 to \d+ \(in fp32\)"):
@@ -294,7 +298,7 @@ def test_what_float16_cannot_hold_is_never_cached(tmp_path, autoencoder, monkeyp
     assert not list((tmp_path / "cache").glob("*.npy"))
 
 
-def test_latents_without_a_posterior_are_cached_as_they_are(tmp_path):
+def test_latents_without_a_posterior_are_cached_unchanged(tmp_path):
     dataset, plain = tiny_dataset(flips=True), PlainAutoencoder(1)
     cache = build(tmp_path / "cache", dataset, plain)
     indices, mirrored = torch.arange(COUNT), torch.arange(COUNT) % 2 == 1
@@ -304,7 +308,7 @@ def test_latents_without_a_posterior_are_cached_as_they_are(tmp_path):
     assert torch.equal(plain.decode(found), images)
 
 
-def test_an_autoencoder_without_a_hash_has_no_cache(tmp_path):
-    """Two of them would read each other's latents."""
+def test_an_autoencoder_without_a_hash_is_not_cached(tmp_path):
+    """Otherwise, two such autoencoders would read each other's latents."""
     with pytest.raises(UsageError, match="plain has no hash.*--no_latent_cache"):
         build(tmp_path / "cache", tiny_dataset(), PlainAutoencoder(1, sha256=None))

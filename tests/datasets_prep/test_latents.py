@@ -1,4 +1,4 @@
-"""Latents made beforehand: a training's moments are those of the files, and pixels are never asked for."""
+"""Precomputed latents: training uses the files' moments and never needs pixels."""
 
 import gc
 import shutil
@@ -28,7 +28,7 @@ CHOSEN = torch.tensor([4, 0, 2])
 
 @pytest.fixture(scope="module")
 def autoencoder_folder(tmp_path_factory):
-    """An autoencoder of colour images: factor 2, two latent channels."""
+    """An autoencoder for color images: factor 2, two latent channels."""
     folder = tmp_path_factory.mktemp("latents") / "ae"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -46,7 +46,7 @@ def arrays(count, channels=4, seed=0):
 
 
 def write_folder(root, values, suffix=".npy", classes=("a", "b")):
-    """Files 0, 1, ... of each class in turn; returns the values in the order in which they are read."""
+    """Write files 0, 1, ... to the classes in turn. Returns the values in reading order."""
     paths = []
     for index, value in enumerate(values):
         path = root / classes[index % len(classes)] / f"{index:03d}{suffix}"
@@ -66,7 +66,7 @@ def moments_of(dataset, autoencoder):
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
-def test_mean_and_logvar_are_the_files(tmp_path, autoencoder, suffix):
+def test_moments_equal_the_files(tmp_path, autoencoder, suffix):
     stored = write_folder(tmp_path / "train", arrays(6), suffix)
     held_out = write_folder(tmp_path / "val", arrays(4, seed=1), suffix)
     train, validation = open_split(tmp_path), open_split(tmp_path, "validation").head(3)
@@ -76,7 +76,7 @@ def test_mean_and_logvar_are_the_files(tmp_path, autoencoder, suffix):
     assert (len(source), len(held_out_source)) == (6, 3)
     assert source.labels.tolist() == [0, 0, 0, 1, 1, 1]
     assert (train.facts.flips, train.facts.class_names) == (False, ("a", "b"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]  # no cache of a cache
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["train", "val"]  # no cache is written
 
 
 def test_a_mean_alone_has_no_variance(tmp_path, autoencoder):
@@ -94,7 +94,7 @@ def test_a_leading_axis_of_one_is_dropped(tmp_path, autoencoder):
 
 
 def test_threads_read_headers_one_at_a_time(tmp_path):
-    """Python code that runs while numpy parses a header, as at a garbage collection, lets another thread parse its own."""
+    """Python code such as the garbage collector may run while numpy parses a header, and must not let another thread parse."""
     stored = write_folder(tmp_path / "train", arrays(200))
     write_folder(tmp_path / "val", arrays(2))
     dataset = open_split(tmp_path)
@@ -118,7 +118,7 @@ class Malicious:
         return (print, ("this must not run",))
 
 
-def test_files_that_do_not_fit(tmp_path, autoencoder, capsys):
+def test_files_of_wrong_shape_or_type_are_refused(tmp_path, autoencoder, capsys):
     for values, message in (
         (arrays(4, channels=6), r"shape \(6, 8, 8\), .* need \(2, 8, 8\) \(mean\) or \(4, 8, 8\)"),
         ([np.zeros((4, 4, 4), np.float32)] * 4, r"shape \(4, 4, 4\)"),
@@ -170,7 +170,7 @@ def test_fingerprint_changes_with_the_files(tmp_path):
 
 @pytest.fixture
 def cached(tmp_path, photographs, autoencoder_folder):
-    """ImageNet's layout with 9 and 2 images, and their latents by the command."""
+    """Nine and two images in ImageNet's layout, and their latents written by the command."""
     for split, count in (("train", 9), ("val", 2)):
         for index in range(count):
             folder = tmp_path / "imagenet" / split / f"n0000000{index % 2}"
@@ -203,7 +203,7 @@ def test_cached_latents_need_no_images(cached, autoencoder):
         torch.testing.assert_close(found.float(), expected, rtol=2**-10, atol=1e-5)
 
 
-def test_labels_are_kept_though_a_training_zeroes_them(tmp_path, photographs, autoencoder):
+def test_labels_are_stored_even_if_training_ignores_them(tmp_path, photographs, autoencoder):
     for index in range(25):
         folder = tmp_path / "data" / "ab"[index % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -217,7 +217,7 @@ def test_labels_are_kept_though_a_training_zeroes_them(tmp_path, photographs, au
     assert open_split(tmp_path / "cache").labels.tolist() == expected
 
 
-def test_caches_that_do_not_fit(cached, autoencoder):
+def test_caches_that_do_not_match_are_refused(cached, autoencoder):
     with pytest.raises(UsageError, match="one latent cache of the train images of size 32 .* but found none"):
         open_split(cached / "latents", size=32)
     with torch.random.fork_rng(devices=[]):
@@ -229,7 +229,7 @@ def test_caches_that_do_not_fit(cached, autoencoder):
     shutil.copytree(train, train.with_name("second_train"))
     with pytest.raises(UsageError, match="but found .*second_train"):
         open_split(cached / "latents")
-    assert len(open_split(train)) == 9  # named by its folder
+    assert len(open_split(train)) == 9  # opened by the folder's name
     (train / "labels.npy").write_bytes(b"damaged")
     with pytest.raises(UsageError, match=r"labels\.npy is damaged"):
         open_split(train)

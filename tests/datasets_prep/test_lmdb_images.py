@@ -1,4 +1,4 @@
-"""CelebA-HQ, FFHQ and LSUN as LMDBs: written as their makers do, read back bit by bit, by threads and forked processes."""
+"""CelebA-HQ, FFHQ and LSUN as LMDBs in their makers' formats, read back bit for bit by threads and forked processes."""
 
 import io
 import os
@@ -48,7 +48,7 @@ def nvae(tmp_path, squares):
 
 
 @pytest.mark.parametrize("name", ["celeba_256", "ffhq_256"])
-def test_raw_images_bit_by_bit(nvae, squares, name):
+def test_raw_images_are_read_exactly(nvae, squares, name):
     train, validation = open_split(nvae, name=name), open_split(nvae, "validation", name=name)
     assert (len(train), len(validation)) == (20, 4)
     for index, image in enumerate(squares):
@@ -60,14 +60,14 @@ def test_raw_images_bit_by_bit(nvae, squares, name):
 
 
 @pytest.mark.parametrize("size", [32, 48, 100])
-def test_another_size_is_adms_resize(nvae, squares, size):
+def test_resizing_equals_adms(nvae, squares, size):
     found = open_split(nvae, size=size)[11]
     np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), center_crop(Image.fromarray(squares[11]), size))
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
 @pytest.mark.parametrize("name", ["celeba_512", "celeba_1024"])
-def test_encoded_images_are_decoded_as_files_are(tmp_path, photographs, name, format):
+def test_encoded_images_are_decoded_like_files(tmp_path, photographs, name, format):
     values = [encode(picture, format) for picture in photographs[:5]]
     write_lmdb(tmp_path / "train.lmdb", values)
     dataset = open_split(tmp_path, name=name, size=48)
@@ -78,7 +78,7 @@ def test_encoded_images_are_decoded_as_files_are(tmp_path, photographs, name, fo
 
 def test_an_encoded_image_as_long_as_a_raw_one(tmp_path, squares):
     value = encode(Image.fromarray(squares[0]))
-    value += bytes(3 * 200**2 - len(value))  # what follows the end of an image is no part of it
+    value += bytes(3 * 200**2 - len(value))  # bytes after the end of an encoded image are ignored
     write_lmdb(tmp_path / "train.lmdb", [value])
     np.testing.assert_array_equal(open_split(tmp_path)[0].permute(1, 2, 0).numpy(), squares[0])
 
@@ -124,7 +124,7 @@ def test_damaged_encoded_images_are_named(tmp_path, photographs):
         open_split(tmp_path)[1]
 
 
-def test_missing_empty_and_cut_files(nvae, tmp_path):
+def test_missing_empty_and_truncated_files(nvae, tmp_path):
     with pytest.raises(UsageError, match=r"expected .*absent/train\.lmdb .*build_lmdb --source FOLDER --datadir"):
         open_split(tmp_path / "absent")
     write_lmdb(tmp_path / "empty" / "train.lmdb", [])
@@ -139,7 +139,7 @@ def test_missing_empty_and_cut_files(nvae, tmp_path):
         open_split(nvae)
 
 
-def test_a_copy_has_the_same_fingerprint_and_changed_data_another(nvae, squares, tmp_path):
+def test_the_fingerprint_is_kept_by_copies_but_not_by_changed_data(nvae, squares, tmp_path):
     before = open_split(nvae).fingerprint
     shutil.copytree(nvae / "train.lmdb", tmp_path / "copy" / "train.lmdb")
     assert open_split(tmp_path / "copy").fingerprint == before
@@ -149,7 +149,7 @@ def test_a_copy_has_the_same_fingerprint_and_changed_data_another(nvae, squares,
         assert open_split(tmp_path / str(number)).fingerprint != before
 
 
-def test_one_handle_for_all_who_open_it(nvae):
+def test_an_lmdb_opened_twice_shares_one_handle(nvae):
     train, again = open_split(nvae), open_split(nvae)
     assert torch.equal(train[0], again[0])
     assert open_lmdb_file(nvae / "train.lmdb") is open_lmdb_file(nvae / "." / "train.lmdb")
@@ -183,7 +183,7 @@ LSUN_LAYOUT = [("lsun_church", "church_outdoor"), ("lsun_bedroom", "bedroom")]
 
 @pytest.fixture
 def lsun(tmp_path, photographs):
-    """Torchvision's layout, for both categories: WebP images under hexadecimal hashes."""
+    """Torchvision's layout for both categories: WebP images with hexadecimal hashes as keys."""
     for number, (_, category) in enumerate(LSUN_LAYOUT):
         for part, chosen in (("train", photographs[number:20]), ("val", photographs[20:])):
             values = [encode(picture, "WEBP", quality=90) for picture in chosen]
@@ -194,8 +194,8 @@ def lsun(tmp_path, photographs):
 
 @pytest.mark.parametrize(("name", "category"), LSUN_LAYOUT)
 @pytest.mark.parametrize(("split", "part"), [("train", "train"), ("validation", "val")])
-def test_lsun_is_what_torchvision_reads(lsun, tmp_path, monkeypatch, name, category, split, part):
-    monkeypatch.chdir(tmp_path)  # torchvision keeps its list of keys in the current directory
+def test_lsun_equals_torchvisions(lsun, tmp_path, monkeypatch, name, category, split, part):
+    monkeypatch.chdir(tmp_path)  # torchvision caches its list of keys in the current directory
     copy = tmp_path / "copy"
     shutil.copytree(lsun / f"{category}_{part}_lmdb", copy / f"{category}_{part}_lmdb")
     expected = torchvision.datasets.LSUN(str(copy), classes=[f"{category}_{part}"])

@@ -9,7 +9,7 @@ from datasets_prep import masks
 from datasets_prep.masks import MASK_KINDS, MaskSetOptions, draw_mask, hole_ratio, mask_set
 from options import UsageError
 
-RANDOM = ("strokes", "boxes", "mixed", "outpaint")  # of the last, few are possible
+RANDOM = ("strokes", "boxes", "mixed", "outpaint")  # "outpaint" has few distinct masks
 
 
 def draw_many(kind, size, count, seed=0):
@@ -17,9 +17,9 @@ def draw_many(kind, size, count, seed=0):
 
 
 @pytest.mark.parametrize("kind", MASK_KINDS)
-def test_a_mask_depends_on_its_arguments_alone(kind):
+def test_a_mask_depends_only_on_its_arguments(kind):
     expected = draw_many(kind, 32, 4)
-    torch.manual_seed(1)  # and of no draw before
+    torch.manual_seed(1)  # not on the global random state
     assert torch.equal(draw_mask(kind, 32, 0, 3), expected[3])
     assert expected.dtype == torch.bool
     assert expected.shape == (4, 32, 32)
@@ -49,14 +49,14 @@ def test_fixed_kinds():
     assert hole_ratio(torch.stack([centre, half, lines])).tolist() == [0.25, 0.5, 0.5]
 
 
-def test_mean_ratios_are_those_of_the_documentation():
+def test_mean_hole_ratios_match_the_documentation():
     means = {kind: float(hole_ratio(draw_many(kind, 64, 200)).mean()) for kind in RANDOM}
     expected = {"strokes": 0.22, "boxes": 0.20, "mixed": 0.24, "outpaint": 0.42}
     assert means == pytest.approx(expected, abs=0.025)
 
 
-@pytest.mark.parametrize("kind", sorted(MASK_KINDS.keys() - {"lines"}))  # which are a pixel thick at every size
-def test_another_size_is_the_same_drawing(kind):
+@pytest.mark.parametrize("kind", sorted(MASK_KINDS.keys() - {"lines"}))  # lines are one pixel thick at every size
+def test_other_sizes_show_the_same_mask(kind):
     small, large = draw_many(kind, 64, 20), draw_many(kind, 256, 20)
     differences = (large[:, 2::4, 2::4] != small).float().mean((1, 2))
     assert differences.max() < 0.05
@@ -74,7 +74,7 @@ def test_outpainting_keeps_a_rectangle_with_one_free_side_or_none():
 
 
 def corners(mask):
-    """Points where one or three of the four pixels around are holes: four at a box, many at an oblique line."""
+    """Points where one or three of the four surrounding pixels are holes. Boxes have four, oblique lines many."""
     padded = torch.nn.functional.pad(mask.int(), [1] * 4)
     around = padded[1:, 1:] + padded[1:, :-1] + padded[:-1, 1:] + padded[:-1, :-1]
     return int((around % 2 == 1).sum())
@@ -84,10 +84,10 @@ def test_mixed_masks_are_strokes_boxes_or_both():
     most = max(corners(mask) for mask in draw_many("boxes", 128, 60))
     assert min(corners(mask) for mask in draw_many("strokes", 128, 30)) > most
     boxes_alone = np.mean([corners(mask) <= most for mask in draw_many("mixed", 128, 100)])
-    assert 0.3 < boxes_alone < 0.5  # (1 - 0.2) / 2
+    assert 0.3 < boxes_alone < 0.5  # the expected fraction is (1 - 0.2) / 2
 
 
-def test_an_image_may_be_too_small():
+def test_an_image_too_small_for_masks_is_refused():
     with pytest.raises(UsageError, match=r"at least 4 x 4 .*--image_size 3 was given"):
         draw_mask("boxes", 3, 0, 0)
 
@@ -97,7 +97,7 @@ def test_a_set_without_a_folder_is_drawn():
     assert torch.equal(drawn(7), draw_mask("strokes", 32, 5, 7))
 
 
-def test_a_folders_masks_come_in_turn(tmp_path):
+def test_a_folders_masks_are_used_in_turn(tmp_path):
     generator = np.random.default_rng(0)
     values = [generator.integers(0, 256, (16, 16), dtype=np.uint8) for _ in range(3)]
     for name, value, mode in zip(("b.png", "a.png", "c.bmp"), values, ("L", "RGB", "L"), strict=True):
@@ -111,13 +111,13 @@ def test_a_folders_masks_come_in_turn(tmp_path):
 
 def test_a_mask_of_another_shape_is_cropped_as_images_are(tmp_path):
     values = np.zeros((16, 24), np.uint8)
-    values[:, :8] = 255  # four columns of it lie outside the central square
+    values[:, :8] = 255  # half of the eight columns lie outside the central square
     Image.fromarray(values).save(tmp_path / "mask.png")
     mask = mask_set(MaskSetOptions(mask_dir=str(tmp_path)), 16)(0)
     assert mask.all(0).tolist() == mask.any(0).tolist() == [True] * 4 + [False] * 12
 
 
-def test_useless_masks_are_named(tmp_path):
+def test_empty_and_full_masks_are_named(tmp_path):
     with pytest.raises(UsageError, match="no mask images in"):
         mask_set(MaskSetOptions(mask_dir=str(tmp_path)), 16)
     Image.new("L", (16, 16)).save(tmp_path / "0.png")

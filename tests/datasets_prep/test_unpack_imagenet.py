@@ -1,4 +1,4 @@
-"""The official archives in small: a tar of tars, a tar, and the development kit."""
+"""Small versions of the official archives: a tar of tars, a tar, and the development kit."""
 
 import io
 import sys
@@ -61,7 +61,7 @@ def run(monkeypatch, datadir):
     main()
 
 
-def test_the_layout_is_torchvisions(archives, tmp_path, jpegs, monkeypatch, capsys):
+def test_the_layout_equals_torchvisions(archives, tmp_path, jpegs, monkeypatch, capsys):
     run(monkeypatch, archives)
     for number, wnid in enumerate(WNIDS):
         for index in range(3):
@@ -73,13 +73,13 @@ def test_the_layout_is_torchvisions(archives, tmp_path, jpegs, monkeypatch, caps
     assert validation.labels.tolist() == sorted(label - 1 for label in VALIDATION_CLASSES)
     assert "train: 3 classes" in capsys.readouterr().out
     everything = {path.name for path in tmp_path.rglob("*") if path.suffix in (".JPEG", ".txt")}
-    assert not any(path.name == "escaped.JPEG" for path in tmp_path.glob("*"))  # it lies among its class's images
+    assert not any(path.name == "escaped.JPEG" for path in tmp_path.glob("*"))  # it is in its class folder
     assert (archives / "train" / WNIDS[0] / "escaped.JPEG").exists()
     assert f"{WNIDS[0]}_9.txt" not in everything
     run(monkeypatch, archives)  # nothing is left to do
 
 
-def test_an_interrupted_start_goes_on(archives, monkeypatch):
+def test_an_interrupted_unpacking_resumes(archives, monkeypatch):
     whole = (archives / TRAIN).read_bytes()
     (archives / TRAIN).write_bytes(whole[: int(0.6 * len(whole))])
     with pytest.raises(UsageError, match=rf"cannot unpack .*{TRAIN}"):

@@ -1,4 +1,4 @@
-"""fid_score.py, cal_inpainting.py and compute_dataset_stat.py as a user runs them."""
+"""End-to-end tests of fid_score.py, cal_inpainting.py and compute_dataset_stat.py."""
 
 import json
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def run(monkeypatch, capsys) -> Callable[..., str]:
-    """Runs a script's main function in this process; returns what it printed."""
+    """`run(script, *arguments)` runs a script's main function in this process and returns its output."""
 
     def call(script: str, *arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -64,22 +64,22 @@ def test_fid_score_of_two_files_needs_no_network(tmp_path):
     assert done.stdout.startswith("Frechet distance 16.000 (unknown number of samples)")
 
 
-def test_one_path_is_refused_and_a_set_against_itself_is_not(run, tmp_path):
+def test_two_paths_are_required_and_may_be_equal(run, tmp_path):
     np.savez(tmp_path / "a.npz", mu=np.zeros(4), sigma=np.eye(4))
     assert run("fid_score", tmp_path / "a.npz", tmp_path / "a.npz").startswith("Frechet distance 0")
     with pytest.raises(UsageError, match="expected two paths"):
         run("fid_score", tmp_path / "a.npz")
 
 
-def test_statistics_lack_what_a_set_needs_even_against_itself(run, tmp_path):
+def test_pair_scores_need_images_rather_than_statistics(run, tmp_path):
     np.savez(tmp_path / "a.npz", mu=np.zeros(4), sigma=np.eye(4))
     with pytest.raises(UsageError, match=r"a\.npz.*logits.*pass the images"):
         run("fid_score", tmp_path / "a.npz", tmp_path / "a.npz", "--metrics", "is")
 
 
 @pytest.fixture(scope="module")
-def grey_sets(tmp_path_factory) -> Path:
-    """A folder dataset of 28 x 28 images, and a copy of its training images, one brighter."""
+def gray_sets(tmp_path_factory) -> Path:
+    """A folder dataset of 28 x 28 images, and a copy of its training images with one image made brighter."""
     from PIL import Image
 
     root, generator = tmp_path_factory.mktemp("grey"), np.random.default_rng(0)
@@ -93,36 +93,36 @@ def grey_sets(tmp_path_factory) -> Path:
     return root
 
 
-def test_statistics_of_a_dataset_serve_as_reference(run, grey_sets, tmp_path):
+def test_a_datasets_statistics_work_as_reference(run, gray_sets, tmp_path):
     flags = ["--features", "fashion_mnist", "--device", "cpu"]
     run(
-        "compute_dataset_stat", "--dataset", "folder", "--datadir", grey_sets / "data", "--image_size", 28,
+        "compute_dataset_stat", "--dataset", "folder", "--datadir", gray_sets / "data", "--image_size", 28,
         "--output", tmp_path / "s.npz", *flags,
     )  # fmt: skip
     outputs = [tmp_path / f"{name}.json" for name in ("file", "folder", "dataset")]
-    references = [tmp_path / "s.npz", grey_sets / "data" / "train", "folder"]
+    references = [tmp_path / "s.npz", gray_sets / "data" / "train", "folder"]
     for real, output in zip(references, outputs, strict=True):
-        more = ["--datadir", grey_sets / "data", "--image_size", 28] if real == "folder" else []
-        run("fid_score", grey_sets / "fake", real, "--device", "cpu", "--output_json", output, *more, *flags[:2])
+        more = ["--datadir", gray_sets / "data", "--image_size", 28] if real == "folder" else []
+        run("fid_score", gray_sets / "fake", real, "--device", "cpu", "--output_json", output, *more, *flags[:2])
     values = [json.loads(output.read_text())["value"] for output in outputs]
     assert values[0] > 0
     assert values == pytest.approx([values[0]] * 3, rel=1e-6)
 
 
-def test_inpainting_scores_are_those_of_pairs(run, grey_sets, tmp_path):
+def test_inpainting_is_scored_by_pairs(run, gray_sets, tmp_path):
     flags = ["--features", "fashion_mnist", "--device", "cpu", "--output_json", tmp_path / "r.json"]
-    printed = run("cal_inpainting", grey_sets / "fake", grey_sets / "data" / "train", *flags)
+    printed = run("cal_inpainting", gray_sets / "fake", gray_sets / "data" / "train", *flags)
     scores = json.loads((tmp_path / "r.json").read_text())["scores"]
     assert set(scores) == {"fid", "p_ids", "u_ids", "psnr", "ssim"}
     assert 1 - 1 / 8 < scores["ssim"]["value"] < 1
     assert 0 <= scores["p_ids"]["value"] <= 1 / 8
     assert "P-IDS" in printed
     with pytest.raises(UsageError, match="validation has no image named 4, 5, 6, 7"):
-        run("cal_inpainting", grey_sets / "fake", grey_sets / "data" / "validation", *flags)
+        run("cal_inpainting", gray_sets / "fake", gray_sets / "data" / "validation", *flags)
 
 
-def test_pairs_are_scored_by_name_whatever_the_order_of_the_files(run, tmp_path):
-    """The partners are written in other orders, with other suffixes and times, some of them in folders."""
+def test_pairs_are_matched_by_name(run, tmp_path):
+    """The paired files differ in order, suffix and modification time, and some are in subfolders."""
     from PIL import Image
 
     generator = np.random.default_rng(1)

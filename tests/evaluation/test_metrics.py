@@ -46,12 +46,12 @@ def test_distance_is_symmetric_and_zero_to_itself():
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9 * np.trace(a.covariance))
 
 
-def test_singular_covariances_are_admitted():
+def test_singular_covariances_are_allowed():
     generator = np.random.default_rng(0)
     few = select_rows(generator.normal(size=(5, 32)))
     moved = Statistics(few.mean + 1, few.covariance, 5)
     assert frechet_distance(few, moved) == pytest.approx(32, rel=1e-9)
-    # Fewer samples than features against a covariance of full rank, by the eigenvalues of a symmetric product.
+    # With fewer samples than features, compare against a full-rank covariance using the eigenvalues of a symmetric product.
     full = random_statistics(1, 32)
     root = np.linalg.cholesky(full.covariance)
     overlap = np.sqrt(np.linalg.eigvalsh(root.T @ few.covariance @ root).clip(min=0)).sum()
@@ -112,12 +112,14 @@ def test_inception_score_equals_torch_fidelitys():
     blocks = torch.cat([logits[i * 103 // 10 : (i + 1) * 103 // 10] for i in range(10)])
     theirs = isc_features_to_metric(blocks[:100], splits=10, shuffle=False)["inception_score_mean"]
     assert inception_score(logits[:100]) == pytest.approx(theirs, rel=1e-9)
-    certain = torch.eye(10).repeat(10, 1) * 1e4  # ten classes, each certain and equally frequent in every split
+    certain = (
+        torch.eye(10).repeat(10, 1) * 1e4
+    )  # ten classes, each predicted with certainty and equally frequent in every split
     assert inception_score(certain) == pytest.approx(10)
     assert inception_score(torch.zeros(40, 10)) == pytest.approx(1)
 
 
-def test_metrics_that_share_their_work_do_it_once(monkeypatch):
+def test_metrics_share_common_work(monkeypatch):
     calls = []
 
     def counted(generated, reference):
@@ -130,8 +132,8 @@ def test_metrics_that_share_their_work_do_it_once(monkeypatch):
     assert len(calls) == 1
 
 
-def test_the_error_bar_is_the_spread_over_draws():
-    """Of a mean's squared distance from a far reference, whose standard deviation is known: 2 |d| s / sqrt(n)."""
+def test_the_error_bar_is_the_standard_deviation_over_draws():
+    """The metric is a mean's squared distance from a distant reference. Its standard deviation is 2 |d| s / sqrt(n)."""
     generator = torch.Generator().manual_seed(0)
     reference = Summary(10, {}, statistics=Statistics(np.full(3, 5.0), np.eye(3) * 1e-4, 10))
     estimates, values = [], []
@@ -146,7 +148,7 @@ def test_the_error_bar_is_the_spread_over_draws():
     assert np.sqrt(np.mean(np.square(estimates))) == pytest.approx(np.std(values), rel=0.25)
 
 
-def test_groups_are_even_whatever_the_classes_order():
+def test_groups_are_balanced_for_any_order_of_classes():
     from evaluation.summary import _group_of
 
     for step in (1, 2, 8, 10, 64):

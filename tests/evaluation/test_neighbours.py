@@ -18,7 +18,7 @@ def brute_force(samples: torch.Tensor, real: torch.Tensor) -> dict[str, float]:
         return sorted(float((row - of[index]).norm()) for place, row in enumerate(of) if place != index)[k - 1]
 
     def held(point: torch.Tensor, by: torch.Tensor, k: int) -> int:
-        return sum(float((point - centre).norm()) <= radius(by, index, k) for index, centre in enumerate(by))
+        return sum(float((point - center).norm()) <= radius(by, index, k) for index, center in enumerate(by))
 
     return {
         "precision": sum(held(x, real, 3) > 0 for x in samples) / len(samples),
@@ -51,7 +51,7 @@ def test_precision_and_recall_equal_torch_fidelitys():
     assert (ours["precision"], ours["recall"]) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
 
 
-def test_a_set_against_itself_and_against_a_far_one():
+def test_a_set_compared_with_itself_and_with_a_distant_set():
     near, far = rows(50, 0), rows(50, 1, shift=1000.0)
     assert neighbour_scores(summary(near), summary(near))["precision"] == 1
     assert set(neighbour_scores(summary(near), summary(far)).values()) == {0}

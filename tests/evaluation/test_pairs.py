@@ -11,7 +11,7 @@ def source(name: str, *names: str) -> ImageSource:
     return ImageSource(name, len(names), lambda index: torch.zeros(3, 1, 1), {}, names)
 
 
-def test_pairs_go_by_name():
+def test_pairs_are_matched_by_name():
     assert pair_by_name(source("fake", "a", "b/c", "d"), source("real", "d", "a", "b/c")) == [(0, 1), (1, 2), (2, 0)]
 
 
@@ -33,7 +33,7 @@ def test_psnr_and_ssim():
     same.update(real, real)
     for part in real.split(4):
         brighter.update(part + 10, part)
-    rounding = 10 * np.log10(255**2 * 12)  # 58.9 dB: an image that is alike may yet have been rounded
+    rounding = 10 * np.log10(255**2 * 12)  # 58.9 dB: even identical images may differ by rounding
     assert same.result() == {"psnr": (pytest.approx(rounding), pytest.approx(0)), "ssim": (1.0, 0.0)}
     assert brighter.result()["psnr"] == pytest.approx((20 * np.log10(255 / 10), 0), abs=1e-9)
     value, error = brighter.result()["ssim"]
@@ -54,11 +54,11 @@ def test_discriminative_scores_of_known_sets():
 
 
 def test_p_ids_follows_the_pairs():
-    """Fakes with the same distribution whose partners all look more real: only the paired score sees it."""
+    """The fakes have the real distribution, but each real partner scores higher. Only the paired score detects this."""
     real = np.random.default_rng(0).normal(size=(400, 1))
     order = real[:, 0].argsort()
     shifted = real.copy()
-    shifted[order] = real[np.roll(order, 1)]  # every fake is its partner's lower neighbour, but for one
+    shifted[order] = real[np.roll(order, 1)]  # every fake but one is the next value below its partner
     shifted = np.concatenate([shifted - 0.01, np.zeros_like(shifted)], axis=1)
     scores = discriminative_scores(shifted, np.concatenate([real, np.zeros_like(real)], axis=1))
     assert scores["p_ids"] < 0.01

@@ -22,7 +22,7 @@ class Rows(FakeFeatures):
 
 
 class Brighter(PixelSpace):
-    """Adds two grey levels everywhere."""
+    """Adds two gray levels to every pixel."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         return super().decode(latents) + 2
@@ -41,19 +41,19 @@ def test_pixel_space_reconstructs_exactly():
     assert statistics.count == 9
 
 
-def test_psnr_is_that_of_the_pixels_in_minus_one_to_one():
+def test_psnr_is_computed_on_pixels_in_minus_one_to_one():
     ratio, _ = measure_reconstruction(Brighter(1), padded_dataset(), Rows(), "cpu", batch_size=4)
     assert ratio == pytest.approx(20 * math.log10(255 / 2), abs=1e-4)
 
 
-def test_a_colour_autoencoder_is_measured_on_grey_images():
+def test_a_color_autoencoder_is_evaluated_on_gray_images():
     network = new_autoencoder_kl(3, (8, 8), 2, 32, {})
     ratio, statistics = measure_reconstruction(KLAutoencoder(network, "toy"), padded_dataset(), Rows(), "cpu", 4)
     assert math.isfinite(ratio)
     assert statistics.count == 9
 
 
-def test_drawn_images_come_from_all_over_the_split_and_stand_above_their_reconstructions(tmp_path):
+def test_the_sheet_shows_images_from_the_whole_split_above_their_reconstructions(tmp_path):
     images = (6 * torch.arange(40, dtype=torch.uint8)).view(40, 1, 1, 1).expand(40, 1, 56, 56)
     facts = DatasetFacts("toy", 56, 1, None, False, ())
     dataset = ImageDataset(facts, "validation", np.zeros(40), images.__getitem__, "f")
@@ -64,7 +64,7 @@ def test_drawn_images_come_from_all_over_the_split_and_stand_above_their_reconst
     assert pixels.shape == (2 * 58 + 2, 16 * 58 + 2)
     above, below = (pixels[row, 30::58][:16].astype(int).tolist() for row in (30, 88))
     assert above == [6 * (number * 40 // 16) for number in range(16)]
-    assert below == [grey + 2 for grey in above]
+    assert below == [gray + 2 for gray in above]
 
 
 def test_the_command_end_to_end(tmp_path, monkeypatch, capsys):
@@ -83,6 +83,7 @@ def test_the_command_end_to_end(tmp_path, monkeypatch, capsys):
     assert (result["images"], result["reference_images"]) == (4, 6)
     assert result["reconstructions"]["value"] == pytest.approx(result["real"]["value"], rel=1e-6)
     assert result["features"]["label"] == "FD (fashion-mnist features)"
-    assert Image.open(picture).size == (2 * (4 * 30 + 2), 2 * (2 * 30 + 2))  # enlarged, with lines of 2 pixels
+    # The sheet is enlarged twice and has lines of 2 pixels between images.
+    assert Image.open(picture).size == (2 * (4 * 30 + 2), 2 * (2 * 30 + 2))
     assert "FD (fashion-mnist features)" in capsys.readouterr().out
     assert len(list((tmp_path / "data" / "statistics").iterdir())) == 2

@@ -11,7 +11,7 @@ from tests.fake_features import FakeFeatures
 
 
 class Brightness(FakeFeatures):
-    """A feature network of two features: the mean of the first and of the last row."""
+    """Two features: the mean brightness of the first and of the last row."""
 
     label, name, outputs = "FD (brightness)", "brightness", {"features": 2}
 
@@ -59,7 +59,7 @@ def test_the_cache_distinguishes_weights_and_data(tmp_path, images):
     assert all(name.startswith("toy_train_6_brightness_") for name in names)
 
 
-def test_of_many_images_a_random_subset_of_rows_is_kept(monkeypatch, images):
+def test_a_random_subset_of_rows_is_kept_for_many_images(monkeypatch, images):
     monkeypatch.setattr(reference, "REFERENCE_ROWS", 5)
     source = dataset_source(padded_dataset(images))
     kept = [summarise(source, Brightness(), ["moments", "rows"], None, batch_size) for batch_size in (3, 11)]
@@ -81,7 +81,7 @@ def test_a_damaged_cache_is_named(tmp_path, images):
         summarise(source, Brightness(), ["rows"], tmp_path)
 
 
-def test_statistics_serve_moments_alone(tmp_path):
+def test_a_statistics_file_provides_only_moments(tmp_path):
     np.savez(tmp_path / "s.npz", mu=np.zeros(2), sigma=np.eye(2))
     np.savez(tmp_path / "images.npz", images=np.zeros((2, 4, 4, 3), np.uint8))
     assert [holds_statistics(tmp_path / name) for name in ("s.npz", "images.npz", "x.npy")] == [True, False, True]

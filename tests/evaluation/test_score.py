@@ -33,7 +33,7 @@ def reference(images: torch.Tensor) -> Summary:
     return gatherer.summary({"dataset": "toy"})
 
 
-def labelled(images: torch.Tensor, batch: int = 7) -> list[LabelledImages]:
+def labeled(images: torch.Tensor, batch: int = 7) -> list[LabelledImages]:
     indices = torch.arange(len(images))
     return [LabelledImages(images[i], i.tolist(), i % 2) for i in indices.split(batch)]
 
@@ -41,7 +41,7 @@ def labelled(images: torch.Tensor, batch: int = 7) -> list[LabelledImages]:
 def test_the_result_says_how_it_was_made():
     real = reference(random_images(300, 1))
     result = score_images(
-        labelled(random_images(200, 0)), Pixels(), real, ("cat", "dog"), ScoreOptions(("kid", "fid", "precision"))
+        labeled(random_images(200, 0)), Pixels(), real, ("cat", "dog"), ScoreOptions(("kid", "fid", "precision"))
     )
     assert result["metric"] == "KID (pixels features)"
     assert list(result["scores"]) == ["kid", "fid", "precision"]
@@ -65,14 +65,14 @@ def test_the_result_says_how_it_was_made():
 def test_the_value_does_not_depend_on_batches_or_error_bars():
     images, real = random_images(150, 0), reference(random_images(100, 1))
     values = {
-        score_images(labelled(images, batch), Pixels(), real, (), ScoreOptions(error_bar=bar))["value"]
+        score_images(labeled(images, batch), Pixels(), real, (), ScoreOptions(error_bar=bar))["value"]
         for batch, bar in ((7, True), (150, False))
     }
     assert max(values) == pytest.approx(min(values), rel=1e-9)
 
 
 def test_few_samples_have_no_error_bar():
-    result = score_images(labelled(random_images(99, 0)), Pixels(), reference(random_images(50, 1)), (), ScoreOptions())
+    result = score_images(labeled(random_images(99, 0)), Pixels(), reference(random_images(50, 1)), (), ScoreOptions())
     assert result["error"] is None
     assert "±" not in result_line(result)
 
@@ -85,10 +85,10 @@ def test_enough_samples_give_no_warning():
     assert result["value"] == pytest.approx(0, abs=1e-9)
 
 
-def test_samples_through_jpeg_say_so():
+def test_jpeg_compression_is_recorded():
     images, real = random_images(50, 0), reference(random_images(50, 1))
     plain, jpeg = (
-        score_images(labelled(images), Pixels(), real, (), ScoreOptions(image_format=name)) for name in ("png", "jpg")
+        score_images(labeled(images), Pixels(), real, (), ScoreOptions(image_format=name)) for name in ("png", "jpg")
     )
     assert jpeg["image_format"] == "jpg"
     assert "through JPEG" in result_line(jpeg)
@@ -98,25 +98,25 @@ def test_samples_through_jpeg_say_so():
 def test_another_resolution_and_unknown_metrics_are_refused():
     real = reference(random_images(50, 1))
     with pytest.raises(UsageError, match="samples are 8 x 8, the reference is 4 x 4"):
-        score_images(labelled(random_images(50, 0, side=8)), Pixels(), real)
+        score_images(labeled(random_images(50, 0, side=8)), Pixels(), real)
     with pytest.raises(UsageError, match="--metrics fdi: expected one or more of fid, sfid"):
         score_images([], Pixels(), real, (), ScoreOptions(("fdi",)))
 
 
 @pytest.mark.parametrize("metric", ["sfid", "is"])
-def test_metrics_of_inception_alone_are_refused_with_other_features(metric):
+def test_metrics_for_inception_are_refused_with_other_features(metric):
     with pytest.raises(UsageError, match="the feature network pixels has no output .*--features inception"):
         score_images(
-            labelled(random_images(9, 0)), Pixels(), reference(random_images(9, 1)), (), ScoreOptions((metric,))
+            labeled(random_images(9, 0)), Pixels(), reference(random_images(9, 1)), (), ScoreOptions((metric,))
         )
 
 
-def test_a_metric_is_one_entry(monkeypatch, capsys):
+def test_a_metric_is_registered_with_one_entry(monkeypatch, capsys):
     first = Metric("mean difference", "rows", lambda a, b: {"shift": float((a.rows.mean() - b.rows.mean()).abs())})
     monkeypatch.setitem(METRICS, "shift", first)
     scoring = parse_options("", [ScoreOptions], ["--metrics", "shift", "fid"])[ScoreOptions]
     images = random_images(50, 0)
-    result = score_images(labelled(images), Pixels(), reference(images // 2), (), scoring)
+    result = score_images(labeled(images), Pixels(), reference(images // 2), (), scoring)
     assert list(result["scores"]) == ["shift", "fid"]
     assert result["metric"] == "mean difference (pixels features)"
     assert result["value"] == pytest.approx(float((images.float() - (images // 2).float()).mean() / 255), rel=1e-4)
@@ -128,7 +128,7 @@ def test_a_metric_is_one_entry(monkeypatch, capsys):
 
 
 class Classifier(Pixels):
-    """Assigns every image to its second class."""
+    """Assigns every image to the second class."""
 
     outputs, classes = {"features": 3, "probabilities": 2}, ("cat", "dog")
 
@@ -136,10 +136,10 @@ class Classifier(Pixels):
         return torch.tensor([0.2, 0.8]).repeat(len(images), 1)
 
 
-def test_only_a_classifier_of_the_labels_recognises():
+def test_recognition_needs_a_classifier_of_the_labels():
     images = random_images(21, 0)
     results = [
-        score_images(labelled(images), features, reference(images), names)
+        score_images(labeled(images), features, reference(images), names)
         for features, names in (
             (Classifier(), ("cat", "dog")),
             (Classifier(), ("dog", "cat")),
@@ -150,20 +150,20 @@ def test_only_a_classifier_of_the_labels_recognises():
     assert [result.get("recognised") for result in results] == [10 / 21, None, None, None]
 
 
-def test_a_reference_of_unknown_resolution_is_warned_of():
+def test_an_unknown_reference_resolution_gives_a_warning():
     real = Summary(None, {}, statistics=Statistics(np.zeros(3), np.eye(3), None))
-    result = score_images(labelled(random_images(9, 0)), Pixels(), real)
+    result = score_images(labeled(random_images(9, 0)), Pixels(), real)
     assert "does not record its image size" in result["warnings"][-1]
     assert result["reference_samples"] is None
 
 
-def test_lowered_precision_tells_its_effect(capsys, monkeypatch):
+def test_the_effect_of_lower_precision_is_reported(capsys, monkeypatch):
     monkeypatch.setattr("evaluation.precision_effect.COMPARED", 20)
     real = reference(random_images(50, 1))
     images = random_images(30, 0)
-    result = score_images(labelled(images), RoundedPixels(), real)
+    result = score_images(labeled(images), RoundedPixels(), real)
     effect = result["feature_precision_effect"]
-    exact = score_images(labelled(images[:20]), Pixels(), real)["value"]
+    exact = score_images(labeled(images[:20]), Pixels(), real)["value"]
     assert effect["images"] == 20
     assert effect["fp32"] == pytest.approx(exact, rel=1e-9)
     assert effect["bf16"] != effect["fp32"]
@@ -176,7 +176,7 @@ def test_generated_batches_are_scored_with_their_labels():
     assert score_images(batches, Pixels(), reference(images))["labels"] == {"0": 5, "1": 5, "2": 5, "3": 5}
 
 
-def test_many_classes_are_summed_up():
+def test_label_counts_of_many_classes_are_summarized():
     images = random_images(300, 0)
     batch = LabelledImages(images, range(300), torch.arange(300) % 150)
     assert score_images([batch], Pixels(), reference(images))["labels"] == {"classes": 150, "fewest": 2, "most": 2}

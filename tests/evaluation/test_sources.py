@@ -87,7 +87,7 @@ def test_an_lmdb_of_encoded_and_of_raw_images(tmp_path):
         everything(open_source(tmp_path / "bad.lmdb"))
 
 
-def test_jpeg_is_that_of_pils_default_quality(tmp_path):
+def test_jpeg_uses_pils_default_quality(tmp_path):
     for images in (IMAGES, IMAGES[:, :1], IMAGES[:1]):
         decoded = through_jpeg(images)
         for image, result in zip(images, decoded, strict=True):
@@ -98,7 +98,7 @@ def test_jpeg_is_that_of_pils_default_quality(tmp_path):
         assert not torch.equal(decoded, images)
 
 
-def test_a_transformed_source_says_so(tmp_path):
+def test_a_transformed_source_describes_the_transform(tmp_path):
     np.savez(tmp_path / "s.npz", images=PIXELS)
     source = transformed(open_source(tmp_path / "s.npz"), through_jpeg, "jpg")
     assert source.meta["image_format"] == "jpg"

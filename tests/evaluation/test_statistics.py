@@ -8,7 +8,7 @@ from evaluation.statistics import RunningMoments, Statistics, load_statistics, s
 from options import UsageError
 
 
-def test_streaming_moments_equal_numpys_despite_a_large_offset():
+def test_streaming_statistics_equal_numpys_despite_a_large_offset():
     rows = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1e6
     streamed, first, second = RunningMoments(7), RunningMoments(7), RunningMoments(7)
     for part in rows.split(33):
@@ -23,7 +23,7 @@ def test_streaming_moments_equal_numpys_despite_a_large_offset():
         np.testing.assert_allclose(moments.covariance, np.cov(rows.numpy(), rowvar=False), rtol=1e-7, atol=1e-9)
 
 
-def test_any_split_into_batches_and_processes_gives_the_same_moments(monkeypatch):
+def test_statistics_do_not_depend_on_batches_and_processes(monkeypatch):
     rows = torch.randn(500, 9, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 9) + 7
     whole = RunningMoments(9)
     whole.update(rows)
@@ -58,7 +58,7 @@ def test_statistics_round_trip_exactly(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]
 
 
-def test_published_files_are_read(tmp_path):
+def test_statistics_files_of_pytorch_fid_are_read(tmp_path):
     mu, sigma = np.arange(3.0), np.eye(3)
     np.save(tmp_path / "s.npy", {"mu": mu, "sigma": sigma})
     np.savez(tmp_path / "s.npz", mu=mu, sigma=sigma)

@@ -18,7 +18,7 @@ def gathered(parts: list[torch.Tensor], **options) -> Gatherer:
     return gatherer
 
 
-def test_rows_lie_in_the_order_of_their_indices():
+def test_rows_are_ordered_by_index():
     order = torch.randperm(100, generator=torch.Generator().manual_seed(1))
     for grouped in (False, True):
         summary = gathered(list(order.split(13)), grouped=grouped).summary()
@@ -29,7 +29,7 @@ def test_rows_lie_in_the_order_of_their_indices():
     assert kept.statistics.count == 100
 
 
-def test_groups_are_disjoint_parts_of_the_whole():
+def test_groups_partition_the_rows():
     gatherer = gathered(list(torch.arange(100).split(7)), grouped=True)
     parts = [gatherer.summary({}, [group]) for group in range(GROUPS)]
     assert sum(part.count for part in parts) == 100
@@ -38,7 +38,7 @@ def test_groups_are_disjoint_parts_of_the_whole():
         np.testing.assert_allclose(part.statistics.mean, part.rows.double().mean(0), rtol=1e-6)
 
 
-def test_processes_gather_what_one_would():
+def test_several_processes_gather_the_same_as_one():
     one = gathered(list(torch.arange(100).split(10)), grouped=True)
     shares = [gathered(list(torch.arange(rank, 100, 3).split(5)), grouped=True).share() for rank in range(3)]
     merged = Gatherer(Pixels(), ["moments", "rows"], grouped=True)

@@ -1,4 +1,4 @@
-"""Files as accidents and attackers leave them, by a fixed seed."""
+"""Damages files like an accident or an attacker would, with a fixed seed."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ __all__ = ["mutated"]
 
 
 def mutated(originals: dict[str, bytes], count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
-    """`count` pairs of an original's name and its damaged bytes; the first two of each are empty and noise."""
+    """Yield `count` pairs of an original's name and its damaged bytes. The first two of each original are empty and noise."""
     generator = np.random.default_rng(seed)
     names = sorted(originals)
     for number in range(count):
@@ -24,7 +24,7 @@ def mutated(originals: dict[str, bytes], count: int, seed: int = 0) -> Iterator[
 
 def _damage(data: bytes, generator: np.random.Generator) -> bytes:
     for _ in range(generator.integers(1, 4)):
-        # Half of the damages are near the ends, where formats have their headers.
+        # Half of the damage is near the ends, where file formats keep their headers.
         reach = len(data) if generator.random() < 0.5 else min(len(data), 200)
         start = int(generator.integers(0, max(1, reach)))
         start = len(data) - 1 - start if generator.random() < 0.3 else start

@@ -1,4 +1,4 @@
-"""Whatever a file holds, a reader gives its content or a UsageError: no other exception, no code run, no memory exhausted."""
+"""For any file content, a reader returns data or raises UsageError. It runs no code and does not exhaust memory."""
 
 import gzip
 import io
@@ -40,7 +40,7 @@ BOMB_SIDE = 14_000
 
 
 class Marker:
-    """An object whose unpickling makes a file."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -50,7 +50,7 @@ class Marker:
 
 
 def check(originals, count, folder, read):
-    """Every damaged file is read or refused, and at least a tenth is refused; `read` may get any suffix of `originals`."""
+    """Write `count` damaged files to `folder`. Each must be read or refused, and at least a tenth must be refused."""
     refused = []
     for number, (name, data) in enumerate(mutated(originals, count)):
         path = folder / name
@@ -75,7 +75,7 @@ def encoded(image, **settings):
 
 
 def images():
-    """The same small picture in many formats."""
+    """A small image in many formats."""
     image = Image.fromarray(smooth_image(31, 22, seed=0))
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -128,7 +128,7 @@ def test_images_to_score(tmp_path, count):
 
 
 def test_a_decompression_bomb_is_refused(tmp_path):
-    """196 megapixels of one colour in a file of some kilobytes."""
+    """196 megapixels of a single color in a file of a few kilobytes."""
     Image.new("1", (BOMB_SIDE, BOMB_SIDE)).save(tmp_path / "bomb.png", compress_level=9)
     assert (tmp_path / "bomb.png").stat().st_size < 100_000
     with pytest.raises(BadImageError, match=r"bomb\.png.*(196000000 pixels|decompression bomb)"):
@@ -137,7 +137,7 @@ def test_a_decompression_bomb_is_refused(tmp_path):
 
 @pytest.mark.parametrize("extent", [(1, 60_000), (60_000, 2)])
 def test_an_image_that_would_be_enlarged_without_bound_is_refused(tmp_path, extent):
-    """To a shorter side of 256, 1 x 60,000 pixels would take 12 GB, of which 0.02 % are kept."""
+    """With a shorter side of 256, an image of 1 x 60,000 pixels would take 12 GB, and 99.98 % of it would be cropped."""
     Image.new("RGB", extent).save(tmp_path / "thin.png")
     with pytest.raises(
         BadImageError, match=rf"thin\.png: the aspect ratio of {extent[0]} x {extent[1]} pixels is above 200"
@@ -256,7 +256,7 @@ def test_idx_files(tmp_path, count):
 
 
 def cache_folder(folder):
-    """A tiny finished cache of three images, in two shards."""
+    """A tiny finished cache of three images in two shards."""
     import zlib
 
     folder.mkdir()
@@ -276,7 +276,7 @@ def cache_folder(folder):
 
 @COUNTS
 def test_caches(tmp_path, count):
-    """Damage in any of a cache's files."""
+    """Damages any of a cache's files."""
     cache = cache_folder(tmp_path / "cache")
     assert len(open_standalone_cache(cache)[0]) == 3
     originals = {path.name: path.read_bytes() for path in cache.iterdir()}
@@ -337,7 +337,7 @@ def write_lmdb(path, entries):
 
 
 def test_lmdbs_that_are_cut_or_none(tmp_path):
-    """A flipped page number in an LMDB is not looked for: liblmdb maps the file as it is, and has no checksums."""
+    """LMDB pages are not damaged here: liblmdb memory-maps the file without checksums."""
     write_lmdb(tmp_path / "whole", {str(i).encode(): bytes(3000) for i in range(20)})
     data = (tmp_path / "whole").read_bytes()
     assert len(open_lmdb_file(tmp_path / "whole")) == 20

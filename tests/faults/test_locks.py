@@ -1,4 +1,4 @@
-"""One process at a time in a folder; the file of a dead one is no obstacle."""
+"""Only one process at a time works in a folder, and a dead process's lock file does not block it."""
 
 import errno
 import fcntl
@@ -35,7 +35,7 @@ with locked(Path(sys.argv[1]), "is training"):
 
 @pytest.fixture
 def hold():
-    """Starts a process that holds a lock file until its end."""
+    """`hold(path)` starts a process that holds the lock file until it ends."""
     started = []
 
     def start(path):
@@ -57,11 +57,11 @@ def write(path, holder):
 
 
 def left_by(pid):
-    """What a process of this host leaves behind when it is killed."""
+    """The lock that a process of this host leaves behind when it is killed."""
     return Holder(socket.gethostname(), pid, "2026-01-02 03:04:05", kernel_lock=True)
 
 
-def test_the_file_names_the_process_and_goes_with_it(tmp_path):
+def test_the_lock_file_names_its_process_and_is_removed(tmp_path):
     path = tmp_path / "run" / "run.lock"
     with locked(path, "is training"):
         holder = Holder.read(path)
@@ -88,12 +88,12 @@ def test_a_second_start_is_refused_and_changes_nothing(tmp_path, hold):
         f"process {first.pid} on {socket.gethostname()}, since {since}, is training in this folder: {path.parent}"
     )
     assert expected in str(raised.value)
-    assert "delete" not in str(raised.value)  # it lives
+    assert "delete" not in str(raised.value)  # the other process is alive
     assert path.read_bytes() == before
 
 
 def test_what_a_dead_process_left_is_removed_with_a_note(tmp_path, hold, capsys):
-    """Though a program that it started goes on."""
+    """The dead process's own child may still be running."""
     path = tmp_path / "run" / "run.lock"
     dead = hold(path)
     dead.kill()
@@ -105,12 +105,12 @@ def test_what_a_dead_process_left_is_removed_with_a_note(tmp_path, hold, capsys)
 
 
 def test_a_dead_process_whose_parent_has_not_asked_for_it_is_dead(tmp_path, hold, capsys):
-    """As many a container's first process leaves them."""
+    """Such processes, called zombies, are common in containers."""
     path = tmp_path / "run.lock"
     dead = hold(path)
     dead.kill()
     os.waitid(os.P_PID, dead.pid, os.WEXITED | os.WNOWAIT)
-    os.kill(dead.pid, 0)  # it still has its number
+    os.kill(dead.pid, 0)  # the zombie still has its process id
     with locked(path, "is training"):
         assert "removed" in capsys.readouterr().err
 
@@ -124,7 +124,7 @@ def test_a_process_that_got_the_number_of_a_dead_one_is_told_from_it(tmp_path, h
 
 
 def test_a_process_whose_number_means_nothing_here_is_believed(tmp_path, hold):
-    """It runs in another container of this host, which numbers processes anew."""
+    """It runs in another container on this host, whose process ids are separate."""
     path = tmp_path / "run.lock"
     hold(path)
     path.write_text(path.read_text().replace(f'"pid": {Holder.read(path).pid}', f'"pid": {2**22 - 1}'))
@@ -133,7 +133,7 @@ def test_a_process_whose_number_means_nothing_here_is_believed(tmp_path, hold):
 
 
 def test_where_the_kernel_locks_nothing_the_file_is_believed(tmp_path, monkeypatch):
-    """Another process of this host, and one of an earlier version: whether they have ended, the user must say."""
+    """The holder may be a process on this host or an earlier version, so only the user knows whether it has ended."""
 
     def unsupported(*_):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -172,8 +172,8 @@ def test_a_damaged_file_is_named(tmp_path, content):
     assert path.read_bytes() == content
 
 
-def test_the_file_of_another_is_not_removed(tmp_path, hold):
-    """Somebody deleted ours, and a third run took the folder."""
+def test_another_processs_lock_file_is_not_removed(tmp_path, hold):
+    """The lock file was deleted by hand, and a third run has locked the folder."""
     path = tmp_path / "run.lock"
     with locked(path, "is training"):
         path.unlink()
@@ -181,14 +181,14 @@ def test_the_file_of_another_is_not_removed(tmp_path, hold):
     assert Holder.read(path).pid == third.pid
 
 
-def test_a_deleted_file_is_no_obstacle_to_the_end(tmp_path):
+def test_releasing_a_deleted_lock_file_succeeds(tmp_path):
     path = tmp_path / "run" / "run.lock"
     with locked(path, "is training"):
         path.unlink()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_leaves_no_file_behind(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_lock_file(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_no_file_behind(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_who_waits_gets_it_in_the_end(tmp_path, hold, monkeypatch, capsys):
+def test_a_waiting_process_gets_the_lock(tmp_path, hold, monkeypatch, capsys):
     path = tmp_path / "cache" / "build.lock"
     other = hold(path)
     naps = []
@@ -206,7 +206,7 @@ def test_one_who_waits_gets_it_in_the_end(tmp_path, hold, monkeypatch, capsys):
     def nap(seconds):
         naps.append(seconds)
         if len(naps) == 3:
-            other.communicate(b"\n")  # it comes to its end
+            other.communicate(b"\n")  # the process ends
 
     monkeypatch.setattr(locks.time, "sleep", nap)
     with locked(path, "is building", wait=True):
@@ -230,7 +230,7 @@ for _ in range(20):
 
 @pytest.mark.slow
 def test_of_many_processes_one_is_inside(tmp_path):
-    """All of them find the file of a dead process first."""
+    """All of them first find a dead process's lock file."""
     write(tmp_path / "lock", left_by(7))
     command = [sys.executable, "-c", RACER, tmp_path / "lock", tmp_path / "log"]
     racers = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for _ in range(6)]
@@ -244,7 +244,7 @@ def test_of_several_processes_the_main_one_takes_it(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_run_left_half_written_goes(tmp_path, capsys):
+def test_partial_files_of_a_killed_run_are_removed(tmp_path, capsys):
     (tmp_path / "content.pth.tmp-1").touch()
     (tmp_path / "content.pth").touch()
     with only_run_in(tmp_path, Processes()):
@@ -276,7 +276,7 @@ def test_a_signal_before_the_first_step_releases_it(tmp_path, number):
         signal.signal(number, before)
 
 
-def test_handlers_of_others_are_left_as_they_are():
+def test_existing_signal_handlers_are_not_replaced():
     arrived = []
     before = signal.signal(signal.SIGUSR1, lambda *_: arrived.append(1))
     with orderly_exit():

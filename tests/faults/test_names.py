@@ -1,4 +1,4 @@
-"""Names cannot leave their folders, ids and paths are not confused, downloads are what they should be, data do not change."""
+"""Names cannot point outside their folders, ids are not confused with paths, and changed downloads or data are detected."""
 
 import gzip
 import hashlib
@@ -85,7 +85,7 @@ def test_names_that_lead_elsewhere_are_refused_and_make_nothing(tmp_path, call, 
 
 
 def test_folders_of_classes_may_have_any_name(tmp_path, call):
-    """Names of bytes that are no text, too; nothing is written outside of the run, and nothing is executed."""
+    """Includes names that are not valid text. Nothing is written outside the run folder, and nothing is executed."""
     write_images(tmp_path / "images", ODD)
     before = entries(tmp_path / "images")
     code, _, err = call(TRAIN, train_flags(tmp_path, "--num_classes", len(ODD)))
@@ -124,7 +124,7 @@ def test_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch, name):
         load_autoencoder(AutoencoderOptions(pretrained_autoencoder_ckpt=name), 3)
 
 
-def test_a_slip_in_the_name_of_a_folder_is_suspected(tmp_path, monkeypatch):
+def test_a_misspelled_folder_is_suspected(tmp_path, monkeypatch):
     def absent(*_, **__):
         raise OSError("no such repository")
 
@@ -149,7 +149,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_not_asked_of_the_hub(tmp_path, mon
 
 @pytest.fixture
 def served(tmp_path, monkeypatch):
-    """A folder, and the address at which its files are to be had."""
+    """A folder and the address that serves its files."""
     monkeypatch.setenv("no_proxy", "*")
     (tmp_path / "served").mkdir()
     handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "served")
@@ -193,7 +193,7 @@ def test_what_has_a_hash_is_downloaded_with_it(monkeypatch, network):
 
 @pytest.mark.parametrize("bad", [None, 0, 3])
 def test_other_digits_than_the_known_ones_are_not_taken(served, tmp_path, monkeypatch, bad):
-    """Nor those of three good files and a bad one."""
+    """Valid digits are refused too if one of the four files is changed."""
     folder, address = served
     known = []
     for number, name in enumerate(idx.IDX_FILES):
@@ -229,7 +229,7 @@ def test_another_cifar10_than_the_known_one_is_not_taken(served, tmp_path, monke
 
 
 def test_a_run_does_not_go_on_silently_with_other_images(tmp_path, call):
-    """Nor where images are read as they are needed, without a cache that would tell."""
+    """Changes are detected even without a latent cache, when images are read on demand."""
     write_images(tmp_path / "images", ["cat", "dog"])
     flags = train_flags(tmp_path, "--num_classes", 2)
     assert call(TRAIN, flags)[0] == 0
@@ -238,20 +238,20 @@ def test_a_run_does_not_go_on_silently_with_other_images(tmp_path, call):
     code, _, err = call(TRAIN, flags)
     assert code == 2
     assert "other options: number of training images was 7, now 6. " in err
-    assert "--resume to go on with the change" in err
+    assert "--resume to resume with this change" in err
     code, _, err = call(TRAIN, [*flags, "--resume"])
     assert code == 0, err
     assert (
         "the run resumes with changed options: number of training images 7 -> 6, state of the training images " in err
     )
-    assert call(TRAIN, flags)[0] == 0  # it is told once
+    assert call(TRAIN, flags)[0] == 0  # the change is reported only once
     shutil.copytree(tmp_path / "images", tmp_path / "copy", copy_function=shutil.copyfile)
     code, _, err = call(TRAIN, [*flags, "--datadir", tmp_path / "copy"])
     assert code == 0, err
     assert "will not be bit-identical: state of the training images " in err
 
 
-def test_a_run_from_before_the_images_were_remembered_goes_on(tmp_path, call):
+def test_a_run_without_a_record_of_its_images_resumes(tmp_path, call):
     write_images(tmp_path / "images", ["cat", "dog"])
     assert call(TRAIN, train_flags(tmp_path))[0] == 0
     path = tmp_path / "saved" / "latent_flow" / "folder" / "run" / "config.json"
@@ -259,7 +259,7 @@ def test_a_run_from_before_the_images_were_remembered_goes_on(tmp_path, call):
     del config["options"]["number of training images"], config["options"]["state of the training images"]
     path.write_text(json.dumps(config))
     assert call(TRAIN, train_flags(tmp_path))[0] == 0
-    assert json.loads(path.read_text())["options"]["number of training images"] == 7  # from now on
+    assert json.loads(path.read_text())["options"]["number of training images"] == 7  # recorded from now on
 
 
 def test_an_image_that_goes_bad_between_runs_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""A process that dies takes the others with it, soon, and says why; torchrun may then start them all again."""
+"""If a process dies, the others end soon and report why. torchrun may then restart them all."""
 
 import os
 import re
@@ -14,12 +14,12 @@ import pytest
 from tests.test_launch import ROOT, TEST, TORCHRUN, TRAIN, environment, folder_of, place, train_flags
 from tests.training.test_loop import assert_same_run
 
-__all__ = ["place"]  # the fixture
+__all__ = ["place"]  # a fixture, imported for pytest
 TWO_RANKS = Path(__file__).with_name("two_ranks.py")
 LAUNCHERS = {"flag": ([sys.executable], ["--num_process_per_node", "2"]), "torchrun": (TORCHRUN, [])}
-WITHIN_S = 60  # promised
+WITHIN_S = 60  # limit stated in the documentation
 START_S = 900
-STEPS = 300  # so many that a kill finds the run in their midst
+STEPS = 300  # long enough that a kill hits the run in the middle
 IN_PARTS = ["--grad_accumulation", 2, "--num_workers", 2]
 
 
@@ -27,8 +27,8 @@ STARTED = []
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left():
-    """Whatever a test meets, its processes end with it."""
+def end_started_processes():
+    """End all processes that a test started, even if it fails."""
     yield
     while STARTED:
         process = STARTED.pop()
@@ -39,7 +39,7 @@ def nothing_is_left():
 
 
 def start(launcher, script, flags):
-    """The launcher of two processes."""
+    """Start two processes with a launcher and return the launcher's process."""
     before, after = LAUNCHERS[launcher]
     command = [*before, str(script), *map(str, flags), *after]
     process = subprocess.Popen(
@@ -60,13 +60,13 @@ def descendants(pid):
 
 
 def ranks_of(process):
-    """The process numbers of the launcher's ranks."""
+    """The process ids of the launcher's ranks."""
     found = {}
     for pid in descendants(process.pid):
-        with suppress(OSError):  # it has just ended
+        with suppress(OSError):  # the process has just ended
             for variable in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
                 if variable.startswith(b"RANK="):
-                    found.setdefault(int(variable[5:]), pid)  # what a rank has started comes after it
+                    found.setdefault(int(variable[5:]), pid)  # processes started by a rank come after it
     return found
 
 
@@ -79,7 +79,7 @@ def wait_until(condition, process):
 
 
 def end_of(process, pids, within=WITHIN_S):
-    """The stderr of a launcher that fails in time, and leaves none of its processes behind."""
+    """Return the stderr of a launcher, which must fail in time and leave no processes behind."""
     err = process.communicate(timeout=within)[1]
     assert process.returncode > 0
     assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
@@ -87,7 +87,7 @@ def end_of(process, pids, within=WITHIN_S):
 
 
 def assert_names_the_killed(launcher, err, rank, pid):
-    """The last line of our launcher, and torchrun's report; `pid` may be a pattern."""
+    """Check the last line of our launcher, or torchrun's report, for the killed rank. `pid` may be a pattern."""
     if launcher == "flag":
         last = rf"error: rank {rank} \(process {pid}\) was killed by SIGKILL, signal 9"
         assert re.fullmatch(last, err.splitlines()[-1])
@@ -98,7 +98,7 @@ def assert_names_the_killed(launcher, err, rank, pid):
 
 
 def in_training(place, launcher, exp):
-    """A launcher whose processes train, and the numbers of these."""
+    """Start training, wait for the first steps, and return the launcher's process and its ranks' process ids."""
     process = start(launcher, TRAIN, train_flags(place, exp, 8, steps=100_000))
     record = folder_of(place, exp) / "metrics.jsonl"
     wait_until(lambda: record.exists() and record.read_text().count("\n") > 3, process)
@@ -118,7 +118,7 @@ def test_a_rank_killed_in_training_ends_the_others(place, launcher, rank):
 
 @pytest.fixture(scope="module")
 def trained(place):
-    """A network of two steps."""
+    """Name of a run trained for two steps."""
     command = [sys.executable, TRAIN, *map(str, train_flags(place, "trained", 16, steps=2))]
     subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, check=True)
     return "trained"
@@ -149,7 +149,7 @@ def test_a_rank_killed_in_sampling_ends_the_others(place, trained, launcher, ran
 @pytest.mark.parametrize("fate", ["killed", "defect", pytest.param("mistake", marks=pytest.mark.slow)])
 def test_the_reason_of_a_rank_that_dies_alone_is_told(launcher, fate):
     process = start(launcher, TWO_RANKS, ["--fate", fate])
-    err = end_of(process, (), START_S)  # its start included
+    err = end_of(process, (), START_S)  # the limit includes starting the launcher
     if fate == "killed":
         return assert_names_the_killed(launcher, err, 1, r"\d+")
     reason = {"defect": "RuntimeError: the last words of rank 1", "mistake": "error: the last words of rank 1"}[fate]
@@ -164,7 +164,7 @@ def test_the_reason_of_a_rank_that_dies_alone_is_told(launcher, fate):
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_rank_that_hangs_after_the_death_of_another_is_ended(launcher):
-    """Nor is its end taken for the cause."""
+    """The hanging rank's own end must not be reported as the cause."""
     process = start(launcher, TWO_RANKS, ["--fate", "hangs"])
     assert process.stdout.readline() == "ready\n"
     assert_names_the_killed(launcher, end_of(process, ()), 1, r"\d+")
@@ -180,18 +180,18 @@ def test_a_signal_to_the_launcher_leaves_minutes_for_saving():
 
 
 @pytest.fixture(scope="module")
-def unharmed(place):
-    """The folder of a run of two processes that nothing disturbed."""
-    process = start("torchrun", TRAIN, [*train_flags(place, "unharmed", 8, STEPS), *IN_PARTS])
+def uninterrupted(place):
+    """Run folder of an uninterrupted run in two processes."""
+    process = start("torchrun", TRAIN, [*train_flags(place, "uninterrupted", 8, STEPS), *IN_PARTS])
     _, err = process.communicate(timeout=START_S)
     assert process.returncode == 0, err
-    return folder_of(place, "unharmed")
+    return folder_of(place, "uninterrupted")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_what_torchrun_starts_again_goes_on_and_ends_with_the_same_bits(place, unharmed, rank, monkeypatch):
-    """Rank 0 leaves its lock; --overwrite is for the first start."""
+def test_what_torchrun_starts_again_goes_on_and_ends_with_the_same_bits(place, uninterrupted, rank, monkeypatch):
+    """Rank 0 leaves its lock file. --overwrite applies only to the first start."""
     monkeypatch.setitem(LAUNCHERS, "torchrun", ([*TORCHRUN, "--max-restarts", "1"], []))
     exp = f"again_{rank}"
     flags = [*train_flags(place, exp, 8, STEPS), *IN_PARTS, "--save_content_every_steps", 5, "--overwrite"]
@@ -202,7 +202,7 @@ def test_what_torchrun_starts_again_goes_on_and_ends_with_the_same_bits(place, u
     out, err = process.communicate(timeout=START_S)
     assert process.returncode == 0, err
     assert re.search(rf"resuming at step \d*[05] of {STEPS}", out)
-    assert ("removed run.lock, left by a process that has ended" in out) == (rank == 0)
+    assert ("removed run.lock, left by a process that has ended" in err) == (rank == 0)
     assert [path.name for path in record.parent.parent.glob(f"{exp}*")] == [exp]
     (record.parent / "content.previous.pth").unlink()
-    assert_same_run(record.parent, unharmed)
+    assert_same_run(record.parent, uninterrupted)

@@ -1,6 +1,6 @@
-"""A run that is stopped, or dies without a word, goes on to the same bits, however it is trained.
+"""A run that is interrupted or crashes resumes bit for bit, in all training configurations.
 
-Of two processes: tests/training/test_parallel.py and test_processes.py; killed outright: tests/test_scripts.py.
+See tests/training/test_parallel.py and test_processes.py for two processes, and tests/test_scripts.py for killed processes.
 """
 
 import os
@@ -22,7 +22,7 @@ from training import setup
 from training.script import IGNORED_FLAGS, run_training
 
 pytestmark = pytest.mark.usefixtures("process_restored")
-COUNT, STEPS, FETCH = 40, 14, 12  # five steps an epoch; something happens when the batch of step 12 is read
+COUNT, STEPS, FETCH = 40, 14, 12  # five steps per epoch; the fault occurs when the batch of step 12 is read
 LATENT = ["--pretrained_autoencoder_ckpt", "{place}/ae", "--model_type", "DiT-Mi/4", "--num_classes", 10]
 PIXELS = ["--pretrained_autoencoder_ckpt", "none", "--model_type", "DiT-Mi/8", "--num_classes", 10]
 UNET = [
@@ -38,14 +38,14 @@ UNET = [
     "--num_res_blocks",
     1,
 ]
-WAYS = {
+CONFIGURATIONS = {
     "latent cache": (GENERATION, LATENT),
-    "encoded as it goes, by three workers": (GENERATION, [*LATENT, "--no_latent_cache", "--num_workers", 3]),
-    "in parts, by two optimizers": (
+    "encoded on the fly by three workers": (GENERATION, [*LATENT, "--no_latent_cache", "--num_workers", 3]),
+    "gradient accumulation and two optimizers": (
         GENERATION,
         [*PIXELS, "--grad_accumulation", 2, "--optimizer", "muon", "--grad_clip", 0.1, "--warmup_steps", 12],
     ),
-    "without an average": (GENERATION, [*PIXELS, "--no-use_ema", "--lr_schedule", "trapezoid"]),
+    "without EMA": (GENERATION, [*PIXELS, "--no-use_ema", "--lr_schedule", "trapezoid"]),
     "dropout in the network": (GENERATION, [*UNET, "--label_dim", 10, "--dropout", 0.3, "--grad_accumulation", 2]),
     "compiled, in bfloat16": (GENERATION, [*PIXELS, "--precision", "bf16", "--compile"]),
     "scaled losses in float16": (GENERATION, [*PIXELS, "--precision", "fp16", "--optimizer", "muon"]),
@@ -66,12 +66,12 @@ OFTEN = [
 ]
 
 
-FAST = "encoded as it goes, by three workers"
-SOME_SLOW = [way if way == FAST else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
+FAST = "encoded on the fly by three workers"
+SOME_SLOW = [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGURATIONS]
 
 
 class PowerCutError(Exception):
-    """Nothing is done after it."""
+    """Simulates a power cut: the run ends without cleaning up."""
 
 
 def power_cut():
@@ -82,8 +82,8 @@ def ctrl_c():
     os.kill(os.getpid(), signal.SIGINT)
 
 
-class Watched:
-    """A source of moments during whose n-th call something happens."""
+class FaultySource:
+    """A source of moments that calls `event` at call number FETCH."""
 
     def __init__(self, source, event):
         self._source, self._event, self._calls = source, event, 0
@@ -112,9 +112,9 @@ def place(tmp_path_factory, write_idx):
     return place
 
 
-def start(place, way, exp, event=None):
-    """Train in a way, or go on with it: exit code and folder."""
-    task, flags = WAYS[way]
+def start(place, configuration, exp, event=None):
+    """Start or resume training in a configuration. Returns exit code and run folder."""
+    task, flags = CONFIGURATIONS[configuration]
     shared = ["--dataset", "fashion_mnist", "--datadir", place / "data", "--batch_size", 8, "--label_dropout", 0.3]
     shared += ["--max_steps", STEPS, "--lr", 1e-2, "--method", "euler", "--num_steps", 1, "--precision", "fp32"]
     shared += ["--num_threads", 1, "--device", "cpu", "--save_root", place / "saved", "--exp", exp, *OFTEN]
@@ -124,47 +124,47 @@ def start(place, way, exp, event=None):
     folder = place / "saved" / task.task.runs / "fashion_mnist" / exp
     with pytest.MonkeyPatch.context() as patch:
         opened = setup.open_moments
-        if event:  # of the sources, that of the training images is the first
-            sources = iter([lambda source: Watched(source, event), lambda source: source])
+        if event:  # training images are opened first, then held-out images
+            sources = iter([lambda source: FaultySource(source, event), lambda source: source])
             patch.setattr(setup, "open_moments", lambda *arguments: next(sources)(opened(*arguments)))
         return run_training(task, options, Processes()), folder
 
 
 @pytest.fixture(scope="module")
-def whole_run(place):
-    """whole_run(way): the folder of a run that nothing disturbed."""
+def reference_run(place):
+    """`reference_run(configuration)` returns the run folder of an uninterrupted run."""
     folders = {}
 
-    def of(way):
-        if way not in folders:
-            code, folders[way] = start(place, way, f"whole_{len(folders)}")
+    def run(configuration):
+        if configuration not in folders:
+            code, folders[configuration] = start(place, configuration, f"whole_{len(folders)}")
             assert code == 0
-        return folders[way]
+        return folders[configuration]
 
-    return of
+    return run
 
 
-@pytest.mark.parametrize("way", SOME_SLOW)
-def test_a_run_that_lost_its_power_goes_on_to_the_same_bits(place, whole_run, way):
-    exp = f"lost_{list(WAYS).index(way)}"
+@pytest.mark.parametrize("configuration", SOME_SLOW)
+def test_a_run_that_lost_its_power_goes_on_to_the_same_bits(place, reference_run, configuration):
+    exp = f"lost_{list(CONFIGURATIONS).index(configuration)}"
     with pytest.raises(PowerCutError):
-        start(place, way, exp, power_cut)
-    folder = place / "saved" / WAYS[way][0].task.runs / "fashion_mnist" / exp
+        start(place, configuration, exp, power_cut)
+    folder = place / "saved" / CONFIGURATIONS[configuration][0].task.runs / "fashion_mnist" / exp
     assert read_torch_file(folder / "content.pth")["step"] == 9
-    with (folder / "metrics.jsonl").open("a") as file:  # what else a process leaves that gets no further
+    with (folder / "metrics.jsonl").open("a") as file:  # leftovers of a crashed process
         file.write('{"step": 1')
     (folder / "content.pth.tmp-1").write_bytes(b"half of it")
-    assert start(place, way, exp)[0] == 0
-    assert_same_run(folder, whole_run(way))
+    assert start(place, configuration, exp)[0] == 0
+    assert_same_run(folder, reference_run(configuration))
     assert not (folder / "content.pth.tmp-1").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
-def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(place, whole_run, way):
-    exp = f"interrupted_{list(WAYS).index(way)}"
-    code, folder = start(place, way, exp, ctrl_c)
+@pytest.mark.parametrize("configuration", CONFIGURATIONS)
+def test_a_run_that_was_interrupted_goes_on_to_the_same_bits(place, reference_run, configuration):
+    exp = f"interrupted_{list(CONFIGURATIONS).index(configuration)}"
+    code, folder = start(place, configuration, exp, ctrl_c)
     assert code == INTERRUPTED
     assert read_torch_file(folder / "content.pth")["step"] in (FETCH - 1, FETCH)
-    assert start(place, way, exp)[0] == 0
-    assert_same_run(folder, whole_run(way))
+    assert start(place, configuration, exp)[0] == 0
+    assert_same_run(folder, reference_run(configuration))

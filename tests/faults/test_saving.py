@@ -1,4 +1,4 @@
-"""content.pth survives kills, full disks and flipped bits; older checkpoints go, and the disk's space is known beforehand."""
+"""content.pth survives kills, full disks and flipped bits. Older checkpoints are removed, and disk use is predicted."""
 
 import errno
 import os
@@ -41,7 +41,7 @@ def refuse_links(*_):
 
 
 def in_child(action):
-    """Run `action` in a forked process; the signal that killed it, or 0."""
+    """Run `action` in a forked process. Returns the signal that killed it, or 0."""
     child = os.fork()
     if child == 0:
         try:
@@ -52,14 +52,14 @@ def in_child(action):
 
 
 def kill_before(operation, folder):
-    """From now on, this process is killed before its n-th operation on a file in `folder`."""
+    """Kill this process before its n-th operation on a file in `folder`."""
     seen = count()
 
-    def look(event, arguments):
+    def hook(event, arguments):
         if event in OPERATIONS and str(folder) in str(arguments[0]) and next(seen) == operation:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    sys.addaudithook(look)
+    sys.addaudithook(hook)
 
 
 @pytest.mark.parametrize("links", [True, False])
@@ -81,7 +81,7 @@ def test_a_kill_before_any_operation_leaves_a_whole_content(tmp_path, monkeypatc
         assert content["weights"].unique().tolist() == [content["step"]]
         if not killed:
             break
-    assert operation >= 4  # open, flush, give a second name, rename at least
+    assert operation >= 4  # at least open, flush, link and rename
     steps = [read_torch_file(folder / name)["step"] for name in ("content.pth", "content.previous.pth")]
     assert steps == [3, 2]
     assert sorted(path.name for path in folder.iterdir()) == ["content.previous.pth", "content.pth"]
@@ -110,7 +110,7 @@ def test_a_kill_in_the_middle_of_writing_leaves_both(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("links", [True, False])
 def test_two_hundred_kills_at_random_moments_cost_nothing_that_was_saved(tmp_path, monkeypatch, links):
-    """A child saves without end until it is killed, some milliseconds on; then the next one goes on from what is found."""
+    """A child process saves in a loop until it is killed after some milliseconds. The next one resumes from what it finds."""
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", refuse_links)
     generator, found, halves, savings = random.Random(0), 0, 0, 0
@@ -138,7 +138,7 @@ def test_two_hundred_kills_at_random_moments_cost_nothing_that_was_saved(tmp_pat
         assert has_state(tmp_path) or done == 0
         halves, savings = halves + len(remove_leftovers(tmp_path)), savings + done
     assert not list(tmp_path.glob("*damaged*"))
-    assert halves > 0  # some were hit while they wrote
+    assert halves > 0  # some were killed while writing
     assert savings > 0
 
 
@@ -155,14 +155,14 @@ def test_a_failed_write_leaves_both(tmp_path, monkeypatch):
     assert [read_torch_file(tmp_path / name)["step"] for name in ("content.pth", "content.previous.pth")] == [2, 1]
 
 
-def test_what_one_of_several_processes_cannot_read_none_goes_on_from(tmp_path, monkeypatch):
+def test_a_file_that_one_process_cannot_read_is_used_by_none(tmp_path, monkeypatch):
     for step in (1, 2):
         save_state(tmp_path, content_of(step))
-    somewhere = iter([True, False])  # whether any process failed to read the newest, the one before it
+    somewhere = iter([True, False])  # whether a process failed to read the newest file, and then the previous one
     monkeypatch.setattr(Processes, "any", lambda self, failed: next(somewhere))
     path, content = read_newest(tmp_path / "content.pth", read_torch_file, Processes(1, 2))
     assert (path.name, content["step"]) == ("content.previous.pth", 1)
-    assert (tmp_path / "content.pth").exists()  # the main process moves it
+    assert (tmp_path / "content.pth").exists()  # only the main process moves the file
 
 
 def crash():
@@ -170,7 +170,7 @@ def crash():
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
+def reference_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults") / "whole"
     assert train(new_run(folder, experiment=OFTEN), resume=False)
     return folder
@@ -178,7 +178,7 @@ def whole_run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crashed(tmp_path_factory):
-    """A run with content.pth of step 9 and content.previous.pth of step 6."""
+    """A run folder with step 9 in content.pth and step 6 in content.previous.pth."""
     folder = tmp_path_factory.mktemp("faults") / "crashed"
     with pytest.raises(RuntimeError, match="power cut"):
         train(new_run(folder, event=(12, crash), experiment=OFTEN), resume=False)
@@ -213,7 +213,7 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_content_is_kept_aside_and_the_run_goes_on_from_the_one_before(
-    damage, crashed, whole_run, tmp_path, capsys
+    damage, crashed, reference_run, tmp_path, capsys
 ):
     folder = tmp_path / "run"
     shutil.copytree(crashed, folder)
@@ -226,16 +226,16 @@ def test_a_damaged_content_is_kept_aside_and_the_run_goes_on_from_the_one_before
     assert "resuming at step 6 of 14" in captured.out
     assert "this must not run" not in captured.out + captured.err
     assert (folder / "content.pth.damaged-1").read_bytes() == damaged
-    assert_same_run(folder, whole_run)
+    assert_same_run(folder, reference_run)
 
 
-def test_a_kill_between_two_renames_is_no_loss(crashed, whole_run, tmp_path, capsys):
+def test_a_kill_between_two_renames_loses_nothing(crashed, reference_run, tmp_path, capsys):
     shutil.copytree(crashed, tmp_path / "run")
     (tmp_path / "run" / "content.pth").unlink()
     assert has_state(tmp_path / "run")
     assert train(new_run(tmp_path / "run", experiment=OFTEN), resume=True)
     assert "resuming at step 6 of 14" in capsys.readouterr().out
-    assert_same_run(tmp_path / "run", whole_run)
+    assert_same_run(tmp_path / "run", reference_run)
 
 
 def test_where_both_are_damaged_nothing_is_touched(crashed, tmp_path):
@@ -251,7 +251,7 @@ def test_where_both_are_damaged_nothing_is_touched(crashed, tmp_path):
 
 
 def test_saving_by_the_clock(tmp_path):
-    """So often that every step is saved: the crash at the fetch of batch 12 costs a step or two."""
+    """The interval is so short that every step is saved. A crash at the fetch of batch 12 costs one or two steps."""
     with pytest.raises(RuntimeError, match="power cut"):
         train(
             new_run(tmp_path / "run", event=(12, crash), experiment={"save_content_every_minutes": 1e-9}), resume=False
@@ -269,16 +269,16 @@ def test_the_clock_begins_anew_with_every_saving(tmp_path, monkeypatch):
     train(new_run(tmp_path / "run", experiment={"save_content_every_minutes": 0.25}), resume=False)
     steps = [later - earlier for earlier, later in pairwise(saved)]
     assert len(saved) > 2
-    assert 1 < max(steps[:-1]) < 14  # neither every step nor none
+    assert 1 < max(steps[:-1]) < 14  # not at every step, and not only at the end
     assert saved[-1] == 14
 
 
-def test_older_checkpoints_are_removed(whole_run, tmp_path):
+def test_older_checkpoints_are_removed(reference_run, tmp_path):
     assert train(new_run(tmp_path / "run", experiment={**OFTEN, "keep_last": 2}), resume=False)
     names = {path.name for path in (tmp_path / "run").glob("*.safetensors")}
     assert names == {"model_2.safetensors", "model_3.safetensors", "best.safetensors"}
     for name in names:
-        assert (tmp_path / "run" / name).read_bytes() == (whole_run / name).read_bytes()
+        assert (tmp_path / "run" / name).read_bytes() == (reference_run / name).read_bytes()
 
 
 def test_nothing_but_numbered_checkpoints_is_removed(tmp_path):
@@ -294,17 +294,17 @@ def test_nothing_but_numbered_checkpoints_is_removed(tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_predicted_use_is_that_of_the_files(tmp_path, optimizer):
-    """Up to the names and headers in them, some kilobytes for each tensor."""
-    job = new_run(tmp_path / "run", experiment=OFTEN, optimizer=optimizer)
+    """Equal except for the names and headers in the files, some kilobytes per tensor."""
+    run = new_run(tmp_path / "run", experiment=OFTEN, optimizer=optimizer)
     state = TrainingState(
-        job.network, job.machine, 0.9, OptimizerOptions(optimizer=optimizer), hidden_matrices=hidden_matrices
+        run.network, run.machine, 0.9, OptimizerOptions(optimizer=optimizer), hidden_matrices=hidden_matrices
     )
-    use = predict_use(state, job.experiment, per_epoch=5, last_step=14)
-    assert train(job, resume=False)
+    use = predict_use(state, run.experiment, per_epoch=5, last_step=14)
+    assert train(run, resume=False)
     folder = tmp_path / "run"
     assert use.checkpoints == len(list(folder.glob("*.safetensors"))) == 4
     assert use.contents == len(list(folder.glob("content*.pth"))) == 2
-    tensors = len(job.network.state_dict())
+    tensors = len(run.network.state_dict())
     assert 0 < (folder / "best.safetensors").stat().st_size - use.weights < 8000
     assert 0 < (folder / "content.pth").stat().st_size - use.content < 1000 * 6 * tensors
     assert use.total == 4 * use.weights + 2 * use.content + use.content
@@ -312,16 +312,16 @@ def test_predicted_use_is_that_of_the_files(tmp_path, optimizer):
 
 def test_a_run_without_room_for_one_saving_does_not_begin(tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
-    job = new_run(tmp_path / "run", experiment=OFTEN)
-    state = TrainingState(job.network, job.machine, 0.9, OptimizerOptions())
-    use = predict_use(state, job.experiment, 5, 14)
+    run = new_run(tmp_path / "run", experiment=OFTEN)
+    state = TrainingState(run.network, run.machine, 0.9, OptimizerOptions())
+    use = predict_use(state, run.experiment, 5, 14)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.one_saving - 1))
-    with pytest.raises(UsageError, match=r"a checkpoint and a content.pth need .* but only .* are free: .*--save_root"):
-        train(job, resume=False)
+    with pytest.raises(UsageError, match=r"a checkpoint and a content.pth need .* but only .* is free: .*--save_root"):
+        train(run, resume=False)
     assert list((tmp_path / "run").iterdir()) == []
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.one_saving))
     check_space(tmp_path, use)
-    assert "the whole run needs" in capsys.readouterr().err
+    assert "the complete run needs" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=use.total))
     check_space(tmp_path, use)
     assert capsys.readouterr().err == ""

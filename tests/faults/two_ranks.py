@@ -1,6 +1,6 @@
-"""What test_processes.py runs in each of two processes, started by a launcher or as one: rank 1 dies, rank 0 waits for it.
+"""Script that test_processes.py runs in two processes: rank 1 fails while rank 0 waits for it.
 
-`python two_ranks.py --fate FATE [--num_process_per_node 2]`, or behind torchrun.
+`python two_ranks.py --fate FATE --num_process_per_node 2`, or without that flag under torchrun.
 """
 
 import os
@@ -16,8 +16,8 @@ from options import Options, UsageError, option
 from runtime.distributed import Processes
 from runtime.launch import run_script
 
-LONG_S = 600  # than anybody waits
-SAVING_S = 35  # longer than torchrun's own patience of 30
+LONG_S = 600  # longer than any test waits
+SAVING_S = 35  # longer than torchrun's timeout of 30
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,18 @@ class FateOptions:
     """Fate."""
 
     fate: str = option(
-        "killed", "of rank 1; or what rank 0 does meanwhile", choices=("killed", "defect", "mistake", "hangs", "saves")
+        "killed",
+        "what happens to rank 1, or what both ranks do",
+        choices=("killed", "defect", "mistake", "hangs", "saves"),
     )
 
 
 def save() -> None:
-    """Both processes, upon SIGTERM; it takes its time."""
-    asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    """Wait for SIGTERM, then take SAVING_S seconds to save. Both processes do this."""
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
     print("ready", flush=True)
-    while not asked:
+    while not received:
         time.sleep(0.1)
     time.sleep(SAVING_S)
     print("saved", flush=True)
@@ -42,7 +44,7 @@ def save() -> None:
 
 def main(options: Options, processes: Processes) -> None:
     fate = options[FateOptions].fate
-    if fate == "hangs":  # as in a collective on GPUs whose partner is gone: no handler of a signal gets its turn
+    if fate == "hangs":  # like a GPU collective without its partner, during which no Python signal handler runs
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     processes.barrier()
     if fate == "hangs":

@@ -1,4 +1,4 @@
-"""The per-sample pair of order 5(4), against closed forms and against itself in other company."""
+"""The per-sample embedded pair of orders 5 and 4, compared with closed forms and with itself in other batches."""
 
 import math
 
@@ -14,7 +14,7 @@ X = torch.randn(4, 2, 2, 2, generator=torch.Generator().manual_seed(0), dtype=to
 
 
 class Oscillation:
-    """dx/dt = rate cos(2 pi rate t), a rate per sample; remembers how many rows each call had."""
+    """dx/dt = rate cos(2 pi rate t) with one rate per sample. Records the number of rows of each call."""
 
     def __init__(self, rates):
         self.rates, self.calls = rates, []
@@ -35,8 +35,8 @@ def exact(x):
     return x - (torch.sin(2 * math.pi * rates) / (2 * math.pi)).view(-1, 1, 1, 1)
 
 
-def test_tableau_satisfies_the_conditions_of_its_orders():
-    """Quadrature conditions sum b c^k = 1 / (k + 1), k < 5, those of order 4 for the embedded method; rows sum to c."""
+def test_the_tableau_satisfies_its_order_conditions():
+    """Checks sum b c^k = 1 / (k + 1) for k < 5, the same up to order 4 for the embedded method, and row sums equal to c."""
     nodes = torch.tensor(DORMAND_PRINCE.nodes, dtype=torch.float64)
     for weights, order in ((DORMAND_PRINCE.weights, 5), (FOURTH_ORDER, 4)):
         for power in range(order):
@@ -50,11 +50,11 @@ def test_tableau_satisfies_the_conditions_of_its_orders():
 def test_every_sample_reaches_the_tolerance(tolerance):
     solution = solve(Oscillation(RATES), X, SolverOptions(atol=tolerance, rtol=tolerance))
     assert (solution.x - exact(X)).abs().max() < 20 * tolerance
-    assert (solution.evaluations.diff() >= 0).all()  # the faster the motion, the more work
+    assert (solution.evaluations.diff() >= 0).all()  # faster motion needs more evaluations
     assert solution.evaluations[3] > 10 * solution.evaluations[0]
 
 
-def test_samples_do_not_depend_on_their_batch_mates():
+def test_samples_do_not_depend_on_their_batch():
     options = SolverOptions(atol=1e-6, rtol=1e-6)
     together = solve(Oscillation(RATES), X, options)
     for row in range(4):
@@ -63,7 +63,7 @@ def test_samples_do_not_depend_on_their_batch_mates():
         assert alone.evaluations[0] == together.evaluations[row]
 
 
-def test_finished_samples_leave_the_batch_and_evaluations_are_counted_row_by_row():
+def test_finished_samples_leave_the_batch():
     velocity = Oscillation(RATES)
     solution = solve(velocity, X, SolverOptions(atol=1e-6, rtol=1e-6))
     assert sum(velocity.calls) == solution.evaluations.sum()
@@ -73,7 +73,7 @@ def test_finished_samples_leave_the_batch_and_evaluations_are_counted_row_by_row
     assert ((solution.evaluations - 2) % 6 == 0).all()
 
 
-def test_backwards_returns_to_the_start():
+def test_solving_backwards_returns_to_the_start():
     options = SolverOptions(atol=1e-7, rtol=1e-7)
     there = solve(Oscillation(RATES), X, options, backwards=True).x
     torch.testing.assert_close(solve(Oscillation(RATES), there, options).x, X, rtol=0, atol=1e-5)
@@ -86,11 +86,11 @@ def test_a_constant_velocity_needs_few_steps():
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_velocity_that_is_not_finite_is_refused_in_finite_time(broken):
+def test_a_non_finite_velocity_is_refused(broken):
     with pytest.raises(UsageError, match="found no step size that meets --atol 1e-05 and --rtol 1e-05"):
         solve(lambda t, x: torch.full_like(x, broken), X, SolverOptions())
 
 
-def test_a_tolerance_of_nothing_is_refused_in_finite_time():
+def test_a_tolerance_of_zero_is_refused():
     with pytest.raises(UsageError, match="found no step size that meets --atol 0 and --rtol 0"):
         solve(Oscillation(RATES), X, SolverOptions(atol=0, rtol=0))

@@ -13,7 +13,7 @@ from options import UsageError
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
 @pytest.mark.parametrize("shift", [0.4, 1.0, 3.0])
-def test_every_grid_falls_from_one_to_zero(name, steps, shift):
+def test_every_grid_decreases_from_one_to_zero(name, steps, shift):
     times = time_grid(SolverOptions("euler", steps, time_grid=name, time_shift=shift))
     assert (times[0], times[-1], len(times)) == (1.0, 0.0, steps + 1)
     assert all(later < earlier for earlier, later in pairwise(times))
@@ -29,7 +29,7 @@ def test_values_of_the_grids():
 
 
 def test_edm_grid_has_the_noise_levels_of_edm():
-    """sigma_i = (80^(1/7) + i / (N - 1) (0.002^(1/7) - 80^(1/7)))^7, i = 0..N-1, the first being replaced."""
+    """sigma_i = (80^(1/7) + i / (N - 1) (0.002^(1/7) - 80^(1/7)))^7 for i = 0..N-1, except for the first one."""
     times = torch.tensor(time_grid(SolverOptions("heun", 18, time_grid="edm")), dtype=torch.float64)
     sigma = times[1:-1] / (1 - times[1:-1])
     assert sigma[0].item() == pytest.approx(57.58, abs=0.01)

@@ -1,4 +1,4 @@
-"""Likelihoods against Gaussians with closed form: data N(mean, covariance) with a full covariance matrix."""
+"""Likelihoods compared with closed forms for Gaussian data N(mean, covariance) with a full covariance matrix."""
 
 import math
 
@@ -19,13 +19,13 @@ TIGHT = SolverOptions("dopri5", atol=1e-6, rtol=1e-6)
 
 
 def velocity(t, x):
-    """E[noise - data | x_t], where x_t is N((1 - t) mean, (1 - t)^2 covariance + t^2)."""
+    """The velocity E[noise - data | x_t], where x_t is N((1 - t) mean, (1 - t)^2 covariance + t^2)."""
     t = t.expand(len(x)).view(-1, 1, 1)
     identity = torch.eye(4, dtype=x.dtype)
     inverse = torch.linalg.inv((1 - t) ** 2 * COVARIANCE + t**2 * identity)
-    centred = (x.flatten(1) - (1 - t[:, 0]) * MEAN)[..., None]
-    noise = t * inverse @ centred
-    data = MEAN[:, None] + (1 - t) * COVARIANCE @ inverse @ centred
+    centered = (x.flatten(1) - (1 - t[:, 0]) * MEAN)[..., None]
+    noise = t * inverse @ centered
+    data = MEAN[:, None] + (1 - t) * COVARIANCE @ inverse @ centered
     return (noise - data)[..., 0].view_as(x)
 
 
@@ -39,8 +39,8 @@ def test_exact_trace_gives_the_gaussian_density():
     torch.testing.assert_close(likelihood.bits_per_dimension, -exact() / (4 * math.log(2)), rtol=0, atol=1e-4)
 
 
-def test_hutchinsons_estimate_is_exact_in_the_mean_over_all_signs():
-    """The 16 vectors of signs average to the trace, because the probe stays the same on the whole way."""
+def test_hutchinsons_estimate_averages_to_the_exact_trace():
+    """The mean over all 16 sign vectors is the trace, because the probe is constant along the trajectory."""
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 4).view(16, *SHAPE)
     estimates = [
         log_likelihood(velocity, DATA[row : row + 1].expand(16, *SHAPE), TIGHT, signs).log_density for row in range(2)
@@ -50,15 +50,15 @@ def test_hutchinsons_estimate_is_exact_in_the_mean_over_all_signs():
         torch.testing.assert_close(estimate.mean(), exact()[row], rtol=0, atol=1e-4)
 
 
-def test_noise_is_what_the_flow_makes_of_the_data():
-    """The flow of a Gaussian keeps the Mahalanobis distance."""
+def test_noise_is_the_datas_image_under_the_flow():
+    """The flow of a Gaussian preserves the Mahalanobis distance."""
     noise = log_likelihood(velocity, DATA, TIGHT).noise.flatten(1)
-    centred = DATA.flatten(1) - MEAN
-    distance = (centred * torch.linalg.solve(COVARIANCE, centred.T).T).sum(1)
+    centered = DATA.flatten(1) - MEAN
+    distance = (centered * torch.linalg.solve(COVARIANCE, centered.T).T).sum(1)
     torch.testing.assert_close(noise.square().sum(1), distance, rtol=0, atol=1e-4)
 
 
-def test_fixed_steps_converge_to_the_same():
+def test_fixed_step_solvers_converge_to_the_same_likelihood():
     errors = [
         (log_likelihood(velocity, DATA, SolverOptions("rk4", steps)).log_density - exact()).abs().max()
         for steps in (16, 32)
@@ -67,6 +67,6 @@ def test_fixed_steps_converge_to_the_same():
     assert errors[0] / errors[1] > 8
 
 
-def test_solvers_that_lead_to_data_only_are_refused():
+def test_solvers_without_reversal_are_refused():
     with pytest.raises(UsageError, match="--method dpm cannot integrate from data to noise"):
         log_likelihood(velocity, DATA, SolverOptions("dpm"))

@@ -15,7 +15,7 @@ class Condition(NamedTuple):
 
 
 class Streams:
-    """Uniform numbers by purpose, and a record of what was asked for."""
+    """Uniform and normal numbers for each purpose, and a record of the purposes requested."""
 
     def __init__(self):
         self.asked = []
@@ -36,11 +36,11 @@ def batch():
 
 
 def exact(data, noise, sigma_min):
-    """The network that knows the velocity of these pairs."""
+    """A network that returns the exact velocity of these pairs."""
     return lambda t, x, condition: (1 - sigma_min) * noise - data
 
 
-def test_the_loss_of_the_exact_velocity_is_zero_and_of_zero_its_mean_square(batch):
+def test_the_loss_is_the_mean_squared_error(batch):
     data, noise, condition = batch
     objective = FlowMatching(PathOptions(sigma_min=0.1))
     draws = objective.at(torch.linspace(0, 1, SHAPE[0]))
@@ -50,7 +50,7 @@ def test_the_loss_of_the_exact_velocity_is_zero_and_of_zero_its_mean_square(batc
     torch.testing.assert_close(losses, (0.9 * noise - data).square().mean((1, 2, 3)))
 
 
-def test_a_sample_s_loss_does_not_depend_on_its_batch(batch):
+def test_a_samples_loss_does_not_depend_on_its_batch(batch):
     data, noise, condition = batch
     objective = FlowMatching(PathOptions())
     t = torch.linspace(0.1, 0.9, SHAPE[0])
@@ -68,7 +68,7 @@ def test_a_sample_s_loss_does_not_depend_on_its_batch(batch):
     assert torch.equal(whole, torch.cat(alone))
 
 
-def test_the_network_sees_the_path_at_the_drawn_times(batch):
+def test_the_network_is_evaluated_on_the_path(batch):
     data, noise, condition = batch
     seen = []
 
@@ -92,7 +92,7 @@ def test_times_follow_the_options():
     assert t.median() > 1 / (1 + math.exp(-1.5))
 
 
-def test_a_loss_in_low_precision_is_summed_in_float32(batch):
+def test_the_loss_is_computed_in_float32(batch):
     data, noise, condition = batch
     objective = FlowMatching(PathOptions())
     losses = objective.loss(lambda t, x, c: x.bfloat16(), data, noise, objective.at(torch.ones(SHAPE[0])), condition)

@@ -19,7 +19,7 @@ def test_velocity_is_the_finite_difference_of_the_path(sigma_min, ends):
 
 
 @pytest.mark.parametrize("sigma_min", [0.0, 1e-3, 0.3])
-def test_path_leads_from_data_with_a_remainder_of_noise_to_noise(sigma_min, ends):
+def test_the_path_starts_near_data_and_ends_at_noise(sigma_min, ends):
     data, noise = ends
     start, end = (
         straight_path(torch.full((5,), t, dtype=torch.float64), data, noise, sigma_min).x_t for t in (0.0, 1.0)
@@ -37,7 +37,7 @@ def test_every_sample_has_its_own_time(ends):
         assert torch.equal(together.x_t[i], alone.x_t[0])
 
 
-def test_the_default_remainder_is_the_published_one(ends):
+def test_the_default_sigma_min_is_lfms(ends):
     data, noise = ends
     t = torch.zeros(5, dtype=torch.float64)
     assert PathOptions().sigma_min == 1e-5
@@ -46,8 +46,8 @@ def test_the_default_remainder_is_the_published_one(ends):
 
 
 @pytest.mark.parametrize("sigma_min", [1e-3, 1e-5])
-def test_it_is_the_optimal_transport_path_in_the_other_direction_of_time(sigma_min, ends):
-    """(1 - (1 - s) t') noise + t' data at t' = 1 - t, whose velocity in t' is data - (1 - s) noise."""
+def test_the_path_is_the_optimal_transport_path_in_reversed_time(sigma_min, ends):
+    """In the opposite time t' = 1 - t, the path is (1 - (1 - s) t') noise + t' data with velocity data - (1 - s) noise."""
     data, noise = ends
     t = torch.tensor([0.0, 0.2, 0.5, 0.75, 1.0], dtype=torch.float64)
     forward = (1 - t).view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Replacement of the known part: exact where it must be, and nearer to the conditional mean with every resampling."""
+"""RePaint: known pixels are exact, and more resamplings bring the hole closer to the conditional mean."""
 
 import pytest
 import torch
@@ -22,23 +22,23 @@ NOWHERE, EVERYWHERE = torch.zeros(3, 1, 4, 4, dtype=torch.bool), torch.ones(3, 1
 
 
 @pytest.mark.parametrize("resamplings", [1, 3])
-def test_without_a_hole_the_known_data_come_back(resamplings):
+def test_without_a_hole_the_result_is_the_known_image(resamplings):
     solution = replace_known(curved, noise(0), [1, 0.6, 0.3, 0], KNOWN, NOWHERE, noise, resamplings=resamplings)
     assert torch.equal(solution.x, KNOWN)
 
 
-def test_where_all_is_a_hole_and_steps_are_taken_once_it_is_eulers_method():
+def test_a_full_hole_without_resampling_gives_eulers_method():
     times = [1, 0.75, 0.5, 0.25, 0]
     solution = replace_known(curved, noise(0), times, KNOWN, EVERYWHERE, noise)
     expected = solve(curved, noise(0), SolverOptions("euler", 4))
     assert torch.equal(solution.x, expected.x)
     assert torch.equal(solution.evaluations, expected.evaluations)
     other = replace_known(curved, noise(0), times, noise(101), EVERYWHERE, noise)
-    assert torch.equal(other.x, solution.x)  # what is known does not matter in the hole
+    assert torch.equal(other.x, solution.x)  # known pixels do not matter inside the hole
 
 
 @pytest.mark.parametrize("resamplings", [1, 2, 5])
-def test_the_known_part_is_exact_and_every_draw_is_asked_for_once(resamplings):
+def test_known_pixels_are_exact_and_draws_are_never_reused(resamplings):
     hole = noise(7, (3, 1, 4, 4)) > 0
     calls, asked = [], []
 
@@ -59,15 +59,15 @@ def test_the_known_part_is_exact_and_every_draw_is_asked_for_once(resamplings):
     assert calls == pytest.approx([t for t in times[:-1] for _ in range(resamplings)])
     assert len(set(asked)) == len(asked)
     assert max(asked, default=0) < 2 * 3 * resamplings
-    other = torch.where(hole, noise(55), KNOWN)  # of `known`, the hole's values
+    other = torch.where(hole, noise(55), KNOWN)  # changes `known` only inside the hole
     again = replace_known(curved, noise(0), times, other, hole, noise, resamplings=resamplings)
     assert torch.equal(again.x, solution.x)
 
 
 @pytest.mark.parametrize("sigma_min", [0.0, 1e-5, 0.1])
 @pytest.mark.parametrize(("s", "t"), [(0.0, 0.3), (0.2, 0.5), (0.7, 0.71), (0.6, 1.0)])
-def test_the_way_back_leads_to_the_path_at_the_noisier_time(s, t, sigma_min):
-    """a_s data + b_s noise at s becomes a_t data + b_t noise at t: of unit data and unit noises, the shares are read off."""
+def test_going_back_adds_the_noise_of_the_path(s, t, sigma_min):
+    """a_s data + b_s noise at s becomes a_t data + b_t noise at t. Unit data and unit noise reveal the coefficients."""
     clean = {time: (1 - time, sigma_min + (1 - sigma_min) * time) for time in (s, t)}
     zero, one = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     share_of_data = _renoise(clean[s][0] * one, s, t, zero, sigma_min).item()
@@ -83,14 +83,14 @@ COVARIANCE = torch.tensor([[1, CORRELATION], [CORRELATION, 1]], dtype=torch.floa
 
 
 def gaussian_velocity(t, x):
-    """E[noise - data | x_t] for data N(0, COVARIANCE) on the path with sigma_min = 0; pixels lie side by side."""
+    """The velocity E[noise - data | x_t] for data N(0, COVARIANCE) and sigma_min = 0. The two pixels are next to each other."""
     a, b, eye = 1 - t, t, torch.eye(2, dtype=torch.float64)
     slope = (b * eye - a * COVARIANCE) @ torch.linalg.inv(a**2 * COVARIANCE + b**2 * eye)
     return x @ slope.T
 
 
 def mean_of_the_hole(resamplings):
-    """The mean of the right pixel where the left one is GIVEN: all is linear, so it is the sample whose noises are zero."""
+    """Mean of the right pixel if the left one is GIVEN. Everything is linear, so it is the sample for zero noise."""
     start = torch.zeros(1, 1, 1, 2, dtype=torch.float64)
     hole = torch.tensor([[[[False, True]]]])
     times = torch.linspace(1, 0, STEPS + 1, dtype=torch.float64).tolist()
@@ -99,8 +99,8 @@ def mean_of_the_hole(resamplings):
     return replace_known(gaussian_velocity, start, times, known, hole, lambda _: start, **settings).x[..., 1].item()
 
 
-def test_resampling_brings_the_holes_mean_to_the_conditional_mean():
+def test_resampling_approaches_the_conditional_mean():
     errors = [CORRELATION * GIVEN - mean_of_the_hole(resamplings) for resamplings in (1, 4, 16, 64)]
     assert errors == sorted(errors, reverse=True)
-    assert errors[0] > 0.5  # without resampling, the hole hardly knows what is around it
+    assert errors[0] > 0.5  # without resampling, the hole barely depends on its surroundings
     assert 0 < errors[-1] < 0.02

@@ -1,7 +1,7 @@
-"""Moments of the solvers that add noise, on Gaussian data, without a single random number.
+"""Mean and variance of stochastic solvers on Gaussian data, computed without random numbers.
 
-The exact velocity of data N(m, s^2) is linear in x, and so is a sample in its starting noise and in every draw. Its
-variance is the sum of the squared coefficients, which a batch of unit vectors reads off.
+For data N(m, s^2), the exact velocity is linear in x, so a sample is linear in its initial noise and in every later draw.
+Its variance is the sum of the squared coefficients, which a batch of unit vectors reveals.
 """
 
 import math
@@ -25,8 +25,8 @@ def gaussian_velocity(t, x):
 
 
 def moments(steps, **options):
-    """Mean and variance of samples."""
-    rows = torch.zeros(steps + 2, 1, 1, 1, dtype=torch.float64)  # no noise, noise at the start, noise of each step
+    """Mean and variance of the samples."""
+    rows = torch.zeros(steps + 2, 1, 1, 1, dtype=torch.float64)  # rows: no noise, initial noise, each step's noise
     rows[1] = 1
 
     def draw(step):
@@ -44,7 +44,7 @@ def test_no_diffusion_is_negative():
 
 
 @pytest.mark.parametrize("diffusion", DIFFUSIONS)
-def test_moments_of_the_sde_approach_those_of_the_data(diffusion):
+def test_the_sdes_mean_and_variance_converge_to_the_datas(diffusion):
     (mean, coarse), (_, fine) = (moments(steps, method="stochastic", diffusion=diffusion) for steps in (128, 256))
     assert mean == pytest.approx(MEAN, abs=1e-12)
     errors = [abs(variance - SPREAD**2) for variance in (coarse, fine)]
@@ -59,8 +59,8 @@ def test_without_diffusion_the_sde_is_eulers_method():
     torch.testing.assert_close(x, solve(gaussian_velocity, noise, SolverOptions("euler", 7)).x, rtol=0, atol=1e-12)
 
 
-def test_share_of_noise_that_a_step_keeps():
-    """For w = c t, exp(-integral of c / (2 t)) = (end / start)^(c / 2); for w = c, exp(-c/2 (1/end - 1/start))."""
+def test_the_fraction_of_noise_kept_by_a_step():
+    """exp(-integral of c / (2 t)) = (end / start)^(c / 2) for w = c t, and exp(-c/2 (1/end - 1/start)) for w = c."""
     sigma = SolverOptions(diffusion="sigma", diffusion_norm=3.0)
     assert _noise_decay(sigma, 0.8, 0.5) == pytest.approx((0.5 / 0.8) ** 1.5, abs=1e-12)
     constant = SolverOptions(diffusion="constant", diffusion_norm=0.5)
@@ -69,13 +69,13 @@ def test_share_of_noise_that_a_step_keeps():
 
 
 def test_a_long_step_of_strong_diffusion_stays_bounded():
-    """Where the Euler-Maruyama method would have a factor of about -3000 on what is left of the noise."""
+    """The Euler-Maruyama method would multiply the remaining noise by about -3000."""
     mean, variance = moments(4, method="stochastic", diffusion="constant", diffusion_norm=1e3)
     assert mean == pytest.approx(MEAN)
     assert variance < SPREAD**2
 
 
-def test_churn_keeps_the_moments_and_renews_noise():
+def test_churn_preserves_mean_and_variance_and_replaces_noise():
     plain, churned = (
         [abs(moments(steps, method="heun", churn=churn)[1] - SPREAD**2) for steps in (32, 64)] for churn in (0.0, 4.0)
     )
@@ -97,7 +97,7 @@ def test_churn_keeps_the_moments_and_renews_noise():
         ({"method": "heun", "churn": 1.0}, "--method heun with churn cannot integrate from data to noise"),
     ],
 )
-def test_what_cannot_be_done_is_refused(options, message):
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(UsageError, match=message):
         solve(gaussian_velocity, torch.zeros(1, 1, 1, 1), SolverOptions(**options), backwards=True)
 

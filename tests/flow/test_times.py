@@ -10,13 +10,13 @@ from flow.times import training_times
 UNIFORM = torch.tensor([0.61, 0.0, 0.25, 0.5, 0.999, 0.8, 0.1])
 
 
-def test_uniform_times_are_the_uniform_numbers():
+def test_uniform_times_equal_their_random_numbers():
     assert torch.equal(training_times(UNIFORM, PathOptions()), UNIFORM)
 
 
 @pytest.mark.parametrize(("location", "scale"), [(0.0, 1.0), (0.8, 0.5), (-1.0, 2.0)])
 def test_quantiles_of_logit_normal_times(location, scale):
-    """The p-quantile of sigmoid(N(location, scale^2)) is sigmoid(location + scale * the normal's p-quantile)."""
+    """The p-quantile of sigmoid(N(location, scale^2)) is sigmoid(location + scale * q), where q is the normal's p-quantile."""
     p = torch.linspace(0.001, 0.999, 37, dtype=torch.float64)
     normal = torch.tensor([NormalDist().inv_cdf(q) for q in p.tolist()], dtype=torch.float64)
     expected = 1 / (1 + torch.exp(-(location + scale * normal)))
@@ -30,7 +30,7 @@ def test_a_positive_location_means_more_noise():
     assert (later > training_times(UNIFORM, PathOptions(time_sampling="logit_normal"))).all()
 
 
-def test_logit_normal_times_are_finite_at_the_ends():
+def test_logit_normal_times_are_finite_for_extreme_numbers():
     ends = torch.tensor([0.0, 1.0])
     t = training_times(ends, PathOptions(time_sampling="logit_normal", time_scale=3.0))
     assert 0 <= t[0] < 1e-3
@@ -42,7 +42,7 @@ def test_stratified_times_cover_the_interval_evenly_with_one_offset():
     for batch in (1, 7, 128):
         t = training_times(UNIFORM[:1].expand(batch), options).sort().values
         assert ((t >= 0) & (t <= 1)).all()
-        gaps = torch.diff(torch.cat([t, t[:1] + 1]))  # around the circle
+        gaps = torch.diff(torch.cat([t, t[:1] + 1]))  # on a circle
         torch.testing.assert_close(gaps, torch.full((batch,), 1 / batch), rtol=0, atol=1e-6)
     other = torch.cat([UNIFORM[:1], torch.zeros(6)])
     assert torch.equal(training_times(other, options), training_times(UNIFORM, options))
@@ -51,8 +51,8 @@ def test_stratified_times_cover_the_interval_evenly_with_one_offset():
 
 @pytest.mark.parametrize("batch", [1, 3, 32])
 @pytest.mark.parametrize("offset", [0.0, 0.25, 0.984375])  # exact in binary
-def test_stratified_times_by_their_formula(batch, offset):
-    """(u + i / B) mod 1, in fractions; reversed, the same with 1 - u in place of u."""
+def test_stratified_times_follow_the_formula(batch, offset):
+    """(u + i / B) mod 1, computed in fractions. The reversed times use 1 - u instead of u."""
     uniform = torch.full((batch,), offset)
     t = training_times(uniform, PathOptions(time_sampling="stratified"))
     exact = [(Fraction(offset) + Fraction(i, batch)) % 1 for i in range(batch)]

@@ -1,4 +1,4 @@
-"""Networks that see a dense map: the inner network's names, its own output on the concatenation, and all that wraps it."""
+"""Networks with a dense condition: state dict names, outputs compared with the inner network's, and wrappers."""
 
 import copy
 
@@ -36,7 +36,7 @@ def architecture(name, dense):
 
 
 def network_of(name, dense, seed=0):
-    """A network whose weights are all drawn, none zero."""
+    """A network with random nonzero weights."""
     network = build_network(*architecture(name, dense)).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def inputs_of(dense, seed=1):
 
 
 def mapped(network, dense_map):
-    """What the network concatenates, by a plain sum over classes."""
+    """The network's input after concatenation, computed by a plain sum over classes."""
     if isinstance(network.channel_mapper, nn.Identity):
         return dense_map
     return torch.einsum("ck,bkhw->bchw", network.channel_mapper.weight[:, :, 0, 0], dense_map)
@@ -63,7 +63,7 @@ def mapped(network, dense_map):
 @pytest.mark.parametrize("name", FAMILIES)
 @BOTH
 @torch.no_grad()
-def test_names_and_order_are_the_inner_networks_and_the_stages(name, dense):
+def test_state_dict_has_the_inner_networks_names_and_the_stages(name, dense):
     network = network_of(name, dense)
     plain = NETWORKS[name].build(SIDE, architecture(name, dense).options)
     own = network.state_dict()
@@ -77,7 +77,7 @@ def test_names_and_order_are_the_inner_networks_and_the_stages(name, dense):
         assert own["channel_mapper.weight"].shape == (4, 6, 1, 1)
         assert network.channel_mapper.bias is None
 
-    # The weights alone make the plain network the same one.
+    # Loading the same weights makes the plain network identical.
     plain.load_state_dict({key: value for key, value in own.items() if key not in stage})
     t, x, dense_map = inputs_of(dense)
     condition = Condition(torch.tensor([0, 2]), dense_map)
@@ -88,7 +88,7 @@ def test_names_and_order_are_the_inner_networks_and_the_stages(name, dense):
     assert (other - expected).abs().max() > 1e-3 * size  # the map matters
 
 
-def test_without_its_map_the_network_refuses():
+def test_a_missing_map_is_refused():
     network = network_of("DiT-Mi/2", MASKED)
     with pytest.raises(ValueError, match=r"needs a dense map \[B, K, h, w\]"):
         network(torch.rand(2), torch.randn(2, 4, SIDE, SIDE), Condition(torch.zeros(2, dtype=torch.long)))
@@ -96,12 +96,12 @@ def test_without_its_map_the_network_refuses():
 
 @pytest.mark.parametrize("name", FAMILIES)
 @BOTH
-def test_a_state_dict_loads_and_what_differs_is_named_as_in_the_file(name, dense):
+def test_a_state_dict_loads_and_differences_are_named(name, dense):
     source, target = network_of(name, dense), network_of(name, dense, seed=5)
     weights = source.state_dict()
     before = list(weights)
     target.load_state_dict(weights)
-    assert list(weights) == before  # the caller's dictionary is as it was
+    assert list(weights) == before  # the caller's dictionary is unchanged
     assert all(torch.equal(value, weights[key]) for key, value in target.state_dict().items())
 
     first, last = before[0], before[-1]
@@ -117,8 +117,8 @@ def test_a_state_dict_loads_and_what_differs_is_named_as_in_the_file(name, dense
     assert target.load_state_dict(damaged | {last: weights[last]}, strict=False).missing_keys
 
 
-def test_another_width_is_explained_by_its_flags():
-    """The stage does not keep the file from being recognised."""
+def test_another_width_gives_a_suggestion_of_flags():
+    """The label map stage does not prevent the file from being recognized."""
     weights = network_of("origin_adm", MAPPED).state_dict()
     wider = architecture("origin_adm", MAPPED)
     wider = wider._replace(options=type(wider.options)(**{**vars(wider.options), "nf": 64}))
@@ -129,18 +129,18 @@ def test_another_width_is_explained_by_its_flags():
 
 @BOTH
 @torch.no_grad()
-def test_copies_and_wrappers_keep_the_names_below_their_own_prefix(dense):
+def test_copies_and_wrappers_keep_the_names_under_their_prefix(dense):
     network = network_of("DiT-Mi/2", dense)
     names = list(network.state_dict())
     twin = copy.deepcopy(network)
     network.network.final_layer.linear.weight.add_(1)
     assert not torch.equal(*(n.state_dict()["final_layer.linear.weight"] for n in (network, twin)))
     assert list(twin.state_dict()) == names
-    twin.load_state_dict(network.state_dict())  # the copy's own hooks, not the original's
+    twin.load_state_dict(network.state_dict())  # uses the copy's hooks rather than the original's
     assert all(torch.equal(value, network.state_dict()[key]) for key, value in twin.state_dict().items())
 
     class Parallel(nn.Module):
-        """As DistributedDataParallel wraps a network."""
+        """Wraps a network like DistributedDataParallel does."""
 
         def __init__(self, module):
             super().__init__()
@@ -170,7 +170,7 @@ def test_a_checkpoint_describes_the_condition(tmp_path):
     assert torch.equal(loaded(t, x, condition), network(t, x, condition))
 
 
-def test_muon_finds_the_matrices_inside_and_leaves_the_stage_to_adamw():
+def test_muon_trains_the_inner_matrices_and_adamw_the_stage():
     network = network_of("DiT-Mi/2", MAPPED)
     adamw, muon = make_optimizers(
         network, OptimizerOptions(optimizer="muon"), hidden_matrices=NETWORKS["DiT-Mi/2"].hidden_matrices(network)
@@ -183,7 +183,7 @@ def test_muon_finds_the_matrices_inside_and_leaves_the_stage_to_adamw():
     assert of_muon | of_adamw == {name for name, p in network.named_parameters() if p.requires_grad}
 
 
-def test_the_average_follows_the_stage_too():
+def test_the_ema_includes_the_stage():
     network = network_of("DiT-Mi/2", MAPPED)
     ema = Ema(network, 0.9999)
     start = {name: value.clone() for name, value in network.state_dict().items()}
@@ -191,7 +191,7 @@ def test_the_average_follows_the_stage_too():
         for parameter in network.parameters():
             parameter.add_(1)
     ema.update(network)
-    for name, value in network.state_dict().items():  # the first update goes nine elevenths of the way
+    for name, value in network.state_dict().items():  # the first update's weight is 9/11
         torch.testing.assert_close(ema.weights[name], start[name] * 2 / 11 + value * 9 / 11)
     assert list(ema.weights) == list(start)
 

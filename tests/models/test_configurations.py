@@ -1,4 +1,4 @@
-"""Configurations without a golden case: facts that hold for every network of the families."""
+"""Properties of every network of the families, for configurations without a golden case."""
 
 import copy
 import random
@@ -20,7 +20,7 @@ KINDS = ("DiT", "adm", "ddpm++", "ncsn++", ORIGIN_ADM, "unet")
 
 
 def random_options(kind, seed):
-    """Options of a small network, drawn by `seed`."""
+    """Random options of a small network, determined by `seed`."""
     draw = random.Random(f"{kind}{seed}")
     channels = {"num_in_channels": draw.choice([3, 4, 9]), "num_out_channels": draw.choice([3, 4])}
     classes = draw.choice([None, 3])
@@ -59,7 +59,7 @@ def build(kind, options, size=SIDE):
 
 
 def new_network(kind, options):
-    """A network whose weights are all random: fresh ones answer zero."""
+    """A network with random weights. An untrained one would return zero."""
     torch.manual_seed(0)
     network = build(kind, options)
     for parameter in network.parameters():
@@ -86,14 +86,14 @@ def test_facts_of_any_configuration(kind, seed):
         velocity = network(t, x, condition)
         assert velocity.shape == (3, options.num_out_channels, SIDE, SIDE)
         assert velocity.std() > 1e-3
-        # One sample at a time, and one time for all.
+        # Evaluate samples one at a time, with a scalar time.
         alone = torch.cat([network(t[i], x[i : i + 1], Condition(condition.labels[i : i + 1])) for i in range(3)])
         torch.testing.assert_close(velocity, alone, atol=1e-4, rtol=1e-3)
         scalar, vector = (network(time, x, condition) for time in (torch.tensor(0.3), torch.full((3,), 0.3)))
         assert torch.equal(scalar, vector)
-        # Labels count where there are classes, and only there.
+        # Labels have an effect exactly if there are classes.
         other = network(t, x, Condition(torch.full((3,), (options.classes - 1))))
-        assert torch.equal(other[2:], velocity[2:])  # its label is K - 1 in both
+        assert torch.equal(other[2:], velocity[2:])  # its label is K - 1 in both cases
         assert (not torch.equal(other, velocity)) == (options.classes > 1)
     moved = network.train()(t, x, condition)
     assert (not torch.allclose(moved, velocity, atol=1e-4)) == (getattr(options, "dropout", 0.0) > 0)
@@ -101,7 +101,7 @@ def test_facts_of_any_configuration(kind, seed):
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", KINDS)
-def test_gradient_checkpointing_recomputes_and_changes_neither_output_nor_gradients(kind, seed):
+def test_gradient_checkpointing_changes_neither_output_nor_gradients(kind, seed):
     options = random_options(kind, seed)
     network = new_network(kind, options).train()
     t, x, condition = inputs(options)
@@ -111,19 +111,19 @@ def test_gradient_checkpointing_recomputes_and_changes_neither_output_nor_gradie
     for use in (False, True):
         network.options = replace(options, use_grad_checkpointing=use)
         network.zero_grad()
-        torch.manual_seed(1)  # of the dropout
+        torch.manual_seed(1)  # seeds the dropout
         calls.clear()
         velocity = network(t, x, condition)
         velocity.square().mean().backward()
         counts.append(len(calls))
         found.append([velocity.detach(), *(p.grad.clone() for p in network.parameters() if p.grad is not None)])
-    assert counts[1] > 1.3 * counts[0]  # what is recomputed
+    assert counts[1] > 1.3 * counts[0]  # the recomputed operations
     for plain, recomputed in zip(*found, strict=True):
         torch.testing.assert_close(recomputed, plain, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_labels_are_the_null_class(kind):
+def test_missing_labels_mean_the_null_class(kind):
     options = {
         "DiT": DiTOptions(num_classes=3, label_dropout=0.1),
         "unet": PlainUNetOptions(num_classes=3, label_dropout=0.1),
@@ -136,7 +136,7 @@ def test_no_labels_are_the_null_class(kind):
         assert not torch.equal(network(t, x), network(t, x, Condition(torch.zeros(3, dtype=torch.long))))
 
 
-def test_guided_form_without_a_null_class_needs_labels():
+def test_labels_are_required_without_a_null_class():
     options = GuidedUNetOptions(nf=32, ch_mult=(1,), num_classes=3)
     t, x, _ = inputs(options)
     with pytest.raises(UsageError, match="this network needs labels"):
@@ -144,7 +144,7 @@ def test_guided_form_without_a_null_class_needs_labels():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_sides_run_and_those_that_do_not_fit_are_named(kind):
+def test_other_sizes_run_and_invalid_ones_are_refused(kind):
     unet = {"nf": 32, "ch_mult": (1, 1, 1), "num_res_blocks": 1}
     options = {"DiT": DiTOptions(), "unet": PlainUNetOptions()}.get(kind) or NETWORKS[kind].options(**unet)
     network = new_network(kind, options)
@@ -159,16 +159,15 @@ def test_other_sides_run_and_those_that_do_not_fit_are_named(kind):
             network(t, x, condition)
 
 
-def test_positions_of_another_grid_are_those_of_a_network_built_for_it(capsys):
+def test_positions_are_rebuilt_for_another_grid(capsys):
     small, large = new_network("DiT", DiTOptions()), build("DiT", DiTOptions(), size=12).eval()
     large.load_state_dict({**small.state_dict(), "pos_embed": large.pos_embed})
     t, x, _ = inputs(DiTOptions(), 2, 12, 12)
     with torch.no_grad():
         for _ in range(2):
             torch.testing.assert_close(small(t, x), large(t, x))
-        assert capsys.readouterr().err.count("position table recomputed for 6 x 6 patches") == 1  # said once
-        # A token of a wide grid has the position of its row and column, so a part alone is not a whole; yet the first
-        # rows of a taller grid have the positions that they had.
+        assert capsys.readouterr().err.count("position table recomputed for 6 x 6 patches") == 1  # reported once
+        # A token's position encodes its row and column, so each row of a wider grid starts with the square grid's row.
         wide = small._positions(4, 6)
         square = small.pos_embed.view(4, 4, -1)
         assert torch.equal(wide.view(4, 6, -1)[:, :4], square)
@@ -176,7 +175,7 @@ def test_positions_of_another_grid_are_those_of_a_network_built_for_it(capsys):
 
 
 def test_attention_of_a_single_token_is_its_value():
-    """Both orders of queries, keys and values, and any number of heads, pick the same channels as value then."""
+    """Both orders of queries, keys and values select the same value channels for any number of heads."""
     torch.manual_seed(0)
     channels, heads = 64, 4
     for new_order in (False, True):

@@ -1,4 +1,4 @@
-"""DiT's own facts; its golden cases are in test_golden.py."""
+"""DiT's own properties. Its golden cases are in test_golden.py."""
 
 import pytest
 import torch
@@ -18,14 +18,14 @@ def _random_network(**options):
     return network
 
 
-def test_a_fresh_network_has_velocity_zero_whatever_the_condition():
+def test_an_untrained_network_returns_zero():
     network = build_network("DiT-Mi/2", 8, DiTOptions(num_classes=3, label_dropout=0.1))
     velocity = network(torch.rand(2), torch.randn(2, 4, 8, 8), Condition(torch.tensor([0, 3])))
     assert torch.equal(velocity, torch.zeros(2, 4, 8, 8))
 
 
 @torch.no_grad()
-def test_scalar_time_holds_for_the_whole_batch_and_no_labels_mean_the_null_class():
+def test_scalar_times_and_missing_labels_are_expanded():
     network, x = _random_network(), torch.randn(4, 4, 8, 8)
     scalar = network(torch.tensor(0.3), x)
     vector = network(torch.full((4,), 0.3), x, Condition(torch.full((4,), 3)))
@@ -49,6 +49,6 @@ def test_a_patch_that_does_not_divide_the_latents_is_refused():
         build_network("DiT-Mi/4", 6, DiTOptions())
 
 
-def test_labels_are_dropped_where_the_uniform_number_is_small():
+def test_labels_are_dropped_if_the_uniform_number_is_small():
     labels = drop_labels(torch.tensor([0, 1, 2]), torch.tensor([0.05, 0.5, 0.0999]), 0.1, 3)
     assert labels.tolist() == [3, 1, 3]

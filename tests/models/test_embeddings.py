@@ -9,7 +9,7 @@ VALUES = torch.tensor([0.0, 0.37, 1.0, 250.0], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("endpoint", [False, True])
-def test_every_wave_by_its_formula(endpoint):
+def test_sinusoidal_embeddings_follow_the_formula(endpoint):
     count = 5
     waves = sinusoids(VALUES, count, endpoint=endpoint)
     assert waves.shape == (4, 2 * count)
@@ -24,7 +24,7 @@ def test_sines_first_only_swaps_the_halves():
     assert torch.equal(sinusoids(VALUES, 7, sines_first=True), sinusoids(VALUES, 7).roll(7, dims=1))
 
 
-def test_waves_have_the_values_precision():
+def test_sinusoidal_embeddings_keep_the_inputs_precision():
     assert sinusoids(VALUES.float(), 3).dtype == torch.float32
     torch.testing.assert_close(sinusoids(VALUES.float()[:3], 3).double(), sinusoids(VALUES[:3], 3), atol=1e-6, rtol=0)
 
@@ -40,7 +40,7 @@ def test_time_embedding_is_two_linear_layers_on_the_waves(sines_first):
     torch.testing.assert_close(embedding(t), hidden * hidden.sigmoid() @ second.weight.T + second.bias)
 
 
-def test_no_label_is_the_last_row():
+def test_a_missing_label_is_the_last_row():
     embedding = LabelEmbedding(4, 3)
     rows = embedding.embedding_table.weight
     assert torch.equal(embedding(None), rows[3])

@@ -1,4 +1,4 @@
-"""All published networks: names, shapes, order and outputs of the golden cases, and published parameter counts."""
+"""All of LFM's networks: names, shapes, order and outputs of the golden cases, and published parameter counts."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def test_there_are_cases():
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_names_and_outputs_are_the_published_ones(path, golden):
+def test_names_and_outputs_equal_lfms(path, golden):
     for name, error in golden.check_case(path).items():
         assert error <= golden.LIMITS[name], name
 
@@ -48,7 +48,7 @@ PUBLISHED_MILLIONS = {
 
 
 @pytest.mark.parametrize("experiment", PUBLISHED_MILLIONS)
-def test_parameter_counts_are_the_published_ones(experiment):
+def test_parameter_counts_equal_lfms(experiment):
     model_type, options, size, millions = PUBLISHED_MILLIONS[experiment]
     with torch.device("meta"):
         network = build_network(model_type, size, options)
@@ -79,7 +79,7 @@ def test_gradient_checkpointing_changes_no_gradient(model_type):
 
 @pytest.fixture
 def case_file(tmp_path):
-    """write(change) saves a golden case, its header and tensors changed, outside the repository."""
+    """`write(change)` saves a golden case to a temporary file, after applying `change` to its header and tensors."""
 
     def write(change):
         path = next(path for path in CASES if path.stem == "guided_diffusion_inpainting_9ch")
@@ -127,17 +127,17 @@ def without_arguments(header, tensors):
         (far_off, 1, "FAIL case: velocity 2."),
         (not_a_number, 1, "FAIL case: velocity nan"),
         (of_another_shape, 1, "FAIL case: velocity inf"),
-        (renamed, 1, "first difference: ('time_embed.0.weight'"),
-        (without_time, 2, "FAIL case: is no golden case: it has no 'in.t'"),
-        (without_arguments, 2, "FAIL case: is no golden case: it has no 'arguments'"),
+        (renamed, 1, "but found ('time_embed.0.weight'"),
+        (without_time, 2, "FAIL case: is not a golden case: it has no 'in.t'"),
+        (without_arguments, 2, "FAIL case: is not a golden case: it has no 'arguments'"),
     ],
 )
-def test_verdict_of_the_command(change, code, text, case_file, golden, capsys):
+def test_golden_check_reports_differences(change, code, text, case_file, golden, capsys):
     assert golden.main([case_file(change)]) == code
     assert text in capsys.readouterr().out
 
 
-def test_the_command_goes_on_after_a_bad_file(case_file, golden, tmp_path, capsys):
+def test_golden_check_continues_after_a_bad_file(case_file, golden, tmp_path, capsys):
     (tmp_path / "torn").write_bytes(b"no case")
     assert golden.main([str(tmp_path / "torn"), str(tmp_path / "absent"), case_file(nothing)]) == 2
     lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""Forward-mode derivatives of every network in (t, x), as consistency training and flow maps need them."""
+"""Forward-mode derivatives of every network in (t, x), required for consistency training and flow maps."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ WRAPPED = {
 
 
 def check_jvp(network, condition):
-    """The JVP equals a central finite difference, in float64."""
+    """Compare the JVP with a central finite difference in float64."""
     network = network.double()
     generator = torch.Generator().manual_seed(2)
     t, dt = torch.rand(2, 2, generator=generator, dtype=torch.float64)
@@ -59,7 +59,8 @@ def test_jvp_is_the_finite_difference(case, swapped):
     check_jvp(with_cpu_kernels(network) if swapped else network, Condition(torch.tensor([0, 1])))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case not in ("updown", ORIGIN_ADM)])  # these need labels
+# The excluded networks need labels.
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("updown", ORIGIN_ADM)])
 def test_jvp_without_labels(case):
     check_jvp(new_network(*CASES[case]), Condition())
 

@@ -1,4 +1,4 @@
-"""The U-Net for pixels against its description: weights counted by hand, the embedding of time, and every block."""
+"""The pixel-space U-Net compared with its description: parameter counts, time embedding, and every block."""
 
 import math
 
@@ -26,7 +26,7 @@ def convolution(inputs, outputs, kernel):
 
 
 def residual(inputs, outputs):
-    """Two norms, two convolutions, time's linear map, and the 1 x 1 convolution around them."""
+    """Parameters of two norms, two convolutions, the time embedding's linear layer, and the 1 x 1 skip convolution."""
     first = 2 * inputs + convolution(inputs, outputs, 3) + linear(128, outputs)
     return first + 2 * outputs + convolution(outputs, outputs, 3) + convolution(inputs, outputs, 1)
 
@@ -68,7 +68,7 @@ def test_rows_of_the_label_table(options, rows):
     assert new_unet(**options).labels.embedding_table.weight.shape == (rows, 128)
 
 
-def test_embedding_of_time_by_its_formula():
+def test_the_time_embedding_follows_the_formula():
     time = new_unet().time
     for t in (0.0, 0.3, 1.0):
         angles = [t / 10000 ** (i / 64) for i in range(64)]
@@ -77,7 +77,7 @@ def test_embedding_of_time_by_its_formula():
         torch.testing.assert_close(time(torch.tensor([t]))[0], expected, atol=1e-6, rtol=1e-5)
 
 
-def test_embedding_of_time_zero_is_that_of_ones_behind_zeros():
+def test_the_embedding_of_time_zero_is_zeros_then_ones():
     time = new_unet().time
     waves = torch.cat([torch.zeros(1, 64), torch.ones(1, 64)], dim=1)
     assert torch.equal(time(torch.zeros(1)), time.mlp[2](functional.silu(time.mlp[0](waves))))
@@ -102,7 +102,7 @@ def test_sides_of_the_levels():
     assert sides == {"encoder.1.attend": (128, 14, 14), "middle.0.attend": (64, 7, 7), "decoder.0.attend": (64, 14, 14)}
 
 
-def test_a_block_by_its_formula():
+def test_a_block_follows_the_formula():
     torch.manual_seed(0)
     block, x, embedding = Block(16, 24), torch.randn(2, 16, 5, 5), torch.randn(2, 128)
     h = block.conv1(functional.silu(functional.group_norm(x, 8, block.norm1.weight, block.norm1.bias)))
@@ -111,10 +111,10 @@ def test_a_block_by_its_formula():
     torch.testing.assert_close(block(x, embedding), h + block.skip(x))
 
 
-def test_attention_of_four_heads_by_its_formula():
+def test_attention_with_four_heads_follows_the_formula():
     torch.manual_seed(0)
     layer, x = Attention(16), torch.randn(2, 16, 3, 4)
-    tokens = functional.group_norm(x, 8).flatten(2).mT  # a fresh norm neither scales nor shifts
+    tokens = functional.group_norm(x, 8).flatten(2).mT  # a new norm neither scales nor shifts
     query, key, value = layer.attention.qkv(tokens).chunk(3, dim=-1)
     heads = []
     for head in range(4):

@@ -1,4 +1,4 @@
-"""The layers of transformers compute the same as torch's and timm's."""
+"""Our transformer layers compute the same as torch's and timm's."""
 
 import pytest
 import timm.layers
@@ -8,7 +8,7 @@ from models.transformer_layers import PatchEmbed
 
 
 @pytest.mark.parametrize(("patch", "sides"), [(1, (3, 3)), (2, (4, 6)), (4, (8, 4))])
-def test_tokens_of_patches_are_timms_convolution(patch, sides):
+def test_patch_embedding_equals_timms(patch, sides):
     torch.manual_seed(0)
     timms = timm.layers.PatchEmbed(None, patch, 3, 16, strict_img_size=False)
     ours = PatchEmbed(patch, 3, 16)

@@ -1,4 +1,4 @@
-"""The U-Nets' layers are torch's, in the input's dtype."""
+"""The U-Nets' layers equal torch's, in the input's dtype."""
 
 import torch
 from torch import nn
@@ -7,13 +7,13 @@ from models.edm_layers import Convolution
 from models.unet_layers import Double, GroupNorm
 
 
-def test_a_norm_is_torchs_to_the_bit():
+def test_group_norm_equals_torchs_bit_for_bit():
     torch.manual_seed(0)
     norm, x = GroupNorm(4, 16), torch.randn(2, 16, 8, 8)
     assert torch.equal(norm(x), nn.GroupNorm(4, 16)(x))
 
 
-def test_doubling_repeats_every_value():
+def test_upsampling_repeats_every_value():
     torch.manual_seed(0)
     x = torch.randn(2, 3, 4, 5, requires_grad=True)
     value, slope = Double()(x), torch.randn(2, 3, 8, 10)
@@ -22,6 +22,6 @@ def test_doubling_repeats_every_value():
     torch.testing.assert_close(gradient, slope.unfold(2, 2, 2).unfold(3, 2, 2).sum((-2, -1)))
 
 
-def test_halving_averages_squares():
+def test_downsampling_averages_blocks_of_2_x_2():
     x = torch.arange(16.0).view(1, 1, 4, 4)
     assert Convolution(1, 1, 0, down=True)(x).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]

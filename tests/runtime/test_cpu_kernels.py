@@ -1,4 +1,4 @@
-"""Kernels for compiled networks: swapped in without a trace in the state, they compute what torch's layers do."""
+"""Kernels for compiled networks compute the same as torch's layers, and replacing layers leaves the state dict unchanged."""
 
 import copy
 
@@ -16,7 +16,7 @@ from tests.small_networks import SMALL, new_network
 
 @pytest.fixture
 def traced():
-    """Turns a layer into what a compiler sees, and the list of the graphs that will come of it, run as they are."""
+    """`trace(layer)` returns the layer as a compiler sees it, run eagerly, and a list that collects its graphs."""
     torch._dynamo.reset()
 
     def trace(layer):
@@ -27,7 +27,7 @@ def traced():
 
 
 def compiled(layer):
-    """As traced for compilation, and run by torch itself."""
+    """The layer traced for compilation, but run eagerly by torch."""
     torch._dynamo.reset()
     return torch.compile(layer, backend="eager", fullgraph=True)
 
@@ -43,7 +43,7 @@ def _values_and_gradients(layer, weights, x, slope):
 
 
 @pytest.mark.parametrize("leading", [(6,), (3, 5)])
-def test_a_linear_layer_is_torchs_compiled_and_not(leading, traced):
+def test_a_linear_layer_equals_torchs_eager_and_compiled(leading, traced):
     torch.manual_seed(0)
     x, slope, torchs = torch.randn(*leading, 8), torch.randn(*leading, 4), nn.Linear(8, 4)
     ours = with_cpu_kernels(copy.deepcopy(torchs))
@@ -71,7 +71,7 @@ def test_a_compiled_linear_layer_rounds_as_autocast_does_but_not_the_gradient_of
     assert len(graphs) == 1
 
 
-def test_a_compiled_linear_layer_gives_the_same_bits_if_its_weights_are_held_in_low_precision(traced):
+def test_a_compiled_linear_layer_gives_the_same_bits_for_weights_stored_in_low_precision(traced):
     torch.manual_seed(0)
     x, layer = torch.randn(3, 5, 64), with_cpu_kernels(nn.Linear(64, 4)).requires_grad_(False)
     compiled, graphs = traced(layer)
@@ -84,7 +84,7 @@ def test_a_compiled_linear_layer_gives_the_same_bits_if_its_weights_are_held_in_
     assert len(graphs) == 2
 
 
-def test_gelus_polynomials_are_its_formula_within_a_third_of_bfloat16s_rounding_near_one():
+def test_gelus_polynomials_are_accurate_to_a_third_of_bfloat16s_rounding():
     x = torch.linspace(-12, 12, 24001)
     wide = x.double().requires_grad_()
     exact = functional.gelu(wide, approximate="tanh")
@@ -93,7 +93,7 @@ def test_gelus_polynomials_are_its_formula_within_a_third_of_bfloat16s_rounding_
     assert (_evaluate(DERIVATIVE, x) - slopes).abs().max() < 6e-4
 
 
-def test_compiled_gelu_is_made_of_the_polynomials(traced):
+def test_compiled_gelu_uses_the_polynomials(traced):
     x = torch.linspace(-12, 12, 2401).bfloat16().requires_grad_()
     compiled, graphs = traced(new_gelu())
     found = compiled(x)
@@ -105,7 +105,7 @@ def test_compiled_gelu_is_made_of_the_polynomials(traced):
     assert "amax" in "".join(module.code for module in graphs[0].modules() if isinstance(module, torch.fx.GraphModule))
 
 
-def test_gelu_is_torchs_own_where_nothing_is_compiled_and_in_float32(traced):
+def test_gelu_is_torchs_in_eager_mode_and_in_float32(traced):
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.linspace(-8, 8, 257, dtype=dtype)
         assert torch.equal(new_gelu()(x), functional.gelu(x, approximate="tanh"))
@@ -114,7 +114,7 @@ def test_gelu_is_torchs_own_where_nothing_is_compiled_and_in_float32(traced):
     assert "gelu" in graphs[0].code
 
 
-def test_compiled_gelu_is_zero_or_the_identity_far_out_and_spreads_what_is_not_a_number(traced):
+def test_compiled_gelu_of_extreme_values_and_nan(traced):
     x = torch.tensor([[-1e3, 1e3, 1e30, float("nan")], [-1e3, 0.0, 1.0, 1e3]]).bfloat16().requires_grad_()
     compiled, graphs = traced(new_gelu())
     values = compiled(x)
@@ -129,11 +129,11 @@ def test_compiled_gelu_is_zero_or_the_identity_far_out_and_spreads_what_is_not_a
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compilers_see_no_lookup_whose_gradient_threads_add_up_at_once(dtype):
+def test_compiled_label_lookup_has_a_deterministic_gradient(dtype):
     table = with_cpu_kernels(nn.Embedding(5, 8).to(dtype))
     labels, graphs = torch.tensor([[0, 4], [3, 0]]), []
     compiled = torch.compile(table, backend=lambda graph, _: graphs.append(graph) or graph)
-    with torch.autocast("cpu", torch.bfloat16):  # must not round rows
+    with torch.autocast("cpu", torch.bfloat16):  # autocast must not round the rows
         ours, torchs = compiled(labels), table(labels)
     assert torch.equal(ours, torchs)
     slope = torch.randn(2, 2, 8, dtype=dtype)
@@ -147,7 +147,7 @@ def test_compilers_see_no_lookup_whose_gradient_threads_add_up_at_once(dtype):
     ("layer", "torchs"),
     [(nn.GroupNorm(2, 4), "group_norm"), (GroupNorm(2, 4), "group_norm"), (Double(), "interpolate")],
 )
-def test_compilers_see_other_formulas(layer, torchs, traced):
+def test_compilers_see_our_formulas(layer, torchs, traced):
     for swapped in (False, True):
         compiled, graphs = traced(with_cpu_kernels(layer) if swapped else layer)
         compiled(torch.randn(1, 4, 2, 2))
@@ -156,7 +156,7 @@ def test_compilers_see_other_formulas(layer, torchs, traced):
 
 
 def gradients(function, inputs):
-    """The value, and gradients of a sum of it weighed at random by all inputs."""
+    """The value, and the gradients of its sum weighted with random numbers."""
     value = function(*inputs)
     weights = torch.randn(value.shape, generator=torch.Generator().manual_seed(7)).to(value)
     return value, *torch.autograd.grad((value * weights).sum(), inputs)
@@ -166,7 +166,7 @@ def gradients(function, inputs):
 @pytest.mark.parametrize(
     ("groups", "shape"), [(8, (3, 32, 5, 6)), (8, (3, 32, 7)), (4, (2, 4, 3, 3)), (1, (2, 6, 4, 4))]
 )
-def test_a_compiled_norm_is_torchs(groups, shape, offset):
+def test_a_compiled_norm_equals_torchs(groups, shape, offset):
     torch.manual_seed(0)
     x = offset + torch.randn(shape)
     if x.ndim == 4:
@@ -190,7 +190,7 @@ def test_a_compiled_norm_keeps_bfloat16_and_computes_in_float32():
     torch.testing.assert_close(low, norm(x.bfloat16().float()).bfloat16(), rtol=8e-3, atol=1e-6)
 
 
-def test_compiled_doubling_repeats_every_value():
+def test_compiled_upsampling_repeats_every_value():
     torch.manual_seed(0)
     x, layer = torch.randn(2, 3, 4, 5, requires_grad=True), with_cpu_kernels(Double())
     value, gradient = gradients(compiled(layer), (x,))
@@ -199,14 +199,14 @@ def test_compiled_doubling_repeats_every_value():
 
 
 def attended(dtype, length, kernel, needs_gradient=True):
-    """Whether `kernel` gives the bits of `attention` on `length` tokens."""
+    """Whether attention on `length` tokens has the same bits as `kernel`."""
     generator = torch.Generator().manual_seed(length)
     inputs = [torch.randn(1, 2, length, 8, generator=generator).to(dtype) for _ in range(3)]
     with torch.set_grad_enabled(needs_gradient):
         return torch.equal(attention(*inputs), kernel(*inputs))
 
 
-def test_attention_is_plain_on_short_sequences_in_bfloat16_alone():
+def test_attention_is_plain_only_on_short_sequences_in_bfloat16():
     fused = functional.scaled_dot_product_attention
     for length, needs_gradient in ((16, False), (256, True)):
         assert attended(torch.bfloat16, length, plain_attention, needs_gradient)
@@ -223,7 +223,7 @@ def test_plain_attention_is_the_formula():
 
 
 @pytest.mark.parametrize("model_type", SMALL)
-def test_the_swap_keeps_the_parameters_their_names_and_the_bits_of_eager_float32(model_type):
+def test_replacing_layers_keeps_parameters_names_and_eager_float32_results(model_type):
     torch.manual_seed(0)
     network = new_network(model_type, SMALL[model_type]).requires_grad_(True)
     x, condition = torch.randn(2, 3, 8, 8), Condition(torch.tensor([0, 1]))
@@ -251,13 +251,13 @@ def test_the_swap_keeps_the_parameters_their_names_and_the_bits_of_eager_float32
             assert torch.equal(mine, old)
 
 
-def test_swapping_twice_changes_nothing_more():
+def test_replacing_layers_twice_has_no_further_effect():
     network = with_cpu_kernels(new_network("adm", SMALL["adm"]))
     classes = [type(module) for module in network.modules()]
     assert [type(module) for module in with_cpu_kernels(network).modules()] == classes
 
 
-def test_a_subclass_keeps_its_class_and_the_same_layers_share_one():
+def test_replaced_layers_are_instances_of_their_original_class():
     norms = nn.ModuleList([Norm(32, 1e-6), Norm(64, 1e-6)])
     first, second = with_cpu_kernels(norms)
     assert type(first) is type(second)
@@ -280,12 +280,12 @@ def test_a_subclass_keeps_its_class_and_the_same_layers_share_one():
     ],
     ids=str,
 )
-def test_layers_with_other_settings_stay_torchs(layer):
+def test_layers_with_other_settings_are_not_replaced(layer):
     before = type(layer)
     assert type(with_cpu_kernels(layer)) is before
 
 
-def test_attention_is_swapped_where_a_module_has_it_as_an_attribute():
+def test_attention_is_replaced_in_modules_with_an_attend_attribute():
     network = with_cpu_kernels(new_network("DiT-Mi/2", SMALL["DiT-Mi/2"]))
     assert {block.attn.attention for block in network.blocks} == {attention}
 
@@ -295,19 +295,19 @@ class ScaledNorm(nn.GroupNorm):
         return scale * super().forward(x)
 
 
-class NormalisedLinear(nn.Linear):
+class NormalizedLinear(nn.Linear):
     def forward(self, x):
         return functional.linear(x, self.weight / self.weight.norm(), self.bias)
 
 
 class NamedLinear(nn.Linear):
-    """Nothing of its own but a name."""
+    """Differs from nn.Linear only in its name."""
 
 
-def test_a_layer_with_a_forward_pass_of_its_own_is_left_alone():
-    norm, linear, named = ScaledNorm(2, 4), NormalisedLinear(4, 4), NamedLinear(4, 4)
+def test_layers_that_override_forward_are_not_replaced():
+    norm, linear, named = ScaledNorm(2, 4), NormalizedLinear(4, 4), NamedLinear(4, 4)
     with_cpu_kernels(nn.ModuleList([norm, linear, named]))
-    assert (type(norm), type(linear)) == (ScaledNorm, NormalisedLinear)
+    assert (type(norm), type(linear)) == (ScaledNorm, NormalizedLinear)
     assert isinstance(named, NamedLinear)
     assert type(named) is not NamedLinear
     assert norm(torch.zeros(1, 4, 3), 2.0).shape == (1, 4, 3)

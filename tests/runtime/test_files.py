@@ -19,19 +19,19 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
+def test_readers_see_the_old_file_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "deep" / "file"
     with atomic_path(path) as temporary:
         temporary.write_text("one")
     with atomic_path(path) as temporary:
         temporary.write_text("tw")
         assert path.read_text() == "one"
-        assert temporary.parent == path.parent  # a rename across file systems would be a copy
+        assert temporary.parent == path.parent  # renaming across file systems would copy
     assert path.read_text() == "tw"
     assert names(path.parent) == ["file"]
 
 
-def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(OSError, match="No space"), atomic_path(path) as temporary:
@@ -102,7 +102,7 @@ def test_crash_between_the_renames_keeps_the_old_folder(tmp_path, monkeypatch):
     assert [path.read_text() for path in tmp_path.rglob("old")] == ["precious"]
 
 
-def test_folder_of_a_killed_process_is_no_obstacle(tmp_path):
+def test_a_killed_processs_temporary_folder_is_ignored(tmp_path):
     folder = tmp_path / "folder"
     stale = tmp_path / f"folder.tmp-{os.getpid()}"
     stale.mkdir()
@@ -123,7 +123,7 @@ def test_move_aside_takes_the_first_free_number(tmp_path):
     assert names(tmp_path) == ["run.old-1", "run.old-2", "run.old-3"]
 
 
-def test_failure_on_a_full_disk_is_blamed_on_the_disk(tmp_path, monkeypatch):
+def test_any_error_on_a_full_disk_becomes_enospc(tmp_path, monkeypatch):
     path = tmp_path / "file"
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=0))

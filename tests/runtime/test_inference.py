@@ -1,4 +1,4 @@
-"""A network made ready for evaluation gives the same bits as before."""
+"""Preparing a network for inference keeps its results bit for bit."""
 
 import copy
 import dataclasses
@@ -26,11 +26,11 @@ def evaluate(network, machine, batch_size=4, condition=None):
 
 
 @pytest.mark.parametrize("model_type", SMALL)
-def test_held_weights_change_no_bit(model_type):
+def test_precast_weights_change_no_bit(model_type):
     network = new_network(model_type, SMALL[model_type])
     held = hold_weights(copy.deepcopy(network), BF16)
     assert torch.equal(evaluate(held, BF16), evaluate(network, BF16))
-    assert not torch.equal(evaluate(network, BF16), evaluate(network, FP32))  # that is, autocast did cast
+    assert not torch.equal(evaluate(network, BF16), evaluate(network, FP32))  # autocast does change the result
     layers = [layer for layer in held.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
     assert {layer.weight.dtype for layer in layers} == {torch.bfloat16}
     others = [layer for layer in held.modules() if isinstance(layer, nn.Embedding | nn.GroupNorm)]
@@ -39,13 +39,13 @@ def test_held_weights_change_no_bit(model_type):
 
 @pytest.mark.parametrize("model_type", SMALL)
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 2e-2), ("fp16", 3e-3)])
-def test_low_precision_moves_the_velocity_little(model_type, precision, bound):
+def test_low_precision_changes_the_velocity_little(model_type, precision, bound):
     network = new_network(model_type, SMALL[model_type])
     exact, low = evaluate(network, FP32), evaluate(network, Machine(torch.device("cpu"), precision)).float()
     assert 0 < (low - exact).norm() < bound * exact.norm()
 
 
-def test_held_weights_with_a_dense_map():
+def test_precast_weights_with_a_dense_map():
     options = DiTOptions(num_in_channels=5, num_out_channels=3)
     network = new_network("DiT-Mi/2", options, DenseInput(2, classes=4))
     condition = Condition(None, torch.rand(4, 4, 8, 8))
@@ -53,7 +53,7 @@ def test_held_weights_with_a_dense_map():
     assert torch.equal(evaluate(held, BF16, condition=condition), evaluate(network, BF16, condition=condition))
 
 
-def test_float32_and_trained_weights_are_left_alone():
+def test_float32_and_trainable_weights_are_not_cast():
     network = new_network("DiT-Mi/2", SMALL["DiT-Mi/2"])
     assert all(parameter.dtype == torch.float32 for parameter in hold_weights(network, FP32).parameters())
     trained = hold_weights(network.requires_grad_(True), BF16)
@@ -101,7 +101,7 @@ def compiled_network(model_type, checkpointing=False):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("model_type", SMALL)
-def test_forms_for_compilers_have_the_same_velocity_and_gradients(model_type, checkpointing):
+def test_formulas_for_compilers_give_the_same_velocity_and_gradients(model_type, checkpointing):
     torch._dynamo.reset()
     network, weights = trained_network(model_type, checkpointing)
     compiled = torch.compile(with_cpu_kernels(network), backend="eager", fullgraph=True)
@@ -112,7 +112,7 @@ def test_forms_for_compilers_have_the_same_velocity_and_gradients(model_type, ch
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "checkpointing"), [*((name, False) for name in SMALL), ("DiT-Mi/2", True)])
-def test_compiled_in_bfloat16_velocity_and_gradients_are_as_near_to_float32_as_eager_ones(model_type, checkpointing):
+def test_compiled_bfloat16_is_as_accurate_as_eager_bfloat16(model_type, checkpointing):
     compiled, network, weights = compiled_network(model_type, checkpointing)
     exact = velocity_and_gradients(network, weights, FP32.autocast())
     sides = (velocity_and_gradients(function, weights, BF16.autocast()) for function in (compiled, network))

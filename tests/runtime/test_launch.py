@@ -19,8 +19,8 @@ def environment(monkeypatch):
     return monkeypatch
 
 
-def test_a_launcher_is_recognised_by_all_of_its_variables(environment):
-    environment.setenv("MASTER_PORT", "29500")  # which many a cluster sets for everybody
+def test_a_launcher_is_recognized_by_all_of_its_variables(environment):
+    environment.setenv("MASTER_PORT", "29500")  # set globally on many clusters
     environment.setenv("MASTER_ADDR", "node")
     environment.setenv("RANK", "1")
     assert not launched()
@@ -29,11 +29,11 @@ def test_a_launcher_is_recognised_by_all_of_its_variables(environment):
     environment.setenv("LOCAL_RANK", "0")
     environment.setenv("WORLD_SIZE", "1")
     assert launched()
-    with join_processes() as processes:  # alone, and no group to wait for
+    with join_processes() as processes:  # a single process does not wait for a group
         assert processes == Processes()
 
 
-def test_numbers_that_are_not_the_launchers_are_refused():
+def test_process_counts_that_contradict_the_launcher_are_refused():
     LaunchOptions().check(PAIR)
     LaunchOptions(num_process_per_node=2, num_proc_node=1).check(PAIR)
     LaunchOptions(num_process_per_node=2, num_proc_node=2).check(Processes(3, 4, 1, 2))
@@ -43,13 +43,13 @@ def test_numbers_that_are_not_the_launchers_are_refused():
         LaunchOptions(num_proc_node=3).check(Processes(0, 4, 0, 2))
 
 
-def test_processes_wanted():
+def test_number_of_processes_to_start():
     assert LaunchOptions().wanted == 1
     assert LaunchOptions(num_process_per_node=3).wanted == 3
     assert LaunchOptions(num_process_per_node=3, num_proc_node=2).wanted == 6
 
 
-def test_one_process_exchanges_with_nobody():
+def test_collectives_of_a_single_process():
     alone, value = Processes(), torch.tensor([1.0, 2.0])
     assert alone.gather("x") == ["x"]
     assert alone.from_main("x") == "x"
@@ -60,7 +60,7 @@ def test_one_process_exchanges_with_nobody():
     alone.barrier()
 
 
-def test_shares_are_all_there_is_and_overlap_nowhere():
+def test_shares_partition_the_items():
     for count in (1, 2, 3, 7):
         shares = [list(Processes(rank, count).share(range(5))) for rank in range(count)]
         assert sorted(index for share in shares for index in share) == list(range(5))
@@ -88,15 +88,16 @@ def test_processes_of_a_machine_share_its_cores(environment):
     [
         ([(1, -9, 0)], ["rank 1 (process 71) was killed by SIGKILL, signal 9"]),
         ([(0, -15, 0), (1, -15, 0)], ["rank 0 (process 70) was killed by SIGTERM, signal 15"]),
-        ([(0, 1, 0), (1, -9, 0)], ["rank 1 (process 71) was killed by SIGKILL, signal 9"]),  # 0 missed it
-        ([(1, -11, 0), (0, -9, 30)], ["rank 1 (process 71) was killed by SIGSEGV, signal 11"]),  # 0 hung
+        # Rank 0 fails because it misses rank 1.
+        ([(0, 1, 0), (1, -9, 0)], ["rank 1 (process 71) was killed by SIGKILL, signal 9"]),
+        ([(1, -11, 0), (0, -9, 30)], ["rank 1 (process 71) was killed by SIGSEGV, signal 11"]),  # rank 0 hung
         ([(1, 2, 0), (0, -15, 0)], []),
         ([(1, 2, 0), (0, -9, 30)], []),
         ([(1, 2, 0), (0, -6, 1)], []),
     ],
 )
 def test_those_whom_the_launcher_ended_were_not_killed(failures, killed):
-    """Failures (rank, exit code, seconds) in the order in which the launcher noticed them."""
+    """`failures` are (rank, exit code, seconds) in the order in which the launcher noticed them."""
     found = {}
     for rank, code, seconds in failures:
         found[rank] = ProcessFailure(rank, 70 + rank, code, "")

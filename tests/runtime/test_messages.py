@@ -2,9 +2,8 @@ import io
 import os
 import sys
 
-from tqdm import tqdm
-
 from runtime.messages import fact, labeled, note, one_line, show, show_result, warn
+from runtime.progress import progress_bar
 
 
 class Terminal(io.StringIO):
@@ -65,12 +64,12 @@ def test_a_path_longer_than_the_terminal_stays_on_its_line(monkeypatch):
 
 
 def test_a_message_does_not_join_a_progress_bar(capsys):
-    with tqdm(total=3, file=sys.stderr) as bar:
+    with progress_bar(total=3, desc="training") as bar:
         bar.update()
-        show("step 1: fine")
+        note("fine")
     captured = capsys.readouterr()
-    assert captured.out == "step 1: fine\n"
-    assert "step 1" not in captured.err
+    assert "\r" not in captured.err
+    assert [line.split(":")[0] for line in captured.err.splitlines()] == ["training", "note", "training"]
 
 
 def test_a_summary_becomes_one_line_of_a_log():

@@ -22,8 +22,8 @@ def test_shape_of_a_grid(options, num_classes, columns, count):
     assert (options.columns(num_classes), options.count(num_classes)) == (columns, count)
 
 
-def test_a_sheet_goes_row_by_row(tmp_path):
-    """Five grey images of 56 pixels, which need no enlarging, three a row, with white lines of 2 pixels."""
+def test_a_sheet_is_filled_row_by_row(tmp_path):
+    """Five gray images of 56 pixels, too large to be enlarged, three per row, with white lines of 2 pixels."""
     images = (10 * torch.arange(5, dtype=torch.uint8)).view(5, 1, 1, 1).expand(5, 1, 56, 56)
     save_sheet(images, tmp_path / "sheet.png", 3)
     with Image.open(tmp_path / "sheet.png") as picture:

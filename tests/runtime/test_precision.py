@@ -16,7 +16,7 @@ from runtime.precision import DeviceOptions, Machine, MachineOptions, choose_dev
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-LONG, SHORT = 10_000, 10  # calls of a network
+LONG, SHORT = 10_000, 10  # network evaluations
 FAULTS = """
 import ctypes, resource, torch
 from runtime.precision import keep_freed_memory
@@ -37,7 +37,7 @@ print(faults())
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp16"])
-def test_precision_is_the_one_asked_for(name):
+def test_an_explicit_precision_is_used(name):
     assert choose_machine(MachineOptions("cpu", precision=name)) == Machine(CPU, name, compile=None)
 
 
@@ -50,23 +50,21 @@ def test_precision_is_the_one_asked_for(name):
         (False, "AMD EPYC", False, "fp32"),
     ],
 )
-def test_automatic_precision_is_bfloat16_where_the_processor_is_faster_in_it(
-    monkeypatch, amx, name, avx512_bf16, chosen
-):
+def test_automatic_precision_is_bfloat16_on_processors_that_gain_from_it(monkeypatch, amx, name, avx512_bf16, chosen):
     capabilities = {"cpu_name": name, "avx512_bf16": avx512_bf16}
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert choose_machine(MachineOptions("cpu")).precision == chosen
 
 
-def test_what_must_be_precise_is_float32_unless_asked_otherwise(monkeypatch):
+def test_precise_computations_default_to_float32(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     assert choose_machine(MachineOptions("cpu"), precise=True).precision == "fp32"
     assert choose_machine(MachineOptions("cpu", precision="bf16"), precise=True).precision == "bf16"
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta", "cpu:x"])
-def test_a_device_that_cannot_be_used_is_the_users_error(name):
+def test_an_unavailable_device_is_a_usage_error(name):
     with pytest.raises(
         UsageError, match=f"--device {name} is not available: expected auto, cpu, cuda or cuda:N on this machine"
     ):
@@ -92,7 +90,7 @@ def test_autocast_follows_the_precision(name, dtype):
         (False, LONG, True, "bf16", False),
     ],
 )
-def test_compiles_when_asked_to_or_where_it_pays(monkeypatch, asked, calls, whole, name, compiles):
+def test_compiles_if_requested_or_if_it_pays(monkeypatch, asked, calls, whole, name, compiles):
     monkeypatch.setattr(precision, "_why_not_compiled", lambda machine: "")
     machine = Machine(CPU, name, asked).settled(calls, Processes(), whole)
     assert machine.compile is compiles
@@ -100,7 +98,7 @@ def test_compiles_when_asked_to_or_where_it_pays(monkeypatch, asked, calls, whol
     assert name in machine.describe()
 
 
-def test_without_a_compiler_networks_run_as_they_are_and_a_line_says_so(monkeypatch, capsys):
+def test_without_a_compiler_networks_run_eagerly_with_a_note(monkeypatch, capsys):
     def broken(function, options):
         raise RuntimeError("no g++ found\nand more")
 
@@ -115,7 +113,7 @@ def test_without_a_compiler_networks_run_as_they_are_and_a_line_says_so(monkeypa
     )
 
 
-def test_cuda_graphs_only_on_a_gpu_only_if_asked_for_and_where_calls_are_alike(monkeypatch):
+def test_cuda_graphs_are_used_only_on_gpus_and_on_request(monkeypatch):
     graphs = []
     monkeypatch.setattr(torch, "compile", lambda network, options: graphs.append(options["triton.cudagraphs"]))
     monkeypatch.setattr(precision, "_why_not_compiled", lambda machine: "")
@@ -126,7 +124,7 @@ def test_cuda_graphs_only_on_a_gpu_only_if_asked_for_and_where_calls_are_alike(m
     assert graphs == [True, False, False, False]
 
 
-def test_a_compiled_network_drops_out_as_the_network_itself():
+def test_a_compiled_network_has_the_same_dropout():
     network, x = nn.Dropout(0.5), torch.ones(64)
     compiled = Machine(CPU, "fp32", True).compiled(network)
     torch.manual_seed(0)
@@ -135,11 +133,11 @@ def test_a_compiled_network_drops_out_as_the_network_itself():
     assert torch.equal(compiled(x), expected)
 
 
-def test_tf32_is_for_networks_in_reduced_precision_only():
+def test_tf32_is_used_only_in_reduced_precision():
     def allowed():
         return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
 
-    torch.backends.cudnn.allow_tf32 = True  # as it is by itself
+    torch.backends.cudnn.allow_tf32 = True  # the default
     machine = choose_machine(MachineOptions("cpu", precision="bf16"))
     assert allowed() == (False, False)
     for name, device, expected in (("bf16", "cuda", True), ("fp32", "cuda", False), ("bf16", "cpu", False)):
@@ -155,7 +153,7 @@ def test_autoencoders_do_not_run_in_float16():
 
 
 @pytest.mark.skipif(precision.platform.libc_ver()[0] != "glibc", reason="another C library's allocator")
-def test_memory_that_is_freed_is_used_again_without_page_faults():
+def test_freed_memory_is_reused_without_page_faults():
     pages = 20 * (1 << 26) // resource.getpagesize()
     command = [sys.executable, "-c", FAULTS]
     before, after = map(int, subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.split())

@@ -10,11 +10,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(("one", "other"), [((1, 23), (12, 3)), ((1,), ("1",)), ((1, 2), (2, 1)), (("a",), ("a", 0))])
-def test_keys_are_not_confused(one, other):
+def test_different_keys_give_different_seeds(one, other):
     assert seed_for(*one) != seed_for(*other)
 
 
-def test_seed_is_the_same_in_another_process_and_admissible():
+def test_the_seed_is_valid_and_the_same_in_another_process():
     command = [sys.executable, "-c", "from runtime.randomness import seed_for; print(seed_for(7, 'noise', 3))"]
     other = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     assert int(other) == seed_for(7, "noise", 3)

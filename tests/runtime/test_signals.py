@@ -7,7 +7,7 @@ from runtime.signals import StopSignals
 
 @pytest.fixture
 def record():
-    """What arrives at the handler that a test finds in place."""
+    """The signals received by the handler that was installed before the test."""
     arrived = []
     before = signal.signal(signal.SIGUSR1, lambda number, frame: arrived.append(number))
     yield arrived
@@ -15,7 +15,7 @@ def record():
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_a_request(number):
+def test_a_signal_sets_a_request_to_stop(number):
     with StopSignals() as stop:
         assert not stop.requested
         signal.raise_signal(number)
@@ -32,14 +32,14 @@ def test_handlers_are_restored(record):
 
 
 def test_second_interrupt_stops_at_once():
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored by default in background jobs
     with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop.requested
         signal.raise_signal(signal.SIGINT)
 
 
-def test_second_signal_does_what_it_would_have_done_before(record):
+def test_a_second_signal_calls_the_previous_handler(record):
     with StopSignals():
         signal.raise_signal(signal.SIGUSR1)
         assert record == []
@@ -47,7 +47,7 @@ def test_second_signal_does_what_it_would_have_done_before(record):
         assert record == [signal.SIGUSR1]
 
 
-def test_among_several_processes_a_signal_may_come_twice(record):
+def test_a_second_signal_is_expected_with_several_processes(record):
     with StopSignals(once=False) as stop:
         for _ in range(2):
             signal.raise_signal(signal.SIGINT)

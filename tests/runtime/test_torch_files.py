@@ -1,4 +1,4 @@
-"""Files of torch.save are told by their first bytes, come back whole or are named, and are never executed."""
+"""Files of torch.save are recognized by their first bytes, read completely or refused by name, and never executed."""
 
 import os
 import pickle
@@ -30,13 +30,13 @@ def bits(tensor):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_both_formats_of_torch_are_known_and_read(zipped, tmp_path):
+def test_both_formats_of_torch_save_are_read(zipped, tmp_path):
     torch.save({"a": torch.arange(3)}, tmp_path / "file", _use_new_zipfile_serialization=zipped)
     assert is_torch_file(tmp_path / "file")
     assert read_torch_file(tmp_path / "file")["a"].tolist() == [0, 1, 2]
 
 
-def test_no_length_of_a_safetensors_header_is_taken_for_a_pickle(tmp_path):
+def test_safetensors_headers_are_not_mistaken_for_pickles(tmp_path):
     beginnings = set()
     for length in range(0, 400, 8):
         data = save({"a": torch.zeros(1)}, metadata={"header": "x" * length})
@@ -53,7 +53,7 @@ def test_other_files(tmp_path):
         assert not is_torch_file(tmp_path / "file")
 
 
-def test_content_comes_back_bit_for_bit(tmp_path):
+def test_content_round_trips_bit_for_bit(tmp_path):
     save_content(tmp_path / "content.pth", CONTENT)
     found = read_torch_file(tmp_path / "content.pth")
     assert {name: found[name] for name in ("step", "seconds", "best")} == {
@@ -70,7 +70,9 @@ def test_damaged_content_is_named(tmp_path):
     path = tmp_path / "content.pth"
     save_content(path, {"weights": torch.full((1000,), 0.5)})
     data = path.read_bytes()
-    inside = data.index(torch.full((8,), 0.5).numpy().tobytes()) + 100  # of the numbers: only a checksum can tell
+    inside = (
+        data.index(torch.full((8,), 0.5).numpy().tobytes()) + 100
+    )  # inside the values, where only a checksum can detect damage
     flipped = bytearray(data)
     flipped[inside] ^= 1
     for damaged in (b"", data[:100], data[: len(data) // 2], data[:-1], b"no checkpoint", bytes(flipped)):
@@ -81,8 +83,8 @@ def test_damaged_content_is_named(tmp_path):
         read_torch_file(tmp_path / "absent.pth")
 
 
-def test_a_full_disk_is_an_os_error_and_costs_nothing(tmp_path):
-    """exit_cleanly turns it into one line; libraries that write to paths hide it in errors of their own."""
+def test_a_full_disk_raises_os_error_and_keeps_the_old_file(tmp_path):
+    """`exit_cleanly` prints OSError as one line. Libraries that write to paths raise other error types for a full disk."""
     path = tmp_path / "content.pth"
     save_content(path, WEIGHTS)
     before = path.read_bytes()
@@ -94,7 +96,7 @@ def test_a_full_disk_is_an_os_error_and_costs_nothing(tmp_path):
 
 
 class Trap:
-    """Unpickled without care, it creates a file."""
+    """Creates a file if it is unpickled without care."""
 
     def __init__(self, path):
         self.path = path

@@ -1,4 +1,4 @@
-"""Arrays come back whatever Python and numpy pickled them; nothing that a file says is run."""
+"""Arrays pickled by any version of Python and numpy can be read, and no code from a file runs."""
 
 import io
 import os
@@ -28,7 +28,7 @@ def assert_same(found, expected):
     assert list(found) == list(expected)
     for key, value in expected.items():
         if isinstance(value, np.ndarray):
-            assert found[key].dtype.str[1:] == value.dtype.str[1:]  # numpy may change the order of bytes
+            assert found[key].dtype.str[1:] == value.dtype.str[1:]  # numpy may change the byte order
             np.testing.assert_array_equal(found[key], value)
         else:
             assert found[key] == value
@@ -72,7 +72,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path):
 
 
 class State:
-    """An array whose pickled state is `state`."""
+    """An array with the pickled state `state`."""
 
     def __init__(self, *state):
         self.state = state
@@ -92,12 +92,12 @@ class State:
     ],
     ids=["constructor", "objects", "too few objects", "records", "too few bytes"],
 )
-def test_no_object_is_made_of_bytes(value):
+def test_no_object_is_created_from_bytes(value):
     with pytest.raises(UNREADABLE):
         load(pickle.dumps(value, protocol=2))
 
 
 @pytest.mark.parametrize("length", [0, 1, 40, -1])
-def test_a_cut_pickle_is_an_error(length):
+def test_a_truncated_pickle_is_an_error(length):
     with pytest.raises(UNREADABLE):
         load(pickle.dumps(CONTENT)[:length])

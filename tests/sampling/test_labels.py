@@ -5,12 +5,12 @@ from options import UsageError
 from sampling.labels import choose_labels
 
 
-def test_balanced_labels_come_in_turn():
+def test_balanced_labels_cycle_through_the_classes():
     labels = choose_labels("balanced", 0, 3, 10)
     assert labels([0, 1, 2, 3, 7], 3).tolist() == [0, 1, 2, 0, 1]
 
 
-def test_a_random_label_depends_on_seed_and_index_alone():
+def test_a_random_label_depends_only_on_seed_and_index():
     labels = choose_labels("random", 5, 10, 1000)
     together = labels(range(1000), 10)
     assert torch.equal(labels([999, 3], 10), together[[999, 3]])
@@ -29,14 +29,14 @@ def test_labels_of_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("0\n1\n", "3 samples need as many lines, but the file has 2"),
+        ("0\n1\n", "expected a class id for each of 3 samples, but found 2"),
         ("0\n1\n3\n", r"class ids must lie in 0\.\.2"),
         ("0\n-1\n2\n", r"class ids must lie in 0\.\.2"),
-        ("cat\ndog\n", "expected balanced, random, or a file of one class id per line"),
-        (None, "expected balanced, random, or a file of one class id per line"),
+        ("cat\ndog\n", "expected balanced, random, or a file with one class id per line"),
+        (None, "expected balanced, random, or a file with one class id per line"),
     ],
 )
-def test_files_that_will_not_do(text, message, tmp_path):
+def test_invalid_label_files_are_refused(text, message, tmp_path):
     if text is not None:
         (tmp_path / "labels.txt").write_text(text)
     with pytest.raises(UsageError, match=message):

@@ -9,12 +9,12 @@ from sampling.latent_paths import Recorder, spherical
 FIRST, LAST = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def test_the_ends_of_a_spherical_way():
+def test_spherical_interpolation_starts_and_ends_exactly():
     torch.testing.assert_close(spherical(FIRST, LAST, 0.0), FIRST)
     torch.testing.assert_close(spherical(FIRST, LAST, 1.0), LAST)
 
 
-def test_a_spherical_way_keeps_length_and_turns_evenly():
+def test_spherical_interpolation_keeps_the_norm_and_has_equal_angles():
     first = FIRST / FIRST.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     last = LAST / LAST.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
     points = [spherical(first, last, share).flatten(1) for share in (0, 0.25, 0.5, 0.75, 1)]
@@ -26,12 +26,12 @@ def test_a_spherical_way_keeps_length_and_turns_evenly():
         torch.testing.assert_close(angle, whole / 4)
 
 
-def test_a_spherical_way_from_noise_to_itself_stays():
+def test_spherical_interpolation_between_equal_noises_is_constant():
     torch.testing.assert_close(spherical(FIRST, FIRST, 0.3), FIRST, rtol=1e-6, atol=1e-6)
 
 
 def test_recorded_points_lie_on_the_trajectory():
-    """v = x / (t + 0.1): x_t is (t + 0.1) / 1.1 of the noise, and the velocity points at 1 / 11 of it all the way."""
+    """For v = x / (t + 0.1), x_t is (t + 0.1) / 1.1 of the noise, and the data prediction is 1 / 11 of it at all times."""
     for method, rounding in (("euler", 1e-12), ("dopri5", 1e-4)):
         recorder = Recorder(lambda t, x: x / (t.view(-1, 1, 1, 1) + 0.1), 3)
         solve(recorder, FIRST, SolverOptions(method, 8))

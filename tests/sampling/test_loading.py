@@ -1,4 +1,4 @@
-"""Loading a sampler: flags against the header, and a change of solver or guidance."""
+"""Loading a sampler: flags are compared with the header, and solver and guidance can be changed."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ NETWORK = DiTOptions(num_in_channels=3, num_out_channels=3, num_classes=2)
 
 @pytest.fixture
 def request_of(tmp_path):
-    """request_of(flag=value, ...) asks for a sampler of a small checkpoint with these flags."""
+    """`request_of(flag=value, ...)` returns a request to sample from a small checkpoint with these flags."""
     path = tmp_path / "model_1.safetensors"
     facts = DatasetFacts("folder", 8, 3, None, True, ("cat", "dog"))
     network = build_network("DiT-Mi/4", 8, NETWORK)
@@ -42,7 +42,7 @@ def test_flags_that_agree_with_the_header_are_accepted(request_of):
     ("flag", "value", "stored"), [("image_size", 16, 8), ("f", 2, 1), ("dataset", "mnist", "folder")]
 )
 def test_a_flag_that_contradicts_the_header_names_both_values(request_of, flag, value, stored):
-    with pytest.raises(UsageError, match=rf"--{flag} {value} contradicts .*model_1\.safetensors, which says {stored}:"):
+    with pytest.raises(UsageError, match=rf"--{flag} {value} contradicts .*model_1\.safetensors, which has {stored}:"):
         load_sampler(request_of(**{flag: value}))
 
 
@@ -58,6 +58,6 @@ def test_a_changed_solver_and_guidance_are_recorded(request_of):
 
 def test_flags_without_effect_are_named_for_an_adaptive_solver(request_of, capsys):
     load_sampler(request_of("dopri5", time_grid="edm", num_steps=2, atol=1e-3))
-    assert "note: --num_steps, --time_grid has no effect on the adaptive solver dopri5" in capsys.readouterr().err
+    assert "note: --num_steps, --time_grid have no effect with the adaptive solver dopri5" in capsys.readouterr().err
     note_unused({"feather": 1}, ("resamplings",), "here")
     assert capsys.readouterr().err == ""

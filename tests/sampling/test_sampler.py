@@ -1,4 +1,4 @@
-"""A sample is a function of its seed and index: the same bits in the same company, the same latents in any other."""
+"""A sample is a function of its seed and index: bit for bit in the same batch, and up to rounding in any other."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def latents(sampler, indices):
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda options: options.method)
-def test_latents_do_not_depend_on_the_company(solver):
+def test_latents_do_not_depend_on_the_batch(solver):
     sampler = new_sampler(solver)
     together = latents(sampler, range(5))
     assert torch.equal(latents(sampler, range(5)), together)
@@ -47,7 +47,7 @@ def test_latents_do_not_depend_on_the_company(solver):
     assert (together[0] - together[2]).abs().max() > 0.1
 
 
-def test_stochastic_solvers_draw_other_noise_at_every_step_for_every_sample():
+def test_stochastic_solvers_draw_new_noise_for_every_step_and_sample():
     draw = new_sampler(SOLVERS[1]).draw([0, 1])
     values = torch.cat([draw(0), draw(1)]).flatten(1)
     assert torch.equal(draw(1).flatten(1), values[2:])

@@ -1,4 +1,4 @@
-"""Samples on the disk, interrupted and continued."""
+"""Writing samples to disk, with interruptions."""
 
 import json
 
@@ -21,7 +21,7 @@ def batch(*indices):
 
 
 @pytest.mark.parametrize("kind", ["png", "npz"])
-def test_an_interrupted_start_knows_what_is_missing_and_reads_back_what_is_not(kind, tmp_path):
+def test_an_interrupted_run_finds_missing_and_existing_samples(kind, tmp_path):
     SampleWriter(tmp_path, kind, SETTINGS).add(batch(0, 1, 2))
     SampleWriter(tmp_path, kind, SETTINGS).add(batch(7, 8))  # another process, or a later start
     writer = SampleWriter(tmp_path, kind, SETTINGS)
@@ -50,7 +50,7 @@ def test_the_finished_folder(kind, tmp_path):
     if kind == "png":
         with Image.open(tmp_path / "000003.png") as picture:
             np.testing.assert_array_equal(np.asarray(picture), IMAGES[3, 0].numpy())
-    more = SampleWriter(tmp_path, kind, SETTINGS)  # a longer run of the same samples
+    more = SampleWriter(tmp_path, kind, SETTINGS)  # a longer run with the same settings
     assert more.held(range(10)) == {0, 1, 2, 3, 4}
     more.add(batch(5))
     more.close()
@@ -71,7 +71,7 @@ def test_a_lost_or_empty_image_is_missing(tmp_path):
     assert np.load(tmp_path / "samples.npz")["indices"].tolist() == [0, 1, 2]
 
 
-def test_a_torn_part_is_missing(tmp_path):
+def test_a_truncated_part_counts_as_missing(tmp_path):
     writer = SampleWriter(tmp_path, "npz", SETTINGS)
     writer.add(batch(0, 1))
     writer.add(batch(2, 3))
@@ -83,7 +83,7 @@ def test_a_torn_part_is_missing(tmp_path):
 def test_samples_of_other_settings_are_not_mixed(tmp_path):
     SampleWriter(tmp_path, "png", SETTINGS).add(batch(0))
     other = {"seed": 1, "solver": {"method": "heun", "num_steps": 5}}
-    with pytest.raises(UsageError, match=r"made otherwise \(solver\.num_steps was 4, now 5\): empty it"):
+    with pytest.raises(UsageError, match=r"other settings \(solver\.num_steps was 4, now 5\): empty it"):
         SampleWriter(tmp_path, "png", other)
     with pytest.raises(UsageError, match="format was png, now npz"):
         SampleWriter(tmp_path, "npz", SETTINGS)

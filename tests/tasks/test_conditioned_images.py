@@ -1,4 +1,4 @@
-"""Samples for images: which image and which condition a sample belongs to, and what guidance leads away from."""
+"""Conditional samples: which image and condition a sample belongs to, and which conditions guidance replaces."""
 
 from dataclasses import replace
 
@@ -41,7 +41,7 @@ def still(t, x, condition):
     return torch.zeros_like(x)
 
 
-def test_samples_beyond_the_images_begin_at_the_first_again():
+def test_more_samples_than_images_start_again_at_the_first_image():
     conditioned = ConditionedImages(DATASET, MaskedImages(DATASET, PixelSpace(3), mask, MACHINE))
     image_indices = conditioned.image_indices([0, 3, 4, 9])
     assert image_indices.tolist() == [0, 3, 0, 1]
@@ -54,7 +54,7 @@ def test_samples_beyond_the_images_begin_at_the_first_again():
     assert (conditioned.shown(image_indices)[1, :, :4] == 128).all()
 
 
-def test_the_network_sees_the_condition_of_its_sample_whatever_the_batches():
+def test_conditions_do_not_depend_on_the_batch():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         space = KLAutoencoder(new_autoencoder_kl(3, (8, 8), 3, 8, {}), "tiny")
@@ -68,18 +68,18 @@ def test_the_network_sees_the_condition_of_its_sample_whatever_the_batches():
     sampler = sampler_of(network, space, latent_shape=(3, 4, 4))
     settings = {"labels": conditioned.labels(), "dense": conditioned.dense(sampler)}
     list(generate(sampler, range(4), batch_size=3, **settings))
-    first, last = seen[0], seen[2]  # two steps each
+    first, last = seen[0], seen[2]  # each batch takes two steps
     assert (first.labels.tolist(), last.labels.tolist()) == ([2, 0, 1], [2])
     whole = conditioned.dense(sampler)(range(4))
     assert whole.shape == (4, 4, 4, 4)
     torch.testing.assert_close(torch.cat([first.dense, last.dense]), whole, atol=1e-5, rtol=1e-5)
     other = conditioned.dense(replace(sampler, seed=6))(range(4))
-    assert not torch.equal(other[:, :3], whole[:, :3])  # another posterior sample
-    assert torch.equal(other[:, 3], whole[:, 3])  # of the same mask
+    assert not torch.equal(other[:, :3], whole[:, :3])  # the posterior sample differs
+    assert torch.equal(other[:, 3], whole[:, 3])  # the mask does not
 
 
 @pytest.mark.parametrize(("labels", "dense"), [(True, True), (True, False), (False, True)])
-def test_guidance_leads_away_from_what_training_dropped_and_from_nothing_else(labels, dense):
+def test_guidance_uses_only_conditions_dropped_in_training(labels, dense):
     sampler = sampler_of(still, guidance=GuidanceOptions(2.0), drops_labels=labels, drops_dense=dense)
     ids, maps = torch.tensor([2, 0]), torch.rand(2, 4, 8, 8)
     velocity = sampler.velocity(ids, maps)
@@ -90,7 +90,7 @@ def test_guidance_leads_away_from_what_training_dropped_and_from_nothing_else(la
 
 
 class ByRed(FakeFeatures):
-    """A classifier that sees a class in the first pixel's red."""
+    """A classifier that reads the class from the first pixel's red channel."""
 
     outputs, classes = {"probabilities": 3}, NAMES
 
@@ -104,7 +104,7 @@ def painted(reds):
     return images
 
 
-def test_recognition_by_hand_and_in_parts():
+def test_recognition_equals_values_computed_by_hand():
     labels = torch.tensor([2, 0, 1, 2])
     parts, whole = [Recognition(ByRed(), labels) for _ in range(2)], Recognition(ByRed(), labels)
     samples, originals = painted([2, 0, 0, 1]), painted([2, 0, 1, 1])
@@ -115,14 +115,14 @@ def test_recognition_by_hand_and_in_parts():
     assert torch.equal(sum(part.totals() for part in parts), whole.totals())
 
 
-def test_only_a_classifier_of_the_datasets_classes_recognises():
+def test_recognition_needs_a_classifier_of_the_datasets_classes():
     class OfOthers(ByRed):
         classes = ("trouser", "bag", "coat")
 
     assert len(recognition(ByRed(), DATASET)) == 1
     assert recognition(OfOthers(), DATASET) == []
     assert recognition(None, DATASET) == []
-    assert recognition(Pixels(), DATASET) == []  # features without classes
-    unlabelled = ImageDataset(replace(FACTS, class_names=()), "validation", np.zeros(4), IMAGES.__getitem__, "x")
-    assert recognition(Pixels(), unlabelled) == []
-    assert recognition(ByRed(), unlabelled) == []
+    assert recognition(Pixels(), DATASET) == []  # these features have no classes
+    unlabeled = ImageDataset(replace(FACTS, class_names=()), "validation", np.zeros(4), IMAGES.__getitem__, "x")
+    assert recognition(Pixels(), unlabeled) == []
+    assert recognition(ByRed(), unlabeled) == []

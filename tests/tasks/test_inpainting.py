@@ -1,4 +1,4 @@
-"""What becomes of known pixels, and errors inside the holes."""
+"""Pasting known pixels, and errors inside the holes."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ def random(shape, seed):
 SAMPLES, ORIGINALS, HOLES = random((5, 3, 6, 7), 0), random((5, 3, 6, 7), 1), random((5, 1, 6, 7), 2) > 150
 
 
-def test_known_pixels_come_back_exactly():
+def test_known_pixels_are_pasted_exactly():
     pasted = paste_known(SAMPLES, ORIGINALS, HOLES)
     assert pasted.dtype == torch.uint8
     assert torch.equal(pasted, torch.where(HOLES, SAMPLES, ORIGINALS))
@@ -28,14 +28,14 @@ def test_known_pixels_come_back_exactly():
         (3, [25, 50, 75, 100, 100, 75, 50, 25]),
     ],
 )
-def test_the_seam_of_a_row_by_hand(feather, expected):
+def test_feathering_of_a_row_equals_values_computed_by_hand(feather, expected):
     holes = torch.zeros(1, 1, 1, 8, dtype=torch.bool)
     holes[..., 3:5] = True
     sample, original = torch.full((1, 1, 1, 8), 100, dtype=torch.uint8), torch.zeros(1, 1, 1, 8, dtype=torch.uint8)
     assert paste_known(sample, original, holes, feather).flatten().tolist() == expected
 
 
-def test_a_seam_lies_around_the_hole_and_changes_nothing_further_away():
+def test_feathering_changes_only_pixels_near_the_hole():
     sample, original = (
         torch.full((1, 3, 9, 9), 200, dtype=torch.uint8),
         torch.full((1, 3, 9, 9), 100, dtype=torch.uint8),
@@ -54,7 +54,7 @@ def errors_of(places):
     return errors
 
 
-def test_errors_in_the_holes_are_numpys():
+def test_errors_in_the_holes_equal_numpys():
     images, holes = ORIGINALS.numpy().astype(float), np.broadcast_to(HOLES.numpy(), SAMPLES.shape)
     squared, of_mean = [], []
     for sample, image, hole in zip(SAMPLES.numpy().astype(float), images, holes, strict=True):
@@ -68,15 +68,15 @@ def test_errors_in_the_holes_are_numpys():
     assert result["psnr_hole_mean_colour"] == pytest.approx(10 * np.log10(255**2 / np.mean(of_mean)))
 
 
-def test_sums_over_processes_are_those_of_one_pass():
+def test_sums_over_processes_equal_one_pass():
     parts, whole = [errors_of([0, 3]), errors_of([4]), errors_of([1, 2])], errors_of([0, 1, 2, 3, 4])
     totals = sum(part.totals() for part in parts)
     torch.testing.assert_close(totals, whole.totals(), rtol=1e-14, atol=0)
     assert parts[0].result(totals) == pytest.approx(whole.result(whole.totals()))
 
 
-def test_an_image_without_known_pixels_does_not_spoil_the_others():
-    """Cropping the padding off may leave nothing but the hole."""
+def test_an_image_without_known_pixels_is_handled():
+    """Cropping the padding may leave only hole pixels."""
     holes = torch.ones(2, 1, 4, 4, dtype=torch.bool)
     holes[1, 0, 0] = False
     errors = HoleErrors(lambda places: holes[places])

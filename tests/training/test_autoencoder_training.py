@@ -29,7 +29,7 @@ def dataset_of(images, flips=False, crop=None):
 
 
 def blobs(count, side=8):
-    """Bright spots at random places on black: uint8 [count, 1, side, side]."""
+    """Bright spots at random positions on black: uint8 [count, 1, side, side]."""
     generator = torch.Generator().manual_seed(0)
     center = torch.rand(count, 2, 1, 1, generator=generator) * side
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -49,11 +49,11 @@ def test_training_learns_to_reconstruct():
     restored = images_to_pixels(autoencoder.decode(autoencoder.sample(autoencoder.encode(images))))
     pixels = images_to_pixels(images)
     error = (restored - pixels).square().mean()
-    best_constant = (pixels - pixels.mean(0)).square().mean()  # what a network that ignores its input can reach
+    best_constant = (pixels - pixels.mean(0)).square().mean()  # the best a network could do while ignoring its input
     assert error < best_constant / 4
 
 
-def test_same_seed_same_weights_whatever_the_global_random_state():
+def test_weights_depend_only_on_the_seed():
     dataset = dataset_of(blobs(64))
     torch.manual_seed(1)
     first = train_autoencoder(dataset, TINY, CPU).state_dict()
@@ -66,7 +66,7 @@ def test_same_seed_same_weights_whatever_the_global_random_state():
     assert not torch.equal(other["encoder.conv_in.weight"], first["encoder.conv_in.weight"])
 
 
-def test_divergence_is_that_of_torch_distributions():
+def test_divergence_equals_torch_distributions():
     network, pixels = tiny_network(), images_to_pixels(blobs(5))
     _, divergence = module._losses(network, pixels, 0, torch.Generator().manual_seed(0))
     mean, logvar = module.encode_moments(network, pixels).chunk(2, dim=1)
@@ -96,7 +96,7 @@ def test_decoded_latents_are_posterior_samples(monkeypatch):
     torch.testing.assert_close(seen[0], mean + (0.5 * logvar).exp() * noise)
 
 
-def test_every_epoch_is_another_permutation_of_all_images():
+def test_every_epoch_is_a_different_permutation_of_all_images():
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(-1, 1, 8, 8)
     batches = module._shuffled_batches(dataset_of(images), 5, 0, torch.device("cpu"))
     epochs = [torch.cat([next(batches)[:, 0, 0, 0] for _ in range(2)]) for _ in range(3)]
@@ -106,7 +106,7 @@ def test_every_epoch_is_another_permutation_of_all_images():
 
 
 @pytest.mark.parametrize("flips", [False, True])
-def test_images_are_mirrored_only_where_the_dataset_flips(flips):
+def test_images_are_mirrored_only_if_the_dataset_flips(flips):
     image = blobs(1)
     assert not torch.equal(image, image.flip(3))
     dataset = dataset_of(image.expand(100, -1, -1, -1), flips)
@@ -117,8 +117,8 @@ def test_images_are_mirrored_only_where_the_dataset_flips(flips):
     assert (25 < mirrored.sum() < 75) if flips else (mirrored.sum() == 0)
 
 
-def test_statistics_are_those_of_drawn_samples():
-    """More images than one batch of 512, and a posterior whose variance matters as much as its mean's."""
+def test_latent_statistics_include_the_posteriors_variance():
+    """Uses more images than one batch of 512, and a posterior with about as much variance as its means."""
     network, images = tiny_network(), blobs(600)
     with torch.no_grad():
         network.quant_conv.bias.copy_(torch.tensor([0.7, -0.3, -1.0, 0.5]))
@@ -130,10 +130,10 @@ def test_statistics_are_those_of_drawn_samples():
     drawn = torch.stack([autoencoder.sample(moments, one) for one in noise]).double()
     np.testing.assert_allclose(statistics["latents_mean"], drawn.mean((0, 1, 3, 4)), atol=0.01)
     np.testing.assert_allclose(statistics["latents_std"], drawn.std((0, 1, 3, 4)), rtol=0.01)
-    assert (drawn.std((0, 1, 3, 4)) > 1.05 * mean.double().std((0, 2, 3))).all()  # the means alone would not do
+    assert (drawn.std((0, 1, 3, 4)) > 1.05 * mean.double().std((0, 2, 3))).all()  # the means alone would not be enough
 
 
-def test_unused_channel_is_not_blown_up():
+def test_an_unused_channel_is_not_scaled_up():
     network = tiny_network()
     with torch.no_grad():
         network.quant_conv.weight[[1, 3]] = 0  # mean and log-variance of channel 1
@@ -162,19 +162,19 @@ def test_saved_autoencoder_has_latents_of_unit_scale(tmp_path, half_weights):
     assert 1 <= size / parameters / (2 if half_weights else 4) < 1.5
 
 
-def test_size_that_cannot_be_halved():
+def test_a_size_that_cannot_be_halved_is_refused():
     settings = dataclasses.replace(TINY, widths=(8, 8, 8, 8, 8))
-    with pytest.raises(UsageError, match="--image_size 8 cannot be halved 4 times, as the 5 --widths ask for"):
+    with pytest.raises(UsageError, match="--image_size 8 cannot be halved 4 times, as the 5 --widths require"):
         train_autoencoder(dataset_of(blobs(20)), settings, CPU)
 
 
-def test_batch_larger_than_the_dataset():
+def test_a_batch_larger_than_the_dataset_is_refused():
     with pytest.raises(UsageError, match="--batch_size 16 is larger than the dataset of 15 images"):
         train_autoencoder(dataset_of(blobs(15)), TINY, CPU)
 
 
 @pytest.mark.parametrize("image_channels", [None, 1, 3])
-def test_grey_images_are_repeated_for_an_autoencoder_of_colour(image_channels):
+def test_gray_images_are_repeated_for_a_color_autoencoder(image_channels):
     dataset = dataset_of(blobs(32))
     network = train_autoencoder(dataset, dataclasses.replace(TINY, image_channels=image_channels), CPU)
     assert network.config.in_channels == network.config.out_channels == (image_channels or 1)
@@ -184,7 +184,7 @@ def test_grey_images_are_repeated_for_an_autoencoder_of_colour(image_channels):
 
 
 @pytest.mark.parametrize(("channels", "image_channels"), [(1, 2), (3, 1), (3, 4)])
-def test_channels_that_the_images_cannot_have(channels, image_channels):
+def test_impossible_channels_are_refused(channels, image_channels):
     dataset = dataset_of(blobs(32).expand(-1, channels, -1, -1))
-    with pytest.raises(UsageError, match=f"--image_channels {image_channels} is not for images of {channels}"):
+    with pytest.raises(UsageError, match=f"--image_channels {image_channels} does not fit images with {channels}"):
         train_autoencoder(dataset, dataclasses.replace(TINY, image_channels=image_channels), CPU)

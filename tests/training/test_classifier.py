@@ -9,7 +9,7 @@ OPTIONS = ClassifierTrainingOptions(widths=(8, 8), batch_size=16, max_steps=40, 
 
 
 def stripes(count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """Horizontal and vertical stripes, which shifts and mirrors leave apart."""
+    """Horizontal and vertical stripes, which remain distinguishable when shifted or mirrored."""
     labels = torch.arange(count) % 2
     horizontal = (torch.arange(28) // 2 % 2 * 255).to(torch.uint8)[:, None].expand(28, 28)
     return torch.where(labels[:, None, None, None] == 0, horizontal, horizontal.T), labels
@@ -24,7 +24,7 @@ def test_training_learns_and_repeats_bit_for_bit(tmp_path):
     assert accuracy(first, images, labels, MACHINE) == 1
 
 
-def test_the_stored_file_classifies_as_the_network_does(tmp_path):
+def test_the_stored_classifier_equals_the_network(tmp_path):
     images, labels = stripes()
     network = train_classifier(images, labels, ("rows", "columns"), OPTIONS, MACHINE)
     save_classifier(network, tmp_path / "c.safetensors", {})

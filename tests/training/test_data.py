@@ -1,4 +1,4 @@
-"""What a step sees is a function of (seed, step, global sample index): of no process, order of calls or restart."""
+"""A step's batch is a function of (seed, step, global sample index), and independent of processes, call order and restarts."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ COUNT, CLASSES = 23, 5
 
 
 class Numbered:
-    """Moments whose upper left value is the image's number, its upper right value too where it is mirrored."""
+    """Moments whose upper left value is the image's index, and whose upper right value is 1 if it is mirrored."""
 
     def __init__(self, channels=1, count=COUNT):
         self.channels = channels
@@ -34,7 +34,7 @@ class Numbered:
 
 
 class NumberedCondition:
-    """Maps that hold the image's number, whether it is mirrored, the number of the draw, and the noise."""
+    """Maps with the image's index, whether it is mirrored, the draw's number, and the noise."""
 
     dense = DenseInput(4)
 
@@ -58,7 +58,7 @@ def images_of(batch):
 
 
 def columns_of(batch):
-    """Data, noise, times, labels and dense map."""
+    """Data, noise, times, labels and dense map of a batch."""
     return batch.data, batch.noise, *batch.draws, *batch.condition
 
 
@@ -67,23 +67,23 @@ def same(one, other):
     return all(a is None is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
-def joined(batches):
+def concatenate(batches):
     columns = zip(*map(columns_of, batches), strict=True)
     data, noise, t, *condition = (None if column[0] is None else torch.cat(column) for column in columns)
     return Batch(data, noise, Times(t), Condition(*condition))
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "stratified"])
-def test_processes_see_the_slices_of_what_one_would_see(sampling):
+def test_processes_share_out_one_processs_batch(sampling):
     path = PathOptions(time_sampling=sampling)
     alone = draw(2, 9, path=path)
     for count in (2, 3):
         shares = [draw(2, 9, path=path, processes=Processes(r, count), batch_size=6 // count) for r in range(count)]
         for step, whole in enumerate(alone):
-            assert same(joined([share[step] for share in shares]), whole)
+            assert same(concatenate([share[step] for share in shares]), whole)
 
 
-def test_posterior_samples_are_shared_out_alike():
+def test_posterior_samples_do_not_depend_on_the_number_of_processes():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         autoencoder = KLAutoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), "tiny")
@@ -103,7 +103,7 @@ def test_starting_at_a_step_equals_skipping_the_steps_before_it():
     assert draw(10, 10) == []
 
 
-def test_every_epoch_visits_each_image_once_in_an_order_of_its_own():
+def test_every_epoch_visits_each_image_once_in_a_new_order():
     epochs = [draw(4 * epoch, 4 * epoch + 4, source=Numbered(count=20), batch_size=5) for epoch in range(3)]
     orders = [[number for batch in epoch for number in images_of(batch)] for epoch in epochs]
     assert [sorted(order) for order in orders] == [list(range(20))] * 3
@@ -111,7 +111,7 @@ def test_every_epoch_visits_each_image_once_in_an_order_of_its_own():
     assert orders[1] == epoch_indices(3, 1, 20).tolist()
 
 
-def test_images_that_fill_no_batch_wait_for_another_epoch():
+def test_incomplete_batches_are_dropped_until_another_epoch():
     assert steps_per_epoch(COUNT, 6) == 3
     seen = [number for batch in draw(0, 3) for number in images_of(batch)]
     assert len(set(seen)) == len(seen) == 18
@@ -119,7 +119,7 @@ def test_images_that_fill_no_batch_wait_for_another_epoch():
     assert later == set(range(COUNT))
 
 
-def test_labels_belong_to_their_images_and_are_dropped_as_often_as_asked():
+def test_labels_match_their_images_and_are_dropped_at_the_given_rate():
     drawn = draw(0, 300)
     numbers = torch.tensor([number for batch in drawn for number in images_of(batch)])
     labels = torch.cat([batch.condition.labels for batch in drawn])
@@ -130,7 +130,7 @@ def test_labels_belong_to_their_images_and_are_dropped_as_often_as_asked():
     assert all((batch.condition.labels != CLASSES).all() for batch in draw(0, 50, label_dropout=0.0))
 
 
-def test_half_of_the_images_are_mirrored_where_the_dataset_flips():
+def test_half_of_the_images_are_mirrored_if_the_dataset_flips():
     mirrored = torch.cat([batch.data[:, 0, 0, 1] for batch in draw(0, 300)])
     assert abs(mirrored.mean().item() - 0.5) < 4 * 0.5 / len(mirrored) ** 0.5
     assert not any(batch.data[:, 0, 0, 1].any() for batch in draw(0, 50, flips=False))
@@ -142,7 +142,7 @@ def test_noise_is_standard_normal_and_times_uniform():
     assert abs(noise.mean()) < 4 / len(noise) ** 0.5
     assert abs(noise.var() - 1) < 4 * (2 / len(noise)) ** 0.5
     t = torch.cat([batch.draws.t for batch in drawn]).sort().values
-    assert (t - torch.linspace(0, 1, len(t))).abs().max() < 2 / len(t) ** 0.5  # Kolmogorov-Smirnov
+    assert (t - torch.linspace(0, 1, len(t))).abs().max() < 2 / len(t) ** 0.5  # Kolmogorov-Smirnov test
     neighbours = torch.stack([noise[:-1], noise[1:]])
     assert abs(torch.corrcoef(neighbours)[0, 1]) < 4 / len(noise) ** 0.5
 
@@ -154,12 +154,12 @@ def test_another_seed_changes_every_draw():
     assert not torch.equal(one.draws.t, other.draws.t)
 
 
-def test_a_dataset_smaller_than_a_batch_says_so():
+def test_a_dataset_smaller_than_a_batch_is_refused():
     with pytest.raises(UsageError, match="has 23 images, fewer than one batch of 24: lower --batch_size"):
         draw(0, 1, processes=Processes(0, 2), batch_size=12)
 
 
-def test_errors_of_the_reader_arrive():
+def test_errors_of_the_reader_are_raised():
     class Broken(Numbered):
         def moments(self, indices, mirrored):
             raise UsageError("cannot read the image 7")
@@ -168,38 +168,37 @@ def test_errors_of_the_reader_arrive():
         draw(0, 5, source=Broken())
 
 
-def test_parts_of_a_batch_are_the_batch():
+def test_the_parts_of_a_split_batch_form_the_batch():
     (batch,) = draw(0, 1)
     for count in (1, 2, 3, 6):
         parts = batch.split(count)
         assert [len(part.draws.t) for part in parts] == [6 // count] * count
-        assert same(joined(parts), batch)
-    with pytest.raises(ValueError, match="6 cannot be cut into 4"):
+        assert same(concatenate(parts), batch)
+    with pytest.raises(ValueError, match="6 cannot be split into 4"):
         batch.split(4)
 
 
 @pytest.mark.parametrize("count", [2, 3])
-def test_conditions_are_of_the_batchs_images_and_every_draw_has_a_number_of_its_own(count):
+def test_conditions_match_their_images_and_draws_are_numbered(count):
     alone = draw(0, 9, condition=NumberedCondition())
     settings = {"condition": NumberedCondition(), "batch_size": 6 // count}
     shares = [draw(0, 9, processes=Processes(rank, count), **settings) for rank in range(count)]
     for step, whole in enumerate(alone):
-        assert same(joined([share[step] for share in shares]), whole)
+        assert same(concatenate([share[step] for share in shares]), whole)
         numbers, mirrored, draws, _ = whole.condition.dense[:, :, 0, 0].long().T
         assert numbers.tolist() == images_of(whole)
         assert torch.equal(mirrored, whole.data[:, 0, 0, 1].long())
         assert draws.tolist() == list(range(6 * step, 6 * step + 6))
     without = draw(0, 9)
     assert all(same(a._replace(condition=b.condition), b) for a, b in zip(alone, without, strict=True))
-    assert all(
-        torch.equal(a.condition.labels, b.condition.labels) for a, b in zip(alone, without, strict=True)
-    )  # a condition changes nothing else
+    # A condition changes nothing else.
+    assert all(torch.equal(a.condition.labels, b.condition.labels) for a, b in zip(alone, without, strict=True))
     halves = alone[0].split(2)
     assert torch.equal(halves[1].condition.dense, alone[0].condition.dense[3:])
     assert without[0].split(2)[1].condition.dense is None
 
 
-def test_a_condition_is_hidden_with_its_probability():
+def test_conditions_are_dropped_at_the_given_rate():
     always, never, often = (
         torch.cat([batch.condition.dense for batch in draw(0, 90, condition=NumberedCondition(), condition_dropout=p)])
         for p in (1.0, 0.0, 0.25)
@@ -207,10 +206,10 @@ def test_a_condition_is_hidden_with_its_probability():
     assert not always.any()
     hidden = ~often.flatten(1).any(1)
     assert torch.equal(often[~hidden], never[~hidden])
-    assert 0.2 < hidden.double().mean() < 0.3  # of 540: four standard deviations are 0.07
+    assert 0.2 < hidden.double().mean() < 0.3  # with 540 images, four standard deviations are 0.07
 
 
-def test_labels_and_conditions_are_hidden_together():
+def test_labels_and_conditions_are_dropped_together():
     for batch in draw(0, 9, condition=NumberedCondition(), condition_dropout=0.4, label_dropout=0.4):
         assert torch.equal(batch.condition.labels == CLASSES, ~batch.condition.dense.flatten(1).any(1))
 
@@ -220,7 +219,7 @@ def streams_of(step=4, seed=3, count=6):
 
 
 def test_a_new_purpose_changes_no_other_stream():
-    """Whatever is drawn first, and however often."""
+    """Neither the order of the purposes nor the number of calls matters."""
     plain, busy = streams_of(), streams_of()
     for purpose in ("coin", "condition", "another"):
         busy.uniform(purpose)
@@ -238,8 +237,8 @@ def test_streams_differ_by_purpose_step_and_seed():
     assert len({tuple(row.tolist()) for row in numbers}) == len(numbers)
 
 
-def test_the_first_purposes_are_drawn_as_the_first_version_drew_them():
-    """From one generator, in this order: runs that began then resume exactly."""
+def test_the_original_purposes_keep_their_random_numbers():
+    """These purposes share one generator, in this order, so that runs begun with the first version resume exactly."""
     generator = generator_for(3, "step", 4)
     uniform = torch.rand(2, 6, generator=generator)
     normal = [torch.randn(6, 1, 2, 2, generator=generator) for _ in range(3)]
@@ -249,7 +248,7 @@ def test_the_first_purposes_are_drawn_as_the_first_version_drew_them():
         assert torch.equal(streams.normal(purpose), expected)
 
 
-def test_uniform_and_normal_numbers_of_one_purpose_are_drawn_apart():
+def test_uniform_and_normal_numbers_of_a_purpose_are_independent():
     streams, generator = streams_of(), generator_for(3, "step", 4, "uniform", "coin")
     assert torch.equal(streams.uniform("coin"), torch.rand(6, generator=generator))
     again = generator_for(3, "step", 4, "uniform", "coin")

@@ -13,7 +13,7 @@ def network(seed=0):
 
 
 def walk(net, generator):
-    """Change weights and buffers as a training step would."""
+    """Change weights and buffers the way a training step does."""
     with torch.no_grad():
         for value in net.state_dict().values():
             if value.is_floating_point():
@@ -22,7 +22,7 @@ def walk(net, generator):
                 value.add_(1)
 
 
-def test_first_update_forgets_most_of_the_initial_value():
+def test_the_first_update_replaces_most_of_the_initial_value():
     net = network()
     ema = Ema(net, 0.9999)
     initial = {name: value.clone() for name, value in ema.weights.items()}
@@ -34,7 +34,7 @@ def test_first_update_forgets_most_of_the_initial_value():
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.99])
-def test_average_is_the_weighted_sum_of_all_steps(decay):
+def test_the_ema_is_the_weighted_sum_of_all_steps(decay):
     net, generator = network(), torch.Generator().manual_seed(0)
     ema = Ema(net, decay)
     history = [net[0].weight.detach().double().clone()]
@@ -51,7 +51,7 @@ def test_average_is_the_weighted_sum_of_all_steps(decay):
     torch.testing.assert_close(ema.weights["0.weight"].double(), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_average_of_a_network_at_rest_is_that_network():
+def test_the_ema_of_a_constant_network_is_that_network():
     net = network()
     ema = Ema(net, 0.999)
     for _ in range(5):
@@ -59,7 +59,7 @@ def test_average_of_a_network_at_rest_is_that_network():
     assert all(torch.equal(ema.weights[name], value) for name, value in net.state_dict().items())
 
 
-def test_decay_zero_follows_exactly():
+def test_decay_zero_copies_the_network():
     net, generator = network(), torch.Generator().manual_seed(0)
     ema = Ema(net, 0.0)
     for _ in range(3):
@@ -68,7 +68,7 @@ def test_decay_zero_follows_exactly():
         assert all(torch.equal(ema.weights[name], value) for name, value in net.state_dict().items())
 
 
-def test_averaged_network_computes_with_the_averaged_weights():
+def test_the_ema_network_computes_with_the_ema_weights():
     net = network()
     ema = Ema(net, 0.9)
     x = torch.randn(5, 3)
@@ -91,7 +91,7 @@ def test_integer_buffers_are_copied():
     assert ema.weights["1.num_batches_tracked"] == 17
 
 
-def test_the_followed_network_is_left_alone():
+def test_the_trained_network_is_not_changed():
     net = network()
     ema = Ema(net, 0.9)
     walk(net, torch.Generator().manual_seed(0))
@@ -101,7 +101,7 @@ def test_the_followed_network_is_left_alone():
     assert all(parameter.requires_grad for parameter in net.parameters())
 
 
-def test_keep_decides_whether_the_average_moves():
+def test_keep_masks_the_update():
     net, twin = network(), network()
     masked, plain = Ema(net, 0.9), Ema(twin, 0.9)
     initial = masked.weights["0.weight"].clone()
@@ -111,14 +111,14 @@ def test_keep_decides_whether_the_average_moves():
     assert torch.equal(masked.weights["0.weight"], initial)
     plain.update(twin)
     plain.update(twin)
-    assert (masked.updates, plain.updates) == (0, 2)  # the warm-up counts what has been averaged
+    assert (masked.updates, plain.updates) == (0, 2)  # the warmup counts actual updates
     masked = Ema(network(), 0.9)
     for _ in range(2):
         masked.update(net, keep=torch.tensor(1.0))
     torch.testing.assert_close(masked.weights["0.weight"], plain.weights["0.weight"])
 
 
-def test_restored_average_goes_on_bit_for_bit():
+def test_a_restored_ema_continues_bit_for_bit():
     net, generator = network(), torch.Generator().manual_seed(0)
     ema = Ema(net, 0.99)
     for _ in range(4):

@@ -1,4 +1,4 @@
-"""Training twice, or with interruptions, is training once: weights, average, optimizer and record, bit for bit."""
+"""Training twice, or with interruptions, gives the same weights, EMA, optimizer state and metrics bit for bit."""
 
 import json
 import os
@@ -28,13 +28,13 @@ from training.run import TrainingOptions, TrainingRun
 from training.validation import Validation
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
-COUNT, BATCH, STEPS = 40, 8, 14  # five steps an epoch, and a last epoch that is not whole
+COUNT, BATCH, STEPS = 40, 8, 14  # five steps per epoch; the last epoch is incomplete
 FACTS = DatasetFacts("stripes", 4, 1, None, True, ("rows", "columns"))
 NETWORK = DiTOptions(1, 1, num_classes=2, label_dropout=0.2)
 
 
 class Source(EncodedImages):
-    """Encodes on the fly, and does something before a given call."""
+    """Encodes on the fly, and calls a function before a given call."""
 
     event = None
     calls = 0
@@ -53,7 +53,7 @@ def stripes():
 
 
 def new_run(folder, event=None, experiment=None, processes=Processes(), **training):  # noqa: B008
-    """A tiny network on stripes in pixel space; `event` (n, action) happens at the n-th fetch of a batch."""
+    """A run of a tiny network on stripes in pixel space. `event` (n, action) calls `action` at the n-th fetch of a batch."""
     dataset = stripes()
     source, held_out = (Source(dataset, PixelSpace(1).encode, MACHINE, 1) for _ in range(2))
     source.event = event
@@ -102,17 +102,17 @@ def new_run(folder, event=None, experiment=None, processes=Processes(), **traini
     )
 
 
-def signalled(number):
+def send_signal(number):
     return lambda: os.kill(os.getpid(), number)
 
 
-def record_of(folder):
+def metrics_of(folder):
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in entry.items() if k not in ("seconds", "images_per_s")} for entry in entries]
 
 
 def state_of(folder):
-    """content.pth as bytes and numbers that compare, without the seconds."""
+    """content.pth as bytes and numbers that can be compared, without the seconds."""
 
     def comparable(value):
         if isinstance(value, torch.Tensor):
@@ -134,57 +134,57 @@ def assert_same_run(one, other):
     assert files[0] == files[1]
     for path in files[0]:
         assert (one / path).read_bytes() == (other / path).read_bytes(), path
-    assert record_of(one) == record_of(other)
+    assert metrics_of(one) == metrics_of(other)
     assert state_of(one) == state_of(other)
 
 
-def assert_same_record_up_to_rounding(one, other, rel):
-    for entry, same in zip(record_of(one), record_of(other), strict=True):
+def assert_same_metrics_up_to_rounding(one, other, rel):
+    for entry, same in zip(metrics_of(one), metrics_of(other), strict=True):
         assert entry.pop("kind") == same.pop("kind")
         assert entry == pytest.approx(same, rel=rel)
 
 
 @pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
+def reference_run(tmp_path_factory):
+    """The run folder of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("loop") / "whole"
     assert train(new_run(folder), resume=False)
     return folder
 
 
-def test_training_again_gives_the_same_run_bit_for_bit(whole_run, tmp_path):
+def test_training_again_gives_the_same_run_bit_for_bit(reference_run, tmp_path):
     torch.manual_seed(7)  # the global state must not matter
     assert train(new_run(tmp_path / "run"), resume=False)
-    assert_same_run(tmp_path / "run", whole_run)
+    assert_same_run(tmp_path / "run", reference_run)
 
 
-def test_another_seed_gives_another_run(whole_run, tmp_path):
+def test_another_seed_gives_another_run(reference_run, tmp_path):
     train(new_run(tmp_path / "run", seed=5), resume=False)
-    assert record_of(tmp_path / "run")[0]["loss"] != record_of(whole_run)[0]["loss"]
+    assert metrics_of(tmp_path / "run")[0]["loss"] != metrics_of(reference_run)[0]["loss"]
 
 
 @pytest.mark.parametrize(
     ("fetch", "number"), [(2, signal.SIGINT), (7, signal.SIGINT), (11, signal.SIGTERM), (STEPS - 1, signal.SIGUSR1)]
 )
-def test_interrupted_run_resumes_bit_for_bit(whole_run, tmp_path, fetch, number):
+def test_interrupted_run_resumes_bit_for_bit(reference_run, tmp_path, fetch, number):
     folder = tmp_path / "run"
-    assert not train(new_run(folder, event=(fetch, signalled(number))), resume=False)
+    assert not train(new_run(folder, event=(fetch, send_signal(number))), resume=False)
     step = read_torch_file(folder / "content.pth")["step"]
-    assert fetch - 1 <= step <= fetch  # it stops with the step in hand; batches are fetched one step ahead
+    assert fetch - 1 <= step <= fetch  # the current step is completed, and batches are fetched one step ahead
     assert train(new_run(folder), resume=True)
-    assert_same_run(folder, whole_run)
+    assert_same_run(folder, reference_run)
 
 
-def test_run_interrupted_again_and_again(whole_run, tmp_path):
+def test_run_interrupted_again_and_again(reference_run, tmp_path):
     folder, starts = tmp_path / "run", 1
-    while not train(new_run(folder, event=(3, signalled(signal.SIGINT))), resume=True):
+    while not train(new_run(folder, event=(3, send_signal(signal.SIGINT))), resume=True):
         starts += 1
         assert starts < STEPS
     assert starts > 3
-    assert_same_run(folder, whole_run)
+    assert_same_run(folder, reference_run)
 
 
-def test_run_that_crashed_goes_on_from_its_last_content(whole_run, tmp_path):
+def test_a_crashed_run_resumes_from_its_last_training_state(reference_run, tmp_path):
     def crash():
         raise RuntimeError("power cut")
 
@@ -192,54 +192,54 @@ def test_run_that_crashed_goes_on_from_its_last_content(whole_run, tmp_path):
     with pytest.raises(RuntimeError, match="power cut"):
         train(new_run(folder, event=(12, crash), experiment=often), resume=False)
     assert read_torch_file(folder / "content.pth")["step"] == 9
-    assert record_of(folder)[-1]["step"] > 9  # to be recorded again
+    assert metrics_of(folder)[-1]["step"] > 9  # these entries will be recorded again
     assert train(new_run(folder, experiment=often), resume=True)
-    assert_same_run(folder, whole_run)
+    assert_same_run(folder, reference_run)
 
 
-def test_the_last_picture_is_drawn_after_the_run_is_saved(whole_run, tmp_path, monkeypatch):
-    def fail(review, network):
+def test_the_last_preview_is_drawn_after_the_run_is_saved(reference_run, tmp_path, monkeypatch):
+    def fail(validation, network):
         raise RuntimeError("no picture")
 
     monkeypatch.setattr(Validation, "preview", fail)
     with pytest.raises(RuntimeError, match="no picture"):
         train(new_run(tmp_path / "run", experiment={"plot_every": 1000}), resume=False)
     assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == STEPS
-    for path in whole_run.glob("*.safetensors"):
+    for path in reference_run.glob("*.safetensors"):
         assert (tmp_path / "run" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_complete_run_is_left_as_it_is(whole_run):
-    before = {path: path.read_bytes() for path in whole_run.rglob("*") if path.is_file()}
-    assert train(new_run(whole_run), resume=True)
+def test_a_complete_run_is_not_changed(reference_run):
+    before = {path: path.read_bytes() for path in reference_run.rglob("*") if path.is_file()}
+    assert train(new_run(reference_run), resume=True)
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_files_of_a_run(whole_run):
-    assert {path.name for path in whole_run.glob("*.safetensors")} == {
+def test_files_of_a_run(reference_run):
+    assert {path.name for path in reference_run.glob("*.safetensors")} == {
         *(f"model_{epoch}.safetensors" for epoch in (1, 2, 3)),
         "best.safetensors",
     }
-    assert {path.name for path in (whole_run / "samples").iterdir()} == {"step_0000010.png", "step_0000014.png"}
+    assert {path.name for path in (reference_run / "samples").iterdir()} == {"step_0000010.png", "step_0000014.png"}
     for epoch, step in [(1, 5), (2, 10), (3, STEPS)]:
-        weights, header = read_weights(whole_run / f"model_{epoch}.safetensors")
+        weights, header = read_weights(reference_run / f"model_{epoch}.safetensors")
         assert (header.epoch, header.step) == (epoch, step)
         assert header.network == NETWORK
-    average = read_torch_file(whole_run / "content.pth")["ema"]["weights"]
+    average = read_torch_file(reference_run / "content.pth")["ema"]["weights"]
     assert all(torch.equal(weights[name], value) for name, value in average.items())
 
 
-def test_best_is_that_of_the_lowest_validation_loss(whole_run):
-    losses = {entry["step"]: entry["loss"] for entry in record_of(whole_run) if entry["kind"] == "validation"}
+def test_best_has_the_lowest_validation_loss(reference_run):
+    losses = {entry["step"]: entry["loss"] for entry in metrics_of(reference_run) if entry["kind"] == "validation"}
     assert list(losses) == [5, 10, STEPS]
-    _, header = read_weights(whole_run / "best.safetensors")
-    assert losses[header.step] == min(losses.values()) == read_torch_file(whole_run / "content.pth")["best"]
+    _, header = read_weights(reference_run / "best.safetensors")
+    assert losses[header.step] == min(losses.values()) == read_torch_file(reference_run / "content.pth")["best"]
 
 
-def test_record_has_the_mean_loss_of_each_interval(whole_run, tmp_path):
+def test_metrics_have_the_mean_loss_of_each_interval(reference_run, tmp_path):
     train(new_run(tmp_path / "run", experiment={"log_every": 1}), resume=False)
-    each = [entry["loss"] for entry in record_of(tmp_path / "run") if entry["kind"] == "train"]
-    entries = [entry for entry in record_of(whole_run) if entry["kind"] == "train"]
+    each = [entry["loss"] for entry in metrics_of(tmp_path / "run") if entry["kind"] == "train"]
+    entries = [entry for entry in metrics_of(reference_run) if entry["kind"] == "train"]
     assert [entry["step"] for entry in entries] == [4, 8, 12]
     assert len(each) == STEPS
     for entry in entries:
@@ -247,31 +247,31 @@ def test_record_has_the_mean_loss_of_each_interval(whole_run, tmp_path):
         assert entry["skipped"] == 0
 
 
-def test_loss_falls(tmp_path):
-    """From that of the zero velocity, E noise^2 + E data^2 = 2, for data of -1 and 1."""
+def test_the_loss_decreases(tmp_path):
+    """Starts near the zero velocity's loss, E noise^2 + E data^2 = 2 for data of -1 and 1."""
     quiet = {"log_every": 20, "eval_every": 100, "plot_every": 100}
     train(new_run(tmp_path / "run", experiment=quiet, max_steps=160, lr_schedule="trapezoid"), resume=False)
-    losses = [entry["loss"] for entry in record_of(tmp_path / "run") if entry["kind"] == "train"]
+    losses = [entry["loss"] for entry in metrics_of(tmp_path / "run") if entry["kind"] == "train"]
     assert 1 < losses[0] < 2.2
     assert losses[-1] < 0.6 * losses[0]
-    rates = [entry["lr"] for entry in record_of(tmp_path / "run") if entry["kind"] == "train"]
+    rates = [entry["lr"] for entry in metrics_of(tmp_path / "run") if entry["kind"] == "train"]
     assert rates[0] == 1e-2 > rates[-1]
 
 
-def test_epochs_count_where_no_steps_are_asked_for(tmp_path):
+def test_num_epoch_applies_without_max_steps(tmp_path):
     assert train(new_run(tmp_path / "run", max_steps=0, num_epoch=2), resume=False)
     assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == 10
 
 
-def test_max_minutes_ends_the_run_and_says_so(tmp_path, capsys):
+def test_max_minutes_ends_the_run_with_a_note(tmp_path, capsys):
     assert train(new_run(tmp_path / "run", max_minutes=1e-9), resume=False)
-    assert "--max_minutes ended the run at step 1 of 14; such a run is not reproducible" in capsys.readouterr().err
+    assert "--max_minutes ended the run at step 1 of 14, so it is not reproducible" in capsys.readouterr().err
     assert read_weights(tmp_path / "run" / "model_1.safetensors")[1].step == 1
     assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == 1
     assert (tmp_path / "run" / "samples" / "step_0000001.png").exists()
 
 
-def test_without_average_the_weights_themselves_are_saved(tmp_path):
+def test_without_ema_the_raw_weights_are_saved(tmp_path):
     train(new_run(tmp_path / "run", use_ema=False, max_steps=3), resume=False)
     network = read_torch_file(tmp_path / "run" / "content.pth")["network"]
     weights, _ = read_weights(tmp_path / "run" / "model_1.safetensors")
@@ -279,22 +279,22 @@ def test_without_average_the_weights_themselves_are_saved(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_a_batch_in_parts_gives_the_same_run_up_to_rounding(whole_run, tmp_path, parts):
+def test_gradient_accumulation_gives_the_same_run_up_to_rounding(reference_run, tmp_path, parts):
     train(new_run(tmp_path / "run", grad_accumulation=parts), resume=False)
-    assert_same_record_up_to_rounding(tmp_path / "run", whole_run, rel=1e-4)
+    assert_same_metrics_up_to_rounding(tmp_path / "run", reference_run, rel=1e-4)
 
 
-def test_finished_run_without_content_is_complete(tmp_path, capsys):
+def test_a_finished_run_without_training_state_is_complete(tmp_path, capsys):
     never = {"save_content": False}
     train(new_run(tmp_path / "run", experiment=never, max_steps=6), resume=False)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert train(new_run(tmp_path / "run", experiment=never, max_steps=6), resume=True)
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
-    with pytest.raises(UsageError, match=r"ended at step 6 and kept no content\.pth .*--init_from .*model_2"):
+    with pytest.raises(UsageError, match=r"ended at step 6 without a content\.pth .*--init_from .*model_2"):
         train(new_run(tmp_path / "run", experiment=never, max_steps=9), resume=True)
 
 
-def test_run_that_crashed_without_content_starts_over_and_says_so(whole_run, tmp_path, capsys):
+def test_a_crashed_run_without_training_state_starts_over(reference_run, tmp_path, capsys):
     def crash():
         raise RuntimeError("power cut")
 
@@ -302,20 +302,20 @@ def test_run_that_crashed_without_content_starts_over_and_says_so(whole_run, tmp
     with pytest.raises(RuntimeError, match="power cut"):
         train(new_run(tmp_path / "run", event=(12, crash), experiment=never), resume=False)
     assert train(new_run(tmp_path / "run", experiment=never), resume=True)
-    assert "no content.pth to resume from; the run starts at its first step" in capsys.readouterr().err
-    assert record_of(tmp_path / "run") == record_of(whole_run)
+    assert "no content.pth to resume from, so training starts at the first step" in capsys.readouterr().err
+    assert metrics_of(tmp_path / "run") == metrics_of(reference_run)
 
 
-def test_signals_are_as_before_once_training_has_ended(tmp_path):
+def test_signal_handlers_are_restored_after_training(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     train(new_run(tmp_path / "run", max_steps=1), resume=False)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_content_is_kept_only_when_wanted_or_needed(tmp_path):
+def test_training_state_is_saved_only_if_requested_or_needed(tmp_path):
     never = {"save_content": False}
     train(new_run(tmp_path / "run", experiment=never, max_steps=3), resume=False)
     assert not (tmp_path / "run" / "content.pth").exists()
-    job = new_run(tmp_path / "other", event=(2, signalled(signal.SIGINT)), experiment=never)
-    assert not train(job, resume=False)
+    run = new_run(tmp_path / "other", event=(2, send_signal(signal.SIGINT)), experiment=never)
+    assert not train(run, resume=False)
     assert (tmp_path / "other" / "content.pth").exists()

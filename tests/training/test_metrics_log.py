@@ -15,18 +15,19 @@ def lines(folder):
 
 
 def record(folder, step, steps):
-    journal = MetricsLog(folder, step)
+    log = MetricsLog(folder, step)
     for number in steps:
-        journal.write(number, "train", {"loss": number / 10, "note": "text"})
-    journal.close()
+        log.write(number, "train", {"loss": number / 10, "note": "text"})
+    log.close()
 
 
-def test_one_object_a_line(tmp_path):
-    journal = MetricsLog(tmp_path, 0)
-    journal.write(5, "train", {"loss": 0.5, "skipped": 0.0})
-    assert lines(tmp_path) == [{"step": 5, "kind": "train", "loss": 0.5, "skipped": 0.0}]  # before it is closed
-    journal.write(5, "validation", {"loss": 0.1 + 0.2})
-    journal.close()
+def test_one_json_object_per_line(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write(5, "train", {"loss": 0.5, "skipped": 0.0})
+    # The line is written before the log is closed.
+    assert lines(tmp_path) == [{"step": 5, "kind": "train", "loss": 0.5, "skipped": 0.0}]
+    log.write(5, "validation", {"loss": 0.1 + 0.2})
+    log.close()
     assert lines(tmp_path)[1] == {"step": 5, "kind": "validation", "loss": 0.30000000000000004}
 
 
@@ -36,14 +37,14 @@ def test_entries_beyond_the_step_that_a_run_resumes_from_are_dropped(tmp_path):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def test_a_new_start_drops_all(tmp_path):
+def test_a_new_run_drops_all_entries(tmp_path):
     record(tmp_path, 0, [1, 2])
     record(tmp_path, 0, [])
     assert lines(tmp_path) == []
 
 
 @pytest.mark.parametrize("torn", ['{"step": 4, "ki', "[4]", "{}", "4", '{"step": "4"}', ""])
-def test_a_line_torn_by_a_crash_is_dropped(tmp_path, torn):
+def test_a_line_truncated_by_a_crash_is_dropped(tmp_path, torn):
     record(tmp_path, 0, [1, 2])
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write(torn)
@@ -51,11 +52,11 @@ def test_a_line_torn_by_a_crash_is_dropped(tmp_path, torn):
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
 
 
-def test_tensorboard_shows_the_numbers_of_the_last_continuation(tmp_path):
+def test_tensorboard_shows_values_of_the_last_resumption(tmp_path):
     record(tmp_path, 0, [1, 2, 3])
-    journal = MetricsLog(tmp_path, 2)
-    journal.write(3, "train", {"loss": 7.0})
-    journal.close()
+    log = MetricsLog(tmp_path, 2)
+    log.write(3, "train", {"loss": 7.0})
+    log.close()
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [
         (1, pytest.approx(0.1)),
@@ -65,16 +66,16 @@ def test_tensorboard_shows_the_numbers_of_the_last_continuation(tmp_path):
     assert "train/note" not in events.Tags()["scalars"]
 
 
-def test_a_loss_that_is_no_number_does_not_stop_the_record(tmp_path):
-    journal = MetricsLog(tmp_path, 0)
-    journal.write(1, "train", {"loss": math.nan})
-    journal.close()
+def test_a_nan_loss_does_not_stop_the_log(tmp_path):
+    log = MetricsLog(tmp_path, 0)
+    log.write(1, "train", {"loss": math.nan})
+    log.close()
     record(tmp_path, 1, [2])
     assert math.isnan(lines(tmp_path)[0]["loss"])
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
-def test_throughput_after_a_resumption_is_of_the_steps_since_but_means_are_of_all(monkeypatch):
+def test_after_resuming_throughput_counts_new_steps_and_means_count_all(monkeypatch):
     now = [50.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     state = SimpleNamespace(step=143, seconds=100.0, sums=torch.tensor([86.0, 43.0, 0.0, 43.0]))  # 43 steps before

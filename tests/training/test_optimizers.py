@@ -4,21 +4,21 @@ import torch
 from models.dit import DiT, DiTOptions, hidden_matrices
 from models.edm_unet import EdmUNet, EdmUNetOptions
 from options import UsageError
-from training.optimizers import Muon, OptimizerOptions, make_optimizers, orthogonalise
+from training.optimizers import Muon, OptimizerOptions, make_optimizers, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
 def test_orthogonalise_keeps_singular_vectors_and_evens_out_singular_values(shape):
     matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
-    values = left.mT @ orthogonalise(matrices) @ right.mT  # diagonal, since the vectors are the same
+    values = left.mT @ orthogonalize(matrices) @ right.mT  # diagonal, because the singular vectors are the same
     diagonal = values.diagonal(dim1=1, dim2=2)
     assert (values - torch.diag_embed(diagonal)).abs().max() < 1e-4
     assert diagonal.min() > 0.6
     assert diagonal.max() < 1.3
 
 
-def test_steps_are_those_of_torch_within_its_bfloat16():
+def test_steps_equal_torchs_up_to_bfloat16_rounding():
     generator = torch.Generator().manual_seed(1)
     shapes = [(24, 8), (8, 24), (24, 8), (16, 16)]
     ours, theirs = ([torch.nn.Parameter(torch.ones(shape)) for shape in shapes] for _ in range(2))
@@ -48,7 +48,7 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert muon.param_groups[0]["relative_lr"] == pytest.approx(20)
 
 
-def test_muon_is_refused_where_there_are_no_such_matrices():
+def test_muon_is_refused_without_matrices_to_train():
     network = EdmUNet(8, "adm", EdmUNetOptions(nf=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=()))
-    with pytest.raises(UsageError, match="--optimizer muon is for DiT"):
+    with pytest.raises(UsageError, match="--optimizer muon needs .* such as DiT"):
         make_optimizers(network, OptimizerOptions(optimizer="muon"))

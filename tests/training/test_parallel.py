@@ -1,6 +1,6 @@
-"""Two processes with half of the batch each do what one does with the whole of it (gloo, on the CPU).
+"""Two processes with half of the batch each give the same results as one with the whole batch (gloo, on the CPU).
 
-One launch of `two_processes.py` serves all tests; each run in it is that of test_loop.py.
+All tests use one launch of `two_processes.py`, which trains the runs defined in test_loop.py.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ from runtime.torch_files import read_torch_file
 from training.loop import train
 
 HERE = Path(__file__).parent
-RATE = 1e-4  # as in two_processes.py
+RATE = 1e-4  # same as in two_processes.py
 
 specification = importlib.util.spec_from_file_location("test_loop_runs", HERE / "test_loop.py")
 runs = importlib.util.module_from_spec(specification)
@@ -28,21 +28,21 @@ specification.loader.exec_module(runs)
 
 
 def launch(folder, *arguments):
-    """`two_processes.py FOLDER [...]` in two processes."""
+    """Run `two_processes.py FOLDER [...]` in two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     finished = subprocess.run(
         [*command, HERE / "two_processes.py", folder, *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
     assert finished.returncode == 0, finished.stderr
-    assert finished.stdout.count("all is well") == 1  # one process speaks for both
+    assert finished.stdout.count("all is well") == 1  # printed by the main process only
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The runs of two processes, and `alone` and `alone, first step` of one."""
+    """The runs of two processes, and the runs `alone` and `alone, first step` of one process."""
     folder = tmp_path_factory.mktemp("parallel")
-    stop = (3, runs.signalled(signal.SIGTERM))
+    stop = (3, runs.send_signal(signal.SIGTERM))
     assert not train(runs.new_run(folder / "begun alone", event=stop, lr=RATE), resume=False)
     launch(folder)
     assert train(runs.new_run(folder / "alone", lr=RATE), resume=False)
@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
 
 
 def files_of(run):
-    """What a run keeps, but for the content.pth before the newest, which one that was interrupted has."""
+    """Names of a run's files, except content.previous.pth, which exists only after an interruption."""
     kept = {path.name for path in run.rglob("*") if path.suffix in (".safetensors", ".png", ".pth")}
     return kept - {"content.previous.pth"}
 
@@ -62,7 +62,7 @@ def greatest_difference(one, other):
 
 
 def assert_same_gradients(one, other):
-    """Adam's first moment is a tenth of the only gradient so far."""
+    """Compare gradients after one step, when Adam's exp_avg is a tenth of the gradient."""
     one, other = (read_torch_file(run / "content.pth")["optimizers"][0]["state"] for run in (one, other))
     assert one.keys() == other.keys()
     for number in one:
@@ -71,48 +71,48 @@ def assert_same_gradients(one, other):
     assert max(values["exp_avg"].abs().max() for values in one.values()) > 1e-3
 
 
-@pytest.mark.parametrize("name", ["first step", "first step, in parts", "first step, shared out"])
-def test_gradients_are_those_of_one_process(folder, name):
+@pytest.mark.parametrize("name", ["first step", "first step, accumulated", "first step, sharded"])
+def test_gradients_equal_one_processs(folder, name):
     assert_same_gradients(folder / "alone, first step", folder / name)
 
 
 @pytest.mark.slow
-def test_compiled_gradients_of_two_processes_are_those_of_one_that_is_not(tmp_path):
+def test_compiled_gradients_equal_one_eager_processs(tmp_path):
     launch(tmp_path, "compiled")
     assert train(runs.new_run(tmp_path / "alone", lr=RATE, max_steps=1), resume=False)
     assert_same_gradients(tmp_path / "alone", tmp_path / "first step, compiled")
 
 
-@pytest.mark.parametrize("name", ["replicated", "shared out", "begun alone"])
-def test_runs_are_those_of_one_process_up_to_rounding(folder, name):
+@pytest.mark.parametrize("name", ["replicated", "sharded", "begun alone"])
+def test_runs_equal_one_processs_up_to_rounding(folder, name):
     alone, run = read_torch_file(folder / "alone" / "content.pth"), read_torch_file(folder / name / "content.pth")
     assert greatest_difference(alone["network"], run["network"]) < 1e-5
     assert greatest_difference(alone["ema"]["weights"], run["ema"]["weights"]) < 1e-5
-    runs.assert_same_record_up_to_rounding(folder / "alone", folder / name, rel=1e-5)
+    runs.assert_same_metrics_up_to_rounding(folder / "alone", folder / name, rel=1e-5)
     assert files_of(folder / name) == files_of(folder / "alone")
 
 
-@pytest.mark.parametrize("name", ["replicated", "shared out"])
+@pytest.mark.parametrize("name", ["replicated", "sharded"])
 def test_interrupted_run_of_two_resumes_bit_for_bit(folder, name):
     runs.assert_same_run(folder / f"{name}, interrupted", folder / name)
 
 
 def test_run_of_two_shared_out_goes_on_alone(folder):
-    content = read_torch_file(folder / "begun shared out" / "content.pth")
-    assert content["step"] == 10  # processes ask each other every tenth step
-    assert train(runs.new_run(folder / "begun shared out", lr=RATE), resume=True)
-    one, other = (read_torch_file(folder / name / "content.pth") for name in ("alone", "begun shared out"))
+    content = read_torch_file(folder / "begun sharded" / "content.pth")
+    assert content["step"] == 10  # processes check each other for signals every tenth step
+    assert train(runs.new_run(folder / "begun sharded", lr=RATE), resume=True)
+    one, other = (read_torch_file(folder / name / "content.pth") for name in ("alone", "begun sharded"))
     assert greatest_difference(one["network"], other["network"]) < 1e-5
-    runs.assert_same_record_up_to_rounding(folder / "alone", folder / "begun shared out", rel=1e-5)
+    runs.assert_same_metrics_up_to_rounding(folder / "alone", folder / "begun sharded", rel=1e-5)
 
 
-def test_checkpoint_of_shared_out_weights_is_whole(folder):
-    one, other = (read_weights(folder / name / "model_3.safetensors") for name in ("alone", "shared out"))
+def test_a_checkpoint_of_sharded_weights_is_complete(folder):
+    one, other = (read_weights(folder / name / "model_3.safetensors") for name in ("alone", "sharded"))
     assert greatest_difference(one[0], other[0]) < 1e-5
     assert {name: value.dtype for name, value in one[0].items()} == {name: v.dtype for name, v in other[0].items()}
 
 
-def test_samples_of_two_processes_lie_in_order(folder):
+def test_samples_of_two_processes_are_in_order(folder):
     with np.load(folder / "samples" / "npz" / "samples.npz") as file:
         assert file["images"].ravel().tolist() == list(range(10))
         assert file["labels"].tolist() == [0, 1] * 5
@@ -122,6 +122,6 @@ def test_samples_of_two_processes_lie_in_order(folder):
     assert len(list((folder / "samples" / "png").glob("*.png"))) == 10
 
 
-def test_average_and_its_warm_up_count_are_restored_exactly(folder):
-    updates = read_torch_file(folder / "shared out" / "content.pth")["ema"]["updates"]
+def test_the_emas_warmup_count_is_restored_exactly(folder):
+    updates = read_torch_file(folder / "sharded" / "content.pth")["ema"]["updates"]
     assert torch.equal(updates, torch.tensor(float(runs.STEPS), dtype=torch.float64))

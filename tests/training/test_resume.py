@@ -1,4 +1,4 @@
-"""A run of the published code goes on: the next step is the one that its own optimizer would have made."""
+"""Resuming a run of LFM's code: the next step is the one that its own optimizer would have taken."""
 
 import argparse
 import copy
@@ -41,7 +41,7 @@ def fill_gradients(network, seed):
 
 
 def published_run(averaged=True, options=OPTIONS):
-    """A network, the AdamW that the published trainer gave all its parameters to, and their content.pth."""
+    """A network, LFM's AdamW optimizer for all of its parameters, and their content.pth."""
     network = new_network(1, options)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, weight_decay=0.0)
     for seed in range(3):
@@ -65,16 +65,13 @@ def new_state():
     return TrainingState(new_network(2), MACHINE, 0.99, OptimizerOptions())
 
 
-def test_weights_averages_moments_and_epoch_are_taken_over(tmp_path):
+def test_weights_ema_optimizer_state_and_epoch_are_taken_over(tmp_path):
     network, optimizer, content = published_run()
     torch.save(content, tmp_path / "content.pth")
     state = new_state()
     line = resume_run(state, tmp_path / "content.pth", per_epoch=10, header=HEADER)
     trained = sum(parameter.requires_grad for parameter in network.parameters())
-    assert (
-        f"{trained} moving averages, the optimizer state of {trained} of {trained} trained parameters, and epoch 4"
-        in line
-    )
+    assert f"{trained} EMA weights, optimizer state of {trained} of {trained} trained parameters, and epoch 4" in line
     assert state.step == 40
     for name, value in network.state_dict().items():
         assert torch.equal(state.network.state_dict()[name], value), name
@@ -92,16 +89,16 @@ def test_weights_averages_moments_and_epoch_are_taken_over(tmp_path):
         torch.testing.assert_close(state.network.state_dict()[name], value, atol=1e-7, rtol=1e-6, msg=name)
 
 
-def test_without_averages_the_average_begins_at_the_weights(tmp_path):
+def test_without_lfms_ema_the_ema_starts_from_the_weights(tmp_path):
     network, _, content = published_run(averaged=False)
     torch.save(content, tmp_path / "content.pth")
     state = new_state()
-    assert "no moving average (it begins anew)" in resume_run(state, tmp_path / "content.pth", 10, HEADER)
+    assert "no EMA weights" in resume_run(state, tmp_path / "content.pth", 10, HEADER)
     for name, value in network.state_dict().items():
         assert torch.equal(state.ema.weights[name], value), name
 
 
-def test_the_average_after_a_long_run_does_not_warm_up_again(tmp_path):
+def test_the_ema_does_not_warm_up_again_after_a_long_run(tmp_path):
     _, _, content = published_run()
     torch.save(content | {"epoch": 1000}, tmp_path / "content.pth")
     state = new_state()
@@ -114,7 +111,7 @@ def test_the_average_after_a_long_run_does_not_warm_up_again(tmp_path):
     torch.testing.assert_close(state.ema.weights["blocks.0.attn.proj.bias"], 0.99 * before + 0.01 * current)
 
 
-def test_content_of_our_own_is_restored_whole(tmp_path):
+def test_our_own_content_pth_is_restored_completely(tmp_path):
     state, other = new_state(), new_state()
     fill_gradients(state.network, 1)
     state.optimizers[0].step()
@@ -127,7 +124,7 @@ def test_content_of_our_own_is_restored_whole(tmp_path):
     )
 
 
-def test_another_network_s_content_is_refused_with_the_flag_that_explains_it(tmp_path):
+def test_another_networks_content_pth_is_refused_with_a_suggestion(tmp_path):
     _, _, content = published_run()
     torch.save(content, tmp_path / "content.pth")
     options = DiTOptions(2, 2, num_classes=5, label_dropout=0.1)
@@ -137,12 +134,12 @@ def test_another_network_s_content_is_refused_with_the_flag_that_explains_it(tmp
     with pytest.raises(UsageError, match=r"embedding_table.* the file would fit with --num_classes 3$"):
         resume_run(state, tmp_path / "content.pth", 10, header)
     torch.save({name: value for name, value in content.items() if name != "epoch"}, tmp_path / "content.pth")
-    with pytest.raises(UsageError, match="does not say its epoch"):
+    with pytest.raises(UsageError, match="does not record its epoch"):
         resume_run(new_state(), tmp_path / "content.pth", 10, HEADER)
 
 
-def test_a_published_run_of_inpainting_goes_on_inside_the_wrapper(tmp_path):
-    """The state of each parameter arrives at the one of its name, though the wrapper calls it network.<name>."""
+def test_lfms_inpainting_run_resumes_inside_the_wrapper(tmp_path):
+    """The wrapper adds `network.` to parameter names, but each parameter still receives its own optimizer state."""
     options = DiTOptions(5, 2, num_classes=3, label_dropout=0.1)
     network, optimizer, content = published_run(options=options)
     torch.save(content, tmp_path / "content.pth")
@@ -151,7 +148,7 @@ def test_a_published_run_of_inpainting_goes_on_inside_the_wrapper(tmp_path):
     header = replace(HEADER, network=options, dense=DenseInput(3))
     trained = sum(parameter.requires_grad for parameter in network.parameters())
     line = resume_run(state, tmp_path / "content.pth", per_epoch=10, header=header)
-    assert f"{trained} moving averages, the optimizer state of {trained} of {trained} trained parameters" in line
+    assert f"{trained} EMA weights, optimizer state of {trained} of {trained} trained parameters" in line
     for name, value in network.state_dict().items():
         assert torch.equal(wrapped.network.state_dict()[name], value), name
     inner = dict(wrapped.network.named_parameters())

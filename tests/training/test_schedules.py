@@ -15,14 +15,14 @@ from training.schedules import SCHEDULES, learning_rate
         ("trapezoid", [1, 1, 1, 1, 0.5, 0]),
     ],
 )
-def test_rates(schedule, rates):
+def test_learning_rates(schedule, rates):
     for step, rate in zip([0, 25, 50, 60, 80, 100], rates, strict=True):
         if rate is not None:
             assert learning_rate(schedule, 3e-4, step, 100) == pytest.approx(3e-4 * rate, abs=1e-12)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_rates_never_rise_after_the_warm_up_and_never_jump(schedule):
+def test_learning_rates_never_increase_after_the_warmup_and_never_jump(schedule):
     rates = [learning_rate(schedule, 1.0, step, 1000) for step in range(1001)]
     falls = [earlier - later for earlier, later in itertools.pairwise(rates)]
     assert min(falls) >= 0
@@ -31,7 +31,7 @@ def test_rates_never_rise_after_the_warm_up_and_never_jump(schedule):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_warm_up_is_linear_and_starts_above_zero(schedule):
+def test_the_warmup_is_linear_and_starts_above_zero(schedule):
     bare = [learning_rate(schedule, 2.0, step, 100) for step in range(12)]
     warm = [learning_rate(schedule, 2.0, step, 100, warmup=10) for step in range(12)]
     assert warm == pytest.approx([rate * min(1, (step + 1) / 10) for step, rate in enumerate(bare)])
@@ -41,7 +41,7 @@ def test_warm_up_is_linear_and_starts_above_zero(schedule):
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "trapezoid"])
 def test_final_rate(schedule):
     assert learning_rate(schedule, 1e-3, 100, 100, final=1e-5) == pytest.approx(1e-5)
-    assert learning_rate(schedule, 1e-3, 500, 100, final=1e-5) == pytest.approx(1e-5)  # a run that goes on
+    assert learning_rate(schedule, 1e-3, 500, 100, final=1e-5) == pytest.approx(1e-5)  # past the last step
     assert learning_rate(schedule, 1e-3, 0, 100, final=1e-5) == pytest.approx(1e-3)
 
 
@@ -49,5 +49,5 @@ def test_final_rate_above_the_base_is_the_base():
     assert learning_rate("linear", 1e-6, 50, 100, final=1e-3) == pytest.approx(1e-6)
 
 
-def test_run_of_no_steps():
+def test_a_run_without_steps():
     assert learning_rate("linear", 1.0, 0, 0) == 1.0

@@ -49,8 +49,8 @@ def tensors(value):
     return [tensor for item in items for tensor in tensors(item)]
 
 
-def learnt(state):
-    """Weights, the optimizer's moments and step counts, and the average, copied."""
+def trained_tensors(state):
+    """Copies of the weights, the optimizer state and the EMA."""
     return {
         "network": tensors(state.network.state_dict()),
         "optimizers": [t for optimizer in state.optimizers for t in tensors(optimizer.state_dict()["state"])],
@@ -62,9 +62,7 @@ def differing(one, other):
     return {name for name in one if not all(torch.equal(a, b) for a, b in zip(one[name], other[name], strict=True))}
 
 
-@pytest.mark.parametrize(
-    "scale", [float("inf"), float("nan"), 1e25]
-)  # the last: a finite prediction, an infinite square
+@pytest.mark.parametrize("scale", [float("inf"), float("nan"), 1e25])  # 1e25: finite prediction, infinite square
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0])
 @pytest.mark.parametrize("at", [0, 3])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -72,33 +70,33 @@ def test_a_step_without_a_finite_gradient_changes_nothing_and_is_counted(scale, 
     state = new_state(optimizer)
     for seed in range(at):
         advance(state, batch_of(seed), grad_clip)
-    before, sums = learnt(state), state.sums.clone()
+    before, sums = trained_tensors(state), state.sums.clone()
     advance(state, batch_of(99, scale), grad_clip)
-    after = learnt(state)
-    if at == 0:  # the optimizer's state did not exist; now it is as if nothing had ever been seen
+    after = trained_tensors(state)
+    if at == 0:  # the optimizer state is newly created and must be all zeros
         assert not any(tensor.any() for tensor in after.pop("optimizers"))
         before.pop("optimizers")
     assert differing(before, after) == set()
     assert state.step == at + 1
     assert torch.equal(state.sums, sums + torch.tensor([0.0, 0.0, 1.0, 1.0]))
-    advance(state, batch_of(5), grad_clip)  # and the run goes on
-    assert differing(after, {name: learnt(state)[name] for name in after}) == set(after)
-    assert torch.isfinite(torch.cat([tensor.flatten().float() for tensor in learnt(state)["network"]])).all()
+    advance(state, batch_of(5), grad_clip)  # training continues
+    assert differing(after, {name: trained_tensors(state)[name] for name in after}) == set(after)
+    assert torch.isfinite(torch.cat([tensor.flatten().float() for tensor in trained_tensors(state)["network"]])).all()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_step_after_a_skipped_one_is_the_one_that_would_have_come(optimizer):
+def test_a_skipped_step_does_not_affect_the_next_step(optimizer):
     state, undisturbed = new_state(optimizer), new_state(optimizer)
     for seed in range(3):
         advance(state, batch_of(seed))
         advance(undisturbed, batch_of(seed))
         if seed == 1:
             advance(state, batch_of(99, float("nan")))
-    assert differing(learnt(state), learnt(undisturbed)) == set()
+    assert differing(trained_tensors(state), trained_tensors(undisturbed)) == set()
     assert (state.step, undisturbed.step) == (4, 3)
 
 
-def test_sums_are_those_of_losses_and_gradient_norms():
+def test_sums_add_up_losses_and_gradient_norms():
     state, batch = new_state(), batch_of(0)
     network = copy.deepcopy(state.network)
     x_t, target = straight_path(batch.draws.t, batch.data, batch.noise, 1e-5)
@@ -112,8 +110,8 @@ def test_sums_are_those_of_losses_and_gradient_norms():
     assert clipped.item() == pytest.approx(norm.item() / 2, rel=1e-4)
 
 
-def test_the_rate_is_the_one_of_the_step():
-    """Adam's first step has the length of the rate, whatever the gradient; there is no weight decay here."""
+def test_advance_uses_the_given_learning_rate():
+    """Without weight decay, Adam's first step has the size of the learning rate for any gradient."""
     for rate in (1e-3, 1e-2):
         state = new_state(weight_decay=0.0)
         before = state.network.final_layer.linear.weight.detach().clone()
@@ -123,7 +121,7 @@ def test_the_rate_is_the_one_of_the_step():
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_restored_state_continues_bit_for_bit(optimizer):
+def test_a_restored_training_state_continues_bit_for_bit(optimizer):
     state = new_state(optimizer)
     for seed in range(3):
         advance(state, batch_of(seed), 0.5)
@@ -136,11 +134,11 @@ def test_restored_state_continues_bit_for_bit(optimizer):
     for one in (state, other):
         for seed in range(3, 6):
             advance(one, batch_of(seed), 0.5)
-    assert differing(learnt(state), learnt(other)) == set()
+    assert differing(trained_tensors(state), trained_tensors(other)) == set()
     assert torch.equal(state.sums, other.sums)
 
 
-def test_fixed_position_table_is_not_trained():
+def test_the_fixed_position_table_is_not_trained():
     state = new_state()
     before = state.network.pos_embed.clone()
     advance(state, batch_of(0))
@@ -148,7 +146,7 @@ def test_fixed_position_table_is_not_trained():
     assert all(parameter is not state.network.pos_embed for parameter in state.parameters)
 
 
-def test_muon_s_rate_follows_the_options_of_the_run_that_goes_on():
+def test_muons_learning_rate_follows_the_resumed_runs_options():
     state, other = (
         new_state("muon"),
         TrainingState(
@@ -168,7 +166,7 @@ def half_state():
     return TrainingState(tiny_network(), Machine(torch.device("cpu"), "fp16"), 0.99, OptimizerOptions(lr=1e-2))
 
 
-def test_scaled_losses_in_half_precision_train_as_float32_does():
+def test_loss_scaling_in_half_precision_trains_like_float32():
     half, exact = half_state(), new_state(weight_decay=0.0)
     for seed in range(5):
         for state in (half, exact):
@@ -184,9 +182,9 @@ def test_scaled_losses_in_half_precision_train_as_float32_does():
 def test_an_overflow_in_half_precision_skips_the_step_and_lowers_the_scale():
     state = half_state()
     advance(state, batch_of(0))
-    before = learnt(state)
+    before = trained_tensors(state)
     advance(state, batch_of(1, 1e6))
-    assert differing(before, learnt(state)) == set()
+    assert differing(before, trained_tensors(state)) == set()
     assert state.scaler.get_scale() == 2.0**15
     restored = half_state()
     restored.restore(state.content())
@@ -194,8 +192,8 @@ def test_an_overflow_in_half_precision_skips_the_step_and_lowers_the_scale():
 
 
 @pytest.mark.parametrize("model_type", SMALL)
-def test_moments_are_restored_in_the_order_in_memory_of_their_weights(model_type):
-    """Those of a run with --fsdp, or of the published code, lie in order; weights of U-Nets lie channels last."""
+def test_optimizer_state_is_restored_in_the_weights_memory_format(model_type):
+    """Optimizer state from --fsdp runs or LFM's code is contiguous, but U-Nets' weights are in channels-last memory format."""
 
     def state_of_small_network():
         network = new_network(model_type, SMALL[model_type]).requires_grad_(True)
@@ -212,20 +210,20 @@ def test_moments_are_restored_in_the_order_in_memory_of_their_weights(model_type
     other.restore(content)
     advance(state, batch)
     advance(other, batch)
-    assert differing(learnt(state), learnt(other)) == set()
+    assert differing(trained_tensors(state), trained_tensors(other)) == set()
 
 
 class Valueless(FakeTensorMode):
-    """Tensors made in it have no values, and refuse to be read; so do their copies."""
+    """Tensors created in this mode have no values and cannot be read, nor can their copies."""
 
     def __deepcopy__(self, memo):
         return self
 
 
-@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # as torch itself does
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # torch's own code causes this warning
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_host_reads_nothing_of_a_step(optimizer, precision):
+def test_a_step_does_not_synchronize_with_the_host(optimizer, precision):
     with Valueless():
         network, options = tiny_network(), OptimizerOptions(optimizer=optimizer, lr=1e-2)
         state = TrainingState(
@@ -233,7 +231,7 @@ def test_the_host_reads_nothing_of_a_step(optimizer, precision):
             replace(MACHINE, precision=precision),
             0.99,
             options,
-            place=lambda module: module,
+            move=lambda module: module,
             hidden_matrices=hidden_matrices,
         )
         labels = torch.zeros(4, dtype=torch.long)

@@ -15,8 +15,8 @@ MACHINE = Machine(torch.device("cpu"), "fp32")
 COUNT = 48
 
 
-class Field(torch.nn.Module):
-    """Velocity weight * x + label, and what it was asked."""
+class LinearVelocity(torch.nn.Module):
+    """Returns weight * x + label, and records its calls."""
 
     def __init__(self, weight):
         super().__init__()
@@ -42,9 +42,9 @@ def loss_of(network, source, sigma_min=0.1):
     return validation_loss(network, objective, source, PixelSpace(1), MACHINE)
 
 
-def test_values_are_those_computed_by_hand(source):
-    """From x_t = (1 - t) data + (s + (1 - s) t) noise the noise is known, and with it the velocity and the error."""
-    network, s = Field(0.5), 0.1
+def test_losses_equal_values_computed_by_hand(source):
+    """The noise follows from x_t = (1 - t) data + (s + (1 - s) t) noise, and with it the velocity and the error."""
+    network, s = LinearVelocity(0.5), 0.1
     values = loss_of(network, source, s)
     t, x_t, labels = (torch.cat(parts).double() for parts in zip(*network.calls, strict=True))
     data = source.moments(torch.arange(COUNT), torch.zeros(COUNT, dtype=torch.bool)).double()
@@ -58,38 +58,38 @@ def test_values_are_those_computed_by_hand(source):
     assert values["loss"] == pytest.approx(errors.mean().item(), rel=1e-5)
     for quarter in range(4):
         inside = (t >= quarter / 4) & (t < (quarter + 1) / 4)
-        assert inside.sum() == COUNT // 4  # times are spread evenly
+        assert inside.sum() == COUNT // 4  # times are evenly spaced
         assert values[f"loss_q{quarter + 1}"] == pytest.approx(errors[inside].mean().item(), rel=1e-5)
 
 
-def test_the_same_at_every_call_whatever_was_drawn_between(source):
-    first = loss_of(Field(0.5), source)
+def test_the_loss_does_not_depend_on_the_global_random_state(source):
+    first = loss_of(LinearVelocity(0.5), source)
     torch.manual_seed(1)
     torch.randn(5)
-    assert loss_of(Field(0.5), source) == first
-    assert loss_of(Field(0.6), source) != first
+    assert loss_of(LinearVelocity(0.5), source) == first
+    assert loss_of(LinearVelocity(0.6), source) != first
 
 
-def test_no_gradient_and_no_random_state_is_touched(source):
-    network, state = Field(0.5), torch.get_rng_state()
+def test_no_gradients_or_random_states_are_changed(source):
+    network, state = LinearVelocity(0.5), torch.get_rng_state()
     loss_of(network, source)
     assert network.weight.grad is None
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_a_better_velocity_has_a_lower_loss(source):
-    """For noise N(0, 1) and data of variance v around 0, the best linear velocity at t = 1/2 is near (1 - v) / (1 + v) x."""
+    """For noise N(0, 1) and data of variance v around 0, the best linear velocity near t = 1/2 is (1 - v) / (1 + v) x."""
     source.labels.zero_()
     v = source.moments(torch.arange(COUNT), torch.zeros(COUNT, dtype=torch.bool)).var().item()
     best = 2 * (1 - v) / (1 + v)
-    good, none, wrong = (loss_of(Field(weight), source)["loss"] for weight in (best, 0.0, -best))
+    good, none, wrong = (loss_of(LinearVelocity(weight), source)["loss"] for weight in (best, 0.0, -best))
     assert good < none < wrong
 
 
-def test_only_the_first_images_count(source, monkeypatch):
+def test_only_the_first_images_are_used(source, monkeypatch):
     monkeypatch.setattr(validation, "HELD_OUT_IMAGES", 16)
     monkeypatch.setattr(validation, "IMAGES_PER_BATCH", 6)
-    network = Field(0.5)
+    network = LinearVelocity(0.5)
     loss_of(network, source)
     assert [len(call[0]) for call in network.calls] == [6, 6, 4]
     assert torch.cat([call[2] for call in network.calls]).tolist() == source.labels[:16].tolist()
@@ -98,4 +98,4 @@ def test_only_the_first_images_count(source, monkeypatch):
 def test_fewer_images_than_quarters(source):
     source._dataset = source._dataset.head(2)
     source.labels = source.labels[:2]
-    assert loss_of(Field(0.5), source).keys() == {"loss", "loss_q2", "loss_q4"}
+    assert loss_of(LinearVelocity(0.5), source).keys() == {"loss", "loss_q2", "loss_q4"}

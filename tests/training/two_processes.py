@@ -1,4 +1,4 @@
-"""What test_parallel.py runs in each of two processes: `python two_processes.py FOLDER [compiled]`, started by a launcher."""
+"""Script that test_parallel.py runs in two processes with a launcher: `python two_processes.py FOLDER [compiled]`."""
 
 import dataclasses
 import importlib.util
@@ -27,7 +27,7 @@ from training.state import TrainingState  # noqa: E402
 
 
 def module_of(path):
-    """`tests` is also the name of an installed package."""
+    """Import a module by path, because an installed package is also named `tests`."""
     specification = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -38,12 +38,12 @@ runs = module_of(Path(__file__).with_name("test_loop.py"))
 small_networks = module_of(ROOT / "tests" / "small_networks.py")
 
 OBJECTIVE = FlowMatching(PathOptions(sigma_min=1e-5))
-RATE = 1e-4  # Adam moves a weight by as much even where its gradient is but rounding
+RATE = 1e-4  # small, since Adam changes a weight by this much even if its gradient is only rounding error
 
 
 def interrupted(folder, **settings):
-    """Both processes stop together although one alone is asked to; then the run goes on."""
-    stop = (3, runs.signalled(signal.SIGTERM)) if settings["processes"].rank else None
+    """Signal one process, check that both stop, and resume the run."""
+    stop = (3, runs.send_signal(signal.SIGTERM)) if settings["processes"].rank else None
     assert not train(runs.new_run(folder, event=stop, lr=RATE, **settings), resume=False)
     settings["processes"].barrier()
     assert train(runs.new_run(folder, lr=RATE, **settings), resume=True)
@@ -52,28 +52,28 @@ def interrupted(folder, **settings):
 def training(folder, processes):
     for name, settings in {
         "first step": {"max_steps": 1},
-        "first step, in parts": {"max_steps": 1, "grad_accumulation": 2},
-        "first step, shared out": {"max_steps": 1, "fsdp": True, "grad_accumulation": 2},
+        "first step, accumulated": {"max_steps": 1, "grad_accumulation": 2},
+        "first step, sharded": {"max_steps": 1, "fsdp": True, "grad_accumulation": 2},
         "replicated": {},
-        "shared out": {"fsdp": True},
+        "sharded": {"fsdp": True},
     }.items():
         assert train(runs.new_run(folder / name, processes=processes, lr=RATE, **settings), resume=False)
-    for name in ("replicated", "shared out"):
-        interrupted(folder / f"{name}, interrupted", processes=processes, fsdp=name == "shared out")
-    # Started in one process, continued in two; the other way round, the parent goes on.
+    for name in ("replicated", "sharded"):
+        interrupted(folder / f"{name}, interrupted", processes=processes, fsdp=name == "sharded")
+    # "begun alone" was started in one process and is resumed in two. "begun sharded" is resumed by test_parallel.py.
     assert train(runs.new_run(folder / "begun alone", processes=processes, fsdp=True, lr=RATE), resume=True)
-    stop = (3, runs.signalled(signal.SIGTERM))
-    job = runs.new_run(folder / "begun shared out", event=stop, processes=processes, fsdp=True, lr=RATE)
-    assert not train(job, resume=False)
+    stop = (3, runs.send_signal(signal.SIGTERM))
+    run = runs.new_run(folder / "begun sharded", event=stop, processes=processes, fsdp=True, lr=RATE)
+    assert not train(run, resume=False)
 
 
 def skipped_step(folder, processes):
-    """A gradient that is not finite in one process changes nothing in any, shared out or not."""
+    """A gradient that is not finite in one process makes all processes skip the step, replicated or sharded."""
     for fsdp in (False, True):
-        job = runs.new_run(folder, processes=processes, fsdp=fsdp)
+        run = runs.new_run(folder, processes=processes, fsdp=fsdp)
         place = partial(shard, device=torch.device("cpu"), processes=processes) if fsdp else None
-        state = TrainingState(job.network, runs.MACHINE, 0.9, OptimizerOptions(weight_decay=0.01), place)
-        velocity = job.network if fsdp else replicate(job.network, processes)
+        state = TrainingState(run.network, runs.MACHINE, 0.9, OptimizerOptions(weight_decay=0.01), place)
+        velocity = run.network if fsdp else replicate(run.network, processes)
         times, labels = Times(torch.full((4,), 0.5)), torch.zeros(4, dtype=torch.long)
         good = Batch(*torch.ones(2, 4, 1, 4, 4), times, Condition(labels))
         bad = good._replace(noise=good.noise * (float("nan") if processes.rank else 1))
@@ -87,30 +87,34 @@ def skipped_step(folder, processes):
 
 
 def every_family(processes):
-    """A step of half a batch each is that of one process with the whole batch, with weights channels last or not."""
+    """Steps with half a batch per process equal one process's step with the whole batch, for every family of networks."""
     torch.manual_seed(0)
     data, noise = torch.randn(2, 4, 3, 8, 8)
     batch = Batch(data, noise, Times(torch.rand(4)), Condition(torch.arange(4) % 2))
     part = batch.split(2)[processes.rank]
     for model_type, options in small_networks.SMALL.items():
         contents = []
-        for way in ("alone", "replicated", "shared out"):
+        for mode in ("alone", "replicated", "sharded"):
             network = small_networks.new_network(model_type, options).requires_grad_(True)
-            place = partial(shard, device=torch.device("cpu"), processes=processes) if way == "shared out" else None
+            place = partial(shard, device=torch.device("cpu"), processes=processes) if mode == "sharded" else None
             state = TrainingState(network, runs.MACHINE, 0.9, OptimizerOptions(), place)
-            velocity = replicate(network, processes) if way == "replicated" else network
-            state.advance(velocity, OBJECTIVE, batch if way == "alone" else part, RATE, 0.0)
+            velocity = replicate(network, processes) if mode == "replicated" else network
+            state.advance(velocity, OBJECTIVE, batch if mode == "alone" else part, RATE, 0.0)
             contents.append(state.content(processes))
         if processes.is_main:
             assert_same_step(*contents, model_type)
 
 
-def assert_same_step(alone, replicated, shared_out, model_type):
-    """Gradients are a tenth of Adam's first moments; its first step is the rate, of a sign that is chance where they are 0."""
-    moments = alone["optimizers"][0]["state"]
-    assert max(values["exp_avg"].abs().max() for values in moments.values()) > 1e-3
-    for other in (replicated, shared_out):
-        for number, values in moments.items():
+def assert_same_step(alone, replicated, sharded, model_type):
+    """Compare gradients and weights after one step.
+
+    Adam's exp_avg is a tenth of the gradient. Adam's first step changes every weight by the learning rate; where the gradient
+    is 0, the sign is arbitrary, so a few weights may differ.
+    """
+    optimizer_state = alone["optimizers"][0]["state"]
+    assert max(values["exp_avg"].abs().max() for values in optimizer_state.values()) > 1e-3
+    for other in (replicated, sharded):
+        for number, values in optimizer_state.items():
             expected, found = values["exp_avg"], other["optimizers"][0]["state"][number]["exp_avg"]
             assert (found - expected).abs().max() <= 1e-5 * max(1e-2, expected.abs().max()), (model_type, number)
         differences = [(other["network"][name] - value).abs().flatten() for name, value in alone["network"].items()]
@@ -118,10 +122,10 @@ def assert_same_step(alone, replicated, shared_out, model_type):
 
 
 def tensors_of(content):
-    """Copies of the weights, the average and the optimizer's state."""
+    """Copies of the weights, the EMA and the optimizer state."""
     weights = [*content["network"].values(), *content["ema"]["weights"].values()]
-    moments = [value for values in content["optimizers"][0]["state"].values() for value in values.values()]
-    return [value.clone() for value in [content["ema"]["updates"], *weights, *moments]]
+    optimizer_state = [value for values in content["optimizers"][0]["state"].values() for value in values.values()]
+    return [value.clone() for value in [content["ema"]["updates"], *weights, *optimizer_state]]
 
 
 def exchange(processes):
@@ -136,7 +140,7 @@ def exchange(processes):
 
 
 def samples(folder, processes):
-    """Five batches of two, the last one alone in its round."""
+    """Write five batches of two samples, an uneven number for two processes."""
     ones = torch.ones(2, dtype=torch.long)
     images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1)
     every = [
@@ -152,11 +156,11 @@ def samples(folder, processes):
     assert first.flatten().tolist() == (list(range(7)) if processes.is_main else [])
 
     rows = torch.randn(9, 3, generator=torch.Generator().manual_seed(0))
-    moments, alone = RunningMoments(3), RunningMoments(3)
+    own, alone = RunningMoments(3), RunningMoments(3)
     alone.update(rows)
-    moments.update(rows[4:] if processes.rank else rows[:4])
+    own.update(rows[4:] if processes.rank else rows[:4])
     together = RunningMoments(3)
-    for share in processes.gather(moments.triple()):
+    for share in processes.gather(own.triple()):
         together.merge(RunningMoments.of(*share))
     if processes.is_main:
         assert together.count == 9
@@ -164,8 +168,8 @@ def samples(folder, processes):
 
 
 def compiled(folder, processes):
-    job = runs.new_run(folder / "first step, compiled", processes=processes, lr=RATE, max_steps=1)
-    assert train(dataclasses.replace(job, machine=dataclasses.replace(job.machine, compile=True)), resume=False)
+    run = runs.new_run(folder / "first step, compiled", processes=processes, lr=RATE, max_steps=1)
+    assert train(dataclasses.replace(run, machine=dataclasses.replace(run.machine, compile=True)), resume=False)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 

@@ -1,4 +1,4 @@
-"""ADE20K and COCO-Stuff in the folders of their archives, with real photographs of several shapes."""
+"""ADE20K and COCO-Stuff in their archives' folder layouts, with real photographs of several shapes."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ LAYOUTS = {
 
 
 def ids_of(picture, name):
-    """Class ids from an image's brightness; the darkest pixels are unlabelled."""
+    """Class ids computed from an image's brightness. The darkest pixels are unlabeled."""
     brightness = np.asarray(picture.convert("L"))
     if name == "ade20k":
         return (brightness // 2).astype(np.uint8)
@@ -29,7 +29,7 @@ def ids_of(picture, name):
 
 @pytest.fixture(params=list(LAYOUTS))
 def scenes(request, tmp_path, photographs):
-    """The dataset's name and the folder that holds its tree: 5 training and 2 validation images."""
+    """The dataset's name and its root folder, with 5 training and 2 validation images."""
     name = request.param
     tree, images, maps, splits = LAYOUTS[name]
     for split, chosen in zip(splits, (photographs[:5], photographs[5:7]), strict=True):
@@ -84,7 +84,7 @@ def test_classes_and_their_names(scenes):
     assert len(np.unique(unnamed.palette, axis=0)) == unnamed.count
 
 
-def test_unlabelled_pixels_of_coco_have_no_class(scenes):
+def test_unlabeled_pixels_of_coco_have_no_class(scenes):
     name, datadir = scenes
     if name == "coco":
         found = torch.stack([open_split(name, datadir).label_map(index) for index in range(5)]).unique()
@@ -92,7 +92,7 @@ def test_unlabelled_pixels_of_coco_have_no_class(scenes):
         assert found[-2] < 182
 
 
-def test_what_is_missing_or_foreign_is_told(scenes):
+def test_missing_and_foreign_files_are_named(scenes):
     name, datadir = scenes
     tree, images, maps, splits = LAYOUTS[name]
     path = datadir / tree / maps.format(splits[0]) / f"{1:012d}.png"

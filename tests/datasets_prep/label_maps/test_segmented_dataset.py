@@ -30,7 +30,7 @@ def dataset():
     )
 
 
-def test_parts_keep_images_labels_and_maps_together(dataset):
+def test_subsets_keep_images_labels_and_maps_together(dataset):
     for part, indices in ((dataset.head(2), [0, 1]), (dataset.subset(np.array([1, 4])), [1, 4])):
         assert isinstance(part, SegmentedDataset)
         assert part.classes is CLASSES
@@ -43,7 +43,7 @@ def test_parts_keep_images_labels_and_maps_together(dataset):
     assert dataset.subset(np.arange(5)).fingerprint == dataset.fingerprint
 
 
-def test_left_and_right_change_places_in_a_mirror_image():
+def test_mirroring_swaps_left_and_right_classes():
     maps = torch.tensor([[[0, 1, 3], [2, 2, NO_CLASS]]], dtype=torch.uint8)
     mirrored = mirror_map(maps, CLASSES)
     assert mirrored.tolist() == [[[3, 2, 0], [NO_CLASS, 1, 1]]]
@@ -52,9 +52,9 @@ def test_left_and_right_change_places_in_a_mirror_image():
     assert torch.equal(mirror_map(maps, MapClasses(CLASSES.names)), maps.flip(-1))
 
 
-def test_colours_are_those_of_pascal_voc():
-    """Published: aeroplane 1, chair 9, person 15, television 20, border 255."""
-    colours = distinct_colours(256)
+def test_colors_equal_pascal_vocs():
+    """From the published table: aeroplane 1, chair 9, person 15, television 20, border 255."""
+    colors = distinct_colours(256)
     expected = {
         0: (0, 0, 0),
         1: (128, 0, 0),
@@ -63,12 +63,12 @@ def test_colours_are_those_of_pascal_voc():
         20: (0, 64, 128),
         255: (224, 224, 192),
     }
-    assert {number: tuple(colours[number].tolist()) for number in expected} == expected
-    assert len(np.unique(colours, axis=0)) == 256
+    assert {number: tuple(colors[number].tolist()) for number in expected} == expected
+    assert len(np.unique(colors, axis=0)) == 256
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_pictures_of_maps(background):
+def test_colored_maps(background):
     classes = MapClasses(CLASSES.names, background=background)
     maps = torch.tensor([[[0, 3], [NO_CLASS, 2]]], dtype=torch.uint8)
     picture = colour_map(maps, classes)

@@ -22,18 +22,18 @@ def frame(hole_rows, hole_columns):
 
 
 def test_small_enclosed_holes_are_filled():
-    """Up to eight pixels that are connected by their sides; larger ones are openings."""
+    """Holes of up to eight edge-connected pixels are filled. Larger ones belong to the background."""
     assert int(silhouette(frame(2, 4)).sum()) == 100
     assert int(silhouette(frame(3, 3)).sum()) == 91
-    diagonal = frame(2, 4)  # with six more pixels at its corner: two holes
+    diagonal = frame(2, 4)  # touches six further hole pixels only at a corner, so there are two holes
     diagonal[5:7, 7:10] = 0
     assert int(silhouette(diagonal).sum()) == 100
     open_hole = frame(1, 2)
-    open_hole[0:4, 3] = 0  # a gap from outside
+    open_hole[0:4, 3] = 0  # a gap that connects it to the outside
     assert int(silhouette(open_hole).sum()) == 96
 
 
-def test_holes_of_one_image_know_nothing_of_the_next():
+def test_images_in_a_batch_are_filled_independently():
     batch = torch.stack([frame(3, 3), frame(2, 4), frame(2, 4), frame(3, 3)])
     assert silhouette(batch).sum((1, 2)).tolist() == [91, 100, 100, 91]
     for image, expected in zip(batch, silhouette(batch), strict=True):
@@ -46,7 +46,7 @@ def test_fashion_mnist_has_eleven_classes(fashion_mnist_dir):
     assert dataset.classes.names == ("background", *CLASSES["fashion_mnist"])
     assert dataset.classes.mirrored == ()
     assert dataset.facts == plain.facts
-    assert dataset.fingerprint == plain.fingerprint  # and so the latent cache is the same
+    assert dataset.fingerprint == plain.fingerprint  # so the latent cache is shared
     for index in range(150):
         labels, image, number = dataset.label_map(index), dataset[index], int(plain.stored_labels[index]) + 1
         assert (labels.dtype, labels.shape) == (torch.uint8, (32, 32))

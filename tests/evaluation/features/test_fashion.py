@@ -28,14 +28,14 @@ def test_a_damaged_classifier_is_refused(tmp_path):
             load_features("fashion_mnist", FeatureOptions(feature_weights=str(tmp_path / name)), "cpu")
 
 
-def test_fashion_features_average_colours():
+def test_fashion_features_average_color_channels():
     images = torch.randint(256, (4, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     features = load_features("fashion_mnist", FeatureOptions(), "cpu")
-    colour = torch.cat([images, images, images], dim=1)
+    color = torch.cat([images, images, images], dim=1)
     assert features.label == "FD (fashion-mnist features)"
     assert features.outputs["features"] >= 64
-    found, of_colour = (features(batch, features.outputs) for batch in (images, colour))
-    torch.testing.assert_close(of_colour, found)
+    found, of_color = (features(batch, features.outputs) for batch in (images, color))
+    torch.testing.assert_close(of_color, found)
     torch.testing.assert_close(found["probabilities"].sum(1), torch.ones(4))
 
 
@@ -45,7 +45,7 @@ def test_fashion_features_refuse_other_sizes():
         features(torch.zeros(1, 1, 32, 32, dtype=torch.uint8), {"features"})
 
 
-def test_the_bundled_classifier_is_small_and_right(fashion_mnist_dir):
+def test_the_bundled_classifier_is_small_and_accurate(fashion_mnist_dir):
     assert FASHION_WEIGHTS.stat().st_size < 2_000_000
     dataset = open_dataset(DatasetOptions(datadir=str(fashion_mnist_dir)), "validation")
     features = load_features("fashion_mnist", FeatureOptions(), "cpu")

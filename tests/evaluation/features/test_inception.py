@@ -49,7 +49,7 @@ def test_spatial_features_and_logits(inception_weights, images):
     torch.testing.assert_close(found["logits"], found["features"] @ weight.T)
 
 
-def test_bfloat16_is_close_and_says_so(inception_weights, images):
+def test_bfloat16_features_are_close_and_labeled(inception_weights, images):
     exact, lowered = (InceptionFeatures(inception_weights, "cpu", 64, name) for name in ("fp32", "bf16"))
     found, expected, restored = (
         network(images, {"features"})["features"] for network in (lowered, exact, lowered.exact())
@@ -74,7 +74,7 @@ def test_oblong_images_are_not_cropped(inception_weights, tmp_path):
     assert torch.equal(decode(tmp_path / "a.png", "a").permute(1, 2, 0), torch.from_numpy(pixels))
 
 
-def test_inception_takes_grey_and_colour_from_a_local_file(inception_weights):
+def test_inception_accepts_gray_and_color_images(inception_weights):
     from pytorch_fid import inception
 
     images = torch.randint(256, (2, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -82,9 +82,9 @@ def test_inception_takes_grey_and_colour_from_a_local_file(inception_weights):
     features = load_features("inception", FeatureOptions(feature_weights=inception_weights), "cpu")
     assert inception.load_state_dict_from_url is download
     assert features.label == "FID"
-    grey, colour = (features(batch, {"features"})["features"] for batch in (images, images.expand(-1, 3, -1, -1)))
-    assert grey.shape == (2, 2048)
-    torch.testing.assert_close(grey, colour, rtol=1e-3, atol=1e-3)
+    gray, color = (features(batch, {"features"})["features"] for batch in (images, images.expand(-1, 3, -1, -1)))
+    assert gray.shape == (2, 2048)
+    torch.testing.assert_close(gray, color, rtol=1e-3, atol=1e-3)
     assert (
         features.sha256 == load_features("inception", FeatureOptions(feature_weights=inception_weights), "cpu").sha256
     )
@@ -98,7 +98,7 @@ def test_foreign_inception_weights_are_refused(tmp_path):
             load_features("inception", FeatureOptions(feature_weights=str(tmp_path / name)), "cpu")
 
 
-def test_without_a_network_the_error_says_what_to_do(monkeypatch, tmp_path):
+def test_without_internet_the_error_says_what_to_do(monkeypatch, tmp_path):
     def unreachable(*_, **__):
         raise OSError("no route to host")
 

@@ -6,7 +6,7 @@ from evaluation.features.protocol import FeatureNetwork, describe_features
 from evaluation.features.registry import FEATURES, FeatureOptions, choose_features, default_features, load_features
 from options import UsageError
 from runtime.precision import Machine
-from tests.fake_features import MeanColours
+from tests.fake_features import MeanColors
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def network(request, inception_weights, dinov2_weights) -> FeatureNetwork:
     )
 
 
-def test_every_network_fulfils_the_protocol(network, images):
+def test_every_network_implements_the_protocol(network, images):
     assert set(FeatureNetwork.__annotations__) <= {name for name in dir(network) if not name.startswith("_")}
     assert network.outputs["features"] > 0
     assert network.outputs.get("probabilities", 0) == len(network.classes)
@@ -51,9 +51,9 @@ def test_every_network_fulfils_the_protocol(network, images):
         assert torch.equal(alone[name], value)
 
 
-def test_a_network_is_one_entry(monkeypatch, images):
-    monkeypatch.setitem(FEATURES, "mean_colours", MeanColours)
-    options = parse_options("", [FeatureOptions], ["--features", "mean_colours"])[FeatureOptions]
+def test_a_network_is_registered_with_one_entry(monkeypatch, images):
+    monkeypatch.setitem(FEATURES, "mean_colors", MeanColors)
+    options = parse_options("", [FeatureOptions], ["--features", "mean_colors"])[FeatureOptions]
     network = choose_features(options, "fashion_mnist", Machine(torch.device("cpu"), "fp32"))
-    assert isinstance(network, MeanColours)
+    assert isinstance(network, MeanColors)
     assert network(images.expand(-1, 3, -1, -1), {"features"})["features"].shape == (4, 3)

@@ -48,8 +48,8 @@ def test_pixels_and_images_are_inverse():
     assert torch.equal(pixels_to_images(pixels), images)
 
 
-def test_the_one_rounding_rule():
-    """round(127.5 x + 127.5), clamped: half a level decides, and 0 is 127.5, rounded to even."""
+def test_pixels_are_rounded_to_the_nearest_level():
+    """round(127.5 x + 127.5), clamped. Half a level is enough to round up; 0 maps to 127.5, which rounds to even."""
     levels = torch.tensor([-1.5, -1.0, -1 + 0.49 / 127.5, -1 + 0.51 / 127.5, 0.0, 1 - 0.51 / 127.5, 1.0, 7.0])
     assert pixels_to_images(levels).tolist() == [0, 0, 0, 1, 128, 254, 255, 255]
 
@@ -65,7 +65,7 @@ def test_pixel_space_is_the_identity():
     assert torch.equal(space.decode(latents), images)
 
 
-def test_moments_and_decoding_are_those_of_diffusers(saved):
+def test_moments_and_decoding_equal_diffusers(saved):
     autoencoder = load(saved)
     network = diffusers.AutoencoderKL.from_pretrained(saved).eval()
     images = random_images(3)
@@ -83,7 +83,7 @@ def test_moments_and_decoding_are_those_of_diffusers(saved):
     assert difference.abs().max() <= 1  # rounding of the scale
 
 
-def test_samples_have_the_posterior_s_mean_and_variance():
+def test_samples_have_the_posteriors_mean_and_variance():
     autoencoder = KLAutoencoder(tiny_network(**STATISTICS), "x")
     mean = torch.tensor([3.0, -2.0]).view(1, 2, 1, 1)
     logvar = torch.tensor([-2.0, 1.0]).view(1, 2, 1, 1)
@@ -99,7 +99,7 @@ def test_samples_have_the_posterior_s_mean_and_variance():
 @pytest.mark.parametrize(
     ("statistics", "scale_factor", "mean", "std"),
     [
-        ({}, None, [0, 0], [1 / 0.18215] * 2),  # Stable Diffusion's, diffusers' default
+        ({}, None, [0, 0], [1 / 0.18215] * 2),  # diffusers' default, from Stable Diffusion
         ({"scaling_factor": 0.5}, None, [0, 0], [2, 2]),
         ({"scaling_factor": 0.5, "shift_factor": 0.1}, None, [0.1, 0.1], [2, 2]),
         (STATISTICS, None, [0.5, -1.0], [2.0, 0.25]),
@@ -126,7 +126,7 @@ def test_log_variance_is_clamped():
     assert [channel.unique().tolist() for channel in moments[0]] == [[1.0], [2.0], [20.0], [-30.0]]
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_chunking_does_not_change_results(monkeypatch):
     autoencoder = KLAutoencoder(tiny_network(), "x")
     images = random_images(7)
     whole = autoencoder.encode(images)
@@ -142,7 +142,7 @@ def test_chunks_change_nothing(monkeypatch):
 
 
 def test_moments_in_bfloat16_are_close_to_those_in_float32():
-    """As the cache holds them on many machines: what they lose is little beside the posterior, less beside rounding."""
+    """Caches may use bfloat16. Its error is small compared with the posterior, and smaller still compared with rounding."""
     autoencoder = load("pretrained/fashion_mnist_autoencoder", channels=1)
     digits = torch.from_numpy(load_digits().images[:64, None]).float() * 255 / 16
     images = functional.interpolate(digits, size=(32, 32), mode="bilinear").round().byte()
@@ -150,17 +150,17 @@ def test_moments_in_bfloat16_are_close_to_those_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         rounded = autoencoder.encode(images)
     assert rounded.dtype == torch.float32
-    latents = [autoencoder.sample(moments) for moments in (exact, rounded)]  # of about unit scale
+    latents = [autoencoder.sample(moments) for moments in (exact, rounded)]  # approximately unit scale
     error = (latents[1] - latents[0]).square().mean().sqrt()
     posterior = (exact.chunk(2, dim=1)[1].exp().mean((0, 2, 3)).sqrt() / autoencoder.std.flatten()).min()
     assert 0 < error < 0.02
     assert error < posterior / 2
-    assert (rounded - exact).chunk(2, dim=1)[1].abs().max() < 0.2  # log-variances, around -5
+    assert (rounded - exact).chunk(2, dim=1)[1].abs().max() < 0.2  # log-variances are around -5
     grey = [autoencoder.decode(part).double() for part in latents]
-    assert (grey[1] - grey[0]).square().mean().sqrt() < 1  # of 256 levels
+    assert (grey[1] - grey[0]).square().mean().sqrt() < 1  # gray levels out of 256
 
 
-def test_grey_images_are_repeated_for_a_colour_autoencoder():
+def test_gray_images_are_repeated_for_a_color_autoencoder():
     autoencoder = KLAutoencoder(tiny_network(channels=3), "x")
     grey = random_images(2, channels=1)
     assert torch.equal(autoencoder.encode(grey), autoencoder.encode(grey.repeat(1, 3, 1, 1)))
@@ -178,7 +178,7 @@ def test_wrong_size():
         autoencoder.encode(random_images(1, side=7))
 
 
-def test_saved_autoencoder_comes_back_bit_for_bit(saved):
+def test_a_saved_autoencoder_round_trips_bit_for_bit(saved):
     original = KLAutoencoder(tiny_network(**STATISTICS), str(saved))
     loaded = load(saved)
     assert loaded.describe() == original.describe()
@@ -188,18 +188,18 @@ def test_saved_autoencoder_comes_back_bit_for_bit(saved):
     assert not any(parameter.requires_grad for parameter in loaded.network.parameters())
 
 
-def test_half_precision_file_is_computed_in_single(tmp_path):
+def test_a_half_precision_file_is_used_in_single_precision(tmp_path):
     tiny_network().half().save_pretrained(tmp_path / "half")
     assert {value.dtype for value in load(tmp_path / "half").network.state_dict().values()} == {torch.float32}
 
 
-def test_factor_that_contradicts(saved):
+def test_a_contradicting_factor_is_refused(saved):
     assert load(saved, f=2).factor == 2
     with pytest.raises(UsageError, match=r"--f 8 contradicts .*whose factor is 2"):
         load(saved, f=8)
 
 
-def test_hash_tells_weights_apart():
+def test_the_hash_depends_on_the_weights():
     network = tiny_network()
     weights = network.state_dict()
     before = weights_hash(weights)
@@ -226,7 +226,7 @@ def test_damaged_folder_is_named(saved, damage):
         weights.write_bytes(weights.read_bytes()[:-100])
     else:
         weights.unlink()
-        if damage == "pickled weights":  # code could hide in them
+        if damage == "pickled weights":  # pickled weights may contain code
             torch.save(tiny_network().state_dict(), saved / "diffusion_pytorch_model.bin")
     with pytest.raises(UsageError) as raised:
         load(saved)

@@ -1,4 +1,4 @@
-"""Samples of many settings from the same noises, stored as features, so that an interrupted benchmark continues."""
+"""Sample many settings from the same noise and store their features, so that an interrupted benchmark can resume."""
 
 import dataclasses
 import hashlib
@@ -28,44 +28,50 @@ from sampling.loading import LoadedSampler, load_sampler
 from sampling.request import SamplerRequest, SamplingOptions, sampler_request, sampling_groups
 from sampling.sampler import generate
 
-__all__ = ["Bench", "BenchmarkRequest", "DrawOptions", "Draws", "joined", "request_benchmark", "varied"]
+__all__ = ["Bench", "BenchmarkOptions", "BenchmarkRequest", "Samples", "concatenate", "request_benchmark", "varied"]
 
 T = TypeVar("T")
 
 DEFAULT_FILE = "test_args/fashion_mnist_dit.txt"
-GROUPS = 8  # of samples, for error bars: evaluation.metrics.error_bars tells how
-CLASSES = 10  # of successive indices, which must not be torn apart
+GROUPS = 8  # balanced half-samples, explained in evaluation.metrics.error_bars
+CLASSES = 10  # Consecutive indices cycle through the labels; each block of 10 stays in one group.
 
 
 @dataclass(frozen=True)
-class DrawOptions:
+class BenchmarkOptions:
     """Benchmark."""
 
-    keep: str = option("saved_info/benchmarks", "folder for the features of what was drawn, and for the rows as JSON")
-    screened: int = option(2000, "samples of every setting", minimum=16)
+    keep: str = option("saved_info/benchmarks", "folder for sample features and for the results as JSON")
+    screened: int = option(2000, "samples per setting in the first pass", minimum=16)
 
 
 @dataclass(frozen=True)
-class Draws:
-    """Of samples 0 to N - 1: features float32 [N, D], evaluations int64 [2, N] (of the velocity, of networks), seconds [N]."""
+class Samples:
+    """Features and costs of samples 0 to N - 1.
+
+    Attributes:
+        features: float32 [N, D].
+        evaluations: int64 [2, N]: evaluations of the (guided) velocity, and network evaluations.
+        seconds: [N], time per sample.
+    """
 
     features: torch.Tensor
     evaluations: torch.Tensor
     seconds: torch.Tensor
 
-    def first(self, count: int) -> "Draws":
-        """Those of the first samples."""
-        return Draws(self.features[:count], self.evaluations[:, :count], self.seconds[:count])
+    def first(self, count: int) -> "Samples":
+        """The first `count` samples."""
+        return Samples(self.features[:count], self.evaluations[:, :count], self.seconds[:count])
 
     def costs(self) -> dict[str, float]:
-        """Evaluations a sample, and the seconds from noises to images that all took."""
+        """Mean evaluations per sample, and the total seconds from noise to images."""
         nfe, networks = self.evaluations.double().mean(1).tolist()
         return {"nfe": nfe, "network_evaluations": networks, "seconds": self.seconds.double().sum().item()}
 
 
 @dataclass(frozen=True)
 class BenchmarkRequest(Generic[T]):
-    """The flags of a benchmark: its own, and those of test_flow_latent.py that name network, data and feature network."""
+    """A benchmark's own options, and the options of test_flow_latent.py that choose network, data and feature network."""
 
     own: T
     sampler: SamplerRequest
@@ -75,7 +81,7 @@ class BenchmarkRequest(Generic[T]):
 
 
 def request_benchmark(description: str, own: type[T], *fixed: str) -> BenchmarkRequest[T]:
-    """Parse a benchmark's flags: first run_test.sh's arguments file, then the command line, then the flags `fixed`."""
+    """Parse a benchmark's flags. Later ones take precedence: run_test.sh's arguments file, the command line, `fixed`."""
     words = ["--args_file", DEFAULT_FILE, *sys.argv[1:], *fixed]
     options = parse_options(description, (own, *sampling_groups()), words)
     return BenchmarkRequest(
@@ -101,11 +107,11 @@ def varied(
 
 
 class Bench:
-    """Draws samples and scores them; samples drawn before are read from `folder`.
+    """Generate samples and score them, reusing the features of earlier samples from `folder`.
 
     Args:
         request: the network, and the dataset whose training images are the reference.
-        folder: holds the features, one file per setting.
+        folder: where features are stored, one file per setting.
     """
 
     def __init__(self, request: BenchmarkRequest, folder: str | Path) -> None:
@@ -119,43 +125,43 @@ class Bench:
         assert reference is not None
         self._reference: Statistics = reference
 
-    def draw(self, loaded: LoadedSampler, count: int) -> Draws:
-        """Samples 0 to count - 1; those that are missing are drawn, and kept batch by batch."""
+    def sample(self, loaded: LoadedSampler, count: int) -> Samples:
+        """Return samples 0 to count - 1. Missing samples are generated and stored after each batch."""
         path = self.folder / f"{self._key(loaded)}.npz"
-        draws = _read(path) if path.exists() else None
-        held = 0 if draws is None else len(draws.seconds)
-        for start in range(held, count, self._batch_size):
-            new = self.draw_batch(loaded, range(start, min(start + self._batch_size, count)))
-            draws = new if draws is None else joined(draws, new)
+        samples = _read(path) if path.exists() else None
+        stored = 0 if samples is None else len(samples.seconds)
+        for start in range(stored, count, self._batch_size):
+            new = self.sample_batch(loaded, range(start, min(start + self._batch_size, count)))
+            samples = new if samples is None else concatenate(samples, new)
             with atomic_path(path, durable=False) as temporary, temporary.open("wb") as file:
-                np.savez(file, **{name: value.numpy() for name, value in vars(draws).items()})
-        assert draws is not None
-        return draws.first(count)
+                np.savez(file, **{name: value.numpy() for name, value in vars(samples).items()})
+        assert samples is not None
+        return samples.first(count)
 
-    def draw_batch(self, loaded: LoadedSampler, indices: Sequence[int]) -> Draws:
-        """These samples, in one batch, drawn now; the seconds are those from noises to images."""
+    def sample_batch(self, loaded: LoadedSampler, indices: Sequence[int]) -> Samples:
+        """Generate the samples with these indices in one batch, ignoring stored ones; time it from noise to images."""
         started = time.perf_counter()
         (batch,) = generate(loaded.sampler, indices, batch_size=len(indices))
         seconds = time.perf_counter() - started
         counts = torch.stack([batch.evaluations, batch.network_evaluations])
-        return Draws(
+        return Samples(
             self._network(batch.images, {"features"})["features"].cpu(),
             counts,
             torch.full((len(indices),), seconds / len(indices)),
         )
 
     def call(self, loaded: LoadedSampler, count: int) -> Callable[[], object]:
-        """Draws samples and keeps nothing: to be timed."""
+        """A function that generates `count` samples and discards them, for timing."""
         return lambda: list(generate(loaded.sampler, range(count), batch_size=min(count, self._batch_size)))
 
     def distance(self, features: torch.Tensor) -> float:
-        """Fréchet distance of features [N, D] from the reference."""
+        """Fréchet distance between features [N, D] and the reference."""
         moments = RunningMoments(features.shape[1])
         moments.update(features)
         return frechet_distance(moments.statistics(), self._reference)
 
-    def error_of_difference(self, ours: Draws, theirs: Draws | None = None) -> float:
-        """Standard deviation of FD(ours) - FD(theirs) over noises that both share; of FD(ours) alone without the others."""
+    def error_of_difference(self, ours: Samples, theirs: Samples | None = None) -> float:
+        """Standard deviation of FD(ours) - FD(theirs), both sampled from the same noise; of FD(ours) if `theirs` is None."""
         groups = torch.arange(len(ours.seconds)) // CLASSES % GROUPS
         squares = 0.0
         for split in range(1, GROUPS):
@@ -164,22 +170,22 @@ class Bench:
             squares += (first - second) ** 2 / (GROUPS - 1)
         return squares**0.5 / 2
 
-    def _difference(self, half: torch.Tensor, ours: Draws, theirs: Draws | None) -> float:
+    def _difference(self, half: torch.Tensor, ours: Samples, theirs: Samples | None) -> float:
         return self.distance(ours.features[half]) - (0.0 if theirs is None else self.distance(theirs.features[half]))
 
     def _key(self, loaded: LoadedSampler) -> str:
-        told = json.dumps([loaded.settings, self._network.sha256], sort_keys=True)
-        return f"{loaded.sampler.solver.method}_{hashlib.sha256(told.encode()).hexdigest()[:12]}"
+        identity = json.dumps([loaded.settings, self._network.sha256], sort_keys=True)
+        return f"{loaded.sampler.solver.method}_{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
 
-def _read(path: Path) -> Draws:
-    with np.load(path, allow_pickle=False) as content:
-        return Draws(**{name: torch.from_numpy(content[name]) for name in content})
+def _read(path: Path) -> Samples:
+    with np.load(path, allow_pickle=False) as arrays:
+        return Samples(**{name: torch.from_numpy(arrays[name]) for name in arrays})
 
 
-def joined(a: Draws, b: Draws) -> Draws:
-    """Both, one after the other."""
-    return Draws(
+def concatenate(a: Samples, b: Samples) -> Samples:
+    """Concatenate two sets of samples."""
+    return Samples(
         torch.cat([a.features, b.features]),
         torch.cat([a.evaluations, b.evaluations], dim=1),
         torch.cat([a.seconds, b.seconds]),
