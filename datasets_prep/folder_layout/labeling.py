@@ -19,7 +19,7 @@ class Labeling:
 
     Args:
         classes: class names, by label; empty without classes.
-        source: where the labels are from.
+        source: where the labels are from, such as "from class folders".
         no_classes: why there are no classes.
         by_path: labels by path, if label files give them.
         remarks: surprising things about label files.
@@ -27,7 +27,7 @@ class Labeling:
     """
 
     classes: list[str]
-    source: str = "class folders"
+    source: str = "from class folders"
     no_classes: str = ""
     by_path: dict[str, int] | None = None
     remarks: list[str] = field(default_factory=list)
@@ -64,7 +64,7 @@ def choose_labels(layout: Layout) -> Labeling:
     if missing:
         reason = f"{found.source} has no label for {len(missing):,} of {len(training):,} images, such as {missing[0]}"
         return Labeling([], "", reason, None, [*found.remarks, reason], found.ignored)
-    return Labeling(names, found.source, "", numbers, found.remarks, found.ignored)
+    return Labeling(names, f"from {found.source}", "", numbers, found.remarks, found.ignored)
 
 
 def label_held_out(labeling: Labeling, tree: FolderTree) -> tuple[list[Path], np.ndarray]:

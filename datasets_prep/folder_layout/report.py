@@ -45,7 +45,7 @@ def _describe_classes(dataset: ImageDataset) -> str:
     if not names and len(counts) == 1:
         return "none" if survey is None else f"none, because {survey.no_classes}"
     names = [*names, *map(str, range(len(names), len(counts)))]
-    source = "" if survey is None else f" from {survey.source}"
+    source = "" if survey is None else f" {survey.source}"
     if len(counts) <= NAMED_CLASSES:
         listed = ", ".join(f"{printable(name)} {count:,}" for name, count in zip(names, counts, strict=True))
     else:

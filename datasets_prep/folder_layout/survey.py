@@ -23,7 +23,7 @@ class Survey:
     Args:
         root: the folder.
         classes: all class names, by label; empty without classes.
-        source: where the labels are from, such as "class folders".
+        source: where the labels are from, such as "from class folders".
         no_classes: why there are no classes; empty if there are.
         held_out: how the held-out images are chosen.
         left_out: what is not read and why, one phrase per reason.
@@ -96,7 +96,7 @@ def _class_warnings(layout: Layout, labeling: Labeling) -> list[str]:
         warnings.append(f"empty folders: {len(empty):,} ({examples(empty)})")
     counts = _class_counts(layout, labeling)
     if none := [name for name in labeling.classes if not counts.get(name)]:
-        warnings.append(f"classes without images in {labeling.source}: {len(none):,} ({examples(none)})")
+        warnings.append(f"classes {labeling.source} without images: {len(none):,} ({examples(none)})")
     if single := [name for name in labeling.classes if counts.get(name) == 1 and len(counts) > 1]:
         warnings.append(f"classes with a single image in {folder}: {len(single):,} ({examples(single)})")
     if labeling.by_path is None:

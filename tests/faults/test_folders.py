@@ -377,7 +377,7 @@ def test_label_files_override_folders(tmp_path, file):
     assert (train.labels.tolist(), held_out.labels.tolist()) == ([0, 1, 2, 0, 1, 2, 0], [1])
     assert train.facts.class_names == ("0", "1", "2")
     assert colors(train) == list(range(1, 8))  # the order of the images does not depend on labels
-    assert train.survey.source == str(root / file)
+    assert train.survey.source == f"from {root / file}"
 
 
 @LABEL_FILES
@@ -444,7 +444,7 @@ def test_files_without_labels_leave_the_class_folders(tmp_path, file, text, told
     root = write(tmp_path, {"cat": 3, "dog": 3})
     (root / file).write_text(text)
     survey = open_folder(root).survey
-    assert (survey.classes, survey.source) == (("cat", "dog"), "class folders")
+    assert (survey.classes, survey.source) == (("cat", "dog"), "from class folders")
     assert any(told in line and file in line for line in (*survey.left_out, *survey.warnings))
 
 
@@ -454,7 +454,7 @@ def test_class_ids_without_images_and_images_without_files(tmp_path):
         root / "metadata.csv", [(f"{index:03d}.png", 1 + 2 * (index % 2)) for index in range(4)] + [("x.png", 0)]
     )
     assert open_folder(root).labels.tolist() == [1, 3, 1]
-    assert f"classes without images in {root / 'metadata.csv'}: 2 (0, 2)" in warnings_of(root)
+    assert f"classes from {root / 'metadata.csv'} without images: 2 (0, 2)" in warnings_of(root)
     assert "lists images that do not exist: 1 (" in warnings_of(root)
 
 
