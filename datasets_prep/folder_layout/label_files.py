@@ -58,7 +58,7 @@ def read_labels(files: Iterable[Path], images: Iterable[Path]) -> FileLabels:
             except _FormatError as error:
                 ignored.append(f"{file} ({error})")
                 continue
-            except UNREADABLE as error:
+            except (*UNREADABLE, csv.Error) as error:
                 remarks.append(f"cannot read the labels in {file}: {error}")
                 continue
             if absent := [name for name in found if name not in known and not os.path.exists(name)]:  # noqa: PTH110

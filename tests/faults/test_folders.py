@@ -431,6 +431,7 @@ def test_partial_labels_give_no_classes(tmp_path):
         ("dataset.json", '{"labels": [["other/000.png", 0]]}', "labels none of the images"),
         ("dataset.json", "{", "cannot read the labels"),
         ("metadata.csv", "file_name,text\ncat/000.png,a cat\n", "without the columns file_name and label"),
+        ("metadata.csv", "file_name,label\n" + 200_000 * "x" + ",0\n", "cannot read the labels"),
         ("metadata.csv", "file_name;label\ncat/000.png;0\n", "without the columns file_name and label"),
         (
             "metadata.jsonl",
