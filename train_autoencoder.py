@@ -4,7 +4,8 @@
 import shutil
 
 from command_line import parse_options
-from datasets_prep.datasets import DatasetOptions, open_dataset
+from datasets_prep.datasets import DatasetOptions, FlipOptions, choose_flips, open_dataset
+from datasets_prep.folder_layout.report import show_data
 from options import exit_cleanly
 from runtime.messages import show
 from runtime.precision import PrecisionOptions, choose_machine
@@ -20,11 +21,13 @@ from training.autoencoder import (
 
 def main() -> None:
     """Parse the flags, train, measure the latents' scale, and save."""
-    options = parse_options(str(__doc__), [AutoencoderTrainingOptions, DatasetOptions, PrecisionOptions])
+    groups = [AutoencoderTrainingOptions, DatasetOptions, FlipOptions, PrecisionOptions]
+    options = parse_options(str(__doc__), groups)
     settings = options[AutoencoderTrainingOptions]
     check_output(settings.output)
     machine = choose_machine(options[PrecisionOptions])
-    dataset = open_dataset(options[DatasetOptions], "train")
+    dataset = choose_flips(open_dataset(options[DatasetOptions], "train"), options[FlipOptions])
+    show_data(dataset)
     network = train_autoencoder(dataset, settings, machine)
     save_autoencoder(network, snapshot_folder(settings), {}, settings)
     save_autoencoder(network, settings.output, posterior_statistics(network, dataset, machine), settings)

@@ -3,6 +3,7 @@
 
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
+from datasets_prep.folder_layout.report import show_data
 from evaluation.features.classifier import load_classifier, save_classifier
 from options import as_json, exit_cleanly
 from runtime.messages import show
@@ -16,6 +17,7 @@ def main() -> None:
     settings = options[ClassifierTrainingOptions]
     machine = choose_machine(options[PrecisionOptions])
     train, test = (open_dataset(options[DatasetOptions], split) for split in ("train", "validation"))
+    show_data(train, test)
     network = train_classifier(gather_images(train), train.labels, train.facts.class_names, settings, machine)
     kept = {name: value for name, value in as_json(settings).items() if name != "output"}
     facts = {"dataset": train.facts.name, "fingerprint": train.fingerprint, "training": kept}

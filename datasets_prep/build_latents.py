@@ -7,8 +7,10 @@ With --num_process_per_node N, the GPUs share the work. After an interruption, r
 
 from pathlib import Path
 
-from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, open_dataset
-from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder
+from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, choose_flips, open_dataset
+from datasets_prep.folder_layout.report import show_data
+from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache
+from datasets_prep.moments import choose_cache_folder
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from options import Options, UsageError
 from runtime.distributed import Processes
@@ -19,7 +21,7 @@ from runtime.precision import PrecisionOptions, choose_machine
 __all__ = ["GROUPS", "main"]
 
 
-GROUPS = (DatasetOptions, LatentCacheOptions, AutoencoderOptions, PrecisionOptions)
+GROUPS = (DatasetOptions, FlipOptions, LatentCacheOptions, AutoencoderOptions, PrecisionOptions)
 
 
 def main(options: Options, processes: Processes) -> None:
@@ -27,15 +29,19 @@ def main(options: Options, processes: Processes) -> None:
     data, caches = options[DatasetOptions], options[LatentCacheOptions]
     machine = choose_machine(options[PrecisionOptions], processes)
     with processes.main_first():
-        train = open_dataset(data, "train")
-        held_out = open_dataset(data, "validation").head(HELD_OUT_IMAGES)
+        train, held_out = (
+            choose_flips(open_dataset(data, split), options[FlipOptions]) for split in ("train", "validation")
+        )
+        show_data(train, held_out)
+        held_out = held_out.head(HELD_OUT_IMAGES)
         autoencoder = load_autoencoder(options[AutoencoderOptions], train.facts.channels)
     if autoencoder.is_pixel_space:
         raise UsageError("--pretrained_autoencoder_ckpt none means pixel space, without latents: name an autoencoder")
     autoencoder = autoencoder.to(machine.device)
-    root = Path(caches.latent_cache_dir or data.derived / "latent_cache")
     for dataset in (train, held_out):
-        folder = cache_folder(root, dataset, autoencoder)
+        folder = processes.from_main(
+            choose_cache_folder(dataset, autoencoder, data, caches) if processes.is_main else Path()
+        )
         build_latent_cache(folder, dataset, autoencoder, machine, processes, caches.num_workers)
         show(f"{folder}: {len(dataset)} {dataset.split} images of {data.dataset}")
 

@@ -6,13 +6,17 @@ disk reads them concurrently.
 """
 
 import mmap
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["LatentCache"]
+from runtime.files import UNREADABLE, atomic_path, read_json, write_json
+from runtime.messages import note
+
+__all__ = ["LatentCache", "has_mirror_images", "is_finished", "read_labels", "update_labels"]
 
 ADVISABLE = hasattr(mmap, "MADV_WILLNEED")  # not on Windows
 
@@ -50,6 +54,56 @@ class LatentCache:
         for i, (shard, row, orientation) in enumerate(locations):
             moments[i] = self.shards[shard][row, orientation]
         return torch.from_numpy(moments)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the folder holds a complete cache.
+
+    Raises:
+        UsageError: its manifest is damaged.
+    """
+    path = folder / "manifest.json"
+    return path.exists() and "shards" in read_json(path)
+
+
+def has_mirror_images(folder: Path) -> bool | None:
+    """Whether a cache, finished or not, stores mirror images; None if there is no cache.
+
+    Raises:
+        UsageError: its manifest is damaged.
+    """
+    path = folder / "manifest.json"
+    return read_json(path).get("orientations") == 2 if path.exists() else None
+
+
+def read_labels(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
+    """The labels int64 [N] stored in a cache."""
+    return np.load(folder / manifest["labels"]["file"], allow_pickle=False)
+
+
+def update_labels(folder: Path, labels: np.ndarray) -> None:
+    """Replace the labels of a finished cache if they differ from `labels`, int64 [N].
+
+    Labels may change without the images, for example with a metadata.csv. Training reads the dataset's labels, but a cache
+    can also be used without its images.
+    """
+    manifest = read_json(folder / "manifest.json")
+    try:
+        if np.array_equal(read_labels(folder, manifest), labels):
+            return
+    except UNREADABLE:  # opening the cache reports the damage
+        return
+    old = manifest["labels"]["file"]
+    try:
+        checksum = zlib.crc32(labels.tobytes())
+        path = folder / f"labels_{checksum:08x}.npy"
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, labels)
+        entry = {"file": path.name, "crc32": zlib.crc32(path.read_bytes())}
+        write_json(folder / "manifest.json", {**manifest, "labels": entry})
+        (folder / old).unlink()
+    except OSError as error:  # the cache may be on a read-only disk
+        note(f"the latent cache {folder} keeps older labels, because it cannot be written: {error}")
 
 
 def _map_rows(path: Path) -> np.memmap:

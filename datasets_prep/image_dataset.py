@@ -8,7 +8,17 @@ from typing import Literal
 import numpy as np
 import torch
 
-__all__ = ["LISTED_CLASSES", "DatasetFacts", "ImageDataset", "Split", "crop_padding", "like_originals", "shown_side"]
+from datasets_prep.folder_layout.survey import Survey
+
+__all__ = [
+    "DatasetFacts",
+    "ImageDataset",
+    "Split",
+    "crop_padding",
+    "like_originals",
+    "listed_classes",
+    "shown_side",
+]
 
 Split = Literal["train", "validation"]
 
@@ -40,7 +50,8 @@ class ImageDataset:
     """Images uint8 [C, H, W] by index, with labels, facts and a fingerprint of the files.
 
     `labels` int64 [N] are zeros without classes, and may be zeroed for an unconditional network. `stored_labels` int64 [N]
-    always keep the files' labels. `has_images` is False for a dataset of latents.
+    always keep the files' labels. `survey` tells how a folder is read; it is None for other datasets. `has_images` is False for
+    a dataset of latents.
     """
 
     has_images = True
@@ -52,12 +63,14 @@ class ImageDataset:
         labels: np.ndarray,
         read: Callable[[int], torch.Tensor],
         fingerprint: str,
+        survey: Survey | None = None,
     ) -> None:
         self.facts = facts
         self.split = split
         self.stored_labels = labels.astype(np.int64)
         self.labels = torch.from_numpy(self.stored_labels.copy())
         self.fingerprint = fingerprint
+        self.survey = survey
         self._read = read
 
     def __len__(self) -> int:
@@ -91,12 +104,19 @@ class ImageDataset:
             self.stored_labels[kept],
             lambda index: self[int(kept[index])],
             hashlib.sha256(self.fingerprint.encode() + kept.tobytes()).hexdigest(),
+            self.survey,
         )
 
     def head(self, count: int) -> "ImageDataset":
         """The first `count` images."""
         labels = self.stored_labels[:count]
-        return ImageDataset(self.facts, self.split, labels, self._read, f"{self.fingerprint}[:{len(labels)}]")
+        fingerprint = f"{self.fingerprint}[:{len(labels)}]"
+        return ImageDataset(self.facts, self.split, labels, self._read, fingerprint, self.survey)
+
+
+def listed_classes(names: list[str]) -> tuple[str, ...]:
+    """The class names that a checkpoint records: all, or none of more than LISTED_CLASSES."""
+    return tuple(names) if len(names) <= LISTED_CLASSES else ()
 
 
 def shown_side(facts: DatasetFacts) -> int:

@@ -2,11 +2,11 @@
 
 A folder holds:
     manifest.json      the dataset, the autoencoder, and each file's CRC-32
-    labels.npy         the images' labels
+    labels.npy         the images' labels (in labels_<CRC-32>.npy if they have changed)
     moments_00000.npy  and further shards, of shape [n, orientations, 2 c, h, w]
 
-Orientation 0 is the image. Orientation 1 is its mirror image, which only datasets with `flips` store. Both are encoded,
-because encode(flip(x)) differs from flip(encode(x)).
+Orientation 0 is the image. Orientation 1 is its mirror image, which only datasets with `flips` need. Both are encoded,
+because encode(flip(x)) differs from flip(encode(x)). A cache with mirror images also serves a dataset without `flips`.
 
 An interrupted build resumes. Images are encoded in the machine's precision, which the manifest records. A cache encoded in
 another precision is accepted.
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets_prep.cached_moments import LatentCache
+from datasets_prep.cached_moments import LatentCache, has_mirror_images, is_finished, read_labels, update_labels
 from datasets_prep.image_dataset import ImageDataset
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, option
@@ -73,7 +73,7 @@ def open_latent_cache(folder: Path, dataset: ImageDataset, autoencoder: Autoenco
             or has a damaged file.
     """
     manifest = read_json(folder / "manifest.json")
-    _check_fits(folder, manifest, _identity(dataset, autoencoder))
+    _check_fits(folder, manifest, _identity(folder, dataset, autoencoder))
     with _as_bad_manifest(folder):
         _check_files(folder, manifest)
         return LatentCache(folder, manifest, dataset.labels)
@@ -92,8 +92,7 @@ def open_standalone_cache(folder: Path) -> tuple[LatentCache, dict[str, Any]]:
     _check_fits(folder, manifest, {"format": FORMAT})
     with _as_bad_manifest(folder):
         _check_files(folder, manifest)
-        labels = torch.from_numpy(np.load(folder / LABELS, allow_pickle=False))
-        return LatentCache(folder, manifest, labels), manifest
+        return LatentCache(folder, manifest, torch.from_numpy(read_labels(folder, manifest))), manifest
 
 
 @contextmanager
@@ -131,13 +130,16 @@ def build_latent_cache(
 ) -> None:
     """Encode the images that are missing in `folder`. The processes share the shards.
 
-    A finished cache is not changed. If another run is building the cache, this one waits for it.
+    A finished cache is not changed, except for labels that have changed in the dataset. If another run is building the cache,
+    this one waits for it.
 
     Raises:
         UsageError: the folder holds another cache.
     """
-    identity = _identity(dataset, autoencoder)
+    identity = _identity(folder, dataset, autoencoder)
     if not processes.any(not _is_finished(folder, identity)):
+        if processes.is_main:
+            update_labels(folder, dataset.stored_labels)
         return
     lock = locked(folder / LOCK, "is building this latent cache", wait=True) if processes.is_main else nullcontext()
     with lock:
@@ -149,9 +151,8 @@ def build_latent_cache(
 def _is_finished(folder: Path, identity: dict[str, Any]) -> bool:
     if not (folder / "manifest.json").exists():
         return False
-    manifest = read_json(folder / "manifest.json")
-    _check_fits(folder, manifest, identity)
-    return "shards" in manifest
+    _check_fits(folder, read_json(folder / "manifest.json"), identity)
+    return is_finished(folder)
 
 
 def _build(
@@ -174,7 +175,10 @@ def _build(
             entry_file = path.with_suffix(".json")
             images = range(starts[number], min(starts[number] + identity["shard_size"], len(dataset)))
             if not entry_file.exists():
-                _write_shard(path, entry_file, dataset, images, autoencoder, machine, progress, num_workers)
+                orientations = identity["orientations"]
+                _write_shard(
+                    path, entry_file, dataset, images, orientations, autoencoder, machine, progress, num_workers
+                )
             else:
                 progress.update(len(images))
     processes.barrier()
@@ -188,14 +192,13 @@ def _write_shard(
     entry_file: Path,
     dataset: ImageDataset,
     images: range,
+    orientations: int,
     autoencoder: Autoencoder,
     machine: Machine,
     progress: tqdm,
     num_workers: int,
 ) -> None:
-    facts = dataset.facts
-    orientations = 2 if facts.flips else 1
-    side = facts.image_size // autoencoder.factor
+    side = dataset.facts.image_size // autoencoder.factor
     moments = np.empty((len(images), orientations, autoencoder.moment_channels, side, side), np.float16)
     row = 0
     with closing(_read_ahead(dataset, images, num_workers)) as batches:
@@ -244,11 +247,11 @@ def _finish(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndar
     write_json(folder / "manifest.json", identity | found)
 
 
-def _identity(dataset: ImageDataset, autoencoder: Autoencoder) -> dict[str, Any]:
+def _identity(folder: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> dict[str, Any]:
     facts = dataset.facts
     side = facts.image_size // autoencoder.factor
     shape = (autoencoder.moment_channels, side, side)
-    orientations = 2 if facts.flips else 1
+    orientations = 2 if facts.flips or has_mirror_images(folder) else 1
     return {
         "format": FORMAT,
         "dataset": facts.name,

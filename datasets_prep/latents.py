@@ -18,8 +18,10 @@ from typing import BinaryIO, NoReturn
 import numpy as np
 import torch
 
+from datasets_prep.folder_layout.entries import is_junk
+from datasets_prep.folder_layout.survey import Survey
 from datasets_prep.folders import list_split, state_of_files
-from datasets_prep.image_dataset import LISTED_CLASSES, DatasetFacts, ImageDataset, Split
+from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, listed_classes
 from datasets_prep.latent_cache import open_standalone_cache
 from models.autoencoders.kl import LOGVAR_RANGE
 from models.autoencoders.protocol import Autoencoder
@@ -50,8 +52,9 @@ class LatentDataset(ImageDataset):
         stored: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
         fingerprint: str,
         autoencoder_sha256: str | None = None,
+        survey: Survey | None = None,
     ) -> None:
-        super().__init__(facts, split, labels, self._refuse, fingerprint)
+        super().__init__(facts, split, labels, self._refuse, fingerprint, survey)
         self.stored = stored
         self.autoencoder_sha256 = autoencoder_sha256
 
@@ -59,7 +62,9 @@ class LatentDataset(ImageDataset):
         """The first `count` latents."""
         labels = self.stored_labels[:count]
         fingerprint = f"{self.fingerprint}[:{len(labels)}]"
-        return LatentDataset(self.facts, self.split, labels, self.stored, fingerprint, self.autoencoder_sha256)
+        return LatentDataset(
+            self.facts, self.split, labels, self.stored, fingerprint, self.autoencoder_sha256, self.survey
+        )
 
     def check_images(self, purpose: str) -> NoReturn:
         """Raise UsageError: a dataset of latents has no images."""
@@ -123,7 +128,8 @@ def open_latents(name: str, datadir: Path, split: Split, image_size: int) -> Lat
     Raises:
         UsageError: there are none, only caches of another size or split, or several matching caches.
     """
-    caches = [path.parent for pattern in CACHE_PATTERNS for path in sorted(datadir.glob(pattern))]
+    found = [path.parent for pattern in CACHE_PATTERNS for path in sorted(datadir.glob(pattern))]
+    caches = [path for path in found if not is_junk(path.name)]
     if not caches:
         return _open_folder(name, datadir, split, image_size)
     matching = [path for path in caches if _matches(path, split, image_size)]
@@ -157,9 +163,9 @@ def _open_folder(name: str, datadir: Path, split: Split, image_size: int) -> Lat
                 raise UsageError(f"{path} has the shape {array.shape}, but {paths[0]} has {arrays[0].shape}")
         return torch.from_numpy(np.stack(arrays))
 
-    class_names = tuple(files.classes) if len(files.classes) <= LISTED_CLASSES else ()
-    facts = DatasetFacts(name, image_size, 3, None, False, class_names)
-    return LatentDataset(facts, split, files.labels, stored, state_of_files(files.paths, datadir, times=False))
+    facts = DatasetFacts(name, image_size, 3, None, False, listed_classes(files.classes))
+    fingerprint = state_of_files(files.paths, datadir, times=False)
+    return LatentDataset(facts, split, files.labels, stored, fingerprint, survey=files.survey)
 
 
 def _read_latent(path: Path) -> np.ndarray:

@@ -7,6 +7,7 @@ disk.
 
 import hashlib
 import os
+import re
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,10 @@ from runtime.files import UNREADABLE, atomic_path
 from runtime.messages import note
 from runtime.progress import progress_bar
 
-__all__ = ["LmdbFile", "list_keys", "open_lmdb_file"]
+__all__ = ["METADATA_KEYS", "LmdbFile", "image_keys", "list_keys", "open_lmdb_file"]
+
+METADATA_KEYS = frozenset((b"length", b"__len__", b"__keys__"))  # some writers store these next to the images
+SIZED_KEY = re.compile(rb"(\d+)-\d+")  # of an LMDB with every image in several sizes, such as 256-00042
 
 SAMPLED_VALUES = 16  # number of values in the fingerprint
 _handles: "weakref.WeakValueDictionary[Path, LmdbFile]" = weakref.WeakValueDictionary()
@@ -141,6 +145,32 @@ def list_keys(file: LmdbFile, cache: Path) -> np.ndarray:
     except OSError as error:  # the data directory may be read-only
         note(f"cannot save the list of keys: {error}")
     return keys
+
+
+def image_keys(keys: Sequence[bytes] | np.ndarray, side: int | None, name: str) -> list[int]:
+    """The positions of images among all keys: without METADATA_KEYS, and each image in one size only.
+
+    LMDBs of StyleGAN2 in PyTorch hold each image in several sizes, under keys such as `256-00042`. Of these, the smallest size
+    of at least `side` pixels is chosen, or the largest one.
+
+    Args:
+        keys: all keys of an LMDB in order.
+        side: the wanted side in pixels; None: the largest.
+        name: the LMDB in messages.
+    """
+    images = [number for number, key in enumerate(keys) if key not in METADATA_KEYS]
+    sizes: dict[int, list[int]] = {}
+    for number in images:
+        match = SIZED_KEY.fullmatch(keys[number])
+        if match is None:
+            return images
+        sizes.setdefault(int(match[1]), []).append(number)
+    if len(sizes) < 2:
+        return images
+    found = sorted(sizes)
+    chosen = next((size for size in found if side is not None and size >= side), found[-1])
+    note(f"{name} has each image in {len(found)} sizes ({', '.join(map(str, found))}): {chosen} is used")
+    return sizes[chosen]
 
 
 def _read_keys(path: Path) -> np.ndarray | None:

@@ -16,7 +16,7 @@ import torch
 
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
 from datasets_prep.images import BadImageError, crop_array, decode_image, image_extent
-from datasets_prep.lmdb_file import LmdbFile, key_at, list_keys, open_lmdb_file
+from datasets_prep.lmdb_file import LmdbFile, image_keys, key_at, list_keys, open_lmdb_file
 from options import UsageError
 
 __all__ = ["HELD_OUT_SHARE", "LmdbImages", "open_lmdb", "open_lsun"]
@@ -44,7 +44,7 @@ def open_lmdb(name: str, datadir: Path, split: Split, image_size: int) -> ImageD
     keys: range | np.ndarray = range(len(file))
     if file.get(b"0") is None:
         keys = list_keys(file, datadir / f"{file.path.name}_keys.npy")
-        keys = keys[keys != b"length"]  # a count, not an image
+        keys = keys[image_keys(keys, image_size, str(file.path))]
     if not len(keys):
         raise UsageError(f"the LMDB {file.path} is empty")
     if alone:

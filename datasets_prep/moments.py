@@ -1,5 +1,7 @@
 """Posterior moments for training: from the latent cache, from precomputed latents, or encoded from images at every step."""
 
+import hashlib
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,15 +9,17 @@ from typing import Protocol
 
 import torch
 
+from datasets_prep.cached_moments import has_mirror_images, is_finished
 from datasets_prep.datasets import DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder, open_latent_cache
 from datasets_prep.latents import LatentDataset, StoredMoments
 from models.autoencoders.protocol import Autoencoder
+from options import UsageError
 from runtime.distributed import Processes
 from runtime.messages import note
 from runtime.precision import Machine
 
-__all__ = ["MomentSource", "open_moments"]
+__all__ = ["MomentSource", "choose_cache_folder", "open_moments"]
 
 
 class MomentSource(Protocol):
@@ -60,20 +64,76 @@ def open_moments(
     cache: LatentCacheOptions,
     machine: Machine,
     processes: Processes = Processes(),  # noqa: B008
+    spare: Path | None = None,
 ) -> MomentSource:
     """Open the source of a dataset's posterior moments.
 
-    Moments of images come from the latent cache, which is built if it is missing. In pixel space or with --no_latent_cache,
-    images are encoded on the fly. A dataset of latents is read directly.
+    Moments of images come from the latent cache, which is built if it is missing. It is below `spare` if the data folder is
+    read-only. In pixel space or with --no_latent_cache, images are encoded on the fly. A dataset of latents is read directly.
+
+    Raises:
+        UsageError: the latent cache cannot be written, or belongs to other images.
     """
     if isinstance(dataset, LatentDataset):
         return StoredMoments(dataset, autoencoder)
     if cache.no_latent_cache or autoencoder.is_pixel_space:
         return EncodedImages(dataset, autoencoder.encode, machine, cache.num_workers)
-    root = Path(cache.latent_cache_dir or data.derived / "latent_cache")
-    folder = cache_folder(root, dataset, autoencoder)
+    folder = processes.from_main(
+        choose_cache_folder(dataset, autoencoder, data, cache, spare) if processes.is_main else Path()
+    )
     build_latent_cache(folder, dataset, autoencoder, machine, processes, cache.num_workers)
     opened = open_latent_cache(folder, dataset, autoencoder)
     if opened.precision != machine.precision:
         note(f"the latent cache {folder} was encoded in {opened.precision}, but this run uses {machine.precision}")
     return opened
+
+
+def choose_cache_folder(
+    dataset: ImageDataset,
+    autoencoder: Autoencoder,
+    data: DatasetOptions,
+    cache: LatentCacheOptions,
+    spare: Path | None = None,
+) -> Path:
+    """The folder of a latent cache, which exists already or can be written.
+
+    Args:
+        dataset: the images.
+        autoencoder: encodes them.
+        data: names the folder of the data, below which the cache lies by default.
+        cache: may name another folder.
+        spare: folder for the caches of read-only data folders.
+
+    Raises:
+        UsageError: the folder cannot be written, and there is no other.
+    """
+    root = Path(cache.latent_cache_dir or data.derived / "latent_cache")
+    folder = _with_orientations(cache_folder(root, dataset, autoencoder), dataset)
+    if is_finished(folder) or (error := _write_error(root)) is None:
+        return folder
+    if cache.latent_cache_dir or spare is None:
+        raise UsageError(
+            f"cannot write the latent cache in {root} ({error}): name another folder with --latent_cache_dir, or pass "
+            "--no_latent_cache"
+        )
+    # Folders of different data may have the same name.
+    other = spare / hashlib.sha256(str(data.derived.resolve()).encode(errors="surrogateescape")).hexdigest()[:8]
+    if dataset.split == "train":
+        note(f"cannot write into {data.derived} ({error}), so the latent cache is in {other} (see --latent_cache_dir)")
+    return _with_orientations(cache_folder(other, dataset, autoencoder), dataset)
+
+
+def _with_orientations(folder: Path, dataset: ImageDataset) -> Path:
+    """`folder`, or another one if that holds a cache without the mirror images that the dataset needs."""
+    lacking = dataset.facts.flips and has_mirror_images(folder) is False
+    return folder.with_name(f"{folder.name}_mirrored") if lacking else folder
+
+
+def _write_error(folder: Path) -> str | None:
+    """Why no file can be written into `folder`; None if it can. The folder is created."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error.strerror or str(error)

@@ -20,6 +20,7 @@ from typing import IO
 import scipy.io
 
 from command_line import parse_options
+from datasets_prep.folder_layout.entries import subfolders
 from options import UsageError, exit_cleanly, option
 from runtime.files import replace_folder
 from runtime.messages import show
@@ -81,7 +82,7 @@ def main() -> None:
     for name, unpack in (("train", unpack_train), ("val", unpack_validation)):
         if not (datadir / name).exists():
             unpack(datadir)
-        show(f"{datadir / name}: {sum(1 for _ in (datadir / name).iterdir())} classes")
+        show(f"{datadir / name}: {len(subfolders(datadir / name))} classes")
 
 
 def _validation_classes(devkit: Path) -> list[str]:

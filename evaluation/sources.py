@@ -16,7 +16,7 @@ from datasets_prep.datasets import ImageDataset, crop_padding
 from datasets_prep.folders import list_files
 from datasets_prep.image_dataset import shown_side
 from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, crop_array, image_extent, read_image
-from datasets_prep.lmdb_file import open_lmdb_file
+from datasets_prep.lmdb_file import image_keys, open_lmdb_file
 from datasets_prep.lmdb_images import LmdbImages
 from options import UsageError
 from runtime.distributed import Processes
@@ -28,7 +28,6 @@ __all__ = ["ImageSource", "dataset_source", "holds_images", "image_batches", "op
 READER_THREADS = 8
 NPZ_KEYS = ("images", "arr_0")  # arr_0 is used by ADM's evaluation
 Result = TypeVar("Result")
-LMDB_METADATA_KEYS = frozenset((b"length", b"__len__", b"__keys__"))  # some writers store these next to the images
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ def open_source(path: str | Path, image_size: int | None = None) -> ImageSource:
     Raises:
         UsageError: `path` is missing or has another format. Reading an image may also raise it, with the file's name.
     """
-    source = _open(Path(path))
+    source = _open(Path(path), image_size)
     return source if image_size is None else resized(source, image_size)
 
 
@@ -153,13 +152,13 @@ def image_batches(
                 progress.update(len(images))
 
 
-def _open(path: Path) -> ImageSource:
+def _open(path: Path, image_size: int | None) -> ImageSource:
     if path.is_dir():
-        return _open_lmdb(path) if (path / "data.mdb").is_file() else _open_folder(path)
+        return _open_lmdb(path, image_size) if (path / "data.mdb").is_file() else _open_folder(path)
     if path.suffix == ".npz":
         return _open_npz(path)
     if path.suffix == ".lmdb" and path.is_file():
-        return _open_lmdb(path)
+        return _open_lmdb(path, image_size)
     raise UsageError(
         f"{path}: expected a folder of images, an LMDB, an .npz file of images or statistics, or an .npy file of statistics"
     )
@@ -214,9 +213,10 @@ def _open_npz(path: Path) -> ImageSource:
     return ImageSource(path.stem, len(tensor), tensor.__getitem__, meta, measure=lambda index: (height, width))
 
 
-def _open_lmdb(path: Path) -> ImageSource:
+def _open_lmdb(path: Path, image_size: int | None) -> ImageSource:
     file = open_lmdb_file(path)
-    keys = [key for key in file.keys() if key not in LMDB_METADATA_KEYS]  # noqa: SIM118 - not a mapping
+    stored = list(file.keys())
+    keys = [stored[number] for number in image_keys(stored, image_size, str(path))]
     if not keys:
         raise UsageError(f"the LMDB {path} contains no images")
     images = LmdbImages(file, keys)

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
+from datasets_prep.folder_layout.report import show_data
 from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.reference import summarise
 from evaluation.score import IMAGE_FORMATS
@@ -42,6 +43,7 @@ def main() -> None:
     settings, data = options[StatisticsOptions], options[DatasetOptions]
     machine = Machine(choose_device(options[DeviceOptions]), "fp32")
     dataset = open_dataset(data, "train" if settings.split == "train" else "validation")
+    show_data(dataset)
     features = choose_features(options[FeatureOptions], data.dataset, machine)
     output = settings.output or Path(__file__).parent / f"{data.dataset}_{settings.split}_{features.name}_stat.npz"
     source = transformed(dataset_source(dataset), IMAGE_FORMATS[settings.image_format], settings.image_format)

@@ -53,5 +53,7 @@ def warn(text: str) -> None:
 
 def _write(text: str, file: TextIO, indent: int = 4) -> None:
     """Print lines, wrapped on a terminal, while progress bars are hidden."""
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    text = text.encode(encoding, "backslashreplace").decode(encoding)  # names of files may be any bytes
     tqdm.write("\n".join(wrapped(line, file, indent) for line in text.splitlines()), file=file)
     file.flush()

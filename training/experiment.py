@@ -26,6 +26,7 @@ __all__ = [
     "IMAGES",
     "RECONSTRUCTIONS",
     "STATE_OF_IMAGES",
+    "STATE_OF_LABELS",
     "Configuration",
     "ExperimentOptions",
     "begun_by_this_launch",
@@ -39,14 +40,17 @@ __all__ = [
 
 LOCK = "run.lock"
 RECONSTRUCTIONS = "samples/reconstructions.json"
-# Entries of config.json next to the options: the number of training images, and a hash that changes with the images.
+# Entries of config.json next to the options: the number of training images, and hashes that change with the images and with
+# the labels that a conditional network gets.
 IMAGES, STATE_OF_IMAGES = "number of training images", "state of the training images"
+STATE_OF_LABELS = "labels of the training images"
 LAUNCH = "launch"  # entry of config.json: identifies the launch that started the run
 TAKES_OVER = "takes_over"  # entry of config.json: whether the run started from a content.pth of LFM's published code
 # Resume policies of entries of config.json that are not options. Copying the images may change their hash.
 ENTRY_POLICIES: dict[str, OnResume] = {
     IMAGES: "on_request",
     STATE_OF_IMAGES: "rounding",
+    STATE_OF_LABELS: "on_request",
     "processes": "rounding",
     "threads": "rounding",
 }
@@ -172,7 +176,7 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
         listed = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in sorted(changed.items()))
         exact = " and will not be bit-identical" if all(policies.get(name) == "rounding" for name in changed) else ""
         note(f"the run resumes with changed options{exact}: {listed}")
-    if changed or IMAGES not in previous:
+    if changed or not {IMAGES, STATE_OF_LABELS} <= previous.keys():
         write_json(config_path, {"options": current, **provenance()})
     return True
 
@@ -235,14 +239,17 @@ def _changed(
 ) -> dict[str, tuple[Any, Any]]:
     """Old and new values of the options that differ. Instead of `batch_size`, the global batch size is compared.
 
-    An option that did not exist when the run started counts as having its default.
+    An option that did not exist when the run started counts as having its default. Labels change with the number of images.
     """
+    unknown = (IMAGES, STATE_OF_IMAGES, STATE_OF_LABELS)  # in runs from before they were recorded
     batches = [values.get("batch_size", 0) * values.get("processes", 1) for values in (previous, current)]
     changed = {
         name: (previous.get(name), value)
         for name, value in current.items()
         if policies.get(name) != "freely"
-        and previous.get(name, value if name in (IMAGES, STATE_OF_IMAGES) else defaults.get(name)) != value
+        and previous.get(name, value if name in unknown else defaults.get(name)) != value
     }
     changed.pop("batch_size", None)
+    if IMAGES in changed:
+        changed.pop(STATE_OF_LABELS, None)
     return changed | ({"global batch size": (batches[0], batches[1])} if batches[0] != batches[1] else {})

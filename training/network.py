@@ -11,17 +11,18 @@ from torch import nn
 from checkpoints.files import read_weights
 from checkpoints.lfm_files import read_sampled
 from datasets_prep.datasets import ImageDataset
+from datasets_prep.folder_layout.report import class_names
 from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
 from models.family import FamilyOptions, Weights
 from models.registry import Architecture, build_network, network_groups
 from options import UsageError
-from runtime.messages import fact, note
+from runtime.messages import fact, note, warn
 from runtime.randomness import seed_for
 from runtime.torch_files import is_torch_file
 from runtime.weights import check_finite, list_names, match_names
 
-__all__ = ["check_labels", "choose_architecture", "load_fitting_weights", "new_network"]
+__all__ = ["check_classes", "check_labels", "choose_architecture", "load_fitting_weights", "new_network"]
 
 
 def choose_architecture(
@@ -81,6 +82,52 @@ def check_labels(options: FamilyOptions, splits: tuple[ImageDataset, ...]) -> No
                 f"the dataset has labels up to {int(split.labels.max())}, out of range for --{options.class_flag} "
                 f"{options.classes}: labels must lie in 0..{options.classes - 1}"
             )
+
+
+def check_classes(options: FamilyOptions, dataset: ImageDataset, *, new: bool) -> None:
+    """Compare the network's number of classes with the classes of the training images.
+
+    Classes without images get a warning, because files of a dataset with all its classes must also train on a part of it.
+
+    Args:
+        options: the network's.
+        dataset: the training images, after `check_labels`.
+        new: whether the weights are new. Otherwise, they may know classes that these images lack.
+
+    Raises:
+        UsageError: all images have one label, and the weights are new.
+    """
+    if options.classes == 1:
+        return
+    asked, names = f"--{options.class_flag} {options.classes}", class_names(dataset)
+    found = dataset.labels.unique().tolist()
+    absent = [number for number in range(options.classes) if number not in set(found)]
+    if not absent:
+        return
+    if len(found) > 1 or not new:
+        listed = list_names(map(str, absent))
+        warn(
+            f"{asked}, but no training image has the label {listed}: the network does not learn these classes, and their "
+            "samples mean nothing. Choose the labels of samples with --labels, or start again with another "
+            f"--{options.class_flag}"
+        )
+        return
+    survey = dataset.survey
+    reason = f"{names[found[0]]}" if names else "there are no classes"
+    if survey is not None and survey.no_classes:
+        reason += f", because {survey.no_classes}"
+    labels = (
+        ""
+        if survey is None
+        else (
+            "put the images of each class into a folder of their own, or write a metadata.csv with the columns file_name and "
+            "label, or "
+        )
+    )
+    raise UsageError(
+        f"{asked}, but all {len(dataset):,} training images have one label ({reason}): {labels}leave out "
+        f"--{options.class_flag}"
+    )
 
 
 def new_network(

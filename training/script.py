@@ -53,7 +53,6 @@ def run_training(task: TrainingTask, options: Options, processes: Processes) -> 
         run, resume = prepare(options, processes, task)
         parameters = sum(p.numel() for p in run.network.parameters())
         fact("model", f"{run.header.model_type}, {parameters / 1e6:.1f} M parameters")
-        fact("data", f"{run.header.dataset.name}, {len(run.source):,} training images")
         fact("run folder", str(run.folder))
         complete = train(run, resume)
     if not complete:

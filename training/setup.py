@@ -10,7 +10,8 @@ import torch
 from checkpoints.experiments import find_checkpoint
 from checkpoints.header import Header
 from datasets_prep.conditions import ConditionSource
-from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, ImageDataset
+from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, ImageDataset, choose_flips
+from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import open_moments
 from evaluation.checks import check_scoring
@@ -41,6 +42,7 @@ from training.experiment import (
     IMAGES,
     RECONSTRUCTIONS,
     STATE_OF_IMAGES,
+    STATE_OF_LABELS,
     Configuration,
     ExperimentOptions,
     open_experiment,
@@ -48,7 +50,7 @@ from training.experiment import (
     run_folder,
     will_resume,
 )
-from training.network import check_labels, choose_architecture, new_network
+from training.network import check_classes, check_labels, choose_architecture, new_network
 from training.run import TrainingOptions, TrainingRun
 from training.validation import Validation
 
@@ -60,6 +62,7 @@ def training_groups() -> tuple[type, ...]:
     return (
         ExperimentOptions,
         DatasetOptions,
+        FlipOptions,
         LatentCacheOptions,
         AutoencoderOptions,
         NetworkOptions,
@@ -103,7 +106,14 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     own_options = options[task.condition_options] if task.condition_options else None
     with processes.main_first():  # only the main process downloads
         inputs = _open_inputs(
-            task, data, options[AutoencoderOptions], scoring, own_options, training.seed, machine.for_encoding
+            task,
+            data,
+            options[FlipOptions],
+            options[AutoencoderOptions],
+            scoring,
+            own_options,
+            training.seed,
+            machine.for_encoding,
         )
     if inputs.features is not None:
         check_scoring(inputs.features, ("fid",), experiment.eval_samples, len(inputs.dataset), inputs.dataset.facts)
@@ -122,6 +132,9 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     chosen = options[NETWORKS[model_type].options]
     architecture = choose_architecture(model_type, chosen, given, data.image_size, inputs.autoencoder, dense)
     check_labels(architecture.options, (inputs.dataset, inputs.held_out))
+    folder = run_folder(experiment, data.dataset, task.task)
+    resumes = will_resume(folder, experiment)
+    check_classes(architecture.options, inputs.dataset, new=not resumes and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
     path = options[OBJECTIVES[objective_name].options]
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
@@ -135,7 +148,15 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     if processes.is_main and not resume:
         _show_reconstructions(inputs, machine, folder / RECONSTRUCTIONS)
     source, held_out = (
-        open_moments(split, inputs.autoencoder, data, options[LatentCacheOptions], machine.for_encoding, processes)
+        open_moments(
+            split,
+            inputs.autoencoder,
+            data,
+            options[LatentCacheOptions],
+            machine.for_encoding,
+            processes,
+            Path(experiment.save_root) / "latent_cache",
+        )
         for split in (inputs.dataset, inputs.held_out)
     )
     condition = inputs.held_out_condition
@@ -230,13 +251,16 @@ def _check(training: TrainingOptions, solver: SolverOptions, machine: MachineOpt
 def _open_inputs(
     task: TrainingTask,
     data: DatasetOptions,
+    flip: FlipOptions,
     autoencoder_options: AutoencoderOptions,
     features_options: FeatureOptions | None,
     condition_options: Any,
     seed: int,
     machine: Machine,
 ) -> _Inputs:
-    dataset, held_out = task.open(data, "train"), task.open(data, "validation").head(HELD_OUT_IMAGES)
+    dataset, held_out = (choose_flips(task.open(data, split), flip) for split in ("train", "validation"))
+    show_data(dataset, held_out)
+    held_out = held_out.head(HELD_OUT_IMAGES)
     autoencoder = load_autoencoder(autoencoder_options, dataset.facts.channels).to(machine.device)
     features = None
     if features_options is not None:
@@ -254,7 +278,11 @@ def _configuration(options: Options, machine: Machine, processes: Processes, dat
     resolved: dict[str, Any] = {"precision": machine.precision, "compile": machine.compile}
     resolved |= {"processes": processes.count, "threads": torch.get_num_threads()}
     state = dataset.fingerprint + getattr(dataset, "maps_fingerprint", "")
-    images = {IMAGES: len(dataset), STATE_OF_IMAGES: hashlib.sha256(state.encode()).hexdigest()[:12]}
+    images = {
+        IMAGES: len(dataset),
+        STATE_OF_IMAGES: hashlib.sha256(state.encode()).hexdigest()[:12],
+        STATE_OF_LABELS: hashlib.sha256(dataset.labels.numpy().tobytes()).hexdigest()[:12],
+    }
     return Configuration({**options.values, **resolved, **images}, options.policies(), options.defaults())
 
 

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from datasets_prep.folder_layout.entries import is_junk
 from datasets_prep.image_dataset import DatasetFacts, Split
 from datasets_prep.label_maps.segmented_dataset import MapClasses, SegmentedDataset
 from datasets_prep.label_maps.segmented_files import open_segmented_files
@@ -80,7 +81,7 @@ def _class_names(names: dict[int, str], count: int) -> tuple[str, ...]:
 
 
 def _as_dataset(name: str, split: Split, image_size: int, folders: _Folders, classes: MapClasses) -> SegmentedDataset:
-    images = sorted((folders.tree / folders.images).glob("*.jpg"))
+    images = sorted(path for path in (folders.tree / folders.images).glob("*.jpg") if not is_junk(path.name))
     if not images:
         raise UsageError(f"{name}: no images in {folders.tree / folders.images}: expected files ending in .jpg")
     maps = [folders.tree / folders.maps / f"{path.stem}.png" for path in images]

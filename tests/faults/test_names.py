@@ -30,7 +30,7 @@ from options import UsageError
 
 pytestmark = pytest.mark.usefixtures("process_restored")
 TRAIN, TEST = "train_flow_latent.py", "test_flow_latent.py"
-ODD = ["..hidden", "-rf", "a b", "new\nline", "{x}%s$(touch executed)", "ünï", os.fsdecode(b"\xff\xfe")]
+ODD = ["dots..", "-rf", "a b", "new\nline", "{x}%s$(touch executed)", "ünï", os.fsdecode(b"\xff\xfe")]
 
 
 def write_images(folder, classes, count=4):
