@@ -1,0 +1,123 @@
+"""Builds the materials once, runs cases until the time is over, and counts and records the outcomes."""
+
+import os
+import random
+import shlex
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import diffusers  # noqa: F401
+import lmdb  # noqa: F401
+import skimage.metrics  # noqa: F401
+import torch
+import torch.utils.tensorboard  # noqa: F401
+from tqdm import tqdm
+
+from evaluation.features.registry import FEATURES
+from models.dit import DIT_SIZES
+from tests.fake_features import MeanColors
+from tests.fuzz.cases import Case, command_line, draw_case, read_cases
+from tests.fuzz.execute import Verdict, call_in_fork, remove, run_case
+from tests.fuzz.materials import SETUP, write_materials
+from tests.fuzz.scripts import SCRIPTS, declared_options, run_entry
+
+__all__ = ["replay", "run_campaign", "workshop"]
+
+
+@contextmanager
+def workshop() -> Iterator[Path]:
+    """A folder with `materials`, in a process in which cases can run: one thread, no hub, and small feature networks."""
+    settings = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # a thread, which a forked process would lack
+    root = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None))
+    with mock.patch.dict(os.environ, settings | {"HOME": str(root / "home")}):
+        # The published networks would take most of a case's time.
+        with mock.patch.dict(FEATURES, {"inception": MeanColors}), mock.patch.dict(DIT_SIZES, {"Mi": (24, 1, 3)}):
+            try:
+                _build(root / "materials")
+                yield root
+            finally:
+                remove(root)
+
+
+def _build(materials: Path) -> None:
+    """Write the materials.
+
+    Raises:
+        RuntimeError: one of the commands fails that every case varies.
+    """
+    materials.mkdir()
+    write_materials(materials)
+    for script, number, flags in SETUP:
+        words = shlex.split(f"{SCRIPTS[script][number]} {flags}")
+        code, stderr, *_ = call_in_fork(lambda script=script, words=words: run_entry(script, words), materials)
+        if code:
+            raise RuntimeError(f"{command_line(Case(script, tuple(words)))} failed:\n{stderr}")
+    run = materials / "saved" / "latent_flow" / "folder" / "run"
+    shutil.copy(next(run.glob("model_*.safetensors")), materials / "guide.safetensors")
+
+
+def paths_below(materials: Path) -> list[str]:
+    """Every file and folder of the materials, relative to them."""
+    return sorted(str(path.relative_to(materials)) for path in materials.rglob("*"))
+
+
+def cases(seed: int, scripts: list[str], materials: Path) -> Iterator[Case]:
+    """Cases without end, of each script in turn: first its commands as they are, then random ones."""
+    options, files = {script: declared_options(script) for script in scripts}, paths_below(materials)
+    for script in scripts:
+        yield from (Case(script, tuple(shlex.split(command))) for command in SCRIPTS[script])
+    number = 0
+    while True:
+        for script in scripts:
+            yield draw_case(script, options[script], files, random.Random(f"{seed} {number} {script}"))
+        number += 1
+
+
+def run_campaign(minutes: float, seed: int, scripts: list[str], failures: Path) -> int:
+    """Run cases for some minutes, print a summary, and write the failing ones to `failures`; returns the exit code."""
+    counts: Counter[str] = Counter()
+    failures.unlink(missing_ok=True)
+    with workshop() as root, tqdm(total=round(60 * minutes), unit="s", desc="fuzzing", mininterval=10) as bar:
+        started = time.monotonic()
+        for case in cases(seed, scripts, root / "materials"):
+            verdict = run_case(case, root / "materials", root / "case")
+            counts[verdict.outcome] += 1
+            if verdict.outcome == "failure":
+                _record(failures, case, verdict)
+            passed = time.monotonic() - started
+            bar.update(min(bar.total, int(passed)) - bar.n)
+            bar.set_postfix(cases=counts.total(), failures=counts["failure"], refresh=False)
+            if passed > 60 * minutes:
+                break
+    listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    print(f"{counts.total()} cases of {len(scripts)} scripts in {minutes:g} minutes: {listed}")
+    if counts["failure"]:
+        print(f"run the failures again with: python -m tests.fuzz --replay {failures}")
+    return int(counts["failure"] > 0)
+
+
+def replay(path: Path) -> int:
+    """Run the cases of a file again and print what they print; returns the exit code."""
+    failed = 0
+    with workshop() as root:
+        for case in read_cases(path):
+            verdict = run_case(case, root / "materials", root / "case")
+            failed += verdict.outcome == "failure"
+            print(f"$ {command_line(case)}\n  damages: {list(case.damages)}")
+            print(f"  {verdict.outcome} {verdict.reason}\n{verdict.stderr.encode(errors='backslashreplace').decode()}")
+    print(f"{failed} failures")
+    return int(failed > 0)
+
+
+def _record(failures: Path, case: Case, verdict: Verdict) -> None:
+    with failures.open("a", encoding="utf-8") as file:
+        file.write(case.to_line() + "\n")
+    tqdm.write(f"{verdict.reason}\n    {command_line(case)}\n    damages: {list(case.damages)}")
