@@ -47,9 +47,15 @@ T = TypeVar("T")
 OnResume = Literal["never", "on_request", "rounding", "freely"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
-ENVIRONMENT_ERRORS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-)
+MOST = 2**63 - 1  # of integers, whose values end in 64-bit tensors
+LONGEST_NAME = 200  # characters of a file's name that an error message shows
+NOT_THE_ENVIRONMENT = frozenset((errno.EBADF, errno.EFAULT))  # system errors that only a bug causes
+# What libraries write where memory or threads run out, or where a product of sizes exceeds 64 bits.
+EXHAUSTED = (
+    "allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed",
+    "integer multiplication overflow", "Overflow when unpacking", "array is too big", "Maximum allowed dimension exceeded",
+    "start new thread",
+)  # fmt: skip
 
 
 class UsageError(ValueError):
@@ -194,6 +200,8 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
     lowest, highest, choices = (field.metadata[name] for name in ("minimum", "maximum", "choices"))
     for item in value if isinstance(value, tuple) else (value,):
         # `not item >= lowest` also rejects nan, which `item < lowest` would accept.
+        if type(item) is int and not -MOST <= item <= MOST:
+            raise UsageError(f"--{field.name}: expected an integer of 64 bits, but {str(item)[:25]}... was given")
         if lowest is not None and not item >= lowest:
             raise UsageError(f"--{field.name} must be at least {lowest}, but {value} was given")
         if highest is not None and not item <= highest:
@@ -260,9 +268,23 @@ def explain(error: BaseException) -> Explanation | None:
         return Explanation(error.exit_code, f"error: {error}")
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
-    if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
-        return Explanation(2, f"error: {error.strerror}: {error.filename or 'while writing'}")
+    if isinstance(error, OSError) and error.errno is not None and error.errno not in NOT_THE_ENVIRONMENT:
+        name = str(error.filename or "while writing")
+        shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}... ({len(name)} characters)"
+        return Explanation(2, f"error: {error.strerror or type(error).__name__}: {shown}")
+    if _is_exhausted(error):
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return Explanation(
+            2, f"error: not enough memory: use smaller batches, images or networks, or fewer threads ({lines[0]})"
+        )
     return None
+
+
+def _is_exhausted(error: BaseException) -> bool:
+    """Whether memory or threads ran out. Libraries raise other errors for it too."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError | ValueError | TypeError) and any(words in str(error) for words in EXHAUSTED)
 
 
 def exit_cleanly(main: Callable[[], int | None]) -> None:

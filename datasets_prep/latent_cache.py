@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from datasets_prep.cached_moments import LatentCache, has_mirror_images, is_finished, read_labels, update_labels
 from datasets_prep.image_dataset import ImageDataset
+from datasets_prep.images import MOST_READERS
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, option
 from runtime.distributed import Processes
@@ -56,7 +57,7 @@ class LatentCacheOptions:
     latent_cache_dir: str = option(
         "", "folder of the latent caches; default: latent_cache below --datadir", on_resume="freely"
     )
-    num_workers: int = option(0, "threads that read image files", minimum=0, on_resume="freely")
+    num_workers: int = option(0, "threads that read image files", minimum=0, maximum=MOST_READERS, on_resume="freely")
 
 
 def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> Path:

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from runtime.messages import show
 from runtime.parallel import gather_state
 from runtime.pictures import save_sheet
 from runtime.signals import StopSignals
+from training.attempts import Attempts
 from training.metrics_log import Clock, MetricsLog
 from training.run import TrainingRun
 from training.state import TrainingState
@@ -58,6 +60,7 @@ class Checkpointer:
         self._clock = clock
         self._per_epoch = per_epoch
         self._save_postponed = False
+        self._attempts = Attempts(run.folder)
 
     def poll(self, stop: StopSignals) -> Requests:
         """The requests of all processes. Several processes exchange them only every STEPS_BETWEEN_POLLS steps."""
@@ -83,11 +86,16 @@ class Checkpointer:
             if self._log:
                 save_state(self._run.folder, content)
             self._clock.saved()
-        if self._due(experiment.plot_every, ended):  # last, so that a failure here loses no training
-            sheet = self._run.validation.preview(state.ema.network)
-            if self._log:
-                picture = self._run.folder / "samples" / f"step_{state.step:07d}.png"
-                save_sheet(sheet.images, picture, sheet.columns)
+        if self._due(experiment.plot_every, ended):
+            with self._attempt("the sample grid"):
+                sheet = self._run.validation.preview(state.ema.network)
+                if self._log:
+                    picture = self._run.folder / "samples" / f"step_{state.step:07d}.png"
+                    save_sheet(sheet.images, picture, sheet.columns)
+
+    def _attempt(self, work: str) -> AbstractContextManager[None]:
+        """A block whose failure does not end the run, unless other processes would wait for this one inside it."""
+        return self._attempts.attempt(work, self._state.step) if self._run.processes.count == 1 else nullcontext()
 
     def _due(self, every: int, ended: bool) -> bool:
         """Whether a multiple of `every` epochs is complete, or the run has ended."""
@@ -112,8 +120,11 @@ class Checkpointer:
         return not self._save_postponed
 
     def _validate(self, ended: bool) -> None:
-        run, state = self._run, self._state
-        values = run.validation.evaluate(state.ema.network)
+        run, state, values = self._run, self._state, dict[str, float]()
+        with self._attempt("the validation"):
+            values = run.validation.evaluate(state.ema.network)
+        if not values:
+            return
         if self._log:
             self._log.write(state.step, "validation", values)
         show(f"step {state.step}: {_summary(values)}")

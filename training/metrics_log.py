@@ -1,14 +1,19 @@
 """Metrics of a run, written to metrics.jsonl and TensorBoard, and the run's clock."""
 
 import json
+import os
+import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 
 from runtime.distributed import Processes
 from runtime.files import atomic_path
+from training.attempts import Attempts
 from training.state import TrainingState
 
 __all__ = ["Clock", "MetricsLog"]
@@ -16,6 +21,8 @@ __all__ = ["Clock", "MetricsLog"]
 
 class MetricsLog:
     """Appends metrics to metrics.jsonl, one JSON object per line, and to TensorBoard.
+
+    If a write fails, the run goes on with a warning: lines wait for the next write, and TensorBoard gets no more values.
 
     Args:
         folder: the run folder.
@@ -25,28 +32,58 @@ class MetricsLog:
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _is_up_to(step, line)]
+            lines = [line for line in self._lines() if _is_up_to(step, line)]
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._step, self._waiting = step, ""
+        self._attempts = Attempts(folder)
+        self._events: SummaryWriter | None = None
+        with self._attempts.attempt("opening the TensorBoard file", step):
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+            _silence_writer_thread()
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Record `values` at a step. Their kind is "train", "validation", "skipped" or "spike"."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        self._step = step
+        self._waiting += json.dumps({"step": step, "kind": kind, **values}) + "\n"
+        with self._attempts.attempt("writing metrics.jsonl", step):
+            self._append()
+        events, self._events = self._events, None  # until the values are written
+        with self._attempts.attempt("writing TensorBoard's file", step):
+            for name, value in values.items():
+                if isinstance(value, int | float) and events:
+                    events.add_scalar(f"{kind}/{name}", value, step)
+            self._events = events
 
     def past(self, kind: str, name: str) -> list[float]:
         """All recorded values of this kind and name."""
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        entries = [json.loads(line) for line in lines]
-        return [entry[name] for entry in entries if entry["kind"] == kind and name in entry]
+        entries = [json.loads(line) for line in (self._lines() if self.path.exists() else [])]
+        found = [entry[name] for entry in entries if entry.get("kind") == kind and name in entry]
+        return [value for value in found if isinstance(value, int | float)]
 
     def close(self) -> None:
-        """Flush and close the TensorBoard file."""
-        self._events.close()
+        """Write what could not be written before, and close the TensorBoard file."""
+        if self._waiting:
+            with self._attempts.attempt("writing metrics.jsonl", self._step):
+                self._append()
+        if self._events:
+            with self._attempts.attempt("writing TensorBoard's file", self._step):
+                self._events.close()
+
+    def _lines(self) -> list[str]:
+        return self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+    def _append(self) -> None:
+        """Append the waiting lines, all or none of them."""
+        length = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(self._waiting)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self.path, length)
+            raise
+        self._waiting = ""
 
 
 class Clock:
@@ -85,6 +122,17 @@ class Clock:
         means = {"loss": loss / good, "grad_norm": norm / good} if good > 0 else {}
         speed = {"images_per_s": taken * images_per_step / elapsed, "seconds": self.total()}
         return means | {"skipped": skipped} | speed
+
+
+def _silence_writer_thread() -> None:
+    """Print no traceback from TensorBoard's thread: the next call of its writer raises the thread's error again."""
+    previous = threading.excepthook
+
+    def report(arguments: threading.ExceptHookArgs) -> None:
+        if not isinstance(arguments.thread, _AsyncWriterThread):
+            previous(arguments)
+
+    threading.excepthook = report
 
 
 def _is_up_to(step: int, line: str) -> bool:
