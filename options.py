@@ -48,7 +48,7 @@ OnResume = Literal["never", "on_request", "rounding", "freely"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 MOST = 2**63 - 1  # of integers, whose values end in 64-bit tensors
-LONGEST_NAME = 200  # characters of a file's name that an error message shows
+LONGEST_MESSAGE = 1500  # characters
 NOT_THE_ENVIRONMENT = frozenset((errno.EBADF, errno.EFAULT))  # system errors that only a bug causes
 # What libraries write where memory or threads run out, or where a product of sizes exceeds 64 bits.
 EXHAUSTED = (
@@ -265,19 +265,24 @@ class Explanation(NamedTuple):
 def explain(error: BaseException) -> Explanation | None:
     """The explanation of an error that is not a bug; None for a bug, whose traceback matters."""
     if isinstance(error, UsageError):
-        return Explanation(error.exit_code, f"error: {error}")
+        return Explanation(error.exit_code, _one_line(f"error: {error}"))
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
     if isinstance(error, OSError) and error.errno is not None and error.errno not in NOT_THE_ENVIRONMENT:
-        name = str(error.filename or "while writing")
-        shown = name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}... ({len(name)} characters)"
-        return Explanation(2, f"error: {error.strerror or type(error).__name__}: {shown}")
+        reason = error.strerror or type(error).__name__
+        return Explanation(2, _one_line(f"error: {reason}: {error.filename or 'while writing'}"))
     if _is_exhausted(error):
-        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Explanation(
-            2, f"error: not enough memory: use smaller batches, images or networks, or fewer threads ({lines[0]})"
+            2, f"error: not enough memory: use smaller batches, images or networks, or fewer threads ({reason})"
         )
     return None
+
+
+def _one_line(text: str) -> str:
+    """The text without line breaks and, if it is very long, without its middle: libraries' errors and names can be."""
+    line = " ".join(text.split())
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 300]} ... {line[-300:]}"
 
 
 def _is_exhausted(error: BaseException) -> bool:

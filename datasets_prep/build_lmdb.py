@@ -62,7 +62,9 @@ class BuildLmdbOptions:
 
     source: str = option("", "folder of images, searched recursively")
     datadir: str = option("", "folder for train.lmdb and validation.lmdb")
-    image_size: int = option(256, "side of the square images in pixels; resized and cropped as in ADM", minimum=1, maximum=LARGEST_SIZE)
+    image_size: int = option(
+        256, "side of the square images in pixels; resized and cropped as in ADM", minimum=1, maximum=LARGEST_SIZE
+    )
     validation: str = option(
         "",
         "held-out images: their number, taken from the end, or a file with one name per line; default: the last tenth",

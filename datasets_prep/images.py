@@ -18,9 +18,9 @@ from options import UsageError
 from runtime.files import UNREADABLE
 
 __all__ = [
+    "IMAGE_SUFFIXES",
     "LARGEST_SIZE",
     "MOST_READERS",
-    "IMAGE_SUFFIXES",
     "NO_CLASS",
     "BadImageError",
     "center_crop",

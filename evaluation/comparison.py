@@ -31,7 +31,10 @@ class ComparisonOptions:
 
     batch_size: int = option(50, "images per batch", minimum=1)
     image_size: int | None = option(
-        None, "resize and center-crop images to this size in pixels; default: no resizing", minimum=1, maximum=LARGEST_SIZE
+        None,
+        "resize and center-crop images to this size in pixels; default: no resizing",
+        minimum=1,
+        maximum=LARGEST_SIZE,
     )
     datadir: str = option("./data", "directory of the dataset's files, if REAL is the name of a dataset")
     output_json: str | None = option(None, "JSON file for the result")

@@ -1,5 +1,6 @@
 """Builds the materials once, runs cases until the time is over, and counts and records the outcomes."""
 
+import itertools
 import os
 import random
 import shlex
@@ -16,7 +17,7 @@ import diffusers  # noqa: F401
 import lmdb  # noqa: F401
 import skimage.metrics  # noqa: F401
 import torch
-import torch.utils.tensorboard  # noqa: F401
+import torch.utils.tensorboard
 from tqdm import tqdm
 
 from datasets_prep import idx
@@ -28,7 +29,7 @@ from tests.fuzz.execute import Verdict, call_in_fork, remove, run_case
 from tests.fuzz.materials import SETUP, write_materials
 from tests.fuzz.scripts import SCRIPTS, declared_options, run_entry
 
-__all__ = ["replay", "run_campaign", "workshop"]
+__all__ = ["paths_below", "plain_cases", "random_cases", "replay", "run_campaign", "workshop"]
 
 
 @contextmanager
@@ -52,8 +53,8 @@ def workshop() -> Iterator[Path]:
             remove(root)
 
 
-def _below_the_root(path: str | Path) -> Path:
-    return Path("nowhere" if str(path) == "/" else path)
+def _below_the_root(*parts: str | Path) -> Path:
+    return Path("nowhere") if parts == ("/",) else Path(*parts)
 
 
 def _build(materials: Path) -> None:
@@ -78,25 +79,38 @@ def paths_below(materials: Path) -> list[str]:
     return sorted(str(path.relative_to(materials)) for path in materials.rglob("*"))
 
 
-def cases(seed: int, scripts: list[str], materials: Path) -> Iterator[Case]:
-    """Cases without end, of each script in turn: first its commands as they are, then random ones."""
+def plain_cases(scripts: list[str]) -> Iterator[Case]:
+    """The scripts' commands as they are."""
+    return (Case(script, tuple(shlex.split(command))) for script in scripts for command in SCRIPTS[script])
+
+
+def random_cases(seed: int, scripts: list[str], materials: Path) -> Iterator[Case]:
+    """Cases without end, of each script in turn."""
     options, files = {script: declared_options(script) for script in scripts}, paths_below(materials)
-    for script in scripts:
-        yield from (Case(script, tuple(shlex.split(command))) for command in SCRIPTS[script])
-    number = 0
-    while True:
+    for number in itertools.count():
         for script in scripts:
             yield draw_case(script, options[script], files, random.Random(f"{seed} {number} {script}"))
-        number += 1
 
 
 def run_campaign(minutes: float, seed: int, scripts: list[str], failures: Path) -> int:
     """Run cases for some minutes, print a summary, and write the failing ones to `failures`; returns the exit code."""
-    counts: Counter[str] = Counter()
     failures.unlink(missing_ok=True)
-    with workshop() as root, tqdm(total=round(60 * minutes), unit="s", desc="fuzzing", mininterval=10) as bar:
-        started = time.monotonic()
-        for case in cases(seed, scripts, root / "materials"):
+    with workshop() as root:
+        drawn = itertools.chain(plain_cases(scripts), random_cases(seed, scripts, root / "materials"))
+        counts = _run_cases(60 * minutes, drawn, root, failures)
+    listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
+    print(f"{counts.total()} cases of {len(scripts)} scripts in {minutes:g} minutes: {listed}")
+    if counts["failure"]:
+        print(f"run the failures again with: python -m tests.fuzz --replay {failures}")
+    return int(counts["failure"] > 0)
+
+
+def _run_cases(seconds: float, drawn: Iterator[Case], root: Path, failures: Path) -> Counter[str]:
+    """Run cases until the time is over; returns the number of cases with each outcome."""
+    counts: Counter[str] = Counter()
+    started = time.monotonic()
+    with tqdm(total=round(seconds), unit="s", desc="fuzzing", mininterval=10) as bar:
+        for case in drawn:
             verdict = run_case(case, root / "materials", root / "case")
             counts[verdict.outcome] += 1
             if verdict.outcome == "failure":
@@ -104,13 +118,9 @@ def run_campaign(minutes: float, seed: int, scripts: list[str], failures: Path) 
             passed = time.monotonic() - started
             bar.update(min(bar.total, int(passed)) - bar.n)
             bar.set_postfix(cases=counts.total(), failures=counts["failure"], refresh=False)
-            if passed > 60 * minutes:
-                break
-    listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
-    print(f"{counts.total()} cases of {len(scripts)} scripts in {minutes:g} minutes: {listed}")
-    if counts["failure"]:
-        print(f"run the failures again with: python -m tests.fuzz --replay {failures}")
-    return int(counts["failure"] > 0)
+            if passed > seconds:
+                return counts
+    raise AssertionError("cases end only with the time")
 
 
 def replay(path: Path) -> int:

@@ -49,7 +49,8 @@ def read_cases(path: Path) -> list[Case]:
     """The cases in a file that `Case.to_line` wrote line by line."""
     entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     return [
-        Case(entry["script"], tuple(entry["arguments"]), tuple(map(tuple, entry.get("damages", ())))) for entry in entries
+        Case(entry["script"], tuple(entry["arguments"]), tuple(map(tuple, entry.get("damages", ()))))
+        for entry in entries
     ]
 
 

@@ -92,7 +92,9 @@ def _forbid(path: Path, rng: random.Random) -> None:
 
 def _other(path: Path, rng: random.Random) -> None:
     """The content of another kind of file under this name."""
-    others = sorted((other for other in Path.cwd().rglob("*") if other.is_file() and other.suffix != path.suffix), key=str)
+    others = sorted(
+        (other for other in Path.cwd().rglob("*") if other.is_file() and other.suffix != path.suffix), key=str
+    )
     if path.is_file() and others:
         shutil.copy(rng.choice(others), path)
     else:
@@ -119,7 +121,9 @@ def _change_lines(path: Path, rng: random.Random) -> None:
 
 def _change_text(path: Path, rng: random.Random) -> None:
     lines = path.read_text().splitlines()
-    lines.insert(rng.randrange(len(lines) + 1), rng.choice(("", "text", "-1", "9" * 40, "=", "A=", "A='", "#", "\0", "é")))
+    lines.insert(
+        rng.randrange(len(lines) + 1), rng.choice(("", "text", "-1", "9" * 40, "=", "A=", "A='", "#", "\0", "é"))
+    )
     path.write_text("\n".join(lines) + "\n")
 
 
@@ -134,7 +138,9 @@ def _changed(value: Any, rng: random.Random) -> Any:
         return others | ({f"{key}_": value[key]} if draw < 0.15 else {key: _changed(value[key], rng)})
     if isinstance(value, list) and value and rng.random() < 0.7:
         number = rng.randrange(len(value))
-        return rng.choice((value[:-1], [*value, value[0]], value[:number] + [_changed(value[number], rng)] + value[number + 1 :]))
+        return rng.choice(
+            (value[:-1], [*value, value[0]], [*value[:number], _changed(value[number], rng), *value[number + 1 :]])
+        )
     if isinstance(value, int | float) and not isinstance(value, bool) and rng.random() < 0.5:
         return rng.choice((-value, value + 1, 2 * value, value / 2, 0))
     return rng.choice(VALUES)
@@ -178,7 +184,9 @@ def _changed_tensors(tensors: dict, rng: random.Random) -> dict:
         case 4:
             return others | {name: value[:0] if value.ndim else value[None]}
         case _:
-            return others | {name: torch.full_like(value, rng.choice((float("nan"), 1e30)) if value.is_floating_point() else 0)}
+            return others | {
+                name: torch.full_like(value, rng.choice((float("nan"), 1e30)) if value.is_floating_point() else 0)
+            }
 
 
 def _change_arrays(path: Path, rng: random.Random) -> None:

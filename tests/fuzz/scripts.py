@@ -5,7 +5,7 @@ import runpy
 import sys
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -144,13 +144,16 @@ def declared_options(script: str) -> list[Declared]:
         groups.extend(found)
         raise _Read
 
-    with _same_arguments(), mock.patch.object(command_line, "parse_options", record):
-        with mock.patch.object(runtime.launch, "parse_options", record):
-            try:
-                run_entry(script, ["a", "b"])
-            except _Read:
-                pass
-    fields = {field.name: (field, typing.get_type_hints(group)) for group in groups for field in dataclasses.fields(group)}
+    with (
+        _same_arguments(),
+        mock.patch.object(command_line, "parse_options", record),
+        mock.patch.object(runtime.launch, "parse_options", record),
+        suppress(_Read),
+    ):
+        run_entry(script, ["a", "b"])
+    fields = {
+        field.name: (field, typing.get_type_hints(group)) for group in groups for field in dataclasses.fields(group)
+    }
     return [
         Declared(name, *argument_type(hints[name]), field.default, field.metadata)
         for name, (field, hints) in fields.items()
