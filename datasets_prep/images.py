@@ -35,7 +35,7 @@ __all__ = [
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
 LARGEST_SIZE = 65536  # pixels along a side of the square images
-MOST_READERS = 4096  # threads
+MOST_READERS = 1024  # threads
 LONGEST_SIDE = 200  # in multiples of the shorter side; longer images could become huge before they are cropped
 NO_CLASS = 255  # the id of label-map pixels that belong to no class
 BRIGHTEST = 65535  # of the images that are scaled to 8 bits

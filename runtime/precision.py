@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MOST_THREADS = 4096
+MOST_THREADS = 1024
 EVALUATIONS_WORTH_COMPILING = 1000  # network evaluations that make up for the minute that compiling takes
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's parameters in glibc's malloc.h
 

@@ -1,6 +1,6 @@
 """Question: which command lines and files end a script with anything but a result or a one-line error?
 
-    python -m tests.fuzz [--minutes 1] [--seed 0] [--only SCRIPT ...] [--replay FILE]
+    python -m tests.fuzz [--minutes 1 | --cases N] [--seed 0] [--only SCRIPT ...] [--replay FILE]
 
 Runs every entry script with random options on small files, some of them damaged, each case in a forked process. A failure is a
 traceback, an unknown exit code, a message of many lines, an unfinished file, or no end. Failing cases are written to
@@ -8,16 +8,18 @@ traceback, an unknown exit code, a message of many lines, an unfinished file, or
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
-from tests.fuzz.campaign import replay, run_campaign
+from tests.fuzz.campaign import Limit, replay, run_campaign
 from tests.fuzz.scripts import SCRIPTS
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--minutes", type=float, default=1.0, help="duration [1]")
+    parser.add_argument("--cases", type=int, help="number of random cases instead of a duration")
     parser.add_argument("--seed", type=int, default=0, help="seed of the cases [0]")
     parser.add_argument("--only", nargs="+", choices=SCRIPTS, help="scripts to run [all]")
     parser.add_argument("--failures", type=Path, default=Path("fuzz_failures.jsonl"), help="file for the failing cases")
@@ -25,7 +27,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.replay:
         return replay(options.replay)
-    return run_campaign(options.minutes, options.seed, options.only or list(SCRIPTS), options.failures)
+    limit = Limit(60 * options.minutes) if options.cases is None else Limit(math.inf, options.cases)
+    return run_campaign(limit, options.seed, options.only or list(SCRIPTS), options.failures)
 
 
 if __name__ == "__main__":

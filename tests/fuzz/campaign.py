@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 from unittest import mock
 
 import diffusers  # noqa: F401
@@ -29,7 +30,7 @@ from tests.fuzz.execute import Verdict, call_in_fork, remove, run_case
 from tests.fuzz.materials import SETUP, write_materials
 from tests.fuzz.scripts import SCRIPTS, declared_options, run_entry
 
-__all__ = ["paths_below", "plain_cases", "random_cases", "replay", "run_campaign", "workshop"]
+__all__ = ["Limit", "paths_below", "plain_cases", "random_cases", "replay", "run_campaign", "workshop"]
 
 
 @contextmanager
@@ -92,35 +93,53 @@ def random_cases(seed: int, scripts: list[str], materials: Path) -> Iterator[Cas
             yield draw_case(script, options[script], files, random.Random(f"{seed} {number} {script}"))
 
 
-def run_campaign(minutes: float, seed: int, scripts: list[str], failures: Path) -> int:
-    """Run cases for some minutes, print a summary, and write the failing ones to `failures`; returns the exit code."""
+class Limit(NamedTuple):
+    """How long a campaign goes on: for some seconds, or, if `cases` is given, for that many random cases."""
+
+    seconds: float
+    cases: int | None = None
+
+
+def run_campaign(limit: Limit, seed: int, scripts: list[str], failures: Path) -> int:
+    """Run cases, print a summary, and write the failing ones to `failures`; returns the exit code.
+
+    A campaign of some time begins with the scripts' commands as they are.
+    """
     failures.unlink(missing_ok=True)
+    started, counts = time.monotonic(), Counter[str]()
     with workshop() as root:
-        drawn = itertools.chain(plain_cases(scripts), random_cases(seed, scripts, root / "materials"))
-        counts = _run_cases(60 * minutes, drawn, root, failures)
+        drawn = random_cases(seed, scripts, root / "materials")
+        drawn = (
+            itertools.chain(plain_cases(scripts), drawn)
+            if limit.cases is None
+            else itertools.islice(drawn, limit.cases)
+        )
+        for outcome in _outcomes(limit, drawn, root, failures):
+            counts[outcome] += 1
     listed = ", ".join(f"{count} {outcome}" for outcome, count in counts.most_common())
-    print(f"{counts.total()} cases of {len(scripts)} scripts in {minutes:g} minutes: {listed}")
+    minutes = (time.monotonic() - started) / 60
+    print(f"{counts.total()} cases of {len(scripts)} scripts in {minutes:.1f} minutes: {listed}")
     if counts["failure"]:
         print(f"run the failures again with: python -m tests.fuzz --replay {failures}")
     return int(counts["failure"] > 0)
 
 
-def _run_cases(seconds: float, drawn: Iterator[Case], root: Path, failures: Path) -> Counter[str]:
-    """Run cases until the time is over; returns the number of cases with each outcome."""
-    counts: Counter[str] = Counter()
-    started = time.monotonic()
-    with tqdm(total=round(seconds), unit="s", desc="fuzzing", mininterval=10) as bar:
-        for case in drawn:
+def _outcomes(limit: Limit, drawn: Iterator[Case], root: Path, failures: Path) -> Iterator[str]:
+    """Run cases within the limit, and yield their outcomes."""
+    total, unit = (limit.seconds, "s") if limit.cases is None else (limit.cases, "case")
+    started, failed = time.monotonic(), 0
+    with tqdm(total=round(total), unit=unit, desc="fuzzing", mininterval=10) as bar:
+        for number, case in enumerate(drawn, start=1):
             verdict = run_case(case, root / "materials", root / "case")
-            counts[verdict.outcome] += 1
             if verdict.outcome == "failure":
+                failed += 1
                 _record(failures, case, verdict)
             passed = time.monotonic() - started
-            bar.update(min(bar.total, int(passed)) - bar.n)
-            bar.set_postfix(cases=counts.total(), failures=counts["failure"], refresh=False)
-            if passed > seconds:
-                return counts
-    raise AssertionError("cases end only with the time")
+            bar.update(min(bar.total, int(passed) if limit.cases is None else number) - bar.n)
+            bar.set_postfix(cases=number, failures=failed, refresh=False)
+            yield verdict.outcome
+            if passed > limit.seconds:
+                return
 
 
 def replay(path: Path) -> int:
