@@ -49,7 +49,7 @@ OnResume = Literal["never", "on_request", "rounding", "freely"]
 INTERRUPTED = 130  # exit code after Ctrl-C
 MOST = 2**63 - 1  # of integers, whose values end in 64-bit tensors
 LONGEST_MESSAGE = 1500  # characters
-NOT_THE_ENVIRONMENT = frozenset((errno.EBADF, errno.EFAULT))  # system errors that only a bug causes
+FROM_BUGS = frozenset((errno.EBADF, errno.EFAULT))  # system errors that no user causes
 # What libraries write where memory or threads run out, or where a product of sizes exceeds 64 bits.
 EXHAUSTED = (
     "allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed",
@@ -268,7 +268,7 @@ def explain(error: BaseException) -> Explanation | None:
         return Explanation(error.exit_code, _one_line(f"error: {error}"))
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
-    if isinstance(error, OSError) and error.errno is not None and error.errno not in NOT_THE_ENVIRONMENT:
+    if isinstance(error, OSError) and error.errno not in (None, *FROM_BUGS) and not isinstance(error, ConnectionError):
         reason = error.strerror or type(error).__name__
         return Explanation(2, _one_line(f"error: {reason}: {error.filename or 'while writing'}"))
     if _is_exhausted(error):
@@ -281,7 +281,7 @@ def explain(error: BaseException) -> Explanation | None:
 
 def _one_line(text: str) -> str:
     """The text without line breaks and, if it is very long, without its middle: libraries' errors and names can be."""
-    line = " ".join(text.split())
+    line = " ".join(part.strip() for part in text.splitlines())
     return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 300]} ... {line[-300:]}"
 
 
