@@ -10,11 +10,11 @@ from typing import NamedTuple
 import torch
 
 from checkpoints.files import save_weights
+from runtime.attempts import Attempts
 from runtime.messages import show
 from runtime.parallel import gather_state
 from runtime.pictures import save_sheet
 from runtime.signals import StopSignals
-from training.attempts import Attempts
 from training.metrics_log import Clock, MetricsLog
 from training.run import TrainingRun
 from training.state import TrainingState
@@ -87,11 +87,7 @@ class Checkpointer:
                 save_state(self._run.folder, content)
             self._clock.saved()
         if self._due(experiment.plot_every, ended):
-            with self._attempt("the sample grid"):
-                sheet = self._run.validation.preview(state.ema.network)
-                if self._log:
-                    picture = self._run.folder / "samples" / f"step_{state.step:07d}.png"
-                    save_sheet(sheet.images, picture, sheet.columns)
+            self._draw()
 
     def _attempt(self, work: str) -> AbstractContextManager[None]:
         """A block whose failure does not end the run, unless other processes would wait for this one inside it."""
@@ -118,6 +114,14 @@ class Checkpointer:
             return ended
         self._save_postponed = bool(self._run.training.max_bad_steps and self._state.consecutive_skips[0] > 0)
         return not self._save_postponed
+
+    def _draw(self) -> None:
+        with self._attempt("the sample grid"):
+            sheet = self._run.validation.preview(self._state.ema.network)
+            if self._log:
+                picture = self._run.folder / "samples" / f"step_{self._state.step:07d}.png"
+                with self._attempts.attempt("the sample grid", self._state.step):
+                    save_sheet(sheet.images, picture, sheet.columns)
 
     def _validate(self, ended: bool) -> None:
         run, state, values = self._run, self._state, dict[str, float]()

@@ -11,9 +11,9 @@ from typing import Any
 from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch.utils.tensorboard import SummaryWriter
 
+from runtime.attempts import Attempts
 from runtime.distributed import Processes
 from runtime.files import atomic_path
-from training.attempts import Attempts
 from training.state import TrainingState
 
 __all__ = ["Clock", "MetricsLog"]

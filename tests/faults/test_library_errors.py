@@ -100,5 +100,5 @@ def test_names_that_are_not_text_are_scored(tmp_path):
     Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "\udce4\udcff.png")
     source = open_source(tmp_path)
-    assert len(source) == 1
+    assert source.count == 1
     assert len(source.meta["fingerprint"]) == 64

@@ -11,9 +11,9 @@ import torch
 
 import training.checkpointing
 import training.metrics_log
+from runtime.attempts import FAILURES, Attempts
 from runtime.torch_files import read_torch_file
 from tests.training.test_loop import STEPS, new_run
-from training.attempts import FAILURES, Attempts
 from training.loop import train
 from training.metrics_log import MetricsLog
 from training.validation import Validation

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.damage import DAMAGES, ODD_NAMES
+from tests.fuzz.damage import CHANGES, DAMAGES, ODD_NAMES
 from tests.fuzz.scripts import SCRIPTS, Declared, command_of
 
 __all__ = ["Case", "command_line", "draw_case", "read_cases", "takes_long"]
 
 # Starting other processes, compiling, and waiting for other machines take longer than a case may.
 NEVER_VARIED = frozenset(("compile", "num_process_per_node", "num_proc_node"))
+USUAL = (1, 1, 2, 2, 3, 4, 8)  # integers that many options allow
 INTEGERS = (0, -1, 1, 2, 3, 5, 7, 16, 100, 2**31, 2**63, 10**30)
 NUMBERS = ("0", "-1", "1", "0.5", "2", "1e30", "-1e30", "1e-30", "nan", "inf", "-inf", "1e-12", "0.999999")
 WORDS = ("", " ", "none", "-", ".", "/", "nowhere/file", "/proc/nowhere", "~", "\udcff", "ä☃", "a\nb", "x" * 5000, "*")
@@ -71,14 +72,14 @@ def draw_case(script: str, options: Sequence[Declared], files: Sequence[str], rn
     """
     words = shlex.split(rng.choice(SCRIPTS[script]))
     varied = [option for option in options if option.name not in NEVER_VARIED]
-    for option in rng.choices(varied, k=rng.choice((0, 1, 1, 2, 3, 4))):
+    for option in rng.choices(varied, k=rng.choice((0, 0, 0, 1, 1, 2, 3, 4))):
         words += _flag(option, files, rng)
     if rng.random() < 0.15:
         words = _misused(words, files, rng)
-    used = [path for path in files if any(path == word or path.startswith(f"{word}/") for word in words)]
+    used = [path for path in files if any(path == word or path.startswith(f"{word}/") for word in words if word)]
     damages = [
-        (rng.choice(_near(used, rng)), rng.choice(list(DAMAGES)), rng.getrandbits(32))
-        for _ in range(rng.choice((0, 0, 1, 1, 1, 2)) if used else 0)
+        (_target(used, words, rng), rng.choice([*DAMAGES, "values", "values", "values", "bytes"]), rng.getrandbits(32))
+        for _ in range(rng.choice((0, 1, 1, 1, 2)) if used else 0)
     ]
     return Case(script, tuple(words), tuple(damages))
 
@@ -95,10 +96,13 @@ def takes_long(case: Case) -> bool:
     return False
 
 
-def _near(used: list[str], rng: random.Random) -> list[str]:
-    """Prefer folders and files near the top, of which there are few."""
-    top = [path for path in used if path.count("/") <= rng.randrange(5)]
-    return top or used
+def _target(used: list[str], words: list[str], rng: random.Random) -> str:
+    """A path to damage: mostly one near the top, of which there are few, or a file of the experiment that is used."""
+    own = [path for path in used if set(path.split("/")[:-1]) & set(words[1:]) and Path(path).suffix in CHANGES]
+    if own and rng.random() < 0.5:
+        return rng.choice(own)
+    depth = rng.randrange(5)
+    return rng.choice([path for path in used if path.count("/") <= depth] or used)
 
 
 def _flag(option: Declared, files: Sequence[str], rng: random.Random) -> list[str]:
@@ -113,7 +117,8 @@ def _value(option: Declared, files: Sequence[str], rng: random.Random) -> str:
     if option.metadata["choices"] is not None and rng.random() < 0.9:
         return rng.choice(list(option.metadata["choices"]))
     if option.kind is int:
-        return str(rng.choice(_integers(option))) if rng.random() < 0.95 else rng.choice(NOT_NUMBERS)
+        draw = rng.random()
+        return str(rng.choice(USUAL if draw < 0.5 else _integers(option))) if draw < 0.95 else rng.choice(NOT_NUMBERS)
     if option.kind is float:
         return rng.choice(NUMBERS) if rng.random() < 0.95 else rng.choice(NOT_NUMBERS)
     draw = rng.random()

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from tests.faults.mutations import damaged
 
-__all__ = ["DAMAGES", "ODD_NAMES", "apply_damage"]
+__all__ = ["CHANGES", "DAMAGES", "ODD_NAMES", "apply_damage"]
 
 ODD_NAMES = ("with space", "line\nbreak", "\udce4\udcff", "ünïcode ☃", "-dash", "%s{0}", "'quote\"", "n" * 200)
 VALUES: tuple[Any, ...] = (None, True, 0, -1, 10**30, 1.5, float("nan"), "", "text", [], {}, [1, "a"], {"a": 1})

@@ -1,4 +1,4 @@
-"""Work beside training, such as sample grids: if it fails, the run warns and goes on."""
+"""Work that a run can do without, such as sample grids: if it fails, the run warns and goes on."""
 
 import traceback
 from collections.abc import Iterator
@@ -36,6 +36,6 @@ class Attempts:
                 self._reported.add(work)
                 reason = (str(error).strip().splitlines() or ["no reason given"])[0]
                 warn(
-                    f"step {step}: {work} failed ({type(error).__name__}: {reason}). Training continues; later failures "
+                    f"step {step}: {work} failed ({type(error).__name__}: {reason}). The run continues; later failures "
                     f"of this kind are only listed, with tracebacks, in {self._folder / FAILURES}"
                 )
