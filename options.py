@@ -9,6 +9,7 @@ Pydantic is not used, because it checks ranges but does not handle flags or the 
 
 import dataclasses
 import errno
+import os
 import shlex
 import shutil
 import sys
@@ -16,6 +17,7 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO, TypeVar
 
@@ -47,6 +49,7 @@ T = TypeVar("T")
 OnResume = Literal["never", "on_request", "rounding", "freely"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
+PIPE_CLOSED = 141  # exit code after the reader of the output has ended
 MOST = 2**63 - 1  # of integers, whose values end in 64-bit tensors
 LONGEST_MESSAGE = 1500  # characters
 FROM_BUGS = frozenset((errno.EBADF, errno.EFAULT))  # system errors that no user causes
@@ -295,10 +298,17 @@ def _is_exhausted(error: BaseException) -> bool:
 def exit_cleanly(main: Callable[[], int | None]) -> None:
     """Run a script's main function and exit.
 
-    A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3.
+    A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3. If the program that reads the
+    output has ended, as `head` does, the script ends silently, with the exit code that shells give it then.
     """
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:
+        with suppress(OSError):  # stdout is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        sys.exit(PIPE_CLOSED)
     except (Exception, KeyboardInterrupt) as error:
         if (reason := explain(error)) is None:
             raise

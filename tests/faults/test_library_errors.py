@@ -2,6 +2,9 @@
 
 import errno
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,8 +12,11 @@ import torch
 from PIL import Image
 
 from evaluation.sources import open_source
-from options import LONGEST_MESSAGE, UsageError, explain
+from options import LONGEST_MESSAGE, PIPE_CLOSED, UsageError, explain
+from runtime.distributed import join_processes
+from runtime.weights import check_finite
 
+ROOT = Path(__file__).parents[2]
 HUGE = 2**62
 
 
@@ -102,3 +108,39 @@ def test_names_that_are_not_text_are_scored(tmp_path):
     source = open_source(tmp_path)
     assert source.count == 1
     assert len(source.meta["fingerprint"]) == 64
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["", "two", "1.5", "9" * 30])
+def test_variables_of_launchers_that_hold_no_number_are_named(name, value, monkeypatch):
+    given = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for variable, content in (given | {name: value}).items():
+        monkeypatch.setenv(variable, content)
+    with pytest.raises(UsageError, match=rf"{name}.* holds '{value}', but an integer was expected"), join_processes():
+        raise AssertionError("there is nobody to join")
+
+
+@pytest.mark.parametrize("count", [1, 100_000])
+def test_a_reader_that_ends_early_ends_the_script_silently(count):
+    program = f"from options import exit_cleanly\nexit_cleanly(lambda: print('line\\n' * {count}))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == PIPE_CLOSED
+
+
+@pytest.mark.parametrize(
+    ("dtype", "own"), [(torch.complex64, None), (torch.complex64, torch.ones(2)), (torch.int64, torch.ones(2))]
+)
+def test_weights_of_another_type_are_refused(dtype, own):
+    with pytest.raises(UsageError, match=rf"the file has weights of another type .*: b \({str(dtype)[6:]}\)$"):
+        check_finite(
+            {"a": torch.ones(1), "b": torch.ones(2).to(dtype)}, "the file", None if own is None else {"b": own}
+        )
+
+
+def test_weights_in_half_precision_and_counters_are_accepted():
+    own = {"a": torch.ones(2), "count": torch.zeros((), dtype=torch.int64)}
+    check_finite({"a": torch.ones(2).half(), "count": torch.ones((), dtype=torch.int64)}, "the file", own)

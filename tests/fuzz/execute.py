@@ -25,7 +25,7 @@ from tests.fuzz.scripts import run_entry
 __all__ = ["Verdict", "call_in_fork", "prepare", "run_case"]
 
 SECONDS = 60  # for a case, and after that for its end on Ctrl-C
-MEMORY_BYTES = 12 << 30
+MEMORY_BYTES = 16 << 30
 GOOD_CODES = frozenset((0, 2, 3, INTERRUPTED))
 LONGEST_MESSAGE = 2000  # characters
 MOST_LINES = 3
