@@ -244,7 +244,10 @@ def _title(name: str, generated: Summary, reference: Summary) -> str:
     if name == "fid":
         return features["label"] if features else "Frechet distance"
     title = METRICS[name].title
-    return title if not features or features["name"] == "inception" else f"{title} ({features['name']} features)"
+    if not features or features["name"] == "inception":
+        return title
+    _, _, qualifier = features["label"].partition("(")  # as in FD (DINOv2 ViT-B/14)
+    return f"{title} ({qualifier or features['name'] + ' features)'}"
 
 
 def _warnings(metrics: Sequence[str], generated: Summary, reference: Summary) -> list[str]:

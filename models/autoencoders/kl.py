@@ -20,6 +20,7 @@ from diffusers.utils import logging
 from safetensors.torch import load_file
 from torch import nn
 
+from models.autoencoders.hub import check_hub, is_unreachable, unreachable
 from models.autoencoders.pixels import images_to_pixels, pixels_to_images
 from models.autoencoders.protocol import AutoencoderFacts
 from models.autoencoders.scale import has_superseded_scale, latent_scale
@@ -107,7 +108,7 @@ class KLAutoencoder:
         if images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise UsageError(
                 f"the image size must be a multiple of {self.factor} for the autoencoder {self.identity}, "
-                f"but it is {images.shape[3]} (--image_size)"
+                f"but the images have {images.shape[3]} x {images.shape[2]} pixels (--image_size)"
             )
         chunks = images.split(_chunk(images.shape[2] * images.shape[3], images.device))
         pixels = (images_to_pixels(chunk).contiguous(memory_format=torch.channels_last) for chunk in chunks)
@@ -176,10 +177,12 @@ def load_kl(folder: Path | None, name: str, scale_factor: float | None) -> KLAut
     The weights must be in safetensors format. In a local folder, their names may carry the prefixes of wrappers.
 
     Raises:
-        UsageError: diffusers cannot load the autoencoder, it has another class, or its weights are incomplete, do not fit or
-            are not finite.
+        UsageError: the hub cannot be reached, diffusers cannot load the autoencoder, it has another class, or its weights are
+            incomplete, do not fit or are not finite.
     """
     local = folder is not None
+    if not local:
+        check_hub(name)
     try:
         with _quiet(local):
             config = diffusers.AutoencoderKL.load_config(folder or name, local_files_only=local)
@@ -197,6 +200,8 @@ def load_kl(folder: Path | None, name: str, scale_factor: float | None) -> KLAut
     except UsageError:
         raise
     except Exception as error:  # diffusers raises many types of error when loading fails
+        if not local and is_unreachable(error):
+            raise unreachable(name, error) from error
         raise UsageError(f"cannot load the autoencoder {name}: {_reason(error)}{_advise(folder)}") from error
     mismatch = _mismatch(found)
     if any(mismatch) and folder is not None:

@@ -173,6 +173,7 @@ def test_a_file_instead_of_a_folder_is_refused(original):
 
 
 def test_a_hub_autoencoder_of_another_class_is_refused_before_its_weights_are_downloaded(monkeypatch):
+    monkeypatch.setattr(kl, "check_hub", lambda name: None)
     monkeypatch.setattr(kl.diffusers.AutoencoderKL, "load_config", lambda *a, **k: {"_class_name": "AutoencoderDC"})
     monkeypatch.setattr(kl.diffusers.AutoencoderKL, "from_pretrained", None)
     with pytest.raises(UsageError, match="names AutoencoderDC, but expected AutoencoderKL$"):
