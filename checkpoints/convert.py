@@ -9,14 +9,14 @@ EMA weights are used if the file has them, as content.pth does.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from checkpoints.files import read_weights, save_weights
 from checkpoints.lfm import build_published
 from checkpoints.lfm_files import PREFIX, STAGE_WEIGHT, condition_stage_path, read_published
-from checkpoints.lfm_request import request_network
+from checkpoints.lfm_request import described_by, request_network
 from command_line import help_flags, parse_options
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
@@ -29,7 +29,7 @@ from sampling.script import mode_groups
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """Conversion. Flags below that do not describe the network, autoencoder or data have no effect."""
+    """Conversion. Sampling flags, which LFM's arguments files contain, have no effect."""
 
     module_prefix: bool = option(False, "when writing .pth: prefix names with 'module.', as data parallelism does")
 
@@ -37,12 +37,14 @@ class ConversionOptions:
 def main() -> None:
     """Convert in the direction given by the first file's format."""
     paths, flags = _split_paths(sys.argv[1:])
+    sampling = {field.name for group in mode_groups() for field in fields(group)} - described_by()
     options = parse_options(
         str(__doc__).splitlines()[0],
         [ConversionOptions, *mode_groups()],
         flags,
         ignored=IGNORED_SAMPLING_FLAGS,
         positional="IN OUT",
+        silent=sampling,
     )
     source, target = paths
     if is_torch_file(source):

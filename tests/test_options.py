@@ -159,7 +159,7 @@ def test_description_lists_changed_options_in_arguments_file_syntax(tmp_path):
     ]
     path = write(tmp_path, "\n".join(line.partition(": ")[2] for line in text.splitlines()[1:]))
     assert parse("--args_file", path).values == options.values
-    assert parse().describe("none differs") == "changed options (none differs):"
+    assert parse().describe("none differs") == "all options have their defaults (none differs)"
 
 
 def test_ignored_flags_print_one_note(capsys):

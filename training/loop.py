@@ -25,6 +25,8 @@ from training.state_file import CONTENT, has_state
 
 __all__ = ["train"]
 
+STOPPING = "stopping after the current step and any validation or sample grid in progress; the run is then saved"
+
 
 def train(run: TrainingRun, resume: bool) -> bool:
     """Train to the last step or until interrupted; returns whether the run is complete.
@@ -62,7 +64,8 @@ def train(run: TrainingRun, resume: bool) -> bool:
     # Train.
     ended = False
     bar = progress_bar(total=last_step, initial=state.step, desc="training", unit="step")
-    with bar, StopSignals(once=processes.count == 1) as stop:
+    stopping = STOPPING if processes.is_main else ""
+    with bar, StopSignals(once=processes.count == 1, text=stopping) as stop:
         for batch in _batches(run, state.step, last_step):
             torch.manual_seed(seed_for(options.seed, "dropout", state.step, processes.rank))
             rate = options.rate_at(state.step, last_step)

@@ -74,8 +74,9 @@ class NanGuard:
                 # Logged at the current step, so that a run that resumes from before it replaces the entry.
                 self._log.write(self._state.step, "skipped", {"skipped_step": step, "indices": images})
             scaled = self._run.machine.precision == "fp16"
+            steps = "1 step" if len(skipped) == 1 else f"{len(skipped)} steps"
             warn(
-                f"skipped {len(skipped)} steps without a finite gradient, the first at step {skipped[0]} with images "
+                f"skipped {steps} without a finite gradient, the first at step {skipped[0]} with images "
                 f"{_listed(listed[skipped[0]])}"
                 + (" (in fp16, a few are normal while the loss scale adapts)" if scaled else "")
             )

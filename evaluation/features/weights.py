@@ -37,12 +37,13 @@ def read_weights_file(path: str) -> dict[str, torch.Tensor]:
     return raw | averages
 
 
-def download_weights(url: str, what: str, *, check_hash: bool = False) -> dict[str, torch.Tensor]:
+def download_weights(url: str, what: str, flag: str, *, check_hash: bool = False) -> dict[str, torch.Tensor]:
     """Download a state dict into torch's cache, or load it from there.
 
     Args:
         url: where it is published.
         what: the network's name, for the error message.
+        flag: the option that names a local file instead.
         check_hash: check the SHA-256 prefix in the file name.
 
     Raises:
@@ -52,6 +53,5 @@ def download_weights(url: str, what: str, *, check_hash: bool = False) -> dict[s
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=check_hash, weights_only=True)
     except UNREADABLE as error:
         raise UsageError(
-            f"cannot download the {what} weights ({error}): download {url} on another machine, then pass it as "
-            "--feature_weights FILE (--lpips_weights FILE for LPIPS)"
+            f"cannot download the {what} weights ({error}): download {url} on another machine, then pass it as {flag} FILE"
         ) from error

@@ -169,9 +169,12 @@ def test_downloaded_weights_have_the_hash_in_their_name(served, tmp_path, monkey
     names = [f"weights-{digest[:8]}.pth", "weights-00000000.pth"]
     for name in names:
         shutil.copy(folder / "file.pth", folder / name)
-    assert weights.download_weights(f"{address}/{names[0]}", "test", check_hash=True)["a"].tolist() == [1, 1]
+    assert weights.download_weights(f"{address}/{names[0]}", "test", "--weights", check_hash=True)["a"].tolist() == [
+        1,
+        1,
+    ]
     with pytest.raises(UsageError, match="invalid hash value"):
-        weights.download_weights(f"{address}/{names[1]}", "test", check_hash=True)
+        weights.download_weights(f"{address}/{names[1]}", "test", "--weights", check_hash=True)
     assert [path.name for path in (tmp_path / "hub" / "checkpoints").iterdir()] == names[:1]
 
 
