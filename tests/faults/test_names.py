@@ -182,8 +182,8 @@ def test_downloaded_weights_have_the_hash_in_their_name(served, tmp_path, monkey
 def test_what_has_a_hash_is_downloaded_with_it(monkeypatch, network):
     asked = []
 
-    def download(url, what, *, check_hash=False):
-        asked.append((url, check_hash))
+    def download(url, what, flag, *, check_hash=False):
+        asked.append((url, flag, check_hash))
         raise UsageError("enough")
 
     if network == "alexnet":
@@ -191,8 +191,8 @@ def test_what_has_a_hash_is_downloaded_with_it(monkeypatch, network):
     monkeypatch.setattr({"inception": inception, "alexnet": paired}[network], "download_weights", download)
     with pytest.raises(UsageError, match="enough"):
         inception._build(None, 2048) if network == "inception" else paired.load_lpips(None, "cpu")
-    ((url, checked),) = asked
-    assert checked
+    ((url, flag, checked),) = asked
+    assert (flag, checked) == ({"inception": "--feature_weights", "alexnet": "--lpips_weights"}[network], True)
     assert torch.hub.HASH_REGEX.search(url)
 
 
