@@ -175,7 +175,8 @@ def _stacked(images: list[torch.Tensor], start: int) -> Iterator[tuple[torch.Ten
 def _open_folder(folder: Path) -> ImageSource:
     paths = list_files(folder, IMAGE_SUFFIXES)
     state = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
-    meta = {"folder": str(folder), "fingerprint": hashlib.sha256(state.encode()).hexdigest()}
+    digest = hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()  # names of files may be any bytes
+    meta = {"folder": str(folder), "fingerprint": digest}
     names = tuple(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
     return ImageSource(
         folder.name,
