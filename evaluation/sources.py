@@ -160,7 +160,8 @@ def _open(path: Path, image_size: int | None) -> ImageSource:
     if path.suffix == ".lmdb" and path.is_file():
         return _open_lmdb(path, image_size)
     raise UsageError(
-        f"{path}: expected a folder of images, an LMDB, an .npz file of images or statistics, or an .npy file of statistics"
+        f"{path}{'' if path.exists() else ' does not exist'}: expected a folder of images, an LMDB, an .npz file of images or "
+        "statistics, or an .npy file of statistics"
     )
 
 

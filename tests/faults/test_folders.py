@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -316,6 +317,13 @@ def test_empty_and_single_classes_get_a_warning(tmp_path):
     assert "in formats that are not read: 1 (.heic)" in found
 
 
+def test_validation_images_have_the_labels_of_training_classes(tmp_path):
+    counts = {"train/a": 2, "train/b": 2, "train/c": 2, "val/a": 1, "val/b": 0, "val/c": 2}
+    train, held_out = both(write(tmp_path, counts))
+    assert held_out.labels.tolist() == [0, 2, 2]
+    assert train.survey.classes == held_out.survey.classes == ("a", "b", "c")
+
+
 def test_numbers_that_are_sorted_as_text_get_a_warning(tmp_path):
     """torchvision sorts them so, too."""
     survey = open_folder(write(tmp_path / "short", dict.fromkeys(map(str, range(12)), 2))).survey
@@ -627,6 +635,20 @@ def test_names_that_cannot_be_printed_are_escaped(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert r"a\nb 4, \udcff\udcfe 3" in out
     assert r"\udcff" in err
+
+
+def test_names_are_no_patterns(tmp_path):
+    root = write(tmp_path / "[abc]" / "a*?{1}", {"x[0-9]": 2, "y ~$HOME": 2})
+    assert class_counts(open_folder(root)) == {"x[0-9]": 2, "y ~$HOME": 1}
+    assert open_source(root).count == 4
+
+
+def test_no_file_stays_open(tmp_path):
+    dataset, open_files = open_folder(write(tmp_path, {"a": 60})), Path("/proc/self/fd")
+    before = len(list(open_files.iterdir()))
+    images = [dataset[index] for index in range(len(dataset))]
+    assert len(images) == 57
+    assert len(list(open_files.iterdir())) <= before
 
 
 def test_a_folder_with_names_of_any_bytes_can_be_scored(tmp_path):

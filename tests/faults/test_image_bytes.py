@@ -128,6 +128,17 @@ def test_a_file_that_holds_something_else_is_told_apart(tmp_path, content, found
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("suffix", "format"), [("jpg", "WEBP"), ("png", "GIF"), ("jpg", "TIFF"), ("webp", "BMP"), ("bmp", "PNG")]
+)
+def test_the_content_decides_not_the_suffix(tmp_path, suffix, format):
+    color = Image.new("RGB", (6, 4), (255, 0, 0))
+    color.save(tmp_path / f"image.{suffix}", format, **({"lossless": True} if format == "WEBP" else {}))
+    found = read_image(tmp_path / f"image.{suffix}", None)
+    assert found.shape == (3, 4, 6)
+    assert found.flatten(1).unique(dim=1).flatten().tolist() == [255, 0, 0]
+
+
 def test_pillow_does_not_warn_of_what_is_read(tmp_path):
     """Its warnings fill the terminal: one for each image with a broken EXIF block, and one for each large image."""
     for number in range(3):

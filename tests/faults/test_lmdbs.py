@@ -68,6 +68,20 @@ def test_lmdbs_of_other_names_are_listed(tmp_path):
     assert len(open_faces(tmp_path / "LMDB_train")) == 18
 
 
+@pytest.mark.parametrize(("side", "chosen"), [(4, 4), (6, 8), (8, 8), (99, 16)])
+def test_of_images_in_several_sizes_one_size_is_used(tmp_path, side, chosen, capsys):
+    values = {b"length": b"2"}
+    for size in (16, 4, 8):
+        for number in range(2):
+            file = io.BytesIO()
+            Image.new("RGB", (size, size), (size, number, 0)).save(file, "PNG")
+            values[f"{size}-{number:05d}".encode()] = file.getvalue()
+    write(tmp_path / "train.lmdb", values)
+    dataset = open_dataset(DatasetOptions("celeba_256", str(tmp_path), side), "train")
+    assert [dataset[number][:2, 0, 0].tolist() for number in range(len(dataset))] == [[chosen, 0], [chosen, 1]]
+    assert f"each image in 3 sizes (4, 8, 16): {chosen} is used" in " ".join(capsys.readouterr().err.split())
+
+
 def test_an_empty_value_is_one_bad_image(tmp_path):
     values = images(6) | {b"00003": b""}
     for split, chosen in (("train", values), ("val", images(2))):
