@@ -17,10 +17,10 @@ import torch
 from torchvision.datasets import CIFAR10
 from torchvision.datasets.utils import download_url
 
-from datasets_prep.downloads import downloading_into
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
 from datasets_prep.images import crop_array
 from options import UsageError
+from runtime.downloads import downloading_into
 from runtime.files import UNREADABLE, atomic_path
 from runtime.messages import show
 from runtime.unpickling import load_numpy_pickle

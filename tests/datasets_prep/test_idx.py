@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from datasets_prep import idx
-from datasets_prep.downloads import TIMEOUT_S
 from datasets_prep.idx import IDX_FILES, find_idx_folder, read_idx
 from options import UsageError
+from runtime.downloads import TIMEOUT_S
 
 ARRAYS = {
     "train-images-idx3-ubyte": np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4),
