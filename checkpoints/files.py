@@ -22,10 +22,11 @@ from models.autoencoders.protocol import Autoencoder
 from models.registry import build_network
 from options import UsageError
 from runtime.files import atomic_path
-from runtime.torch_files import is_torch_file, weights_hash
+from runtime.torch_files import explain_failure, is_torch_file, weights_hash
 
 __all__ = [
     "LoadedModel",
+    "describes_network",
     "load_model",
     "read_header",
     "read_weights",
@@ -39,6 +40,21 @@ class LoadedModel(NamedTuple):
     network: nn.Module
     autoencoder: Autoencoder
     header: Header
+
+
+def describes_network(path: str | Path) -> bool:
+    """Whether a checkpoint has a header; otherwise it is bare weights, and flags must describe its network.
+
+    Bare weights are torch.save files such as LFM's, and other projects' safetensors files. A damaged file counts as described,
+    so that reading it explains the damage.
+    """
+    if is_torch_file(path):
+        return False
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return "header" in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return True
 
 
 def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], header: Header) -> None:
@@ -118,11 +134,14 @@ def _open(path: str | Path) -> Iterator[Any]:
     except UsageError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
+        raise UsageError(f"cannot read the checkpoint {path}: {explain_failure(path, error)}") from error
 
 
 def _stored_header(file: Any, path: str | Path) -> dict[str, Any]:
-    stored = json.loads((file.metadata() or {}).get("header", "null"))
+    try:
+        stored = json.loads((file.metadata() or {}).get("header", "null"))
+    except ValueError:  # another project's entry
+        stored = None
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise UsageError(f"{path} is not a checkpoint of this project: expected the format {FORMAT} in its header")
     return stored
