@@ -59,7 +59,7 @@ def describes_network(path: str | Path) -> bool:
 
 def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], header: Header) -> None:
     """Write a state dict and its header atomically."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    weights = _separate({name: value.detach().cpu().contiguous() for name, value in weights.items()})
     full = replace(header, weights_sha256=weights_hash(weights)).to_json()
     with atomic_path(path) as temporary:
         # safetensors' save_file would report a full disk as a SafetensorError and restrict reading to the owner.
@@ -119,6 +119,16 @@ def load_model(
         )
     loaded.restore_scale(stored)
     return LoadedModel(network.eval().requires_grad_(False).to(device), loaded.to(device), header)
+
+
+def _separate(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy tensors that share memory with an earlier one, such as tied weights, because safetensors refuses them."""
+    separate, taken = dict[str, torch.Tensor](), set[int]()
+    for name, value in weights.items():
+        memory = value.untyped_storage().data_ptr()
+        separate[name] = value.clone() if memory in taken else value
+        taken.add(memory)
+    return separate
 
 
 @contextmanager

@@ -210,7 +210,10 @@ def _load_network(config: Mapping[str, Any], folder: Path | None, name: str) -> 
     files = find_weight_files(folder) if folder is not None else []
     if folder is not None and files and not has_standard_name(folder):
         network = diffusers.AutoencoderKL.from_config(config)
-        mismatch = load_unwrapped(network, folder, files)
+        try:
+            mismatch = load_unwrapped(network, folder, files)
+        except UsageError as error:
+            raise UsageError(f"cannot load the autoencoder {name}: {error}") from error
         note(f"the weights of the autoencoder {name} are read from {files[0].name}")
         return network, mismatch
     local = folder is not None
