@@ -54,7 +54,7 @@ from training.network import check_classes, check_labels, choose_architecture, n
 from training.run import TrainingOptions, TrainingRun
 from training.validation import Validation
 
-__all__ = ["prepare", "training_groups"]
+__all__ = ["note_long_warmup", "prepare", "training_groups"]
 
 
 def training_groups() -> tuple[type, ...]:
@@ -119,12 +119,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         check_scoring(inputs.features, ("fid",), experiment.eval_samples, len(inputs.dataset), inputs.dataset.facts)
     per_epoch = steps_per_epoch(len(inputs.dataset), training.batch_size * processes.count)
     steps = training.last_step(per_epoch)
-    if 0 < steps <= training.warmup_steps:
-        reached = training.rate_at(steps - 1, steps)
-        note(
-            f"--warmup_steps {training.warmup_steps:,} outlasts the run's {steps:,} steps: the last learning rate is "
-            f"{reached:.3g}"
-        )
+    note_long_warmup(training, steps)
     machine = machine.settled(steps * training.grad_accumulation, processes, whole=not training.fsdp)
     fact("machine", machine.describe())
 
@@ -239,6 +234,16 @@ def _check(training: TrainingOptions, solver: SolverOptions, machine: MachineOpt
     if training.fsdp and machine.precision == "fp16":
         raise UsageError(
             "--fsdp does not support --precision fp16, because processes do not share its loss scale: use --precision bf16"
+        )
+
+
+def note_long_warmup(training: TrainingOptions, steps: int) -> None:
+    """Print a note if the learning rate's warmup does not end within the run's steps."""
+    if 0 < steps <= training.warmup_steps:
+        reached = training.rate_at(steps - 1, steps)
+        note(
+            f"--warmup_steps {training.warmup_steps:,} outlasts the run's {steps:,} steps: the last learning rate is "
+            f"{reached:.3g}"
         )
 
 
