@@ -5,6 +5,8 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 
+from torch import nn
+
 from options import DivergedError
 from runtime.messages import warn
 from runtime.parallel import local_shard
@@ -15,12 +17,26 @@ from training.run import TrainingRun
 from training.state import TrainingState
 from training.state_file import CONTENT
 
-__all__ = ["LossHistory", "NanGuard"]
+__all__ = ["LossHistory", "NanGuard", "check_trained"]
 
 SPIKE = 3.0  # ratio of a spike to the running median
 WINDOW, MIN_LOSSES = 21, 5  # losses that the median uses: at most, and at least
 RETRY = "Repeat the command with --resume and a smaller --lr, --grad_clip 1 or --precision fp32"
 LISTED_STEPS, LISTED_IMAGES = 10, 8  # at most, per log interval and per step
+
+
+def check_trained(network: nn.Module, what: str) -> None:
+    """Refuse a trained network with NaN or infinite weights; `what` names it.
+
+    Raises:
+        DivergedError: it has some.
+    """
+    bad = [name for name, value in network.named_parameters() if count_bad(value.detach())]
+    if bad:
+        raise DivergedError(
+            f"the weights of the {what} are not finite, so they are not saved: {list_names(bad)}. Start again with a smaller "
+            "--lr or --precision fp32"
+        )
 
 
 class LossHistory:
