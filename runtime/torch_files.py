@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from options import UsageError
-from runtime.files import atomic_path
+from runtime.files import UNREADABLE, atomic_path
 
 __all__ = [
     "Unread",
@@ -166,16 +166,19 @@ def _describe_other(path: Path) -> str:
     if not start:
         return f"it is empty: {AGAIN}" if path.is_file() else ""
     if start.startswith(ZIP) and not is_safetensors(path):
-        if not zipfile.is_zipfile(path):
-            return f"it is incomplete: {AGAIN}"
-        with zipfile.ZipFile(path) as archive:
-            return (
-                ""
-                if any(name.endswith("data.pkl") for name in archive.namelist())
-                else "it is an archive: unpack it first"
-            )
+        return _describe_zip(path)
     plain = start.lstrip().lower()
     return next((text for beginnings, text in OTHER_FILES if plain.startswith(beginnings)), "")
+
+
+def _describe_zip(path: Path) -> str:
+    """What a zip archive is if torch.save did not write it; "" if it did."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            written = any(name.endswith("data.pkl") for name in archive.namelist())
+    except UNREADABLE:
+        return f"it is incomplete or damaged: {AGAIN}"
+    return "" if written else "it is an archive: unpack it first"
 
 
 def _start(path: str | Path, count: int) -> bytes:

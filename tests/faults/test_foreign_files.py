@@ -57,7 +57,10 @@ WRONG = {
     "zip": (zipped, "archive: unpack it first"),
     "json": (lambda path: b'{"model_type": "dit"}', "JSON file"),
     "hdf5": (lambda path: b"\x89HDF\r\n\x1a\n" + bytes(64), "HDF5"),
-    "half a torch file": (lambda path: torch_bytes(path)[:300], "it is incomplete: copy or download it again"),
+    "half a torch file": (
+        lambda path: torch_bytes(path)[:300],
+        "it is incomplete or damaged: copy or download it again",
+    ),
     "half a safetensors file": (lambda path: safe_bytes(path)[:-3], "copy or download it again"),
 }
 
