@@ -1,14 +1,10 @@
 """Loading state dicts of feature networks, from a local file or by download."""
 
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from options import UsageError
 from runtime.files import UNREADABLE
-from runtime.torch_files import read_torch_file
+from runtime.torch_files import read_tensors
 from runtime.weights import check_finite, split_averages
 
 __all__ = ["download_weights", "read_weights_file"]
@@ -23,8 +19,8 @@ def read_weights_file(path: str) -> dict[str, torch.Tensor]:
         UsageError: the file is missing, damaged, holds something else, or has values that are not finite.
     """
     try:
-        weights = load_file(path) if Path(path).suffix == ".safetensors" else read_torch_file(path)
-    except (OSError, SafetensorError, UsageError) as error:
+        weights = read_tensors(path)
+    except UsageError as error:
         raise UsageError(f"cannot use the weights file {path}: {error}") from error
     if not isinstance(weights, dict):
         raise UsageError(
