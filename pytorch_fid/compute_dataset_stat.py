@@ -20,6 +20,7 @@ from evaluation.sources import dataset_source, transformed
 from evaluation.statistics import save_statistics
 from options import exit_cleanly, option
 from runtime.messages import show
+from runtime.outputs import check_file
 from runtime.precision import DeviceOptions, Machine, choose_device
 
 
@@ -46,6 +47,7 @@ def main() -> None:
     show_data(dataset)
     features = choose_features(options[FeatureOptions], data.dataset, machine)
     output = settings.output or Path(__file__).parent / f"{data.dataset}_{settings.split}_{features.name}_stat.npz"
+    check_file(output, "--output")
     source = transformed(dataset_source(dataset), IMAGE_FORMATS[settings.image_format], settings.image_format)
     statistics = summarise(source, features, ("moments",), None, settings.batch_size).statistics
     assert statistics is not None

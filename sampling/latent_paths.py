@@ -16,6 +16,8 @@ from flow.solvers import check_method, solve
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
 from runtime.files import atomic_path, write_json
+from runtime.finite import require_finite
+from runtime.outputs import record_failure
 from runtime.pictures import save_animation, save_sheet
 from sampling.labels import choose_labels
 from sampling.loading import LoadedSampler
@@ -47,7 +49,8 @@ def invert(
         The result, which is also written as JSON.
 
     Raises:
-        UsageError: the solver cannot integrate from data to noise, or the held-out images are missing.
+        UsageError: the solver cannot integrate from data to noise, the held-out images are missing, or more than a few of
+            the latents are not finite.
     """
     sampler = loaded.sampler
     check_method(sampler.solver, backwards=True)
@@ -58,13 +61,11 @@ def invert(
     labels = dataset.labels[:count] if sampler.num_classes > 1 else torch.zeros(count, dtype=torch.long)
     velocity = sampler.velocity(labels)
     noise = solve(velocity, latents, sampler.solver, backwards=True).x
+    require_finite(noise, "inverted images")
     returned = solve(velocity, noise, sampler.solver).x
     original, back = sampler.decode(latents), sampler.decode(returned)
     real = crop_padding(images, sampler.facts).cpu()
     folder, stem = loaded.output_folder(sampling.output_dir), f"{loaded.stem}_inverted"
-    save_sheet(torch.cat([real, original, back]), folder / f"{stem}.png", count)
-    with atomic_path(folder / f"{stem}.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, noise=noise.cpu().numpy(), labels=labels.numpy())
     error = (images_to_pixels(original) - images_to_pixels(back)).double().square().mean().item()
     result = {
         **loaded.describe(),
@@ -80,7 +81,11 @@ def invert(
         f"{result['noise_std']:.3f}) and back, with an RMS error of {result['latent_rms_error']:.2g} in the latents; "
         f"images, their reconstructions and the images after integration: {result['picture']}"
     )
-    write_json(sampling.output_json or folder / f"{stem}.json", result)
+    with record_failure(result):
+        save_sheet(torch.cat([real, original, back]), folder / f"{stem}.png", count)
+        with atomic_path(folder / f"{stem}.npz") as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, noise=noise.cpu().numpy(), labels=labels.numpy())
+        write_json(sampling.output_json or folder / f"{stem}.json", result)
     return result
 
 

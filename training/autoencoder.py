@@ -21,6 +21,7 @@ from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
 from runtime.files import replace_folder, write_json
 from runtime.messages import show
+from runtime.outputs import check_folder
 from runtime.precision import Machine
 from runtime.progress import progress_bar
 from runtime.randomness import generator_for
@@ -149,13 +150,14 @@ def snapshot_folder(options: AutoencoderTrainingOptions) -> Path:
 
 
 def check_output(folder: str | Path) -> None:
-    """Check that saving to `folder` replaces nothing other than an autoencoder.
+    """Check that saving to `folder` is possible, and replaces nothing other than an autoencoder.
 
     Raises:
-        UsageError: the folder exists and is not an autoencoder.
+        UsageError: the folder exists and is not an autoencoder, or its parent cannot be written.
     """
     if Path(folder).exists() and not (Path(folder) / "diffusion_pytorch_model.safetensors").is_file():
         raise UsageError(f"--output {folder} exists and is not an autoencoder: name a new folder")
+    check_folder(Path(folder).parent, "--output")
 
 
 def save_autoencoder(
