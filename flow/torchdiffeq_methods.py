@@ -35,7 +35,7 @@ def torchdiffeq_solver(
     Raises:
         UsageError: no step size meets the tolerances, or the batch takes too many evaluations.
     """
-    counter = _Counter(velocity, options)
+    counter = _Counter(velocity, x, options)
     ends = torch.tensor([times[0], times[-1]], dtype=x.dtype, device=x.device)
     stop = {"step_t": ends[1:]} if 0 < times[-1] < 1 else None
     try:
@@ -59,17 +59,20 @@ def torchdiffeq_solver(
 class _Counter:
     """A velocity that counts its evaluations.
 
-    `finite` [B] records for which samples the last one, squared in units of the tolerance as in torchdiffeq, was finite.
+    `finite` [B] records for which samples the last one at a finite time, squared in units of the tolerance as in torchdiffeq,
+    was finite.
     """
 
-    def __init__(self, velocity: Velocity, options: SolverOptions) -> None:
+    def __init__(self, velocity: Velocity, x: torch.Tensor, options: SolverOptions) -> None:
         self.velocity, self.options = velocity, options
         self.evaluations = 0
-        self.finite = torch.ones(0, dtype=torch.bool)
+        self.finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
 
     def __call__(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         self.evaluations += 1
         check_evaluations(self.options, self.evaluations)
         v = self.velocity(t, x)
-        self.finite = finite_rows((v / self.options.atol).square() if self.options.atol else v)
+        finite = finite_rows((v / self.options.atol).square() if self.options.atol else v)
+        # After one such sample, the batch's step size is NaN, and with it the next time and all points.
+        self.finite = torch.where(t.isfinite(), finite, self.finite)
         return v

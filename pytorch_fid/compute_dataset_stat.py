@@ -42,12 +42,12 @@ def main() -> None:
     """Compute the statistics and save them."""
     options = parse_options(str(__doc__), [StatisticsOptions, DatasetOptions, FeatureOptions, DeviceOptions])
     settings, data = options[StatisticsOptions], options[DatasetOptions]
+    check_file(settings.output or Path(__file__).parent / "statistics.npz", "--output")
     machine = Machine(choose_device(options[DeviceOptions]), "fp32")
     dataset = open_dataset(data, "train" if settings.split == "train" else "validation")
     show_data(dataset)
     features = choose_features(options[FeatureOptions], data.dataset, machine)
     output = settings.output or Path(__file__).parent / f"{data.dataset}_{settings.split}_{features.name}_stat.npz"
-    check_file(output, "--output")
     source = transformed(dataset_source(dataset), IMAGE_FORMATS[settings.image_format], settings.image_format)
     statistics = summarise(source, features, ("moments",), None, settings.batch_size).statistics
     assert statistics is not None

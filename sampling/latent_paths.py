@@ -120,6 +120,9 @@ def trajectory(loaded: LoadedSampler, sampling: SamplingOptions, pictures: Pictu
 
     Returns:
         The result, which is also written as JSON.
+
+    Raises:
+        UsageError: more than a few samples are not finite.
     """
     sampler, indices = loaded.sampler, range(pictures.pictured)
     labels = choose_labels(sampling.labels, sampler.seed, sampler.num_classes, len(indices))
@@ -128,7 +131,10 @@ def trajectory(loaded: LoadedSampler, sampling: SamplingOptions, pictures: Pictu
     times = torch.linspace(1, 0, pictures.frames).tolist()[:-1]
     shown = [[*recorder.nearest(row, times), (solution.x[row], solution.x[row])] for row in indices]
     latents = torch.stack([torch.stack([torch.stack(pair) for pair in frames], dim=1) for frames in shown])
-    images = sampler.decode(latents.flatten(0, 2))  # latents: [N, 2, F, c, h, w]
+    latents = latents.flatten(0, 2)  # of [N, 2, F, c, h, w]
+    images, bad = sampler.decode_batch(latents, range(len(latents)))
+    broken = {number // (2 * pictures.frames) for number in bad}
+    require_finite(torch.tensor([index not in broken for index in indices]), "samples")
     path = loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_trajectory.png"
     save_sheet(images, path, pictures.frames)
     if pictures.gif:

@@ -13,11 +13,24 @@ from training.run import TrainingRun
 from training.state import TrainingState
 from training.state_file import CONTENT
 
-__all__ = ["LossHistory", "NanGuard"]
+__all__ = ["LossHistory", "NanGuard", "check_loss"]
 
 SPIKE = 3.0  # ratio of a spike to the running median
 WINDOW, MIN_LOSSES = 21, 5  # losses that the median uses: at most, and at least
 LISTED_STEPS, LISTED_IMAGES = 10, 8  # at most, per log interval and per step
+
+
+def check_loss(loss: float, step: int) -> None:
+    """Check that the loss of an autoencoder's or classifier's training, which skips no steps, is finite.
+
+    Raises:
+        DivergedError: it is not.
+    """
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the loss at step {step} is not finite (NaN or infinity): use a smaller --lr or --precision fp32, and check the "
+            "images"
+        )
 
 
 class LossHistory:
