@@ -22,6 +22,7 @@ from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, exit_cleanly, option
 from runtime.messages import note, show
+from runtime.outputs import check_file
 from runtime.torch_files import save_content
 from sampling.request import IGNORED_SAMPLING_FLAGS
 from sampling.script import mode_groups
@@ -47,6 +48,7 @@ def main() -> None:
         silent=sampling,
     )
     source, target = paths
+    check_file(target, "OUT")
     if not describes_network(source):
         _from_published(source, target, options.given)
     else:

@@ -31,6 +31,7 @@ from datasets_prep.lmdb_images import HELD_OUT_SHARE
 from options import UsageError, exit_cleanly, option
 from runtime.files import read_json, write_json
 from runtime.messages import note, show, warn
+from runtime.outputs import check_folder, warn_of_space
 from runtime.progress import progress_bar
 
 __all__ = ["BuildLmdbOptions", "build_lmdb", "list_in_order", "main", "split_files"]
@@ -158,7 +159,11 @@ def main() -> None:
     root, datadir = Path(options.source), Path(options.datadir)
     if not root.is_dir():
         raise UsageError(f"--source {root} is not a directory: name the folder that holds the images")
+    check_folder(datadir, "--datadir")
     splits = split_files(list_in_order(root), root, options.validation)
+    if not any(datadir.glob("*.lmdb*")):
+        size = sum(map(len, splits.values())) * 3 * options.image_size**2
+        warn_of_space(datadir, size / 4 if options.format == "jpg" else size, "the LMDBs")
     for split, paths in splits.items():
         count = build_lmdb(datadir / f"{split}.lmdb", paths, root, options)
         show(

@@ -10,7 +10,9 @@ from datasets_prep.datasets import DatasetOptions
 from flow.likelihood import log_likelihood
 from flow.solvers import check_method
 from options import option
+from runtime.finite import require_finite
 from runtime.messages import labeled
+from runtime.outputs import record_failure
 from runtime.progress import progress_bar
 from sampling.loading import LoadedSampler
 from sampling.request import SamplingOptions
@@ -40,7 +42,8 @@ def compute_nll(
         The result, which is also written as JSON.
 
     Raises:
-        UsageError: the solver cannot integrate from data to noise, or the held-out images are missing.
+        UsageError: the solver cannot integrate from data to noise, the held-out images are missing, or more than a few of
+            their likelihoods are not finite.
     """
     sampler, exact = loaded.sampler, likelihood.exact_trace
     check_method(sampler.solver, backwards=True)
@@ -60,6 +63,7 @@ def compute_nll(
         bits.append(measured.bits_per_dimension.double().cpu())
         evaluations.append(measured.evaluations.cpu())
     values = torch.cat(bits)
+    require_finite(values[:, None], "likelihoods of images")
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
     result = {
         **loaded.describe(),
@@ -75,5 +79,8 @@ def compute_nll(
         f"{result['bits_per_dimension']:.4f} bits per latent dimension (standard error {error or math.nan:.4f}) of "
         f"{len(dataset)} held-out images, NFE {result['nfe']:g}",
     )
-    write_result(sampling.output_json, loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json", result)
+    with record_failure(result):
+        write_result(
+            sampling.output_json, loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json", result
+        )
     return result

@@ -15,13 +15,13 @@ from checkpoints.tasks import GENERATE, TASKS, Task
 from datasets_prep.datasets import DatasetOptions, ImageDataset, Split, open_dataset
 from flow.guidance import GuidanceOptions, Network
 from flow.objectives import OBJECTIVES
-from flow.solvers import SOLVERS, SolverOptions, check_method, needs_float32
+from flow.solvers import SOLVERS, SolverOptions, check_method, needs_float32, unreachable_tolerances
 from models.autoencoders.loading import AutoencoderOptions
 from models.autoencoders.protocol import AutoencoderFacts
 from options import UsageError, as_json
 from runtime.distributed import Processes
 from runtime.inference import for_sampling
-from runtime.messages import fact
+from runtime.messages import fact, note
 from runtime.precision import Machine, choose_device, choose_machine
 from sampling.request import SamplerRequest, note_unused
 from sampling.sampler import Sampler, check_guidance
@@ -181,7 +181,10 @@ def _choose_machine(request: SamplerRequest, processes: Processes, batches: floa
     precise = needs_float32(solver) and solver_counts
     # A lower bound for fixed-step solvers, because some evaluate the network several times per step.
     evaluations = TYPICAL_ADAPTIVE_EVALUATIONS if adaptive else solver.steps
-    return choose_machine(request.machine, processes, precise).settled(batches * evaluations, processes)
+    machine = choose_machine(request.machine, processes, precise).settled(batches * evaluations, processes)
+    if solver_counts and (text := unreachable_tolerances(solver, machine.precision)):
+        note(text)
+    return machine
 
 
 def _make_sampler(request: SamplerRequest, model: LoadedModel, guide: LoadedModel | None, machine: Machine) -> Sampler:

@@ -16,11 +16,12 @@ from datasets_prep.datasets import DatasetFacts, like_originals
 from flow.guidance import GuidanceOptions, GuidedVelocity
 from flow.ode import Draw
 from flow.solvers import SolverOptions, solve
+from models.autoencoders.pixels import decode_checked
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition, DenseInput
 from options import UsageError
 from runtime.distributed import Processes
-from runtime.messages import warn
+from runtime.finite import require_finite
 from runtime.precision import Machine
 from sampling.noise import NOISE_SOURCES, NoiseSource, noise_for_indices
 
@@ -35,7 +36,6 @@ __all__ = [
     "generate",
 ]
 
-MOST_BAD = 10  # one in so many samples may be not finite
 Labels = Callable[[Sequence[int], int], torch.Tensor]  # class ids [B] of sample indices, given the number of classes
 Dense = Callable[[Sequence[int]], torch.Tensor]  # dense maps [B, K, h, w] of sample indices, on the sampler's device
 
@@ -49,6 +49,7 @@ class GeneratedBatch(NamedTuple):
         labels: class ids [B].
         evaluations: velocity evaluations that each sample took, int64 [B].
         network_evaluations: network evaluations that each sample took, int64 [B]; a guided velocity evaluation takes two.
+        not_finite: indices of the samples whose latents or pixels had NaN or infinity.
     """
 
     indices: Sequence[int]
@@ -56,6 +57,7 @@ class GeneratedBatch(NamedTuple):
     labels: torch.Tensor
     evaluations: torch.Tensor
     network_evaluations: torch.Tensor
+    not_finite: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,23 @@ class Sampler:
         return GuidedVelocity(partial(self._evaluate, self.network), condition, null, self.guidance, guide)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode latents [B, c, h, w] to images uint8 [B, C, H, W] in the size and channels of the dataset, on the CPU."""
-        return like_originals(self.autoencoder.decode(latents), self.facts).cpu()
+        """Decode latents [B, c, h, w] to images uint8 [B, C, H, W] in the size and channels of the dataset, on the CPU.
+
+        Raises:
+            UsageError: more than a few are not finite. A few cause a warning.
+        """
+        images, finite = self._decode(latents)
+        require_finite(finite, "samples")
+        return images
+
+    def decode_batch(self, latents: torch.Tensor, indices: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Decode the latents of the samples `indices`; also return the indices of those that are not finite."""
+        images, finite = self._decode(latents)
+        return images, tuple(index for index, fine in zip(indices, finite.tolist(), strict=True) if not fine)
+
+    def _decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images, finite = decode_checked(self.autoencoder, latents)
+        return like_originals(images, self.facts).cpu(), finite.cpu()
 
     @cached_property
     def _source(self) -> NoiseSource:
@@ -160,7 +177,6 @@ def generate(
     labels: Labels = balanced_labels,
     dense: Dense | None = None,
     processes: Processes = Processes(),  # noqa: B008
-    strict: bool = True,
 ) -> Iterator[GeneratedBatch]:
     """Draw samples, `batch_size` at a time.
 
@@ -171,32 +187,18 @@ def generate(
         labels: gives the class ids of sample indices.
         dense: gives the dense conditions of sample indices, for networks that take one.
         processes: each draws every `processes.count`-th batch.
-        strict: refuse a batch in which more than a tenth of the samples is not finite; otherwise this is only a warning.
 
     Raises:
-        UsageError: the solver's, or such a batch.
+        UsageError: the solver's.
     """
     for start in processes.share(range(0, len(indices), batch_size)):
         chosen = indices[start : start + batch_size]
         ids = labels(chosen, sampler.num_classes)
         velocity = sampler.velocity(ids, dense(chosen) if dense else None)
         solution = solve(velocity, sampler.noise(chosen), sampler.solver, draw=sampler.draw(chosen))
-        _check_finite(solution.x, chosen, sampler.solver.method, strict)
         counts = solution.evaluations.cpu(), velocity.evaluations(len(chosen))
-        yield GeneratedBatch(chosen, sampler.decode(solution.x), ids, *counts)
-
-
-def _check_finite(latents: torch.Tensor, indices: Sequence[int], method: str, strict: bool) -> None:
-    bad = (~latents.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
-    if not bad:
-        return
-    problem = (
-        f"{len(bad)} of {len(indices)} samples are not finite (NaN or infinity) after --method {method}, the first of them "
-        f"sample {indices[bad[0]]}: use --precision fp32, a smaller --cfg_scale, more --num_steps, or another checkpoint"
-    )
-    if strict and len(bad) * MOST_BAD > len(indices):
-        raise UsageError(problem)
-    warn(problem)
+        images, not_finite = sampler.decode_batch(solution.x, chosen)
+        yield GeneratedBatch(chosen, images, ids, *counts, not_finite)
 
 
 def first_images(batches: Iterable[GeneratedBatch], count: int, processes: Processes) -> torch.Tensor:

@@ -14,6 +14,7 @@ from runtime.distributed import Processes
 from runtime.files import append_line
 from runtime.launch import run_script
 from runtime.messages import labeled, one_line, show, show_result
+from runtime.outputs import check_file, raise_unwritten
 from sampling.request import checkpoint_groups, sampler_request
 from tasks.conditioned_request import IGNORED_FLAGS, ConditionedOptions, ConditionedRequest, conditioned_groups
 
@@ -53,9 +54,13 @@ def _run(
 ) -> None:
     """Sample, print a summary of the result, and append it to --output_log as one line."""
     show(options.describe("--print_config shows all"))
+    conditioned = options[ConditionedOptions]
+    if processes.is_main:
+        check_file(conditioned.output_json, "--output_json")
+        check_file(conditioned.output_log, "--output_log")
     request = ConditionedRequest(
         sampler=sampler_request(options),
-        conditioned=options[ConditionedOptions],
+        conditioned=conditioned,
         data=options[DatasetOptions],
         scores=options[ScoreOptions],
         pairs=options[PairOptions],
@@ -64,8 +69,9 @@ def _run(
     result = sample(request, *(options[group] for group in groups), processes=processes)
     summary, warnings = summary_of_pairs(result), result.get("warnings", [])
     show_result(summary, warnings)
-    if request.conditioned.output_log and processes.is_main:
-        append_line(request.conditioned.output_log, one_line(summary, warnings))
+    if conditioned.output_log and processes.is_main:
+        append_line(conditioned.output_log, one_line(summary, warnings))
+    raise_unwritten(result)
 
 
 def summary_of_pairs(result: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from runtime.distributed import Processes, launch_id, restarts
 from runtime.files import move_aside, read_json, remove_leftovers, write_json
 from runtime.locks import locked
 from runtime.messages import note, warn
+from runtime.outputs import check_folder
 from runtime.provenance import provenance
 from training.state_file import has_state
 
@@ -30,6 +31,7 @@ __all__ = [
     "Configuration",
     "ExperimentOptions",
     "begun_by_this_launch",
+    "check_run_folder",
     "has_ended",
     "only_run_in",
     "open_experiment",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 LOCK = "run.lock"
+SUBFOLDERS = ("samples", "tensorboard")
 RECONSTRUCTIONS = "samples/reconstructions.json"
 # Entries of config.json next to the options: the number of training images, and hashes that change with the images and with
 # the labels that a conditional network gets.
@@ -123,6 +126,16 @@ def run_folder(experiment: ExperimentOptions, dataset: str, task: Task) -> Path:
         UsageError: --exp is not a plain name.
     """
     return experiment_folder(experiment.save_root, dataset, experiment.exp, task.runs)
+
+
+def check_run_folder(folder: Path) -> None:
+    """Check that a run's folder and its subfolders can be written.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    for part in (folder, *(folder / name for name in SUBFOLDERS if (folder / name).exists())):
+        check_folder(part, "--save_root or --exp")
 
 
 @contextmanager

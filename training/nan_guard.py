@@ -17,7 +17,7 @@ from training.run import TrainingRun
 from training.state import TrainingState
 from training.state_file import CONTENT
 
-__all__ = ["LossHistory", "NanGuard", "check_trained"]
+__all__ = ["LossHistory", "NanGuard", "check_loss", "check_trained"]
 
 SPIKE = 3.0  # ratio of a spike to the running median
 WINDOW, MIN_LOSSES = 21, 5  # losses that the median uses: at most, and at least
@@ -36,6 +36,19 @@ def check_trained(network: nn.Module, what: str) -> None:
         raise DivergedError(
             f"the weights of the {what} are not finite, so they are not saved: {list_names(bad)}. Start again with a smaller "
             "--lr or --precision fp32"
+        )
+
+
+def check_loss(loss: float, step: int) -> None:
+    """Check that the loss of an autoencoder's or classifier's training, which skips no steps, is finite.
+
+    Raises:
+        DivergedError: it is not.
+    """
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the loss at step {step} is not finite (NaN or infinity): use a smaller --lr or --precision fp32, and check the "
+            "images"
         )
 
 

@@ -21,7 +21,7 @@ from evaluation.reconstruction import draw_reconstructions
 from flow.guidance import GuidanceOptions
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
 from flow.paths import PathOptions
-from flow.solvers import SolverOptions, check_method, needs_float32
+from flow.solvers import SolverOptions, check_method, needs_float32, unreachable_tolerances
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions, DenseInput
@@ -122,6 +122,9 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     note_long_warmup(training, steps)
     machine = machine.settled(steps * training.grad_accumulation, processes, whole=not training.fsdp)
     fact("machine", machine.describe())
+    precise = needs_float32(options[SolverOptions]) and options[MachineOptions].precision == "auto"
+    if text := unreachable_tolerances(options[SolverOptions], "fp32" if precise else machine.precision):
+        note(text)
 
     folder = run_folder(experiment, data.dataset, task.task)
     resumes = will_resume(folder, experiment)
@@ -169,7 +172,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         guidance=options[GuidanceOptions],
         seed=training.seed,
         machine=machine,
-        precise=needs_float32(options[SolverOptions]) and options[MachineOptions].precision == "auto",
+        precise=precise,
         derived=data.derived,
         samples=experiment.eval_samples,
         features=inputs.features,

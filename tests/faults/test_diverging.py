@@ -12,13 +12,10 @@ import torch
 
 from checkpoints.files import read_weights
 from datasets_prep.datasets import DatasetFacts
-from flow.solvers import SolverOptions
-from models.autoencoders.pixels import PixelSpace
 from options import DivergedError, Options, UsageError
 from runtime.launch import LaunchOptions
-from sampling.sampler import Sampler, generate
 from tests.training.test_experiment import VALUES, open_experiment
-from tests.training.test_loop import MACHINE, metrics_of, new_run, send_signal, state_of
+from tests.training.test_loop import metrics_of, new_run, send_signal, state_of
 from training.ema import Ema
 from training.experiment import ExperimentOptions
 from training.loop import train
@@ -30,10 +27,6 @@ from training.validation import Validation
 HUGE = {"lr": 3e38, "weight_decay": 1e38}
 FACTS = DatasetFacts("tiny", 4, 1, None, False, ())
 KEPT = ("model_1.safetensors", "best.safetensors", "content.pth")
-
-
-def sampler_of(velocity, method):
-    return Sampler(velocity, PixelSpace(1), FACTS, (1, 4, 4), 1, SolverOptions(method, 3), MACHINE, seed=1)
 
 
 def test_weights_that_overflow_are_not_saved(tmp_path):
@@ -157,38 +150,6 @@ def test_a_run_without_its_options_resumes_on_request(content, begun, capsys):
     assert open_experiment(begun, VALUES, ExperimentOptions())  # and is compared from then on
     with pytest.raises(UsageError, match="--seed was 1, now 2"):
         open_experiment(begun, VALUES | {"seed": 2}, ExperimentOptions())
-
-
-@pytest.mark.parametrize(("bad", "refused"), [(4, True), (1, True), (0, False)])
-@pytest.mark.parametrize("method", ["euler", "heun", "dpm", "stochastic"])
-def test_samples_that_are_not_finite_are_counted_and_refused(method, bad, refused):
-    """A fixed-step solver carries them to the end, where they would become black images."""
-
-    def velocity(t, x, condition):
-        return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) >= len(x) - bad, torch.inf, x)
-
-    batches = generate(sampler_of(velocity, method), range(10, 18), batch_size=8)
-    if not refused:
-        assert len(next(batches).images) == 8
-        return
-    with pytest.raises(
-        UsageError, match=f"{bad} of 8 samples are not finite .* --method {method}, .* sample {18 - bad}:"
-    ):
-        next(batches)
-
-
-def test_few_samples_that_are_not_finite_are_a_warning(capsys):
-    def velocity(t, x, condition):
-        return torch.where(torch.arange(len(x)).view(-1, 1, 1, 1) == 2, torch.nan, x)
-
-    assert len(next(generate(sampler_of(velocity, "euler"), range(20), batch_size=20)).images) == 20
-    assert "1 of 20 samples are not finite" in capsys.readouterr().err
-
-
-def test_a_preview_of_samples_that_are_not_finite_does_not_end_the_training(capsys):
-    batches = generate(sampler_of(lambda t, x, condition: x / 0, "euler"), range(4), strict=False)
-    assert len(next(batches).images) == 4
-    assert "4 of 4 samples are not finite" in capsys.readouterr().err
 
 
 def test_a_renamed_run_resumes():

@@ -33,7 +33,7 @@ def test_an_interrupted_run_finds_missing_and_existing_samples(kind, tmp_path):
     assert [index for part in read for index in part.indices] == [1, 2, 8]
     for part in read:
         expected = batch(*part.indices)
-        assert all(torch.equal(a, b) for a, b in zip(part[1:], expected[1:], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(part[1:5], expected[1:5], strict=True))
 
 
 @pytest.mark.parametrize("kind", ["png", "npz"])
