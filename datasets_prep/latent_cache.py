@@ -32,6 +32,7 @@ from options import UsageError, option
 from runtime.distributed import Processes
 from runtime.files import UNREADABLE, atomic_path, read_json, write_json
 from runtime.locks import locked
+from runtime.outputs import warn_of_space
 from runtime.precision import Machine
 from runtime.progress import progress_bar
 
@@ -168,6 +169,8 @@ def _build(
     """Write the missing shards, then the labels and the manifest."""
     if processes.is_main and not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", identity)
+        moments = len(dataset) * identity["orientations"] * int(np.prod(identity["moment_shape"]))
+        warn_of_space(folder, 2 * moments, "the latent cache")
     processes.barrier()
     starts = range(0, len(dataset), identity["shard_size"])
     with progress_bar(total=len(dataset) // processes.count, desc="encoding latents", unit="image") as progress:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from options import DivergedError
 from runtime.files import append_line
 from runtime.messages import warn
 
@@ -26,9 +27,11 @@ class Attempts:
 
     @contextmanager
     def attempt(self, work: str, step: int) -> Iterator[None]:
-        """Run the block. An error in it becomes a traceback in FAILURES and, the first time for this work, a warning."""
+        """Run the block. An error in it, except DivergedError, becomes a traceback in FAILURES and, the first time for this work, a warning."""
         try:
             yield
+        except DivergedError:
+            raise
         except Exception as error:
             with suppress(OSError):
                 append_line(self._folder / FAILURES, f"step {step}: {work} failed\n{traceback.format_exc()}")

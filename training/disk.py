@@ -6,13 +6,12 @@ from pathlib import Path
 
 from options import UsageError
 from runtime.messages import warn
+from runtime.outputs import with_unit
 from training.experiment import ExperimentOptions
 from training.optimizers import Muon
 from training.state import TrainingState
 
 __all__ = ["DiskUse", "check_space", "predict_use"]
-
-UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
 @dataclass(frozen=True)
@@ -62,23 +61,15 @@ def check_space(folder: Path, use: DiskUse) -> str:
     free = shutil.disk_usage(folder).free
     if free < use.one_saving:
         raise UsageError(
-            f"{folder}: a checkpoint and a content.pth need {_with_unit(use.one_saving)}, but only {_with_unit(free)} is "
+            f"{folder}: a checkpoint and a content.pth need {with_unit(use.one_saving)}, but only {with_unit(free)} is "
             "free: free some space or choose another --save_root"
         )
     if use.total > free:
         warn(
-            f"the complete run needs {_with_unit(use.total)} in {folder}, but only {_with_unit(free)} is free: save fewer "
+            f"the complete run needs {with_unit(use.total)} in {folder}, but only {with_unit(free)} is free: save fewer "
             "checkpoints with --keep_last or --save_ckpt_every"
         )
     return (
-        f"{_with_unit(use.total)} for {use.checkpoints} checkpoints of {_with_unit(use.weights)} and {use.contents} "
-        f"content.pth of {_with_unit(use.content)}; {_with_unit(free)} free"
+        f"{with_unit(use.total)} for {use.checkpoints} checkpoints of {with_unit(use.weights)} and {use.contents} "
+        f"content.pth of {with_unit(use.content)}; {with_unit(free)} free"
     )
-
-
-def _with_unit(size: float) -> str:
-    for unit in UNITS[:-1]:
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} {UNITS[-1]}"

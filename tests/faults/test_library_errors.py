@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from evaluation.sources import open_source
-from options import LONGEST_MESSAGE, PIPE_CLOSED, UsageError, explain
+from options import LONGEST_MESSAGE, READER_LEFT, UsageError, explain
 from runtime.distributed import join_processes
 from runtime.weights import check_finite
 
@@ -128,7 +128,7 @@ def test_a_reader_that_ends_early_ends_the_script_silently(count):
     ) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
-    assert process.returncode == PIPE_CLOSED
+    assert process.returncode == READER_LEFT
 
 
 @pytest.mark.parametrize(
