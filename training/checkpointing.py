@@ -10,13 +10,12 @@ from typing import NamedTuple
 import torch
 
 from checkpoints.files import save_weights
-from runtime.attempts import Attempts
 from runtime.files import move_aside
 from runtime.messages import show
 from runtime.parallel import gather_state
 from runtime.pictures import save_sheet
 from runtime.signals import StopSignals
-from training.metrics_log import Clock, MetricsLog
+from training.metrics_log import Attempts, Clock, MetricsLog
 from training.nan_guard import NanGuard
 from training.run import TrainingRun
 from training.state import TrainingState

@@ -11,11 +11,10 @@ import torch
 
 import training.checkpointing
 import training.metrics_log
-from runtime.attempts import FAILURES, Attempts
 from runtime.torch_files import read_torch_file
 from tests.training.test_loop import STEPS, new_run
 from training.loop import train
-from training.metrics_log import MetricsLog
+from training.metrics_log import FAILURES, Attempts, MetricsLog
 from training.validation import Validation
 
 SHOWN = {"log_every": 2, "eval_every": 1, "plot_every": 1}
