@@ -86,11 +86,14 @@ def plain_cases(scripts: list[str]) -> Iterator[Case]:
 
 
 def random_cases(seed: int, scripts: list[str], materials: Path) -> Iterator[Case]:
-    """Cases without end, of each script in turn."""
+    """Cases without end, of each command of each script in turn."""
     options, files = {script: declared_options(script) for script in scripts}, paths_below(materials)
     for number in itertools.count():
         for script in scripts:
-            yield draw_case(script, options[script], files, random.Random(f"{seed} {number} {script}"))
+            for command in SCRIPTS[script]:
+                yield draw_case(
+                    script, command, options[script], files, random.Random(f"{seed} {number} {script} {command}")
+                )
 
 
 class Limit(NamedTuple):

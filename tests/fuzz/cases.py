@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.damage import CHANGES, DAMAGES, ODD_NAMES
-from tests.fuzz.scripts import SCRIPTS, Declared, command_of
+from tests.fuzz.scripts import Declared, command_of
 
 __all__ = ["Case", "command_line", "draw_case", "read_cases", "takes_long"]
 
@@ -61,16 +61,17 @@ def command_line(case: Case) -> str:
     return os.fsencode(shlex.join(["python", *command_of(case.script), *words])).decode(errors="backslashreplace")
 
 
-def draw_case(script: str, options: Sequence[Declared], files: Sequence[str], rng: random.Random) -> Case:
-    """Vary one of the script's commands in up to four options or positional words, and damage up to two files.
+def draw_case(script: str, command: str, options: Sequence[Declared], files: Sequence[str], rng: random.Random) -> Case:
+    """Vary a command of a script in up to four options or positional words, and damage up to two files.
 
     Args:
         script: a key of SCRIPTS.
+        command: one of its commands there.
         options: its options.
         files: all paths of the materials, relative to their folder.
         rng: source of the choices.
     """
-    words = shlex.split(rng.choice(SCRIPTS[script]))
+    words = shlex.split(command)
     varied = [option for option in options if option.name not in NEVER_VARIED]
     for option in rng.choices(varied, k=rng.choice((0, 0, 0, 1, 1, 2, 3, 4))):
         words += _flag(option, files, rng)

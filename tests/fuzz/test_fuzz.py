@@ -74,7 +74,9 @@ def test_failures_are_recognized(body, reason, tmp_path, monkeypatch):
 
 
 def test_a_case_survives_being_written(tmp_path):
-    case = draw_case("datasets_prep.masks", declared_options("datasets_prep.masks"), ["a", "b/c"], random.Random(3))
+    case = draw_case(
+        "datasets_prep.masks", "new.png", declared_options("datasets_prep.masks"), ["a", "b/c"], random.Random(3)
+    )
     (tmp_path / "cases").write_text(case.to_line() + "\n")
     assert read_cases(tmp_path / "cases") == [case]
     assert takes_long(Case("a", ("--n_sample", "10000000000")))
