@@ -84,7 +84,7 @@ def test_a_message_is_one_line_of_limited_length():
 # By case: the script, its flags, and what its error line says.
 CASES = {
     "beyond 64 bits": ("datasets_prep/masks.py", ["OUT", "--seed", 10**30], "--seed: expected an integer of 64 bits"),
-    "huge side": ("datasets_prep/masks.py", ["OUT", "--size", 2**40], "--size must be at most 65536"),
+    "huge side": ("datasets_prep/masks.py", ["OUT", "--size", 2**40], "--size must be at most 4096"),
     "huge images": ("train_autoencoder.py", ["--image_size", 10**9], "--image_size must be at most 65536"),
     "threads": ("train_autoencoder.py", ["--num_threads", 2**31], "--num_threads must be at most 1024"),
     "long name": ("datasets_prep/unpack_imagenet.py", ["--datadir", "x" * 5000], "File name too long: xxx"),
