@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from options import UsageError, option
-from runtime.cores import usable_cores
+from runtime.cores import cpu_quota
 from runtime.cpu_kernels import with_cpu_kernels
 from runtime.distributed import Processes, each_process_has_its_gpu
 from runtime.messages import note
@@ -197,8 +197,9 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     elif "OMP_NUM_THREADS" not in os.environ:
-        own = min(torch.get_num_threads(), usable_cores())  # OpenMP does not know a container's quota
-        torch.set_num_threads(max(1, own // processes.local_count))
+        quota = cpu_quota()  # a container's, which OpenMP does not know
+        limit = torch.get_num_threads() if quota is None else min(torch.get_num_threads(), int(quota))
+        torch.set_num_threads(max(1, limit // processes.local_count))
     return device
 
 

@@ -265,7 +265,10 @@ def failing(error):
     ("error", "line"),
     [
         (UsageError("no such dataset"), "error: no such dataset\n"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "error: No space left on device: a/b\n"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"),
+            "error: No space left on device: a/b: free some space, or choose another folder\n",
+        ),
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "c"), "error: No such file or directory: c\n"),
     ],
 )
