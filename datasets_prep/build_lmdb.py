@@ -31,7 +31,7 @@ from datasets_prep.lmdb_images import HELD_OUT_SHARE
 from options import UsageError, exit_cleanly, option
 from runtime.files import free_bytes, read_json, write_json
 from runtime.locks import locked
-from runtime.messages import show, warn
+from runtime.messages import note, show, warn
 from runtime.progress import progress_bar
 
 __all__ = ["BuildLmdbOptions", "build_lmdb", "list_in_order", "main", "split_files"]
@@ -105,7 +105,7 @@ def _build(target: Path, paths: list[Path], root: Path, options: BuildLmdbOption
     else:
         write_json(unfinished / IDENTITY, identity)
     try:
-        with lmdb.open(str(unfinished), map_size=FIRST_MAP_BYTES) as environment:
+        with _open_for_writing(unfinished) as environment:
             _fill(environment, paths, options, target.name)
             count = environment.stat()["entries"]
     except lmdb.Error as error:
@@ -232,6 +232,16 @@ def _commit(environment: lmdb.Environment, first: int, values: list[bytes], prog
             return
         except lmdb.MapFullError:
             environment.set_mapsize(2 * environment.info()["map_size"])
+
+
+def _open_for_writing(folder: Path) -> lmdb.Environment:
+    try:
+        return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES)
+    except lmdb.Error as error:
+        if os.strerror(errno.ENOLCK) not in str(error):
+            raise
+    note(f"the file system of {folder} has no locks: do not run this command twice at the same time")
+    return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES, lock=False)
 
 
 def _advice(error: lmdb.Error, folder: Path) -> str:
