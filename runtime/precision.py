@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from options import UsageError, option
+from runtime.cores import cpu_quota
 from runtime.cpu_kernels import with_cpu_kernels
-from runtime.distributed import Processes
+from runtime.distributed import Processes, each_process_has_its_gpu
 from runtime.messages import note
 
 __all__ = [
@@ -174,8 +175,9 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
     """
     name = options.device
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{processes.local_rank}"
-        if processes.local_count > torch.cuda.device_count():
+        bound = each_process_has_its_gpu()
+        name = "cuda:0" if bound else f"cuda:{processes.local_rank}"
+        if processes.local_count > torch.cuda.device_count() and not bound:
             raise UsageError(
                 f"{processes.local_count} processes on a machine with {torch.cuda.device_count()} GPUs: "
                 "start one per GPU, or use --device cpu"
@@ -194,8 +196,10 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
         keep_freed_memory()
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    elif processes.local_count > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes.local_count))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        quota = cpu_quota()  # a container's, which OpenMP does not know
+        limit = torch.get_num_threads() if quota is None else min(torch.get_num_threads(), int(quota))
+        torch.set_num_threads(max(1, limit // processes.local_count))
     return device
 
 

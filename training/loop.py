@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from functools import partial
 
 import torch
@@ -66,7 +67,11 @@ def train(run: TrainingRun, resume: bool) -> bool:
     ended = False
     bar = progress_bar(total=last_step, initial=state.step, desc="training", unit="step")
     stopping = STOPPING if processes.is_main else ""
-    with bar, StopSignals(once=processes.count == 1, text=stopping) as stop:
+    with (
+        bar,
+        closing(log) if log else nullcontext(),
+        StopSignals(once=processes.count == 1, text=stopping) as stop,
+    ):
         for batch in _batches(run, state.step, last_step):
             torch.manual_seed(seed_for(options.seed, "dropout", state.step, processes.rank))
             rate = options.rate_at(state.step, last_step)
@@ -91,8 +96,6 @@ def train(run: TrainingRun, resume: bool) -> bool:
                 break
 
     # Finish.
-    if log:
-        log.close()
     if ended and state.step < last_step:
         note(f"--max_minutes ended the run at step {state.step} of {last_step}, so it is not reproducible")
     return ended or state.step >= last_step
