@@ -16,6 +16,7 @@ from options import UsageError, option
 from runtime.cpu_kernels import with_cpu_kernels
 from runtime.distributed import Processes
 from runtime.messages import note
+from runtime.yielding import yield_to_others
 
 __all__ = [
     "DeviceOptions",
@@ -167,7 +168,8 @@ class Machine:
 def choose_device(options: DeviceOptions, processes: Processes = Processes()) -> torch.device:  # noqa: B008
     """Resolve "auto" and set the number of threads; each process on a machine gets its own GPU and its share of the cores.
 
-    On a CPU, the process keeps the memory that it frees (`keep_freed_memory`).
+    On a CPU, the process keeps the memory that it frees (`keep_freed_memory`), and its threads yield to other processes
+    (`yield_to_others`).
 
     Raises:
         UsageError: torch does not know the device or cannot use it here, or there are more processes than GPUs.
@@ -196,6 +198,8 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
         torch.set_num_threads(options.num_threads)
     elif processes.local_count > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes.local_count))
+    if device.type == "cpu":
+        yield_to_others()
     return device
 
 
