@@ -5,8 +5,8 @@ spins for several milliseconds before it sleeps. This is fast on an idle machine
 the late thread may not run for as long as the early one spins, and the spinning uses up the early thread's own share of the
 processor.
 
-libgomp spins for microseconds only while it manages more threads than there are cores. Each Python thread that runs a parallel
-loop gets a team of threads of its own, so an idle second team achieves this. It can be added and removed at any time, whereas
+libgomp spins for microseconds only while it manages more threads than there are cores
+(https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html). Each Python thread that runs a parallel loop gets a team of threads of its own, so an idle second team achieves this. It can be added and removed at any time, whereas
 GOMP_SPINCOUNT and OMP_WAIT_POLICY take effect only before torch is loaded and slow down an idle machine. The other teams keep
 their size, so results stay bit-identical. benchmarks/busy_machine.py measures the effect.
 """
@@ -14,6 +14,7 @@ their size, so results stay bit-identical. benchmarks/busy_machine.py measures t
 import os
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -67,13 +68,14 @@ class _Watch:
             self.team = None
 
     def run(self) -> None:
-        """Look again and again."""
-        then, before = time.monotonic(), seconds_without_core()
-        while True:
-            time.sleep(PERIOD)
-            now, after = time.monotonic(), seconds_without_core()
-            self.look((after - before) / (now - then))
-            then, before = now, after
+        """Look again and again, until the process has no more files or threads to look with."""
+        with suppress(OSError, RuntimeError):
+            then, before = time.monotonic(), seconds_without_core()
+            while True:
+                time.sleep(PERIOD)
+                now, after = time.monotonic(), seconds_without_core()
+                self.look((after - before) / (now - then))
+                then, before = now, after
 
 
 _lock = threading.Lock()
@@ -100,9 +102,9 @@ def yield_to_others() -> bool:
 def seconds_without_core() -> float:
     """Seconds for which the process's present threads were ready to run but had no core, according to the Linux scheduler."""
     total = 0
-    for thread in os.listdir(THREADS):
+    for thread in THREADS.iterdir():
         try:
-            total += int((THREADS / thread / "schedstat").read_text().split()[1])
+            total += int((thread / "schedstat").read_text().split()[1])
         except (OSError, IndexError, ValueError):  # the thread has ended, or the kernel does not count
             continue
     return total / 1e9
