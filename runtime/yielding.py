@@ -6,9 +6,10 @@ the late thread may not run for as long as the early one spins, and the spinning
 processor.
 
 libgomp spins for microseconds only while it manages more threads than there are cores
-(https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html). Each Python thread that runs a parallel loop gets a team of threads of its own, so an idle second team achieves this. It can be added and removed at any time, whereas
-GOMP_SPINCOUNT and OMP_WAIT_POLICY take effect only before torch is loaded and slow down an idle machine. The other teams keep
-their size, so results stay bit-identical. benchmarks/busy_machine.py measures the effect.
+(https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html). Each Python thread that runs a parallel loop gets a team of
+threads of its own, so an idle second team achieves this. It can be added and removed at any time, whereas GOMP_SPINCOUNT and
+OMP_WAIT_POLICY take effect only before torch is loaded and slow down an idle machine. The other teams keep their size, so
+results stay bit-identical. benchmarks/busy_machine.py measures the effect.
 """
 
 import os
