@@ -9,8 +9,10 @@ The command may be interrupted at any moment; repeat it to resume. Each LMDB gro
 "progress" is updated in the same transaction as the images and deleted in the last one, so a finished LMDB holds only images.
 """
 
+import errno
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +30,7 @@ from datasets_prep.lmdb_file import open_lmdb_file
 from datasets_prep.lmdb_images import HELD_OUT_SHARE
 from options import UsageError, exit_cleanly, option
 from runtime.files import read_json, write_json
-from runtime.messages import show, warn
+from runtime.messages import note, show, warn
 from runtime.progress import progress_bar
 
 __all__ = ["BuildLmdbOptions", "build_lmdb", "list_in_order", "main", "split_files"]
@@ -224,7 +226,13 @@ def _commit(environment: lmdb.Environment, first: int, values: list[bytes], prog
 
 def _open_for_writing(folder: Path) -> lmdb.Environment:
     try:
-        return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES)
+        try:
+            return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES)
+        except lmdb.Error as error:
+            if os.strerror(errno.ENOLCK) not in str(error):
+                raise
+        note(f"the file system of {folder} has no locks: do not run this command twice at the same time")
+        return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES, lock=False)
     except lmdb.Error as error:
         raise UsageError(f"cannot open the LMDB {folder}: {error}") from error
 

@@ -183,6 +183,10 @@ def _read_keys(path: Path) -> np.ndarray | None:
 
 def _open(path: Path) -> lmdb.Environment:
     data = path / "data.mdb" if path.is_dir() else path
+    if not data.is_file():
+        raise UsageError(f"cannot open the LMDB {path}: expected the file {data}, but there is none")
+    if not data.stat().st_size:
+        raise UsageError(f"cannot open the LMDB {path}: {data} is empty; download or build it again")
     try:
         environment = lmdb.open(
             str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, create=False

@@ -191,7 +191,7 @@ def _read_npy(file: BinaryIO) -> dict[str, Any]:
         raise ValueError("unsupported version of the .npy format")
     _, _, dtype = np.lib.format.read_array_header_1_0(file)
     if not dtype.hasobject:
-        raise ValueError("expected a pickled dict, but found a plain array")
+        raise ValueError("expected a pickled dict, but found a plain array; save images with numpy.savez instead")
     content = load_numpy_pickle(file)
     value = content.item() if isinstance(content, np.ndarray) and content.size == 1 else content
     if not isinstance(value, dict):
