@@ -28,7 +28,7 @@ torch.set_num_threads({CORES})
 large = torch.ones(32768 * {CORES})
 
 def sleeps():
-    lines = [line for thread in os.listdir("/proc/self/task") for line in open(f"/proc/self/task/{{thread}}/status")]
+    lines = [line for thread in threads for line in open(f"/proc/self/task/{{thread}}/status")]
     return sum(int(line.split()[1]) for line in lines if line.startswith("voluntary"))
 
 def sleeps_in_loops():
@@ -51,7 +51,8 @@ def trained():
     weights = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
     return hashlib.sha256(weights.numpy().tobytes()).hexdigest()
 
-sleeps_in_loops()
+large.add_(1)
+threads = os.listdir("/proc/self/task")  # without the second team
 alone, digest = sleeps_in_loops(), trained()
 team = SecondTeam()
 yielding, same = sleeps_in_loops(), trained() == digest
