@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from checkpoints.files import LoadedModel, load_model
+from checkpoints.files import LoadedModel, describes_network, load_model
 from checkpoints.header import Header
 from checkpoints.lfm import open_published
 from checkpoints.lfm_request import described_by
@@ -33,7 +33,6 @@ from runtime.cpu_kernels import with_cpu_kernels
 from runtime.distributed import Processes
 from runtime.inference import compile_for_batches
 from runtime.precision import Machine, MachineOptions, choose_machine
-from runtime.torch_files import is_torch_file
 from sampling.sampler import Sampler, balanced_labels, check_guidance
 
 __all__ = ["Flow", "load"]
@@ -65,7 +64,7 @@ def load(
     """
     machine = choose_machine(make_options(MachineOptions, {"device": device, "precision": precision}))
     moved = {} if autoencoder is None else {"pretrained_autoencoder_ckpt": autoencoder}
-    if is_torch_file(file):
+    if not describes_network(file):
         if unknown := sorted(set(flags) - described_by()):
             raise UsageError(
                 f"unknown keyword {', '.join(unknown)}: expected any of {', '.join(sorted(described_by()))}"

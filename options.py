@@ -9,6 +9,8 @@ Pydantic is not used, because it checks ranges but does not handle flags or the 
 
 import dataclasses
 import errno
+import os
+import select
 import shlex
 import shutil
 import sys
@@ -47,6 +49,7 @@ T = TypeVar("T")
 OnResume = Literal["never", "on_request", "rounding", "freely"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
+READER_LEFT = 141  # exit code after a command such as `| head` has closed our output, 128 + SIGPIPE
 ENVIRONMENT_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 )
@@ -74,6 +77,7 @@ def option(
     maximum: float | None = None,
     on_resume: OnResume | None = None,
     common: bool = False,
+    shown: str = "",
 ) -> Any:
     """A dataclass field that is also a command-line flag.
 
@@ -87,9 +91,17 @@ def option(
         maximum: the largest allowed number.
         on_resume: whether a run may resume with another value; None: the dataclass's policy, else "never".
         common: most users need it, so `--help` lists it; `--help_all` lists the others too.
+        shown: what `--help` and `--print_config` print as the default, if other options determine the value that is used.
     """
-    metadata = {"help": help, "choices": choices, "flags": flags, "minimum": minimum, "maximum": maximum}
-    return dataclasses.field(default=default, metadata={**metadata, "on_resume": on_resume, "common": common})
+    metadata: dict[str, Any] = {
+        "help": help,
+        "choices": choices,
+        "flags": flags,
+        "minimum": minimum,
+        "maximum": maximum,
+    }
+    metadata |= {"on_resume": on_resume, "common": common, "shown": shown}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def resume_policy(group: type, field: dataclasses.Field) -> OnResume:
@@ -131,14 +143,15 @@ class Options:
         Args:
             others: where to find the other options, for the first line.
         """
-        lines, listed = [f"changed options ({others}):"], set[str]()
+        lines, listed = list[str](), set[str]()
         for group in self.groups:
             own = [field for field in dataclasses.fields(group) if field.name not in listed]
             listed |= {field.name for field in own}
             changed = [field.name for field in own if self.values[field.name] != field.default]
             if changed:
                 lines.append(f"  {group_title(group)}: " + " ".join(f"{n}={_written(self.values[n])}" for n in changed))
-        return "\n".join(lines)
+        first = f"changed options ({others}):" if lines else f"all options have their defaults ({others})"
+        return "\n".join([first, *lines])
 
     def tree(self) -> str:
         """The complete configuration as a tree of groups and options; `*` marks values that differ from the default."""
@@ -151,7 +164,10 @@ class Options:
                 value = self.values[field.name]
                 branch, mark = "└─" if number == len(own) - 1 else "├─", "" if value == field.default else "  *"
                 lines += [group_title(group)] if not number else []
-                lines.append(f"{branch} {field.name:<{width}}  {'-' if value is None else _written(value)}{mark}")
+                text = "-" if value is None else _written(value)
+                if field.name not in self.explicit and field.metadata["shown"]:
+                    text = field.metadata["shown"]
+                lines.append(f"{branch} {field.name:<{width}}  {text}{mark}")
         return "\n".join(lines)
 
     def written(self, name: str) -> str:
@@ -271,12 +287,29 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
     A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3.
     """
     try:
-        sys.exit(main() or 0)
+        try:
+            code = main() or 0
+        finally:
+            sys.stdout.flush()
+        sys.exit(code)
     except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _reader_has_left():
+            sys.exit(READER_LEFT)
         if (reason := explain(error)) is None:
             raise
         print(wrapped(reason.line, sys.stderr), file=sys.stderr)
         sys.exit(reason.exit_code)
+
+
+def _reader_has_left() -> bool:
+    """Whether stdout or stderr is a closed pipe. Such a stream is sent to /dev/null, so that Python's exit can flush it."""
+    poll = select.poll()
+    for stream in (1, 2):
+        poll.register(stream, 0)
+    closed = [stream for stream, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
+    for stream in closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    return bool(closed)
 
 
 def wrapped(line: str, file: TextIO, indent: int = 4) -> str:

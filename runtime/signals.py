@@ -8,7 +8,7 @@ import signal
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -57,11 +57,13 @@ class StopSignals:
     Args:
         once: whether a second signal has its normal effect and stops the process at once. With several processes this must
             be false, because launchers and schedulers may each send the same signal.
+        text: line to print on stderr when the first signal arrives; empty: none.
     """
 
-    def __init__(self, once: bool = True) -> None:
+    def __init__(self, once: bool = True, text: str = "") -> None:
         self.requested = False
         self._once = once
+        self._text = text
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -76,8 +78,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        first, self.requested = not self.requested, True
         if number == signal.SIGHUP:
             _leave_terminal()
+        if first and self._text:
+            with suppress(OSError):  # a closed pipe
+                os.write(2, f"\n{self._text}\n".encode())  # Python's streams must not be used in signal handlers
         if self._once:
             signal.signal(number, self._before[signal.Signals(number)])

@@ -11,6 +11,7 @@ import torch
 from flow.solvers import solve
 from options import option
 from runtime.files import write_json
+from runtime.messages import labeled
 from runtime.progress import progress_bar
 from sampling.labels import choose_labels
 from sampling.loading import LoadedSampler
@@ -42,9 +43,10 @@ def count_evaluations(loaded: LoadedSampler, sampling: SamplingOptions) -> dict[
         network_evaluations.append(velocity.evaluations(len(indices)))
     counts = describe_evaluations(torch.cat(evaluations), torch.cat(network_evaluations))
     result = {**loaded.describe(), "samples": count, **counts}
-    result["summary"] = (
-        f"{count} samples: NFE {counts['nfe']:g} on average, {counts['nfe_range'][0]} to {counts['nfe_range'][1]}; the "
-        f"network runs {counts['network_evaluations']:g} times per sample"
+    result["summary"] = labeled(
+        "NFE",
+        f"{counts['nfe']:g} on average of {count} samples, {counts['nfe_range'][0]} to {counts['nfe_range'][1]}; the "
+        f"network runs {counts['network_evaluations']:g} times per sample",
     )
     write_json(sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nfe.json", result)
     return result
@@ -62,15 +64,16 @@ def measure_time(loaded: LoadedSampler, sampling: SamplingOptions, timing: Timin
         rows.append({"batch_size": batch_size, **measured})
     result: dict[str, Any] = {**loaded.describe(), "device": str(sampler.machine.device), "timing": rows}
     result["summary"] = "\n".join(
-        f"batch of {row['batch_size']}: "
-        + ", ".join(
-            f"{what} {row[what]['median_s']:.4f} s ({row[what]['fastest_s']:.4f} to {row[what]['slowest_s']:.4f})"
-            for what in ("network", "pipeline")
-        )
+        labeled("time", f"batch of {row['batch_size']}: {_spread(row, 'network')}, {_spread(row, 'pipeline')}")
         for row in rows
     )
     write_json(sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_time.json", result)
     return result
+
+
+def _spread(row: dict[str, Any], what: str) -> str:
+    times = row[what]
+    return f"{what} {times['median_s']:.4f} s ({times['fastest_s']:.4f} to {times['slowest_s']:.4f})"
 
 
 def _network_call(sampler: Sampler, batch_size: int) -> Callable[[], object]:

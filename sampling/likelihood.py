@@ -10,10 +10,11 @@ from datasets_prep.datasets import DatasetOptions
 from flow.likelihood import log_likelihood
 from flow.solvers import check_method
 from options import option
-from runtime.files import write_json
+from runtime.messages import labeled
 from runtime.progress import progress_bar
 from sampling.loading import LoadedSampler
 from sampling.request import SamplingOptions
+from sampling.results import write_result
 
 __all__ = ["LikelihoodOptions", "compute_nll"]
 
@@ -69,9 +70,10 @@ def compute_nll(
         "trace": "exact" if exact else "Hutchinson, one probe of signs an image",
         "nfe": torch.cat(evaluations).double().mean().item(),
     }
-    result["summary"] = (
+    result["summary"] = labeled(
+        "likelihood",
         f"{result['bits_per_dimension']:.4f} bits per latent dimension (standard error {error or math.nan:.4f}) of "
-        f"{len(dataset)} held-out images, NFE {result['nfe']:g}"
+        f"{len(dataset)} held-out images, NFE {result['nfe']:g}",
     )
-    write_json(sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json", result)
+    write_result(sampling.output_json, loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json", result)
     return result

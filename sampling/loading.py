@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from checkpoints.experiments import experiment_folder, find_checkpoint, newest_model
-from checkpoints.files import LoadedModel, load_model
+from checkpoints.files import LoadedModel, describes_network, load_model
 from checkpoints.header import Header
 from checkpoints.lfm import open_published
 from checkpoints.tasks import GENERATE, TASKS, Task
@@ -23,7 +23,6 @@ from runtime.distributed import Processes
 from runtime.inference import for_sampling
 from runtime.messages import fact
 from runtime.precision import Machine, choose_device, choose_machine
-from runtime.torch_files import is_torch_file
 from sampling.request import SamplerRequest, note_unused
 from sampling.sampler import Sampler, check_guidance
 
@@ -125,7 +124,7 @@ def _checkpoint_path(request: SamplerRequest, task: Task) -> Path:
 
 def _load_model(path: Path, request: SamplerRequest, device: torch.device, task: Task) -> LoadedModel:
     """Load a checkpoint whose header agrees with the flags, or an LFM checkpoint, which the flags describe."""
-    if is_torch_file(path):
+    if not describes_network(path):
         return open_published(path, request.given, device, downstream=task is not GENERATE)
     model = load_model(path, device, _moved_autoencoder(request))
     # Downstream networks may be applied to the images of another dataset.

@@ -26,12 +26,12 @@ from evaluation.sources import resized
 from evaluation.summary import Summary
 from models.autoencoders.pixels import DECODING
 from runtime.distributed import Processes
-from runtime.files import write_json
 from runtime.messages import labeled, note
 from runtime.pictures import GridOptions, save_sheet
 from sampling.labels import choose_labels, label_rule
 from sampling.loading import LoadedSampler
 from sampling.request import SamplingOptions
+from sampling.results import write_result
 from sampling.sampler import GeneratedBatch, Labels, Sampler, first_images, generate
 from sampling.tally import Tally, describe_evaluations
 from sampling.writer import SampleWriter, read_or_draw
@@ -106,7 +106,7 @@ def sample_and_score(
         "grid": str(picture),
     }
     if processes.is_main:
-        write_json(sampling.output_json or picture.with_suffix(".json"), result)
+        write_result(sampling.output_json, picture.with_suffix(".json"), result)
     return result
 
 

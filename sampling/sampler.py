@@ -20,6 +20,7 @@ from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition, DenseInput
 from options import UsageError
 from runtime.distributed import Processes
+from runtime.messages import warn
 from runtime.precision import Machine
 from sampling.noise import NOISE_SOURCES, NoiseSource, noise_for_indices
 
@@ -34,6 +35,7 @@ __all__ = [
     "generate",
 ]
 
+MOST_BAD = 10  # one in so many samples may be not finite
 Labels = Callable[[Sequence[int], int], torch.Tensor]  # class ids [B] of sample indices, given the number of classes
 Dense = Callable[[Sequence[int]], torch.Tensor]  # dense maps [B, K, h, w] of sample indices, on the sampler's device
 
@@ -158,6 +160,7 @@ def generate(
     labels: Labels = balanced_labels,
     dense: Dense | None = None,
     processes: Processes = Processes(),  # noqa: B008
+    strict: bool = True,
 ) -> Iterator[GeneratedBatch]:
     """Draw samples, `batch_size` at a time.
 
@@ -168,14 +171,32 @@ def generate(
         labels: gives the class ids of sample indices.
         dense: gives the dense conditions of sample indices, for networks that take one.
         processes: each draws every `processes.count`-th batch.
+        strict: refuse a batch in which more than a tenth of the samples is not finite; otherwise this is only a warning.
+
+    Raises:
+        UsageError: the solver's, or such a batch.
     """
     for start in processes.share(range(0, len(indices), batch_size)):
         chosen = indices[start : start + batch_size]
         ids = labels(chosen, sampler.num_classes)
         velocity = sampler.velocity(ids, dense(chosen) if dense else None)
         solution = solve(velocity, sampler.noise(chosen), sampler.solver, draw=sampler.draw(chosen))
+        _check_finite(solution.x, chosen, sampler.solver.method, strict)
         counts = solution.evaluations.cpu(), velocity.evaluations(len(chosen))
         yield GeneratedBatch(chosen, sampler.decode(solution.x), ids, *counts)
+
+
+def _check_finite(latents: torch.Tensor, indices: Sequence[int], method: str, strict: bool) -> None:
+    bad = (~latents.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if not bad:
+        return
+    problem = (
+        f"{len(bad)} of {len(indices)} samples are not finite (NaN or infinity) after --method {method}, the first of them "
+        f"sample {indices[bad[0]]}: use --precision fp32, a smaller --cfg_scale, more --num_steps, or another checkpoint"
+    )
+    if strict and len(bad) * MOST_BAD > len(indices):
+        raise UsageError(problem)
+    warn(problem)
 
 
 def first_images(batches: Iterable[GeneratedBatch], count: int, processes: Processes) -> torch.Tensor:

@@ -172,12 +172,13 @@ def read_or_draw(
         note(f"{writer.folder} already holds {len(held)} of {len(wanted)} samples")
         yield from writer.read(set(processes.share(sorted(held))), batch_size)
     missing = [index for index in wanted if index not in held]
-    with progress_bar(total=len(missing) // processes.count, desc="sampling", unit="image") as bar:
+    with progress_bar(total=len(missing), desc="sampling", unit="image") as bar:
         for batch in draw(missing):
             if writer is not None:
                 writer.add(batch)
-            bar.update(len(batch.indices))
+            bar.update(min(len(batch.indices) * processes.count, len(missing) - bar.n))  # the others draw as many
             yield batch
+        bar.update(len(missing) - bar.n)
 
 
 def _write_table(path: Path, table: Mapping[str, np.ndarray], durable: bool = True) -> None:

@@ -23,11 +23,12 @@ from evaluation.pair_comparison import Pair, check_pairs, score_pairs
 from evaluation.sources import dataset_source
 from models.autoencoders.pixels import DECODING
 from runtime.distributed import Processes
-from runtime.files import atomic_path, write_json
+from runtime.files import atomic_path
 from runtime.pictures import save_sheet, side_by_side
 from runtime.progress import progress_bar
 from sampling.loading import LoadedSampler
 from sampling.request import note_unused
+from sampling.results import write_result
 from sampling.sampler import GeneratedBatch, Sampler, first_images, generate
 from sampling.tally import Tally, describe_evaluations
 from sampling.writer import SampleWriter, read_or_draw
@@ -129,7 +130,7 @@ def sample_for_images(
         "sheet": str(sheet),
     }
     if processes.is_main:
-        write_json(request.conditioned.output_json or run.folder / "result.json", result)
+        write_result(request.conditioned.output_json, run.folder / "result.json", result)
     return result
 
 

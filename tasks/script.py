@@ -17,6 +17,18 @@ from runtime.messages import labeled, one_line, show, show_result
 from sampling.request import checkpoint_groups, sampler_request
 from tasks.conditioned_request import IGNORED_FLAGS, ConditionedOptions, ConditionedRequest, conditioned_groups
 
+# What a task's own scores are called, and their units. Keys are entries of results.
+NAMES = {
+    "recognised": "recognized samples",
+    "recognised_originals": "recognized originals",
+    "psnr_hole": "PSNR in holes",
+    "psnr_hole_mean_colour": "PSNR of holes in the mean color",
+    "miou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "foreground_iou": "foreground IoU",
+}
+UNITS = {"psnr_hole": " dB", "psnr_hole_mean_colour": " dB"}
+
 __all__ = ["run_conditioned_script", "summary_of_pairs"]
 
 
@@ -59,7 +71,7 @@ def _run(
 def summary_of_pairs(result: dict[str, Any]) -> str:
     """The scores, if there are any, the cost and the picture, one line each."""
     scores = [result_line(result)] if "value" in result else []
-    scores += [f"{name} {result[name]:.4g}" for name in result.get("extra_scores", ())]
+    scores += [f"{NAMES.get(key, key)} {result[key]:.4g}{UNITS.get(key, '')}" for key in result.get("extra_scores", ())]
     holes = f", mean hole ratio {result['hole_ratio']:.3f}" if "hole_ratio" in result else ""
     lines = [labeled("score", ", ".join(scores))] if scores else []
     lines.append(labeled("samples", f"{result['samples']} in {result['seconds']:g} s, NFE {result['nfe']:g}{holes}"))

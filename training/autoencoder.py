@@ -25,6 +25,7 @@ from runtime.precision import Machine
 from runtime.progress import progress_bar
 from runtime.randomness import generator_for
 from training.ema import Ema
+from training.nan_guard import check_trained
 from training.schedules import SCHEDULES, learning_rate
 
 __all__ = [
@@ -161,12 +162,17 @@ def check_output(folder: str | Path) -> None:
 def save_autoencoder(
     network: nn.Module, folder: str | Path, statistics: dict[str, list[float]], options: AutoencoderTrainingOptions
 ) -> None:
-    """Save in diffusers format (`save_pretrained`), with the training options. The folder is replaced atomically."""
+    """Save in diffusers format (`save_pretrained`), with the training options. The folder is replaced atomically.
+
+    Raises:
+        DivergedError: weights are not finite, perhaps only in float16.
+    """
     stored: Any = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     if statistics:  # diffusers applies scaling_factor next to them
         stored.register_to_config(scaling_factor=1.0, **statistics)
     if options.half_weights:
         stored.half()
+    check_trained(stored, "autoencoder")
     with replace_folder(folder) as temporary:
         stored.save_pretrained(temporary)
         write_json(temporary / "training.json", options)

@@ -20,6 +20,7 @@ from runtime.precision import Machine
 from runtime.progress import progress_bar
 from runtime.randomness import generator_for
 from training.ema import Ema
+from training.nan_guard import check_trained
 from training.schedules import SCHEDULES, learning_rate
 
 __all__ = ["ClassifierTrainingOptions", "accuracy", "gather_images", "train_classifier"]
@@ -74,6 +75,7 @@ def train_classifier(
 
     Raises:
         UsageError: the batch size exceeds the number of images.
+        DivergedError: the trained weights are not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -105,7 +107,9 @@ def train_classifier(
     network.load_state_dict(ema.weights)
     seconds = time.perf_counter() - started
     show(f"trained {options.max_steps} steps of {options.batch_size} images in {seconds / 60:.1f} min")
-    return network.half().float().eval()
+    network = network.half().float().eval()
+    check_trained(network, "classifier")
+    return network
 
 
 @torch.no_grad()

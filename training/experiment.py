@@ -18,7 +18,7 @@ from options import OnResume, UsageError, as_json, option
 from runtime.distributed import Processes, launch_id, restarts
 from runtime.files import move_aside, read_json, remove_leftovers, write_json
 from runtime.locks import locked
-from runtime.messages import note
+from runtime.messages import note, warn
 from runtime.provenance import provenance
 from training.state_file import has_state
 
@@ -60,7 +60,7 @@ ENTRY_POLICIES: dict[str, OnResume] = {
 class ExperimentOptions:
     """Run."""
 
-    exp: str = option("experiment", "name of the experiment and of its folder", common=True)
+    exp: str = option("experiment", "name of the experiment and of its folder", on_resume="freely", common=True)
     save_root: str = option("saved_info", "folder of all experiments", on_resume="freely", common=True)
     resume: bool = option(
         False,
@@ -154,11 +154,15 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
         if (moved / LOCK).exists():
             folder.mkdir()
             (moved / LOCK).rename(folder / LOCK)
-    config: dict[str, Any] = read_json(config_path) if config_path.exists() else {TAKES_OVER: True}
+    config = _read_config(config_path, options.resume)
     begun = (saved and not config.get(TAKES_OVER)) or (folder / "metrics.jsonl").exists()
     if not begun:  # a start that failed before its first step does not count
         return _start(config_path, current, saved, options.resume)
-    previous = config.get("options", {})
+    previous = config.get("options")
+    if not isinstance(previous, dict):
+        _accept_unknown_options(config_path, options.resume)
+        write_json(config_path, {"options": current, **provenance()})
+        return True
     policies = ENTRY_POLICIES | dict(configuration.policies)
     changed = _changed(previous, current, as_json(configuration.defaults), policies)
     allowed = ("rounding", "on_request") if options.resume else ("rounding",)
@@ -179,6 +183,35 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
     if changed or not {IMAGES, STATE_OF_LABELS} <= previous.keys():
         write_json(config_path, {"options": current, **provenance()})
     return True
+
+
+def _read_config(config_path: Path, resume: bool) -> dict[str, Any]:
+    """The contents of config.json; without options if it is unreadable and may be replaced because of --resume."""
+    if not config_path.exists():
+        return {TAKES_OVER: True}
+    try:
+        return read_json(config_path)
+    except UsageError as error:
+        if not resume:
+            raise UsageError(
+                f"{error}; restore the file, or choose --resume to resume with the options of this command"
+            ) from error
+        return {}
+
+
+def _accept_unknown_options(config_path: Path, resume: bool) -> None:
+    """Accept a run whose first options are unknown, if --resume was given.
+
+    Raises:
+        UsageError: it was not.
+    """
+    problem = f"{config_path} does not record the options of the run in this folder"
+    if not resume:
+        raise UsageError(
+            f"{problem}: restore the file, choose --resume to resume with the options of this command, another --exp, or "
+            "--overwrite to start over (the old run is moved aside)"
+        )
+    warn(f"{problem}: it resumes with the options of this command, which cannot be compared with those it began with")
 
 
 def _start(config_path: Path, current: Mapping[str, Any], takes_over: bool, resume: bool) -> bool:

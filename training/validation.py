@@ -117,9 +117,9 @@ class Validation:
             drops_dense=self.header.drops_dense,
         )
         if self.conditioned is None:
-            return generate(sampler, range(count), processes=self.processes)
+            return generate(sampler, range(count), processes=self.processes, strict=False)
         labels, dense = self.conditioned.labels(), self.conditioned.dense(sampler)
-        return generate(sampler, range(count), labels=labels, dense=dense, processes=self.processes)
+        return generate(sampler, range(count), labels=labels, dense=dense, processes=self.processes, strict=False)
 
 
 @torch.no_grad()
