@@ -17,6 +17,7 @@ from runtime.cores import cpu_quota
 from runtime.cpu_kernels import with_cpu_kernels
 from runtime.distributed import Processes, each_process_has_its_gpu
 from runtime.messages import note
+from runtime.yielding import yield_to_others
 
 __all__ = [
     "DeviceOptions",
@@ -168,7 +169,8 @@ class Machine:
 def choose_device(options: DeviceOptions, processes: Processes = Processes()) -> torch.device:  # noqa: B008
     """Resolve "auto" and set the number of threads; each process on a machine gets its own GPU and its share of the cores.
 
-    On a CPU, the process keeps the memory that it frees (`keep_freed_memory`).
+    On a CPU, the process keeps the memory that it frees (`keep_freed_memory`), and its threads yield to other processes
+    (`yield_to_others`).
 
     Raises:
         UsageError: torch does not know the device or cannot use it here, or there are more processes than GPUs.
@@ -200,6 +202,8 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
         quota = cpu_quota()  # a container's, which OpenMP does not know
         limit = torch.get_num_threads() if quota is None else min(torch.get_num_threads(), int(quota))
         torch.set_num_threads(max(1, limit // processes.local_count))
+    if device.type == "cpu":
+        yield_to_others()
     return device
 
 
