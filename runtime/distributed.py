@@ -1,8 +1,8 @@
 """The processes of a run and their communication.
 
-A launcher (torchrun, `accelerate launch`, or runtime/launch.py) describes the processes in environment variables, which
-it sets together. runtime/clusters.py derives them from those of clusters' launchers. Without them, there is a single
-process. Values are exchanged through host memory; only gradients use the devices' own communication backend.
+A launcher (torchrun, `accelerate launch`, or runtime/processes/launch.py) describes the processes in environment variables,
+which it sets together. runtime/processes/clusters.py derives them from those of clusters' launchers. Without them, there is a
+single process. Values are exchanged through host memory; only gradients use the devices' own communication backend.
 """
 
 import os

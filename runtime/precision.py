@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from options import UsageError, option
-from runtime.cores import cpu_quota
-from runtime.cpu_kernels import with_cpu_kernels
+from runtime.cpu.cores import cpu_quota
+from runtime.cpu.kernels import with_cpu_kernels
+from runtime.cpu.yielding import yield_to_others
 from runtime.distributed import Processes, each_process_has_its_gpu
 from runtime.messages import note
-from runtime.yielding import yield_to_others
 
 __all__ = [
     "DeviceOptions",
@@ -106,7 +106,7 @@ class Machine:
     def compiler_options(self) -> dict[str, Any]:
         """Options for torch.compile; dropout uses the same random numbers as in eager mode.
 
-        On a CPU, short reductions, such as the sum over a group's channels (runtime/cpu_kernels.py), are stored instead of
+        On a CPU, short reductions, such as the sum over a group's channels (runtime/cpu/kernels.py), are stored instead of
         unrolled into later loops. A multiplication and the addition that uses it become one instruction that rounds once,
         as on GPUs.
         """

@@ -11,9 +11,9 @@ import torch
 from checkpoints.files import save_weights
 from runtime.files import move_aside
 from runtime.messages import show
-from runtime.parallel import gather_state
 from runtime.pictures import save_sheet
-from runtime.signals import StopSignals
+from runtime.processes.parallel import gather_state
+from runtime.processes.signals import StopSignals
 from training.disk import WriteGuard
 from training.metrics_log import Clock, MetricsLog
 from training.nan_guard import NanGuard

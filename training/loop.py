@@ -9,10 +9,10 @@ import torch
 
 from models.registry import NETWORKS
 from runtime.messages import fact, note, warn
-from runtime.parallel import replicate, shard
+from runtime.processes.parallel import replicate, shard
+from runtime.processes.signals import StopSignals
 from runtime.progress import progress_bar
 from runtime.randomness import seed_for
-from runtime.signals import StopSignals
 from runtime.weights import list_names
 from training.checkpointing import Checkpointer, set_checkpoints_aside
 from training.data import Batch, batches, steps_per_epoch

@@ -12,11 +12,11 @@ import torch
 
 from options import UsageError
 from runtime import distributed, precision
-from runtime.clusters import first_host, torch_variables
-from runtime.cores import cpu_quota, usable_cores
+from runtime.cpu.cores import cpu_quota, usable_cores
 from runtime.distributed import Processes, launch_id, restarts
 from runtime.precision import MachineOptions, choose_device
-from runtime.signals import WARNINGS, StopSignals
+from runtime.processes.clusters import first_host, torch_variables
+from runtime.processes.signals import WARNINGS, StopSignals
 
 ROOT = Path(__file__).parents[2]
 SRUN = {
@@ -120,7 +120,7 @@ def test_the_first_host_of_a_compressed_list(hosts, first):
 TOGETHER = """
 import sys
 from options import option
-from runtime.launch import run_script
+from runtime.processes.launch import run_script
 def main(options, processes):
     total = processes.sum(__import__("torch").tensor(float(processes.rank + 1)))
     print(f"rank {processes.rank} of {processes.count}, sum {total.item()}", flush=True)
@@ -238,5 +238,5 @@ def test_there_are_no_more_threads_than_the_quota_allows(monkeypatch):
         assert torch.get_num_threads() == 5
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr("runtime.cores.cpu_quota", lambda: 0.5)
+    monkeypatch.setattr("runtime.cpu.cores.cpu_quota", lambda: 0.5)
     assert usable_cores() == 1

@@ -21,10 +21,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from command_line import parse_options
 from options import INTERRUPTED, Options, UsageError, exit_cleanly, option
-from runtime.clusters import torch_variables
 from runtime.distributed import DEFECT, Processes, join_processes, launched, meeting_failed
 from runtime.messages import note, show
-from runtime.signals import WARNINGS, hangup_is_ignored
+from runtime.processes.clusters import torch_variables
+from runtime.processes.signals import WARNINGS, hangup_is_ignored
 
 __all__ = ["LaunchOptions", "run_script"]
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime import yielding
+from runtime.cpu import yielding
+from runtime.cpu.yielding import seconds_without_core, yield_to_others
 from runtime.precision import DeviceOptions, choose_device
-from runtime.yielding import seconds_without_core, yield_to_others
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 LOOPS = 50
 # Counts how often the threads sleep in loops with pauses in between, without and with a second team, and trains a network.
@@ -22,7 +22,7 @@ import hashlib, os, time, torch
 from models.dit import DiTOptions
 from models.conditions import Condition
 from models.registry import build_network
-from runtime.yielding import SecondTeam
+from runtime.cpu.yielding import SecondTeam
 
 torch.set_num_threads({CORES})
 large = torch.ones(32768 * {CORES})

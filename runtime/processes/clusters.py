@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from options import UsageError
-from runtime.cores import usable_cores
+from runtime.cpu.cores import usable_cores
 
 __all__ = ["first_host", "torch_variables"]
 
