@@ -29,7 +29,7 @@ from flow.solvers import SolverOptions, check_method, needs_float32, solve
 from models.autoencoders.loading import AutoencoderOptions
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, make_options
-from runtime.cpu_kernels import with_cpu_kernels
+from runtime.cpu.kernels import with_cpu_kernels
 from runtime.distributed import Processes
 from runtime.finite import require_finite
 from runtime.inference import compile_for_batches

@@ -10,7 +10,6 @@ Pydantic is not used, because it checks ranges but does not handle flags or the 
 import dataclasses
 import errno
 import os
-import select
 import shlex
 import shutil
 import sys
@@ -20,6 +19,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO, TypeVar
+
+from streams import steady_output
 
 __all__ = [
     "INTERRUPTED",
@@ -49,16 +50,31 @@ T = TypeVar("T")
 OnResume = Literal["never", "on_request", "rounding", "freely"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
-READER_LEFT = 141  # exit code after a command such as `| head` has closed our output, 128 + SIGPIPE
 MOST = 2**63 - 1  # of integers, whose values end in 64-bit tensors
 LONGEST_MESSAGE = 1500  # characters
-FROM_BUGS = frozenset((errno.EBADF, errno.EFAULT))  # system errors that no user causes
 # What libraries write where memory or threads run out, or where a product of sizes exceeds 64 bits.
 EXHAUSTED = (
     "allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed",
     "integer multiplication overflow", "Overflow when unpacking", "array is too big", "Maximum allowed dimension exceeded",
     "start new thread",
 )  # fmt: skip
+# Errors of the file system, and what to do about them. Other errors of the system may be bugs.
+FULL_DISK = "free some space, or choose another folder"
+OTHER_DISK = "this file system cannot do what is needed; choose a folder on another one, such as a local disk"
+LOST_DISK = "the disk or its connection failed; check it, then repeat the command"
+OTHER_NAME = "choose another name"
+ADVICE: dict[int, str] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), FULL_DISK),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions, or choose another place"),
+    **dict.fromkeys((errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY), ""),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP), OTHER_NAME),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ENXIO), LOST_DISK
+    ),
+    **dict.fromkeys((errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EXDEV, errno.ENODEV, errno.EFBIG), OTHER_DISK),
+    **dict.fromkeys((errno.EBUSY, errno.ETXTBSY), "another program uses it, or a disk is mounted there"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open; raise the limit (ulimit -n)"),
+}
 
 
 class UsageError(ValueError):
@@ -284,9 +300,10 @@ def explain(error: BaseException) -> Explanation | None:
         return Explanation(error.exit_code, _one_line(f"error: {error}"))
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
-    if isinstance(error, OSError) and error.errno not in (None, *FROM_BUGS) and not isinstance(error, ConnectionError):
-        reason = error.strerror or type(error).__name__
-        return Explanation(2, _one_line(f"error: {reason}: {error.filename or 'while writing'}"))
+    if isinstance(error, OSError) and (error.errno in ADVICE or (error.errno == errno.EINVAL and error.filename)):
+        advice = ADVICE.get(error.errno, OTHER_NAME)
+        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
+        return Explanation(2, _one_line(f"error: {error.strerror}: {where}" + (f": {advice}" if advice else "")))
     if _is_exhausted(error):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Explanation(
@@ -311,33 +328,17 @@ def _is_exhausted(error: BaseException) -> bool:
 def exit_cleanly(main: Callable[[], int | None]) -> None:
     """Run a script's main function and exit.
 
-    A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3. If the program that reads the
-    output has ended, as `head` does, the script ends silently, with the exit code that shells give it then.
+    A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3. Output that cannot be written
+    is dropped.
     """
-    try:
+    with steady_output():
         try:
-            code = main() or 0
-        finally:
-            sys.stdout.flush()
-        sys.exit(code)
-    except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, BrokenPipeError) and _reader_has_left():
-            sys.exit(READER_LEFT)
-        if (reason := explain(error)) is None:
-            raise
-        print(wrapped(reason.line, sys.stderr), file=sys.stderr)
-        sys.exit(reason.exit_code)
-
-
-def _reader_has_left() -> bool:
-    """Whether stdout or stderr is a closed pipe. Such a stream is sent to /dev/null, so that Python's exit can flush it."""
-    poll = select.poll()
-    for stream in (1, 2):
-        poll.register(stream, 0)
-    closed = [stream for stream, event in poll.poll(0) if event & (select.POLLERR | select.POLLHUP)]
-    for stream in closed:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    return bool(closed)
+            sys.exit(main() or 0)
+        except (Exception, KeyboardInterrupt) as error:
+            if (reason := explain(error)) is None:
+                raise
+            print(wrapped(reason.line, sys.stderr), file=sys.stderr)
+            sys.exit(reason.exit_code)
 
 
 def wrapped(line: str, file: TextIO, indent: int = 4) -> str:

@@ -23,7 +23,7 @@ from benchmarks._timing import markdown_table
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions
 from models.registry import NETWORKS, NetworkOptions, build_network
-from runtime.launch import LaunchOptions
+from runtime.processes.launch import LaunchOptions
 from training.run import TrainingOptions
 from training.setup import training_groups
 

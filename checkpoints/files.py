@@ -139,12 +139,23 @@ def _open(path: str | Path) -> Iterator[Any]:
             "convert it with python -m checkpoints.convert"
         )
     try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
+        with Path(path).open(
+            "rb"
+        ) as opened:  # safetensors refuses a path that is not UTF-8, but not the number of the file
+            number = f"/proc/self/fd/{opened.fileno()}"
+            with safe_open(str(path) if _is_utf8(path) else number, framework="pt") as file:
+                yield file
     except UsageError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"cannot read the checkpoint {path}: {explain_failure(path, error)}") from error
+
+
+def _is_utf8(path: str | Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _stored_header(file: Any, path: str | Path) -> dict[str, Any]:

@@ -29,7 +29,8 @@ from datasets_prep.images import IMAGE_SUFFIXES, LARGEST_SIZE, MOST_READERS, Bad
 from datasets_prep.lmdb_file import open_lmdb_file
 from datasets_prep.lmdb_images import HELD_OUT_SHARE
 from options import UsageError, exit_cleanly, option
-from runtime.files import read_json, write_json
+from runtime.files import free_bytes, read_json, write_json
+from runtime.locks import locked
 from runtime.messages import note, show, warn
 from runtime.outputs import check_folder, warn_of_space
 from runtime.progress import progress_bar
@@ -84,8 +85,14 @@ def build_lmdb(target: Path, paths: list[Path], root: Path, options: BuildLmdbOp
         The number of images in the LMDB.
 
     Raises:
-        UsageError: `target` was built or started with other images or options, or an image cannot be read.
+        UsageError: `target` was built or started with other images or options, an image cannot be read, the LMDB cannot be
+            written, or another process is building it.
     """
+    with locked(target.with_name(f"{target.name}.lock"), f"is building {target.name} in this folder"):
+        return _build(target, paths, root, options)
+
+
+def _build(target: Path, paths: list[Path], root: Path, options: BuildLmdbOptions) -> int:
     identity = {
         "files": len(paths),
         "files_sha256": state_of_files(paths, root, times=False),
@@ -100,9 +107,12 @@ def build_lmdb(target: Path, paths: list[Path], root: Path, options: BuildLmdbOp
         _check_same(unfinished, identity)
     else:
         write_json(unfinished / IDENTITY, identity)
-    with _open_for_writing(unfinished) as environment:
-        _fill(environment, paths, options, target.name)
-        count = environment.stat()["entries"]
+    try:
+        with _open_for_writing(unfinished) as environment:
+            _fill(environment, paths, options, target.name)
+            count = environment.stat()["entries"]
+    except lmdb.Error as error:
+        raise UsageError(f"cannot write the LMDB {unfinished} ({error}){_advice(error, unfinished)}") from error
     unfinished.rename(target)
     return count
 
@@ -233,15 +243,20 @@ def _commit(environment: lmdb.Environment, first: int, values: list[bytes], prog
 
 def _open_for_writing(folder: Path) -> lmdb.Environment:
     try:
-        try:
-            return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES)
-        except lmdb.Error as error:
-            if os.strerror(errno.ENOLCK) not in str(error):
-                raise
-        note(f"the file system of {folder} has no locks: do not run this command twice at the same time")
-        return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES, lock=False)
+        return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES)
     except lmdb.Error as error:
-        raise UsageError(f"cannot open the LMDB {folder}: {error}") from error
+        if os.strerror(errno.ENOLCK) not in str(error):
+            raise
+    note(f"the file system of {folder} has no locks: do not run this command twice at the same time")
+    return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES, lock=False)
+
+
+def _advice(error: lmdb.Error, folder: Path) -> str:
+    if os.strerror(errno.ENODEV) in str(error):
+        return ": its file system cannot map files into memory; choose a --datadir on a local disk, then copy the LMDB"
+    free = free_bytes(folder)
+    room = f", {free / 1e6:.0f} MB are free" if free is not None else ""
+    return f"{room}: check the disk, or choose another --datadir; the same command continues where this one stopped"
 
 
 def _check_same(folder: Path, identity: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ An interrupted build resumes. Images are encoded in the machine's precision, whi
 another precision is accepted.
 """
 
+import errno
 import zlib
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,11 @@ def _as_bad_manifest(folder: Path) -> Iterator[None]:
     except UsageError:
         raise
     except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
+            raise UsageError(
+                f"cannot read the latent cache {folder} ({error}): check the disk or its connection, or name a folder on "
+                "another one with --latent_cache_dir"
+            ) from error
         raise UsageError(
             f"the latent cache {folder} does not match its manifest.json ({error}): delete the folder to rebuild it"
         ) from error

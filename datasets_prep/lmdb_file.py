@@ -5,6 +5,7 @@ per file, which reopens its environment in a forked child. Files are not locked:
 disk.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -194,7 +195,10 @@ def _open(path: Path) -> lmdb.Environment:
         needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         found = data.stat().st_size
     except (lmdb.Error, OSError) as error:
-        raise UsageError(f"cannot open the LMDB {path}: {error}") from error
+        advice = ""
+        if os.strerror(errno.ENODEV) in str(error):
+            advice = "; its file system cannot map files into memory: copy the LMDB to a local disk"
+        raise UsageError(f"cannot open the LMDB {path}: {error}{advice}") from error
     if found < needed:  # reading past the end of the file would kill the process
         raise UsageError(f"{data} is truncated: expected {needed} bytes, but found {found}; download or build it again")
     return environment

@@ -1,7 +1,6 @@
 """Outputs: checks before the work that they can be written, and results that are still printed if writing fails after it."""
 
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from options import UsageError
+from runtime.files import free_bytes
 from runtime.messages import warn
 
 __all__ = [
@@ -68,8 +68,8 @@ def check_file(path: str | Path | None, flag: str) -> None:
 
 def warn_of_space(folder: Path, needed: float, what: str) -> None:
     """Print a warning if `what`, of about `needed` bytes, does not fit into `folder`, which exists."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
+    free = free_bytes(folder)
+    if free is not None and needed > free:
         warn(f"{what} may need {with_unit(needed)} in {folder}, but only {with_unit(free)} is free")
 
 

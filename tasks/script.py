@@ -12,9 +12,9 @@ from evaluation.score import ScoreOptions, result_line
 from options import Options
 from runtime.distributed import Processes
 from runtime.files import append_line
-from runtime.launch import run_script
 from runtime.messages import labeled, one_line, show, show_result
 from runtime.outputs import check_file, raise_unwritten
+from runtime.processes.launch import run_script
 from sampling.request import checkpoint_groups, sampler_request
 from tasks.conditioned_request import IGNORED_FLAGS, ConditionedOptions, ConditionedRequest, conditioned_groups
 

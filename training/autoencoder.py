@@ -20,7 +20,7 @@ from models.autoencoders.kl import LOGVAR_RANGE, KLAutoencoder, decode_pixels, e
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
 from runtime.files import replace_folder, write_json
-from runtime.messages import show
+from runtime.messages import show, warn
 from runtime.outputs import check_folder
 from runtime.precision import Machine
 from runtime.progress import progress_bar
@@ -117,7 +117,10 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
         optimizer.step()
         ema.update(network)
         if (step + 1) % SAVE_EVERY == 0:
-            save_autoencoder(ema.network, snapshot_folder(options), {}, options)  # in case of a crash
+            try:
+                save_autoencoder(ema.network, snapshot_folder(options), {}, options)  # in case of a crash
+            except OSError as failure:
+                warn(f"cannot write the snapshot {failure.filename} ({failure.strerror}); training goes on")
         if step % 100 == 0:
             check_loss(loss.item(), step)
             psnr = 10 * torch.log10(4 / error.detach()).item()

@@ -10,16 +10,18 @@ from typing import NamedTuple
 import torch
 
 from checkpoints.files import save_weights
+from runtime.attempts import Attempts
 from runtime.files import move_aside
 from runtime.messages import show
-from runtime.parallel import gather_state
 from runtime.pictures import save_sheet
-from runtime.signals import StopSignals
-from training.metrics_log import Attempts, Clock, MetricsLog
+from runtime.processes.parallel import gather_state
+from runtime.processes.signals import StopSignals
+from training.disk import WriteGuard
+from training.metrics_log import Clock, MetricsLog
 from training.nan_guard import NanGuard
 from training.run import TrainingRun
 from training.state import TrainingState
-from training.state_file import save_state
+from training.state_file import CONTENT, save_state
 
 __all__ = ["Checkpointer", "Requests", "remove_older", "set_checkpoints_aside"]
 
@@ -42,7 +44,7 @@ class Requests(NamedTuple):
 
 
 class Checkpointer:
-    """Validates, saves and draws sample grids when they are due.
+    """Validates, saves and draws sample grids when they are due. A file that cannot be written is an error only at the end.
 
     Args:
         run: the run.
@@ -70,6 +72,7 @@ class Checkpointer:
         self._nan_guard = nan_guard
         self._save_postponed = False
         self._attempts = Attempts(run.folder)
+        self._guard = WriteGuard(run.folder)
 
     def poll(self, stop: StopSignals) -> Requests:
         """The requests of all processes. Several processes exchange them only every STEPS_BETWEEN_POLLS steps."""
@@ -82,7 +85,11 @@ class Checkpointer:
         return Requests(*(processes.sum(own) > 0).tolist())
 
     def after_step(self, ended: bool, requests: Requests) -> None:
-        """Validate, save and draw a sample grid, each if it is due."""
+        """Validate, save and draw a sample grid, each if it is due.
+
+        Raises:
+            UsageError: the run ends, and weights or training state could not be written.
+        """
         experiment, state = self._run.experiment, self._state
         evaluated, saved = self._due(experiment.eval_every, ended), self._due(experiment.save_ckpt_every, ended)
         state_saved = self._training_state_due(ended, requests)
@@ -93,12 +100,15 @@ class Checkpointer:
         if saved:
             self._save_model(f"model_{-(-state.step // self._per_epoch)}", ended)
             if self._log and experiment.keep_last:
-                remove_older(self._run.folder, experiment.keep_last)
+                with self._guard.writing("model_*.safetensors"):
+                    remove_older(self._run.folder, experiment.keep_last)
         if state_saved:
             content = state.content(self._run.processes)
             if self._log:
-                save_state(self._run.folder, content)
+                with self._guard.writing(CONTENT):
+                    save_state(self._run.folder, content)
             self._clock.saved()
+        self._guard.check(last=ended or requests.stop)
         if self._due(experiment.plot_every, ended):
             self._draw()
 
@@ -132,9 +142,10 @@ class Checkpointer:
         with self._attempt("the sample grid"):
             sheet = self._run.validation.preview(self._state.ema.network)
             if self._log:
-                picture = self._run.folder / "samples" / f"step_{self._state.step:07d}.png"
-                with self._attempts.attempt("the sample grid", self._state.step):
-                    save_sheet(sheet.images, picture, sheet.columns)
+                picture = f"samples/step_{self._state.step:07d}.png"
+                with self._guard.writing(picture):
+                    save_sheet(sheet.images, self._run.folder / picture, sheet.columns)
+                self._guard.check(last=False)
 
     def _validate(self, ended: bool) -> None:
         run, state, values = self._run, self._state, dict[str, float]()
@@ -149,15 +160,19 @@ class Checkpointer:
             state.best, state.best_of = math.inf, run.validation.criterion
         objective = run.processes.from_main(values["objective"])
         if objective < state.best:
-            state.best = objective
-            self._save_model("best", ended)
+            before, state.best = state.best, objective
+            if not self._save_model("best", ended):
+                state.best = before  # so that the next validation writes it
 
-    def _save_model(self, name: str, ended: bool) -> None:
-        run, step = self._run, self._state.step
+    def _save_model(self, name: str, ended: bool) -> bool:
+        """Write a checkpoint; returns whether this succeeded, in all processes alike."""
+        run, step, name = self._run, self._state.step, f"{name}.safetensors"
         weights = gather_state(self._state.ema.weights, keep=run.processes.is_main)
         if run.processes.is_main:
             header = run.header.at(step, -(-step // self._per_epoch), ended)
-            save_weights(run.folder / f"{name}.safetensors", weights, header)
+            with self._guard.writing(name):
+                save_weights(run.folder / name, weights, header)
+        return not run.processes.from_main(self._guard.has_failed(name))
 
 
 def _summary(values: Mapping[str, float]) -> str:

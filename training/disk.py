@@ -1,17 +1,19 @@
-"""Prediction of a run's disk use, and a check of the free space before it starts."""
+"""Prediction of a run's disk use, a check of the free space before it starts, and tolerance of failed writes during it."""
 
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from options import UsageError
+from runtime.files import free_bytes
 from runtime.messages import warn
 from runtime.outputs import with_unit
 from training.experiment import ExperimentOptions
 from training.optimizers import Muon
 from training.state import TrainingState
 
-__all__ = ["DiskUse", "check_space", "predict_use"]
+__all__ = ["DiskUse", "WriteGuard", "check_space", "predict_use"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ def check_space(folder: Path, use: DiskUse) -> str:
     Raises:
         UsageError: a checkpoint and a content.pth do not fit.
     """
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
+    if free is None:  # some network and FUSE file systems do not report it
+        return f"{with_unit(use.total)} for {use.checkpoints} checkpoints and {use.contents} content.pth; free: unknown"
     if free < use.one_saving:
         raise UsageError(
             f"{folder}: a checkpoint and a content.pth need {with_unit(use.one_saving)}, but only {with_unit(free)} is "
@@ -73,3 +77,44 @@ def check_space(folder: Path, use: DiskUse) -> str:
         f"{with_unit(use.total)} for {use.checkpoints} checkpoints of {with_unit(use.weights)} and {use.contents} "
         f"content.pth of {with_unit(use.content)}; {with_unit(free)} free"
     )
+
+
+class WriteGuard:
+    """Lets a run go on after a failed write, for example on a full disk, because a later write may succeed.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._failed: dict[str, OSError] = {}
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Turn an OSError of the block, which writes the file `name`, into a warning."""
+        try:
+            yield
+        except OSError as error:
+            self._failed[name] = error
+            warn(
+                f"cannot write {self._folder / name} ({error.strerror or error}); the run goes on, and older files stay"
+            )
+
+    def has_failed(self, name: str) -> bool:
+        """Whether writing the file `name` failed since the last call of `check`."""
+        return name in self._failed
+
+    def check(self, last: bool) -> None:
+        """Forget the failures, or raise them if no later write of this run can make up for them (`last`).
+
+        Raises:
+            UsageError: names the files that could not be written.
+        """
+        failed, self._failed = self._failed, {}
+        if last and failed:
+            listed = ", ".join(f"{name} ({error.strerror or error})" for name, error in failed.items())
+            raise UsageError(
+                f"the run has stopped, but these files could not be written in {self._folder}: {listed}. Older files are "
+                "complete: free some space, then repeat the command to resume from the last content.pth"
+            )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.parallel import local_shard, reshard
+from runtime.processes.parallel import local_shard, reshard
 
 __all__ = ["Ema"]
 

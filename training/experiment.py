@@ -162,11 +162,8 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
     config_path, saved = folder / "config.json", has_state(folder)
     current = as_json(configuration.values)
     if options.overwrite and (config_path.exists() or saved):
-        moved, saved = move_aside(folder), False
+        moved, saved = move_aside(folder, stays=LOCK), False
         note(f"--overwrite moved the existing run to {moved}")
-        if (moved / LOCK).exists():
-            folder.mkdir()
-            (moved / LOCK).rename(folder / LOCK)
     config = _read_config(config_path, options.resume)
     begun = (saved and not config.get(TAKES_OVER)) or (folder / "metrics.jsonl").exists()
     if not begun:  # a start that failed before its first step does not count

@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from functools import partial
 
 import torch
 
 from models.registry import NETWORKS
 from runtime.messages import fact, note, warn
-from runtime.parallel import replicate, shard
+from runtime.processes.parallel import replicate, shard
+from runtime.processes.signals import StopSignals
 from runtime.progress import progress_bar
 from runtime.randomness import seed_for
-from runtime.signals import StopSignals
 from runtime.weights import list_names
 from training.checkpointing import Checkpointer, set_checkpoints_aside
 from training.data import Batch, batches, steps_per_epoch
@@ -66,7 +67,11 @@ def train(run: TrainingRun, resume: bool) -> bool:
     ended = False
     bar = progress_bar(total=last_step, initial=state.step, desc="training", unit="step")
     stopping = STOPPING if processes.is_main else ""
-    with bar, StopSignals(once=processes.count == 1, text=stopping) as stop:
+    with (
+        bar,
+        closing(log) if log else nullcontext(),
+        StopSignals(once=processes.count == 1, text=stopping) as stop,
+    ):
         for batch in _batches(run, state.step, last_step):
             torch.manual_seed(seed_for(options.seed, "dropout", state.step, processes.rank))
             rate = options.rate_at(state.step, last_step)
@@ -91,8 +96,6 @@ def train(run: TrainingRun, resume: bool) -> bool:
                 break
 
     # Finish.
-    if log:
-        log.close()
     if ended and state.step < last_step:
         note(f"--max_minutes ended the run at step {state.step} of {last_step}, so it is not reproducible")
     return ended or state.step >= last_step

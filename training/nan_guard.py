@@ -9,7 +9,7 @@ from torch import nn
 
 from options import DivergedError
 from runtime.messages import warn
-from runtime.parallel import local_shard
+from runtime.processes.parallel import local_shard
 from runtime.weights import count_bad, list_names
 from training.data import first_images
 from training.metrics_log import MetricsLog

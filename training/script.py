@@ -10,9 +10,9 @@ from datasets_prep.datasets import DatasetOptions
 from models.registry import IGNORED_NETWORK_FLAGS, guided_diffusion_by_default
 from options import INTERRUPTED, Options, UsageError
 from runtime.distributed import Processes, may_restart_several_machines
-from runtime.launch import run_script
 from runtime.messages import fact, note, show
-from runtime.signals import orderly_exit
+from runtime.processes.launch import run_script
+from runtime.processes.signals import orderly_exit
 from tasks.task import TrainingTask
 from training.experiment import (
     ExperimentOptions,

@@ -13,7 +13,7 @@ import torch
 from checkpoints.files import read_weights
 from datasets_prep.datasets import DatasetFacts
 from options import DivergedError, Options, UsageError
-from runtime.launch import LaunchOptions
+from runtime.processes.launch import LaunchOptions
 from tests.training.test_experiment import VALUES, open_experiment
 from tests.training.test_loop import metrics_of, new_run, send_signal, state_of
 from training.ema import Ema

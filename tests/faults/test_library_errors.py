@@ -2,9 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +9,10 @@ import torch
 from PIL import Image
 
 from evaluation.sources import open_source
-from options import LONGEST_MESSAGE, READER_LEFT, UsageError, explain
+from options import LONGEST_MESSAGE, UsageError, explain
 from runtime.distributed import join_processes
 from runtime.weights import check_finite
 
-ROOT = Path(__file__).parents[2]
 HUGE = 2**62
 
 
@@ -118,17 +114,6 @@ def test_variables_of_launchers_that_hold_no_number_are_named(name, value, monke
         monkeypatch.setenv(variable, content)
     with pytest.raises(UsageError, match=rf"{name}.* holds '{value}', but an integer was expected"), join_processes():
         raise AssertionError("there is nobody to join")
-
-
-@pytest.mark.parametrize("count", [1, 100_000])
-def test_a_reader_that_ends_early_ends_the_script_silently(count):
-    program = f"from options import exit_cleanly\nexit_cleanly(lambda: print('line\\n' * {count}))"
-    with subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode == READER_LEFT
 
 
 @pytest.mark.parametrize(

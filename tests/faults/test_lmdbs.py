@@ -127,5 +127,5 @@ def test_other_errors_of_building_are_reported(tmp_path, monkeypatch):
 
     Image.new("RGB", (SIZE, SIZE)).save(tmp_path / "0.png")
     monkeypatch.setattr(building.lmdb, "open", refuse)
-    with pytest.raises(UsageError, match="cannot open the LMDB .* Permission denied"):
+    with pytest.raises(UsageError, match="cannot write the LMDB .* Permission denied"):
         build_lmdb(tmp_path / "out" / "train.lmdb", [tmp_path / "0.png"], tmp_path, BuildLmdbOptions(image_size=SIZE))

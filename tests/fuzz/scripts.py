@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import command_line
-import runtime.launch
+import runtime.processes.launch
 from options import argument_type
 
 __all__ = ["ROOT", "SCRIPTS", "Declared", "command_of", "declared_options", "run_entry"]
@@ -147,7 +147,7 @@ def declared_options(script: str) -> list[Declared]:
     with (
         _same_arguments(),
         mock.patch.object(command_line, "parse_options", record),
-        mock.patch.object(runtime.launch, "parse_options", record),
+        mock.patch.object(runtime.processes.launch, "parse_options", record),
         suppress(_Read),
     ):
         run_entry(script, ["a", "b"])

@@ -15,7 +15,7 @@ from tests.fuzz.cases import Case, draw_case, read_cases, takes_long
 from tests.fuzz.scripts import ROOT, SCRIPTS, declared_options
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cases run in forked processes, with Linux's limits")
-NOT_SCRIPTS = {"runtime/launch.py"}  # names __main__ for another reason
+NOT_SCRIPTS = {"runtime/processes/launch.py"}  # names __main__ for another reason
 ELSEWHERE = ("benchmarks", "docs", "tests")
 SHORT, LONG = 60, 1500  # cases
 

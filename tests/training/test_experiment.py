@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 from options import Options, UsageError
-from runtime.launch import LaunchOptions
+from runtime.processes.launch import LaunchOptions
 from runtime.provenance import REPOSITORY
 from training import experiment
 from training.experiment import Configuration, ExperimentOptions

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from runtime.signals import StopSignals
+from runtime.processes.signals import StopSignals
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""Stop requests: Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end a run at its next step, with everything saved.
+"""Stop requests: Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU and SIGHUP end a run at its next step, with everything saved.
 
-SIGHUP, sent when a terminal closes, has no effect under nohup.
+Batch systems send one of them before a job's time is over: Slurm SIGTERM or what --signal names, LSF SIGUSR2, Grid Engine
+SIGUSR1, SIGUSR2 or SIGXCPU. SIGHUP, sent when a terminal closes, has no effect under nohup.
 """
 
 import os
@@ -13,14 +14,15 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-__all__ = ["StopSignals", "hangup_is_ignored", "orderly_exit"]
+__all__ = ["WARNINGS", "StopSignals", "hangup_is_ignored", "orderly_exit"]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # of batch systems
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS, signal.SIGHUP)
 
 
 @contextmanager
 def orderly_exit() -> Iterator[None]:
-    """Make SIGTERM, SIGUSR1 and SIGHUP exit through sys.exit during the block, so that `with` blocks release their resources.
+    """Make all of SIGNALS but SIGINT exit through sys.exit during the block, so that `with` blocks release their resources.
 
     The exit code is 128 + the signal's number. Signals that already have a handler are left unchanged.
     """
