@@ -320,7 +320,7 @@ def _one_line(text: str) -> str:
 
 def _is_exhausted(error: BaseException) -> bool:
     """Whether memory or threads ran out. Libraries raise other errors for it too."""
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError | ValueError | TypeError) and any(words in str(error) for words in EXHAUSTED)
 

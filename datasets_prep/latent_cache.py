@@ -260,6 +260,11 @@ def _finish(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndar
 def _identity(folder: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> dict[str, Any]:
     facts = dataset.facts
     side = facts.image_size // autoencoder.factor
+    if not side:
+        raise UsageError(
+            f"--image_size {facts.image_size} is too small: this autoencoder makes one latent of "
+            f"{autoencoder.factor} x {autoencoder.factor} pixels"
+        )
     shape = (autoencoder.moment_channels, side, side)
     orientations = 2 if facts.flips or has_mirror_images(folder) else 1
     return {

@@ -8,10 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from datasets_prep.image_dataset import DatasetFacts, ImageDataset
+from datasets_prep.latent_cache import build_latent_cache
 from evaluation.sources import open_source
 from options import LONGEST_MESSAGE, UsageError, explain
 from runtime.distributed import join_processes
+from runtime.precision import Machine
 from runtime.weights import check_finite
+from tests.plain_autoencoder import PlainAutoencoder
 
 HUGE = 2**62
 
@@ -34,8 +38,9 @@ def raised(work):
         lambda: bytearray(HUGE),
         lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore.")),
         lambda: (_ for _ in ()).throw(RuntimeError("can't start new thread")),
+        lambda: (_ for _ in ()).throw(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))),
     ],
-    ids=["torch", "torch, product", "torch, 64 bits", "numpy", "numpy, product", "Python", "GPU", "threads"],
+    ids=["torch", "torch, product", "torch, 64 bits", "numpy", "numpy, product", "Python", "GPU", "threads", "system"],
 )
 def test_exhausted_memory_is_no_bug(work):
     explanation = explain(raised(work))
@@ -96,6 +101,18 @@ def test_scripts_refuse_in_one_line(case, call, tmp_path, monkeypatch):
     assert stderr.count("\n") == 1
     assert expected in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_images_smaller_than_a_latent_are_refused(tmp_path):
+    facts = DatasetFacts("folder", 1, 3, None, False, ("a",))
+    dataset = ImageDataset(
+        facts, "train", np.zeros(2, np.int64), lambda index: torch.zeros(3, 1, 1, dtype=torch.uint8), "f"
+    )
+    with pytest.raises(
+        UsageError, match="--image_size 1 is too small: this autoencoder makes one latent of 2 x 2 pixels"
+    ):
+        build_latent_cache(tmp_path / "cache", dataset, PlainAutoencoder(3), Machine(torch.device("cpu"), "fp32"))
+    assert not (tmp_path / "cache").exists()
 
 
 def test_names_that_are_not_text_are_scored(tmp_path):

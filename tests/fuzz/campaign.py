@@ -33,6 +33,13 @@ from tests.fuzz.scripts import SCRIPTS, declared_options, run_entry
 __all__ = ["Limit", "paths_below", "plain_cases", "random_cases", "replay", "run_campaign", "workshop"]
 
 
+class Colors(MeanColors):
+    """Mean colors; gray images count as colored ones, as for Inception."""
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        return super().features(images.expand(-1, 3, -1, -1))
+
+
 @contextmanager
 def workshop() -> Iterator[Path]:
     """A folder with `materials`, in a process in which cases can run: one thread, no hub or download, and small networks."""
@@ -43,7 +50,7 @@ def workshop() -> Iterator[Path]:
     with (
         mock.patch.dict(os.environ, settings | {"HOME": str(root / "home")}),
         # Published networks, and a machine's own copy of Fashion-MNIST, would take most of the time.
-        mock.patch.dict(FEATURES, {"inception": MeanColors}),
+        mock.patch.dict(FEATURES, {"inception": Colors}),
         mock.patch.dict(DIT_SIZES, {"Mi": (24, 1, 3)}),
         mock.patch.object(idx, "Path", _below_the_root),
     ):
