@@ -235,7 +235,7 @@ def _load_network(config: Mapping[str, Any], folder: Path | None, name: str) -> 
     mismatch = _mismatch(found)
     if any(mismatch) and folder is not None:
         mismatch = min(mismatch, load_unwrapped(network, folder, files), key=lambda each: sum(map(len, each)))
-    return network, mismatch
+    return network.float(), mismatch  # diffusers leaves files of several precisions as they are
 
 
 def _check_class(found: str, name: str) -> None:
