@@ -50,6 +50,12 @@ INTERRUPTED = 130  # exit code after Ctrl-C
 ENVIRONMENT_ERRORS = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 )
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+LESS_MEMORY = (
+    "use a smaller --batch_size. In training, --grad_accumulation N gives the same result with less memory; "
+    "--use_grad_checkpointing and --precision bf16 save memory too. If other programs use the GPU, choose another one with "
+    "--device. If much memory is reserved but not allocated, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+)
 
 
 class UsageError(ValueError):
@@ -260,9 +266,18 @@ def explain(error: BaseException) -> Explanation | None:
         return Explanation(error.exit_code, f"error: {error}")
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
+    if _ran_out_of_memory(error):
+        return Explanation(2, f"error: {'. '.join(str(error).split('. ')[:3]).rstrip('.')}: {LESS_MEMORY}")
     if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
         return Explanation(2, f"error: {error.strerror}: {error.filename or 'while writing'}")
     return None
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU had too little memory. This module does not import torch, so it goes by names and messages."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def exit_cleanly(main: Callable[[], int | None]) -> None:
