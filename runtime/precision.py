@@ -25,6 +25,7 @@ __all__ = [
     "choose_device",
     "choose_machine",
     "keep_freed_memory",
+    "use_device",
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -192,15 +193,20 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
         ) from error
     # Without TF32, float32 means float32. The switches are global, so a thread that changed them would change others' results.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # torch and Triton look up properties of the current device
-    elif device.type == "cpu":
+    use_device(device)
+    if device.type == "cpu":
         keep_freed_memory()
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
     elif processes.local_count > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // processes.local_count))
     return device
+
+
+def use_device(device: torch.device) -> None:
+    """Make a GPU this thread's current device, whose properties torch and Triton look up. New threads start with GPU 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def choose_machine(

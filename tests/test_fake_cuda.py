@@ -228,7 +228,7 @@ class Images:
 def read_at_once(monkeypatch):
     """Read batches outside the fake mode, in the same thread."""
 
-    def read(reader, first, last):
+    def read(reader, first, last, device):
         for step in range(first, last):
             with outside():
                 found = reader(step)()

@@ -10,7 +10,6 @@ import torch
 
 import benchmarks._latents as latents
 from benchmarks.training_step import CASES, DECAY, OBJECTIVE, RATE, Case, new_batch, new_network
-from datasets_prep.moments import EncodedImages
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
 from models.dit import DiTOptions
@@ -36,7 +35,8 @@ def new_run(folder, machine, **changes):
     run = runs.new_run(folder, **changes)
     run.machine = machine
     run.validation = replace(run.validation, machine=machine)
-    run.source = EncodedImages(runs.stripes(), PixelSpace(1).encode, machine, 1)
+    source = runs.Source(runs.stripes(), PixelSpace(1).encode, machine, 1)
+    source.event, run.source = run.source.event, source
     return run
 
 
