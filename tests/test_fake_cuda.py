@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import evaluation.features.inception
 import flow.multistep
 import flow.solvers
 import models.autoencoders.kl
+import tasks.training_free_inpainting as free_inpainting
 import training.data
 from datasets_prep.conditions import MaskedImages, class_shares
 from datasets_prep.datasets import DatasetFacts
@@ -34,11 +36,13 @@ from runtime.distributed import Processes
 from runtime.inference import for_sampling
 from runtime.precision import Machine
 from sampling.sampler import Sampler, generate
+from tasks.training_free_inpainting import training_free_draw
 from tests.fake_cuda import CUDA, READS_A_VALUE, HostWaitsError, Products, outside, pretend_cuda
 from tests.small_networks import SMALL
 from training.data import Batch, batches
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState
+from training.validation import validation_loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer")  # torch's own code causes this warning
 
@@ -51,7 +55,8 @@ TINY = "DiT-Tiny/2"
 def fake_cuda(monkeypatch):
     monkeypatch.setitem(DIT_SIZES, "Tiny", (32, 2, 2))
     monkeypatch.setitem(NETWORKS, TINY, Family(DiTOptions, partial(build_dit, "Tiny", 2), hidden_matrices))
-    for module, name in ((flow.solvers, "time_grid"), (flow.multistep, "mean_weights")):  # computed on the host
+    on_the_host = (flow.solvers, "time_grid"), (flow.multistep, "mean_weights"), (free_inpainting, "time_grid")
+    for module, name in on_the_host:
         monkeypatch.setattr(module, name, with_values(getattr(module, name)))
     with pretend_cuda(monkeypatch) as mode:
         yield mode
@@ -301,6 +306,23 @@ def test_label_maps_are_encoded_without_waiting(fake_cuda):
     assert (shares.device, shares.dtype, shares.shape) == (CUDA, torch.float32, (2, 5, 8, 8))
 
 
+class Reached(Exception):  # noqa: N818
+    """The values on the device have been computed."""
+
+
+class StoppingProcesses(Processes):
+    def sum(self, value):
+        raise Reached(str(value.device))
+
+
+def test_the_validation_loss(fake_cuda, monkeypatch):
+    """Its last step, which compares times on the host, needs values."""
+    network = build_network(TINY, 8, replace(SMALL["DiT-Mi/2"], num_in_channels=4, num_out_channels=4)).eval().to(CUDA)
+    with pytest.raises(Reached, match="cpu"):
+        machine = Machine(CUDA, "bf16")
+        validation_loss(network, OBJECTIVE, Moments(8), new_autoencoder(monkeypatch), machine, StoppingProcesses())
+
+
 def test_images_are_encoded_on_the_fly(fake_cuda, monkeypatch):
     autoencoder = new_autoencoder(monkeypatch)
     with outside():
@@ -326,7 +348,7 @@ def new_sampler(method="euler", precision="fp32", autoencoder=None, guidance=Non
         facts=DatasetFacts("images", 8, 3, None, True, ()),
         latent_shape=(3, 8, 8),
         num_classes=2,
-        solver=SolverOptions(method, num_steps=5),
+        solver=SolverOptions(method, num_steps=4),
         machine=machine,
         seed=0,
         guidance=guidance or GuidanceOptions(2.0, (0.3, 0.8)),
@@ -404,6 +426,19 @@ def test_likelihood(fake_cuda, exact):
     assert {tensor.device for tensor in found} == {CUDA}
 
 
+def test_training_free_completions(fake_cuda):
+    sampler = new_sampler()
+    header = SimpleNamespace(path=PathOptions(sigma_min=1e-5))
+    conditioned = SimpleNamespace(
+        image_indices=torch.tensor,
+        raw=lambda indices: torch.zeros(len(indices), 4, 8, 8, dtype=torch.uint8),
+        labels=lambda: lambda indices, classes: torch.zeros(len(indices), dtype=torch.long),
+    )
+    draw = training_free_draw(SimpleNamespace(header=header, sampler=sampler), conditioned, resamplings=2)
+    (batch,) = draw(sampler, [0, 1])
+    assert (batch.images.device.type, batch.images.shape) == ("cpu", (2, 3, 8, 8))
+
+
 def test_inpainting_without_training(fake_cuda):
     sampler = new_sampler()
     velocity = sampler.velocity(torch.zeros(2, dtype=torch.long))
@@ -427,13 +462,15 @@ def test_fashion_features(fake_cuda, monkeypatch):
     assert {(value.device, value.dtype) for value in found.values()} == {(CUDA, torch.float32)}
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_inception_features(fake_cuda, monkeypatch, inception_weights, precision):
+@pytest.mark.parametrize(("precision", "dims"), [("fp32", 2048), ("bf16", 192)])
+def test_inception_features(fake_cuda, monkeypatch, inception_weights, precision, dims):
     monkeypatch.setattr(evaluation.features.inception, "weights_hash", lambda weights: "")
     with outside():
-        built = evaluation.features.inception._build(inception_weights, 2048)
+        built = evaluation.features.inception._build(inception_weights, dims)
     monkeypatch.setattr(evaluation.features.inception, "_build", lambda weights, dims: built)
-    features = InceptionFeatures(inception_weights, CUDA, precision=precision)
-    found = features(torch.zeros(2, 1, 32, 32, dtype=torch.uint8), features.outputs)
+    features = InceptionFeatures(inception_weights, CUDA, dims, precision)
+    with Products() as products:
+        found = features(torch.zeros(2, 1, 32, 32, dtype=torch.uint8), features.outputs)
+    assert features.dtype in products.dtypes
     assert {name: value.shape[1] for name, value in found.items()} == features.outputs
     assert {(value.device, value.dtype) for value in found.values()} == {(CUDA, torch.float32)}

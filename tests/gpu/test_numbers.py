@@ -1,6 +1,5 @@
 """Networks, solvers, autoencoders and scores on the device, compared with the CPU."""
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,24 +57,29 @@ def test_three_steps_agree_with_float32_on_a_cpu(model_type, precision, device, 
         muon = model_type.startswith("DiT")
         options = OptimizerOptions(optimizer="muon" if muon else "adamw", lr=1e-3, muon_lr=1e-3)
         state = TrainingState(network, machine, 0.9, options, None, NETWORKS[model_type].hidden_matrices)
-        before = copy.deepcopy(network.state_dict())
+        watched = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(9)).to(machine.device)
+        condition = Condition((torch.arange(4) % 2).to(machine.device))
+
+        @torch.no_grad()
+        def velocity():
+            return network(torch.full((4,), 0.5, device=machine.device), watched, condition)
+
+        before = velocity()
         for seed in range(3):
             generator = torch.Generator().manual_seed(seed)
             data, noise = torch.randn(2, 4, 3, 8, 8, generator=generator).to(machine.device)
-            t = torch.rand(4, generator=generator).to(machine.device)
-            batch = Batch(data, noise, Times(t), Condition((torch.arange(4) % 2).to(machine.device)))
+            batch = Batch(data, noise, Times(torch.rand(4, generator=generator).to(machine.device)), condition)
             state.advance(network, OBJECTIVE, batch, 1e-3, grad_clip=1.0, accumulation=2)
-        moved = [(network.state_dict()[name] - start).float().cpu().flatten() for name, start in before.items()]
-        return state.sums[0].cpu() / 3, torch.cat(moved), state.take_skipped()
+        return state.sums[0] / 3, velocity() - before, state.take_skipped()
 
-    loss, moved, skipped = trained(Machine(device, precision))
-    expected, expected_moved, _ = trained(Machine(CPU, "fp32"))
+    loss, change, skipped = trained(Machine(device, precision))
+    expected, expected_change, _ = trained(Machine(CPU, "fp32"))
     assert not skipped
-    error, change = relative(loss, expected), relative(moved, expected_moved)
-    report(f"three steps of {model_type} in {precision}: loss {error:.1e}, weights' change {change:.1e}")
-    assert error < LARGEST_ERROR[precision]
-    # Adam divides by the gradient's size, so that rounding turns the smallest gradients around.
-    assert change < (0.02 if precision == "fp32" else 0.6)
+    errors = relative(loss, expected), relative(change, expected_change)
+    report(f"three steps of {model_type} in {precision}: loss {errors[0]:.1e}, change of the velocity {errors[1]:.1e}")
+    assert errors[0] < LARGEST_ERROR[precision]
+    # Adam divides by the size of a gradient, so rounding changes the steps of weights with tiny gradients.
+    assert errors[1] < (0.02 if precision == "fp32" else 0.3)
 
 
 FACTS = DatasetFacts("images", 8, 3, None, True, ())
@@ -155,7 +159,8 @@ def test_scores_equal_a_cpus_within_their_error(name, device, inception_weights,
     found, expected = scores_of(network(device), sets), scores_of(network(CPU), sets)
     for metric, value in expected.items():
         report(f"{metric} of {name}: {found[metric]:.6g}, on a CPU {value:.6g}")
-        assert found[metric] == pytest.approx(value, rel=1e-3, abs=1e-3)
+        counted = metric in ("precision", "recall")  # a neighbor at nearly equal distance counts as one image of 160
+        assert found[metric] == pytest.approx(value, rel=1e-3, abs=0.02 if counted else 1e-4)
 
 
 def test_features_in_bfloat16(device, inception_weights, report):

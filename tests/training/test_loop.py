@@ -336,7 +336,7 @@ def test_the_memory_of_a_step_is_shown_on_gpus_only(tmp_path, monkeypatch, capsy
     )
     assert "1.0 of 2.0 GB are free, enough for" in shown.out
     assert "warning" not in shown.err
-    monkeypatch.setattr(training.loop, "free_memory", lambda device: (10**6, 10**6))
+    monkeypatch.setattr(training.loop, "free_memory", lambda device: (10**5, 10**5))
     train(new_run(tmp_path / "small", max_steps=1, batch_size=20), resume=False)
     assert "warning: the training step is estimated to need 0.0 GB" in capsys.readouterr().err
 
