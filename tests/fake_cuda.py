@@ -24,7 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 __all__ = ["CUDA", "READS_A_VALUE", "FakeCuda", "HostWaitsError", "Products", "outside", "pretend_cuda"]
 
 CUDA = torch.device("cuda", 0)
-PRODUCTS, ATTENTION = ("mm", "addmm", "bmm", "baddbmm", "conv2d", "convolution", "linear", "matmul"), "_scaled_dot_product"
+PRODUCTS, ATTENTION = (
+    ("mm", "addmm", "bmm", "baddbmm", "conv2d", "convolution", "linear", "matmul"),
+    "_scaled_dot_product",
+)
 READS_A_VALUE = (DataDependentOutputException, DynamicOutputShapeException)
 outside = unset_fake_temporarily  # with outside(): tensors have values
 

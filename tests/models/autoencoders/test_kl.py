@@ -174,7 +174,10 @@ def test_wrong_channels():
 
 def test_wrong_size():
     autoencoder = KLAutoencoder(tiny_network(), "some/ae")
-    with pytest.raises(UsageError, match=r"multiple of 2 for the autoencoder some/ae, but it is 7 \(--image_size\)"):
+    with pytest.raises(
+        UsageError,
+        match=r"multiple of 2 for the autoencoder some/ae, but the images have 7 x 7 pixels \(--image_size\)",
+    ):
         autoencoder.encode(random_images(1, side=7))
 
 
@@ -215,7 +218,7 @@ def test_missing_folder(tmp_path):
         load(tmp_path / "none")
 
 
-@pytest.mark.parametrize("damage", ["no config", "torn config", "no weights", "torn weights", "pickled weights"])
+@pytest.mark.parametrize("damage", ["no config", "torn config", "no weights", "torn weights", "code"])
 def test_damaged_folder_is_named(saved, damage):
     config, weights = saved / "config.json", saved / "diffusion_pytorch_model.safetensors"
     if damage == "no config":
@@ -226,8 +229,8 @@ def test_damaged_folder_is_named(saved, damage):
         weights.write_bytes(weights.read_bytes()[:-100])
     else:
         weights.unlink()
-        if damage == "pickled weights":  # pickled weights may contain code
-            torch.save(tiny_network().state_dict(), saved / "diffusion_pytorch_model.bin")
+        if damage == "code":
+            torch.save(tiny_network().state_dict() | {"code": print}, saved / "diffusion_pytorch_model.bin")
     with pytest.raises(UsageError) as raised:
         load(saved)
     assert str(raised.value).startswith(f"cannot load the autoencoder {saved}: ")
@@ -235,10 +238,11 @@ def test_damaged_folder_is_named(saved, damage):
     assert "network" not in str(raised.value).removeprefix(f"cannot load the autoencoder {saved}")
 
 
-def test_unreachable_hub_hints_at_a_local_folder(monkeypatch):
+def test_a_failed_download_hints_at_a_local_folder(monkeypatch):
     def unreachable(*arguments, **settings):
         raise OSError("We couldn't connect\nto the hub")
 
+    monkeypatch.setattr(module, "check_hub", lambda name: None)
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", unreachable)
     with pytest.raises(UsageError) as raised:
         load("owner/name")
@@ -254,6 +258,7 @@ def test_download_may_show_its_progress(monkeypatch):
             pass
         return tiny_network(), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
+    monkeypatch.setattr(module, "check_hub", lambda name: None)
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda *arguments, **settings: {})
     monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", download)
     assert load("owner/name").identity == "owner/name"
