@@ -50,6 +50,7 @@ from models.dit import DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.guided_unet import GuidedUNetOptions
 from models.registry import ORIGIN_ADM, build_network
+from options import exit_cleanly
 from runtime.inference import for_sampling
 from runtime.memory import free_memory
 from runtime.precision import DeviceOptions, Machine, choose_device
@@ -355,4 +356,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_cleanly(main)
