@@ -58,6 +58,12 @@ EXHAUSTED = (
     "integer multiplication overflow", "Overflow when unpacking", "array is too big", "Maximum allowed dimension exceeded",
     "start new thread",
 )  # fmt: skip
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+LESS_MEMORY = (
+    "use a smaller --batch_size. In training, --grad_accumulation N gives the same result with less memory; "
+    "--use_grad_checkpointing and --precision bf16 save memory too. If other programs use the GPU, choose another one with "
+    "--device. If much memory is reserved but not allocated, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+)
 # Errors of the file system, and what to do about them. Other errors of the system may be bugs.
 FULL_DISK = "free some space, or choose another folder"
 OTHER_DISK = "this file system cannot do what is needed; choose a folder on another one, such as a local disk"
@@ -300,6 +306,8 @@ def explain(error: BaseException) -> Explanation | None:
         return Explanation(error.exit_code, _one_line(f"error: {error}"))
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
+    if _ran_out_of_memory(error):
+        return Explanation(2, f"error: {'. '.join(str(error).split('. ')[:3]).rstrip('.')}: {LESS_MEMORY}")
     if isinstance(error, OSError) and (error.errno in ADVICE or (error.errno == errno.EINVAL and error.filename)):
         advice = ADVICE.get(error.errno, OTHER_NAME)
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
@@ -323,6 +331,13 @@ def _is_exhausted(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError | ValueError | TypeError) and any(words in str(error) for words in EXHAUSTED)
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU had too little memory. This module does not import torch, so it goes by names and messages."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
 def exit_cleanly(main: Callable[[], int | None]) -> None:
