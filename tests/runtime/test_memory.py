@@ -1,13 +1,14 @@
 import pytest
 import torch
 
+from failures import LESS_MEMORY
 from flow.objectives import FlowMatching
 from flow.paths import PathOptions
 from models.conditions import Condition
 from models.dit import DiT, DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.registry import build_network
-from options import LESS_MEMORY, UsageError, exit_cleanly, explain
+from options import UsageError, exit_cleanly, explain
 from runtime.memory import Activations, StepMemory, advise, free_memory, measure_activations
 from runtime.precision import Machine
 from tests.small_networks import UNET
