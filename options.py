@@ -50,12 +50,20 @@ T = TypeVar("T")
 OnResume = Literal["never", "on_request", "rounding", "freely"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
-OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+GPU_EXHAUSTED = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 LESS_MEMORY = (
     "use a smaller --batch_size. In training, --grad_accumulation N gives the same result with less memory; "
     "--use_grad_checkpointing and --precision bf16 save memory too. If other programs use the GPU, choose another one with "
     "--device. If much memory is reserved but not allocated, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
 )
+MOST = 2**63 - 1  # of integers, whose values end in 64-bit tensors
+LONGEST_MESSAGE = 1500  # characters
+# What libraries write where memory or threads run out, or where a product of sizes exceeds 64 bits.
+EXHAUSTED = (
+    "allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed",
+    "integer multiplication overflow", "Overflow when unpacking", "array is too big", "Maximum allowed dimension exceeded",
+    "start new thread",
+)  # fmt: skip
 # Errors of the file system, and what to do about them. Other errors of the system may be bugs.
 FULL_DISK = "free some space, or choose another folder"
 OTHER_DISK = "this file system cannot do what is needed; choose a folder on another one, such as a local disk"
@@ -230,6 +238,8 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
     lowest, highest, choices = (field.metadata[name] for name in ("minimum", "maximum", "choices"))
     for item in value if isinstance(value, tuple) else (value,):
         # `not item >= lowest` also rejects nan, which `item < lowest` would accept.
+        if type(item) is int and not -MOST <= item <= MOST:
+            raise UsageError(f"--{field.name}: expected an integer of 64 bits, but {str(item)[:25]}... was given")
         if lowest is not None and not item >= lowest:
             raise UsageError(f"--{field.name} must be at least {lowest}, but {value} was given")
         if highest is not None and not item <= highest:
@@ -293,23 +303,42 @@ class Explanation(NamedTuple):
 def explain(error: BaseException) -> Explanation | None:
     """The explanation of an error that is not a bug; None for a bug, whose traceback matters."""
     if isinstance(error, UsageError):
-        return Explanation(error.exit_code, f"error: {error}")
+        return Explanation(error.exit_code, _one_line(f"error: {error}"))
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
-    if _ran_out_of_memory(error):
-        return Explanation(2, f"error: {'. '.join(str(error).split('. ')[:3]).rstrip('.')}: {LESS_MEMORY}")
+    if _is_gpu_exhausted(error):
+        first = (str(error).strip().splitlines() or ["out of memory"])[0]
+        return Explanation(2, f"error: {'. '.join(first.split('. ')[:3]).rstrip('.')}: {LESS_MEMORY}")
     if isinstance(error, OSError) and (error.errno in ADVICE or (error.errno == errno.EINVAL and error.filename)):
         advice = ADVICE.get(error.errno, OTHER_NAME)
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
-        return Explanation(2, f"error: {error.strerror}: {where}" + (f": {advice}" if advice else ""))
+        return Explanation(2, _one_line(f"error: {error.strerror}: {where}" + (f": {advice}" if advice else "")))
+    if _is_exhausted(error):
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Explanation(
+            2, f"error: not enough memory: use smaller batches, images or networks, or fewer threads ({reason})"
+        )
     return None
 
 
-def _ran_out_of_memory(error: BaseException) -> bool:
+def _is_gpu_exhausted(error: BaseException) -> bool:
     """Whether a GPU had too little memory. This module does not import torch, so it goes by names and messages."""
     if type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in GPU_EXHAUSTED)
+
+
+def _one_line(text: str) -> str:
+    """The text without line breaks and, if it is very long, without its middle: libraries' errors and names can be."""
+    line = " ".join(part.strip() for part in text.splitlines())
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 300]} ... {line[-300:]}"
+
+
+def _is_exhausted(error: BaseException) -> bool:
+    """Whether memory or threads ran out. Libraries raise other errors for it too."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError | ValueError | TypeError) and any(words in str(error) for words in EXHAUSTED)
 
 
 def exit_cleanly(main: Callable[[], int | None]) -> None:

@@ -215,7 +215,7 @@ def _read_mask(path: Path, size: int) -> torch.Tensor:
 class SheetOptions:
     """Sheet of masks."""
 
-    size: int = option(64, "side of the masks in pixels", minimum=4)
+    size: int = option(64, "side of the masks in pixels", minimum=4, maximum=4096)
     count: int = option(1000, "masks of each kind over which hole ratios are computed", minimum=SHEET_COLUMNS)
     seed: int = option(0, "seed of the masks", minimum=0)
 

@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_THREADS = 1024
 EVALUATIONS_WORTH_COMPILING = 1000  # network evaluations that make up for the minute that compiling takes
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's parameters in glibc's malloc.h
 
@@ -45,6 +46,7 @@ class DeviceOptions:
         "CPU threads per process; 0: the machine's cores, divided among its processes. Results are bit-identical only for the "
         "same number",
         minimum=0,
+        maximum=MOST_THREADS,
         on_resume="rounding",
     )
 

@@ -136,7 +136,8 @@ def test_running_out_of_memory_becomes_one_line(capsys):
 
 
 def test_other_errors_of_torch_are_defects():
-    assert explain(RuntimeError("CUDA error: out of memory")).exit_code == 2
+    found = explain(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"))
+    assert found == (2, f"error: CUDA error: out of memory: {LESS_MEMORY}")
     assert explain(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")).exit_code == 2
     assert explain(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
-    assert explain(ValueError("CUDA error: out of memory")) is None
+    assert "--grad_accumulation" not in explain(MemoryError()).line  # a CPU's

@@ -200,13 +200,12 @@ def test_a_crashed_run_resumes_from_its_last_training_state(reference_run, tmp_p
     assert_same_run(folder, reference_run)
 
 
-def test_the_last_preview_is_drawn_after_the_run_is_saved(reference_run, tmp_path, monkeypatch):
+def test_a_run_without_its_last_preview_is_saved(reference_run, tmp_path, monkeypatch):
     def fail(validation, network):
         raise RuntimeError("no picture")
 
     monkeypatch.setattr(Validation, "preview", fail)
-    with pytest.raises(RuntimeError, match="no picture"):
-        train(new_run(tmp_path / "run", experiment={"plot_every": 1000}), resume=False)
+    assert train(new_run(tmp_path / "run", experiment={"plot_every": 1000}), resume=False)
     assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == STEPS
     for path in reference_run.glob("*.safetensors"):
         assert (tmp_path / "run" / path.name).read_bytes() == path.read_bytes()
