@@ -10,10 +10,10 @@ import torch
 
 import benchmarks._latents as latents
 from benchmarks.training_step import CASES, DECAY, OBJECTIVE, RATE, Case, new_batch, new_network
+from exits import explain
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
 from models.dit import DiTOptions
-from options import explain
 from runtime.distributed import Processes
 from runtime.memory import StepMemory, measure_activations
 from runtime.precision import Machine
