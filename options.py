@@ -10,19 +10,14 @@ Pydantic is not used, because it checks ranges but does not handle flags or the 
 import dataclasses
 import shlex
 import shutil
-import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
 
-from failures import INTERRUPTED, DivergedError, UsageError, explain
-from streams import steady_output
-
 __all__ = [
-    "INTERRUPTED",
     "DivergedError",
     "OnResume",
     "Options",
@@ -30,8 +25,6 @@ __all__ = [
     "argument_type",
     "as_json",
     "check_range",
-    "exit_cleanly",
-    "explain",
     "group_title",
     "make_options",
     "option",
@@ -49,6 +42,18 @@ T = TypeVar("T")
 OnResume = Literal["never", "on_request", "rounding", "freely"]
 
 MOST = 2**63 - 1  # of integers, whose values end in 64-bit tensors
+
+
+class UsageError(ValueError):
+    """Invalid input. The message says what was expected, what was given and what to do."""
+
+    exit_code = 2
+
+
+class DivergedError(UsageError):
+    """A training run that produces non-finite values and does not recover."""
+
+    exit_code = 3
 
 
 def option(
@@ -247,22 +252,6 @@ def as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def exit_cleanly(main: Callable[[], int | None]) -> None:
-    """Run a script's main function and exit.
-
-    A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3. Output that cannot be written
-    is dropped.
-    """
-    with steady_output():
-        try:
-            sys.exit(main() or 0)
-        except (Exception, KeyboardInterrupt) as error:
-            if (reason := explain(error)) is None:
-                raise
-            print(wrapped(reason.line, sys.stderr), file=sys.stderr)
-            sys.exit(reason.exit_code)
 
 
 def wrapped(line: str, file: TextIO, indent: int = 4) -> str:

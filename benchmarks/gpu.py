@@ -42,6 +42,7 @@ from benchmarks.training_step import (
 )
 from datasets_prep.datasets import DatasetFacts
 from evaluation.features.inception import InceptionFeatures
+from exits import exit_cleanly
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from models.autoencoders.pixels import PixelSpace
@@ -50,7 +51,6 @@ from models.dit import DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.guided_unet import GuidedUNetOptions
 from models.registry import ORIGIN_ADM, build_network
-from options import exit_cleanly
 from runtime.inference import for_sampling
 from runtime.memory import free_memory
 from runtime.precision import DeviceOptions, Machine, choose_device

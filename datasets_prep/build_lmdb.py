@@ -28,7 +28,8 @@ from datasets_prep.folders import list_files, state_of_files
 from datasets_prep.images import IMAGE_SUFFIXES, LARGEST_SIZE, MOST_READERS, BadImageError, read_image
 from datasets_prep.lmdb_file import open_lmdb_file
 from datasets_prep.lmdb_images import HELD_OUT_SHARE
-from options import UsageError, exit_cleanly, option
+from exits import exit_cleanly
+from options import UsageError, option
 from runtime.files import free_bytes, read_json, write_json
 from runtime.locks import locked
 from runtime.messages import note, show, warn

@@ -19,7 +19,8 @@ from PIL import Image
 from command_line import leading_word, parse_options
 from datasets_prep.images import MOST_READERS, BadImageError, open_rgb
 from datasets_prep.label_maps.celebamask_hq import MAPS, PARTS, find_celebamask, numbered_images
-from options import UsageError, exit_cleanly, option
+from exits import exit_cleanly
+from options import UsageError, option
 from runtime.files import atomic_path
 from runtime.messages import show
 from runtime.outputs import check_folder

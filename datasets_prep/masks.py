@@ -25,7 +25,8 @@ from torchvision.utils import make_grid
 from command_line import leading_word, parse_options
 from datasets_prep.folders import list_files
 from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, crop_map, open_rgb
-from options import UsageError, exit_cleanly, option
+from exits import exit_cleanly
+from options import UsageError, option
 from runtime.files import atomic_path
 from runtime.messages import show
 from runtime.randomness import generator_for

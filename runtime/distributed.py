@@ -22,7 +22,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from options import UsageError, explain
+from exits import explain
+from options import UsageError
 from runtime.messages import note
 
 __all__ = [

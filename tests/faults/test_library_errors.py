@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset
 from datasets_prep.latent_cache import build_latent_cache
 from evaluation.sources import open_source
-from failures import LONGEST_MESSAGE, UsageError, explain
+from exits import LONGEST_MESSAGE, explain
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.edm_unet import EdmUNetOptions
 from models.registry import build_network
+from options import UsageError
 from runtime.distributed import join_processes
 from runtime.precision import Machine
 from runtime.weights import check_finite

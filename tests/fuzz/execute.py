@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from options import INTERRUPTED
+from exits import INTERRUPTED
 from tests.fuzz.cases import Case, takes_long
 from tests.fuzz.damage import apply_damage
 from tests.fuzz.scripts import run_entry

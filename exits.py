@@ -1,10 +1,15 @@
-"""Errors of users, and the lines that scripts print about them and about what the system and libraries raise."""
+"""How scripts end: what a user can act on becomes one line on stderr with an exit code, and bugs keep their traceback."""
 
 import errno
 import os
+import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
-__all__ = ["INTERRUPTED", "DivergedError", "Explanation", "UsageError", "explain"]
+from options import UsageError, wrapped
+from streams import steady_output
+
+__all__ = ["INTERRUPTED", "Explanation", "exit_cleanly", "explain"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 LONGEST_MESSAGE = 1500  # characters
@@ -39,18 +44,6 @@ ADVICE: dict[int, str] = {
 }
 
 
-class UsageError(ValueError):
-    """Invalid input. The message says what was expected, what was given and what to do."""
-
-    exit_code = 2
-
-
-class DivergedError(UsageError):
-    """A training run that produces non-finite values and does not recover."""
-
-    exit_code = 3
-
-
 class Explanation(NamedTuple):
     """A script's exit code, and the line it prints to stderr, after an error that is not a bug."""
 
@@ -65,7 +58,7 @@ def explain(error: BaseException) -> Explanation | None:
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
     if _ran_out_of_memory(error):
-        return Explanation(2, f"error: {'. '.join(str(error).split('. ')[:3]).rstrip('.')}: {LESS_MEMORY}")
+        return Explanation(2, _one_line(f"error: {'. '.join(str(error).split('. ')[:3]).rstrip('.')}: {LESS_MEMORY}"))
     if isinstance(error, OSError) and (error.errno in ADVICE or (error.errno == errno.EINVAL and error.filename)):
         advice = ADVICE.get(error.errno, OTHER_NAME)
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
@@ -96,3 +89,19 @@ def _ran_out_of_memory(error: BaseException) -> bool:
     if type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def exit_cleanly(main: Callable[[], int | None]) -> None:
+    """Run a script's main function and exit.
+
+    A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3. Output that cannot be written
+    is dropped.
+    """
+    with steady_output():
+        try:
+            sys.exit(main() or 0)
+        except (Exception, KeyboardInterrupt) as error:
+            if (reason := explain(error)) is None:
+                raise
+            print(wrapped(reason.line, sys.stderr), file=sys.stderr)
+            sys.exit(reason.exit_code)
