@@ -57,7 +57,7 @@ def _run(
     conditioned = options[ConditionedOptions]
     if processes.is_main:
         check_file(conditioned.output_json, "--output_json")
-        check_file(conditioned.output_log, "--output_log")
+        check_file(conditioned.output_log, "--output_log", appended=True)
     request = ConditionedRequest(
         sampler=sampler_request(options),
         conditioned=conditioned,

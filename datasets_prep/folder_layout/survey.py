@@ -108,7 +108,7 @@ def _class_counts(layout: Layout, labeling: Labeling) -> dict[str, int]:
     """Files per class, before any are held out."""
     if labeling.by_path is None:
         return layout.train.counts(layout.base) if labeling.classes else {}
-    labels = Counter(labeling.by_path[str(path)] for path in layout.train.paths())
+    labels = Counter(labeling.by_path[str(path)] for path in layout.train.paths)
     return {name: labels[number] for number, name in enumerate(labeling.classes)}
 
 

@@ -74,6 +74,27 @@ def test_probes_leave_nothing_behind(tmp_path, blocked):
     check_file("", "--output_json")
 
 
+def test_devices_pipes_and_logs_need_no_folder_that_can_be_written(tmp_path, read_only):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "log").write_text("before\n")
+    read_only(tmp_path)
+    check_file(tmp_path / "pipe", "--output_json")
+    check_file(tmp_path / "log", "--output_log", appended=True)
+    with (tmp_path / "log").open("a") as opened:
+        check_file(f"/proc/self/fd/{opened.fileno()}", "--output_log", appended=True)
+    for path, appended in ((tmp_path / "log", False), (tmp_path / "new", True)):
+        with pytest.raises(UsageError, match="Read-only file system"):
+            check_file(path, "--output_log", appended=appended)
+
+
+def test_what_is_read_only_is_replaced_but_not_appended_to(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    check_file(tmp_path / "file", "--output_json")
+    with pytest.raises(UsageError, match="it is read-only"):
+        check_file(tmp_path / "file", "--output_log", appended=True)
+
+
 def test_a_full_disk_is_noticed(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
