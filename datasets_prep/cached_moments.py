@@ -115,9 +115,8 @@ def _map_rows(path: Path) -> np.memmap:
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
-        array = np.load(
-            path, mmap_mode="c"
-        )  # a private map, which network and FUSE file systems without shared ones have
+        # Network and FUSE file systems without shared maps have private ones.
+        array = np.load(path, mmap_mode="c")
     if ADVISABLE:
         with suppress(OSError):
             array.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]

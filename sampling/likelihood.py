@@ -12,7 +12,6 @@ from flow.solvers import check_method
 from options import option
 from runtime.finite import require_finite
 from runtime.messages import labeled
-from runtime.outputs import record_failure
 from runtime.progress import progress_bar
 from sampling.loading import LoadedSampler
 from sampling.request import SamplingOptions
@@ -79,8 +78,6 @@ def compute_nll(
         f"{result['bits_per_dimension']:.4f} bits per latent dimension (standard error {error or math.nan:.4f}) of "
         f"{len(dataset)} held-out images, NFE {result['nfe']:g}",
     )
-    with record_failure(result):
-        write_result(
-            sampling.output_json, loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json", result
-        )
+    default = loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json"
+    write_result(sampling.output_json, default, result)
     return result

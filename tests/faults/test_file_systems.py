@@ -27,12 +27,12 @@ from runtime.outputs import write_error
 from runtime.torch_files import read_torch_file, save_content
 from tests.training.test_loop import new_run
 from training import checkpointing, metrics_log
-from training.disk import DiskUse, check_space
 from training.experiment import LOCK, Configuration, ExperimentOptions, only_run_in, open_experiment
 from training.loop import train
 from training.metrics_log import MetricsLog
 from training.nan_guard import NanGuard
 from training.optimizers import OptimizerOptions
+from training.resources import DiskUse, check_space
 from training.state import TrainingState
 
 

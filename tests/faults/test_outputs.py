@@ -144,14 +144,20 @@ def test_a_read_only_checkpoint_folder_needs_another_output_folder(
             next(sample(checkpoint, *flags))
 
 
-@pytest.mark.parametrize("failing", ["save_sheet", "write_result"])
-def test_a_result_is_yielded_before_the_error_of_writing_it(failing, tmp_path, checkpoint, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "failing"),
+    [
+        ("sample", "sampling.sample_and_score.save_sheet"),
+        *((mode, "sampling.results.write_json") for mode in ("sample", "interpolate", "trajectory", "compute_nfe")),
+    ],
+)
+def test_a_result_is_yielded_before_the_error_of_writing_it(mode, failing, tmp_path, checkpoint, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    monkeypatch.setattr(f"sampling.sample_and_score.{failing}", full)
-    results = sample(checkpoint, "--output_dir", tmp_path / "out")
-    assert next(results)["samples"] == 3
+    monkeypatch.setattr(failing, full)
+    results = sample(checkpoint, "--output_dir", tmp_path / "out", "--mode", mode)
+    assert next(results)["summary" if mode != "sample" else "samples"]
     with pytest.raises(UsageError, match=r"the result above is complete, but .*: somewhere: No space left on device"):
         next(results)
 
