@@ -52,7 +52,7 @@ def invert(
 
     Raises:
         UsageError: the solver cannot integrate from data to noise, the held-out images are missing, or more than a few of
-            the latents are not finite.
+            the latents are not finite. A few cause a warning and are left out of the statistics.
     """
     sampler = loaded.sampler
     check_method(sampler.solver, backwards=True)
@@ -63,7 +63,7 @@ def invert(
     labels = dataset.labels[:count] if sampler.num_classes > 1 else torch.zeros(count, dtype=torch.long)
     velocity = sampler.velocity(labels)
     noise = solve(velocity, latents, sampler.solver, backwards=True).x
-    require_finite(noise, "inverted images")
+    fine = require_finite(noise, "inverted images")
     returned = solve(velocity, noise, sampler.solver).x
     original, back = sampler.decode(latents), sampler.decode(returned)
     real = crop_padding(images, sampler.facts).cpu()
@@ -72,9 +72,9 @@ def invert(
     result = {
         **loaded.describe(),
         "images": count,
-        "noise_mean": noise.mean().item(),
-        "noise_std": noise.std().item(),
-        "latent_rms_error": (returned - latents).square().mean().sqrt().item(),
+        "noise_mean": noise[fine].mean().item(),
+        "noise_std": noise[fine].std().item(),
+        "latent_rms_error": (returned - latents)[fine].square().mean().sqrt().item(),
         "psnr_db": psnr(error) if error else None,
         "picture": str(folder / f"{stem}.png"),
     }
