@@ -192,9 +192,13 @@ def _assignments(line: str, where: str) -> list[tuple[str, str]]:
 
 def _without_comment(line: str) -> str:
     """The line up to a `#` that begins a word outside quotes, where bash begins a comment; `set#1` has none."""
-    quote = ""
+    quote, escaped = "", False
     for position, character in enumerate(line):
-        if quote:
+        if escaped:
+            escaped = False
+        elif character == "\\" and quote != "'":
+            escaped = True
+        elif quote:
             quote = "" if character == quote else quote
         elif character in "'\"":
             quote = character
