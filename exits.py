@@ -13,7 +13,7 @@ __all__ = ["INTERRUPTED", "Explanation", "exit_cleanly", "explain"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 LONGEST_MESSAGE = 1500  # characters
-# What libraries write where memory or threads run out, or where a product of sizes exceeds 64 bits.
+# Words in the errors of libraries when memory or threads run out, or when a product of sizes exceeds 64 bits.
 EXHAUSTED = (
     "allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed",
     "integer multiplication overflow", "Overflow when unpacking", "array is too big", "Maximum allowed dimension exceeded",

@@ -52,7 +52,7 @@ class FiniteTally:
         self._bad: list[int] = []
 
     def add(self, indices: Iterable[int], not_finite: Iterable[int]) -> None:
-        """Count the samples `indices`, of which the samples `not_finite` are not finite."""
+        """Count the samples `indices`; the ones in `not_finite` are not finite."""
         self._seen += len([*indices])
         self._bad += not_finite
 

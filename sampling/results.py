@@ -29,7 +29,7 @@ def write_result(chosen: str, default: Path, result: dict[str, Any]) -> None:
 
 
 def _changed_settings(path: Path, result: dict[str, Any]) -> list[str]:
-    """Descriptions of the settings that differ from those of the score in `path`; none without a score there."""
+    """Descriptions of the settings that differ from the score's in `path`; none without a score there."""
     try:
         before = read_json(path)
     except UsageError:

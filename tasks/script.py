@@ -18,7 +18,7 @@ from runtime.processes.launch import run_script
 from sampling.request import checkpoint_groups, sampler_request
 from tasks.conditioned_request import IGNORED_FLAGS, ConditionedOptions, ConditionedRequest, conditioned_groups
 
-# What a task's own scores are called, and their units. Keys are entries of results.
+# Names and units of a task's own scores. Keys are entries of results.
 NAMES = {
     "recognised": "recognized samples",
     "recognised_originals": "recognized originals",

@@ -1,4 +1,4 @@
-"""What was found in a folder: the facts that are reported before any work, and what is surprising about them."""
+"""The facts about a folder that are reported before any work, and warnings about surprising ones."""
 
 import os
 from collections import Counter
