@@ -1,8 +1,8 @@
 """Processes that a cluster's launcher (srun, mpirun, a Kubernetes operator) starts without torchrun.
 
 Such launchers describe each process in variables of their own, which `torch_variables` translates into the variables of
-torch's launchers. The conventions are from the manuals of Slurm (srun), Open MPI (mpirun), MPICH and Intel MPI (PMI), MVAPICH, IBM's
-jsrun, HPE's PALS and Flux, and from Kubeflow's PyTorchJob.
+torch's launchers. The conventions are from the manuals of Slurm (srun), Open MPI (mpirun), MPICH and Intel MPI (PMI),
+MVAPICH, IBM's jsrun, HPE's PALS and Flux, and from Kubeflow's PyTorchJob.
 """
 
 import os
