@@ -13,7 +13,7 @@ __all__ = ["INTERRUPTED", "Explanation", "exit_cleanly", "explain"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 LONGEST_MESSAGE = 1500  # characters
-# What libraries write where memory or threads run out, or where a product of sizes exceeds 64 bits.
+# Words in the errors of libraries when memory or threads run out, or when a product of sizes exceeds 64 bits.
 EXHAUSTED = (
     "allocate memory", "not enough memory", "Storage size calculation overflowed",
     "integer multiplication overflow", "Overflow when unpacking", "array is too big", "Maximum allowed dimension exceeded",
@@ -57,13 +57,13 @@ def explain(error: BaseException) -> Explanation | None:
         return Explanation(error.exit_code, _one_line(f"error: {error}"))
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
-    if _ran_out_of_memory(error):
+    if _gpu_memory_ran_out(error):
         return Explanation(2, _one_line(f"error: {'. '.join(str(error).split('. ')[:3]).rstrip('.')}: {LESS_MEMORY}"))
     if isinstance(error, OSError) and (error.errno in ADVICE or (error.errno == errno.EINVAL and error.filename)):
         advice = ADVICE.get(error.errno, OTHER_NAME)
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
         return Explanation(2, _one_line(f"error: {error.strerror}: {where}" + (f": {advice}" if advice else "")))
-    if _is_exhausted(error):
+    if _memory_ran_out(error):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Explanation(
             2, f"error: not enough memory: use smaller batches, images or networks, or fewer threads ({reason})"
@@ -77,14 +77,14 @@ def _one_line(text: str) -> str:
     return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 300]} ... {line[-300:]}"
 
 
-def _is_exhausted(error: BaseException) -> bool:
+def _memory_ran_out(error: BaseException) -> bool:
     """Whether memory or threads ran out. Libraries raise other errors for it too."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError | ValueError | TypeError) and any(words in str(error) for words in EXHAUSTED)
 
 
-def _ran_out_of_memory(error: BaseException) -> bool:
+def _gpu_memory_ran_out(error: BaseException) -> bool:
     """Whether a GPU had too little memory. This module does not import torch, so it goes by names and messages."""
     if type(error).__name__ == "OutOfMemoryError":
         return True

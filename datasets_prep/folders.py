@@ -92,7 +92,7 @@ def list_files(folder: Path, suffixes: Collection[str], kind: str = "images") ->
     tree.left_out.other_types = Counter(tree.left_out.unread_pictures())
     if phrases := tree.left_out.describe():
         _note_once(f"not read in {folder}: {'; '.join(phrases)}")
-    return tree.paths()
+    return tree.paths
 
 
 def state_of_files(paths: list[Path], root: Path, *, times: bool) -> str:
@@ -129,7 +129,7 @@ def _files_of(
 
 
 def _training(layout: Layout, labeling: Labeling) -> tuple[list[Path], np.ndarray]:
-    paths = layout.train.paths()
+    paths = layout.train.paths
     return paths, labeling.number(paths, layout.train.root, layout.base)
 
 

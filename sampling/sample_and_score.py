@@ -111,8 +111,7 @@ def sample_and_score(
     if processes.is_main:
         with record_failure(result):
             save_sheet(first, picture, grid.columns(num_classes))
-        with record_failure(result):
-            write_result(sampling.output_json, picture.with_suffix(".json"), result)
+        write_result(sampling.output_json, picture.with_suffix(".json"), result)
     return result
 
 

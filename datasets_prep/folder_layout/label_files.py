@@ -89,7 +89,8 @@ def number_labels(labels: FileLabels, training: Sequence[Path]) -> tuple[dict[st
         number_of |= {kind(number): number for number in ids for kind in (int, str)}
     else:
         names = sorted({str(value) for value in present})
-        number_of = {value: names.index(str(value)) for value in present}
+        number_of_name = {name: number for number, name in enumerate(names)}
+        number_of = {value: number_of_name[str(value)] for value in present}
     return {path: UNLABELED if v is None else number_of.get(v, UNLABELED) for path, v in values.items()}, names
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from checkpoints.experiments import newest_model
 from checkpoints.files import read_weights
 from datasets_prep.build_lmdb import list_in_order
 from datasets_prep.datasets import DatasetFacts, DatasetOptions, FlipOptions, ImageDataset, choose_flips, open_dataset
+from datasets_prep.folder_layout.label_files import FileLabels, number_labels
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.folder_layout.splits import name_splits
 from datasets_prep.folders import list_files
@@ -409,6 +411,16 @@ def test_names_as_labels_in_files_of_each_split(tmp_path, file):
     assert (held_out.labels.tolist(), colors(held_out)) == ([1, 2, 0], [5, 6, 8])  # without the fly
     assert train.facts.class_names == ("cat", "dog", "eel")
     assert "held-out files of no training class, which are left out: 1 (" in warnings_of(root)
+
+
+def test_numbering_many_names_takes_time_in_proportion(tmp_path):
+    """With one search per name, 20,000 names would take many seconds."""
+    paths = [tmp_path / f"{number}.png" for number in range(20_000)]
+    labels = FileLabels({str(path): f"a {path.stem}" for path in paths}, "", [], [])
+    began = time.process_time()
+    numbers, names = number_labels(labels, paths)
+    assert time.process_time() - began < 2
+    assert all(names[numbers[str(path)]] == f"a {path.stem}" for path in paths)
 
 
 def test_one_file_may_label_both_splits(tmp_path):
