@@ -2,17 +2,21 @@
 
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from options import UsageError, wrapped
 from streams import steady_output
 
-__all__ = ["INTERRUPTED", "Explanation", "exit_cleanly", "explain"]
+__all__ = ["INTERRUPTED", "Explanation", "exit_cleanly", "explain", "guarded_imports"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 LONGEST_MESSAGE = 1500  # characters
+SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([^:()\[\]]+)(: '([^']+)')?")  # how Python prints an OSError
 # Words in the errors of libraries when memory or threads run out, or when a product of sizes exceeds 64 bits.
 EXHAUSTED = (
     "allocate memory", "not enough memory", "Storage size calculation overflowed",
@@ -54,7 +58,7 @@ class Explanation(NamedTuple):
 def explain(error: BaseException) -> Explanation | None:
     """The explanation of an error that is not a bug; None for a bug, whose traceback matters."""
     if isinstance(error, UsageError):
-        return Explanation(error.exit_code, _one_line(f"error: {error}"))
+        return Explanation(error.exit_code, _one_line(f"error: {_without_numbers(str(error))}"))
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
     if _gpu_memory_ran_out(error):
@@ -69,6 +73,16 @@ def explain(error: BaseException) -> Explanation | None:
             2, f"error: not enough memory: use smaller batches, images or networks, or fewer threads ({reason})"
         )
     return None
+
+
+def _without_numbers(text: str) -> str:
+    """The text with the system's errors in words only, and without a path after them that the text names before."""
+
+    def words(error: re.Match[str]) -> str:
+        reason, tail, path = error.groups(default="")
+        return reason if path and path in text[: error.start()] else reason + tail
+
+    return SYSTEM_ERROR.sub(words, text)
 
 
 def _one_line(text: str) -> str:
@@ -105,3 +119,23 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
                 raise
             print(wrapped(reason.line, sys.stderr), file=sys.stderr)
             sys.exit(reason.exit_code)
+
+
+@contextmanager
+def guarded_imports() -> Iterator[None]:
+    """Exit with one line, not a traceback, if the imports in this block are interrupted or a package is not installed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if find_spec(package) is not None:
+            raise
+        line = (
+            f"error: {sys.executable} lacks the package {package}: run `source .venv/bin/activate` first, or install the "
+            "requirements (README.md)"
+        )
+        print(wrapped(line, sys.stderr), file=sys.stderr)
+        sys.exit(2)

@@ -200,7 +200,8 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
     for item in value if isinstance(value, tuple) else (value,):
         # `not item >= lowest` also rejects nan, which `item < lowest` would accept.
         if type(item) is int and not -LARGEST_INTEGER <= item <= LARGEST_INTEGER:
-            raise UsageError(f"--{field.name}: expected an integer of 64 bits, but {str(item)[:25]}... was given")
+            digits = len(str(abs(item)))
+            raise UsageError(f"--{field.name}: expected an integer of 64 bits, but {digits} digits were given")
         if lowest is not None and not item >= lowest:
             raise UsageError(f"--{field.name} must be at least {lowest}, but {value} was given")
         if highest is not None and not item <= highest:

@@ -23,6 +23,7 @@ __all__ = ["ClassFiles", "list_files", "list_split", "open_folder", "open_imagen
 
 HELD_OUT_EVERY = 20  # without held-out images in a folder of their own, every twentieth image is held out
 IMAGENET_TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
+LMDB_ADVICE = "for an LMDB, pass another --dataset (docs/datasets.md)"
 NAMED_CLASSES = 10  # at most so many class names in an error message
 
 
@@ -163,7 +164,10 @@ def _held_out(
 def _no_files(tree: FolderTree, suffixes: Collection[str], kind: str) -> UsageError:
     left_out = "; ".join(tree.left_out.describe())
     found = f" (not read: {left_out})" if left_out else ""
-    return UsageError(f"no {kind} in {tree.root}: expected files ending in {', '.join(sorted(suffixes))}{found}")
+    advice = f"; {LMDB_ADVICE}" if ".mdb" in tree.left_out.other_types else ""
+    return UsageError(
+        f"no {kind} in {tree.root}: expected files ending in {', '.join(sorted(suffixes))}{found}{advice}"
+    )
 
 
 @cache

@@ -66,7 +66,7 @@ def describe_content(head: bytes) -> str:
     for beginning, content in CONTENTS:
         if head.startswith(beginning) or text.startswith(beginning):
             return f"it holds {content}"
-    return "its format is not that of an image"
+    return "it is not in a known image format"
 
 
 def read_bytes(source: str | Path | BinaryIO, count: int = -1) -> bytes:

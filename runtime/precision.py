@@ -214,8 +214,9 @@ def find_device(options: DeviceOptions, processes: Processes = Processes()) -> t
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a missing GPU or driver
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        detail = "" if "device string" in reason else f" ({reason})"  # torch lists all types of devices that it knows
         raise UsageError(
-            f"--device {name} is not available: expected auto, cpu, cuda or cuda:N on this machine ({reason})"
+            f"--device {name} is not available: expected auto, cpu, cuda or cuda:N on this machine{detail}"
         ) from error
     # Without TF32, float32 means float32. The switches are global, so a thread that changed them would change others' results.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

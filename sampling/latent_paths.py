@@ -105,7 +105,7 @@ def interpolate(loaded: LoadedSampler, sampling: SamplingOptions, pictures: Pict
     sampler = loaded.sampler
     seeds = pictures.seeds or (sampler.seed, sampler.seed + 1)
     if len(seeds) != 2:
-        raise UsageError(f"--seeds: expected two seeds, but {len(seeds)} were given")
+        raise UsageError(f"--seeds: expected two seeds, but found {len(seeds)}")
     indices = range(pictures.pictured)
     first, last = (replace(sampler, seed=seed).noise(indices) for seed in seeds)
     shares = torch.linspace(0, 1, pictures.frames).tolist()

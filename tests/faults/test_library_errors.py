@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset
 from datasets_prep.latent_cache import build_latent_cache
 from evaluation.sources import open_source
-from exits import LONGEST_MESSAGE, explain
+from exits import INTERRUPTED, LONGEST_MESSAGE, explain, guarded_imports
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.edm_unet import EdmUNetOptions
@@ -86,6 +86,32 @@ def test_a_message_is_one_line_of_limited_length():
     assert explanation.line.startswith("error: cannot read a: first second xxx")
     assert explanation.line.endswith("x end")
     assert len(explanation.line) < LONGEST_MESSAGE + 10
+
+
+def test_a_message_gives_the_systems_errors_in_words_and_a_path_once():
+    error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a/b.npz")
+    assert explain(UsageError(f"cannot read a/b.npz: {error}")).line == (
+        "error: cannot read a/b.npz: No such file or directory"
+    )
+    assert explain(UsageError(f"no labels ({error}): check")).line == (
+        "error: no labels (No such file or directory: 'a/b.npz'): check"
+    )
+    assert explain(UsageError("no hub ([Errno -2] Name or service not known), stop")).line == (
+        "error: no hub (Name or service not known), stop"
+    )
+
+
+def test_imports_end_scripts_in_one_line(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as ended, guarded_imports():
+        import no_such_package.part  # noqa: F401
+    assert ended.value.code == 2
+    assert "lacks the package no_such_package: run `source .venv/bin/activate`" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError), guarded_imports():  # a bug, or another version
+        import runtime.no_such_module  # noqa: F401
+    with pytest.raises(SystemExit) as ended, guarded_imports():
+        raise KeyboardInterrupt
+    assert ended.value.code == INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
 
 
 # By case: the script, its flags, and what its error line says.

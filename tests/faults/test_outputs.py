@@ -135,6 +135,7 @@ def test_a_read_only_checkpoint_folder_needs_another_output_folder(
     assert (tmp_path / "nfe.json").exists()
     (result,) = sample(checkpoint, "--output_dir", tmp_path / "png", "--save_images", "png")
     assert Path(result["grid"]).parent == tmp_path / "png_grid"
+    assert result["files"] == str(tmp_path / "png")
     assert Path(result["grid"]).exists()
     assert "so the picture and the result are in" in capsys.readouterr().err
     assert len(list((tmp_path / "png").glob("*.png"))) == 3
