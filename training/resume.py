@@ -1,5 +1,7 @@
 """Resume a run from content.pth: exactly from this project's file, or as far as possible from LFM's."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +60,9 @@ def resume_run(
         if not is_published_content(content) and not (isinstance(content, dict) and content.keys() >= ENTRIES):
             raise UsageError(f"{file} is not a training state: expected the entries {', '.join(sorted(ENTRIES))}")
         if not is_published_content(content) and not sharded:
-            for part in (content["network"], content["ema"]["weights"]):
-                check_finite(part, file, state.network.state_dict())
+            with _of_training_state(file):
+                for part in (content["network"], content["ema"]["weights"]):
+                    check_finite(part, file, state.network.state_dict())
         return content
 
     path, content = read_newest(path, read, processes)
@@ -70,8 +73,27 @@ def resume_run(
                 "from the file's weights with --init_from"
             )
         return _restore_published(state, parse_published(content, path), path, per_epoch, header)
-    state.restore(content, processes)
+    with _of_training_state(path):
+        state.restore(content, processes)
     return path.name
+
+
+@contextmanager
+def _of_training_state(path: Path) -> Iterator[None]:
+    """Explain errors of a block that reads the entries of a training state, which a damaged file may lack.
+
+    Raises:
+        UsageError: an entry is missing or has another type.
+    """
+    try:
+        yield
+    except UsageError:  # a ValueError, too
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{path} is not a complete training state ({type(error).__name__}: {error}). Start over with --overwrite (the old "
+            "run is moved aside), and keep its last weights with --init_from one of its checkpoints"
+        ) from error
 
 
 def _restore_published(

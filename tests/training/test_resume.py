@@ -11,6 +11,7 @@ from models.conditions import DenseConditioned, DenseInput
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError
+from runtime.distributed import Processes
 from runtime.precision import Machine
 from runtime.torch_files import save_content
 from tests.headers import header_of
@@ -188,3 +189,23 @@ def test_lfms_inpainting_run_resumes_inside_the_wrapper(tmp_path):
                 found = state.optimizers[0].state[inner[name]][moment]
                 assert torch.equal(found, optimizer.state[parameter][moment]), name
             assert torch.equal(state.ema.weights[name], optimizer.state[parameter]["ema"]), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content["ema"].pop("updates"),
+        lambda content: content["ema"].pop("weights"),
+        lambda content: content.update(ema=3),
+        lambda content: content.update(sums="x"),
+        lambda content: content["optimizers"].append(content["optimizers"][0]),
+        lambda content: content["optimizers"][0].pop("state"),
+    ],
+)
+def test_a_training_state_that_lacks_inner_entries_is_one_line(change, tmp_path):
+    state = new_state()
+    content = state.content(Processes())
+    change(content)
+    save_content(tmp_path / "content.pth", content)
+    with pytest.raises(UsageError, match=r"content\.pth is not a complete training state .* --overwrite"):
+        resume_run(new_state(), tmp_path / "content.pth", 10, HEADER)
