@@ -1,9 +1,8 @@
 """Memory of a training step, estimated before the first one.
 
 Weights, gradients, optimizer state and EMA follow from the parameters. Activations are measured: a forward pass on fake
-tensors, which have shapes but no values, lists the tensors that autograd saves for the backward pass. Compiled networks save
-less, so the estimate is an upper bound. It does not include workspaces of libraries and fragmentation, for which MARGIN
-leaves room.
+tensors, which have shapes but no values, lists the tensors that autograd saves for the backward pass. Compiled networks
+usually save less. MARGIN leaves room for what is not counted: workspaces of libraries, temporary tensors and fragmentation.
 """
 
 from collections.abc import Callable
@@ -68,9 +67,15 @@ class StepMemory(NamedTuple):
 
 
 def free_memory(device: torch.device) -> tuple[int, int] | None:
-    """Free and total bytes of a GPU; None for a CPU, or if torch cannot tell."""
-    report = getattr(getattr(torch, device.type, None), "mem_get_info", None)
-    return None if report is None else report(device)
+    """Free and total bytes of a GPU; None for a CPU, or if torch does not report them.
+
+    Memory that torch has reserved but does not use, such as after encoding the dataset, counts as free.
+    """
+    kind: Any = getattr(torch, device.type, None)
+    if not hasattr(kind, "mem_get_info"):
+        return None
+    free, total = kind.mem_get_info(device)
+    return free + kind.memory_reserved(device) - kind.memory_allocated(device), total
 
 
 def describe_free(free: float, total: float) -> str:
