@@ -15,7 +15,16 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Activations", "StepMemory", "advise", "describe_free", "free_memory", "measure_activations"]
+__all__ = [
+    "MARGIN",
+    "Activations",
+    "GpuAttention",
+    "StepMemory",
+    "advise",
+    "describe_free",
+    "free_memory",
+    "measure_activations",
+]
 
 MARGIN = 0.9  # share of the free memory that the estimate may use
 
@@ -141,7 +150,7 @@ def _pass(
     network: nn.Module, loss: Callable[[Network, int], torch.Tensor], device: torch.device, count: int
 ) -> tuple[float, float]:
     """Bytes saved in one forward pass, and in the block that saves most."""
-    with FakeTensorMode(), _GpuAttention(), torch.enable_grad():
+    with FakeTensorMode(), GpuAttention(), torch.enable_grad():
         own = {
             name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
             for name, value in [*network.named_parameters(), *network.named_buffers()]
@@ -201,7 +210,7 @@ def _key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _GpuAttention(TorchFunctionMode):
+class GpuAttention(TorchFunctionMode):
     """Attention by the kernels that torch chooses on GPUs, which save no matrix of all pairs of tokens."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
