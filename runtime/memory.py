@@ -211,10 +211,11 @@ def _key(tensor: torch.Tensor) -> int:
 
 
 class GpuAttention(TorchFunctionMode):
-    """Attention by the kernels that torch chooses on GPUs, which save no matrix of all pairs of tokens."""
+    """Attention by the kernels that torch chooses on GPUs if rows are contiguous. They save no matrix of pairs of tokens."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention and len(args) == 3 and args[0].device.type != "cpu":
+        fused = func is functional.scaled_dot_product_attention and len(args) == 3 and args[0].device.type != "cpu"
+        if fused and all(each.stride(-1) == 1 for each in args):
             if args[0].dtype == torch.float32:
                 return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)[0]
             return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]

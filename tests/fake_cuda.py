@@ -55,11 +55,12 @@ class FakeCuda(FakeTensorMode):
 
 
 class Products(TorchDispatchMode):
-    """Records the dtypes of matrix products, convolutions and attention, and refuses products of two dtypes."""
+    """Records names and dtypes of matrix products, convolutions and attention, and refuses products of two dtypes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -68,6 +69,7 @@ class Products(TorchDispatchMode):
             if len(dtypes) > 1 and not name.startswith(ATTENTION):  # whose sums are saved in float32
                 raise RuntimeError(f"expected the factors of {func} to have the same dtype, but got {dtypes}")
             self.dtypes.add(args[0].dtype)
+            self.names.add(name)
         return func(*args, **kwargs or {})
 
 
