@@ -2,8 +2,8 @@
 #   bench       speed of training, sampling and data loading on this machine. Each benchmark takes a few minutes;
 #               training_step takes a few minutes for each of five networks. sampling needs the model that
 #               `bash run.sh` trains, memory needs 13 GB, and data needs 8 GB of disk.
-#   bench-gpu   the same on a GPU: training, sampling, encoding and scoring, in under ten minutes.
-#   test-gpu    tests on a GPU, in under ten minutes. LFM_GPU_TEST_DEVICE=cpu checks the tests themselves.
+#   bench-gpu   the same on a GPU: training, sampling, encoding and scoring. The goal is ten minutes.
+#   test-gpu    tests on a GPU. The goal is ten minutes. LFM_GPU_TEST_DEVICE=cpu checks the tests themselves.
 #   bench-long  the measurements in docs/lab-notes/sampling.md, docs/reproduction.md and docs/reliability.md. Takes hours.
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"

@@ -23,7 +23,7 @@ EXHAUSTED = (
     "integer multiplication overflow", "Overflow when unpacking", "array is too big", "Maximum allowed dimension exceeded",
     "start new thread",
 )  # fmt: skip
-OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 LESS_MEMORY = (
     "use a smaller --batch_size. In training, --grad_accumulation N gives the same result with less memory; "
     "--use_grad_checkpointing and --precision bf16 save memory too. If other programs use the GPU, choose another one with "

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu [--device cuda] [--only training sampling autoencoder scoring] [--seconds 4]
 
 Training compares `TrainingState.advance` on the compiled network with the plain steps of benchmarks/training_step.py, in
-float32 without TF32 and in bfloat16. Each variant takes turns with the others on the same batch. Images/s, TFLOP/s, memory and
-the share of the peak are ours. The batch fills the memory, but has at most 256 images. The peak is the best of several large
-bfloat16 matrix products. A training step counts as three forward passes.
+float32 without TF32 and in bfloat16. The variants run one after another, because together they may not fit. Each has its own
+batch: 256 images, halved until they fit. Batch, images/s, TFLOP/s, memory and the share of the peak are ours. The peak is the
+best of several large bfloat16 matrix products. A training step counts as three forward passes.
 
 Sampling is guided, with Heun's method, in bfloat16, compiled, from noise to images of random weights. The autoencoder has
 Stable Diffusion's architecture, at 256 x 256 pixels. Scoring computes Inception features at 299 x 299. Everything ends in
@@ -13,6 +13,7 @@ tables with the card, its driver and torch. `--device cpu` runs the same at smal
 """
 
 import argparse
+import gc
 import statistics
 import subprocess
 import tempfile
@@ -27,7 +28,6 @@ from torch.nn import functional
 
 from benchmarks._latents import new_autoencoder
 from benchmarks._timing import markdown_table
-from benchmarks.scaling import operations
 from benchmarks.scoring import random_weights
 from benchmarks.training_step import (
     DECAY,
@@ -35,6 +35,7 @@ from benchmarks.training_step import (
     RATE,
     UNET,
     Case,
+    forward_operations,
     new_batch,
     new_network,
     stack,
@@ -50,7 +51,7 @@ from models.conditions import Condition
 from models.dit import DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.guided_unet import GuidedUNetOptions
-from models.registry import ORIGIN_ADM, build_network
+from models.registry import ORIGIN_ADM
 from runtime.inference import for_sampling
 from runtime.memory import free_memory
 from runtime.precision import DeviceOptions, Machine, choose_device
@@ -164,17 +165,26 @@ def wait(device: torch.device) -> None:
 
 
 def seconds_of(run: Callable[[], object], device: torch.device, seconds: float, least: int = 3) -> float:
-    """Median seconds of a call, after two calls to warm up, over `seconds` and at least `least` calls."""
+    """Median seconds of a call, after three calls to warm up, over `seconds` and at least `least` turns of several calls.
+
+    The host waits for the device only between turns, so that it can run ahead of the device as it does in training.
+    """
     for _ in range(2):
         run()
+    calls = max(1, round(seconds / 10 / _seconds_per_call(run, device, 1)))
     times: list[float] = []
-    while len(times) < least or sum(times) < seconds:
-        wait(device)
-        started = time.perf_counter()
-        run()
-        wait(device)
-        times.append(time.perf_counter() - started)
+    while len(times) < least or calls * sum(times) < seconds:
+        times.append(_seconds_per_call(run, device, calls))
     return statistics.median(times)
+
+
+def _seconds_per_call(run: Callable[[], object], device: torch.device, calls: int) -> float:
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(calls):
+        run()
+    wait(device)
+    return (time.perf_counter() - started) / calls
 
 
 def peak(device: torch.device, side: int) -> float:
@@ -183,36 +193,36 @@ def peak(device: torch.device, side: int) -> float:
     return 2 * side**3 / min(seconds_of(lambda: a @ b, device, 0.2) for _ in range(5))
 
 
-def forward_operations(case: Case) -> int:
-    """Floating-point operations of a forward pass for one image. A multiply-add counts as two."""
-    with torch.device("meta"):
-        batch = new_batch(case._replace(batch_size=1))
-        network = build_network(case.model_type, case.size, case.options)
-        return operations(network, batch.draws[0], batch.data, batch.condition)
-
-
 def fitting(
     case: Case, make: Callable[[Case], Callable[[], None]], device: torch.device
 ) -> tuple[Callable[[], None], int]:
-    """The step with the largest batch that fits, and its batch size. The batch is halved until it does."""
-    size = case.batch_size
+    """The step with the largest batch that fits, and its batch size. The batch is halved until it does.
+
+    The first step creates the optimizer's state after its peak, and CUDA graphs are recorded in the second step.
+    """
+    size, step = case.batch_size, None
     while True:
+        release(device)
         try:
             step = make(case._replace(batch_size=size))
-            step()
+            for _ in range(3):
+                step()
+            wait(device)
             return step, size
         except torch.OutOfMemoryError:
             if size == 1:
                 raise
-        release(device)
+        step = None  # frees its memory before the next attempt
         size //= 2
 
 
 def release(device: torch.device) -> None:
-    """Return freed memory to the device, and forget compiled code."""
+    """Forget compiled code, return freed memory to the device, and measure peak memory from here on."""
     torch.compiler.reset()
+    gc.collect()  # compiled networks refer to themselves
     if device.type != "cpu":
-        torch.accelerator.empty_cache()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def measure_training(name: str, case: Case, device: torch.device, best: float, seconds: float) -> list[str]:
@@ -226,16 +236,13 @@ def measure_training(name: str, case: Case, device: torch.device, best: float, s
         "fp32": lambda chosen: Plain(chosen, Machine(device, "fp32")),
     }
     for variant, make in variants.items():
-        release(device)
-        if device.type != "cpu":
-            torch.cuda.reset_peak_memory_stats(device)
         step, used = fitting(case, make, device)
         rates[variant] = used / seconds_of(step, device, seconds)
         if variant == "ours":
             size = used
             memory = f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB" if device.type != "cpu" else "-"
         del step
-    done = 3 * forward_operations(case) * rates["ours"]
+    done = 3 * forward_operations(case._replace(batch_size=1)) * rates["ours"]
     row = [name, f"{size}", f"{rates['ours']:,.0f}", f"{done / 1e12:.3g}", f"{100 * done / best:.0f} %", memory]
     return [*row, *(f"{rates['ours'] / rates[variant]:.2f}" for variant in ("fp32", "bf16"))]
 

@@ -1,9 +1,8 @@
 """Memory of a training step, estimated before the first one.
 
 Weights, gradients, optimizer state and EMA follow from the parameters. Activations are measured: a forward pass on fake
-tensors, which have shapes but no values, lists the tensors that autograd saves for the backward pass. Compiled networks save
-less, so the estimate is an upper bound. It does not include workspaces of libraries and fragmentation, for which MARGIN
-leaves room.
+tensors, which have shapes but no values, lists the tensors that autograd saves for the backward pass. Compiled networks
+usually save less. MARGIN leaves room for what is not counted: workspaces of libraries, temporary tensors and fragmentation.
 """
 
 from collections.abc import Callable
@@ -16,7 +15,16 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Activations", "StepMemory", "advise", "describe_free", "free_memory", "measure_activations"]
+__all__ = [
+    "MARGIN",
+    "Activations",
+    "GpuAttention",
+    "StepMemory",
+    "advise",
+    "describe_free",
+    "free_memory",
+    "measure_activations",
+]
 
 MARGIN = 0.9  # share of the free memory that the estimate may use
 
@@ -68,9 +76,15 @@ class StepMemory(NamedTuple):
 
 
 def free_memory(device: torch.device) -> tuple[int, int] | None:
-    """Free and total bytes of a GPU; None for a CPU, or if torch cannot tell."""
-    report = getattr(getattr(torch, device.type, None), "mem_get_info", None)
-    return None if report is None else report(device)
+    """Free and total bytes of a GPU; None for a CPU, or if torch does not report them.
+
+    Memory that torch has reserved but does not use, such as after encoding the dataset, counts as free.
+    """
+    kind: Any = getattr(torch, device.type, None)
+    if not hasattr(kind, "mem_get_info"):
+        return None
+    free, total = kind.mem_get_info(device)
+    return free + kind.memory_reserved(device) - kind.memory_allocated(device), total
 
 
 def describe_free(free: float, total: float) -> str:
@@ -136,7 +150,7 @@ def _pass(
     network: nn.Module, loss: Callable[[Network, int], torch.Tensor], device: torch.device, count: int
 ) -> tuple[float, float]:
     """Bytes saved in one forward pass, and in the block that saves most."""
-    with FakeTensorMode(), _GpuAttention(), torch.enable_grad():
+    with FakeTensorMode(), GpuAttention(), torch.enable_grad():
         own = {
             name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
             for name, value in [*network.named_parameters(), *network.named_buffers()]
@@ -196,11 +210,12 @@ def _key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-class _GpuAttention(TorchFunctionMode):
-    """Attention by the kernels that torch chooses on GPUs, which save no matrix of all pairs of tokens."""
+class GpuAttention(TorchFunctionMode):
+    """Attention by the kernels that torch chooses on GPUs if rows are contiguous. They save no matrix of pairs of tokens."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is functional.scaled_dot_product_attention and len(args) == 3 and args[0].device.type != "cpu":
+        fused = func is functional.scaled_dot_product_attention and len(args) == 3 and args[0].device.type != "cpu"
+        if fused and all(each.stride(-1) == 1 for each in args):
             if args[0].dtype == torch.float32:
                 return torch.ops.aten._scaled_dot_product_efficient_attention(*args, None, True)[0]
             return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]

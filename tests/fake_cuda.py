@@ -21,6 +21,8 @@ from torch.fx.experimental.proxy_tensor import unset_fake_temporarily
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from runtime.memory import GpuAttention
+
 __all__ = ["CUDA", "READS_A_VALUE", "FakeCuda", "HostWaitsError", "Products", "outside", "pretend_cuda"]
 
 CUDA = torch.device("cuda", 0)
@@ -53,11 +55,12 @@ class FakeCuda(FakeTensorMode):
 
 
 class Products(TorchDispatchMode):
-    """Records the dtypes of matrix products, convolutions and attention, and refuses products of two dtypes."""
+    """Records names and dtypes of matrix products, convolutions and attention, and refuses products of two dtypes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.dtypes: set[torch.dtype] = set()
+        self.names: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -66,6 +69,7 @@ class Products(TorchDispatchMode):
             if len(dtypes) > 1 and not name.startswith(ATTENTION):  # whose sums are saved in float32
                 raise RuntimeError(f"expected the factors of {func} to have the same dtype, but got {dtypes}")
             self.dtypes.add(args[0].dtype)
+            self.names.add(name)
         return func(*args, **kwargs or {})
 
 
@@ -130,13 +134,6 @@ def _apply(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor], r
                     moved = nn.Parameter(moved, tensor.requires_grad)
                 store[name] = moved
     return module
-
-
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The kernels that torch chooses on a GPU: FlashAttention in 16 bits, else the memory-efficient one."""
-    if query.dtype == torch.float32:
-        return torch.ops.aten._scaled_dot_product_efficient_attention(query, key, value, None, query.requires_grad)[0]
-    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
 # Autograd's engine
@@ -221,10 +218,9 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeCuda]:
     monkeypatch.setattr(
         torch._C, "_current_graph_task_id", lambda: 0
     )  # gradient checkpointing recomputes once per task
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attention)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)
     monkeypatch.setattr(torch, "Generator", _Generator)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    with FakeCuda() as mode, _CheckGenerators():
+    with FakeCuda() as mode, _CheckGenerators(), GpuAttention():
         yield mode

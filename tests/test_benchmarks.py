@@ -57,7 +57,7 @@ def test_a_batch_that_does_not_fit_is_halved():
         return step
 
     _, size = gpu.fitting(gpu.CPU.sampled._replace(batch_size=16), make, CPU)
-    assert (size, tried) == (2, [16, 8, 4, 2])
+    assert (size, tried) == (2, [16, 8, 4, 2, 2, 2])
 
 
 @pytest.mark.slow

@@ -110,6 +110,8 @@ def test_a_step_of_every_family_runs_on_the_device_without_waiting(fake_cuda, mo
     with fake_cuda.forbid_waiting(), Products() as products:
         advance(state, batch_of())
     assert products.dtypes == {state.machine.dtype}
+    attention = any(hasattr(module, "attention") for module in state.network.modules())
+    assert any(name.startswith("_scaled_dot_product") for name in products.names) == attention
     floats = [p.grad for p in state.parameters] + tensors([o.state_dict()["state"] for o in state.optimizers])
     assert len(floats) == 4 * len(state.parameters)  # AdamW holds a step and two moments
     floats += [state.sums, state.consecutive_skips, *state.ema.weights.values()]

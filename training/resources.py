@@ -10,6 +10,7 @@ import torch
 from models.conditions import Condition
 from models.registry import NETWORKS
 from options import UsageError
+from runtime.cpu.kernels import with_cpu_kernels
 from runtime.files import free_bytes
 from runtime.memory import StepMemory, advise, describe_free, free_memory, measure_activations
 from runtime.messages import fact, note, warn
@@ -126,7 +127,7 @@ def estimate_memory(run: TrainingRun) -> StepMemory:
         gradients=trained,
         optimizer=2 * trained - sum(matrix.numel() * matrix.element_size() for matrix in matrices),
         average=weights,
-        activations=measure_activations(run.network, loss, device),
+        activations=measure_activations(with_cpu_kernels(run.network), loss, device),
         images=options.batch_size // options.grad_accumulation,
     )
 

@@ -270,8 +270,10 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> to
     """softmax(q k^T / sqrt(d)) v for q, k, v [B, heads, L, d] (Vaswani et al. 2017, eq. 1), eager or compiled.
 
     In bfloat16 on a CPU, plain matrix products beat torch's fused kernel on short sequences. In float32 the fused kernel
-    is faster.
+    is faster. On GPUs, torch's fused kernels need contiguous rows; without them, torch stores all scores [B, heads, L, L].
     """
+    if query.device.type != "cpu":
+        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     short = query.shape[-2] <= (LONGEST_TRAINED if torch.is_grad_enabled() else LONGEST_SAMPLED)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and short:
         return plain_attention(query, key, value)

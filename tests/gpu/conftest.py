@@ -48,15 +48,9 @@ def on_gpu(device):
 @pytest.fixture
 def report(request, device):
     """`report(text)` adds a line to the end of the run."""
-    return request.config.stash.setdefault(REPORT, [describe(device)]).append
+    from benchmarks.gpu import describe  # here, because every test run reads this file
 
-
-def describe(device):
-    if device.type != "cuda":
-        return f"on {device}, torch {torch.__version__}"
-    facts = torch.cuda.get_device_properties(device)
-    count = torch.cuda.device_count()
-    return f"on {count} x {facts.name}, {facts.total_memory / 1e9:.0f} GB, CUDA {torch.version.cuda}, torch {torch.__version__}"
+    return request.config.stash.setdefault(REPORT, [f"on {describe(device)}"]).append
 
 
 def pytest_terminal_summary(terminalreporter, config):

@@ -68,7 +68,7 @@ def as_processes(count, name, data, place, device, *more):
 
 
 def test_several_processes_agree_with_one(data, tmp_path, device, on_gpu, report):
-    """DDP and FSDP2, over NCCL on GPUs. With one GPU, one process runs through the launcher's environment."""
+    """DDP and FSDP2, over NCCL on GPUs. With one GPU, see `test_wrapped_networks_in_one_process`."""
     count = min(2, torch.cuda.device_count()) if on_gpu else 2
     kind = device.type
     alone = as_processes(1, "alone", data, tmp_path, kind)
@@ -76,4 +76,4 @@ def test_several_processes_agree_with_one(data, tmp_path, device, on_gpu, report
     if count > 1:
         for name, more in (("ddp", ()), ("fsdp", ("--fsdp",))):
             assert as_processes(count, name, data, tmp_path, kind, *more) == pytest.approx(alone, rel=1e-3)
-    report(f"DDP and FSDP2 in {count} processes" if count > 1 else "one GPU: DDP and FSDP2 were not run")
+    report(f"DDP and FSDP2 in {count} processes" if count > 1 else "one GPU: DDP and FSDP2 ran in one process only")

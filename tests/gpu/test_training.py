@@ -3,21 +3,27 @@
 import importlib.util
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
 import benchmarks._latents as latents
+from benchmarks.gpu import Ours, moved, release, seconds_of, wait
 from benchmarks.training_step import CASES, DECAY, OBJECTIVE, RATE, Case, new_batch, new_network
 from exits import explain
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
 from models.dit import DiTOptions
 from runtime.distributed import Processes
-from runtime.memory import StepMemory, measure_activations
+from runtime.memory import MARGIN, StepMemory, measure_activations
 from runtime.precision import Machine
-from training.data import Batch, batches
+from runtime.processes.parallel import is_sharded, shard
+from training.data import batches
 from training.loop import train
 from training.optimizers import OptimizerOptions
 from training.resources import estimate_memory
@@ -75,55 +81,23 @@ def content_of(folder, device):
     return comparable(content)
 
 
-def moved(batch, device):
-    draws = type(batch.draws)(*(column.to(device) for column in batch.draws))
-    condition = batch.condition._replace(labels=batch.condition.labels.to(device))
-    return Batch(batch.data.to(device), batch.noise.to(device), draws, condition)
-
-
-class Step:
-    """Training steps on one batch."""
-
-    def __init__(self, case, machine):
-        network = new_network(case).train()
-        self.state = TrainingState(network, machine, DECAY, OptimizerOptions(lr=RATE))
-        self.network, self.batch = machine.compiled(network, always_alike=True), moved(new_batch(case), machine.device)
-
-    def __call__(self):
-        self.state.advance(self.network, OBJECTIVE, self.batch, RATE, 0.0)
-
-    def losses(self, count):
-        found = []
-        for _ in range(count):
-            self.state.sums.zero_()
-            self()
-            found.append(self.state.sums[0].item())
-        return found
-
-
-def seconds_per_step(step, device, count=10):
-    for _ in range(3):
-        step()
-    wait(device)
-    started = time.perf_counter()
+def losses(step, count=5):
+    """The losses of training steps on one batch."""
+    found = []
     for _ in range(count):
+        step.state.sums.zero_()
         step()
-    wait(device)
-    return (time.perf_counter() - started) / count
-
-
-def wait(device):
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        found.append(step.state.sums[0].item())
+    return found
 
 
 def test_determinism_has_a_cost(device, on_gpu, report):
     case = CASES["DiT-S/2"] if on_gpu else SMALL
-    step = Step(case, Machine(device, "bf16"))
-    free = seconds_per_step(step, device)
+    step = Ours(case, Machine(device, "bf16"))
+    free = seconds_of(step, device, 0.5)
     torch.use_deterministic_algorithms(True)
     try:
-        fixed = seconds_per_step(step, device)
+        fixed = seconds_of(step, device, 0.5)
     finally:
         torch.use_deterministic_algorithms(False)
     report(f"deterministic algorithms: a bf16 step of {case.model_type} takes {fixed / free:.2f} times as long")
@@ -131,33 +105,54 @@ def test_determinism_has_a_cost(device, on_gpu, report):
 
 
 @pytest.mark.parametrize("replays", [False, True], ids=["without CUDA graphs", "with CUDA graphs"])
-def test_compiled_steps_agree_with_eager_ones(replays, device, report):
-    eager, machine = Step(SMALL, Machine(device, "bf16")), Machine(device, "bf16", compile=True, replays=replays)
-    compiled = Step(SMALL, machine)
-    expected, found = eager.losses(5), compiled.losses(5)
+def test_compiled_steps_agree_with_eager_ones(replays, device, on_gpu, report):
+    expected = losses(Ours(SMALL, Machine(device, "bf16")))
+    counters.clear()
+    found = losses(Ours(SMALL, Machine(device, "bf16", compile=True, replays=replays)))
     report(f"compiled{' with CUDA graphs' if replays else ''}: losses {found[0]:.5f} to {found[-1]:.5f}, eager "
            f"{expected[0]:.5f} to {expected[-1]:.5f}")  # fmt: skip
     assert found == pytest.approx(expected, rel=2e-2)
     assert found[-1] < found[0]
+    if replays and on_gpu:
+        assert not counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.fixture
+def one_process(device):
+    """A process group with the device's communication library, such as NCCL."""
+    dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["DDP", "FSDP2"])
+def test_wrapped_networks_in_one_process(sharded, device, one_process):
+    machine, network = Machine(device, "fp32"), new_network(SMALL).train()
+    expected = losses(Ours(SMALL, machine))
+    move = partial(shard, device=device, processes=Processes()) if sharded else None
+    step = Ours(SMALL, machine)
+    step.state = TrainingState(network, machine, DECAY, OptimizerOptions(lr=RATE), move)
+    step.velocity = network if sharded else DistributedDataParallel(network, gradient_as_bucket_view=True)
+    assert is_sharded(network) == sharded
+    assert losses(step) == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", False), ("fp16", False), ("bf16", True)])
 def test_the_host_does_not_wait_in_a_step(precision, compiled, device, on_gpu):
-    step = Step(SMALL, Machine(device, precision, compile=compiled))
-    for _ in range(2):
-        step()
-    if on_gpu:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        if on_gpu:
-            torch.cuda.set_sync_debug_mode("default")
+    step = Ours(SMALL, Machine(device, precision, compile=compiled))
+    for _ in range(3):
+        if on_gpu and step.state.step == 2:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            step.state.advance(step.velocity, OBJECTIVE, step.batch, RATE, grad_clip=1.0)
+        finally:
+            if on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
     assert step.state.take_skipped() == []
 
 
 def estimate_of(case, machine):
-    """The estimated memory of `Step`."""
+    """The estimated memory of a training step."""
     network = new_network(case).train()
     state_size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
 
@@ -170,7 +165,7 @@ def estimate_of(case, machine):
     return StepMemory(state_size, state_size, 2 * state_size, state_size, activations, case.batch_size)
 
 
-def test_a_step_needs_no_more_memory_than_estimated(tmp_path, device, on_gpu, report):
+def test_the_estimated_memory_of_a_step(tmp_path, device, on_gpu, report):
     run = new_run(tmp_path, Machine(device, "bf16"), batch_size=40)
     needed = estimate_memory(run)
     assert needed.images == 40
@@ -179,15 +174,16 @@ def test_a_step_needs_no_more_memory_than_estimated(tmp_path, device, on_gpu, re
     found = estimate_of(case, machine)
     report(f"estimate of {case.model_type}, batch {case.batch_size}: {found.describe()}")
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
+        release(device)
         before = torch.cuda.memory_allocated(device)
-        step = Step(case, machine)
-        for _ in range(2):
+        step = Ours(case, machine)
+        for _ in range(3):
             step()
         wait(device)
-        report(
-            f"peak of {case.model_type}, batch {case.batch_size}: {torch.cuda.max_memory_allocated(device) - before:,} bytes"
-        )
+        peak = torch.cuda.max_memory_allocated(device) - before
+        report(f"peak of {case.model_type}, batch {case.batch_size}: {peak:,} bytes")
+        assert MARGIN * peak <= found.total
+        assert peak > 0.5 * found.total
 
 
 def test_a_full_device_is_explained(device, on_gpu):
@@ -228,6 +224,6 @@ def test_the_loader_is_faster_than_training(tmp_path, device, on_gpu, report):
     load(3, 3 + steps)
     loaded = size * steps / (time.perf_counter() - started)
     case = CASES["DiT-S/2"]._replace(batch_size=size) if on_gpu else SMALL
-    trained = case.batch_size / seconds_per_step(Step(case, Machine(device, "bf16")), device)
+    trained = case.batch_size / seconds_of(Ours(case, Machine(device, "bf16")), device, 0.5)
     report(f"loader {loaded:,.0f} images/s, eager training of {case.model_type} {trained:,.0f} images/s")
     assert loaded > (trained if on_gpu else 0)

@@ -117,6 +117,12 @@ def test_the_parts_of_the_estimate_are_named():
     assert free_memory(CPU) is None
 
 
+def test_memory_that_torch_has_reserved_but_does_not_use_is_free(monkeypatch):
+    for name, value in {"mem_get_info": (100, 500), "memory_reserved": 300, "memory_allocated": 120}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_memory(torch.device("cuda")) == (280, 500)
+
+
 OUT_OF_MEMORY = (
     "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.00 GiB is free. "
     "Including non-PyTorch memory, this process has 22.00 GiB memory in use. Of the allocated memory 20.00 GiB is allocated."
@@ -138,5 +144,6 @@ def test_running_out_of_memory_becomes_one_line(capsys):
 
 def test_other_errors_of_torch_are_defects():
     assert explain(RuntimeError("CUDA error: out of memory")).exit_code == 2
-    assert explain(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")).exit_code == 2
+    for message in ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", "CUDNN_STATUS_ALLOC_FAILED"):
+        assert explain(RuntimeError(message)).exit_code == 2
     assert explain(RuntimeError("CUDA error: an illegal memory access was encountered")) is None
