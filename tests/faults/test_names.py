@@ -118,7 +118,7 @@ def test_folders_of_classes_may_have_any_name(tmp_path, call):
 @pytest.mark.parametrize("name", ["/absent/model", "./absent", "../absent/model", "~/model", "a/b/c", "absent"])
 def test_a_path_is_never_asked_of_the_hub(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", lambda *_, **__: pytest.fail("asked"))
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda *_, **__: pytest.fail("asked"))
     assert not is_hub_id(name)
     with pytest.raises(UsageError, match="no such folder"):
         load_autoencoder(AutoencoderOptions(pretrained_autoencoder_ckpt=name), 3)
@@ -130,7 +130,7 @@ def test_a_misspelled_folder_is_suspected(tmp_path, monkeypatch):
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", absent)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", absent)
     with pytest.raises(UsageError, match="no such repository.*the folder here exists, but does not contain absent"):
         load_autoencoder(AutoencoderOptions(pretrained_autoencoder_ckpt="here/absent"), 3)
 
