@@ -20,6 +20,7 @@ from diffusers.utils import logging
 from safetensors.torch import load_file
 from torch import nn
 
+from models.autoencoders.lipschitz import decoder_bound
 from models.autoencoders.pixels import images_to_pixels, pixels_to_images
 from models.autoencoders.protocol import AutoencoderFacts
 from models.autoencoders.scale import has_superseded_scale, latent_scale
@@ -124,9 +125,17 @@ class KLAutoencoder:
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode scaled latents [B, c, h, w] to uint8 images [B, C, H, W], in chunks to limit memory."""
-        z = (latents.float() * self.std + self.mean).contiguous(memory_format=torch.channels_last)
         chunk = _chunk(latents.shape[2] * latents.shape[3] * self.factor**2, latents.device)
-        return torch.cat([pixels_to_images(decode_pixels(self.network, part)) for part in z.split(chunk)])
+        return torch.cat([pixels_to_images(self.decode_to_pixels(part)) for part in latents.split(chunk)])
+
+    def decode_to_pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, C, H, W], about in [-1, 1], that `decode` rounds; differentiable in the latents."""
+        z = (latents.float() * self.std + self.mean).contiguous(memory_format=torch.channels_last)
+        return decode_pixels(self.network, z)
+
+    def lipschitz_bound(self, side: int) -> float | None:
+        """A certified Lipschitz constant of `decode_to_pixels` for latents with sides `side`; None if a layer is unknown."""
+        return decoder_bound(self.network, side, float(self.std.max()))
 
 
 def encode_moments(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:

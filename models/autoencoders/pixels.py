@@ -57,3 +57,11 @@ class PixelSpace:
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Convert pixels [B, C, H, W] to uint8 images."""
         return pixels_to_images(latents)
+
+    def decode_to_pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """The pixels, unchanged."""
+        return latents
+
+    def lipschitz_bound(self, side: int) -> float | None:
+        """1, because nothing changes."""
+        return 1.0

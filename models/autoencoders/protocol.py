@@ -93,3 +93,11 @@ class Autoencoder(Protocol):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode scaled latents [B, c, h, w] to uint8 images [B, C, H, W]."""
         ...
+
+    def decode_to_pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels [B, C, H, W], about in [-1, 1], that `decode` rounds; differentiable in the latents."""
+        ...
+
+    def lipschitz_bound(self, side: int) -> float | None:
+        """A certified Lipschitz constant of `decode_to_pixels` for latents with sides `side`; None if none is known."""
+        ...

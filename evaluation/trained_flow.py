@@ -1,0 +1,147 @@
+"""A trained network next to the exact velocity of the latents that it was trained on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from checkpoints.files import load_model
+from checkpoints.header import Header
+from datasets_prep.datasets import (
+    HELD_OUT_IMAGES,
+    DatasetOptions,
+    FlipOptions,
+    ImageDataset,
+    choose_flips,
+    open_dataset,
+)
+from datasets_prep.latent_cache import LatentCacheOptions
+from datasets_prep.moments import MomentSource, open_moments
+from flow.empirical import Components, EmpiricalVelocity
+from flow.guidance import Network
+from flow.objectives import OBJECTIVES
+from models.autoencoders.protocol import Autoencoder
+from models.conditions import Condition
+from options import UsageError, option
+from runtime.precision import Machine
+
+__all__ = ["DataFolderOptions", "Latents", "TrainedFlow", "exact_velocity", "open_trained_flow", "posterior"]
+
+NUMBERS_PER_PART = 1 << 22  # of each part of the mixture; 32 MiB in float64
+
+
+@dataclass(frozen=True)
+class DataFolderOptions:
+    """Data."""
+
+    datadir: str = option("./data", "directory of the dataset's files and latent caches", common=True)
+
+
+class Latents(NamedTuple):
+    """Latents of images, with noise for them.
+
+    Args:
+        data: posterior samples, as training draws them [N, c, h, w].
+        noise: standard normal, like `data`.
+        labels: the network's class ids [N].
+        indices: indices of the images [N].
+    """
+
+    data: torch.Tensor
+    noise: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TrainedFlow:
+    """A network in float32, its autoencoder, and posterior moments of its training images and of held-out images."""
+
+    header: Header
+    network: Network
+    autoencoder: Autoencoder
+    dataset: ImageDataset
+    training: MomentSource
+    held_out: MomentSource
+    device: torch.device
+
+    def exact(self, bandwidth: float = 0.0) -> EmpiricalVelocity:
+        """The exact velocity of the training latents, smoothed by normal noise of standard deviation `bandwidth`."""
+        return exact_velocity(self.header, self.training, self.autoencoder, self.device, bandwidth)
+
+    def draw(self, source: MomentSource, count: int, generator: torch.Generator) -> Latents:
+        """Draw `count` images of a source, each at most once if there are enough, their posterior samples and noise.
+
+        Images are mirrored with probability 1/2 if training mirrors them.
+        """
+        rounds = -(-count // len(source))
+        indices = torch.cat([torch.randperm(len(source), generator=generator) for _ in range(rounds)])[:count]
+        mirrored = (torch.rand(count, generator=generator) < 0.5) & self.header.dataset.flips
+        mean, std = posterior(self.autoencoder, source.moments(indices, mirrored).to(self.device))
+        own, noise = (torch.randn(mean.shape, generator=generator).to(self.device) for _ in range(2))
+        labels = source.labels[indices] if self.header.num_classes > 1 else torch.zeros(count, dtype=torch.long)
+        return Latents(mean + std * own, noise, labels.to(self.device), indices)
+
+    def condition(self, labels: torch.Tensor) -> Condition:
+        """The condition of labels [B]; label K is the null class."""
+        return Condition(labels)
+
+
+def open_trained_flow(checkpoint: str, data: DataFolderOptions, device: torch.device) -> TrainedFlow:
+    """Load a checkpoint with the latents of its dataset, which are encoded first if there is no latent cache.
+
+    Raises:
+        UsageError: the checkpoint cannot be read or takes a dense condition, or the dataset is missing.
+    """
+    model = load_model(checkpoint, device)
+    header = model.header
+    if header.dense is not None:
+        raise UsageError(
+            f"{checkpoint} was trained for {header.task}: the exact velocity given a dense condition is not known, so this "
+            "needs a network without one"
+        )
+    own = DatasetOptions(header.dataset.name, data.datadir, header.dataset.image_size)
+    flips = FlipOptions("on" if header.dataset.flips else "off")
+    training = choose_flips(open_dataset(own, "train"), flips)
+    held_out = open_dataset(own, "validation").head(HELD_OUT_IMAGES)
+    machine = Machine(device, "fp32")
+    sources = [
+        open_moments(each, model.autoencoder, own, LatentCacheOptions(), machine) for each in (training, held_out)
+    ]
+    objective = OBJECTIVES[header.objective].build(header.path)
+    network = objective.velocity(model.network.requires_grad_(False))
+    return TrainedFlow(header, network, model.autoencoder, training, sources[0], sources[1], device)
+
+
+def exact_velocity(
+    header: Header, source: MomentSource, autoencoder: Autoencoder, device: torch.device, bandwidth: float = 0.0
+) -> EmpiricalVelocity:
+    """The velocity that minimizes the flow matching loss on the images of `source`, and on their mirror images if used.
+
+    Every posterior is one component, because training samples it afresh in each step.
+    """
+    return EmpiricalVelocity(
+        partial(_components, source, autoencoder, device, header.dataset.flips),
+        classes=header.num_classes,
+        sigma_min=header.path.sigma_min,
+        bandwidth=bandwidth,
+    )
+
+
+def posterior(autoencoder: Autoencoder, moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the scaled latents [B, c, h, w]; the latter is 0 without a posterior."""
+    mean = autoencoder.sample(moments)
+    return mean, autoencoder.sample(moments, torch.ones_like(mean)) - mean
+
+
+def _components(
+    source: MomentSource, autoencoder: Autoencoder, device: torch.device, flips: bool
+) -> Iterator[Components]:
+    size = source.moments(torch.tensor([0]), torch.tensor([False])).numel()
+    for indices in torch.arange(len(source)).split(max(1, NUMBERS_PER_PART // size)):
+        labels = source.labels[indices].to(device)
+        for mirrored in (False, True)[: 1 + flips]:
+            moments = source.moments(indices, torch.full((len(indices),), mirrored))
+            yield Components(*posterior(autoencoder, moments.to(device)), labels)
