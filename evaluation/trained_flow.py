@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,7 @@ from flow.guidance import Network
 from flow.objectives import OBJECTIVES
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition
-from options import UsageError, option
+from options import UsageError, as_json, option
 from runtime.precision import Machine
 
 __all__ = ["DataFolderOptions", "Latents", "TrainedFlow", "exact_velocity", "open_trained_flow", "posterior"]
@@ -59,6 +59,7 @@ class Latents(NamedTuple):
 class TrainedFlow:
     """A network in float32, its autoencoder, and posterior moments of its training images and of held-out images."""
 
+    path: str
     header: Header
     network: Network
     autoencoder: Autoencoder
@@ -83,6 +84,17 @@ class TrainedFlow:
         own, noise = (torch.randn(mean.shape, generator=generator).to(self.device) for _ in range(2))
         labels = source.labels[indices] if self.header.num_classes > 1 else torch.zeros(count, dtype=torch.long)
         return Latents(mean + std * own, noise, labels.to(self.device), indices)
+
+    def describe(self) -> dict[str, Any]:
+        """The first entries of every result."""
+        return {
+            "checkpoint": self.path,
+            "step": self.header.step,
+            "weights_sha256": self.header.weights_sha256,
+            "autoencoder": as_json(self.autoencoder.describe()),
+            "dataset": self.header.dataset.name,
+            "images": len(self.training),
+        }
 
     def condition(self, labels: torch.Tensor) -> Condition:
         """The condition of labels [B]; label K is the null class."""
@@ -112,7 +124,7 @@ def open_trained_flow(checkpoint: str, data: DataFolderOptions, device: torch.de
     ]
     objective = OBJECTIVES[header.objective].build(header.path)
     network = objective.velocity(model.network.requires_grad_(False))
-    return TrainedFlow(header, network, model.autoencoder, training, sources[0], sources[1], device)
+    return TrainedFlow(checkpoint, header, network, model.autoencoder, training, sources[0], sources[1], device)
 
 
 def exact_velocity(
