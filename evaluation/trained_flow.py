@@ -72,14 +72,14 @@ class TrainedFlow:
         """The exact velocity of the training latents, smoothed by normal noise of standard deviation `bandwidth`."""
         return exact_velocity(self.header, self.training, self.autoencoder, self.device, bandwidth)
 
-    def draw(self, source: MomentSource, count: int, generator: torch.Generator) -> Latents:
+    def draw(self, source: MomentSource, count: int, generator: torch.Generator, mirror: bool = True) -> Latents:
         """Draw `count` images of a source, each at most once if there are enough, their posterior samples and noise.
 
-        Images are mirrored with probability 1/2 if training mirrors them.
+        If training mirrors images, half of them are mirrored, unless `mirror` is False.
         """
         rounds = -(-count // len(source))
         indices = torch.cat([torch.randperm(len(source), generator=generator) for _ in range(rounds)])[:count]
-        mirrored = (torch.rand(count, generator=generator) < 0.5) & self.header.dataset.flips
+        mirrored = (torch.rand(count, generator=generator) < 0.5) & (mirror and self.header.dataset.flips)
         mean, std = posterior(self.autoencoder, source.moments(indices, mirrored).to(self.device))
         own, noise = (torch.randn(mean.shape, generator=generator).to(self.device) for _ in range(2))
         labels = source.labels[indices] if self.header.num_classes > 1 else torch.zeros(count, dtype=torch.long)
