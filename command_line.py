@@ -29,6 +29,17 @@ PUBLISHED_KEYS = {
     "Bs": "batch_size",
 }
 
+# Names of options in other projects (DiT, SiT, EDM, LightningDiT, diffusers) that do not resemble ours.
+OTHER_NAMES = {
+    "learning_rate": "lr", "max_grad_norm": "grad_clip", "gradient_accumulation_steps": "grad_accumulation",
+    "epochs": "num_epoch", "num_train_epochs": "num_epoch", "max_train_steps": "max_steps", "train_batch_size": "batch_size",
+    "class_dropout_prob": "label_dropout", "mixed_precision": "precision", "results_dir": "save_root", "outdir": "output_dir",
+    "data": "datadir", "data_path": "datadir", "train_data_dir": "datadir", "resolution": "image_size",
+    "model": "model_type", "vae": "pretrained_autoencoder_ckpt", "ckpt": "checkpoint", "num_samples": "n_sample",
+    "num_fid_samples": "n_sample", "num_sampling_steps": "num_steps", "steps": "num_steps", "guidance_scale": "cfg_scale",
+    "sampler": "method", "solver": "method",
+}  # fmt: skip
+
 FEW_OPTIONS = 30  # scripts with at most this many options list all of them in --help
 
 HELP = frozenset(("-h", "--help", "--help_all"))
@@ -45,6 +56,7 @@ def parse_options(
     task: str | None = None,
     positional: str = "",
     rare: Collection[type] = (),
+    silent: Collection[str] = (),
     adjust: Callable[[Options], Options] = lambda options: options,
 ) -> Options:
     """Parse the command line into the options of `groups`.
@@ -58,6 +70,7 @@ def parse_options(
         task: the TASK that an arguments file may name; None accepts any.
         positional: the positional arguments, which the caller has already removed from `argv`, for the usage line.
         rare: groups that only `--help_all` lists, although some of their options are common in other scripts.
+        silent: names of options that are accepted but not listed, because they have no effect.
         adjust: fills in defaults that depend on other options.
 
     Raises:
@@ -67,8 +80,11 @@ def parse_options(
     defaults, ignored = defaults or {}, ignored or {}
     words = list(sys.argv[1:] if argv is None else argv)
     parser, fields = _make_parser(description, groups, defaults, ignored, positional)
+    for action in parser._actions:
+        if action.dest in silent:
+            action.help = argparse.SUPPRESS
     if "--help_all" not in words:
-        _hide_rare_options(parser, fields, rare)
+        _hide_rare_options(parser, {name: field for name, field in fields.items() if name not in silent}, rare)
     finder = _Parser(add_help=False, allow_abbrev=False)
     finder.add_argument("--args_file")
     found, words = finder.parse_known_args(words)
@@ -148,7 +164,7 @@ def read_arguments_file(
                     raise UsageError(f"{where}: TASK={value} needs another script; this script's task is {task}")
                 continue
             if name not in fields and name not in ignored:
-                raise UsageError(f"{where}: unknown key {key} (there is no flag --{name})")
+                raise UsageError(f"{where}: unknown key {key} (there is no flag --{name}{_hint(name, fields)})")
             if not value:
                 raise UsageError(f"{where}: {key} has no value")
             several = name in ignored or isinstance(fields[name].default, tuple)
@@ -258,6 +274,7 @@ def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -
     names = [f"--{field.name}", *field.metadata["flags"]]
     shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
     shown = ("on" if default else "off") if kind is bool else shown
+    shown = field.metadata["shown"] or shown
     choices = field.metadata["choices"] and tuple(field.metadata["choices"])
     listed = f"; choices: {', '.join(choices)}" if many and choices else ""
     explained = field.metadata["help"] + listed + ("" if default in (None, "", ()) else f" [{shown}]")
@@ -275,11 +292,19 @@ def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -
         )
 
 
+def _hint(unknown: str, known: Iterable[str]) -> str:
+    """Suggest the option among `known` that is meant by an unknown name; "" if none is close."""
+    known, name = list(known), unknown.replace("-", "_").lower()
+    other = OTHER_NAMES.get(name)
+    near = [other] if other in known else difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean --{near[0]}?" if near else ""
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
-        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
-        near = difflib.get_close_matches(unknown[1], self._option_string_actions, n=1) if unknown else []
-        raise UsageError(message + (f"; did you mean {near[0]}?" if near else "") + " (see --help)")
+        unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
+        known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
+        raise UsageError(f"{message}{_hint(unknown[1], known) if unknown else ''} (see --help)")
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from checkpoints.files import LoadedModel, load_model
+from checkpoints.files import LoadedModel, describes_network, load_model
 from checkpoints.header import Header
 from checkpoints.lfm import open_published
 from checkpoints.lfm_request import described_by
@@ -29,11 +29,11 @@ from flow.solvers import SolverOptions, check_method, needs_float32, solve
 from models.autoencoders.loading import AutoencoderOptions
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, make_options
-from runtime.cpu_kernels import with_cpu_kernels
+from runtime.cpu.kernels import with_cpu_kernels
 from runtime.distributed import Processes
+from runtime.finite import require_finite
 from runtime.inference import compile_for_batches
 from runtime.precision import Machine, MachineOptions, choose_machine
-from runtime.torch_files import is_torch_file
 from sampling.sampler import Sampler, balanced_labels, check_guidance
 
 __all__ = ["Flow", "load"]
@@ -65,7 +65,7 @@ def load(
     """
     machine = choose_machine(make_options(MachineOptions, {"device": device, "precision": precision}))
     moved = {} if autoencoder is None else {"pretrained_autoencoder_ckpt": autoencoder}
-    if is_torch_file(file):
+    if not describes_network(file):
         if unknown := sorted(set(flags) - described_by()):
             raise UsageError(
                 f"unknown keyword {', '.join(unknown)}: expected any of {', '.join(sorted(described_by()))}"
@@ -129,7 +129,8 @@ class Flow:
 
         Raises:
             UsageError: an option or method is unknown, guidance is requested from a network without a null class, labels are
-                out of range, or the number or shape of labels, noise or maps does not fit.
+                out of range, the number or shape of labels, noise or maps does not fit, or more than a few samples are not
+                finite. A few cause a warning.
         """
         solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
         check_method(solver)
@@ -165,14 +166,17 @@ class Flow:
         Without labels, all images get the null class, or class 0 if the network is unconditional.
 
         Raises:
-            UsageError: the method cannot run from data to noise, or labels are missing for a network without a null class.
+            UsageError: the method cannot run from data to noise, labels are missing for a network without a null class, or
+                the noise of more than a few images is not finite.
         """
         solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
         check_method(solver, backwards=True)
         latents = self.encode(images)
         sampler = self._sampler(solver, guidance, seed=0)
         ids = self._null(len(latents)) if labels is None else self._checked(labels)
-        return solve(sampler.velocity(ids), latents, solver, backwards=True).x
+        noise = solve(sampler.velocity(ids), latents, solver, backwards=True).x
+        require_finite(noise, "inverted images")
+        return noise
 
     @torch.no_grad()
     def velocity(

@@ -9,6 +9,7 @@ Pydantic is not used, because it checks ranges but does not handle flags or the 
 
 import dataclasses
 import errno
+import os
 import shlex
 import shutil
 import sys
@@ -18,6 +19,8 @@ import typing
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO, TypeVar
+
+from streams import steady_output
 
 __all__ = [
     "INTERRUPTED",
@@ -47,9 +50,23 @@ T = TypeVar("T")
 OnResume = Literal["never", "on_request", "rounding", "freely"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
-ENVIRONMENT_ERRORS = frozenset(
-    (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
-)
+# Errors of the file system, and what to do about them. Other errors of the system may be bugs.
+FULL_DISK = "free some space, or choose another folder"
+OTHER_DISK = "this file system cannot do what is needed; choose a folder on another one, such as a local disk"
+LOST_DISK = "the disk or its connection failed; check it, then repeat the command"
+OTHER_NAME = "choose another name"
+ADVICE: dict[int, str] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), FULL_DISK),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions, or choose another place"),
+    **dict.fromkeys((errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY), ""),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP), OTHER_NAME),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ENXIO), LOST_DISK
+    ),
+    **dict.fromkeys((errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EXDEV, errno.ENODEV, errno.EFBIG), OTHER_DISK),
+    **dict.fromkeys((errno.EBUSY, errno.ETXTBSY), "another program uses it, or a disk is mounted there"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open; raise the limit (ulimit -n)"),
+}
 
 
 class UsageError(ValueError):
@@ -74,6 +91,7 @@ def option(
     maximum: float | None = None,
     on_resume: OnResume | None = None,
     common: bool = False,
+    shown: str = "",
 ) -> Any:
     """A dataclass field that is also a command-line flag.
 
@@ -87,9 +105,17 @@ def option(
         maximum: the largest allowed number.
         on_resume: whether a run may resume with another value; None: the dataclass's policy, else "never".
         common: most users need it, so `--help` lists it; `--help_all` lists the others too.
+        shown: what `--help` and `--print_config` print as the default, if other options determine the value that is used.
     """
-    metadata = {"help": help, "choices": choices, "flags": flags, "minimum": minimum, "maximum": maximum}
-    return dataclasses.field(default=default, metadata={**metadata, "on_resume": on_resume, "common": common})
+    metadata: dict[str, Any] = {
+        "help": help,
+        "choices": choices,
+        "flags": flags,
+        "minimum": minimum,
+        "maximum": maximum,
+    }
+    metadata |= {"on_resume": on_resume, "common": common, "shown": shown}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def resume_policy(group: type, field: dataclasses.Field) -> OnResume:
@@ -131,14 +157,15 @@ class Options:
         Args:
             others: where to find the other options, for the first line.
         """
-        lines, listed = [f"changed options ({others}):"], set[str]()
+        lines, listed = list[str](), set[str]()
         for group in self.groups:
             own = [field for field in dataclasses.fields(group) if field.name not in listed]
             listed |= {field.name for field in own}
             changed = [field.name for field in own if self.values[field.name] != field.default]
             if changed:
                 lines.append(f"  {group_title(group)}: " + " ".join(f"{n}={_written(self.values[n])}" for n in changed))
-        return "\n".join(lines)
+        first = f"changed options ({others}):" if lines else f"all options have their defaults ({others})"
+        return "\n".join([first, *lines])
 
     def tree(self) -> str:
         """The complete configuration as a tree of groups and options; `*` marks values that differ from the default."""
@@ -151,7 +178,10 @@ class Options:
                 value = self.values[field.name]
                 branch, mark = "└─" if number == len(own) - 1 else "├─", "" if value == field.default else "  *"
                 lines += [group_title(group)] if not number else []
-                lines.append(f"{branch} {field.name:<{width}}  {'-' if value is None else _written(value)}{mark}")
+                text = "-" if value is None else _written(value)
+                if field.name not in self.explicit and field.metadata["shown"]:
+                    text = field.metadata["shown"]
+                lines.append(f"{branch} {field.name:<{width}}  {text}{mark}")
         return "\n".join(lines)
 
     def written(self, name: str) -> str:
@@ -260,23 +290,27 @@ def explain(error: BaseException) -> Explanation | None:
         return Explanation(error.exit_code, f"error: {error}")
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
-    if isinstance(error, OSError) and error.errno in ENVIRONMENT_ERRORS:
-        return Explanation(2, f"error: {error.strerror}: {error.filename or 'while writing'}")
+    if isinstance(error, OSError) and (error.errno in ADVICE or (error.errno == errno.EINVAL and error.filename)):
+        advice = ADVICE.get(error.errno, OTHER_NAME)
+        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
+        return Explanation(2, f"error: {error.strerror}: {where}" + (f": {advice}" if advice else ""))
     return None
 
 
 def exit_cleanly(main: Callable[[], int | None]) -> None:
     """Run a script's main function and exit.
 
-    A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3.
+    A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3. Output that cannot be written
+    is dropped.
     """
-    try:
-        sys.exit(main() or 0)
-    except (Exception, KeyboardInterrupt) as error:
-        if (reason := explain(error)) is None:
-            raise
-        print(wrapped(reason.line, sys.stderr), file=sys.stderr)
-        sys.exit(reason.exit_code)
+    with steady_output():
+        try:
+            sys.exit(main() or 0)
+        except (Exception, KeyboardInterrupt) as error:
+            if (reason := explain(error)) is None:
+                raise
+            print(wrapped(reason.line, sys.stderr), file=sys.stderr)
+            sys.exit(reason.exit_code)
 
 
 def wrapped(line: str, file: TextIO, indent: int = 4) -> str:

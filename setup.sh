@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Installs the requirements once, then starts a script. run.sh and run_test.sh source this file.
-# `bash setup.sh [requirements-dev.txt]` prints the path of a Python that has the requirements. This is the active Python if
-# it has them, or else the Python in .venv, which is created and filled if necessary.
+# `bash setup.sh --help` explains how to start it alone.
 set -euo pipefail
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -125,4 +124,23 @@ start() {  # start train|test [ARGUMENTS_FILE] [FLAGS...]
     exec "$python" "$script" --args_file "$file" "$@"
 }
 
-if [[ ${BASH_SOURCE[0]} == "$0" ]]; then find_python "${1:-requirements.txt}"; fi
+usage() {
+    cat <<'EOF_USAGE'
+usage: bash setup.sh [requirements.txt | requirements-dev.txt]
+
+Prints the path of a Python that has the requirements. This is the active Python if it has them, or else the Python in .venv,
+which is created and filled if necessary (once, about 3 minutes and 6 GB). Without a file, it uses requirements.txt.
+EOF_USAGE
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+    file=${1:-requirements.txt}
+    case $file in
+        -h | --help) usage && exit ;;
+        requirements*.txt) ;;
+        *) fail 2 "$file: expected requirements.txt or requirements-dev.txt" "$(usage | head -n 1)" ;;
+    esac
+    [[ $# -le 1 ]] || fail 2 "expected one requirements file, but got: $*" "$(usage | head -n 1)"
+    [[ -f $repository/$file ]] || fail 2 "requirements file $file not found in $repository" "$(usage | head -n 1)"
+    find_python "$file"
+fi

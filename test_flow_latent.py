@@ -2,7 +2,7 @@
 """Sample from a trained velocity network and score the samples. The checkpoint describes the network."""
 
 from checkpoints.tasks import GENERATE
-from runtime.launch import run_script
+from runtime.processes.launch import run_script
 from sampling.request import IGNORED_SAMPLING_FLAGS, checkpoint_groups
 from sampling.script import mode_groups, run
 

@@ -7,6 +7,7 @@ from datasets_prep.folder_layout.report import show_data
 from evaluation.features.classifier import load_classifier, save_classifier
 from options import as_json, exit_cleanly
 from runtime.messages import show
+from runtime.outputs import check_file
 from runtime.precision import PrecisionOptions, choose_machine
 from training.classifier import ClassifierTrainingOptions, accuracy, gather_images, train_classifier
 
@@ -15,6 +16,7 @@ def main() -> None:
     """Parse the flags, train on the training images, and save the classifier with its accuracy on the test images."""
     options = parse_options(str(__doc__), [ClassifierTrainingOptions, DatasetOptions, PrecisionOptions])
     settings = options[ClassifierTrainingOptions]
+    check_file(settings.output, "--output")
     machine = choose_machine(options[PrecisionOptions])
     train, test = (open_dataset(options[DatasetOptions], split) for split in ("train", "validation"))
     show_data(train, test)

@@ -24,6 +24,7 @@ from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from options import option
 from runtime.files import atomic_path
+from runtime.outputs import check_folder
 from sampling.loading import LoadedSampler, load_sampler
 from sampling.request import SamplerRequest, SamplingOptions, sampler_request, sampling_groups
 from sampling.sampler import generate
@@ -117,6 +118,7 @@ class Bench:
     def __init__(self, request: BenchmarkRequest, folder: str | Path) -> None:
         self.loaded = load_sampler(request.sampler)
         self.folder = Path(folder)
+        check_folder(self.folder, "--keep")
         self._batch_size = request.batch_size
         name, machine = self.loaded.header.dataset.name, self.loaded.sampler.machine
         self._network: FeatureNetwork = choose_features(request.features, name, machine)

@@ -1,4 +1,4 @@
-"""Claim (runtime/cpu_kernels.py): in bfloat16, plain matrix products beat torch's fused attention on short sequences.
+"""Claim (runtime/cpu/kernels.py): in bfloat16, plain matrix products beat torch's fused attention on short sequences.
 
 The gain is largest in training. Without gradients, plain products are faster up to 16 tokens on every processor tested,
 and up to 64 tokens on some.
@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks._timing import compare, markdown_table, parse_no_options
-from runtime.cpu_kernels import plain_attention
+from runtime.cpu.kernels import plain_attention
 
 SHAPES = ((128, 4, 16, 48), (64, 6, 64, 64), (16, 12, 256, 64), (4, 12, 1024, 64))  # batch, heads, tokens, head width
 

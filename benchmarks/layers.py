@@ -1,4 +1,4 @@
-"""Claim (runtime/cpu_kernels.py): on a CPU, our compiled layers train faster than torch's compiled layers."""
+"""Claim (runtime/cpu/kernels.py): on a CPU, our compiled layers train faster than torch's compiled layers."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks._timing import compare, markdown_table, parse_no_options
-from runtime.cpu_kernels import with_cpu_kernels
+from runtime.cpu.kernels import with_cpu_kernels
 from runtime.precision import Machine, keep_freed_memory
 
 IMAGES = ((8, 256, 16, 16), (8, 128, 32, 32), (8, 384, 32, 32))  # channels last

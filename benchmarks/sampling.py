@@ -29,7 +29,7 @@ from models.conditions import Condition
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import exit_cleanly, option
-from runtime.cpu_kernels import with_cpu_kernels
+from runtime.cpu.kernels import with_cpu_kernels
 from runtime.inference import compile_for_batches, hold_weights
 from runtime.precision import Machine, keep_freed_memory
 

@@ -23,7 +23,7 @@ from benchmarks._timing import markdown_table
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions
 from models.registry import NETWORKS, NetworkOptions, build_network
-from runtime.launch import LaunchOptions
+from runtime.processes.launch import LaunchOptions
 from training.run import TrainingOptions
 from training.setup import training_groups
 
@@ -31,7 +31,7 @@ IMAGES = {  # sizes of the training splits
     "celeba_256": 27_000,
     "celeba_512": 27_000,
     "celeba_1024": 27_000,
-    "ffhq_256": 60_000,
+    "ffhq_256": 63_000,
     "lsun_church": 126_227,
     "lsun_bedroom": 3_033_042,
     "imagenet_256": 1_281_167,

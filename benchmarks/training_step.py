@@ -35,7 +35,7 @@ from models.edm_unet import EdmUNetOptions
 from models.family import FamilyOptions
 from models.guided_unet import GuidedUNetOptions
 from models.registry import ORIGIN_ADM, build_network
-from runtime.cpu_kernels import with_cpu_kernels
+from runtime.cpu.kernels import with_cpu_kernels
 from runtime.precision import Machine, keep_freed_memory
 from training.data import Batch
 from training.optimizers import OptimizerOptions

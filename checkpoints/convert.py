@@ -9,27 +9,28 @@ EMA weights are used if the file has them, as content.pth does.
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from checkpoints.files import read_weights, save_weights
+from checkpoints.files import describes_network, read_weights, save_weights
 from checkpoints.lfm import build_published
 from checkpoints.lfm_files import PREFIX, STAGE_WEIGHT, condition_stage_path, read_published
-from checkpoints.lfm_request import request_network
+from checkpoints.lfm_request import described_by, request_network
 from command_line import help_flags, parse_options
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, exit_cleanly, option
 from runtime.messages import note, show
-from runtime.torch_files import is_torch_file, save_content
+from runtime.outputs import check_file
+from runtime.torch_files import save_content
 from sampling.request import IGNORED_SAMPLING_FLAGS
 from sampling.script import mode_groups
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """Conversion. Flags below that do not describe the network, autoencoder or data have no effect."""
+    """Conversion. Sampling flags, which LFM's arguments files contain, have no effect."""
 
     module_prefix: bool = option(False, "when writing .pth: prefix names with 'module.', as data parallelism does")
 
@@ -37,15 +38,18 @@ class ConversionOptions:
 def main() -> None:
     """Convert in the direction given by the first file's format."""
     paths, flags = _split_paths(sys.argv[1:])
+    sampling = {field.name for group in mode_groups() for field in fields(group)} - described_by()
     options = parse_options(
         str(__doc__).splitlines()[0],
         [ConversionOptions, *mode_groups()],
         flags,
         ignored=IGNORED_SAMPLING_FLAGS,
         positional="IN OUT",
+        silent=sampling,
     )
     source, target = paths
-    if is_torch_file(source):
+    check_file(target, "OUT")
+    if not describes_network(source):
         _from_published(source, target, options.given)
     else:
         _to_published(source, target, options[ConversionOptions].module_prefix)
@@ -54,7 +58,7 @@ def main() -> None:
 
 def _from_published(source: Path, target: Path, given: Mapping[str, Any]) -> None:
     """Convert an LFM checkpoint, which the flags `given` describe, to this project's format."""
-    _check_suffix(target, ".safetensors", f"{source} is a torch.save file")
+    _check_suffix(target, ".safetensors", f"{source} does not describe its network")
     file = read_published(source)
     request = request_network(given, file.arguments)
     name = request.autoencoder.pretrained_autoencoder_ckpt
@@ -72,7 +76,7 @@ def _from_published(source: Path, target: Path, given: Mapping[str, Any]) -> Non
 
 def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
     """Convert a checkpoint of this project to LFM's format."""
-    _check_suffix(target, ".pth", f"{source} is not a torch.save file")
+    _check_suffix(target, ".pth", f"{source} describes its network")
     weights, header = read_weights(source)
     prefix = PREFIX if module_prefix else ""
     stage = {name: weights.pop(name) for name in (STAGE_WEIGHT,) if name in weights}

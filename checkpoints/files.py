@@ -22,10 +22,11 @@ from models.autoencoders.protocol import Autoencoder
 from models.registry import build_network
 from options import UsageError
 from runtime.files import atomic_path
-from runtime.torch_files import is_torch_file, weights_hash
+from runtime.torch_files import explain_failure, is_torch_file, weights_hash
 
 __all__ = [
     "LoadedModel",
+    "describes_network",
     "load_model",
     "read_header",
     "read_weights",
@@ -41,9 +42,24 @@ class LoadedModel(NamedTuple):
     header: Header
 
 
+def describes_network(path: str | Path) -> bool:
+    """Whether a checkpoint has a header; otherwise it is bare weights, and flags must describe its network.
+
+    Bare weights are torch.save files such as LFM's, and other projects' safetensors files. A damaged file counts as described,
+    so that reading it explains the damage.
+    """
+    if is_torch_file(path):
+        return False
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return "header" in (file.metadata() or {})
+    except (SafetensorError, OSError, ValueError):
+        return True
+
+
 def save_weights(path: str | Path, weights: Mapping[str, torch.Tensor], header: Header) -> None:
     """Write a state dict and its header atomically."""
-    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    weights = _separate({name: value.detach().cpu().contiguous() for name, value in weights.items()})
     full = replace(header, weights_sha256=weights_hash(weights)).to_json()
     with atomic_path(path) as temporary:
         # safetensors' save_file would report a full disk as a SafetensorError and restrict reading to the owner.
@@ -105,6 +121,16 @@ def load_model(
     return LoadedModel(network.eval().requires_grad_(False).to(device), loaded.to(device), header)
 
 
+def _separate(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy tensors that share memory with an earlier one, such as tied weights, because safetensors refuses them."""
+    separate, taken = dict[str, torch.Tensor](), set[int]()
+    for name, value in weights.items():
+        memory = value.untyped_storage().data_ptr()
+        separate[name] = value.clone() if memory in taken else value
+        taken.add(memory)
+    return separate
+
+
 @contextmanager
 def _open(path: str | Path) -> Iterator[Any]:
     if is_torch_file(path):
@@ -113,16 +139,30 @@ def _open(path: str | Path) -> Iterator[Any]:
             "convert it with python -m checkpoints.convert"
         )
     try:
-        with safe_open(str(path), framework="pt") as file:
-            yield file
+        with Path(path).open(
+            "rb"
+        ) as opened:  # safetensors refuses a path that is not UTF-8, but not the number of the file
+            number = f"/proc/self/fd/{opened.fileno()}"
+            with safe_open(str(path) if _is_utf8(path) else number, framework="pt") as file:
+                yield file
     except UsageError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"cannot read the checkpoint {path}: {error}") from error
+        raise UsageError(f"cannot read the checkpoint {path}: {explain_failure(path, error)}") from error
+
+
+def _is_utf8(path: str | Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _stored_header(file: Any, path: str | Path) -> dict[str, Any]:
-    stored = json.loads((file.metadata() or {}).get("header", "null"))
+    try:
+        stored = json.loads((file.metadata() or {}).get("header", "null"))
+    except ValueError:  # another project's entry
+        stored = None
     if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise UsageError(f"{path} is not a checkpoint of this project: expected the format {FORMAT} in its header")
     return stored

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from options import UsageError
-from runtime.torch_files import read_torch_file
+from runtime.messages import note
+from runtime.torch_files import Unread, read_tensors
 from runtime.weights import list_names, split_averages
 
 __all__ = [
@@ -69,23 +70,24 @@ class PublishedFile(NamedTuple):
         return self.weights | self.averages
 
 
-def read_published(path: str | Path, device: torch.device | str = "cpu") -> PublishedFile:
-    """Read any LFM checkpoint, or a training state (content.pth) of this project.
+def read_published(path: str | Path, device: torch.device | str = "cpu", foreign: bool = False) -> PublishedFile:
+    """Read any LFM checkpoint, or a training state (content.pth) of this project; see `parse_published` for `foreign`.
 
     Raises:
         UsageError: the file is unreadable, contains code, or is neither.
     """
-    file = parse_published(read_torch_file(path, device, ALLOWED_CLASSES), path)
+    file = parse_published(read_tensors(path, device, ALLOWED_CLASSES), path, foreign)
     match = re.fullmatch(r"(?:cond_stage_)?model_(\d+)", Path(path).stem)
     return file._replace(epoch=int(match[1])) if match and file.epoch is None else file
 
 
-def parse_published(content: Any, path: str | Path) -> PublishedFile:
-    """Split an object that `read_torch_file` returned into weights, EMA weights, optimizer states and arguments.
+def parse_published(content: Any, path: str | Path, foreign: bool = False) -> PublishedFile:
+    """Split an object that `read_tensors` returned into weights, EMA weights, optimizer states and arguments.
 
     Args:
         content: the object.
         path: path of the file, for messages.
+        foreign: also accept other projects' training states, which hold raw weights and EMA weights in two entries.
 
     Raises:
         UsageError: the object is neither a state dict nor a content.pth.
@@ -98,7 +100,7 @@ def parse_published(content: Any, path: str | Path) -> PublishedFile:
         weights, averages = (_weights(part, path)[0] for part in (content["network"], content["ema"]["weights"]))
         return PublishedFile(weights, averages, {}, {}, step=content.get("step"), ours=True)
     if not is_published_content(content):
-        return PublishedFile(*_weights(_unpack(content), path), {}, {})
+        return PublishedFile(*_unpack(content, path, foreign), {}, {})
     weights, averages = _weights(content["model_dict"], path)
     states = _states(weights, content.get("optimizer") or {}, path)
     arguments = content.get("args")
@@ -106,7 +108,7 @@ def parse_published(content: Any, path: str | Path) -> PublishedFile:
         weights=weights,
         averages=averages | {name: state["ema"] for name, state in states.items() if "ema" in state},
         states=states,
-        arguments=vars(arguments) if isinstance(arguments, argparse.Namespace) else {},
+        arguments=_plain_arguments(arguments),
         epoch=content.get("epoch"),
         step=content.get("global_step"),
     )
@@ -137,14 +139,35 @@ def newest_condition_stage(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def read_sampled(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read the sampling weights of an LFM checkpoint, including its label-map embedding if there is one."""
-    return read_published(path).sampled | read_condition_stage(path)
+    """Read the weights to start from, including an LFM checkpoint's label-map embedding if there is one."""
+    return read_published(path, foreign=True).sampled | read_condition_stage(path)
 
 
-def _unpack(content: Mapping[Any, Any]) -> Any:
-    """The state dict in a container such as {"model": ..., "step": ...}; `content` itself if it holds none or several."""
-    inside = [value for value in content.values() if _is_state_dict(value)]
-    return inside[0] if len(inside) == 1 else content
+def _plain_arguments(arguments: Any) -> dict[str, Any]:
+    """A run's arguments as a dictionary, without those that could not be read."""
+    given = vars(arguments) if isinstance(arguments, argparse.Namespace) else {}
+    return {name: value for name, value in given.items() if not isinstance(value, Unread)}
+
+
+def _unpack(
+    content: Mapping[Any, Any], path: str | Path, foreign: bool
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The weights and EMA weights in a state dict, or in a container such as {"model": ..., "ema": ..., "step": ...}."""
+    inside = {str(name): value for name, value in content.items() if _is_state_dict(value)}
+    if len(inside) < 2 or _is_state_dict(content):
+        return _weights(next(iter(inside.values()), content), path)
+    averaged = [name for name in inside if "ema" in re.split("[^a-z]", name.lower())]
+    if len(averaged) != 1:
+        return _weights(content, path)
+    if not foreign:
+        raise UsageError(
+            f"{path} holds another project's training state, with weights in its entries {list_names(inside)}. Its network may "
+            "define times or outputs differently: start from its weights with --init_from or, if they follow this project's "
+            "convention, save one entry alone and pass that file"
+        )
+    raw, averages = _weights(inside.pop(averaged[0]), path)
+    note(f"{path}: the weights in its entry {averaged[0]} are used, not those in {list_names(inside)}")
+    return averages or raw, {}
 
 
 def _is_state_dict(content: Any) -> bool:

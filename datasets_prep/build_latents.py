@@ -14,9 +14,9 @@ from datasets_prep.moments import choose_cache_folder
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from options import Options, UsageError
 from runtime.distributed import Processes
-from runtime.launch import run_script
 from runtime.messages import show
 from runtime.precision import PrecisionOptions, choose_machine
+from runtime.processes.launch import run_script
 
 __all__ = ["GROUPS", "main"]
 

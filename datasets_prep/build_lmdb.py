@@ -9,8 +9,10 @@ The command may be interrupted at any moment; repeat it to resume. Each LMDB gro
 "progress" is updated in the same transaction as the images and deleted in the last one, so a finished LMDB holds only images.
 """
 
+import errno
 import io
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +29,10 @@ from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, read_image
 from datasets_prep.lmdb_file import open_lmdb_file
 from datasets_prep.lmdb_images import HELD_OUT_SHARE
 from options import UsageError, exit_cleanly, option
-from runtime.files import read_json, write_json
-from runtime.messages import show, warn
+from runtime.files import free_bytes, read_json, write_json
+from runtime.locks import locked
+from runtime.messages import note, show, warn
+from runtime.outputs import check_folder, warn_of_space
 from runtime.progress import progress_bar
 
 __all__ = ["BuildLmdbOptions", "build_lmdb", "list_in_order", "main", "split_files"]
@@ -79,8 +83,14 @@ def build_lmdb(target: Path, paths: list[Path], root: Path, options: BuildLmdbOp
         The number of images in the LMDB.
 
     Raises:
-        UsageError: `target` was built or started with other images or options, or an image cannot be read.
+        UsageError: `target` was built or started with other images or options, an image cannot be read, the LMDB cannot be
+            written, or another process is building it.
     """
+    with locked(target.with_name(f"{target.name}.lock"), f"is building {target.name} in this folder"):
+        return _build(target, paths, root, options)
+
+
+def _build(target: Path, paths: list[Path], root: Path, options: BuildLmdbOptions) -> int:
     identity = {
         "files": len(paths),
         "files_sha256": state_of_files(paths, root, times=False),
@@ -95,9 +105,12 @@ def build_lmdb(target: Path, paths: list[Path], root: Path, options: BuildLmdbOp
         _check_same(unfinished, identity)
     else:
         write_json(unfinished / IDENTITY, identity)
-    with _open_for_writing(unfinished) as environment:
-        _fill(environment, paths, options, target.name)
-        count = environment.stat()["entries"]
+    try:
+        with _open_for_writing(unfinished) as environment:
+            _fill(environment, paths, options, target.name)
+            count = environment.stat()["entries"]
+    except lmdb.Error as error:
+        raise UsageError(f"cannot write the LMDB {unfinished} ({error}){_advice(error, unfinished)}") from error
     unfinished.rename(target)
     return count
 
@@ -156,7 +169,11 @@ def main() -> None:
     root, datadir = Path(options.source), Path(options.datadir)
     if not root.is_dir():
         raise UsageError(f"--source {root} is not a directory: name the folder that holds the images")
+    check_folder(datadir, "--datadir")
     splits = split_files(list_in_order(root), root, options.validation)
+    if not any(datadir.glob("*.lmdb*")):
+        size = sum(map(len, splits.values())) * 3 * options.image_size**2
+        warn_of_space(datadir, size / 4 if options.format == "jpg" else size, "the LMDBs")
     for split, paths in splits.items():
         count = build_lmdb(datadir / f"{split}.lmdb", paths, root, options)
         show(
@@ -226,7 +243,18 @@ def _open_for_writing(folder: Path) -> lmdb.Environment:
     try:
         return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES)
     except lmdb.Error as error:
-        raise UsageError(f"cannot open the LMDB {folder}: {error}") from error
+        if os.strerror(errno.ENOLCK) not in str(error):
+            raise
+    note(f"the file system of {folder} has no locks: do not run this command twice at the same time")
+    return lmdb.open(str(folder), map_size=FIRST_MAP_BYTES, lock=False)
+
+
+def _advice(error: lmdb.Error, folder: Path) -> str:
+    if os.strerror(errno.ENODEV) in str(error):
+        return ": its file system cannot map files into memory; choose a --datadir on a local disk, then copy the LMDB"
+    free = free_bytes(folder)
+    room = f", {free / 1e6:.0f} MB are free" if free is not None else ""
+    return f"{room}: check the disk, or choose another --datadir; the same command continues where this one stopped"
 
 
 def _check_same(folder: Path, identity: dict[str, Any]) -> None:

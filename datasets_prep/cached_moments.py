@@ -5,8 +5,10 @@ of 16 kB. MADV_RANDOM turns read-ahead off. MADV_WILLNEED announces all rows of 
 disk reads them concurrently.
 """
 
+import errno
 import mmap
 import zlib
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +110,17 @@ def update_labels(folder: Path, labels: np.ndarray) -> None:
 
 def _map_rows(path: Path) -> np.memmap:
     """Memory-map the array in a file for random access."""
-    array: np.memmap = np.load(path, mmap_mode="r")
+    try:
+        array: np.memmap = np.load(path, mmap_mode="r")
+    except OSError as error:
+        if error.errno not in (errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+        array = np.load(
+            path, mmap_mode="c"
+        )  # a private map, which network and FUSE file systems without shared ones have
     if ADVISABLE:
-        array.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
+        with suppress(OSError):
+            array.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]
     return array
 
 
@@ -119,4 +129,5 @@ def _prefetch(array: np.memmap, number: int, size: int) -> None:
     if ADVISABLE:
         first = array.offset + number * size
         start = first - first % mmap.PAGESIZE
-        array.base.madvise(mmap.MADV_WILLNEED, start, first + size - start)  # type: ignore[union-attr]
+        with suppress(OSError):
+            array.base.madvise(mmap.MADV_WILLNEED, start, first + size - start)  # type: ignore[union-attr]

@@ -22,6 +22,7 @@ from datasets_prep.label_maps.celebamask_hq import MAPS, PARTS, find_celebamask,
 from options import UsageError, exit_cleanly, option
 from runtime.files import atomic_path
 from runtime.messages import show
+from runtime.outputs import check_folder
 from runtime.progress import progress_bar
 
 __all__ = ["MergeOptions", "main", "merge_parts", "merge_tree"]
@@ -63,9 +64,10 @@ def merge_tree(tree: Path, num_workers: int) -> tuple[int, int]:
         UsageError: there are no images, or an image's masks are missing, damaged or of different sizes.
     """
     numbers = numbered_images(tree)
-    (tree / MAPS).mkdir(exist_ok=True)
-    present = {path.name for path in (tree / MAPS).iterdir()}
+    present = {path.name for path in (tree / MAPS).iterdir()} if (tree / MAPS).is_dir() else set()
     missing = [number for number in numbers if f"{number}.png" not in present]
+    if missing:
+        check_folder(tree / MAPS, "DATADIR, for example a copy")
     with ThreadPoolExecutor(num_workers) as workers:
         jobs = workers.map(partial(_merge_image, tree), missing)
         for _ in progress_bar(jobs, total=len(missing), desc="merging maps", unit="image"):

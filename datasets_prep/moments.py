@@ -1,7 +1,6 @@
 """Posterior moments for training: from the latent cache, from precomputed latents, or encoded from images at every step."""
 
 import hashlib
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +16,7 @@ from models.autoencoders.protocol import Autoencoder
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.messages import note
+from runtime.outputs import write_error
 from runtime.precision import Machine
 
 __all__ = ["MomentSource", "choose_cache_folder", "open_moments"]
@@ -109,7 +109,7 @@ def choose_cache_folder(
     """
     root = Path(cache.latent_cache_dir or data.derived / "latent_cache")
     folder = _with_orientations(cache_folder(root, dataset, autoencoder), dataset)
-    if is_finished(folder) or (error := _write_error(root)) is None:
+    if is_finished(folder) or (error := write_error(root)) is None:
         return folder
     if cache.latent_cache_dir or spare is None:
         raise UsageError(
@@ -127,13 +127,3 @@ def _with_orientations(folder: Path, dataset: ImageDataset) -> Path:
     """`folder`, or another one if that holds a cache without the mirror images that the dataset needs."""
     lacking = dataset.facts.flips and has_mirror_images(folder) is False
     return folder.with_name(f"{folder.name}_mirrored") if lacking else folder
-
-
-def _write_error(folder: Path) -> str | None:
-    """Why no file can be written into `folder`; None if it can. The folder is created."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return None
-    except OSError as error:
-        return error.strerror or str(error)

@@ -24,6 +24,7 @@ from datasets_prep.folder_layout.entries import subfolders
 from options import UsageError, exit_cleanly, option
 from runtime.files import replace_folder
 from runtime.messages import show
+from runtime.outputs import check_folder, warn_of_space
 from runtime.progress import progress_bar
 
 __all__ = ["UnpackOptions", "main", "unpack_train", "unpack_validation"]
@@ -79,8 +80,11 @@ def unpack_validation(datadir: Path) -> None:
 def main() -> None:
     """Parse the flags and unpack the missing splits."""
     datadir = Path(parse_options(str(__doc__).splitlines()[0], [UnpackOptions])[UnpackOptions].datadir)
-    for name, unpack in (("train", unpack_train), ("val", unpack_validation)):
+    for name, archive, unpack in (("train", TRAIN, unpack_train), ("val", VALIDATION, unpack_validation)):
         if not (datadir / name).exists():
+            check_folder(datadir, "--datadir")
+            if (datadir / archive).is_file() and not (datadir / f"{name}.unfinished").exists():
+                warn_of_space(datadir, (datadir / archive).stat().st_size, f"{name}/")
             unpack(datadir)
         show(f"{datadir / name}: {len(subfolders(datadir / name))} classes")
 

@@ -87,6 +87,7 @@ def compare(
         assert fake.known is not None
         assert true.known is not None
         return score_summaries(scoring.metrics, fake.known, true.known)
+    _check_padding(fake, true, comparison.image_size)
     check_sizes(fake, true)
     known = [stored.known for stored in (fake, true) if stored.known is not None]
     network = _choose_features(known, features, device)
@@ -99,6 +100,18 @@ def compare(
         return score_images((LabelledImages(*batch) for batch in images), network, reference, (), scoring)
     samples = summarise_set(fake, network, needs[generated], None, comparison.batch_size)
     return score_summaries(scoring.metrics, samples, reference)
+
+
+def _check_padding(fake: StoredSet, true: StoredSet, image_size: int | None) -> None:
+    """Refuse a size to which samples are resized, but which a dataset reaches only by padding, without which it is compared."""
+    if image_size is None or fake.source is None or true.source is None:
+        return
+    side = true.source.extent(0)[0]
+    if side != image_size:
+        raise UsageError(
+            f"--image_size {image_size}: {true.source.name} has {side} x {side} images, which are compared without padding: "
+            f"use --image_size {side}"
+        )
 
 
 def _open_real(real: str, needs: Iterable[str], comparison: ComparisonOptions) -> tuple[StoredSet, Path | None]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from evaluation.neighbours import DENSITY_K, PRECISION_K, neighbour_scores
-from evaluation.statistics import Statistics
+from evaluation.statistics import Statistics, require_finite_features
 from evaluation.summary import GROUPS, Summary, center_of
 from options import UsageError
 from runtime.randomness import generator_for
@@ -66,8 +66,8 @@ def frechet_distance(a: Statistics, b: Statistics) -> float:
     """
     check_comparable(a.meta, b.meta)
     check_widths(len(a.mean), len(b.mean))
-    if not all(np.isfinite(part).all() for s in (a, b) for part in (s.mean, s.covariance)):
-        raise UsageError("cannot compute a Fréchet distance: the mean or covariance of the features is not finite")
+    for statistics in (a, b):
+        require_finite_features("cannot compute a Fréchet distance: ", statistics.mean, statistics.covariance)
     difference = a.mean - b.mean
     overlap = _root_trace(*(torch.from_numpy((s.covariance + s.covariance.T) / 2) for s in (a, b)))
     distance = difference @ difference + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap
@@ -167,13 +167,19 @@ def compute_metrics(names: Sequence[str], generated: Summary, reference: Summary
     """Compute metrics by name. Metrics with the same `compute` function share one call.
 
     Raises:
-        UsageError: the sets come from different feature networks or image sizes, or have too few images.
+        UsageError: the sets come from different feature networks or image sizes, have too few images, or get a score that is
+            not finite.
     """
     check_comparable(generated.meta, reference.meta)
     check_counts(names, generated.known_count, reference.known_count)
     values: dict[str, float] = {}
     for compute in dict.fromkeys(METRICS[name].compute for name in names):
         values |= compute(generated, reference)
+    if bad := [name for name in names if not math.isfinite(values[name])]:
+        raise UsageError(
+            f"--metrics {' '.join(bad)}: the score is not finite (NaN or infinity); the features may be too large: check the "
+            "feature network, or choose other metrics"
+        )
     return {name: values[name] for name in names}
 
 

@@ -120,7 +120,7 @@ def load_lpips(weights_file: str | None, device: torch.device | str) -> Perceptu
     except ImportError as error:
         raise UsageError("--lpips needs the package lpips: pip install lpips") from error
     weights = (
-        download_weights(ALEXNET_URL, "AlexNet", check_hash=True)
+        download_weights(ALEXNET_URL, "AlexNet", "--lpips_weights", check_hash=True)
         if weights_file is None
         else read_weights_file(weights_file)
     )

@@ -24,11 +24,13 @@ from evaluation.score import MetricOptions, needs_of, reference_statistics, resu
 from evaluation.sources import ImageSource, dataset_source, image_batches
 from evaluation.summary import Gatherer, Summary
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
-from models.autoencoders.pixels import images_to_pixels
+from models.autoencoders.pixels import decode_images, images_to_pixels
 from models.autoencoders.protocol import Autoencoder
 from options import exit_cleanly, option
 from runtime.files import write_json
+from runtime.finite import require_finite
 from runtime.messages import labeled, show_result
+from runtime.outputs import check_file
 from runtime.pictures import save_sheet
 from runtime.precision import DeviceOptions, Machine, choose_device
 
@@ -47,8 +49,14 @@ class ReconstructionOptions:
 
 
 def reconstruct(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Tensor:
-    """Encode images uint8 [B, C, H, W] and decode their posterior means to uint8 [B, C, H, W] on the same device."""
-    return autoencoder.decode(autoencoder.sample(autoencoder.encode(images)))
+    """Encode images uint8 [B, C, H, W] and decode their posterior means to uint8 [B, C, H, W] on the same device.
+
+    Raises:
+        UsageError: more than a few are not finite. A few cause a warning.
+    """
+    decoded, finite = decode_images(autoencoder, autoencoder.sample(autoencoder.encode(images)))
+    require_finite(finite, "reconstructions of a batch")
+    return decoded
 
 
 def measure_reconstruction(
@@ -105,6 +113,8 @@ def main() -> None:
     groups = [ReconstructionOptions, DatasetOptions, AutoencoderOptions, MetricOptions, FeatureOptions, DeviceOptions]
     options = parse_options(str(__doc__).splitlines()[0], groups)
     settings, data = options[ReconstructionOptions], options[DatasetOptions]
+    check_file(settings.output_json, "--output_json")
+    check_file(settings.picture, "--picture")
     device = choose_device(options[DeviceOptions])
     train, held_out = open_dataset(data, "train"), open_dataset(data, "validation")
     metrics = options[MetricOptions].metrics
@@ -130,14 +140,14 @@ def main() -> None:
         "reconstructions": scores,
         "real": scores_real,
     }
-    if settings.output_json:
-        write_json(settings.output_json, result)
     lines = [
         labeled("PSNR", f"{ratio:.2f} dB on {result['images']:,} held-out images of {data.dataset}"),
         labeled("decoded", f"{result_line(scores)} against the training images"),
         labeled("originals", f"{result_line(scores_real)} against the training images"),
     ]
     show_result("\n".join(lines), scores["warnings"])
+    if settings.output_json:
+        write_json(settings.output_json, result)
 
 
 def _squared_error(decoded: torch.Tensor, original: torch.Tensor) -> float:

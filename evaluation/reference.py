@@ -19,6 +19,7 @@ from evaluation.summary import Gatherer, Summary
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.files import UNREADABLE, atomic_path
+from runtime.finite import describe_not_finite, finite_rows
 from runtime.messages import note
 from runtime.randomness import generator_for
 
@@ -207,7 +208,11 @@ def _read_part(path: Path, need: str, source: ImageSource, features: FeatureNetw
 def _load_rows(path: Path) -> tuple[torch.Tensor, dict[str, Any]]:
     try:
         with np.load(path, allow_pickle=False) as content:
-            return torch.from_numpy(content["rows"]), json.loads(str(content["metadata"]))
+            rows, meta = torch.from_numpy(content["rows"]), json.loads(str(content["metadata"]))
+        if not (finite := finite_rows(rows)).all():
+            bad = (~finite).nonzero().flatten().tolist()
+            raise ValueError(describe_not_finite("images have features that", bad, len(rows)))
+        return rows, meta
     except UNREADABLE as error:
         raise UsageError(
             f"cannot read the cached features in {path}: {error}; delete the file to recompute them"

@@ -154,7 +154,8 @@ def score_images(
         not computed in float32, "feature_precision_effect" shows the effect on the Fréchet distance.
 
     Raises:
-        UsageError: a metric is unknown or the feature network does not support it, or the sets cannot be compared.
+        UsageError: a metric is unknown or the feature network does not support it, the sets cannot be compared, or a batch has
+            more or fewer indices or labels than images.
     """
     gatherer = Gatherer(features, needs_of(options.metrics, reference=False), grouped=options.error_bar)
     transform = IMAGE_FORMATS[options.image_format]
@@ -162,6 +163,7 @@ def score_images(
     effect = PrecisionEffect(features)
     size = reference.meta.get("resolution")
     for batch in batches:
+        _check_lengths(batch)
         images = transform(batch.images)
         if size != "mixed":
             check_comparable({"resolution": list(images.shape[2:])}, {"resolution": size})
@@ -171,6 +173,15 @@ def score_images(
     gatherer.merge_all(processes)
     labels.merge_all(processes)
     return processes.from_main(_scored(gatherer, labels, effect, reference, options) if processes.is_main else {})
+
+
+def _check_lengths(batch: ScoredBatch) -> None:
+    found = {"indices": len(batch.indices), "labels": len(batch.images if batch.labels is None else batch.labels)}
+    for name, count in found.items():
+        if count != len(batch.images):
+            raise UsageError(
+                f"expected as many {name} as images in a batch, but got {count} for {len(batch.images)} images"
+            )
 
 
 def _scored(
@@ -244,7 +255,10 @@ def _title(name: str, generated: Summary, reference: Summary) -> str:
     if name == "fid":
         return features["label"] if features else "Frechet distance"
     title = METRICS[name].title
-    return title if not features or features["name"] == "inception" else f"{title} ({features['name']} features)"
+    if not features or features["name"] == "inception":
+        return title
+    _, _, qualifier = features["label"].partition("(")  # as in FD (DINOv2 ViT-B/14)
+    return f"{title} ({qualifier or features['name'] + ' features)'}"
 
 
 def _warnings(metrics: Sequence[str], generated: Summary, reference: Summary) -> list[str]:

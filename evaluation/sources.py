@@ -160,7 +160,8 @@ def _open(path: Path, image_size: int | None) -> ImageSource:
     if path.suffix == ".lmdb" and path.is_file():
         return _open_lmdb(path, image_size)
     raise UsageError(
-        f"{path}: expected a folder of images, an LMDB, an .npz file of images or statistics, or an .npy file of statistics"
+        f"{path}{'' if path.exists() else ' does not exist'}: expected a folder of images, an LMDB, an .npz file of images or "
+        "statistics, or an .npy file of statistics"
     )
 
 
@@ -175,7 +176,8 @@ def _stacked(images: list[torch.Tensor], start: int) -> Iterator[tuple[torch.Ten
 def _open_folder(folder: Path) -> ImageSource:
     paths = list_files(folder, IMAGE_SUFFIXES)
     state = "\n".join(f"{path.relative_to(folder)} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths)
-    meta = {"folder": str(folder), "fingerprint": hashlib.sha256(state.encode()).hexdigest()}
+    digest = hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()  # names of files may be any bytes
+    meta = {"folder": str(folder), "fingerprint": digest}
     names = tuple(path.relative_to(folder).with_suffix("").as_posix() for path in paths)
     return ImageSource(
         folder.name,

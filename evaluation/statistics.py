@@ -14,12 +14,14 @@ import torch
 
 from options import UsageError, as_json
 from runtime.files import UNREADABLE, atomic_path
+from runtime.finite import describe_not_finite
 from runtime.unpickling import load_numpy_pickle
 
 __all__ = [
     "RunningMoments",
     "Statistics",
     "load_statistics",
+    "require_finite_features",
     "save_statistics",
 ]
 
@@ -148,16 +150,26 @@ def load_statistics(path: str | Path) -> Statistics:
         _check_metadata(meta)
     except UNREADABLE as error:
         raise UsageError(f"cannot read statistics (arrays mu and sigma) from {path}: {error}") from error
-    if (
-        mean.ndim != 1
-        or not mean.size
-        or covariance.shape != mean.shape * 2
-        or not (np.isfinite(mean).all() and np.isfinite(covariance).all())
-    ):
+    if mean.ndim != 1 or not mean.size or covariance.shape != mean.shape * 2:
         raise UsageError(
-            f"{path}: expected finite arrays mu [D] and sigma [D, D], but found shapes {mean.shape} and {covariance.shape}"
+            f"{path}: expected arrays mu [D] and sigma [D, D], but found shapes {mean.shape} and {covariance.shape}"
         )
+    require_finite_features(f"{path}: ", mean, covariance)
     return Statistics(mean, covariance, meta.pop("count", None), meta)
+
+
+def require_finite_features(where: str, mean: np.ndarray, covariance: np.ndarray) -> None:
+    """Check that no feature has a mean [D] or a covariance [D, D] with NaN or infinity.
+
+    Raises:
+        UsageError: some have; the message begins with `where` and names them.
+    """
+    bad = ~(np.isfinite(mean) & np.isfinite(covariance).all(1) & np.isfinite(covariance).all(0))
+    if not np.isfinite(np.diag(covariance)).all():  # one such feature fills a row and a column
+        bad = ~(np.isfinite(mean) & np.isfinite(np.diag(covariance)))
+    if bad.any():
+        found = describe_not_finite("features have a mean or covariance that", np.flatnonzero(bad).tolist(), len(mean))
+        raise UsageError(f"{where}{found}; compute the statistics again, from images whose features are finite")
 
 
 def _check_metadata(meta: dict[str, Any]) -> None:
@@ -191,7 +203,7 @@ def _read_npy(file: BinaryIO) -> dict[str, Any]:
         raise ValueError("unsupported version of the .npy format")
     _, _, dtype = np.lib.format.read_array_header_1_0(file)
     if not dtype.hasobject:
-        raise ValueError("expected a pickled dict, but found a plain array")
+        raise ValueError("expected a pickled dict, but found a plain array; save images with numpy.savez instead")
     content = load_numpy_pickle(file)
     value = content.item() if isinstance(content, np.ndarray) and content.size == 1 else content
     if not isinstance(value, dict):

@@ -22,6 +22,7 @@ from evaluation.features.protocol import FeatureNetwork, describe_features
 from evaluation.statistics import RunningMoments, Statistics
 from options import UsageError
 from runtime.distributed import Processes
+from runtime.finite import describe_not_finite, finite_rows
 
 __all__ = ["GROUPS", "NEEDS", "Gatherer", "Share", "Summary", "center_of"]
 
@@ -170,11 +171,11 @@ class Gatherer:
 
     def _check_finite(self, outputs: dict[str, torch.Tensor], numbers: torch.Tensor) -> None:
         for name, values in outputs.items():
-            if not (finite := values.isfinite().all(1)).all():
-                first = int(numbers[~finite][0])
+            if not (finite := finite_rows(values)).all():
+                found = describe_not_finite(f"images have {name} that", numbers[~finite].tolist(), len(finite))
                 raise UsageError(
-                    f"the {name} of image {first} and {int((~finite).sum()) - 1} more in its batch are not finite: check the "
-                    f"weights of the feature network {self._features.name}, or use --feature_precision fp32"
+                    f"in one batch, {found}; check the weights of the feature network {self._features.name}, or use "
+                    "--feature_precision fp32"
                 )
 
     def _add(self, key: tuple[str, int], values: torch.Tensor, numbers: torch.Tensor) -> None:

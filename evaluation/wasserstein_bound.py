@@ -150,7 +150,7 @@ def _decoder_norms(flow: TrainedFlow, latents: torch.Tensor, options: BoundOptio
 
 
 def _decoded(flow: TrainedFlow, latents: torch.Tensor) -> torch.Tensor:
-    return crop_padding(flow.autoencoder.decode_to_pixels(latents), flow.header.dataset)
+    return crop_padding(flow.autoencoder.decode(latents), flow.header.dataset)
 
 
 @torch.no_grad()

@@ -8,9 +8,17 @@ from collections.abc import Sequence
 
 import torch
 
-from flow.ode import Draw, Solution, SolverOptions, Velocity, select_rows
+from flow.ode import (
+    Draw,
+    Solution,
+    SolverOptions,
+    Velocity,
+    check_evaluations,
+    select_rows,
+)
 from flow.runge_kutta import Tableau, combine
 from options import UsageError
+from runtime.finite import finite_rows
 
 __all__ = ["DORMAND_PRINCE", "dopri5"]
 
@@ -39,10 +47,11 @@ SMALLEST_STEP = 1e-9
 def dopri5(velocity: Velocity, x: torch.Tensor, times: Sequence[float], options: SolverOptions, draw: Draw) -> Solution:
     """Integrate each sample from times[0] to times[-1] within the tolerances of `options`.
 
-    Each sample takes two evaluations to start and six per step, whether the step is accepted or rejected.
+    Each sample takes two evaluations to start and six per step, whether the step is accepted or rejected. A sample whose
+    velocity is not finite, at any step size, becomes NaN; the others are not affected.
 
     Raises:
-        UsageError: no step size meets the tolerances, or the velocity is not finite.
+        UsageError: no step size meets the tolerances, or the batch takes too many evaluations.
     """
     end, direction = times[-1], 1 if times[-1] > times[0] else -1
     result, evaluations = torch.empty_like(x), torch.full((len(x),), 2, device=x.device)
@@ -52,25 +61,31 @@ def dopri5(velocity: Velocity, x: torch.Tensor, times: Sequence[float], options:
     slope = velocity(t.to(x.dtype), x)
     h = direction * _first_step(velocity, t, x, slope, direction, abs(end - times[0]), options)
     rejected = torch.zeros_like(rows, dtype=torch.bool)
-    remaining_velocity = velocity
+    remaining_velocity, calls = velocity, 2
     while len(rows):
         reaches_end = h.abs() >= (end - t).abs()
         if not (reaches_end | (h.abs() > SMALLEST_STEP)).all():
             raise UsageError(
                 f"--method dopri5 found no step size that meets --atol {options.atol:g} and --rtol {options.rtol:g}: "
-                "raise the tolerances, or check that the velocity is finite"
+                "raise the tolerances"
             )
+        calls += 6
+        check_evaluations(options, calls)
         h = torch.where(reaches_end, end - t, h)
         new, new_slope, error = _step(remaining_velocity, t, x, slope, h)
         evaluations[rows] += 6
-        ratio = _norm(error, torch.maximum(x.abs(), new.abs()), options).nan_to_num(nan=torch.inf)
+        ratio = _norm(error, torch.maximum(x.abs(), new.abs()), options)
+        lost = ~_is_finite(ratio, error, options)
+        ratio = ratio.nan_to_num(nan=torch.inf)
         accepted = ratio <= 1
         x, slope = (torch.where(_expand_dims(accepted, x), *pair) for pair in ((new, x), (new_slope, slope)))
         t = torch.where(accepted, t + h, t)
         growth = (SAFETY * ratio ** (-1 / 5)).clamp(MIN_GROWTH, MAX_GROWTH)
         h = h * torch.where(accepted & ~rejected, growth, growth.clamp(max=1))
         rejected = ~accepted
-        done = reaches_end & accepted
+        lost &= h.abs() <= SMALLEST_STEP
+        x = torch.where(_expand_dims(lost, x), torch.nan, x)
+        done = lost | (reaches_end & accepted)
         if done.any():
             result[rows[done]] = x[done]
             rows, t, x, slope, h, rejected = (state[~done] for state in (rows, t, x, slope, h, rejected))
@@ -98,7 +113,10 @@ def _first_step(
     longest: float,
     options: SolverOptions,
 ) -> torch.Tensor:
-    """Initial step sizes, float64 [B], from `slope` and one more evaluation (section II.4, up to eq. 4.14)."""
+    """Initial step sizes, float64 [B], from `slope` and one more evaluation (section II.4, up to eq. 4.14).
+
+    They are close to SMALLEST_STEP for samples with an evaluation that is not finite.
+    """
     size, steepness = _norm(x, x.abs(), options), _norm(slope, x.abs(), options)
     guess = torch.where((size < 1e-5) | (steepness < 1e-5), 1e-6, 0.01 * size / steepness).clamp(max=longest)
     point = x + direction * _expand_dims(guess, x).to(x.dtype) * slope
@@ -106,13 +124,19 @@ def _first_step(
     curvature = _norm(change, x.abs(), options) / guess
     largest = torch.maximum(steepness, curvature)
     better = torch.where(largest <= 1e-15, (1e-3 * guess).clamp(min=1e-6), (0.01 / largest) ** (1 / 5))
-    return torch.minimum(100 * guess, better).clamp(max=longest)
+    found = torch.minimum(100 * guess, better).clamp(max=longest)
+    return torch.where(_is_finite(steepness + curvature, change, options), found, 2 * SMALLEST_STEP)
 
 
 def _norm(value: torch.Tensor, scale: torch.Tensor, options: SolverOptions) -> torch.Tensor:
     """Root mean square, float64 [B], of each sample's values relative to its tolerance atol + rtol * scale."""
     units = value / (options.atol + options.rtol * scale)
     return units.flatten(1).double().square().mean(1).sqrt()
+
+
+def _is_finite(norm: torch.Tensor, value: torch.Tensor, options: SolverOptions) -> torch.Tensor:
+    """Whether each sample's norm, float64 [B], is finite. At --atol 0 it may not be, so the values [B, ...] decide."""
+    return norm.isfinite() if options.atol else finite_rows(value)
 
 
 def _expand_dims(numbers: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

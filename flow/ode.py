@@ -15,12 +15,15 @@ from flow.grids import TimeGridOptions
 from options import UsageError, option
 
 __all__ = [
+    "FLOAT32_EPS",
     "Draw",
     "Solution",
     "Solver",
     "SolverOptions",
     "Velocity",
+    "are_unreachable",
     "breakpoints_of",
+    "check_evaluations",
     "restrict",
     "select_rows",
     "solution_with_count",
@@ -31,6 +34,10 @@ __all__ = [
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 # Breakpoints closer than this to each other or to the ends are ignored. float32 tells their times apart.
 SHORTEST_PIECE = 1e-6
+# Evaluations of a batch by an adaptive solver, between two breakpoints, after which it gives up. Tolerances near 1e-5 take
+# hundreds. The second number is for tolerances that float32 cannot reach, so that more evaluations improve nothing.
+MOST_EVALUATIONS, MOST_UNREACHABLE_EVALUATIONS = 100_000, 20_000
+FLOAT32_EPS = torch.finfo(torch.float32).eps
 # draw(step): standard normal noise like x, for solvers that add noise; each sample has a separate random stream.
 Draw = Callable[[int], torch.Tensor]
 
@@ -76,6 +83,25 @@ def time_tensor(time: float, x: torch.Tensor) -> torch.Tensor:
 def solution_with_count(x: torch.Tensor, evaluations: int) -> Solution:
     """A solution with the same number of evaluations for every sample."""
     return Solution(x, torch.full((len(x),), evaluations, device=x.device))
+
+
+def are_unreachable(options: SolverOptions) -> bool:
+    """Whether the tolerances are below what float32 resolves, for values of about 1."""
+    return options.atol + options.rtol < FLOAT32_EPS
+
+
+def check_evaluations(options: SolverOptions, count: int) -> None:
+    """Check that an adaptive solver has not taken so many evaluations of a batch that it may never end.
+
+    Raises:
+        UsageError: it has.
+    """
+    most = MOST_UNREACHABLE_EVALUATIONS if are_unreachable(options) else MOST_EVALUATIONS
+    if count > most:
+        raise UsageError(
+            f"--method {options.method} has not reached the end after {most:,} evaluations of a batch at --atol "
+            f"{options.atol:g} and --rtol {options.rtol:g}: raise the tolerances (1e-5 is usual), or use a fixed-step method"
+        )
 
 
 def select_rows(velocity: Velocity, rows: torch.Tensor) -> Velocity:

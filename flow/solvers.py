@@ -10,13 +10,33 @@ import torch
 from flow.adaptive import dopri5
 from flow.grids import time_grid
 from flow.multistep import adams_bashforth, dpm_solver
-from flow.ode import Draw, Solution, Solver, SolverOptions, Velocity, breakpoints_of, restrict
+from flow.ode import (
+    FLOAT32_EPS,
+    Draw,
+    Solution,
+    Solver,
+    SolverOptions,
+    Velocity,
+    are_unreachable,
+    breakpoints_of,
+    restrict,
+)
 from flow.runge_kutta import TABLEAUS, runge_kutta
 from flow.stochastic import heun, reverse_sde
 from flow.torchdiffeq_methods import torchdiffeq_solver
 from options import UsageError
 
-__all__ = ["SOLVERS", "Method", "Solution", "SolverOptions", "Velocity", "check_method", "needs_float32", "solve"]
+__all__ = [
+    "SOLVERS",
+    "Method",
+    "Solution",
+    "SolverOptions",
+    "Velocity",
+    "check_method",
+    "needs_float32",
+    "solve",
+    "unreachable_tolerances",
+]
 
 
 class Method(NamedTuple):
@@ -51,6 +71,24 @@ def needs_float32(options: SolverOptions) -> bool:
     In bfloat16, it would then take more and smaller steps.
     """
     return SOLVERS[options.method].adaptive and min(options.atol, options.rtol) < MIN_BF16_TOLERANCE
+
+
+def unreachable_tolerances(options: SolverOptions, precision: str) -> str:
+    """A note about tolerances that are below what `precision`, a key of PRECISIONS, can resolve; "" if they are not."""
+    if not SOLVERS[options.method].adaptive:
+        return ""
+    tolerances = f"--atol {options.atol:g} and --rtol {options.rtol:g}"
+    if are_unreachable(options):
+        return (
+            f"{tolerances} are below what float32 resolves, about {FLOAT32_EPS:.1g} of a value of 1: --method {options.method} "
+            "will take many thousands of evaluations without a better result; choose 1e-6 or more"
+        )
+    if needs_float32(options) and precision != "fp32":
+        return (
+            f"{tolerances} are below what --precision {precision} resolves: --method {options.method} will take more "
+            f"evaluations than in fp32; choose {MIN_BF16_TOLERANCE:g} or more, or leave --precision out"
+        )
+    return ""
 
 
 def check_method(options: SolverOptions, backwards: bool = False) -> None:

@@ -13,6 +13,8 @@ __all__ = ["ClassOptions", "Family", "FamilyOptions", "Weights", "check_sides"]
 
 Weights = Mapping[str, torch.Tensor]
 
+LATENT_CHANNELS = "the latents' channels"
+
 
 @dataclass(frozen=True)
 class FamilyOptions:
@@ -21,8 +23,8 @@ class FamilyOptions:
     class_flag: ClassVar[str] = "num_classes"  # name of the option with the number of classes
     null_class_has_weights: ClassVar[bool] = True  # if so, a state dict shows whether labels were dropped
 
-    num_in_channels: int = option(4, "input channels of the network; default: the latents' channels", minimum=1)
-    num_out_channels: int = option(4, "channels of the velocity; default: the latents' channels", minimum=1)
+    num_in_channels: int = option(4, "input channels of the network", minimum=1, shown=LATENT_CHANNELS)
+    num_out_channels: int = option(4, "channels of the velocity", minimum=1, shown=LATENT_CHANNELS)
     label_dropout: float = option(
         0.0,
         "probability of dropping a label in training; above 0, the network has a null class",

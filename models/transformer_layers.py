@@ -14,7 +14,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
-        self.attention = functional.scaled_dot_product_attention  # runtime.cpu_kernels may replace this attribute
+        self.attention = functional.scaled_dot_product_attention  # runtime.cpu.kernels may replace this attribute
         self.proj = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ __all__ = ["Double", "GroupNorm"]
 class GroupNorm(nn.GroupNorm):
     """Group norm (Wu & He 2018, arXiv:1803.08494), computed in float32 and returned in the input's dtype."""
 
-    same_values_as_torch = True  # so that runtime.cpu_kernels may replace the layer
+    same_values_as_torch = True  # so that runtime.cpu.kernels may replace the layer
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize [B, C, L] or [B, C, H, W] over each group's channels and all positions."""

@@ -20,6 +20,7 @@ from evaluation.score import ScoreOptions, result_line
 from options import exit_cleanly
 from runtime.files import write_json
 from runtime.messages import show_result
+from runtime.outputs import check_file
 from runtime.precision import DeviceOptions, choose_device
 
 
@@ -29,6 +30,7 @@ def main() -> None:
     groups = [PairOptions, ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions]
     options = parse_options(str(__doc__), groups, flags, positional="INPAINTED ORIGINALS")
     comparison = options[ComparisonOptions]
+    check_file(comparison.output_json, "--output_json")
     result = compare_pairs(
         *paths,
         comparison=comparison,
@@ -37,9 +39,9 @@ def main() -> None:
         features=options[FeatureOptions],
         device=choose_device(options[DeviceOptions]),
     )
+    show_result(result_line(result), result["warnings"])
     if comparison.output_json:
         write_json(comparison.output_json, result)
-    show_result(result_line(result), result["warnings"])
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from evaluation.sources import dataset_source, transformed
 from evaluation.statistics import save_statistics
 from options import exit_cleanly, option
 from runtime.messages import show
+from runtime.outputs import check_file
 from runtime.precision import DeviceOptions, Machine, choose_device
 
 
@@ -41,6 +42,7 @@ def main() -> None:
     """Compute the statistics and save them."""
     options = parse_options(str(__doc__), [StatisticsOptions, DatasetOptions, FeatureOptions, DeviceOptions])
     settings, data = options[StatisticsOptions], options[DatasetOptions]
+    check_file(settings.output or Path(__file__).parent / "statistics.npz", "--output")
     machine = Machine(choose_device(options[DeviceOptions]), "fp32")
     dataset = open_dataset(data, "train" if settings.split == "train" else "validation")
     show_data(dataset)

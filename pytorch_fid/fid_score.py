@@ -19,6 +19,7 @@ from evaluation.score import ScoreOptions, result_line
 from options import exit_cleanly
 from runtime.files import write_json
 from runtime.messages import show_result
+from runtime.outputs import check_file
 from runtime.precision import DeviceOptions, choose_device
 
 
@@ -28,10 +29,11 @@ def main() -> None:
     groups = [ComparisonOptions, ScoreOptions, FeatureOptions, DeviceOptions]
     options = parse_options(str(__doc__), groups, flags, positional="GENERATED REAL")
     comparison, device = options[ComparisonOptions], choose_device(options[DeviceOptions])
+    check_file(comparison.output_json, "--output_json")
     result = compare(*paths, comparison, options[ScoreOptions], options[FeatureOptions], device)
+    show_result(result_line(result), result["warnings"])
     if comparison.output_json:
         write_json(comparison.output_json, result)
-    show_result(result_line(result), result["warnings"])
 
 
 if __name__ == "__main__":

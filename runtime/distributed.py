@@ -1,11 +1,12 @@
 """The processes of a run and their communication.
 
-A launcher (torchrun, `accelerate launch`, or runtime/launch.py) describes the processes in environment variables, which
-it sets together. Without them, there is a single process. Values are exchanged through host memory; only gradients use
-the devices' own communication backend.
+A launcher (torchrun, `accelerate launch`, or runtime/processes/launch.py) describes the processes in environment variables,
+which it sets together. runtime/processes/clusters.py derives them from those of clusters' launchers. Without them, there is a
+single process. Values are exchanged through host memory; only gradients use the devices' own communication backend.
 """
 
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -25,6 +26,7 @@ from runtime.messages import note
 
 __all__ = [
     "Processes",
+    "each_process_has_its_gpu",
     "join_processes",
     "launch_id",
     "launched",
@@ -114,13 +116,13 @@ def launched() -> bool:
 
 
 def restarts() -> int:
-    """How often the launcher has restarted this machine's processes after one of them died (torchrun --max-restarts)."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    """How often torchrun has restarted this machine's processes (--max-restarts), or Slurm the job (--requeue)."""
+    return sum(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def launch_id() -> str:
-    """Identifier of a launch, the same for all its restarts; "" without a launcher."""
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+    """Identifier of a launch, the same for all its restarts; "" without a launcher or job."""
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 def may_restart_several_machines() -> bool:
@@ -143,7 +145,7 @@ def join_processes() -> Iterator[Processes]:
         yield Processes()
         return
     local_rank = int(os.environ["LOCAL_RANK"])
-    if local_rank < torch.cuda.device_count():
+    if local_rank < torch.cuda.device_count():  # 1 if a batch system bound each process to its GPU
         torch.cuda.set_device(local_rank)
     address = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
     waiting = f"waiting for the other processes (WORLD_SIZE={os.environ['WORLD_SIZE']} in the environment) at {address}"
@@ -189,12 +191,28 @@ def meeting_failed(address: str, error: Exception) -> UsageError:
     """The one-line error of processes that cannot meet at `address`."""
     if "EADDRINUSE" in str(error):
         return UsageError(
-            f"another program uses {address}, where the processes should meet: choose another --master_port"
+            f"another program uses {address}, where the processes should meet: choose another --master_port, "
+            "or another MASTER_PORT if torchrun, srun or mpirun starts them"
         )
     reason = str(error).splitlines()[0]
     return UsageError(
         f"the processes cannot meet at {address}: {reason}. Start all of them, with the same address and port"
     )
+
+
+def each_process_has_its_gpu() -> bool:
+    """Whether a machine's processes see different GPUs, because a batch system bound each of them to its own.
+
+    Every process must call this.
+    """
+    if not dist.is_initialized():
+        return False
+    seen: list[Any] = [None] * dist.get_world_size()
+    own = (
+        (socket.gethostname(), str(torch.cuda.get_device_properties(0).uuid)) if torch.cuda.device_count() == 1 else ()
+    )
+    dist.all_gather_object(seen, own)
+    return () not in seen and len(set(seen)) == len(seen)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.cpu_kernels import with_cpu_kernels
+from runtime.cpu.kernels import with_cpu_kernels
 from runtime.precision import Machine
 
 __all__ = ["compile_for_batches", "for_sampling", "hold_weights"]

@@ -115,10 +115,12 @@ def _create(path: Path) -> TextIO:
         holder = Holder(socket.gethostname(), os.getpid(), since, _lock(file, fcntl.LOCK_EX))
         json.dump(holder._asdict(), file)
         file.flush()
-    except BaseException:  # for example a full disk
+    except BaseException as error:  # for example a full disk
         path.unlink()
         with suppress(OSError):  # closing repeats the failed write
             file.close()
+        if isinstance(error, OSError) and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     return file
 

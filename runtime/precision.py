@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from options import UsageError, option
-from runtime.cpu_kernels import with_cpu_kernels
-from runtime.distributed import Processes
+from runtime.cpu.cores import cpu_quota
+from runtime.cpu.kernels import with_cpu_kernels
+from runtime.cpu.yielding import yield_to_others
+from runtime.distributed import Processes, each_process_has_its_gpu
 from runtime.messages import note
 
 __all__ = [
@@ -104,7 +106,7 @@ class Machine:
     def compiler_options(self) -> dict[str, Any]:
         """Options for torch.compile; dropout uses the same random numbers as in eager mode.
 
-        On a CPU, short reductions, such as the sum over a group's channels (runtime/cpu_kernels.py), are stored instead of
+        On a CPU, short reductions, such as the sum over a group's channels (runtime/cpu/kernels.py), are stored instead of
         unrolled into later loops. A multiplication and the addition that uses it become one instruction that rounds once,
         as on GPUs.
         """
@@ -167,15 +169,17 @@ class Machine:
 def choose_device(options: DeviceOptions, processes: Processes = Processes()) -> torch.device:  # noqa: B008
     """Resolve "auto" and set the number of threads; each process on a machine gets its own GPU and its share of the cores.
 
-    On a CPU, the process keeps the memory that it frees (`keep_freed_memory`).
+    On a CPU, the process keeps the memory that it frees (`keep_freed_memory`), and its threads yield to other processes
+    (`yield_to_others`).
 
     Raises:
         UsageError: torch does not know the device or cannot use it here, or there are more processes than GPUs.
     """
     name = options.device
     if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{processes.local_rank}"
-        if processes.local_count > torch.cuda.device_count():
+        bound = each_process_has_its_gpu()
+        name = "cuda:0" if bound else f"cuda:{processes.local_rank}"
+        if processes.local_count > torch.cuda.device_count() and not bound:
             raise UsageError(
                 f"{processes.local_count} processes on a machine with {torch.cuda.device_count()} GPUs: "
                 "start one per GPU, or use --device cpu"
@@ -194,8 +198,12 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
         keep_freed_memory()
     if options.num_threads:
         torch.set_num_threads(options.num_threads)
-    elif processes.local_count > 1 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // processes.local_count))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        quota = cpu_quota()  # a container's, which OpenMP does not know
+        limit = torch.get_num_threads() if quota is None else min(torch.get_num_threads(), int(quota))
+        torch.set_num_threads(max(1, limit // processes.local_count))
+    if device.type == "cpu":
+        yield_to_others()
     return device
 
 

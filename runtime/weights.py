@@ -8,16 +8,16 @@ import torch
 
 from options import UsageError
 
-__all__ = ["Mismatch", "check_finite", "find_mismatch", "list_names", "match_names", "split_averages"]
+__all__ = ["Mismatch", "check_finite", "count_bad", "find_mismatch", "list_names", "match_names", "split_averages"]
 
 Weights = Mapping[str, torch.Tensor]
 
-AVERAGE = "ema"
+AVERAGES = frozenset(("ema", "ema_model", "model_ema"))  # components of the names of EMA weights
 # Components that wrappers insert into parameter names: data parallelism, torch.compile, FSDP, activation checkpointing, an
 # EMA copy, and latent diffusion's slot for the autoencoder. They may be nested in any order.
 WRAPPERS = frozenset(
-    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", AVERAGE, "first_stage_model")
-)
+    ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "online_model", "first_stage_model")
+).union(AVERAGES)
 LISTED_NAMES = 10
 
 
@@ -54,7 +54,8 @@ def split_averages(weights: Weights, where: object) -> tuple[dict[str, torch.Ten
         where: path of the file, for messages.
 
     Returns:
-        Raw weights, and EMA weights (behind `ema.`). If the file has only one kind, it is the first, and the second is empty.
+        Raw weights, and EMA weights (behind `ema.` or a similar prefix). If the file has only one kind, it is the first, and
+        the second is empty.
 
     Raises:
         UsageError: two entries of one kind have the same name without wrappers.
@@ -62,7 +63,7 @@ def split_averages(weights: Weights, where: object) -> tuple[dict[str, torch.Ten
     raw: dict[str, torch.Tensor] = {}
     averages: dict[str, torch.Tensor] = {}
     for name, value in weights.items():
-        kind = averages if AVERAGE in name.split(".") else raw
+        kind = raw if AVERAGES.isdisjoint(name.split(".")) else averages
         plain = _without_wrappers(name)
         if plain in kind:
             raise UsageError(
@@ -102,11 +103,9 @@ def check_finite(weights: Weights, where: object, own: Weights | None = None) ->
     Raises:
         UsageError: there are such values; the message lists the names.
     """
-    counts = {name: _count_bad(value) for name, value in weights.items()}
+    counts = {name: count_bad(value) for name, value in weights.items()}
     bad = [
-        name
-        for name, count in counts.items()
-        if count and (own is None or name not in own or not _count_bad(own[name]))
+        name for name, count in counts.items() if count and (own is None or name not in own or not count_bad(own[name]))
     ]
     if bad:
         listed = list_names(f"{name} ({counts[name]} of {weights[name].numel()})" for name in bad)
@@ -139,7 +138,7 @@ def _cut_prefix(names: Iterable[str], known: Container[str]) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _count_bad(value: torch.Tensor) -> int:
+def count_bad(value: torch.Tensor) -> int:
     """Number of values that are NaN or infinite."""
     if not value.is_floating_point():
         return 0

@@ -11,6 +11,9 @@ import torch
 from flow.solvers import solve
 from options import option
 from runtime.files import write_json
+from runtime.finite import finite_rows, require_finite
+from runtime.messages import labeled
+from runtime.outputs import record_failure
 from runtime.progress import progress_bar
 from sampling.labels import choose_labels
 from sampling.loading import LoadedSampler
@@ -30,23 +33,33 @@ class TimingOptions:
 
 
 def count_evaluations(loaded: LoadedSampler, sampling: SamplingOptions) -> dict[str, Any]:
-    """Count the evaluations for `sampling.n_sample` samples, without decoding them. Writes the result as JSON."""
+    """Count the evaluations for `sampling.n_sample` samples, without decoding them. Writes the result as JSON.
+
+    Raises:
+        UsageError: more than a few samples are not finite.
+    """
     sampler, count = loaded.sampler, sampling.n_sample
     labels = choose_labels(sampling.labels, sampler.seed, sampler.num_classes, count)
-    evaluations, network_evaluations = [], []
+    evaluations, network_evaluations, finite = [], [], []
     for start in progress_bar(range(0, count, sampling.batch_size), desc="counting", unit="batch"):
         indices = range(start, min(start + sampling.batch_size, count))
         velocity = sampler.velocity(labels(indices, sampler.num_classes))
         solution = solve(velocity, sampler.noise(indices), sampler.solver, draw=sampler.draw(indices))
+        finite.append(finite_rows(solution.x).cpu())
         evaluations.append(solution.evaluations.cpu())
         network_evaluations.append(velocity.evaluations(len(indices)))
+    require_finite(torch.cat(finite), "samples")
     counts = describe_evaluations(torch.cat(evaluations), torch.cat(network_evaluations))
     result = {**loaded.describe(), "samples": count, **counts}
-    result["summary"] = (
-        f"{count} samples: NFE {counts['nfe']:g} on average, {counts['nfe_range'][0]} to {counts['nfe_range'][1]}; the "
-        f"network runs {counts['network_evaluations']:g} times per sample"
+    result["summary"] = labeled(
+        "NFE",
+        f"{counts['nfe']:g} on average of {count} samples, {counts['nfe_range'][0]} to {counts['nfe_range'][1]}; the "
+        f"network runs {counts['network_evaluations']:g} times per sample",
     )
-    write_json(sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nfe.json", result)
+    with record_failure(result):
+        write_json(
+            sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nfe.json", result
+        )
     return result
 
 
@@ -62,15 +75,19 @@ def measure_time(loaded: LoadedSampler, sampling: SamplingOptions, timing: Timin
         rows.append({"batch_size": batch_size, **measured})
     result: dict[str, Any] = {**loaded.describe(), "device": str(sampler.machine.device), "timing": rows}
     result["summary"] = "\n".join(
-        f"batch of {row['batch_size']}: "
-        + ", ".join(
-            f"{what} {row[what]['median_s']:.4f} s ({row[what]['fastest_s']:.4f} to {row[what]['slowest_s']:.4f})"
-            for what in ("network", "pipeline")
-        )
+        labeled("time", f"batch of {row['batch_size']}: {_spread(row, 'network')}, {_spread(row, 'pipeline')}")
         for row in rows
     )
-    write_json(sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_time.json", result)
+    with record_failure(result):
+        write_json(
+            sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_time.json", result
+        )
     return result
+
+
+def _spread(row: dict[str, Any], what: str) -> str:
+    times = row[what]
+    return f"{what} {times['median_s']:.4f} s ({times['fastest_s']:.4f} to {times['slowest_s']:.4f})"
 
 
 def _network_call(sampler: Sampler, batch_size: int) -> Callable[[], object]:

@@ -16,6 +16,9 @@ from flow.solvers import check_method, solve
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
 from runtime.files import atomic_path, write_json
+from runtime.finite import require_finite
+from runtime.messages import labeled
+from runtime.outputs import record_failure
 from runtime.pictures import save_animation, save_sheet
 from sampling.labels import choose_labels
 from sampling.loading import LoadedSampler
@@ -47,7 +50,8 @@ def invert(
         The result, which is also written as JSON.
 
     Raises:
-        UsageError: the solver cannot integrate from data to noise, or the held-out images are missing.
+        UsageError: the solver cannot integrate from data to noise, the held-out images are missing, or more than a few of
+            the latents are not finite.
     """
     sampler = loaded.sampler
     check_method(sampler.solver, backwards=True)
@@ -58,13 +62,11 @@ def invert(
     labels = dataset.labels[:count] if sampler.num_classes > 1 else torch.zeros(count, dtype=torch.long)
     velocity = sampler.velocity(labels)
     noise = solve(velocity, latents, sampler.solver, backwards=True).x
+    require_finite(noise, "inverted images")
     returned = solve(velocity, noise, sampler.solver).x
     original, back = sampler.decode(latents), sampler.decode(returned)
     real = crop_padding(images, sampler.facts).cpu()
     folder, stem = loaded.output_folder(sampling.output_dir), f"{loaded.stem}_inverted"
-    save_sheet(torch.cat([real, original, back]), folder / f"{stem}.png", count)
-    with atomic_path(folder / f"{stem}.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, noise=noise.cpu().numpy(), labels=labels.numpy())
     error = (images_to_pixels(original) - images_to_pixels(back)).double().square().mean().item()
     result = {
         **loaded.describe(),
@@ -75,12 +77,18 @@ def invert(
         "psnr_db": psnr(error) if error else None,
         "picture": str(folder / f"{stem}.png"),
     }
-    result["summary"] = (
+    facts = (
         f"{count} held-out images to noise (mean {result['noise_mean']:.3f}, standard deviation "
-        f"{result['noise_std']:.3f}) and back, with an RMS error of {result['latent_rms_error']:.2g} in the latents; "
-        f"images, their reconstructions and the images after integration: {result['picture']}"
+        f"{result['noise_std']:.3f}) and back, with an RMS error of {result['latent_rms_error']:.2g} in the latents"
     )
-    write_json(sampling.output_json or folder / f"{stem}.json", result)
+    picture = f"{result['picture']} (rows: images, their reconstructions, the images after integration)"
+    lines = {"inversion": facts, "picture": picture, "noise": f"{folder / stem}.npz"}
+    result["summary"] = "\n".join(labeled(*line) for line in lines.items())
+    with record_failure(result):
+        save_sheet(torch.cat([real, original, back]), folder / f"{stem}.png", count)
+        with atomic_path(folder / f"{stem}.npz") as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, noise=noise.cpu().numpy(), labels=labels.numpy())
+        write_json(sampling.output_json or folder / f"{stem}.json", result)
     return result
 
 
@@ -107,7 +115,7 @@ def interpolate(loaded: LoadedSampler, sampling: SamplingOptions, pictures: Pict
     path = loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_from_{seeds[0]}_to_{seeds[1]}.png"
     save_sheet(sampler.decode(solution.x), path, pictures.frames)
     summary = f"{len(indices)} interpolations of {len(shares)} samples from seed {seeds[0]} to seed {seeds[1]}"
-    return _write_result(loaded, sampling, path, summary)
+    return _write_result(loaded, sampling, path, {"samples": summary, "picture": str(path)})
 
 
 def trajectory(loaded: LoadedSampler, sampling: SamplingOptions, pictures: PictureOptions) -> dict[str, Any]:
@@ -115,6 +123,9 @@ def trajectory(loaded: LoadedSampler, sampling: SamplingOptions, pictures: Pictu
 
     Returns:
         The result, which is also written as JSON.
+
+    Raises:
+        UsageError: more than a few samples are not finite.
     """
     sampler, indices = loaded.sampler, range(pictures.pictured)
     labels = choose_labels(sampling.labels, sampler.seed, sampler.num_classes, len(indices))
@@ -123,13 +134,18 @@ def trajectory(loaded: LoadedSampler, sampling: SamplingOptions, pictures: Pictu
     times = torch.linspace(1, 0, pictures.frames).tolist()[:-1]
     shown = [[*recorder.nearest(row, times), (solution.x[row], solution.x[row])] for row in indices]
     latents = torch.stack([torch.stack([torch.stack(pair) for pair in frames], dim=1) for frames in shown])
-    images = sampler.decode(latents.flatten(0, 2))  # latents: [N, 2, F, c, h, w]
+    latents = latents.flatten(0, 2)  # of [N, 2, F, c, h, w]
+    images, bad = sampler.decode_batch(latents, range(len(latents)))
+    broken = {number // (2 * pictures.frames) for number in bad}
+    require_finite(torch.tensor([index not in broken for index in indices]), "samples")
     path = loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_trajectory.png"
     save_sheet(images, path, pictures.frames)
+    lines = {"samples": f"{len(indices)} trajectories at {pictures.frames} times", "picture": str(path)}
     if pictures.gif:
+        lines["animation"] = str(path.with_suffix(".gif"))
         by_frame = images.unflatten(0, (len(indices), 2, pictures.frames)).permute(2, 1, 0, 3, 4, 5).flatten(1, 2)
         save_animation(list(by_frame), path.with_suffix(".gif"), len(indices))
-    return _write_result(loaded, sampling, path, f"{len(indices)} trajectories at {pictures.frames} times")
+    return _write_result(loaded, sampling, path, lines)
 
 
 def spherical(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tensor:
@@ -195,8 +211,11 @@ def _distance_to(time: float) -> Callable[[tuple[float, torch.Tensor, torch.Tens
     return lambda seen: abs(seen[0] - time)
 
 
-def _write_result(loaded: LoadedSampler, sampling: SamplingOptions, path: Path, summary: str) -> dict[str, Any]:
-    """Write the result for the picture at `path` as JSON, and return it."""
-    result = {**loaded.describe(), "picture": str(path), "summary": f"{summary}: {path}"}
+def _write_result(
+    loaded: LoadedSampler, sampling: SamplingOptions, path: Path, lines: dict[str, str]
+) -> dict[str, Any]:
+    """Write the result for the picture at `path`, with labeled lines as its summary, as JSON, and return it."""
+    summary = "\n".join(labeled(*line) for line in lines.items())
+    result = {**loaded.describe(), "picture": str(path), "summary": summary}
     write_json(sampling.output_json or path.with_suffix(".json"), result)
     return result

@@ -10,10 +10,13 @@ from datasets_prep.datasets import DatasetOptions
 from flow.likelihood import log_likelihood
 from flow.solvers import check_method
 from options import option
-from runtime.files import write_json
+from runtime.finite import require_finite
+from runtime.messages import labeled
+from runtime.outputs import record_failure
 from runtime.progress import progress_bar
 from sampling.loading import LoadedSampler
 from sampling.request import SamplingOptions
+from sampling.results import write_result
 
 __all__ = ["LikelihoodOptions", "compute_nll"]
 
@@ -39,7 +42,8 @@ def compute_nll(
         The result, which is also written as JSON.
 
     Raises:
-        UsageError: the solver cannot integrate from data to noise, or the held-out images are missing.
+        UsageError: the solver cannot integrate from data to noise, the held-out images are missing, or more than a few of
+            their likelihoods are not finite.
     """
     sampler, exact = loaded.sampler, likelihood.exact_trace
     check_method(sampler.solver, backwards=True)
@@ -59,6 +63,7 @@ def compute_nll(
         bits.append(measured.bits_per_dimension.double().cpu())
         evaluations.append(measured.evaluations.cpu())
     values = torch.cat(bits)
+    require_finite(values[:, None], "likelihoods of images")
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
     result = {
         **loaded.describe(),
@@ -69,9 +74,13 @@ def compute_nll(
         "trace": "exact" if exact else "Hutchinson, one probe of signs an image",
         "nfe": torch.cat(evaluations).double().mean().item(),
     }
-    result["summary"] = (
+    result["summary"] = labeled(
+        "likelihood",
         f"{result['bits_per_dimension']:.4f} bits per latent dimension (standard error {error or math.nan:.4f}) of "
-        f"{len(dataset)} held-out images, NFE {result['nfe']:g}"
+        f"{len(dataset)} held-out images, NFE {result['nfe']:g}",
     )
-    write_json(sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json", result)
+    with record_failure(result):
+        write_result(
+            sampling.output_json, loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json", result
+        )
     return result

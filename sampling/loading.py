@@ -8,22 +8,21 @@ from typing import Any
 import torch
 
 from checkpoints.experiments import experiment_folder, find_checkpoint, newest_model
-from checkpoints.files import LoadedModel, load_model
+from checkpoints.files import LoadedModel, describes_network, load_model
 from checkpoints.header import Header
 from checkpoints.lfm import open_published
 from checkpoints.tasks import GENERATE, TASKS, Task
 from datasets_prep.datasets import DatasetOptions, ImageDataset, Split, open_dataset
 from flow.guidance import GuidanceOptions, Network
 from flow.objectives import OBJECTIVES
-from flow.solvers import SOLVERS, SolverOptions, check_method, needs_float32
+from flow.solvers import SOLVERS, SolverOptions, check_method, needs_float32, unreachable_tolerances
 from models.autoencoders.loading import AutoencoderOptions
 from models.autoencoders.protocol import AutoencoderFacts
 from options import UsageError, as_json
 from runtime.distributed import Processes
 from runtime.inference import for_sampling
-from runtime.messages import fact
+from runtime.messages import fact, note
 from runtime.precision import Machine, choose_device, choose_machine
-from runtime.torch_files import is_torch_file
 from sampling.request import SamplerRequest, note_unused
 from sampling.sampler import Sampler, check_guidance
 
@@ -125,7 +124,7 @@ def _checkpoint_path(request: SamplerRequest, task: Task) -> Path:
 
 def _load_model(path: Path, request: SamplerRequest, device: torch.device, task: Task) -> LoadedModel:
     """Load a checkpoint whose header agrees with the flags, or an LFM checkpoint, which the flags describe."""
-    if is_torch_file(path):
+    if not describes_network(path):
         return open_published(path, request.given, device, downstream=task is not GENERATE)
     model = load_model(path, device, _moved_autoencoder(request))
     # Downstream networks may be applied to the images of another dataset.
@@ -182,7 +181,10 @@ def _choose_machine(request: SamplerRequest, processes: Processes, batches: floa
     precise = needs_float32(solver) and solver_counts
     # A lower bound for fixed-step solvers, because some evaluate the network several times per step.
     evaluations = TYPICAL_ADAPTIVE_EVALUATIONS if adaptive else solver.steps
-    return choose_machine(request.machine, processes, precise).settled(batches * evaluations, processes)
+    machine = choose_machine(request.machine, processes, precise).settled(batches * evaluations, processes)
+    if solver_counts and (text := unreachable_tolerances(solver, machine.precision)):
+        note(text)
+    return machine
 
 
 def _make_sampler(request: SamplerRequest, model: LoadedModel, guide: LoadedModel | None, machine: Machine) -> Sampler:

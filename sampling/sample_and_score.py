@@ -26,12 +26,13 @@ from evaluation.sources import resized
 from evaluation.summary import Summary
 from models.autoencoders.pixels import DECODING
 from runtime.distributed import Processes
-from runtime.files import write_json
 from runtime.messages import labeled, note
+from runtime.outputs import check_folder, record_failure, warn_of_space, write_error
 from runtime.pictures import GridOptions, save_sheet
 from sampling.labels import choose_labels, label_rule
 from sampling.loading import LoadedSampler
 from sampling.request import SamplingOptions
+from sampling.results import write_result
 from sampling.sampler import GeneratedBatch, Labels, Sampler, first_images, generate
 from sampling.tally import Tally, describe_evaluations
 from sampling.writer import SampleWriter, read_or_draw
@@ -80,21 +81,19 @@ def sample_and_score(
     sampler, num_classes = loaded.sampler, loaded.header.num_classes
     labels = choose_labels(sampling.labels, sampler.seed, num_classes, sampling.n_sample)
     rule = label_rule(sampling.labels)
-    grid_folder, samples_folder = _output_folders(sampling, loaded)
+    grid_folder, samples_folder = _output_folders(sampling, loaded, processes)
     settings, kind = {**loaded.settings, "labels": rule}, sampling.save_images
     writer = SampleWriter(samples_folder, kind, settings, processes) if kind else None
-    tally = Tally(grid.count(num_classes), num_classes)
+    tally = Tally(grid.count(num_classes), num_classes, sampling.n_sample)
     started = time.perf_counter()
     batches = tally.watch(_batches(sampler, labels, sampling, writer, processes))
     score = _score(batches, loaded, reference, sampling.n_sample, sampling.batch_size, processes)
     seconds = time.perf_counter() - started
-    if writer is not None:
-        writer.close()
     picture = grid_folder / f"{loaded.stem}.png"
-    _save_grid(tally, grid, num_classes, picture, processes)
     result = {
         **loaded.describe(),
         **score,
+        **_warnings(score, tally, processes),
         "samples": sampling.n_sample,
         **describe_evaluations(*tally.counts(processes)),
         "decoding": DECODING,
@@ -105,8 +104,15 @@ def sample_and_score(
         "seconds": round(seconds, 1),
         "grid": str(picture),
     }
+    if writer is not None:
+        with record_failure(result):
+            writer.close()
+    first = first_images(tally.batches, grid.count(num_classes), processes)
     if processes.is_main:
-        write_json(sampling.output_json or picture.with_suffix(".json"), result)
+        with record_failure(result):
+            save_sheet(first, picture, grid.columns(num_classes))
+        with record_failure(result):
+            write_result(sampling.output_json, picture.with_suffix(".json"), result)
     return result
 
 
@@ -184,16 +190,32 @@ def _summarize_other(
     return summarise_set(stored, features, needs, None, batch_size, processes)
 
 
-def _save_grid(tally: Tally, grid: GridOptions, num_classes: int, path: Path, processes: Processes) -> None:
-    first = first_images(tally.batches, grid.count(num_classes), processes)
-    if processes.is_main:
-        save_sheet(first, path, grid.columns(num_classes))
+def _warnings(score: dict[str, Any], tally: Tally, processes: Processes) -> dict[str, list[str]]:
+    """The entry "warnings" of a result, about the score and the samples; empty if there is nothing to warn of."""
+    warnings = [*tally.warnings(processes), *score.get("warnings", [])]
+    return {"warnings": warnings} if warnings or "warnings" in score else {}
 
 
-def _output_folders(sampling: SamplingOptions, loaded: LoadedSampler) -> tuple[Path, Path]:
-    """The folders of the grid and of the samples. Image files get a separate one, because tools score a whole folder."""
-    default = loaded.output_folder()
-    if not sampling.output_dir:
-        return default, default / loaded.stem
-    chosen = Path(sampling.output_dir)
-    return (default if sampling.save_images in ("png", "jpg") else chosen), chosen
+def _output_folders(sampling: SamplingOptions, loaded: LoadedSampler, processes: Processes) -> tuple[Path, Path]:
+    """The folders of the grid and of the samples. Image files get a separate one, because tools score a whole folder.
+
+    Raises:
+        UsageError: they cannot be written.
+    """
+    grid = default = loaded.output_folder()
+    samples = default / loaded.stem
+    if sampling.output_dir:
+        samples = Path(sampling.output_dir)
+        grid = default if sampling.save_images in ("png", "jpg") else samples
+    if not processes.is_main:
+        return processes.from_main((grid, samples))
+    check_folder(samples if sampling.save_images else grid, "--output_dir")
+    if grid is default and samples.parent != default and (error := write_error(default)) is not None:
+        grid = samples.with_name(f"{samples.name}_grid")
+        note(f"cannot write into {default} ({error}), so the picture and the result are in {grid}")
+        check_folder(grid, "--output_dir")
+    if sampling.save_images and not any(samples.glob("samples*.npz")):
+        facts = loaded.header.dataset
+        size = sampling.n_sample * facts.channels * shown_side(facts) ** 2
+        warn_of_space(samples, size / 4 if sampling.save_images == "jpg" else size, "the samples")
+    return processes.from_main((grid, samples))

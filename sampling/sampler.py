@@ -16,10 +16,12 @@ from datasets_prep.datasets import DatasetFacts, like_originals
 from flow.guidance import GuidanceOptions, GuidedVelocity
 from flow.ode import Draw
 from flow.solvers import SolverOptions, solve
+from models.autoencoders.pixels import decode_images
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition, DenseInput
 from options import UsageError
 from runtime.distributed import Processes
+from runtime.finite import require_finite
 from runtime.precision import Machine
 from sampling.noise import NOISE_SOURCES, NoiseSource, noise_for_indices
 
@@ -47,6 +49,7 @@ class GeneratedBatch(NamedTuple):
         labels: class ids [B].
         evaluations: velocity evaluations that each sample took, int64 [B].
         network_evaluations: network evaluations that each sample took, int64 [B]; a guided velocity evaluation takes two.
+        not_finite: indices of the samples whose latents or pixels had NaN or infinity.
     """
 
     indices: Sequence[int]
@@ -54,6 +57,7 @@ class GeneratedBatch(NamedTuple):
     labels: torch.Tensor
     evaluations: torch.Tensor
     network_evaluations: torch.Tensor
+    not_finite: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -112,8 +116,23 @@ class Sampler:
         return GuidedVelocity(partial(self._evaluate, self.network), condition, null, self.guidance, guide)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode latents [B, c, h, w] to images uint8 [B, C, H, W] in the size and channels of the dataset, on the CPU."""
-        return like_originals(self.autoencoder.decode(latents), self.facts).cpu()
+        """Decode latents [B, c, h, w] to images uint8 [B, C, H, W] in the size and channels of the dataset, on the CPU.
+
+        Raises:
+            UsageError: more than a few are not finite. A few cause a warning.
+        """
+        images, finite = self._decode(latents)
+        require_finite(finite, "samples")
+        return images
+
+    def decode_batch(self, latents: torch.Tensor, indices: Sequence[int]) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Decode the latents of the samples `indices`; also return the indices of those that are not finite."""
+        images, finite = self._decode(latents)
+        return images, tuple(index for index, fine in zip(indices, finite.tolist(), strict=True) if not fine)
+
+    def _decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images, finite = decode_images(self.autoencoder, latents)
+        return like_originals(images, self.facts).cpu(), finite.cpu()
 
     @cached_property
     def _source(self) -> NoiseSource:
@@ -168,6 +187,9 @@ def generate(
         labels: gives the class ids of sample indices.
         dense: gives the dense conditions of sample indices, for networks that take one.
         processes: each draws every `processes.count`-th batch.
+
+    Raises:
+        UsageError: the solver's.
     """
     for start in processes.share(range(0, len(indices), batch_size)):
         chosen = indices[start : start + batch_size]
@@ -175,7 +197,8 @@ def generate(
         velocity = sampler.velocity(ids, dense(chosen) if dense else None)
         solution = solve(velocity, sampler.noise(chosen), sampler.solver, draw=sampler.draw(chosen))
         counts = solution.evaluations.cpu(), velocity.evaluations(len(chosen))
-        yield GeneratedBatch(chosen, sampler.decode(solution.x), ids, *counts)
+        images, not_finite = sampler.decode_batch(solution.x, chosen)
+        yield GeneratedBatch(chosen, images, ids, *counts, not_finite)
 
 
 def first_images(batches: Iterable[GeneratedBatch], count: int, processes: Processes) -> torch.Tensor:

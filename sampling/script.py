@@ -11,6 +11,7 @@ from options import Options, UsageError, option
 from runtime.distributed import Processes
 from runtime.files import append_line
 from runtime.messages import one_line, show, show_result
+from runtime.outputs import check_file, check_folder, raise_unwritten
 from runtime.pictures import GridOptions
 from sampling.cost import TimingOptions, count_evaluations, measure_time
 from sampling.latent_paths import PictureOptions, interpolate, invert, trajectory
@@ -29,11 +30,13 @@ class Mode(NamedTuple):
         run: run(loaded sampler, *options) returns a result in JSON's types. Its entry "summary", if there is one, is printed.
         options: the option dataclasses that `run` takes.
         parallel: whether several processes can share the work; `run` then also takes `processes`.
+        pictures: whether it writes pictures next to the result. The mode `sample` checks itself where it can write.
     """
 
     run: Callable[..., dict[str, Any]]
     options: tuple[type, ...]
     parallel: bool = False
+    pictures: bool = False
 
 
 SAMPLE = "sample"
@@ -42,9 +45,9 @@ MODES = {
     SAMPLE: Mode(
         sample_and_score, (SamplingOptions, GridOptions, ScoreOptions, FeatureOptions, DatasetOptions), parallel=True
     ),
-    "invert": Mode(invert, (SamplingOptions, DatasetOptions, PictureOptions)),
-    "interpolate": Mode(interpolate, (SamplingOptions, PictureOptions)),
-    "trajectory": Mode(trajectory, (SamplingOptions, PictureOptions)),
+    "invert": Mode(invert, (SamplingOptions, DatasetOptions, PictureOptions), pictures=True),
+    "interpolate": Mode(interpolate, (SamplingOptions, PictureOptions), pictures=True),
+    "trajectory": Mode(trajectory, (SamplingOptions, PictureOptions), pictures=True),
     "compute_nfe": Mode(count_evaluations, (SamplingOptions,)),
     "measure_time": Mode(measure_time, (SamplingOptions, TimingOptions)),
     "compute_nll": Mode(compute_nll, (SamplingOptions, DatasetOptions, LikelihoodOptions)),
@@ -95,7 +98,8 @@ def run_modes(options: Options, processes: Processes = Processes()) -> Iterator[
     """Load the sampler once and yield the result of each mode that the flags (of `mode_groups`) ask for.
 
     Raises:
-        UsageError: several processes were started for a mode that needs one, or --output_json was given for several results.
+        UsageError: several processes were started for a mode that needs one, --output_json was given for several results, or
+            an output cannot be written. If writing fails after the work, the result is yielded first.
     """
     chosen, sampling = options[ModeOptions].chosen, options[SamplingOptions]
     if processes.count > 1 and not all(MODES[name].parallel for name in chosen):
@@ -107,10 +111,17 @@ def run_modes(options: Options, processes: Processes = Processes()) -> Iterator[
         raise UsageError(
             f"--output_json holds one result, but {', '.join(chosen)} produce {len(chosen)}: leave it out, or choose one mode"
         )
+    if processes.is_main:
+        check_file(sampling.output_json, "--output_json")
+        check_file(sampling.output_log, "--output_log")
     batches = sampling.n_sample / sampling.batch_size / processes.count if chosen == [SAMPLE] else 0
     loaded = load_sampler(sampler_request(options), processes, batches=batches)
+    if any(MODES[name].pictures or (name != SAMPLE and not sampling.output_json) for name in chosen):
+        check_folder(loaded.output_folder(sampling.output_dir), "--output_dir")
     for name in chosen:
         mode = MODES[name]
         shared = {"processes": processes} if mode.parallel else {}
         fresh = replace(loaded, sampler=replace(loaded.sampler))  # a new sampler seeds torch's global generator again
-        yield mode.run(fresh, *(options[group] for group in mode.options), **shared)
+        result = mode.run(fresh, *(options[group] for group in mode.options), **shared)
+        yield result
+        raise_unwritten(result)

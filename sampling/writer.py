@@ -1,7 +1,8 @@
 """Samples on disk, as one image file per sample or in one npz file. An interrupted command resumes when it is repeated.
 
 A folder of samples holds 000000.png, ... (or .jpg) and samples.npz with `indices`, `labels`, `evaluations` and
-`network_evaluations` [N]; in the format npz also `images` uint8 [N, H, W, C]. samples.json records the samples' settings.
+`network_evaluations` [N]; in the format npz also `images` uint8 [N, H, W, C]. If some samples were not finite, the column
+`finite`, bool [N], tells which. samples.json records the samples' settings.
 During sampling, each batch writes its images first and then its part of samples.npz, such as samples.part_000000.npz.
 """
 
@@ -25,6 +26,7 @@ __all__ = ["FORMATS", "SampleWriter", "read_or_draw"]
 
 FORMATS = ("png", "jpg", "npz")
 COLUMNS = ("indices", "labels", "evaluations", "network_evaluations")
+FINITE = "finite"
 
 
 class SampleWriter:
@@ -77,6 +79,7 @@ class SampleWriter:
             "indices": np.array(batch.indices),
             **{name: getattr(batch, name).numpy() for name in COLUMNS[1:]},
             **({"images": batch.images.permute(0, 2, 3, 1).numpy()} if self.kind == "npz" else {}),
+            **({FINITE: ~np.isin(batch.indices, batch.not_finite)} if batch.not_finite else {}),
         }
         _write_table(self.folder / f"samples.part_{batch.indices[0]:06d}.npz", table, durable=False)
 
@@ -89,6 +92,8 @@ class SampleWriter:
         if not parts:
             return
         tables = list(self._tables())
+        if any(FINITE in table for table in tables):
+            tables = [{FINITE: np.ones(len(table["indices"]), bool), **table} for table in tables]
         whole = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
         _, order = np.unique(whole["indices"], return_index=True)
         _write_table(self.folder / "samples.npz", {name: column[order] for name, column in whole.items()})
@@ -102,7 +107,8 @@ class SampleWriter:
             images = torch.from_numpy(table["images"][rows]).permute(0, 3, 1, 2)
         else:
             images = torch.stack([self._read_file(self._path(index)) for index in indices])
-        return GeneratedBatch(indices, images, **columns)
+        not_finite = np.array(indices)[~table[FINITE][rows]].tolist() if FINITE in table else ()
+        return GeneratedBatch(indices, images, **columns, not_finite=tuple(not_finite))
 
     def _read_file(self, path: Path) -> torch.Tensor:
         try:
@@ -172,12 +178,13 @@ def read_or_draw(
         note(f"{writer.folder} already holds {len(held)} of {len(wanted)} samples")
         yield from writer.read(set(processes.share(sorted(held))), batch_size)
     missing = [index for index in wanted if index not in held]
-    with progress_bar(total=len(missing) // processes.count, desc="sampling", unit="image") as bar:
+    with progress_bar(total=len(missing), desc="sampling", unit="image") as bar:
         for batch in draw(missing):
             if writer is not None:
                 writer.add(batch)
-            bar.update(len(batch.indices))
+            bar.update(min(len(batch.indices) * processes.count, len(missing) - bar.n))  # the others draw as many
             yield batch
+        bar.update(len(missing) - bar.n)
 
 
 def _write_table(path: Path, table: Mapping[str, np.ndarray], durable: bool = True) -> None:

@@ -23,11 +23,13 @@ from evaluation.pair_comparison import Pair, check_pairs, score_pairs
 from evaluation.sources import dataset_source
 from models.autoencoders.pixels import DECODING
 from runtime.distributed import Processes
-from runtime.files import atomic_path, write_json
+from runtime.files import atomic_path
+from runtime.outputs import check_folder, record_failure, warn_of_space
 from runtime.pictures import save_sheet, side_by_side
 from runtime.progress import progress_bar
 from sampling.loading import LoadedSampler
 from sampling.request import note_unused
+from sampling.results import write_result
 from sampling.sampler import GeneratedBatch, Sampler, first_images, generate
 from sampling.tally import Tally, describe_evaluations
 from sampling.writer import SampleWriter, read_or_draw
@@ -97,7 +99,8 @@ def sample_for_images(
         The result, in every process. It is also written as JSON.
 
     Raises:
-        UsageError: the folder holds samples with other settings.
+        UsageError: the folder holds samples with other settings or cannot be written, or more than a few samples are not
+            finite.
     """
     started = time.perf_counter()
     features = _choose_features(request, loaded, processes)
@@ -105,22 +108,24 @@ def sample_for_images(
     if features is not None:
         images = run.plan.conditioned.images
         check_pairs(request.pairs, request.scores, len(images), shown_side(images.facts))
+    if processes.is_main:
+        _check_output(run)
+    processes.barrier()
     writers = [run.writer(number) for number in range(request.conditioned.num_completions)]
     _write_inputs(run.plan, run.folder, processes)
-    tally = Tally(SHEET_IMAGES, loaded.header.num_classes + 1)  # including the null class
-    score, pictures = _draw_all(run, writers, tally, features)
+    score, pictures, tallies = _draw_all(run, writers, features)
     sheet = run.folder / "contact_sheet.png"
-    if processes.is_main:
-        _save_contact_sheet(run.plan.conditioned, pictures, sheet)
+    warnings = list(dict.fromkeys([text for tally in tallies for text in tally.warnings(processes)]))
     result = {
         **loaded.describe(),
         **run.plan.settings,
         "use_labels": request.conditioned.use_labels,
         **run.plan.facts,
         **score,
+        **({"warnings": [*warnings, *score.get("warnings", [])]} if warnings else {}),
         "samples": len(run.plan.conditioned.images),
         "completions": request.conditioned.num_completions,
-        **describe_evaluations(*tally.counts(processes)),
+        **describe_evaluations(*tallies[0].counts(processes)),
         "decoding": DECODING,
         "batch_size": request.conditioned.batch_size,
         "processes": processes.count,
@@ -128,8 +133,14 @@ def sample_for_images(
         "folder": str(run.folder),
         "sheet": str(sheet),
     }
+    for writer in writers:
+        with record_failure(result):
+            writer.close()
     if processes.is_main:
-        write_json(request.conditioned.output_json or run.folder / "result.json", result)
+        with record_failure(result):
+            _save_contact_sheet(run.plan.conditioned, pictures, sheet)
+        with record_failure(result):
+            write_result(request.conditioned.output_json, run.folder / "result.json", result)
     return result
 
 
@@ -170,7 +181,6 @@ class _Run:
                 yield batch._replace(images=self.plan.finish(batch.images, torch.tensor(batch.indices)))
 
         yield from read_or_draw(range(len(images.images)), draw, writer, batch_size, self.processes)
-        writer.close()
 
     def _draw(self, sampler: Sampler, indices: Sequence[int]) -> Iterator[GeneratedBatch]:
         batch_size, images = self.request.conditioned.batch_size, self.plan.conditioned
@@ -194,25 +204,39 @@ def _choose_features(request: ConditionedRequest, loaded: LoadedSampler, process
 
 
 def _draw_all(
-    run: _Run, writers: Sequence[SampleWriter], tally: Tally, features: FeatureNetwork | None
-) -> tuple[dict[str, Any], list[torch.Tensor]]:
+    run: _Run, writers: Sequence[SampleWriter], features: FeatureNetwork | None
+) -> tuple[dict[str, Any], list[torch.Tensor], list[Tally]]:
     """Draw all samples.
 
     Returns:
-        The score of the first sample of each image, and the contact sheet's images for each sample number.
+        The score of the first sample of each image, and for each sample number the contact sheet's images and the tally.
     """
     score: dict[str, Any] = {}
-    pictures = []
+    pictures, tallies = [], []
+    labels = run.loaded.header.num_classes + 1  # including the null class
     for number, writer in enumerate(writers):
-        batches = run.batches(number, writer)
-        if number == 0:
-            batches = tally.watch(batches)
-            if features is not None:
-                score = _score(run, batches, features)
-            deque(batches, maxlen=0)
-            batches = iter(tally.batches)
-        pictures.append(first_images(batches, SHEET_IMAGES, run.processes))
-    return score, pictures
+        tally = Tally(SHEET_IMAGES, labels, len(run.plan.conditioned.images))
+        batches = tally.watch(run.batches(number, writer))
+        if number == 0 and features is not None:
+            score = _score(run, batches, features)
+        deque(batches, maxlen=0)
+        pictures.append(first_images(tally.batches, SHEET_IMAGES, run.processes))
+        tallies.append(tally)
+    return score, pictures, tallies
+
+
+def _check_output(run: _Run) -> None:
+    """Check that the results can be written, and that there is room for the images and the samples of each.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    check_folder(run.folder, "--output_dir")
+    images = run.plan.conditioned.images
+    pictures = 1 + len(run.plan.inputs) + run.request.conditioned.num_completions
+    size = pictures * len(images) * images.facts.channels * shown_side(images.facts) ** 2
+    if not any(run.folder.glob("*/samples*.npz")):
+        warn_of_space(run.folder, size, "images and samples")
 
 
 def _score(run: _Run, batches: Iterable[GeneratedBatch], features: FeatureNetwork) -> dict[str, Any]:

@@ -12,10 +12,23 @@ from evaluation.score import ScoreOptions, result_line
 from options import Options
 from runtime.distributed import Processes
 from runtime.files import append_line
-from runtime.launch import run_script
 from runtime.messages import labeled, one_line, show, show_result
+from runtime.outputs import check_file, raise_unwritten
+from runtime.processes.launch import run_script
 from sampling.request import checkpoint_groups, sampler_request
 from tasks.conditioned_request import IGNORED_FLAGS, ConditionedOptions, ConditionedRequest, conditioned_groups
+
+# What a task's own scores are called, and their units. Keys are entries of results.
+NAMES = {
+    "recognised": "recognized samples",
+    "recognised_originals": "recognized originals",
+    "psnr_hole": "PSNR in holes",
+    "psnr_hole_mean_colour": "PSNR of holes in the mean color",
+    "miou": "mean IoU",
+    "pixel_accuracy": "pixel accuracy",
+    "foreground_iou": "foreground IoU",
+}
+UNITS = {"psnr_hole": " dB", "psnr_hole_mean_colour": " dB"}
 
 __all__ = ["run_conditioned_script", "summary_of_pairs"]
 
@@ -41,9 +54,13 @@ def _run(
 ) -> None:
     """Sample, print a summary of the result, and append it to --output_log as one line."""
     show(options.describe("--print_config shows all"))
+    conditioned = options[ConditionedOptions]
+    if processes.is_main:
+        check_file(conditioned.output_json, "--output_json")
+        check_file(conditioned.output_log, "--output_log")
     request = ConditionedRequest(
         sampler=sampler_request(options),
-        conditioned=options[ConditionedOptions],
+        conditioned=conditioned,
         data=options[DatasetOptions],
         scores=options[ScoreOptions],
         pairs=options[PairOptions],
@@ -52,14 +69,15 @@ def _run(
     result = sample(request, *(options[group] for group in groups), processes=processes)
     summary, warnings = summary_of_pairs(result), result.get("warnings", [])
     show_result(summary, warnings)
-    if request.conditioned.output_log and processes.is_main:
-        append_line(request.conditioned.output_log, one_line(summary, warnings))
+    if conditioned.output_log and processes.is_main:
+        append_line(conditioned.output_log, one_line(summary, warnings))
+    raise_unwritten(result)
 
 
 def summary_of_pairs(result: dict[str, Any]) -> str:
     """The scores, if there are any, the cost and the picture, one line each."""
     scores = [result_line(result)] if "value" in result else []
-    scores += [f"{name} {result[name]:.4g}" for name in result.get("extra_scores", ())]
+    scores += [f"{NAMES.get(key, key)} {result[key]:.4g}{UNITS.get(key, '')}" for key in result.get("extra_scores", ())]
     holes = f", mean hole ratio {result['hole_ratio']:.3f}" if "hole_ratio" in result else ""
     lines = [labeled("score", ", ".join(scores))] if scores else []
     lines.append(labeled("samples", f"{result['samples']} in {result['seconds']:g} s, NFE {result['nfe']:g}{holes}"))

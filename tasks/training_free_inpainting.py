@@ -57,6 +57,7 @@ def training_free_draw(loaded: LoadedSampler, conditioned: ConditionedImages, re
             sigma_min=sigma_min,
         )
         counts = solution.evaluations.cpu(), velocity.evaluations(len(indices))
-        yield GeneratedBatch(indices, sampler.decode(solution.x), labels, *counts)
+        images, not_finite = sampler.decode_batch(solution.x, indices)
+        yield GeneratedBatch(indices, images, labels, *counts, not_finite)
 
     return draw

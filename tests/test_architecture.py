@@ -10,20 +10,21 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import from lower levels and from its own folder. `models` and `flow` must not import each other.
 LEVELS = {
-    "options": 0,
-    "command_line": 1,
-    "runtime": 2,
-    "models": 3,
-    "flow": 3,
-    "datasets_prep": 4,
-    "checkpoints": 5,
-    "evaluation": 6,
-    "sampling": 7,
-    "tasks": 8,
-    "training": 9,
-    "latent_flow": 10,
+    "streams": 0,
+    "options": 1,
+    "command_line": 2,
+    "runtime": 3,
+    "models": 4,
+    "flow": 4,
+    "datasets_prep": 5,
+    "checkpoints": 6,
+    "evaluation": 7,
+    "sampling": 8,
+    "tasks": 9,
+    "training": 10,
+    "latent_flow": 11,
 }
-AT_THE_ROOT = [ROOT / "options.py", ROOT / "command_line.py", ROOT / "latent_flow.py"]
+AT_THE_ROOT = [ROOT / f"{name}.py" for name in ("streams", "options", "command_line", "latent_flow")]
 # Modules in a library folder that count as scripts, because they are run with `python -m`.
 COMMANDS = {"checkpoints/convert.py"}
 OWNERS = {

@@ -20,9 +20,9 @@ from flow.solvers import SOLVERS, SolverOptions
 from models.autoencoders.loading import AutoencoderOptions
 from models.conditions import ConditionOptions
 from models.registry import NETWORKS, NetworkOptions, build_network, guided_diffusion_by_default
-from runtime.launch import LaunchOptions
 from runtime.pictures import GridOptions
 from runtime.precision import MachineOptions
+from runtime.processes.launch import LaunchOptions
 from sampling.request import SamplingOptions, SourceOptions
 from tasks.conditioned_request import ConditionedOptions
 from training.experiment import ExperimentOptions
@@ -79,7 +79,7 @@ class ParsingReachedError(Exception):
 @cache
 def parser_of(script):
     """A script's option groups and the flags that it ignores. Runs the script until it would parse its flags."""
-    stop = mock.patch("runtime.launch.parse_options", side_effect=ParsingReachedError)
+    stop = mock.patch("runtime.processes.launch.parse_options", side_effect=ParsingReachedError)
     with stop as parse_options, pytest.raises(ParsingReachedError):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     (_, groups), named = parse_options.call_args

@@ -9,6 +9,8 @@ import pytest
 from command_line import leading_word, parse_options, read_arguments_file
 from options import DivergedError, UsageError, as_json, exit_cleanly, make_options, option
 
+ROOT = Path(__file__).parents[1]
+
 
 @dataclass(frozen=True)
 class Sampler:
@@ -159,7 +161,7 @@ def test_description_lists_changed_options_in_arguments_file_syntax(tmp_path):
     ]
     path = write(tmp_path, "\n".join(line.partition(": ")[2] for line in text.splitlines()[1:]))
     assert parse("--args_file", path).values == options.values
-    assert parse().describe("none differs") == "changed options (none differs):"
+    assert parse().describe("none differs") == "all options have their defaults (none differs)"
 
 
 def test_ignored_flags_print_one_note(capsys):
@@ -265,7 +267,10 @@ def failing(error):
     ("error", "line"),
     [
         (UsageError("no such dataset"), "error: no such dataset\n"),
-        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"), "error: No space left on device: a/b\n"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a/b"),
+            "error: No space left on device: a/b: free some space, or choose another folder\n",
+        ),
         (FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "c"), "error: No such file or directory: c\n"),
     ],
 )
@@ -408,3 +413,59 @@ def test_make_options_converts_values():
 def test_values_that_are_no_options_are_refused(group, values, message):
     with pytest.raises(UsageError, match=message):
         make_options(group, values)
+
+
+@pytest.mark.parametrize(
+    ("flag", "suggested"),
+    [
+        ("--cfg_scal", "; did you mean --cfg_scale? "),
+        ("--num-steps", "; did you mean --num_steps? "),
+        ("--num_sampling_steps", "; did you mean --num_steps? "),  # DiT's and SiT's name
+        ("--learning_rate", " "),  # --lr is not an option here
+        ("--zzz", " "),
+    ],
+)
+def test_an_unknown_option_is_likened_to_a_known_one(flag, suggested):
+    with pytest.raises(UsageError) as raised:
+        parse(flag, 3)
+    assert str(raised.value) == f"unrecognized arguments: {flag} 3{suggested}(see --help)"
+
+
+def test_an_unknown_key_is_likened_to_a_known_one(tmp_path):
+    with pytest.raises(
+        UsageError, match=r"unknown key NUM_STEP \(there is no flag --num_step; did you mean --num_steps\?\)"
+    ):
+        parse("--args_file", write(tmp_path, "NUM_STEP=3"))
+
+
+def test_a_default_that_depends_on_others_is_described(capsys):
+    @dataclass(frozen=True)
+    class Derived:
+        """Derived."""
+
+        channels: int = option(4, "channels", shown="the data's")
+
+    for words, text in (["--help"], "channels [the data's]"), (["--print_config"], "channels  the data's\n"):
+        with pytest.raises(SystemExit):
+            parse_options("", [Derived], words)
+        assert text in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse_options("", [Derived], ["--channels", "4", "--print_config"])
+    assert "channels  4\n" in capsys.readouterr().out
+
+
+def test_silent_options_are_accepted_but_not_listed(capsys):
+    assert parse("--seed", 3, silent={"seed"})[Sampler].seed == 3
+    with pytest.raises(SystemExit):
+        parse("--help_all", silent={"seed"})
+    text = capsys.readouterr().out
+    assert "--num_steps" in text
+    assert "--seed" not in text
+
+
+def test_a_broken_pipe_elsewhere_is_not_hidden():
+    def fail() -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        exit_cleanly(fail)

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -166,6 +167,25 @@ def test_task_may_be_anywhere_in_the_file(tmp_path):
     finished = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, check=False)
     assert finished.returncode == 2
     assert "expected TASK=generate, inpaint or semantic, but found TASK=dance" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--help"], 0, "usage: bash setup.sh [requirements.txt | requirements-dev.txt]"),
+        (["requirements.tx"], 2, "error: requirements.tx: expected requirements.txt or requirements-dev.txt"),
+        (["requirements-x.txt"], 2, "error: requirements file requirements-x.txt not found in"),
+        (["requirements.txt", "more"], 2, "error: expected one requirements file, but got: requirements.txt more"),
+    ],
+)
+def test_setup_explains_itself_and_touches_nothing(words, code, said, tmp_path):
+    shutil.copy(ROOT / "setup.sh", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    finished = subprocess.run(
+        ["bash", "setup.sh", *words], cwd=tmp_path, text=True, capture_output=True, check=False, timeout=20
+    )
+    assert (finished.returncode, (finished.stdout + finished.stderr).startswith(said)) == (code, True), finished
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["requirements.txt", "setup.sh"]
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,13 @@ from models.autoencoders.kl import LOGVAR_RANGE, KLAutoencoder, decode_pixels, e
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
 from runtime.files import replace_folder, write_json
-from runtime.messages import show
+from runtime.messages import show, warn
+from runtime.outputs import check_folder
 from runtime.precision import Machine
 from runtime.progress import progress_bar
 from runtime.randomness import generator_for
 from training.ema import Ema
+from training.nan_guard import check_loss, check_trained
 from training.schedules import SCHEDULES, learning_rate
 
 __all__ = [
@@ -73,6 +75,7 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
 
     Raises:
         UsageError: the image size, widths, channels or batch size do not fit the dataset.
+        DivergedError: the loss is not finite.
     """
     facts = dataset.facts
     if facts.image_size % 2 ** (len(options.widths) - 1):
@@ -114,10 +117,15 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
         optimizer.step()
         ema.update(network)
         if (step + 1) % SAVE_EVERY == 0:
-            save_autoencoder(ema.network, snapshot_folder(options), {}, options)  # in case of a crash
+            try:
+                save_autoencoder(ema.network, snapshot_folder(options), {}, options)  # in case of a crash
+            except OSError as failure:
+                warn(f"cannot write the snapshot {failure.filename} ({failure.strerror}); training goes on")
         if step % 100 == 0:
+            check_loss(loss.item(), step)
             psnr = 10 * torch.log10(4 / error.detach()).item()
             progress.set_postfix(psnr=f"{psnr:.1f} dB", kl=f"{divergence.item():.0f}", refresh=False)
+    check_loss(loss.item(), options.max_steps)
     seconds = time.perf_counter() - started
     show(f"trained {options.max_steps} steps of {options.batch_size} images in {seconds / 60:.1f} min")
     return ema.network.half().float() if options.half_weights else ema.network
@@ -149,24 +157,30 @@ def snapshot_folder(options: AutoencoderTrainingOptions) -> Path:
 
 
 def check_output(folder: str | Path) -> None:
-    """Check that saving to `folder` replaces nothing other than an autoencoder.
+    """Check that saving to `folder` is possible, and replaces nothing other than an autoencoder.
 
     Raises:
-        UsageError: the folder exists and is not an autoencoder.
+        UsageError: the folder exists and is not an autoencoder, or its parent cannot be written.
     """
     if Path(folder).exists() and not (Path(folder) / "diffusion_pytorch_model.safetensors").is_file():
         raise UsageError(f"--output {folder} exists and is not an autoencoder: name a new folder")
+    check_folder(Path(folder).parent, "--output")
 
 
 def save_autoencoder(
     network: nn.Module, folder: str | Path, statistics: dict[str, list[float]], options: AutoencoderTrainingOptions
 ) -> None:
-    """Save in diffusers format (`save_pretrained`), with the training options. The folder is replaced atomically."""
+    """Save in diffusers format (`save_pretrained`), with the training options. The folder is replaced atomically.
+
+    Raises:
+        DivergedError: weights are not finite, perhaps only in float16.
+    """
     stored: Any = copy.deepcopy(network).to(memory_format=torch.contiguous_format)
     if statistics:  # diffusers applies scaling_factor next to them
         stored.register_to_config(scaling_factor=1.0, **statistics)
     if options.half_weights:
         stored.half()
+    check_trained(stored, "autoencoder")
     with replace_folder(folder) as temporary:
         stored.save_pretrained(temporary)
         write_json(temporary / "training.json", options)

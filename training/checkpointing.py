@@ -9,16 +9,19 @@ from typing import NamedTuple
 import torch
 
 from checkpoints.files import save_weights
+from runtime.files import move_aside
 from runtime.messages import show
-from runtime.parallel import gather_state
 from runtime.pictures import save_sheet
-from runtime.signals import StopSignals
+from runtime.processes.parallel import gather_state
+from runtime.processes.signals import StopSignals
+from training.disk import WriteGuard
 from training.metrics_log import Clock, MetricsLog
+from training.nan_guard import NanGuard
 from training.run import TrainingRun
 from training.state import TrainingState
-from training.state_file import save_state
+from training.state_file import CONTENT, save_state
 
-__all__ = ["Checkpointer", "Requests", "remove_older"]
+__all__ = ["Checkpointer", "Requests", "remove_older", "set_checkpoints_aside"]
 
 LOSS = "loss"
 STEPS_BETWEEN_POLLS = 10  # with several processes, because each poll waits for all of them
@@ -39,7 +42,7 @@ class Requests(NamedTuple):
 
 
 class Checkpointer:
-    """Validates, saves and draws sample grids when they are due.
+    """Validates, saves and draws sample grids when they are due. A file that cannot be written is an error only at the end.
 
     Args:
         run: the run.
@@ -47,17 +50,26 @@ class Checkpointer:
         log: the metrics log, in the main process only. Every process must call the methods, but only the main one writes.
         clock: the run's clock.
         per_epoch: steps per epoch.
+        nan_guard: checks the weights before they are saved.
     """
 
     def __init__(
-        self, run: TrainingRun, state: TrainingState, log: MetricsLog | None, clock: Clock, per_epoch: int
+        self,
+        run: TrainingRun,
+        state: TrainingState,
+        log: MetricsLog | None,
+        clock: Clock,
+        per_epoch: int,
+        nan_guard: NanGuard,
     ) -> None:
         self._run = run
         self._state = state
         self._log = log
         self._clock = clock
         self._per_epoch = per_epoch
+        self._nan_guard = nan_guard
         self._save_postponed = False
+        self._guard = WriteGuard(run.folder)
 
     def poll(self, stop: StopSignals) -> Requests:
         """The requests of all processes. Several processes exchange them only every STEPS_BETWEEN_POLLS steps."""
@@ -70,24 +82,37 @@ class Checkpointer:
         return Requests(*(processes.sum(own) > 0).tolist())
 
     def after_step(self, ended: bool, requests: Requests) -> None:
-        """Validate, save and draw a sample grid, each if it is due."""
+        """Validate, save and draw a sample grid, each if it is due.
+
+        Raises:
+            UsageError: the run ends, and weights or training state could not be written.
+        """
         experiment, state = self._run.experiment, self._state
-        if self._due(experiment.eval_every, ended):
+        evaluated, saved = self._due(experiment.eval_every, ended), self._due(experiment.save_ckpt_every, ended)
+        state_saved = self._training_state_due(ended, requests)
+        if evaluated or saved or state_saved:
+            self._nan_guard.check_weights()
+        if evaluated:
             self._validate(ended)
-        if self._due(experiment.save_ckpt_every, ended):
+        if saved:
             self._save_model(f"model_{-(-state.step // self._per_epoch)}", ended)
             if self._log and experiment.keep_last:
-                remove_older(self._run.folder, experiment.keep_last)
-        if self._training_state_due(ended, requests):
+                with self._guard.writing("model_*.safetensors"):
+                    remove_older(self._run.folder, experiment.keep_last)
+        if state_saved:
             content = state.content(self._run.processes)
             if self._log:
-                save_state(self._run.folder, content)
+                with self._guard.writing(CONTENT):
+                    save_state(self._run.folder, content)
             self._clock.saved()
+        self._guard.check(last=ended or requests.stop)
         if self._due(experiment.plot_every, ended):  # last, so that a failure here loses no training
             sheet = self._run.validation.preview(state.ema.network)
             if self._log:
-                picture = self._run.folder / "samples" / f"step_{state.step:07d}.png"
-                save_sheet(sheet.images, picture, sheet.columns)
+                picture = f"samples/step_{state.step:07d}.png"
+                with self._guard.writing(picture):
+                    save_sheet(sheet.images, self._run.folder / picture, sheet.columns)
+                self._guard.check(last=False)
 
     def _due(self, every: int, ended: bool) -> bool:
         """Whether a multiple of `every` epochs is complete, or the run has ended."""
@@ -121,15 +146,19 @@ class Checkpointer:
             state.best, state.best_of = math.inf, run.validation.criterion
         objective = run.processes.from_main(values["objective"])
         if objective < state.best:
-            state.best = objective
-            self._save_model("best", ended)
+            before, state.best = state.best, objective
+            if not self._save_model("best", ended):
+                state.best = before  # so that the next validation writes it
 
-    def _save_model(self, name: str, ended: bool) -> None:
-        run, step = self._run, self._state.step
+    def _save_model(self, name: str, ended: bool) -> bool:
+        """Write a checkpoint; returns whether this succeeded, in all processes alike."""
+        run, step, name = self._run, self._state.step, f"{name}.safetensors"
         weights = gather_state(self._state.ema.weights, keep=run.processes.is_main)
         if run.processes.is_main:
             header = run.header.at(step, -(-step // self._per_epoch), ended)
-            save_weights(run.folder / f"{name}.safetensors", weights, header)
+            with self._guard.writing(name):
+                save_weights(run.folder / name, weights, header)
+        return not run.processes.from_main(self._guard.has_failed(name))
 
 
 def _summary(values: Mapping[str, float]) -> str:
@@ -139,12 +168,23 @@ def _summary(values: Mapping[str, float]) -> str:
     return ", ".join([f"validation loss {values[LOSS]:.4f} (by quarter of t: {by_time})", *scores])
 
 
+def set_checkpoints_aside(folder: Path) -> list[str]:
+    """Rename the checkpoints and metrics of a run that starts again; returns their new names, or none without checkpoints."""
+    epochs = _epochs(folder)
+    if not epochs:
+        return []
+    paths = [*(epochs[epoch] for epoch in sorted(epochs)), folder / "best.safetensors", folder / "metrics.jsonl"]
+    return [move_aside(path).name for path in paths if path.exists()]
+
+
 def remove_older(folder: Path, keep_last: int) -> None:
     """Remove all but the newest `keep_last` files model_<epoch>.safetensors. Other files, such as best.safetensors, stay."""
-    epochs = {
-        int(match[1]): path
-        for path in folder.iterdir()
-        if (match := re.fullmatch(r"model_(\d+)\.safetensors", path.name))
-    }
+    epochs = _epochs(folder)
     for epoch in sorted(epochs)[:-keep_last]:
         epochs[epoch].unlink()
+
+
+def _epochs(folder: Path) -> dict[int, Path]:
+    """The checkpoints model_<epoch>.safetensors in a run folder, by epoch."""
+    matches = ((path, re.fullmatch(r"model_(\d+)\.safetensors", path.name)) for path in folder.iterdir())
+    return {int(match[1]): path for path, match in matches if match}

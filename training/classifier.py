@@ -20,6 +20,7 @@ from runtime.precision import Machine
 from runtime.progress import progress_bar
 from runtime.randomness import generator_for
 from training.ema import Ema
+from training.nan_guard import check_loss, check_trained
 from training.schedules import SCHEDULES, learning_rate
 
 __all__ = ["ClassifierTrainingOptions", "accuracy", "gather_images", "train_classifier"]
@@ -74,6 +75,7 @@ def train_classifier(
 
     Raises:
         UsageError: the batch size exceeds the number of images.
+        DivergedError: the loss or the trained weights are not finite.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
@@ -101,11 +103,15 @@ def train_classifier(
         optimizer.step()
         ema.update(network)
         if step % 100 == 0:
+            check_loss(loss.item(), step)
             progress.set_postfix(loss=f"{loss.item():.3f}")
+    check_loss(loss.item(), options.max_steps)
     network.load_state_dict(ema.weights)
     seconds = time.perf_counter() - started
     show(f"trained {options.max_steps} steps of {options.batch_size} images in {seconds / 60:.1f} min")
-    return network.half().float().eval()
+    network = network.half().float().eval()
+    check_trained(network, "classifier")
+    return network
 
 
 @torch.no_grad()

@@ -1,18 +1,19 @@
-"""Prediction of a run's disk use, and a check of the free space before it starts."""
+"""Prediction of a run's disk use, a check of the free space before it starts, and tolerance of failed writes during it."""
 
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from options import UsageError
+from runtime.files import free_bytes
 from runtime.messages import warn
+from runtime.outputs import with_unit
 from training.experiment import ExperimentOptions
 from training.optimizers import Muon
 from training.state import TrainingState
 
-__all__ = ["DiskUse", "check_space", "predict_use"]
-
-UNITS = ("B", "kB", "MB", "GB", "TB")
+__all__ = ["DiskUse", "WriteGuard", "check_space", "predict_use"]
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,61 @@ def check_space(folder: Path, use: DiskUse) -> str:
     Raises:
         UsageError: a checkpoint and a content.pth do not fit.
     """
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
+    if free is None:  # some network and FUSE file systems do not report it
+        return f"{with_unit(use.total)} for {use.checkpoints} checkpoints and {use.contents} content.pth; free: unknown"
     if free < use.one_saving:
         raise UsageError(
-            f"{folder}: a checkpoint and a content.pth need {_with_unit(use.one_saving)}, but only {_with_unit(free)} is "
+            f"{folder}: a checkpoint and a content.pth need {with_unit(use.one_saving)}, but only {with_unit(free)} is "
             "free: free some space or choose another --save_root"
         )
     if use.total > free:
         warn(
-            f"the complete run needs {_with_unit(use.total)} in {folder}, but only {_with_unit(free)} is free: save fewer "
+            f"the complete run needs {with_unit(use.total)} in {folder}, but only {with_unit(free)} is free: save fewer "
             "checkpoints with --keep_last or --save_ckpt_every"
         )
     return (
-        f"{_with_unit(use.total)} for {use.checkpoints} checkpoints of {_with_unit(use.weights)} and {use.contents} "
-        f"content.pth of {_with_unit(use.content)}; {_with_unit(free)} free"
+        f"{with_unit(use.total)} for {use.checkpoints} checkpoints of {with_unit(use.weights)} and {use.contents} "
+        f"content.pth of {with_unit(use.content)}; {with_unit(free)} free"
     )
 
 
-def _with_unit(size: float) -> str:
-    for unit in UNITS[:-1]:
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} {UNITS[-1]}"
+class WriteGuard:
+    """Lets a run go on after a failed write, for example on a full disk, because a later write may succeed.
+
+    Args:
+        folder: the run folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._failed: dict[str, OSError] = {}
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[None]:
+        """Turn an OSError of the block, which writes the file `name`, into a warning."""
+        try:
+            yield
+        except OSError as error:
+            self._failed[name] = error
+            warn(
+                f"cannot write {self._folder / name} ({error.strerror or error}); the run goes on, and older files stay"
+            )
+
+    def has_failed(self, name: str) -> bool:
+        """Whether writing the file `name` failed since the last call of `check`."""
+        return name in self._failed
+
+    def check(self, last: bool) -> None:
+        """Forget the failures, or raise them if no later write of this run can make up for them (`last`).
+
+        Raises:
+            UsageError: names the files that could not be written.
+        """
+        failed, self._failed = self._failed, {}
+        if last and failed:
+            listed = ", ".join(f"{name} ({error.strerror or error})" for name, error in failed.items())
+            raise UsageError(
+                f"the run has stopped, but these files could not be written in {self._folder}: {listed}. Older files are "
+                "complete: free some space, then repeat the command to resume from the last content.pth"
+            )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from runtime.parallel import local_shard, reshard
+from runtime.processes.parallel import local_shard, reshard
 
 __all__ = ["Ema"]
 
@@ -22,7 +22,7 @@ class Ema:
 
     Args:
         network: the network to average, without a parallel wrapper.
-        decay: the final decay per update, in [0, 1); 0 copies the weights.
+        decay: the final decay per update, in [0, 1]; 0 copies the weights.
         move: moves or shards the copy in place; None: the copy stays on the device of `network`.
     """
 
@@ -40,8 +40,8 @@ class Ema:
 
     @property
     def warmup_updates(self) -> int:
-        """Number of updates after which the decay is final."""
-        return max(0, math.ceil((10 * self.decay - 1) / (1 - self.decay)))
+        """Number of updates after which the decay is final; very many for a decay of 1."""
+        return max(0, math.ceil((10 * self.decay - 1) / max(1 - self.decay, 1e-12)))
 
     @torch.no_grad()
     def update(self, network: nn.Module, keep: torch.Tensor | None = None) -> None:

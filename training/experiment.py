@@ -18,7 +18,8 @@ from options import OnResume, UsageError, as_json, option
 from runtime.distributed import Processes, launch_id, restarts
 from runtime.files import move_aside, read_json, remove_leftovers, write_json
 from runtime.locks import locked
-from runtime.messages import note
+from runtime.messages import note, warn
+from runtime.outputs import check_folder
 from runtime.provenance import provenance
 from training.state_file import has_state
 
@@ -30,6 +31,7 @@ __all__ = [
     "Configuration",
     "ExperimentOptions",
     "begun_by_this_launch",
+    "check_run_folder",
     "has_ended",
     "only_run_in",
     "open_experiment",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 LOCK = "run.lock"
+SUBFOLDERS = ("samples", "tensorboard")
 RECONSTRUCTIONS = "samples/reconstructions.json"
 # Entries of config.json next to the options: the number of training images, and hashes that change with the images and with
 # the labels that a conditional network gets.
@@ -60,7 +63,7 @@ ENTRY_POLICIES: dict[str, OnResume] = {
 class ExperimentOptions:
     """Run."""
 
-    exp: str = option("experiment", "name of the experiment and of its folder", common=True)
+    exp: str = option("experiment", "name of the experiment and of its folder", on_resume="freely", common=True)
     save_root: str = option("saved_info", "folder of all experiments", on_resume="freely", common=True)
     resume: bool = option(
         False,
@@ -125,6 +128,16 @@ def run_folder(experiment: ExperimentOptions, dataset: str, task: Task) -> Path:
     return experiment_folder(experiment.save_root, dataset, experiment.exp, task.runs)
 
 
+def check_run_folder(folder: Path) -> None:
+    """Check that a run's folder and its subfolders can be written.
+
+    Raises:
+        UsageError: they cannot.
+    """
+    for part in (folder, *(folder / name for name in SUBFOLDERS if (folder / name).exists())):
+        check_folder(part, "--save_root or --exp")
+
+
 @contextmanager
 def only_run_in(folder: Path, processes: Processes) -> Iterator[None]:
     """Lock `folder` during the block, and remove unfinished files of killed processes.
@@ -149,16 +162,17 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
     config_path, saved = folder / "config.json", has_state(folder)
     current = as_json(configuration.values)
     if options.overwrite and (config_path.exists() or saved):
-        moved, saved = move_aside(folder), False
+        moved, saved = move_aside(folder, stays=LOCK), False
         note(f"--overwrite moved the existing run to {moved}")
-        if (moved / LOCK).exists():
-            folder.mkdir()
-            (moved / LOCK).rename(folder / LOCK)
-    config: dict[str, Any] = read_json(config_path) if config_path.exists() else {TAKES_OVER: True}
+    config = _read_config(config_path, options.resume)
     begun = (saved and not config.get(TAKES_OVER)) or (folder / "metrics.jsonl").exists()
     if not begun:  # a start that failed before its first step does not count
         return _start(config_path, current, saved, options.resume)
-    previous = config.get("options", {})
+    previous = config.get("options")
+    if not isinstance(previous, dict):
+        _accept_unknown_options(config_path, options.resume)
+        write_json(config_path, {"options": current, **provenance()})
+        return True
     policies = ENTRY_POLICIES | dict(configuration.policies)
     changed = _changed(previous, current, as_json(configuration.defaults), policies)
     allowed = ("rounding", "on_request") if options.resume else ("rounding",)
@@ -179,6 +193,35 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
     if changed or not {IMAGES, STATE_OF_LABELS} <= previous.keys():
         write_json(config_path, {"options": current, **provenance()})
     return True
+
+
+def _read_config(config_path: Path, resume: bool) -> dict[str, Any]:
+    """The contents of config.json; without options if it is unreadable and may be replaced because of --resume."""
+    if not config_path.exists():
+        return {TAKES_OVER: True}
+    try:
+        return read_json(config_path)
+    except UsageError as error:
+        if not resume:
+            raise UsageError(
+                f"{error}; restore the file, or choose --resume to resume with the options of this command"
+            ) from error
+        return {}
+
+
+def _accept_unknown_options(config_path: Path, resume: bool) -> None:
+    """Accept a run whose first options are unknown, if --resume was given.
+
+    Raises:
+        UsageError: it was not.
+    """
+    problem = f"{config_path} does not record the options of the run in this folder"
+    if not resume:
+        raise UsageError(
+            f"{problem}: restore the file, choose --resume to resume with the options of this command, another --exp, or "
+            "--overwrite to start over (the old run is moved aside)"
+        )
+    warn(f"{problem}: it resumes with the options of this command, which cannot be compared with those it began with")
 
 
 def _start(config_path: Path, current: Mapping[str, Any], takes_over: bool, resume: bool) -> bool:

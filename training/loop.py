@@ -2,17 +2,19 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import closing, nullcontext
 from functools import partial
 
 import torch
 
 from models.registry import NETWORKS
-from runtime.messages import fact, note
-from runtime.parallel import replicate, shard
+from runtime.messages import fact, note, warn
+from runtime.processes.parallel import replicate, shard
+from runtime.processes.signals import StopSignals
 from runtime.progress import progress_bar
 from runtime.randomness import seed_for
-from runtime.signals import StopSignals
-from training.checkpointing import Checkpointer
+from runtime.weights import list_names
+from training.checkpointing import Checkpointer, set_checkpoints_aside
 from training.data import Batch, batches, steps_per_epoch
 from training.disk import check_space, predict_use
 from training.experiment import has_ended
@@ -24,6 +26,8 @@ from training.state import TrainingState
 from training.state_file import CONTENT, has_state
 
 __all__ = ["train"]
+
+STOPPING = "stopping after the current step and any validation or sample grid in progress; the run is then saved"
 
 
 def train(run: TrainingRun, resume: bool) -> bool:
@@ -56,13 +60,18 @@ def train(run: TrainingRun, resume: bool) -> bool:
     network = run.machine.compiled(parallel, always_alike=processes.count == options.grad_accumulation == 1)
     log = MetricsLog(run.folder, state.step) if processes.is_main else None
     clock = Clock(state)
-    checkpointer = Checkpointer(run, state, log, clock, per_epoch)
     nan_guard = NanGuard(run, state, log, last_step)
+    checkpointer = Checkpointer(run, state, log, clock, per_epoch, nan_guard)
 
     # Train.
     ended = False
     bar = progress_bar(total=last_step, initial=state.step, desc="training", unit="step")
-    with bar, StopSignals(once=processes.count == 1) as stop:
+    stopping = STOPPING if processes.is_main else ""
+    with (
+        bar,
+        closing(log) if log else nullcontext(),
+        StopSignals(once=processes.count == 1, text=stopping) as stop,
+    ):
         for batch in _batches(run, state.step, last_step):
             torch.manual_seed(seed_for(options.seed, "dropout", state.step, processes.rank))
             rate = options.rate_at(state.step, last_step)
@@ -80,15 +89,13 @@ def train(run: TrainingRun, resume: bool) -> bool:
                 if "loss" in values:
                     nan_guard.report_loss(values["loss"])
             if ended or state.step % experiment.log_every == 0:
-                nan_guard.report_skipped()
+                nan_guard.report_skipped(ended)
             state.seconds = clock.total()
             checkpointer.after_step(ended, requests)
             if ended or requests.stop:
                 break
 
     # Finish.
-    if log:
-        log.close()
     if ended and state.step < last_step:
         note(f"--max_minutes ended the run at step {state.step} of {last_step}, so it is not reproducible")
     return ended or state.step >= last_step
@@ -105,6 +112,11 @@ def _initial_state(run: TrainingRun, resume: bool, per_epoch: int, last_step: in
         if has_ended(run.folder, last_step):
             return None
         note(f"{run.folder} has no {CONTENT} to resume from, so training starts at the first step")
+        run.processes.barrier()  # all have read the checkpoints
+        if run.processes.is_main and (kept := set_checkpoints_aside(run.folder)):
+            warn(
+                f"the checkpoints of the earlier start are kept as {list_names(kept)}; --init_from starts from one of them"
+            )
     decay = options.ema_decay if options.use_ema else 0.0
     move = partial(shard, device=run.machine.device, processes=run.processes) if run.is_sharded else None
     matrices = NETWORKS[run.header.model_type].hidden_matrices

@@ -1,14 +1,18 @@
 """Metrics of a run, written to metrics.jsonl and TensorBoard, and the run's clock."""
 
 import json
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
 from runtime.distributed import Processes
-from runtime.files import atomic_path
+from runtime.files import append_line, atomic_path
+from runtime.messages import warn
 from training.state import TrainingState
 
 __all__ = ["Clock", "MetricsLog"]
@@ -17,6 +21,9 @@ __all__ = ["Clock", "MetricsLog"]
 class MetricsLog:
     """Appends metrics to metrics.jsonl, one JSON object per line, and to TensorBoard.
 
+    Lines that cannot be written, for example on a full disk, are kept and written later. A failure of TensorBoard ends only
+    its own file.
+
     Args:
         folder: the run folder.
         step: the step at which training starts or resumes. Later entries, written before an interruption, are removed.
@@ -24,19 +31,27 @@ class MetricsLog:
 
     def __init__(self, folder: Path, step: int) -> None:
         self.path = folder / "metrics.jsonl"
+        self._unwritten: list[str] = []
         if self.path.exists():
-            lines = [line for line in self.path.read_text(encoding="utf-8").splitlines() if _is_up_to(step, line)]
+            lines = [
+                line
+                for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if _is_up_to(step, line)
+            ]
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self._events: SummaryWriter | None = None
+        self._excepthook, threading.excepthook = threading.excepthook, self._report_in_thread
+        with self._optional_events():
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Record `values` at a step. Their kind is "train", "validation", "skipped" or "spike"."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        self._append(json.dumps({"step": step, "kind": kind, **values}))
+        with self._optional_events():
+            for name, value in values.items():
+                if self._events is not None and isinstance(value, int | float):
+                    self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def past(self, kind: str, name: str) -> list[float]:
         """All recorded values of this kind and name."""
@@ -46,7 +61,32 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close the TensorBoard file."""
-        self._events.close()
+        with self._optional_events():
+            if self._events is not None:
+                self._events.close()
+        threading.excepthook = self._excepthook
+
+    def _report_in_thread(self, failure: threading.ExceptHookArgs) -> None:
+        """Print the traceback of a thread, except TensorBoard's, whose error reaches `_optional_events` too."""
+        if not type(failure.thread).__module__.startswith("tensorboard."):
+            self._excepthook(failure)
+
+    def _append(self, line: str) -> None:
+        try:
+            append_line(self.path, "\n".join([*self._unwritten, line]))
+            self._unwritten.clear()
+        except OSError as error:
+            if not self._unwritten:
+                warn(f"cannot write {self.path} ({error.strerror}); its lines are written once this is possible again")
+            self._unwritten.append(line)
+
+    @contextmanager
+    def _optional_events(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # TensorBoard passes on all errors of its thread
+            self._events = None
+            warn(f"TensorBoard's file is not written any more ({error}); {self.path.name} holds the same values")
 
 
 class Clock:

@@ -5,19 +5,51 @@ import statistics
 from collections import deque
 from collections.abc import Iterable
 
+from torch import nn
+
 from options import DivergedError
 from runtime.messages import warn
+from runtime.processes.parallel import local_shard
+from runtime.weights import count_bad, list_names
 from training.data import first_images
 from training.metrics_log import MetricsLog
 from training.run import TrainingRun
 from training.state import TrainingState
 from training.state_file import CONTENT
 
-__all__ = ["LossHistory", "NanGuard"]
+__all__ = ["LossHistory", "NanGuard", "check_loss", "check_trained"]
 
 SPIKE = 3.0  # ratio of a spike to the running median
 WINDOW, MIN_LOSSES = 21, 5  # losses that the median uses: at most, and at least
+RETRY = "Repeat the command with --resume and a smaller --lr, --grad_clip 1 or --precision fp32"
 LISTED_STEPS, LISTED_IMAGES = 10, 8  # at most, per log interval and per step
+
+
+def check_trained(network: nn.Module, what: str) -> None:
+    """Refuse a trained network with NaN or infinite weights; `what` names it.
+
+    Raises:
+        DivergedError: it has some.
+    """
+    bad = [name for name, value in network.named_parameters() if count_bad(value.detach())]
+    if bad:
+        raise DivergedError(
+            f"the weights of the {what} are not finite, so they are not saved: {list_names(bad)}. Start again with a smaller "
+            "--lr or --precision fp32"
+        )
+
+
+def check_loss(loss: float, step: int) -> None:
+    """Check that the loss of an autoencoder's or classifier's training, which skips no steps, is finite.
+
+    Raises:
+        DivergedError: it is not.
+    """
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"the loss at step {step} is not finite (NaN or infinity): use a smaller --lr or --precision fp32, and check the "
+            "images"
+        )
 
 
 class LossHistory:
@@ -61,8 +93,8 @@ class NanGuard:
             self._log.write(self._state.step, "spike", {"loss": loss, "median": median})
             warn(f"step {self._state.step}: the loss rose to {loss:.4g} from a median of {median:.4g}")
 
-    def report_skipped(self) -> None:
-        """Record the steps skipped since the last call, and print a warning.
+    def report_skipped(self, ended: bool = False) -> None:
+        """Record the steps skipped since the last call, and print a warning; also if the run has `ended` while skipping.
 
         Raises:
             DivergedError: --max_bad_steps steps in a row were skipped.
@@ -74,8 +106,9 @@ class NanGuard:
                 # Logged at the current step, so that a run that resumes from before it replaces the entry.
                 self._log.write(self._state.step, "skipped", {"skipped_step": step, "indices": images})
             scaled = self._run.machine.precision == "fp16"
+            steps = "1 step" if len(skipped) == 1 else f"{len(skipped)} steps"
             warn(
-                f"skipped {len(skipped)} steps without a finite gradient, the first at step {skipped[0]} with images "
+                f"skipped {steps} without a finite gradient, the first at step {skipped[0]} with images "
                 f"{_listed(listed[skipped[0]])}"
                 + (" (in fp16, a few are normal while the loss scale adapts)" if scaled else "")
             )
@@ -84,6 +117,30 @@ class NanGuard:
             count, first_loss = self._state.consecutive_skips.tolist()
             if count >= limit:
                 raise DivergedError(self._diagnosis(int(count), first_loss))
+        last = int(self._state.consecutive_skips[0]) if ended else 0
+        if last > 1:
+            warn(
+                f"the run ended while steps were skipped: its last {last} steps had no effect, and its weights may be "
+                "useless. A smaller --lr, --grad_clip 1 or --precision fp32 may help"
+            )
+
+    def check_weights(self) -> None:
+        """Check the weights and their EMA before they are saved. Every process must call this.
+
+        Weights can overflow although all gradients were finite, for example at a high learning rate.
+
+        Raises:
+            DivergedError: a weight is NaN or infinite.
+        """
+        state, bad = self._state, dict[str, None]()
+        for network in (state.network, state.ema.network):
+            own = {name: local_shard(parameter.detach()) for name, parameter in network.named_parameters()}
+            bad |= dict.fromkeys(name for name, value in own.items() if count_bad(value))
+        if self._run.processes.any(bool(bad)):
+            raise DivergedError(
+                f"at step {state.step}, weights are not finite: {list_names(bad)}. They are not saved; {self._saved()}. "
+                f"{RETRY}"
+            )
 
     def _images(self, step: int) -> list[int]:
         """Indices of the first images in the global batch of a step, counted from 1."""
@@ -93,16 +150,18 @@ class NanGuard:
     def _diagnosis(self, count: int, loss: float) -> str:
         first = self._state.step - count + 1
         rate = self._run.training.rate_at(first - 1, self._last_step)
-        saved = (self._run.folder / CONTENT).exists()
-        content = f"{CONTENT} was saved before them" if saved else f"no {CONTENT} was saved before them"
         precision = self._run.machine.precision
         return (
             f"the last {count} steps had no finite gradient and were skipped (--max_bad_steps "
             f"{self._run.training.max_bad_steps}). The first was step {first}: learning rate {rate:.4g}, loss {loss:.4g}, "
-            f"precision {precision}, images {_listed(self._images(first))}; {content}. Repeat the command with --resume and "
-            "a smaller --lr, --grad_clip 1 or --precision fp32. To check the data, see the images of skipped steps in "
+            f"precision {precision}, images {_listed(self._images(first))}; {self._saved()}. {RETRY}. "
+            "To check the data, see the images of skipped steps in "
             'metrics.jsonl (kind "skipped")'
         )
+
+    def _saved(self) -> str:
+        there = (self._run.folder / CONTENT).exists()
+        return f"{CONTENT} was saved before them" if there else f"no {CONTENT} was saved before them"
 
 
 def _listed(images: list[int]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoints.files import read_weights
+from checkpoints.files import describes_network, read_weights
 from checkpoints.lfm_files import read_sampled
 from datasets_prep.datasets import ImageDataset
 from datasets_prep.folder_layout.report import class_names
@@ -19,7 +19,6 @@ from models.registry import Architecture, build_network, network_groups
 from options import UsageError
 from runtime.messages import fact, note, warn
 from runtime.randomness import seed_for
-from runtime.torch_files import is_torch_file
 from runtime.weights import check_finite, list_names, match_names
 
 __all__ = ["check_classes", "check_labels", "choose_architecture", "load_fitting_weights", "new_network"]
@@ -142,7 +141,7 @@ def new_network(
         network = build_network(*architecture)
     if start_from is None:
         return network
-    if is_torch_file(start_from):
+    if not describes_network(start_from):
         load_fitting_weights(network, read_sampled(start_from))
         return network
     weights, header = read_weights(start_from)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim.optimizer import ParamsT
 
 from options import UsageError, option
-from runtime.parallel import arranged_like
+from runtime.processes.parallel import arranged_like
 
 __all__ = ["Muon", "OptimizerOptions", "load_optimizer_state", "make_optimizers", "orthogonalize"]
 

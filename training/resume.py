@@ -17,7 +17,7 @@ from checkpoints.lfm_files import (
 from checkpoints.state_dicts import load_weights
 from options import UsageError
 from runtime.distributed import Processes
-from runtime.parallel import is_sharded
+from runtime.processes.parallel import is_sharded
 from runtime.torch_files import read_torch_file
 from runtime.weights import check_finite
 from training.optimizers import load_optimizer_state

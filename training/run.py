@@ -1,5 +1,6 @@
 """The options and components of a training run."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from datasets_prep.conditions import ConditionSource
 from datasets_prep.moments import MomentSource
 from flow.objectives import Objective
 from models.autoencoders.protocol import Autoencoder
-from options import option
+from options import UsageError, option
 from runtime.distributed import Processes
 from runtime.precision import Machine
 from training.experiment import ExperimentOptions
@@ -62,6 +63,27 @@ class TrainingOptions(OptimizerOptions):
     max_bad_steps: int = option(
         100, "stop after this many steps in a row without a finite gradient; 0: never", minimum=0, on_resume="freely"
     )
+
+    def check(self) -> None:
+        """Check that the options do not contradict each other.
+
+        Raises:
+            UsageError: they do, or a rate is infinite.
+        """
+        if len(self.adam_betas) != 2 or max(self.adam_betas) >= 1:
+            raise UsageError(f"--adam_betas: expected two numbers below 1, but {self.adam_betas} was given")
+        for name in ("lr", "muon_lr", "weight_decay"):
+            if math.isinf(getattr(self, name)):
+                raise UsageError(f"--{name}: expected a finite number, but {getattr(self, name)} was given")
+        if self.fsdp and self.optimizer != "adamw":
+            raise UsageError(
+                f"--optimizer {self.optimizer} needs whole matrices, which --fsdp shards: use --optimizer adamw"
+            )
+        if self.batch_size % self.grad_accumulation:
+            raise UsageError(
+                f"--grad_accumulation {self.grad_accumulation} must divide --batch_size {self.batch_size}, because it splits "
+                "the batch into equal parts"
+            )
 
     def last_step(self, per_epoch: int) -> int:
         """The number of optimizer steps, given the steps per epoch."""

@@ -10,11 +10,17 @@ from datasets_prep.datasets import DatasetOptions
 from models.registry import IGNORED_NETWORK_FLAGS, guided_diffusion_by_default
 from options import INTERRUPTED, Options, UsageError
 from runtime.distributed import Processes, may_restart_several_machines
-from runtime.launch import run_script
 from runtime.messages import fact, note, show
-from runtime.signals import orderly_exit
+from runtime.processes.launch import run_script
+from runtime.processes.signals import orderly_exit
 from tasks.task import TrainingTask
-from training.experiment import ExperimentOptions, begun_by_this_launch, only_run_in, run_folder
+from training.experiment import (
+    ExperimentOptions,
+    begun_by_this_launch,
+    check_run_folder,
+    only_run_in,
+    run_folder,
+)
 from training.loop import train
 from training.setup import prepare, training_groups
 
@@ -49,6 +55,8 @@ def run_training(task: TrainingTask, options: Options, processes: Processes) -> 
     if options[ExperimentOptions].overwrite:
         options = _overwrite_once(options, folder)
     show(options.describe("config.json lists all"))
+    if processes.is_main:
+        check_run_folder(folder)
     with orderly_exit(), only_run_in(folder, processes):
         run, resume = prepare(options, processes, task)
         parameters = sum(p.numel() for p in run.network.parameters())

@@ -21,7 +21,7 @@ from evaluation.reconstruction import draw_reconstructions
 from flow.guidance import GuidanceOptions
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
 from flow.paths import PathOptions
-from flow.solvers import SolverOptions, check_method, needs_float32
+from flow.solvers import SolverOptions, check_method, needs_float32, unreachable_tolerances
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions, DenseInput
@@ -29,7 +29,7 @@ from models.registry import NETWORKS, Architecture, NetworkOptions, network_grou
 from options import Options, UsageError, as_json
 from runtime.distributed import Processes
 from runtime.files import write_json
-from runtime.messages import fact, warn
+from runtime.messages import fact, note, warn
 from runtime.pictures import GridOptions
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.provenance import provenance
@@ -54,7 +54,7 @@ from training.network import check_classes, check_labels, choose_architecture, n
 from training.run import TrainingOptions, TrainingRun
 from training.validation import Validation
 
-__all__ = ["prepare", "training_groups"]
+__all__ = ["note_long_warmup", "prepare", "training_groups"]
 
 
 def training_groups() -> tuple[type, ...]:
@@ -118,9 +118,13 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     if inputs.features is not None:
         check_scoring(inputs.features, ("fid",), experiment.eval_samples, len(inputs.dataset), inputs.dataset.facts)
     per_epoch = steps_per_epoch(len(inputs.dataset), training.batch_size * processes.count)
-    calls = training.last_step(per_epoch) * training.grad_accumulation
-    machine = machine.settled(calls, processes, whole=not training.fsdp)
+    steps = training.last_step(per_epoch)
+    note_long_warmup(training, steps)
+    machine = machine.settled(steps * training.grad_accumulation, processes, whole=not training.fsdp)
     fact("machine", machine.describe())
+    precise = needs_float32(options[SolverOptions]) and options[MachineOptions].precision == "auto"
+    if text := unreachable_tolerances(options[SolverOptions], "fp32" if precise else machine.precision):
+        note(text)
 
     folder = run_folder(experiment, data.dataset, task.task)
     resumes = will_resume(folder, experiment)
@@ -132,8 +136,6 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     chosen = options[NETWORKS[model_type].options]
     architecture = choose_architecture(model_type, chosen, given, data.image_size, inputs.autoencoder, dense)
     check_labels(architecture.options, (inputs.dataset, inputs.held_out))
-    folder = run_folder(experiment, data.dataset, task.task)
-    resumes = will_resume(folder, experiment)
     check_classes(architecture.options, inputs.dataset, new=not resumes and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
     path = options[OBJECTIVES[objective_name].options]
@@ -170,7 +172,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         guidance=options[GuidanceOptions],
         seed=training.seed,
         machine=machine,
-        precise=needs_float32(options[SolverOptions]) and options[MachineOptions].precision == "auto",
+        precise=precise,
         derived=data.derived,
         samples=experiment.eval_samples,
         features=inputs.features,
@@ -231,20 +233,20 @@ def _check(training: TrainingOptions, solver: SolverOptions, machine: MachineOpt
         UsageError: they do.
     """
     check_method(solver)
-    if len(training.adam_betas) != 2 or max(training.adam_betas) >= 1:
-        raise UsageError(f"--adam_betas: expected two numbers below 1, but {training.adam_betas} was given")
-    if training.fsdp and training.optimizer != "adamw":
-        raise UsageError(
-            f"--optimizer {training.optimizer} needs whole matrices, which --fsdp shards: use --optimizer adamw"
-        )
+    training.check()
     if training.fsdp and machine.precision == "fp16":
         raise UsageError(
             "--fsdp does not support --precision fp16, because processes do not share its loss scale: use --precision bf16"
         )
-    if training.batch_size % training.grad_accumulation:
-        raise UsageError(
-            f"--grad_accumulation {training.grad_accumulation} must divide --batch_size {training.batch_size}, because it "
-            "splits the batch into equal parts"
+
+
+def note_long_warmup(training: TrainingOptions, steps: int) -> None:
+    """Print a note if the learning rate's warmup does not end within the run's steps."""
+    if 0 < steps <= training.warmup_steps:
+        reached = training.rate_at(steps - 1, steps)
+        note(
+            f"--warmup_steps {training.warmup_steps:,} outlasts the run's {steps:,} steps: the last learning rate is "
+            f"{reached:.3g}"
         )
 
 

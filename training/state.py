@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flow.objectives import Objective
-from runtime.cpu_kernels import with_cpu_kernels
+from runtime.cpu.kernels import with_cpu_kernels
 from runtime.distributed import Processes
-from runtime.parallel import arranged_like, gather_dtensor, gather_state, local_gradients
 from runtime.precision import Machine
+from runtime.processes.parallel import arranged_like, gather_dtensor, gather_state, local_gradients
 from training.data import Batch
 from training.ema import Ema
 from training.optimizers import OptimizerOptions, load_optimizer_state, make_optimizers

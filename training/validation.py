@@ -1,5 +1,6 @@
 """Validation of the EMA network: loss on held-out images, scores of samples, and sample grids."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,10 +20,12 @@ from flow.solvers import SolverOptions
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition
 from runtime.distributed import Processes
+from runtime.finite import FiniteTally, finite_or_warn
 from runtime.pictures import GridOptions, Sheet, side_by_side
 from runtime.precision import Machine
 from runtime.randomness import generator_for
 from sampling.sampler import GeneratedBatch, Sampler, first_images, generate
+from sampling.tally import count_finite
 from tasks.conditioned_images import ConditionedImages
 
 __all__ = ["Validation", "validation_loss"]
@@ -77,7 +80,10 @@ class Validation:
         return f"{self.features.label} of {self.samples} samples, {self.solver}, {self.guidance}"
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
-        """Compute the values to record. "objective" is the score if samples are scored, else the validation loss."""
+        """Compute the values to record. "objective" is the score if samples are scored, else the validation loss.
+
+        If more than a few samples are not finite, there is no score, and the objective is infinite.
+        """
         condition = self.conditioned.condition if self.conditioned else None
         values = validation_loss(
             network, self.objective, self.held_out, self.autoencoder, self.machine, self.processes, condition
@@ -85,18 +91,26 @@ class Validation:
         values["objective"] = values["loss"]
         if self.features is not None:
             reference = reference_statistics(self.dataset, self.features, self.derived, processes=self.processes)
-            samples = self._draw(network, self.samples)
+            tally = FiniteTally(self.samples)
+            samples = count_finite(self._draw(network, self.samples), tally)
             result = score_images(samples, self.features, reference, processes=self.processes)
-            values |= {"objective": result["value"], result["metric"]: result["value"]}
+            usable = finite_or_warn(tally.gather(self.processes), "validation")
+            values |= {"objective": result["value"] if usable else math.inf}
+            values |= {result["metric"]: result["value"]} if usable else {}
         return values
 
     def preview(self, network: nn.Module) -> Sheet:
-        """Draw a sample grid with fixed noise and balanced labels. Dense conditions are shown next to their samples."""
+        """Draw a sample grid with fixed noise and balanced labels. Dense conditions are shown next to their samples.
+
+        Samples that are not finite cause a warning.
+        """
         classes = self.header.num_classes
         count, columns = self.grid.count(classes), self.grid.columns(classes)
         if self.conditioned is not None:
             count = min(self.grid.grid_samples or PREVIEWED, len(self.conditioned.images))
-        samples = first_images(self._draw(network, count), count, self.processes)
+        tally = FiniteTally(count)
+        samples = first_images(count_finite(self._draw(network, count), tally), count, self.processes)
+        finite_or_warn(tally.gather(self.processes), "sample grid")
         if self.conditioned is None or not self.processes.is_main:
             return Sheet(samples, columns)
         indices = torch.arange(count)

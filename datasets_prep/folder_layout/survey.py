@@ -100,7 +100,7 @@ def _class_warnings(layout: Layout, labeling: Labeling) -> list[str]:
     if single := [name for name in labeling.classes if counts.get(name) == 1 and len(counts) > 1]:
         warnings.append(f"classes with a single image in {folder}: {len(single):,} ({examples(single)})")
     if labeling.by_path is None:
-        warnings += _name_warnings(layout, labeling, folder)
+        warnings += [*_name_warnings(layout, labeling, folder), *_order_warnings(labeling.classes, folder)]
     return warnings
 
 
@@ -129,6 +129,18 @@ def _name_warnings(layout: Layout, labeling: Labeling, folder: Path) -> list[str
     if alike := [name for name in labeling.classes if spellings[name.strip().casefold()] > 1]:
         warnings.append(f"class folders in {folder} whose names differ only in capitals or spaces: {examples(alike)}")
     return warnings
+
+
+def _order_warnings(classes: list[str], folder: Path) -> list[str]:
+    """Class folders are sorted as text, so of 0 to 11 the folder 10 has the label 2."""
+    if not all(name.isdecimal() for name in classes) or classes == (numeric := sorted(classes, key=int)):
+        return []
+    label = next(label for label, name in enumerate(classes) if name != numeric[label])
+    padded = numeric[label].zfill(len(classes[label]))
+    return [
+        f"the class folders in {folder} are sorted as text, so the label {label} is the folder {classes[label]}, not "
+        f"{numeric[label]}; longer names such as {padded} would keep the order of numbers"
+    ]
 
 
 def _left_out_warnings(layout: Layout) -> list[str]:

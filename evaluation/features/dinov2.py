@@ -65,7 +65,7 @@ class DinoFeatures:
 def _build(weights_file: str | None) -> tuple[VisionTransformer, str]:
     if weights_file is None:
         url = timm.get_pretrained_cfg(_timm_name(DEFAULT_SIZE)).url
-        weights = download_weights(str(url), "DINOv2")
+        weights = download_weights(str(url), "DINOv2", "--feature_weights")
     else:
         weights = read_weights_file(weights_file)
     where = weights_file or "the downloaded weights"

@@ -114,7 +114,9 @@ def _build(weights_file: str | None, dims: int) -> tuple[nn.ModuleList, torch.Te
 
     url = inception.FID_WEIGHTS_URL
     weights = (
-        download_weights(url, "Inception", check_hash=True) if weights_file is None else read_weights_file(weights_file)
+        download_weights(url, "Inception", "--feature_weights", check_hash=True)
+        if weights_file is None
+        else read_weights_file(weights_file)
     )
     layers = [
         BasicConv2d, inception.FIDInceptionA, InceptionB, inception.FIDInceptionC, InceptionD, inception.FIDInceptionE_1,

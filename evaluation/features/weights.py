@@ -1,14 +1,10 @@
 """Loading state dicts of feature networks, from a local file or by download."""
 
-from pathlib import Path
-
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from options import UsageError
 from runtime.files import UNREADABLE
-from runtime.torch_files import read_torch_file
+from runtime.torch_files import read_tensors
 from runtime.weights import check_finite, split_averages
 
 __all__ = ["download_weights", "read_weights_file"]
@@ -23,8 +19,8 @@ def read_weights_file(path: str) -> dict[str, torch.Tensor]:
         UsageError: the file is missing, damaged, holds something else, or has values that are not finite.
     """
     try:
-        weights = load_file(path) if Path(path).suffix == ".safetensors" else read_torch_file(path)
-    except (OSError, SafetensorError, UsageError) as error:
+        weights = read_tensors(path)
+    except UsageError as error:
         raise UsageError(f"cannot use the weights file {path}: {error}") from error
     if not isinstance(weights, dict):
         raise UsageError(
@@ -37,12 +33,13 @@ def read_weights_file(path: str) -> dict[str, torch.Tensor]:
     return raw | averages
 
 
-def download_weights(url: str, what: str, *, check_hash: bool = False) -> dict[str, torch.Tensor]:
+def download_weights(url: str, what: str, flag: str, *, check_hash: bool = False) -> dict[str, torch.Tensor]:
     """Download a state dict into torch's cache, or load it from there.
 
     Args:
         url: where it is published.
         what: the network's name, for the error message.
+        flag: the option that names a local file instead.
         check_hash: check the SHA-256 prefix in the file name.
 
     Raises:
@@ -52,6 +49,5 @@ def download_weights(url: str, what: str, *, check_hash: bool = False) -> dict[s
         return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=check_hash, weights_only=True)
     except UNREADABLE as error:
         raise UsageError(
-            f"cannot download the {what} weights ({error}): download {url} on another machine, then pass it as "
-            "--feature_weights FILE (--lpips_weights FILE for LPIPS)"
+            f"cannot download the {what} weights ({error}): download {url} on another machine, then pass it as {flag} FILE"
         ) from error

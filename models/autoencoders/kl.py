@@ -17,18 +17,18 @@ from typing import Any, Self
 import diffusers
 import torch
 from diffusers.utils import logging
-from safetensors.torch import load_file
 from torch import nn
 
+from models.autoencoders.hub import check_hub, is_unreachable, unreachable
 from models.autoencoders.lipschitz import decoder_bound
-from models.autoencoders.pixels import images_to_pixels, pixels_to_images
+from models.autoencoders.pixels import images_to_pixels
 from models.autoencoders.protocol import AutoencoderFacts
 from models.autoencoders.scale import has_superseded_scale, latent_scale
+from models.autoencoders.weight_files import explain_damage, find_weight_files, has_standard_name, load_unwrapped
 from options import UsageError
-from runtime.files import read_json
 from runtime.messages import note
 from runtime.torch_files import weights_hash
-from runtime.weights import Mismatch, check_finite, find_mismatch, match_names, split_averages
+from runtime.weights import Mismatch, check_finite
 
 __all__ = ["LOGVAR_RANGE", "KLAutoencoder", "decode_pixels", "encode_moments", "load_kl", "new_autoencoder_kl"]
 
@@ -36,7 +36,7 @@ __all__ = ["LOGVAR_RANGE", "KLAutoencoder", "decode_pixels", "encode_moments", "
 # eight on other devices, to fill them.
 PIXELS_PER_CHUNK = 1 << 17
 OFF_CPU_MULTIPLIER = 4
-CLASS, WEIGHTS = "AutoencoderKL", "diffusion_pytorch_model"  # in config.json; stem of the weights' files
+CLASS = "AutoencoderKL"  # in config.json
 LOGVAR_RANGE = (-30.0, 20.0)  # the clamping range of diffusers' DiagonalGaussianDistribution
 
 
@@ -108,7 +108,7 @@ class KLAutoencoder:
         if images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise UsageError(
                 f"the image size must be a multiple of {self.factor} for the autoencoder {self.identity}, "
-                f"but it is {images.shape[3]} (--image_size)"
+                f"but the images have {images.shape[3]} x {images.shape[2]} pixels (--image_size)"
             )
         chunks = images.split(_chunk(images.shape[2] * images.shape[3], images.device))
         pixels = (images_to_pixels(chunk).contiguous(memory_format=torch.channels_last) for chunk in chunks)
@@ -122,19 +122,14 @@ class KLAutoencoder:
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         return (z - self.mean) / self.std
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode scaled latents [B, c, h, w] to uint8 images [B, C, H, W], in chunks to limit memory."""
+        """Decode scaled latents [B, c, h, w] to pixels [B, C, H, W], about in [-1, 1], in chunks to limit memory."""
         chunk = _chunk(latents.shape[2] * latents.shape[3] * self.factor**2, latents.device)
-        return torch.cat([pixels_to_images(self.decode_to_pixels(part)) for part in latents.split(chunk)])
-
-    def decode_to_pixels(self, latents: torch.Tensor) -> torch.Tensor:
-        """Pixels [B, C, H, W], about in [-1, 1], that `decode` rounds; differentiable in the latents."""
         z = (latents.float() * self.std + self.mean).contiguous(memory_format=torch.channels_last)
-        return decode_pixels(self.network, z)
+        return torch.cat([decode_pixels(self.network, part) for part in z.split(chunk)])
 
     def lipschitz_bound(self, side: int) -> float | None:
-        """A certified Lipschitz constant of `decode_to_pixels` for latents with sides `side`; None if a layer is unknown."""
+        """A certified Lipschitz constant of `decode` for latents with sides `side`; None if a layer is unknown."""
         return decoder_bound(self.network, side, float(self.std.max()))
 
 
@@ -182,34 +177,28 @@ def new_autoencoder_kl(
 def load_kl(folder: Path | None, name: str, scale_factor: float | None) -> KLAutoencoder:
     """Load an AutoencoderKL from a local `folder` in diffusers format or, if that is None, from the hub by `name`.
 
-    The weights must be in safetensors format. In a local folder, their names may carry the prefixes of wrappers.
+    On the hub, the weights must be in safetensors format. In a local folder, they may also have another file name, be in
+    torch.save format, and their names may carry the prefixes of wrappers.
 
     Raises:
-        UsageError: diffusers cannot load the autoencoder, it has another class, or its weights are incomplete, do not fit or
-            are not finite.
+        UsageError: the hub cannot be reached, diffusers cannot load the autoencoder, it has another class, or its weights are
+            incomplete, do not fit or are not finite.
     """
     local = folder is not None
+    if not local:
+        check_hub(name)
     try:
         with _quiet(local):
             config = diffusers.AutoencoderKL.load_config(folder or name, local_files_only=local)
         _check_class(str(config.get("_class_name", CLASS)), name)
-        with _quiet(local):
-            network, found = diffusers.AutoencoderKL.from_pretrained(
-                folder or name,
-                torch_dtype=torch.float32,
-                low_cpu_mem_usage=False,
-                use_safetensors=True,
-                local_files_only=local,
-                ignore_mismatched_sizes=True,  # they are listed below
-                output_loading_info=True,
-            )
+        network, mismatch = _load_network(config, folder, name)
     except UsageError:
         raise
     except Exception as error:  # diffusers raises many types of error when loading fails
-        raise UsageError(f"cannot load the autoencoder {name}: {_reason(error)}{_advise(folder)}") from error
-    mismatch = _mismatch(found)
-    if any(mismatch) and folder is not None:
-        mismatch = min(mismatch, _load_unwrapped(network, folder), key=lambda each: sum(map(len, each)))
+        if not local and is_unreachable(error):
+            raise unreachable(name, error) from error
+        reason = (explain_damage(folder) if folder is not None else "") or _reason(error)
+        raise UsageError(f"cannot load the autoencoder {name}: {reason}{_advise(folder)}") from error
     if any(mismatch):
         raise UsageError(
             f"the weights of the autoencoder {name} do not fit the AutoencoderKL in its config.json; "
@@ -223,6 +212,34 @@ def load_kl(folder: Path | None, name: str, scale_factor: float | None) -> KLAut
             "and latents_std only; set scaling_factor to 1.0 in its config.json, so that diffusers does the same"
         )
     return loaded
+
+
+def _load_network(config: Mapping[str, Any], folder: Path | None, name: str) -> tuple[Any, Mismatch]:
+    """Load the weights with diffusers, or by name if it finds no file or they do not fit; returns what does not fit."""
+    files = find_weight_files(folder) if folder is not None else []
+    if folder is not None and files and not has_standard_name(folder):
+        network = diffusers.AutoencoderKL.from_config(config)
+        try:
+            mismatch = load_unwrapped(network, folder, files)
+        except UsageError as error:
+            raise UsageError(f"cannot load the autoencoder {name}: {error}") from error
+        note(f"the weights of the autoencoder {name} are read from {files[0].name}")
+        return network, mismatch
+    local = folder is not None
+    with _quiet(local):
+        network, found = diffusers.AutoencoderKL.from_pretrained(
+            folder or name,
+            torch_dtype=torch.float32,
+            low_cpu_mem_usage=False,
+            use_safetensors=True,
+            local_files_only=local,
+            ignore_mismatched_sizes=True,  # the caller lists them
+            output_loading_info=True,
+        )
+    mismatch = _mismatch(found)
+    if any(mismatch) and folder is not None:
+        mismatch = min(mismatch, load_unwrapped(network, folder, files), key=lambda each: sum(map(len, each)))
+    return network, mismatch
 
 
 def _check_class(found: str, name: str) -> None:
@@ -241,24 +258,6 @@ def _mismatch(found: Mapping[str, Any]) -> Mismatch:
         for name, stored, own in sorted(found["mismatched_keys"])
     ]
     return Mismatch(sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), shapes)
-
-
-def _load_unwrapped(network: nn.Module, folder: Path) -> Mismatch:
-    """Load the weights in `folder` by their names without wrappers' prefixes, or report what does not fit."""
-    index = folder / f"{WEIGHTS}.safetensors.index.json"
-    files = set(read_json(index)["weight_map"].values()) if index.exists() else {f"{WEIGHTS}.safetensors"}
-    stored: dict[str, torch.Tensor] = {}
-    for file in files:
-        stored |= load_file(folder / file)
-    raw, averages = split_averages(stored, folder)
-    own = network.state_dict()
-    weights = match_names(raw | averages, own)
-    mismatch = find_mismatch(own, weights)
-    if not any(mismatch):
-        network.load_state_dict(weights)
-        if averages:
-            note(f"{folder}: the weights behind 'ema.' are used, not the others")
-    return mismatch
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from models.autoencoders.hub import UnreachableHubError
 from models.autoencoders.kl import load_kl
 from models.autoencoders.pixels import PixelSpace
 from models.autoencoders.protocol import Autoencoder
@@ -73,7 +74,8 @@ def _load_network(name: str, scale_factor: float | None) -> Autoencoder:
     except UsageError as error:
         if folder is not None or error.__cause__ is None:  # without a cause, the files were read but do not fit
             raise
-        hint = "; without internet access, give a local folder in diffusers format"
+        known = isinstance(error, UnreachableHubError)  # its message says what to do
+        hint = "" if known else "; without internet access, give a local folder in diffusers format"
         owner, _, rest = name.partition("/")
         if _local_folder(owner):
             hint += f" (the folder {owner} exists, but does not contain {rest})"

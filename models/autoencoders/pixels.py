@@ -4,9 +4,10 @@ from typing import Self
 
 import torch
 
-from models.autoencoders.protocol import AutoencoderFacts
+from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
+from runtime.finite import finite_rows
 
-__all__ = ["DECODING", "PixelSpace", "images_to_pixels", "pixels_to_images"]
+__all__ = ["DECODING", "PixelSpace", "decode_images", "images_to_pixels", "pixels_to_images"]
 
 DECODING = {"precision": "fp32", "rounding": "round(127.5 x + 127.5), clamped to 0..255"}  # recorded in every result
 
@@ -19,9 +20,20 @@ def images_to_pixels(images: torch.Tensor) -> torch.Tensor:
 def pixels_to_images(pixels: torch.Tensor) -> torch.Tensor:
     """Convert float pixels to uint8 images with the rounding in DECODING.
 
-    No other step quantizes images.
+    No other step quantizes images. NaN becomes black, and infinity black or white; `decode_images` reports both.
     """
     return (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+@torch.no_grad()
+def decode_images(autoencoder: Autoencoder, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Decode scaled latents [B, c, h, w].
+
+    Returns:
+        Images uint8 [B, C, H, W], and which of them come from finite latents and finite pixels, bool [B].
+    """
+    pixels = autoencoder.decode(latents)
+    return pixels_to_images(pixels), finite_rows(latents) & finite_rows(pixels)
 
 
 class PixelSpace:
@@ -55,10 +67,6 @@ class PixelSpace:
         return moments
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Convert pixels [B, C, H, W] to uint8 images."""
-        return pixels_to_images(latents)
-
-    def decode_to_pixels(self, latents: torch.Tensor) -> torch.Tensor:
         """The pixels, unchanged."""
         return latents
 

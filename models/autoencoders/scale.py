@@ -28,18 +28,25 @@ def latent_scale(config: Any, scale_factor: float | None, name: str) -> tuple[li
     channels = config.latent_channels
     if scale_factor is not None:
         return [0.0] * channels, [1 / scale_factor] * channels
-    factor = 1.0 if has_superseded_scale(config) else config.scaling_factor
-    if _has_statistics(config):
-        mean, std = list(config.latents_mean), [value / (factor or 1.0) for value in config.latents_std]
-    else:
-        mean, std = [config.shift_factor or 0.0] * channels, [1 / factor if factor else math.inf] * channels
-    valid = all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)
+    try:
+        mean, std = _mean_and_std(config)
+        valid = all(map(math.isfinite, mean)) and all(0 < value < math.inf for value in std)
+    except TypeError:  # entries that are not numbers
+        mean, std, valid = [], [], False
     if not {len(mean), len(std)} <= {1, channels} or not valid:
         raise UsageError(
             f"the config.json of the autoencoder {name} has unusable latents_mean, latents_std or scaling_factor: expected "
             f"{channels} numbers in both lists, and a positive factor and deviations; correct it, or pass --scale_factor"
         )
     return mean, std
+
+
+def _mean_and_std(config: Any) -> tuple[list[float], list[float]]:
+    factor = 1.0 if has_superseded_scale(config) else config.scaling_factor
+    if _has_statistics(config):
+        return list(config.latents_mean), [value / (factor or 1.0) for value in config.latents_std]
+    channels = config.latent_channels
+    return [config.shift_factor or 0.0] * channels, [1 / factor if factor else math.inf] * channels
 
 
 def has_superseded_scale(config: Any) -> bool:

@@ -198,3 +198,11 @@ def test_a_full_disk_raises_os_error_and_keeps_the_old_file(file):
 def test_checkpoints_have_default_permissions(file):
     (file.parent / "ordinary").touch()
     assert file.stat().st_mode == (file.parent / "ordinary").stat().st_mode
+
+
+def test_tied_weights_are_saved_under_both_names(tmp_path):
+    shared = torch.arange(6.0)
+    weights = {"a": shared, "b": shared, "c": shared.view(2, 3).t(), "d": shared[3:]}
+    save_weights(tmp_path / "model_1.safetensors", weights, HEADER)
+    found = read_weights(tmp_path / "model_1.safetensors")[0]
+    assert all(torch.equal(found[name], value) for name, value in weights.items())

@@ -9,6 +9,7 @@ import pytest
 from datasets_prep import idx
 from datasets_prep.idx import IDX_FILES, find_idx_folder, read_idx
 from options import UsageError
+from runtime.downloads import TIMEOUT_S
 
 ARRAYS = {
     "train-images-idx3-ubyte": np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4),
@@ -121,16 +122,19 @@ def test_incomplete_folder_does_not_count(tmp_path, no_fetching):
     assert find_idx_folder("mnist", tmp_path) == complete
 
 
-def test_the_error_lists_all_attempts(tmp_path, no_fetching):
+def test_the_error_lists_all_attempts(tmp_path, no_fetching, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError) as raised:
-        find_idx_folder("mnist", tmp_path / "data")
+        find_idx_folder("mnist", Path("new", "data"))
+    assert list(tmp_path.iterdir()) == []  # a failed download leaves no folder
+    assert f"mnist: trying torchvision's download into {tmp_path}/new/data ..." in capsys.readouterr().out
     assert no_fetching == ["torchvision", "apt-get"]
     message = str(raised.value)
     for expected in [
         "cannot find mnist",
         "torchvision's download: no route to host;",
         "apt-get download dataset-mnist: E: no package.",
-        "--datadir",
+        f"(or .gz) into {tmp_path}/new/data, or name their folder with --datadir",
         *IDX_FILES,
     ]:
         assert expected in message
@@ -148,6 +152,7 @@ def test_the_package_is_tried_after_a_failed_download(tmp_path, no_fetching, mon
 
 def test_the_download_sets_a_timeout(tmp_path, monkeypatch):
     seen = []
+    monkeypatch.setattr(idx, "DEBIAN_PACKAGES", {})
 
     def dataset(root, download):
         seen.append((Path(root).parent, download, socket.getdefaulttimeout()))
@@ -155,7 +160,8 @@ def test_the_download_sets_a_timeout(tmp_path, monkeypatch):
 
     monkeypatch.setattr(idx.torchvision.datasets, "MNIST", dataset)
     before = socket.getdefaulttimeout()
-    with pytest.raises(RuntimeError):
-        idx._download("mnist", tmp_path)
-    assert seen == [(tmp_path, True, idx.DOWNLOAD_TIMEOUT_S)]
+    with pytest.raises(UsageError, match="unreachable"):
+        find_idx_folder("mnist", tmp_path)
+    assert seen == [(tmp_path, True, TIMEOUT_S)]
+    assert tmp_path.is_dir()  # it existed before
     assert socket.getdefaulttimeout() == before

@@ -14,6 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from evaluation import comparison
+from evaluation.features.registry import FeatureOptions
+from evaluation.score import ScoreOptions
 from options import UsageError
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +56,21 @@ def test_fid_of_folders_equals_pip_pytorch_fids(run, inception_weights, image_fo
         assert printed == f"FID (64 features) {result['value']:.3f} (70 samples)\n"
         assert result["warnings"][0].startswith("70 samples are fewer")
     assert result["samples"] == 70
+
+
+@pytest.mark.parametrize(("size", "refused"), [(32, True), (28, False)])
+def test_a_size_that_a_dataset_reaches_by_padding_is_refused(
+    size, refused, fashion_mnist_dir, image_folders, monkeypatch
+):
+    def stop(*arguments):
+        raise RuntimeError("sizes are accepted")
+
+    monkeypatch.setattr(comparison, "_choose_features", stop)
+    given = comparison.ComparisonOptions(image_size=size, datadir=str(fashion_mnist_dir))
+    folder, others = str(image_folders[0]), (ScoreOptions(), FeatureOptions(), torch.device("cpu"))
+    kind, match = (UsageError, "28 x 28 images, .* use --image_size 28$") if refused else (RuntimeError, "accepted")
+    with pytest.raises(kind, match=match):
+        comparison.compare(folder, "fashion_mnist", given, *others)
 
 
 def test_fid_score_of_two_files_needs_no_network(tmp_path):

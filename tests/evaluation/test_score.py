@@ -43,7 +43,7 @@ def test_the_result_says_how_it_was_made():
     result = score_images(
         labeled(random_images(200, 0)), Pixels(), real, ("cat", "dog"), ScoreOptions(("kid", "fid", "precision"))
     )
-    assert result["metric"] == "KID (pixels features)"
+    assert result["metric"] == "KID (pixels)"
     assert list(result["scores"]) == ["kid", "fid", "precision"]
     assert result["scores"]["fid"]["metric"] == "FD (pixels)"
     assert all(score["error"] > 0 for score in result["scores"].values())
@@ -118,7 +118,7 @@ def test_a_metric_is_registered_with_one_entry(monkeypatch, capsys):
     images = random_images(50, 0)
     result = score_images(labeled(images), Pixels(), reference(images // 2), (), scoring)
     assert list(result["scores"]) == ["shift", "fid"]
-    assert result["metric"] == "mean difference (pixels features)"
+    assert result["metric"] == "mean difference (pixels)"
     assert result["value"] == pytest.approx(float((images.float() - (images // 2).float()).mean() / 255), rel=1e-4)
     with pytest.raises(SystemExit):
         parse_options("", [MetricOptions], ["--help"])
@@ -180,3 +180,11 @@ def test_label_counts_of_many_classes_are_summarized():
     images = random_images(300, 0)
     batch = LabelledImages(images, range(300), torch.arange(300) % 150)
     assert score_images([batch], Pixels(), reference(images))["labels"] == {"classes": 150, "fewest": 2, "most": 2}
+
+
+@pytest.mark.parametrize("name", ["indices", "labels"])
+def test_batches_with_more_indices_or_labels_than_images_are_refused(name):
+    images = random_images(4, 0)
+    batch = LabelledImages(images, range(4), torch.arange(4) % 2)._replace(**{name: torch.arange(5) % 2})
+    with pytest.raises(UsageError, match=f"as many {name} as images in a batch, but got 5 for 4 images"):
+        score_images([batch], Pixels(), reference(images))

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from datasets_prep.moments import open_moments
 from evaluation.sources import open_source
 from models.dit import DiTOptions
 from options import UsageError
+from runtime.files import read_json, write_json
 from runtime.messages import note
 from runtime.precision import Machine
 from tests.plain_autoencoder import PlainAutoencoder
@@ -313,6 +315,23 @@ def test_empty_and_single_classes_get_a_warning(tmp_path):
     assert f"classes with a single image in {root}: 1 (Cat)" in found
     assert "differ only in capitals or spaces: Cat, cat" in found
     assert "in formats that are not read: 1 (.heic)" in found
+
+
+def test_validation_images_have_the_labels_of_training_classes(tmp_path):
+    counts = {"train/a": 2, "train/b": 2, "train/c": 2, "val/a": 1, "val/b": 0, "val/c": 2}
+    train, held_out = both(write(tmp_path, counts))
+    assert held_out.labels.tolist() == [0, 2, 2]
+    assert train.survey.classes == held_out.survey.classes == ("a", "b", "c")
+
+
+def test_numbers_that_are_sorted_as_text_get_a_warning(tmp_path):
+    """torchvision sorts them so, too."""
+    survey = open_folder(write(tmp_path / "short", dict.fromkeys(map(str, range(12)), 2))).survey
+    assert survey.classes[2] == "10"
+    assert [w for w in survey.warnings if "label 2 is the folder 10, not 2; longer names such as 02 would" in w]
+    for names in (range(10), [f"{number:02d}" for number in range(12)], ["1", "10", "a"]):
+        root = write(tmp_path / f"{names}"[:9], dict.fromkeys(map(str, names), 2))
+        assert open_folder(root).survey.warnings == ()
 
 
 def test_a_healthy_folder_has_no_warning(tmp_path, capsys):
@@ -616,6 +635,29 @@ def test_names_that_cannot_be_printed_are_escaped(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert r"a\nb 4, \udcff\udcfe 3" in out
     assert r"\udcff" in err
+
+
+def test_names_are_no_patterns(tmp_path):
+    root = write(tmp_path / "[abc]" / "a*?{1}", {"x[0-9]": 2, "y ~$HOME": 2})
+    assert class_counts(open_folder(root)) == {"x[0-9]": 2, "y ~$HOME": 1}
+    assert open_source(root).count == 4
+
+
+def test_no_file_stays_open(tmp_path):
+    dataset, open_files = open_folder(write(tmp_path, {"a": 60})), Path("/proc/self/fd")
+    before = len(list(open_files.iterdir()))
+    images = [dataset[index] for index in range(len(dataset))]
+    assert len(images) == 57
+    assert len(list(open_files.iterdir())) <= before
+
+
+def test_a_folder_with_names_of_any_bytes_can_be_scored(tmp_path):
+    root = write(tmp_path / os.fsdecode(b"caf\xe9"), {os.fsdecode(b"\xff\xfe"): 2})
+    (root / os.fsdecode(b"\xff\xfe") / "000.png").rename(root / os.fsdecode(b"\xfc.png"))
+    source = open_source(root)
+    assert source.count == 2
+    write_json(tmp_path / "result.json", source.meta)
+    assert read_json(tmp_path / "result.json") == source.meta
 
 
 def test_one_image_is_read_the_same_in_every_place(tmp_path):

@@ -16,8 +16,8 @@ from command_line import parse_options
 from options import UsageError, option
 from runtime import distributed
 from runtime.distributed import join_processes, patience
+from runtime.processes.signals import StopSignals, hangup_is_ignored
 from runtime.provenance import code_version
-from runtime.signals import StopSignals, hangup_is_ignored
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 SAVES_WHEN_STOPPED = """
 import sys, time
 from runtime.messages import show
-from runtime.signals import StopSignals
+from runtime.processes.signals import StopSignals
 with StopSignals() as stop:
     print("ready", flush=True)
     while not stop.requested:
@@ -105,7 +105,7 @@ def test_patience_is_silent_about_short_work(capsys):
 
 
 def test_a_hangup_is_a_stop_request_unless_nohup_ignores_it(monkeypatch):
-    monkeypatch.setattr("runtime.signals._leave_terminal", lambda: None)
+    monkeypatch.setattr("runtime.processes.signals._leave_terminal", lambda: None)
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop.requested

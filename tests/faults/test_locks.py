@@ -16,7 +16,7 @@ from options import UsageError
 from runtime import locks
 from runtime.distributed import Processes
 from runtime.locks import Holder, locked
-from runtime.signals import orderly_exit
+from runtime.processes.signals import orderly_exit
 from training.experiment import Configuration, ExperimentOptions, only_run_in, open_experiment
 
 ROOT = Path(__file__).parents[2]

@@ -24,6 +24,7 @@ from datasets_prep import cifar10, idx
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from evaluation import pairs as paired
 from evaluation.features import inception, weights
+from models.autoencoders import kl
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, is_hub_id, load_autoencoder
 from options import UsageError
@@ -130,6 +131,7 @@ def test_a_misspelled_folder_is_suspected(tmp_path, monkeypatch):
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(kl, "check_hub", lambda name: None)
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", absent)
     with pytest.raises(UsageError, match="no such repository.*the folder here exists, but does not contain absent"):
         load_autoencoder(AutoencoderOptions(pretrained_autoencoder_ckpt="here/absent"), 3)
@@ -167,9 +169,12 @@ def test_downloaded_weights_have_the_hash_in_their_name(served, tmp_path, monkey
     names = [f"weights-{digest[:8]}.pth", "weights-00000000.pth"]
     for name in names:
         shutil.copy(folder / "file.pth", folder / name)
-    assert weights.download_weights(f"{address}/{names[0]}", "test", check_hash=True)["a"].tolist() == [1, 1]
+    assert weights.download_weights(f"{address}/{names[0]}", "test", "--weights", check_hash=True)["a"].tolist() == [
+        1,
+        1,
+    ]
     with pytest.raises(UsageError, match="invalid hash value"):
-        weights.download_weights(f"{address}/{names[1]}", "test", check_hash=True)
+        weights.download_weights(f"{address}/{names[1]}", "test", "--weights", check_hash=True)
     assert [path.name for path in (tmp_path / "hub" / "checkpoints").iterdir()] == names[:1]
 
 
@@ -177,8 +182,8 @@ def test_downloaded_weights_have_the_hash_in_their_name(served, tmp_path, monkey
 def test_what_has_a_hash_is_downloaded_with_it(monkeypatch, network):
     asked = []
 
-    def download(url, what, *, check_hash=False):
-        asked.append((url, check_hash))
+    def download(url, what, flag, *, check_hash=False):
+        asked.append((url, flag, check_hash))
         raise UsageError("enough")
 
     if network == "alexnet":
@@ -186,8 +191,8 @@ def test_what_has_a_hash_is_downloaded_with_it(monkeypatch, network):
     monkeypatch.setattr({"inception": inception, "alexnet": paired}[network], "download_weights", download)
     with pytest.raises(UsageError, match="enough"):
         inception._build(None, 2048) if network == "inception" else paired.load_lpips(None, "cpu")
-    ((url, checked),) = asked
-    assert checked
+    ((url, flag, checked),) = asked
+    assert (flag, checked) == ({"inception": "--feature_weights", "alexnet": "--lpips_weights"}[network], True)
     assert torch.hub.HASH_REGEX.search(url)
 
 
@@ -222,7 +227,7 @@ def test_another_cifar10_than_the_known_one_is_not_taken(served, tmp_path, monke
     monkeypatch.setattr(CIFAR10, "url", f"{served[1]}/other.tar.gz")
     with pytest.raises(UsageError, match="the download failed .*corrupted"):
         cifar10._download(tmp_path / "data" / "cifar-10-python.tar.gz")
-    assert list((tmp_path / "data").iterdir()) == []
+        assert not (tmp_path / "data").exists()
 
 
 # Data that change between runs.

@@ -229,7 +229,8 @@ def test_features_that_are_not_finite_are_refused():
     gatherer.update(images)
     images[3:] = 255
     with pytest.raises(
-        UsageError, match=r"features of image 13 and 1 more in its batch are not finite: .*network fake"
+        UsageError,
+        match=r"2 of 5 images have features that are not finite \(NaN or infinity\): index 13, 14; .*network fake",
     ):
         gatherer.update(images, range(10, 15))
 

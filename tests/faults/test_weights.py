@@ -173,6 +173,7 @@ def test_a_file_instead_of_a_folder_is_refused(original):
 
 
 def test_a_hub_autoencoder_of_another_class_is_refused_before_its_weights_are_downloaded(monkeypatch):
+    monkeypatch.setattr(kl, "check_hub", lambda name: None)
     monkeypatch.setattr(kl.diffusers.AutoencoderKL, "load_config", lambda *a, **k: {"_class_name": "AutoencoderDC"})
     monkeypatch.setattr(kl.diffusers.AutoencoderKL, "from_pretrained", None)
     with pytest.raises(UsageError, match="names AutoencoderDC, but expected AutoencoderKL$"):
@@ -206,9 +207,7 @@ def test_a_network_in_a_container_is_the_same(tmp_path):
     for name, value in opened.network.state_dict().items():
         assert torch.equal(value, weights[name]), name
     torch.save(content | {"ema": weights}, tmp_path / "model_1.pth")  # perhaps of a project with another convention
-    with pytest.raises(
-        UsageError, match=r"expected a state dict .* dict with the entries model, optimizer, step, ema$"
-    ):
+    with pytest.raises(UsageError, match=r"another project's training state, .* model, ema\. .* with --init_from"):
         open_published(tmp_path / "model_1.pth", FLAGS, "cpu")
 
 

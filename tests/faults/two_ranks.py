@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from options import Options, UsageError, option
 from runtime.distributed import Processes
-from runtime.launch import run_script
+from runtime.processes.launch import run_script
 
 LONG_S = 600  # longer than any test waits
 SAVING_S = 35  # longer than torchrun's timeout of 30

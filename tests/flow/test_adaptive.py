@@ -86,9 +86,9 @@ def test_a_constant_velocity_needs_few_steps():
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
-def test_a_non_finite_velocity_is_refused(broken):
-    with pytest.raises(UsageError, match="found no step size that meets --atol 1e-05 and --rtol 1e-05"):
-        solve(lambda t, x: torch.full_like(x, broken), X, SolverOptions())
+def test_a_non_finite_velocity_ends_in_nan(broken):
+    """Whoever decodes or uses the samples reports them (tests/faults/test_not_finite.py)."""
+    assert solve(lambda t, x: torch.full_like(x, broken), X, SolverOptions()).x.isnan().all()
 
 
 def test_a_tolerance_of_zero_is_refused():

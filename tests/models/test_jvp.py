@@ -10,7 +10,7 @@ from models.edm_unet import EdmUNetOptions
 from models.guided_unet import GuidedUNetOptions
 from models.plain_unet import PlainUNetOptions
 from models.registry import ORIGIN_ADM
-from runtime.cpu_kernels import with_cpu_kernels
+from runtime.cpu.kernels import with_cpu_kernels
 from tests.small_networks import SMALL, UNET, new_network
 
 STEP = 1e-6

@@ -10,7 +10,7 @@ from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from models.conditions import Condition, DenseInput
 from models.dit import DiTOptions
-from runtime.cpu_kernels import with_cpu_kernels
+from runtime.cpu.kernels import with_cpu_kernels
 from runtime.inference import compile_for_batches, hold_weights
 from runtime.precision import Machine
 from tests.small_networks import SMALL, new_network

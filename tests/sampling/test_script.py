@@ -217,7 +217,11 @@ def test_trajectory_ends_at_the_sample(call, tmp_path):
     for row in range(4):
         tile = tile_of(sheet, row, 4)
         assert np.abs(tile - images[row // 2]).max() <= 1
-    with Image.open(result["picture"].replace(".png", ".gif")) as animation:
+    gif = result["picture"].replace(".png", ".gif")
+    assert result["summary"].splitlines() == [
+        "samples     2 trajectories at 5 times", f"picture     {result['picture']}", f"animation   {gif}",
+    ]  # fmt: skip
+    with Image.open(gif) as animation:
         assert animation.n_frames == 5
 
 

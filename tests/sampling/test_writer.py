@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 from options import UsageError
+from runtime.distributed import Processes
+from sampling import writer as module
 from sampling.sampler import GeneratedBatch
-from sampling.writer import SampleWriter
+from sampling.writer import SampleWriter, read_or_draw
 
 SETTINGS = {"seed": 1, "solver": {"method": "heun", "num_steps": 4}}
 IMAGES = torch.randint(0, 256, (10, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -31,7 +33,7 @@ def test_an_interrupted_run_finds_missing_and_existing_samples(kind, tmp_path):
     assert [index for part in read for index in part.indices] == [1, 2, 8]
     for part in read:
         expected = batch(*part.indices)
-        assert all(torch.equal(a, b) for a, b in zip(part[1:], expected[1:], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(part[1:5], expected[1:5], strict=True))
 
 
 @pytest.mark.parametrize("kind", ["png", "npz"])
@@ -102,3 +104,37 @@ def test_images_of_unknown_settings_are_not_mixed_in(tmp_path):
     with pytest.raises(UsageError, match="already holds png files"):
         SampleWriter(tmp_path, "png", SETTINGS)
     assert not (tmp_path / "samples.json").exists()
+
+
+@pytest.mark.parametrize(("count", "steps"), [(1, [3, 6, 9, 10]), (2, [6, 10]), (3, [9, 10])])
+def test_the_progress_bar_counts_the_samples_of_all_processes(count, steps, monkeypatch):
+    """The main process draws every `count`-th batch of 3 samples, and assumes that the others keep up."""
+
+    class Bar:
+        def __init__(self, total, **settings):
+            self.n, self.total, self.shown = 0, total, []
+
+        def update(self, number):
+            self.n += number
+            self.shown.append(self.n)
+
+        def __enter__(self):
+            bars.append(self)
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    class Several(Processes):
+        def from_main(self, value):
+            return value
+
+    bars = []
+    monkeypatch.setattr(module, "progress_bar", Bar)
+    processes = Several(0, count)
+    starts = processes.share(range(0, 10, 3))
+    draw = lambda missing: (batch(*missing[start : start + 3]) for start in starts)  # noqa: E731
+    drawn = list(read_or_draw(range(10), draw, None, 3, processes))
+    assert len(drawn) == len(starts)
+    assert bars[0].total == 10
+    assert sorted(set(bars[0].shown)) == steps

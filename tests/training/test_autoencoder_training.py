@@ -9,7 +9,7 @@ from datasets_prep.datasets import DatasetFacts, ImageDataset
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pixels import images_to_pixels
-from options import UsageError
+from options import DivergedError, UsageError
 from runtime.precision import Machine
 from training import autoencoder as module
 from training.autoencoder import (
@@ -46,7 +46,7 @@ def test_training_learns_to_reconstruct():
     images = blobs(128)
     settings = dataclasses.replace(TINY, max_steps=250, lr=1e-2, ema_decay=0.9)
     autoencoder = KLAutoencoder(train_autoencoder(dataset_of(images), settings, CPU), "x")
-    restored = images_to_pixels(autoencoder.decode(autoencoder.sample(autoencoder.encode(images))))
+    restored = autoencoder.decode(autoencoder.sample(autoencoder.encode(images)))
     pixels = images_to_pixels(images)
     error = (restored - pixels).square().mean()
     best_constant = (pixels - pixels.mean(0)).square().mean()  # the best a network could do while ignoring its input
@@ -190,3 +190,18 @@ def test_impossible_channels_are_refused(channels, image_channels):
     dataset = dataset_of(blobs(32).expand(-1, channels, -1, -1))
     with pytest.raises(UsageError, match=f"--image_channels {image_channels} does not fit images with {channels}"):
         train_autoencoder(dataset, dataclasses.replace(TINY, image_channels=image_channels), CPU)
+
+
+def test_weights_that_are_not_finite_do_not_replace_a_snapshot(tmp_path):
+    network, folder = tiny_network(), tmp_path / "ae"
+    save_autoencoder(network, folder, {}, TINY)
+    before = (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+    for value in (1e6, float("nan")):  # the first overflows in the file's float16
+        with torch.no_grad():
+            network.decoder.conv_in.bias[0] = value
+        with pytest.raises(DivergedError, match=r"autoencoder are not finite.*: decoder\.conv_in\.bias\. Start again"):
+            save_autoencoder(network, folder, {}, TINY)
+        assert (folder / "diffusion_pytorch_model.safetensors").read_bytes() == before
+    with torch.no_grad():
+        network.decoder.conv_in.bias[0] = 1e6
+    save_autoencoder(network, folder, {}, dataclasses.replace(TINY, half_weights=False))

@@ -1,6 +1,10 @@
+from dataclasses import replace
+
+import pytest
 import torch
 
 from evaluation.features.classifier import load_classifier, save_classifier
+from options import DivergedError
 from runtime.precision import Machine
 from training.classifier import ClassifierTrainingOptions, accuracy, train_classifier
 
@@ -31,3 +35,8 @@ def test_the_stored_classifier_equals_the_network(tmp_path):
     loaded = load_classifier(tmp_path / "c.safetensors")
     pixels = torch.randn(3, 1, 28, 28)
     assert torch.equal(loaded(pixels), network.to(memory_format=torch.contiguous_format)(pixels))
+
+
+def test_a_classifier_that_diverged_is_refused():
+    with pytest.raises(DivergedError, match="weights of the classifier are not finite"):
+        train_classifier(*stripes(), ("rows", "columns"), replace(OPTIONS, lr=float("inf"), max_steps=2), MACHINE)

@@ -4,7 +4,7 @@ import subprocess
 import pytest
 
 from options import Options, UsageError
-from runtime.launch import LaunchOptions
+from runtime.processes.launch import LaunchOptions
 from runtime.provenance import REPOSITORY
 from training import experiment
 from training.experiment import Configuration, ExperimentOptions
@@ -171,7 +171,7 @@ def test_policies_on_resume():
     shown = "plot_every eval_every eval_samples log_every grid_samples grid_columns"
     sampling = "method num_steps step_size time_grid time_shift grid_location grid_scale grid_rho atol rtol churn "
     sampling += "churn_noise churn_interval diffusion diffusion_norm cfg_scale cfg_interval cfg_channels"
-    paths = "save_root datadir latent_cache_dir num_workers device skip_bad_images"
+    paths = "exp save_root datadir latent_cache_dir num_workers device skip_bad_images"
     scores = "features feature_weights feature_precision dims"
     launch = "num_process_per_node num_proc_node node_rank master_address master_port local_rank"
     others = "resume overwrite max_minutes max_bad_steps"

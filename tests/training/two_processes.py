@@ -17,7 +17,7 @@ from flow.objectives import FlowMatching, Times  # noqa: E402
 from flow.paths import PathOptions  # noqa: E402
 from models.conditions import Condition  # noqa: E402
 from runtime.distributed import join_processes  # noqa: E402
-from runtime.parallel import replicate, shard  # noqa: E402
+from runtime.processes.parallel import replicate, shard  # noqa: E402
 from sampling.sampler import GeneratedBatch, first_images  # noqa: E402
 from sampling.writer import SampleWriter  # noqa: E402
 from training.data import Batch  # noqa: E402

@@ -2,7 +2,7 @@ import signal
 
 import pytest
 
-from runtime.signals import StopSignals
+from runtime.processes.signals import StopSignals
 
 
 @pytest.fixture
@@ -54,3 +54,10 @@ def test_a_second_signal_is_expected_with_several_processes(record):
             signal.raise_signal(signal.SIGUSR1)
         assert stop.requested
     assert record == []
+
+
+def test_the_first_signal_says_what_happens_next(capfd):
+    with StopSignals(once=False, text="stopping soon"):
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+    assert capfd.readouterr().err == "\nstopping soon\n"

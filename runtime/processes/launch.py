@@ -13,7 +13,7 @@ import signal
 import sys
 import uuid
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 
 from torch.distributed import DistError
@@ -22,8 +22,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from command_line import parse_options
 from options import INTERRUPTED, Options, UsageError, exit_cleanly, option
 from runtime.distributed import DEFECT, Processes, join_processes, launched, meeting_failed
-from runtime.messages import show
-from runtime.signals import hangup_is_ignored
+from runtime.messages import note, show
+from runtime.processes.clusters import torch_variables
+from runtime.processes.signals import WARNINGS, hangup_is_ignored
 
 __all__ = ["LaunchOptions", "run_script"]
 
@@ -33,7 +34,7 @@ SECONDS_TO_FOLLOW = 30  # from one process's death until the launcher kills the 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """Multiple processes (launching with torchrun or accelerate launch also works)."""
+    """Multiple processes (launching with torchrun, accelerate launch, srun or mpirun also works)."""
 
     num_process_per_node: int | None = option(
         None, "number of processes on this machine, one per GPU", minimum=1, on_resume="freely", common=True
@@ -86,24 +87,42 @@ def run_script(
 ) -> None:
     """Parse the command line (as `parse_options` does) and run `main` in each requested process.
 
-    Without a launcher, `--num_process_per_node N` starts this command in N processes. The exit code is `main`'s, 2 after a
+    Without a launcher, `--num_process_per_node N` starts this command in N processes. Processes that a cluster's launcher
+    started, such as srun, work together like torchrun's. The exit code is `main`'s, 2 after a
     user's error, which is printed once, and 130 after an interruption.
     """
 
+    def parse() -> Options:
+        return parse_options(
+            description, [*groups, LaunchOptions], ignored=ignored, task=task, rare=rare, adjust=adjust
+        )
+
     def work() -> int:
+        variables = {} if launched() else torch_variables()
+        if variables and _wanted(parse) == 1:
+            os.environ.update(variables)
         with join_processes() as processes:
             with redirect_stderr(io.StringIO()) as notes:
-                options = parse_options(
-                    description, [*groups, LaunchOptions], ignored=ignored, task=task, rare=rare, adjust=adjust
-                )
+                options = parse()
             settings = options[LaunchOptions]
             if settings.wanted > 1 and not launched():
                 return _launch(settings)
             sys.stderr.write(notes.getvalue())  # only now, so that the launcher does not print them too
             settings.check(processes)
+            if variables and processes.count > 1:
+                note(
+                    f"the cluster's launcher started {processes.count} processes, which work together as torchrun's do"
+                )
             return main(options, processes) or 0
 
     exit_cleanly(work)
+
+
+def _wanted(parse: Callable[[], Options]) -> int:
+    """The number of processes that the command line asks for; 1 if it cannot be parsed, which is reported later."""
+    with redirect_stderr(io.StringIO()), redirect_stdout(io.StringIO()), suppress(UsageError, SystemExit):
+        return parse()[LaunchOptions].wanted
+    return 1
 
 
 def _launch(settings: LaunchOptions) -> int:
@@ -113,9 +132,8 @@ def _launch(settings: LaunchOptions) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes report their own errors
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SECONDS_TO_SAVE)
-    signal.signal(
-        signal.SIGUSR1, lambda number, frame: signal.raise_signal(signal.SIGTERM)
-    )  # the launcher forwards SIGTERM
+    for warning in WARNINGS:  # the launcher forwards SIGTERM
+        signal.signal(warning, lambda number, frame: signal.raise_signal(signal.SIGTERM))
     machines = settings.num_proc_node or 1
     alone = machines == 1
     config = LaunchConfig(

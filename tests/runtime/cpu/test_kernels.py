@@ -10,7 +10,7 @@ from torch.nn import functional
 from models.conditions import Condition
 from models.edm_layers import Norm
 from models.unet_layers import Double, GroupNorm
-from runtime.cpu_kernels import DERIVATIVE, SHARE, _evaluate, attention, plain_attention, with_cpu_kernels
+from runtime.cpu.kernels import DERIVATIVE, SHARE, _evaluate, attention, plain_attention, with_cpu_kernels
 from tests.small_networks import SMALL, new_network
 
 

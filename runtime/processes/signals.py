@@ -1,6 +1,7 @@
-"""Stop requests: Ctrl-C, SIGTERM, SIGUSR1 and SIGHUP end a run at its next step, with everything saved.
+"""Stop requests: Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2, SIGXCPU and SIGHUP end a run at its next step, with everything saved.
 
-SIGHUP, sent when a terminal closes, has no effect under nohup.
+Batch systems send one of them before a job's time is over: Slurm SIGTERM or what --signal names, LSF SIGUSR2, Grid Engine
+SIGUSR1, SIGUSR2 or SIGXCPU. SIGHUP, sent when a terminal closes, has no effect under nohup.
 """
 
 import os
@@ -8,19 +9,20 @@ import signal
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-__all__ = ["StopSignals", "hangup_is_ignored", "orderly_exit"]
+__all__ = ["WARNINGS", "StopSignals", "hangup_is_ignored", "orderly_exit"]
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)  # of batch systems
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS, signal.SIGHUP)
 
 
 @contextmanager
 def orderly_exit() -> Iterator[None]:
-    """Make SIGTERM, SIGUSR1 and SIGHUP exit through sys.exit during the block, so that `with` blocks release their resources.
+    """Make all of SIGNALS but SIGINT exit through sys.exit during the block, so that `with` blocks release their resources.
 
     The exit code is 128 + the signal's number. Signals that already have a handler are left unchanged.
     """
@@ -57,11 +59,13 @@ class StopSignals:
     Args:
         once: whether a second signal has its normal effect and stops the process at once. With several processes this must
             be false, because launchers and schedulers may each send the same signal.
+        text: line to print on stderr when the first signal arrives; empty: none.
     """
 
-    def __init__(self, once: bool = True) -> None:
+    def __init__(self, once: bool = True, text: str = "") -> None:
         self.requested = False
         self._once = once
+        self._text = text
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Self:
@@ -76,8 +80,11 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        first, self.requested = not self.requested, True
         if number == signal.SIGHUP:
             _leave_terminal()
+        if first and self._text:
+            with suppress(OSError):  # a closed pipe
+                os.write(2, f"\n{self._text}\n".encode())  # Python's streams must not be used in signal handlers
         if self._once:
             signal.signal(number, self._before[signal.Signals(number)])

@@ -6,8 +6,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from options import UsageError
 from runtime.distributed import LAUNCHER_VARIABLES, Processes, join_processes, launched
-from runtime.launch import LaunchOptions, _killed
 from runtime.precision import MachineOptions, choose_machine
+from runtime.processes.launch import LaunchOptions, _killed
 
 PAIR = Processes(0, 2, 0, 2)
 

@@ -1,0 +1,1 @@
+"""What only concerns CPUs: their cores, threads and compiled layers."""

@@ -1,0 +1,1 @@
+"""Starting, stopping and joining the processes of a run."""
