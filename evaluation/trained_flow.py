@@ -22,13 +22,26 @@ from datasets_prep.moments import MomentSource, open_moments
 from flow.empirical import Components, EmpiricalVelocity
 from flow.guidance import Network
 from flow.objectives import OBJECTIVES
+from flow.paths import straight_path
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition
 from options import UsageError, as_json, option
+from runtime.distributed import Processes
 from runtime.precision import Machine
+from runtime.randomness import generator_for
 
-__all__ = ["DataFolderOptions", "Latents", "TrainedFlow", "exact_velocity", "open_trained_flow", "posterior"]
+__all__ = [
+    "DataFolderOptions",
+    "ExactPoints",
+    "Latents",
+    "TrainedFlow",
+    "exact_velocity",
+    "open_trained_flow",
+    "posterior",
+]
 
+TIMES = 32  # of ExactPoints
+BATCH = 256
 NUMBERS_PER_PART = 1 << 22  # of each part of the mixture; 32 MiB in float64
 
 
@@ -73,17 +86,9 @@ class TrainedFlow:
         return exact_velocity(self.header, self.training, self.autoencoder, self.device, bandwidth)
 
     def draw(self, source: MomentSource, count: int, generator: torch.Generator, mirror: bool = True) -> Latents:
-        """Draw `count` images of a source, each at most once if there are enough, their posterior samples and noise.
-
-        If training mirrors images, half of them are mirrored, unless `mirror` is False.
-        """
-        rounds = -(-count // len(source))
-        indices = torch.cat([torch.randperm(len(source), generator=generator) for _ in range(rounds)])[:count]
-        mirrored = (torch.rand(count, generator=generator) < 0.5) & (mirror and self.header.dataset.flips)
-        mean, std = posterior(self.autoencoder, source.moments(indices, mirrored).to(self.device))
-        own, noise = (torch.randn(mean.shape, generator=generator).to(self.device) for _ in range(2))
-        labels = source.labels[indices] if self.header.num_classes > 1 else torch.zeros(count, dtype=torch.long)
-        return Latents(mean + std * own, noise, labels.to(self.device), indices)
+        """Draw latents of a source's images; see `draw_latents`. If `mirror` is False, no image is mirrored."""
+        flips = self.header.dataset.flips and mirror
+        return draw_latents(source, self.autoencoder, count, generator, self.device, self.header.num_classes, flips)
 
     def describe(self) -> dict[str, Any]:
         """The first entries of every result."""
@@ -125,6 +130,82 @@ def open_trained_flow(checkpoint: str, data: DataFolderOptions, device: torch.de
     objective = OBJECTIVES[header.objective].build(header.path)
     network = objective.velocity(model.network.requires_grad_(False))
     return TrainedFlow(checkpoint, header, network, model.autoencoder, training, sources[0], sources[1], device)
+
+
+def draw_latents(
+    source: MomentSource,
+    autoencoder: Autoencoder,
+    count: int,
+    generator: torch.Generator,
+    device: torch.device,
+    num_classes: int,
+    flips: bool,
+) -> Latents:
+    """Draw images, each at most once if there are enough, samples of their posteriors, and noise.
+
+    Args:
+        source: posterior moments.
+        autoencoder: samples the posteriors.
+        count: number of images N.
+        generator: the random numbers, on the CPU.
+        device: of the result.
+        num_classes: the network's number of classes; with 1, all labels are 0.
+        flips: mirror images with probability 1/2.
+    """
+    rounds = -(-count // len(source))
+    indices = torch.cat([torch.randperm(len(source), generator=generator) for _ in range(rounds)])[:count]
+    mirrored = (torch.rand(count, generator=generator) < 0.5) & flips
+    mean, std = posterior(autoencoder, source.moments(indices, mirrored).to(device))
+    own, noise = (torch.randn(mean.shape, generator=generator).to(device) for _ in range(2))
+    labels = source.labels[indices] if num_classes > 1 else torch.zeros(count, dtype=torch.long)
+    return Latents(mean + std * own, noise, labels.to(device), indices)
+
+
+@dataclass(frozen=True)
+class ExactPoints:
+    """Fixed points on the path of training images with the exact velocity there, to measure networks by.
+
+    Args:
+        count: number of points of all processes.
+        times, x_t, velocity, labels: of this process's points.
+    """
+
+    count: int
+    times: torch.Tensor
+    x_t: torch.Tensor
+    velocity: torch.Tensor
+    labels: torch.Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        header: Header,
+        source: MomentSource,
+        autoencoder: Autoencoder,
+        count: int,
+        device: torch.device,
+        processes: Processes,
+    ) -> "ExactPoints":
+        """Draw `count` points at evenly spaced times, always the same ones, and compute the exact velocity of a share."""
+        generator = generator_for(0, "exact points")
+        latents = draw_latents(source, autoencoder, count, generator, device, header.num_classes, header.dataset.flips)
+        rows = torch.arange(processes.rank, count, processes.count, device=device)
+        grid = (torch.arange(TIMES, device=device) + 0.5) / TIMES
+        times = grid[torch.arange(count, device=device) % TIMES][rows]
+        x_t, _ = straight_path(times, latents.data[rows], latents.noise[rows], header.path.sigma_min)
+        labels = latents.labels[rows]
+        exact = exact_velocity(header, source, autoencoder, device)
+        return cls(count, times, x_t, exact(times, x_t, Condition(labels)), labels)
+
+    @torch.no_grad()
+    def excess(self, network: Network, processes: Processes) -> float:
+        """The mean squared distance of the network's velocity from the exact one, per dimension."""
+        parts = zip(*(each.split(BATCH) for each in (self.times, self.x_t, self.labels, self.velocity)), strict=True)
+        total = torch.zeros((), dtype=torch.float64)
+        for t, x, labels, exact in parts:
+            error = (network(t, x, Condition(labels)).float() - exact).square().flatten(1).mean(1)
+            total += error.double().sum().cpu()
+        return processes.sum(total).item() / self.count
 
 
 def exact_velocity(

@@ -51,7 +51,7 @@ def sinkhorn_distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
     reg = ENTROPY * _costs(a, b).mean().item()
     divergence = ot.bregman.empirical_sinkhorn_divergence(
-        a.double().numpy(), b.double().numpy(), reg, method="sinkhorn_log", stopThr=1e-6
+        a.double().numpy(), b.double().numpy(), reg, method="sinkhorn_log", numIterMax=2000, stopThr=1e-6, warn=False
     )
     return math.sqrt(max(0.0, float(divergence)))
 
