@@ -2,13 +2,16 @@
 #   bench       speed of training, sampling and data loading on this machine. Each benchmark takes a few minutes;
 #               training_step takes a few minutes for each of five networks. sampling needs the model that
 #               `bash run.sh` trains, memory needs 13 GB, and data needs 8 GB of disk.
+#   bench-gpu   the same on a GPU: training, sampling, encoding and scoring, in under ten minutes.
+#   test-gpu    tests on a GPU, in under ten minutes. LFM_GPU_TEST_DEVICE=cpu checks the tests themselves.
 #   bench-long  the measurements in docs/lab-notes/sampling.md, docs/reproduction.md and docs/reliability.md. Takes hours.
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
 quick := precision attention layers training_step step_cost published_step data memory scaling scoring busy_machine sampling
 long := solver_orders optimizers training_precision fd_against_nfe guidance soak
+gpu := gpu
 
-.PHONY: test test-slow lint bench bench-long
+.PHONY: test test-slow test-gpu lint bench bench-gpu bench-long
 
 test:
 	$(python) -m pytest
@@ -16,8 +19,14 @@ test:
 test-slow:
 	$(python) -m pytest -m slow
 
+test-gpu:
+	$(python) -m pytest -m gpu tests/gpu
+
 lint:
 	$(python) -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy
+
+bench-gpu:
+	$(python) -m benchmarks.$(gpu)
 
 bench bench-long:
 	$(python) -c '' && for name in $(if $(filter bench,$@),$(quick),$(long)); do "$$python" -m benchmarks.$$name || exit; done

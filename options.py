@@ -8,22 +8,16 @@ Pydantic is not used, because it checks ranges but does not handle flags or the 
 """
 
 import dataclasses
-import errno
-import os
 import shlex
 import shutil
-import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO, TypeVar
-
-from streams import steady_output
+from typing import Any, Literal, TextIO, TypeVar
 
 __all__ = [
-    "INTERRUPTED",
     "DivergedError",
     "OnResume",
     "Options",
@@ -31,8 +25,6 @@ __all__ = [
     "argument_type",
     "as_json",
     "check_range",
-    "exit_cleanly",
-    "explain",
     "group_title",
     "make_options",
     "option",
@@ -49,24 +41,7 @@ T = TypeVar("T")
 #   freely      yes: the option affects what is printed, sampled or saved, not what the network learns
 OnResume = Literal["never", "on_request", "rounding", "freely"]
 
-INTERRUPTED = 130  # exit code after Ctrl-C
-# Errors of the file system, and what to do about them. Other errors of the system may be bugs.
-FULL_DISK = "free some space, or choose another folder"
-OTHER_DISK = "this file system cannot do what is needed; choose a folder on another one, such as a local disk"
-LOST_DISK = "the disk or its connection failed; check it, then repeat the command"
-OTHER_NAME = "choose another name"
-ADVICE: dict[int, str] = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), FULL_DISK),
-    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions, or choose another place"),
-    **dict.fromkeys((errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY), ""),
-    **dict.fromkeys((errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP), OTHER_NAME),
-    **dict.fromkeys(
-        (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ENXIO), LOST_DISK
-    ),
-    **dict.fromkeys((errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EXDEV, errno.ENODEV, errno.EFBIG), OTHER_DISK),
-    **dict.fromkeys((errno.EBUSY, errno.ETXTBSY), "another program uses it, or a disk is mounted there"),
-    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open; raise the limit (ulimit -n)"),
-}
+MOST = 2**63 - 1  # of integers, whose values end in 64-bit tensors
 
 
 class UsageError(ValueError):
@@ -224,6 +199,8 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
     lowest, highest, choices = (field.metadata[name] for name in ("minimum", "maximum", "choices"))
     for item in value if isinstance(value, tuple) else (value,):
         # `not item >= lowest` also rejects nan, which `item < lowest` would accept.
+        if type(item) is int and not -MOST <= item <= MOST:
+            raise UsageError(f"--{field.name}: expected an integer of 64 bits, but {str(item)[:25]}... was given")
         if lowest is not None and not item >= lowest:
             raise UsageError(f"--{field.name} must be at least {lowest}, but {value} was given")
         if highest is not None and not item <= highest:
@@ -275,42 +252,6 @@ def as_json(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value
-
-
-class Explanation(NamedTuple):
-    """A script's exit code, and the line it prints to stderr, after an error that is not a bug."""
-
-    exit_code: int
-    line: str
-
-
-def explain(error: BaseException) -> Explanation | None:
-    """The explanation of an error that is not a bug; None for a bug, whose traceback matters."""
-    if isinstance(error, UsageError):
-        return Explanation(error.exit_code, f"error: {error}")
-    if isinstance(error, KeyboardInterrupt):
-        return Explanation(INTERRUPTED, "interrupted")
-    if isinstance(error, OSError) and (error.errno in ADVICE or (error.errno == errno.EINVAL and error.filename)):
-        advice = ADVICE.get(error.errno, OTHER_NAME)
-        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
-        return Explanation(2, f"error: {error.strerror}: {where}" + (f": {advice}" if advice else ""))
-    return None
-
-
-def exit_cleanly(main: Callable[[], int | None]) -> None:
-    """Run a script's main function and exit.
-
-    A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3. Output that cannot be written
-    is dropped.
-    """
-    with steady_output():
-        try:
-            sys.exit(main() or 0)
-        except (Exception, KeyboardInterrupt) as error:
-            if (reason := explain(error)) is None:
-                raise
-            print(wrapped(reason.line, sys.stderr), file=sys.stderr)
-            sys.exit(reason.exit_code)
 
 
 def wrapped(line: str, file: TextIO, indent: int = 4) -> str:

@@ -6,7 +6,7 @@ import shutil
 from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, FlipOptions, choose_flips, open_dataset
 from datasets_prep.folder_layout.report import show_data
-from options import exit_cleanly
+from exits import exit_cleanly
 from runtime.messages import show
 from runtime.precision import PrecisionOptions, choose_machine
 from training.autoencoder import (

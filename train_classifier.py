@@ -5,7 +5,8 @@ from command_line import parse_options
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from datasets_prep.folder_layout.report import show_data
 from evaluation.features.classifier import load_classifier, save_classifier
-from options import as_json, exit_cleanly
+from exits import exit_cleanly
+from options import as_json
 from runtime.messages import show
 from runtime.outputs import check_file
 from runtime.precision import PrecisionOptions, choose_machine

@@ -24,11 +24,12 @@ import torch
 
 from benchmarks._samples import Bench, BenchmarkOptions, request_benchmark, varied
 from benchmarks._timing import compare, markdown_table
+from exits import exit_cleanly
 from flow.grids import GRIDS
 from flow.guidance import GuidanceOptions, GuidedVelocity
 from flow.solvers import SOLVERS, SolverOptions, solve
 from models.conditions import Condition
-from options import exit_cleanly, option
+from options import option
 from runtime.files import write_json
 
 REFERENCE = SolverOptions("dopri5", atol=1e-5, rtol=1e-5)

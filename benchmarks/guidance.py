@@ -22,8 +22,9 @@ from benchmarks._samples import Bench, BenchmarkOptions, request_benchmark, vari
 from benchmarks._timing import markdown_table
 from checkpoints.experiments import newest_model
 from datasets_prep.datasets import DatasetOptions
+from exits import exit_cleanly
 from flow.guidance import GuidanceOptions
-from options import exit_cleanly, option
+from options import option
 from runtime.files import write_json
 from sampling.loading import LoadedSampler, load_sampler
 from sampling.request import SourceOptions

@@ -23,12 +23,13 @@ import torch
 from benchmarks._samples import Bench, BenchmarkOptions, Samples, concatenate, request_benchmark, varied
 from benchmarks._timing import compare, markdown_table
 from benchmarks.training_step import peak, with_small_weights
+from exits import exit_cleanly
 from flow.guidance import GuidanceOptions, GuidedVelocity
 from flow.solvers import SolverOptions
 from models.conditions import Condition
 from models.dit import DiTOptions
 from models.registry import build_network
-from options import exit_cleanly, option
+from options import option
 from runtime.cpu.kernels import with_cpu_kernels
 from runtime.inference import compile_for_batches, hold_weights
 from runtime.precision import Machine, keep_freed_memory

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks._timing import markdown_table
-from options import INTERRUPTED
+from exits import INTERRUPTED
 from runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]

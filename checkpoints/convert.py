@@ -18,9 +18,10 @@ from checkpoints.lfm import build_published
 from checkpoints.lfm_files import PREFIX, STAGE_WEIGHT, condition_stage_path, read_published
 from checkpoints.lfm_request import described_by, request_network
 from command_line import help_flags, parse_options
+from exits import exit_cleanly
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
-from options import UsageError, exit_cleanly, option
+from options import UsageError, option
 from runtime.messages import note, show
 from runtime.outputs import check_file
 from runtime.torch_files import save_content

@@ -25,10 +25,11 @@ from PIL import Image
 
 from command_line import parse_options
 from datasets_prep.folders import list_files, state_of_files
-from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, read_image
+from datasets_prep.images import IMAGE_SUFFIXES, LARGEST_SIZE, MOST_READERS, BadImageError, read_image
 from datasets_prep.lmdb_file import open_lmdb_file
 from datasets_prep.lmdb_images import HELD_OUT_SHARE
-from options import UsageError, exit_cleanly, option
+from exits import exit_cleanly
+from options import UsageError, option
 from runtime.files import free_bytes, read_json, write_json
 from runtime.locks import locked
 from runtime.messages import note, show, warn
@@ -66,14 +67,16 @@ class BuildLmdbOptions:
 
     source: str = option("", "folder of images, searched recursively")
     datadir: str = option("", "folder for train.lmdb and validation.lmdb")
-    image_size: int = option(256, "side of the square images in pixels; resized and cropped as in ADM", minimum=1)
+    image_size: int = option(
+        256, "side of the square images in pixels; resized and cropped as in ADM", minimum=1, maximum=LARGEST_SIZE
+    )
     validation: str = option(
         "",
         "held-out images: their number, taken from the end, or a file with one name per line; default: the last tenth",
     )
     format: str = option("png", "storage format: lossless (png, raw) or lossy (jpg)", choices=ENCODERS)
     skip_bad_images: bool = option(False, "leave out unreadable images and report them, instead of stopping")
-    num_workers: int = option(4, "threads that read and encode images", minimum=1)
+    num_workers: int = option(4, "threads that read and encode images", minimum=1, maximum=MOST_READERS)
 
 
 def build_lmdb(target: Path, paths: list[Path], root: Path, options: BuildLmdbOptions) -> int:

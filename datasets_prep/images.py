@@ -21,6 +21,8 @@ from runtime.files import UNREADABLE
 
 __all__ = [
     "IMAGE_SUFFIXES",
+    "LARGEST_SIZE",
+    "MOST_READERS",
     "NO_CLASS",
     "BadImageError",
     "center_crop",
@@ -34,6 +36,8 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"})
+LARGEST_SIZE = 65536  # pixels along a side of the square images
+MOST_READERS = 1024  # threads
 LONGEST_SIDE = 200  # in multiples of the shorter side; longer images could become huge before they are cropped
 NO_CLASS = 255  # the id of label-map pixels that belong to no class
 BRIGHTEST = 65535  # of the images that are scaled to 8 bits

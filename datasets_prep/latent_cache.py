@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from datasets_prep.cached_moments import LatentCache, has_mirror_images, is_finished, read_labels, update_labels
 from datasets_prep.image_dataset import ImageDataset
+from datasets_prep.images import MOST_READERS
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, option
 from runtime.distributed import Processes
@@ -58,7 +59,7 @@ class LatentCacheOptions:
     latent_cache_dir: str = option(
         "", "folder of the latent caches; default: latent_cache below --datadir", on_resume="freely"
     )
-    num_workers: int = option(0, "threads that read image files", minimum=0, on_resume="freely")
+    num_workers: int = option(0, "threads that read image files", minimum=0, maximum=MOST_READERS, on_resume="freely")
 
 
 def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> Path:
@@ -259,6 +260,11 @@ def _finish(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndar
 def _identity(folder: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> dict[str, Any]:
     facts = dataset.facts
     side = facts.image_size // autoencoder.factor
+    if not side:
+        raise UsageError(
+            f"--image_size {facts.image_size} is too small: this autoencoder makes one latent of "
+            f"{autoencoder.factor} x {autoencoder.factor} pixels"
+        )
     shape = (autoencoder.moment_channels, side, side)
     orientations = 2 if facts.flips or has_mirror_images(folder) else 1
     return {

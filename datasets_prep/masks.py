@@ -25,7 +25,8 @@ from torchvision.utils import make_grid
 from command_line import leading_word, parse_options
 from datasets_prep.folders import list_files
 from datasets_prep.images import IMAGE_SUFFIXES, BadImageError, crop_map, open_rgb
-from options import UsageError, exit_cleanly, option
+from exits import exit_cleanly
+from options import UsageError, option
 from runtime.files import atomic_path
 from runtime.messages import show
 from runtime.randomness import generator_for
@@ -215,7 +216,7 @@ def _read_mask(path: Path, size: int) -> torch.Tensor:
 class SheetOptions:
     """Sheet of masks."""
 
-    size: int = option(64, "side of the masks in pixels", minimum=4)
+    size: int = option(64, "side of the masks in pixels", minimum=4, maximum=4096)
     count: int = option(1000, "masks of each kind over which hole ratios are computed", minimum=SHEET_COLUMNS)
     seed: int = option(0, "seed of the masks", minimum=0)
 

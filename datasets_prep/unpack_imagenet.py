@@ -21,7 +21,8 @@ import scipy.io
 
 from command_line import parse_options
 from datasets_prep.folder_layout.entries import subfolders
-from options import UsageError, exit_cleanly, option
+from exits import exit_cleanly
+from options import UsageError, option
 from runtime.files import replace_folder
 from runtime.messages import show
 from runtime.outputs import check_folder, warn_of_space

@@ -10,6 +10,7 @@ import torch
 
 from command_line import help_flags
 from datasets_prep.datasets import DATASETS, DatasetOptions, open_dataset
+from datasets_prep.images import LARGEST_SIZE
 from evaluation.checks import check_network, check_sizes
 from evaluation.features.inception import INCEPTION_DIMS
 from evaluation.features.protocol import FeatureNetwork
@@ -30,7 +31,10 @@ class ComparisonOptions:
 
     batch_size: int = option(50, "images per batch", minimum=1)
     image_size: int | None = option(
-        None, "resize and center-crop images to this size in pixels; default: no resizing", minimum=1
+        None,
+        "resize and center-crop images to this size in pixels; default: no resizing",
+        minimum=1,
+        maximum=LARGEST_SIZE,
     )
     datadir: str = option("./data", "directory of the dataset's files, if REAL is the name of a dataset")
     output_json: str | None = option(None, "JSON file for the result")

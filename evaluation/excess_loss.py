@@ -18,9 +18,10 @@ import torch
 from command_line import leading_word, parse_options
 from datasets_prep.moments import MomentSource
 from evaluation.trained_flow import DataFolderOptions, Latents, TrainedFlow, open_trained_flow
+from exits import exit_cleanly
 from flow.guidance import Network
 from flow.paths import straight_path
-from options import exit_cleanly, option
+from options import option
 from runtime.files import write_json
 from runtime.messages import fact, labeled, show_result
 from runtime.plots import figure_file, require_plots

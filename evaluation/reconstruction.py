@@ -23,10 +23,11 @@ from evaluation.reference import summarise
 from evaluation.score import MetricOptions, needs_of, reference_statistics, result_line, score_summaries
 from evaluation.sources import ImageSource, dataset_source, image_batches
 from evaluation.summary import Gatherer, Summary
+from exits import exit_cleanly
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pixels import decode_images, images_to_pixels
 from models.autoencoders.protocol import Autoencoder
-from options import exit_cleanly, option
+from options import option
 from runtime.files import write_json
 from runtime.finite import require_finite
 from runtime.messages import labeled, show_result

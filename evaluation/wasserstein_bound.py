@@ -21,11 +21,12 @@ from datasets_prep.datasets import crop_padding
 from evaluation.excess_loss import ExcessOptions, Mean, measure_errors, midpoints
 from evaluation.trained_flow import DataFolderOptions, Latents, TrainedFlow, open_trained_flow
 from evaluation.wasserstein import exact_distance, over_subsets, sinkhorn_distance, sliced_distance
+from exits import exit_cleanly
 from flow.bounds import decoded_bound, flow_bound, lfm_bound, young_bound
 from flow.guidance import Network
 from flow.lipschitz import jacobian_norm, logarithmic_norm
 from models.autoencoders.pixels import images_to_pixels
-from options import exit_cleanly, option
+from options import option
 from runtime.files import write_json
 from runtime.messages import fact, labeled, note, show_result
 from runtime.plots import figure_file, require_plots

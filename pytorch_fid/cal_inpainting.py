@@ -17,7 +17,7 @@ from evaluation.comparison import ComparisonOptions, split_paths
 from evaluation.features.registry import FeatureOptions
 from evaluation.pair_comparison import PairOptions, compare_pairs
 from evaluation.score import ScoreOptions, result_line
-from options import exit_cleanly
+from exits import exit_cleanly
 from runtime.files import write_json
 from runtime.messages import show_result
 from runtime.outputs import check_file

@@ -18,7 +18,8 @@ from evaluation.reference import summarise
 from evaluation.score import IMAGE_FORMATS
 from evaluation.sources import dataset_source, transformed
 from evaluation.statistics import save_statistics
-from options import exit_cleanly, option
+from exits import exit_cleanly
+from options import option
 from runtime.messages import show
 from runtime.outputs import check_file
 from runtime.precision import DeviceOptions, Machine, choose_device

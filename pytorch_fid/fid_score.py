@@ -16,7 +16,7 @@ from command_line import parse_options
 from evaluation.comparison import ComparisonOptions, compare, split_paths
 from evaluation.features.registry import FeatureOptions
 from evaluation.score import ScoreOptions, result_line
-from options import exit_cleanly
+from exits import exit_cleanly
 from runtime.files import write_json
 from runtime.messages import show_result
 from runtime.outputs import check_file

@@ -6,6 +6,7 @@ single process. Values are exchanged through host memory; only gradients use the
 """
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from options import UsageError, explain
+from exits import explain
+from options import UsageError
 from runtime.messages import note
 
 __all__ = [
@@ -117,7 +119,7 @@ def launched() -> bool:
 
 def restarts() -> int:
     """How often torchrun has restarted this machine's processes (--max-restarts), or Slurm the job (--requeue)."""
-    return sum(int(os.environ.get(name, 0)) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return sum(_variable(name, 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def launch_id() -> str:
@@ -127,8 +129,23 @@ def launch_id() -> str:
 
 def may_restart_several_machines() -> bool:
     """Whether torchrun may restart processes on several machines, whose restart counts may then differ."""
-    machines, admitted = (int(os.environ.get(name, 0)) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
+    machines, admitted = (_variable(name, 0) for name in ("GROUP_WORLD_SIZE", "TORCHELASTIC_MAX_RESTARTS"))
     return machines > 1 and admitted > 0
+
+
+def _variable(name: str, default: int = 0) -> int:
+    """The integer in an environment variable.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+    value = os.environ.get(name, str(default))
+    if not re.fullmatch(r"-?[0-9]{1,9}", value.strip()):
+        raise UsageError(
+            f"the environment variable {name}, which launchers set, holds {value!r}, but an integer was expected: unset it, or "
+            "start the script with a launcher"
+        )
+    return int(value)
 
 
 @contextmanager
@@ -141,10 +158,10 @@ def join_processes() -> Iterator[Processes]:
     Raises:
         UsageError: torchrun may restart several machines, and its store would give them stale addresses.
     """
-    if not launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not launched() or _variable("WORLD_SIZE") == 1:
         yield Processes()
         return
-    local_rank = int(os.environ["LOCAL_RANK"])
+    local_rank = _variable("LOCAL_RANK")
     if local_rank < torch.cuda.device_count():  # 1 if a batch system bound each process to its GPU
         torch.cuda.set_device(local_rank)
     address = "{MASTER_ADDR}:{MASTER_PORT}".format_map(os.environ)
@@ -162,7 +179,7 @@ def join_processes() -> Iterator[Processes]:
         store = PrefixStore(f"attempt {restarts()}", store)
     # The default backend: gloo for CPU tensors, and the device's own (such as NCCL) for GPU tensors.
     dist.init_process_group(store=PrefixStore("run", store), rank=rank, world_size=count, timeout=LONGEST_WAIT)
-    processes = Processes(rank, count, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", count)))
+    processes = Processes(rank, count, local_rank, _variable("LOCAL_WORLD_SIZE", count))
     try:
         with _silence(not processes.is_main):
             yield processes

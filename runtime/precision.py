@@ -3,8 +3,8 @@
 import ctypes
 import os
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -27,9 +27,11 @@ __all__ = [
     "choose_device",
     "choose_machine",
     "keep_freed_memory",
+    "use_device",
 ]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MOST_THREADS = 1024
 EVALUATIONS_WORTH_COMPILING = 1000  # network evaluations that make up for the minute that compiling takes
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's parameters in glibc's malloc.h
 
@@ -44,6 +46,7 @@ class DeviceOptions:
         "CPU threads per process; 0: the machine's cores, divided among its processes. Results are bit-identical only for the "
         "same number",
         minimum=0,
+        maximum=MOST_THREADS,
         on_resume="rounding",
     )
 
@@ -115,7 +118,7 @@ class Machine:
 
     def autocast(self) -> AbstractContextManager:
         """The context manager for running networks."""
-        return nullcontext() if self.precision == "fp32" else _reduced_precision(self.device, self.dtype)
+        return nullcontext() if self.precision == "fp32" else torch.autocast(self.device.type, self.dtype)
 
     def evaluating(self, network: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """Wrap a network so that it always runs in this machine's precision."""
@@ -194,6 +197,9 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
         raise UsageError(
             f"--device {name} is not available: expected auto, cpu, cuda or cuda:N on this machine ({reason})"
         ) from error
+    # Without TF32, float32 means float32. The switches are global, so a thread that changed them would change others' results.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    use_device(device)
     if device.type == "cpu":
         keep_freed_memory()
     if options.num_threads:
@@ -207,6 +213,12 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
     return device
 
 
+def use_device(device: torch.device) -> None:
+    """Make a GPU this thread's current device, whose properties torch and Triton look up. New threads start with GPU 0."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def choose_machine(
     options: PrecisionOptions,
     processes: Processes = Processes(),  # noqa: B008
@@ -216,7 +228,6 @@ def choose_machine(
     device, precision = choose_device(options, processes), options.precision
     if precision == "auto":
         precision = "bf16" if not precise and _multiplies_bfloat16(device) else "fp32"
-    _allow_tf32(False)  # for decoding and scoring, which run without autocast
     return Machine(device, precision, options.compile if isinstance(options, MachineOptions) else False)
 
 
@@ -232,21 +243,6 @@ def keep_freed_memory(keep: bool = True) -> None:
         libc.mallopt(MMAP_MAX, 0 if keep else 65536)
         libc.mallopt(MMAP_THRESHOLD, 32 << 20)
         libc.mallopt(TRIM_THRESHOLD, -1 if keep else 64 << 20)
-
-
-@contextmanager
-def _reduced_precision(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Autocast; on a GPU, products that autocast leaves in float32 use TF32."""
-    try:
-        _allow_tf32(device.type == "cuda")
-        with torch.autocast(device.type, dtype):
-            yield
-    finally:
-        _allow_tf32(False)  # not the previous value, which another thread may have set
-
-
-def _allow_tf32(allow: bool) -> None:
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
 
 
 @cache

@@ -93,7 +93,7 @@ def match_names(weights: Weights, own: Weights) -> Weights:
 
 
 def check_finite(weights: Weights, where: object, own: Weights | None = None) -> None:
-    """Refuse a state dict with NaN or infinite values.
+    """Refuse a state dict with NaN or infinite values, with complex numbers, or with integers for a network's real weights.
 
     Args:
         weights: the state dict.
@@ -103,6 +103,10 @@ def check_finite(weights: Weights, where: object, own: Weights | None = None) ->
     Raises:
         UsageError: there are such values; the message lists the names.
     """
+    foreign = [name for name, value in weights.items() if not _has_type(value, (own or {}).get(name))]
+    if foreign:
+        listed = list_names(f"{name} ({str(weights[name].dtype).removeprefix('torch.')})" for name in foreign)
+        raise UsageError(f"{where} has weights of another type than the network, whose weights are real: {listed}")
     counts = {name: count_bad(value) for name, value in weights.items()}
     bad = [
         name for name, count in counts.items() if count and (own is None or name not in own or not count_bad(own[name]))
@@ -136,6 +140,11 @@ def _cut_prefix(names: Iterable[str], known: Container[str]) -> dict[str, str]:
         if any(target in known for target in cut.values()):
             return cut
     return {name: name for name in names}
+
+
+def _has_type(value: torch.Tensor, own: torch.Tensor | None) -> bool:
+    """Whether a network's own tensor, if it is known, can hold these values."""
+    return not value.is_complex() and (own is None or value.is_floating_point() or not own.is_floating_point())
 
 
 def count_bad(value: torch.Tensor) -> int:

@@ -105,10 +105,10 @@ def build_case(case: GoldenCase) -> nn.Module:
 
 
 @torch.no_grad()
-def check_case(path: str | Path) -> dict[str, float]:
-    """Largest absolute error of each output in the case; infinity if the shapes differ."""
+def check_case(path: str | Path, device: torch.device | str = "cpu") -> dict[str, float]:
+    """Largest absolute error of each output in the case, computed on `device`; infinity if the shapes differ."""
     case = read_case(path)
-    network, tensors = build_case(case), case.tensors
+    network, tensors = build_case(case).to(device), {name: value.to(device) for name, value in case.tensors.items()}
     condition = Condition(tensors["in.y"].long() if "in.y" in tensors else None)
     results = {"velocity": network(tensors["in.t"], tensors["in.x"], condition)}
     if "out.velocity_cfg" in tensors and case.cfg_scale is not None:

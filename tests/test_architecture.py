@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = {
     "streams": 0,
     "options": 1,
+    "exits": 2,
     "command_line": 2,
     "runtime": 3,
     "models": 4,
@@ -24,7 +25,7 @@ LEVELS = {
     "training": 10,
     "latent_flow": 11,
 }
-AT_THE_ROOT = [ROOT / f"{name}.py" for name in ("streams", "options", "command_line", "latent_flow")]
+AT_THE_ROOT = [ROOT / f"{name}.py" for name in ("streams", "options", "exits", "command_line", "latent_flow")]
 # Modules in a library folder that count as scripts, because they are run with `python -m`.
 COMMANDS = {"checkpoints/convert.py"}
 OWNERS = {

@@ -489,7 +489,7 @@ def test_semantic_synthesis_is_scored_against_its_label_maps(place, semantic, tm
     assert result["metric"] == "FD (fashion-mnist features)"
     assert result["extra_scores"] == ["recognised", "recognised_originals", "miou", "pixel_accuracy", "foreground_iou"]
     assert all(0 <= result[name] <= 1 for name in result["extra_scores"])
-    assert f"foreground_iou {result['foreground_iou']:.4g}" in out.splitlines()[-3]
+    assert f"foreground IoU {result['foreground_iou']:.4g}" in out.splitlines()[-3]
     originals, maps, samples = (pictures(tmp_path / name) for name in ("originals", "maps", "samples"))
     assert originals.shape == samples.shape == (12, 28, 28)
     assert maps.shape == (12, 28, 28, 3)

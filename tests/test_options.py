@@ -7,7 +7,8 @@ from typing import ClassVar
 import pytest
 
 from command_line import leading_word, parse_options, read_arguments_file
-from options import DivergedError, UsageError, as_json, exit_cleanly, make_options, option
+from exits import exit_cleanly
+from options import DivergedError, UsageError, as_json, make_options, option
 
 ROOT = Path(__file__).parents[1]
 

@@ -578,7 +578,11 @@ def test_no_space_left(name, place, trained, call, tmp_path):
     flags = ["--save_root", tmp_path / "saved"]
     flags += ["--latent_cache_dir", tmp_path / "cache"] if "cache" in path.parts else []
     code, _, err = call(TRAIN, [*train_flags(place, "full"), *flags])
-    assert_one_line(code, err, "No space left on device")
+    if path.suffix == ".png":  # a run goes on without a sample grid
+        assert code == 0, err
+        assert f"warning: cannot write {path} (No space left on device); the run goes on" in err
+    else:
+        assert_one_line(code, err, "No space left on device")
     assert not path.exists()
 
 

@@ -3,12 +3,14 @@
 import math
 import re
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from checkpoints.files import save_weights
+from runtime.attempts import Attempts
 from runtime.files import move_aside
 from runtime.messages import show
 from runtime.pictures import save_sheet
@@ -69,6 +71,7 @@ class Checkpointer:
         self._per_epoch = per_epoch
         self._nan_guard = nan_guard
         self._save_postponed = False
+        self._attempts = Attempts(run.folder)
         self._guard = WriteGuard(run.folder)
 
     def poll(self, stop: StopSignals) -> Requests:
@@ -106,13 +109,12 @@ class Checkpointer:
                     save_state(self._run.folder, content)
             self._clock.saved()
         self._guard.check(last=ended or requests.stop)
-        if self._due(experiment.plot_every, ended):  # last, so that a failure here loses no training
-            sheet = self._run.validation.preview(state.ema.network)
-            if self._log:
-                picture = f"samples/step_{state.step:07d}.png"
-                with self._guard.writing(picture):
-                    save_sheet(sheet.images, self._run.folder / picture, sheet.columns)
-                self._guard.check(last=False)
+        if self._due(experiment.plot_every, ended):
+            self._draw()
+
+    def _attempt(self, work: str) -> AbstractContextManager[None]:
+        """A block whose failure does not end the run, unless other processes would wait for this one inside it."""
+        return self._attempts.attempt(work, self._state.step) if self._run.processes.count == 1 else nullcontext()
 
     def _due(self, every: int, ended: bool) -> bool:
         """Whether a multiple of `every` epochs is complete, or the run has ended."""
@@ -136,9 +138,21 @@ class Checkpointer:
         self._save_postponed = bool(self._run.training.max_bad_steps and self._state.consecutive_skips[0] > 0)
         return not self._save_postponed
 
+    def _draw(self) -> None:
+        with self._attempt("the sample grid"):
+            sheet = self._run.validation.preview(self._state.ema.network)
+            if self._log:
+                picture = f"samples/step_{self._state.step:07d}.png"
+                with self._guard.writing(picture):
+                    save_sheet(sheet.images, self._run.folder / picture, sheet.columns)
+                self._guard.check(last=False)
+
     def _validate(self, ended: bool) -> None:
-        run, state = self._run, self._state
-        values = run.validation.evaluate(state.ema.network)
+        run, state, values = self._run, self._state, dict[str, float]()
+        with self._attempt("the validation"):
+            values = run.validation.evaluate(state.ema.network)
+        if not values:
+            return
         if self._log:
             self._log.write(state.step, "validation", values)
         show(f"step {state.step}: {_summary(values)}")

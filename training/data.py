@@ -19,6 +19,7 @@ from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition, drop_labels
 from options import UsageError
 from runtime.distributed import Processes
+from runtime.precision import use_device
 from runtime.randomness import generator_for
 
 __all__ = ["Batch", "StepStreams", "batches", "epoch_indices", "first_images", "steps_per_epoch"]
@@ -173,7 +174,7 @@ def batches(
         draws = range(step * global_batch + share.start, step * global_batch + share.stop)
         return partial(_read, source, condition, *choose(step), draws, pin)
 
-    for step, (moments, labels, raw) in _read_ahead(reader, first_step, last_step):
+    for step, (moments, labels, raw) in _read_ahead(reader, first_step, last_step, device):
         moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         streams = StepStreams(seed, step, global_batch, (autoencoder.latent_channels, *moments.shape[2:]), device)
         dropout = streams.uniform("dropout")[share]  # for labels and maps, so that guidance moves away from both
@@ -233,14 +234,16 @@ def _order(seed: int, count: int, global_batch: int, share: slice, flips: bool) 
     return choose
 
 
-def _read_ahead(reader: Callable[[int], Callable[[], T]], first: int, last: int) -> Iterator[tuple[int, T]]:
+def _read_ahead(
+    reader: Callable[[int], Callable[[], T]], first: int, last: int, device: torch.device
+) -> Iterator[tuple[int, T]]:
     """Yield the steps first .. last - 1 with the result of `reader(step)()`, read in a thread during the previous step.
 
     With a latent cache, the thread only reads. Without one, it encodes images and so runs torch's parallel loops, which get a
     second set of OpenMP threads. Once there are more threads than processors, all of them sleep at the end of every loop,
     which also slows down the training step.
     """
-    with ThreadPoolExecutor(1) as thread:
+    with ThreadPoolExecutor(1, initializer=use_device, initargs=(device,)) as thread:
         upcoming: deque[Future[T]] = deque()
         for step in range(first, last):
             for ahead in range(step + len(upcoming), min(step + 2, last)):

@@ -57,7 +57,8 @@ class MetricsLog:
         """All recorded values of this kind and name."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         entries = [json.loads(line) for line in lines]
-        return [entry[name] for entry in entries if entry["kind"] == kind and name in entry]
+        values = [entry[name] for entry in entries if entry.get("kind") == kind and name in entry]
+        return [value for value in values if isinstance(value, int | float)]  # the file may have been edited
 
     def close(self) -> None:
         """Flush and close the TensorBoard file."""

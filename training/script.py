@@ -7,8 +7,9 @@ from pathlib import Path
 
 from checkpoints.tasks import GENERATE, Task
 from datasets_prep.datasets import DatasetOptions
+from exits import INTERRUPTED
 from models.registry import IGNORED_NETWORK_FLAGS, guided_diffusion_by_default
-from options import INTERRUPTED, Options, UsageError
+from options import Options, UsageError
 from runtime.distributed import Processes, may_restart_several_machines
 from runtime.messages import fact, note, show
 from runtime.processes.launch import run_script

@@ -20,7 +20,8 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from command_line import parse_options
-from options import INTERRUPTED, Options, UsageError, exit_cleanly, option
+from exits import INTERRUPTED, exit_cleanly
+from options import Options, UsageError, option
 from runtime.distributed import DEFECT, Processes, join_processes, launched, meeting_failed
 from runtime.messages import note, show
 from runtime.processes.clusters import torch_variables

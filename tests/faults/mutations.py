@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-__all__ = ["mutated"]
+__all__ = ["damaged", "mutated"]
 
 
 def mutated(originals: dict[str, bytes], count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
@@ -19,10 +19,11 @@ def mutated(originals: dict[str, bytes], count: int, seed: int = 0) -> Iterator[
         elif number < 2 * len(names):
             yield name, generator.bytes(len(data))
         else:
-            yield name, _damage(data, generator)
+            yield name, damaged(data, generator)
 
 
-def _damage(data: bytes, generator: np.random.Generator) -> bytes:
+def damaged(data: bytes, generator: np.random.Generator) -> bytes:
+    """The bytes after one to three random cuts, repetitions, overwritten spans or flipped bits."""
     for _ in range(generator.integers(1, 4)):
         # Half of the damage is near the ends, where file formats keep their headers.
         reach = len(data) if generator.random() < 0.5 else min(len(data), 200)

@@ -17,7 +17,8 @@ from checkpoints.experiments import newest_model
 from checkpoints.files import read_weights
 from datasets_prep import build_lmdb, cached_moments
 from datasets_prep.lmdb_file import open_lmdb_file
-from options import UsageError, explain
+from exits import explain
+from options import UsageError
 from runtime import files
 from runtime.distributed import Processes
 from runtime.files import append_line, atomic_path, free_bytes, move_aside, replace_folder, write_json

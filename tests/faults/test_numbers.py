@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from options import DivergedError, explain
+from exits import explain
+from options import DivergedError
 from runtime.torch_files import read_torch_file
 from tests.training.test_loop import BATCH, COUNT, STEPS, assert_same_run, metrics_of, new_run, send_signal
 from training.data import epoch_indices

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from options import UsageError, exit_cleanly
+from exits import exit_cleanly
+from options import UsageError
 from streams import steady_output
 
 ROOT = Path(__file__).parents[2]
 WORK = """
 import os, sys
-from options import exit_cleanly
+from exits import exit_cleanly
 def main():
     print("first")
     sys.stdout.flush()

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints.experiments import newest_model
 from command_line import parse_options
+from exits import INTERRUPTED
 from models.autoencoders.kl import new_autoencoder_kl
-from options import INTERRUPTED
 from runtime.distributed import Processes
 from runtime.torch_files import read_torch_file
 from tasks.inpainting import INPAINTING

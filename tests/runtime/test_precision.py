@@ -1,8 +1,6 @@
 import resource
 import subprocess
 import sys
-import warnings
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,19 +131,11 @@ def test_a_compiled_network_has_the_same_dropout():
     assert torch.equal(compiled(x), expected)
 
 
-def test_tf32_is_used_only_in_reduced_precision():
-    def allowed():
-        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-
+def test_tf32_is_never_used():
     torch.backends.cudnn.allow_tf32 = True  # the default
-    machine = choose_machine(MachineOptions("cpu", precision="bf16"))
-    assert allowed() == (False, False)
-    for name, device, expected in (("bf16", "cuda", True), ("fp32", "cuda", False), ("bf16", "cpu", False)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # there may be no GPU
-            with replace(machine, device=torch.device(device), precision=name).autocast():
-                assert allowed() == (expected, expected)
-    assert allowed() == (False, False)
+    choose_device(DeviceOptions("cpu"))
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_autoencoders_do_not_run_in_float16():
@@ -159,3 +149,15 @@ def test_freed_memory_is_reused_without_page_faults():
     before, after = map(int, subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout.split())
     assert before > pages / 2
     assert after < pages / 100
+
+
+def test_a_gpu_becomes_the_current_device(monkeypatch):
+    """Libraries look up properties of the current device, and allocate on it if they are given none."""
+    chosen = []
+    monkeypatch.setattr(torch, "zeros", lambda *sizes, device: torch.ones(1))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, processes in (("cuda:1", Processes()), ("auto", Processes(1, 2, 1, 2)), ("cuda", Processes())):
+        choose_device(DeviceOptions(name), processes)
+    assert [device.index for device in chosen] == [1, 1, 0]

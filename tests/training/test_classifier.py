@@ -38,5 +38,5 @@ def test_the_stored_classifier_equals_the_network(tmp_path):
 
 
 def test_a_classifier_that_diverged_is_refused():
-    with pytest.raises(DivergedError, match="weights of the classifier are not finite"):
+    with pytest.raises(DivergedError, match="the loss at step 2 is not finite"):
         train_classifier(*stripes(), ("rows", "columns"), replace(OPTIONS, lr=float("inf"), max_steps=2), MACHINE)

@@ -1,8 +1,11 @@
 """A step's batch is a function of (seed, step, global sample index), and independent of processes, call order and restarts."""
 
+import threading
+
 import pytest
 import torch
 
+import training.data
 from flow.objectives import FlowMatching, Times
 from flow.paths import PathOptions
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
@@ -253,3 +256,13 @@ def test_uniform_and_normal_numbers_of_a_purpose_are_independent():
     assert torch.equal(streams.uniform("coin"), torch.rand(6, generator=generator))
     again = generator_for(3, "step", 4, "uniform", "coin")
     assert not torch.equal(streams.normal("coin"), torch.randn(6, 1, 2, 2, generator=again))
+
+
+def test_the_reading_thread_uses_the_runs_gpu(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread())))
+    found = training.data._read_ahead(lambda step: lambda: step, 0, 3, torch.device("cuda:1"))
+    assert [value for _, value in found] == [0, 1, 2]
+    ((device, thread),) = chosen
+    assert device.index == 1
+    assert thread is not threading.current_thread()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import training.loop
 from checkpoints.files import read_weights
 from checkpoints.header import Header
 from datasets_prep.datasets import DatasetFacts, ImageDataset
@@ -18,13 +19,15 @@ from flow.paths import PathOptions
 from flow.solvers import SolverOptions
 from models.autoencoders.pixels import PixelSpace
 from models.dit import DiT, DiTOptions
+from models.registry import NETWORKS
 from options import UsageError, as_json
 from runtime.distributed import Processes
 from runtime.precision import Machine
 from runtime.torch_files import read_torch_file
 from training.experiment import ExperimentOptions
-from training.loop import train
+from training.loop import estimate_memory, train
 from training.run import TrainingOptions, TrainingRun
+from training.state import TrainingState
 from training.validation import Validation
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
@@ -52,7 +55,7 @@ def stripes():
     return ImageDataset(FACTS, "train", np.arange(COUNT) % 2, images.__getitem__, "f")
 
 
-def new_run(folder, event=None, experiment=None, processes=Processes(), **training):  # noqa: B008
+def new_run(folder, event=None, experiment=None, processes=Processes(), **changes):  # noqa: B008
     """A run of a tiny network on stripes in pixel space. `event` (n, action) calls `action` at the n-th fetch of a batch."""
     dataset = stripes()
     source, held_out = (Source(dataset, PixelSpace(1).encode, MACHINE, 1) for _ in range(2))
@@ -60,15 +63,15 @@ def new_run(folder, event=None, experiment=None, processes=Processes(), **traini
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         network = DiT(4, 2, 16, 1, 2, NETWORK)
-    training = {
+    chosen = {
         "batch_size": BATCH // processes.count,
         "max_steps": STEPS,
         "lr": 1e-2,
         "grad_clip": 1.0,
         "ema_decay": 0.9,
-    } | training
+    } | changes
     shown = {"log_every": 4, "eval_every": 1, "plot_every": 2, "save_ckpt_every": 1} | (experiment or {})
-    options = TrainingOptions(**training)
+    options = TrainingOptions(**chosen)
     header = Header("DiT-Mi/2", NETWORK, 4, PixelSpace(1).describe(), FACTS, training=as_json(options))
     objective = FlowMatching(PathOptions())
     validation = Validation(
@@ -197,13 +200,12 @@ def test_a_crashed_run_resumes_from_its_last_training_state(reference_run, tmp_p
     assert_same_run(folder, reference_run)
 
 
-def test_the_last_preview_is_drawn_after_the_run_is_saved(reference_run, tmp_path, monkeypatch):
+def test_a_run_without_its_last_preview_is_saved(reference_run, tmp_path, monkeypatch):
     def fail(validation, network):
         raise RuntimeError("no picture")
 
     monkeypatch.setattr(Validation, "preview", fail)
-    with pytest.raises(RuntimeError, match="no picture"):
-        train(new_run(tmp_path / "run", experiment={"plot_every": 1000}), resume=False)
+    assert train(new_run(tmp_path / "run", experiment={"plot_every": 1000}), resume=False)
     assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == STEPS
     for path in reference_run.glob("*.safetensors"):
         assert (tmp_path / "run" / path.name).read_bytes() == path.read_bytes()
@@ -319,3 +321,49 @@ def test_training_state_is_saved_only_if_requested_or_needed(tmp_path):
     run = new_run(tmp_path / "other", event=(2, send_signal(signal.SIGINT)), experiment=never)
     assert not train(run, resume=False)
     assert (tmp_path / "other" / "content.pth").exists()
+
+
+def test_the_memory_of_a_step_is_shown_on_gpus_only(tmp_path, monkeypatch, capsys):
+    train(new_run(tmp_path / "cpu", max_steps=1), resume=False)
+    assert "memory" not in capsys.readouterr().out
+    monkeypatch.setattr(training.loop, "free_memory", lambda device: (10**9, 2 * 10**9))
+    train(new_run(tmp_path / "gpu", max_steps=1), resume=False)
+    shown = capsys.readouterr()
+    assert (
+        "memory      about 0.0 GB: weights 0.0, gradients 0.0, optimizer 0.0, EMA 0.0, activations of 8 images"
+        in shown.out
+    )
+    assert "1.0 of 2.0 GB are free, enough for" in shown.out
+    assert "warning" not in shown.err
+    monkeypatch.setattr(training.loop, "free_memory", lambda device: (10**5, 10**5))
+    train(new_run(tmp_path / "small", max_steps=1, batch_size=20), resume=False)
+    assert "warning: the training step is estimated to need 0.0 GB" in capsys.readouterr().err
+
+
+def test_a_network_whose_memory_cannot_be_estimated_is_trained(tmp_path, monkeypatch, capsys):
+    def fails(*arguments):
+        raise RuntimeError("data-dependent")
+
+    monkeypatch.setattr(training.loop, "free_memory", lambda device: (10**9, 10**9))
+    monkeypatch.setattr(training.loop, "measure_activations", fails)
+    assert train(new_run(tmp_path, max_steps=1), resume=False)
+    assert "note: the memory of a step was not estimated: RuntimeError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_estimate_counts_what_the_state_holds(tmp_path, optimizer):
+    run = new_run(tmp_path, optimizer=optimizer)
+    needed = estimate_memory(run)
+    state = TrainingState(run.network, MACHINE, 0.9, run.training, None, NETWORKS["DiT-Mi/2"].hidden_matrices)
+    batch = next(training.loop._batches(run, 0, 1))
+    state.advance(run.network, run.objective, batch, 1e-2, 0.0)
+    steps = 4 * len(state.parameters)  # AdamW counts steps for each parameter
+
+    def size(tensors):
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    moments = [t for o in state.optimizers for values in o.state.values() for t in values.values()]
+    assert needed.optimizer == pytest.approx(size(moments), abs=steps)
+    assert needed.gradients == size(parameter.grad for parameter in state.parameters)
+    assert needed.weights == needed.average == size(state.ema.weights.values())
+    assert needed.images == BATCH

@@ -1,0 +1,107 @@
+"""How scripts end: what a user can act on becomes one line on stderr with an exit code, and bugs keep their traceback."""
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from options import UsageError, wrapped
+from streams import steady_output
+
+__all__ = ["INTERRUPTED", "Explanation", "exit_cleanly", "explain"]
+
+INTERRUPTED = 130  # exit code after Ctrl-C
+LONGEST_MESSAGE = 1500  # characters
+# What libraries write where memory or threads run out, or where a product of sizes exceeds 64 bits.
+EXHAUSTED = (
+    "allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed",
+    "integer multiplication overflow", "Overflow when unpacking", "array is too big", "Maximum allowed dimension exceeded",
+    "start new thread",
+)  # fmt: skip
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+LESS_MEMORY = (
+    "use a smaller --batch_size. In training, --grad_accumulation N gives the same result with less memory; "
+    "--use_grad_checkpointing and --precision bf16 save memory too. If other programs use the GPU, choose another one with "
+    "--device. If much memory is reserved but not allocated, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+)
+# Errors of the file system, and what to do about them. Other errors of the system may be bugs.
+FULL_DISK = "free some space, or choose another folder"
+OTHER_DISK = "this file system cannot do what is needed; choose a folder on another one, such as a local disk"
+LOST_DISK = "the disk or its connection failed; check it, then repeat the command"
+OTHER_NAME = "choose another name"
+ADVICE: dict[int, str] = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), FULL_DISK),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "check its permissions, or choose another place"),
+    **dict.fromkeys((errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY), ""),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.EILSEQ, errno.ELOOP), OTHER_NAME),
+    **dict.fromkeys(
+        (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT, errno.ENXIO), LOST_DISK
+    ),
+    **dict.fromkeys((errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EXDEV, errno.ENODEV, errno.EFBIG), OTHER_DISK),
+    **dict.fromkeys((errno.EBUSY, errno.ETXTBSY), "another program uses it, or a disk is mounted there"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "too many files are open; raise the limit (ulimit -n)"),
+}
+
+
+class Explanation(NamedTuple):
+    """A script's exit code, and the line it prints to stderr, after an error that is not a bug."""
+
+    exit_code: int
+    line: str
+
+
+def explain(error: BaseException) -> Explanation | None:
+    """The explanation of an error that is not a bug; None for a bug, whose traceback matters."""
+    if isinstance(error, UsageError):
+        return Explanation(error.exit_code, _one_line(f"error: {error}"))
+    if isinstance(error, KeyboardInterrupt):
+        return Explanation(INTERRUPTED, "interrupted")
+    if _ran_out_of_memory(error):
+        return Explanation(2, _one_line(f"error: {'. '.join(str(error).split('. ')[:3]).rstrip('.')}: {LESS_MEMORY}"))
+    if isinstance(error, OSError) and (error.errno in ADVICE or (error.errno == errno.EINVAL and error.filename)):
+        advice = ADVICE.get(error.errno, OTHER_NAME)
+        where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
+        return Explanation(2, _one_line(f"error: {error.strerror}: {where}" + (f": {advice}" if advice else "")))
+    if _is_exhausted(error):
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return Explanation(
+            2, f"error: not enough memory: use smaller batches, images or networks, or fewer threads ({reason})"
+        )
+    return None
+
+
+def _one_line(text: str) -> str:
+    """The text without line breaks and, if it is very long, without its middle: libraries' errors and names can be."""
+    line = " ".join(part.strip() for part in text.splitlines())
+    return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 300]} ... {line[-300:]}"
+
+
+def _is_exhausted(error: BaseException) -> bool:
+    """Whether memory or threads ran out. Libraries raise other errors for it too."""
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        return True
+    return isinstance(error, RuntimeError | ValueError | TypeError) and any(words in str(error) for words in EXHAUSTED)
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU had too little memory. This module does not import torch, so it goes by names and messages."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def exit_cleanly(main: Callable[[], int | None]) -> None:
+    """Run a script's main function and exit.
+
+    A usage error becomes one line on stderr and exit code 2; a diverged run exits with code 3. Output that cannot be written
+    is dropped.
+    """
+    with steady_output():
+        try:
+            sys.exit(main() or 0)
+        except (Exception, KeyboardInterrupt) as error:
+            if (reason := explain(error)) is None:
+                raise
+            print(wrapped(reason.line, sys.stderr), file=sys.stderr)
+            sys.exit(reason.exit_code)

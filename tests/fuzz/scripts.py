@@ -1,0 +1,169 @@
+"""The entry scripts, their declared options, and small commands that succeed on `materials`."""
+
+import dataclasses
+import runpy
+import sys
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import command_line
+import runtime.processes.launch
+from options import argument_type
+
+__all__ = ["ROOT", "SCRIPTS", "Declared", "command_of", "declared_options", "run_entry"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MACHINE = "--device cpu --precision fp32"
+SOLVER = "--method euler --num_steps 2"
+PHOTOS = "--dataset folder --datadir photos --image_size 8"
+FACES = "--dataset celeba --datadir faces --image_size 8"
+PIXELS = "--pretrained_autoencoder_ckpt none"
+CLASSES = "--num_classes 2 --label_dropout 0.1"
+DIT = "--model_type DiT-Mi/4"
+STEPS = f"--batch_size 4 --max_steps 2 --log_every 1 --grid_samples 2 --no-compile {SOLVER} {MACHINE}"
+ADM = "--model_type adm --nf 32 --ch_mult 1 2 --num_res_blocks 1 --attn_resolutions 4"
+ORIGIN = "--use_origin_adm --nf 32 --ch_mult 1 2 --num_res_blocks 1 --attn_resolutions 2"
+SAMPLES = f"--n_sample 4 --batch_size 2 --no-compile {SOLVER} {MACHINE}"
+PUBLISHED = f"--checkpoint published/model_5.pth --model_type DiT-Mi/4 {PIXELS} --dataset folder --image_size 8"
+FASHION = "--dataset fashion_mnist --datadir idx"
+LATENTS = "--pretrained_autoencoder_ckpt ae --model_type DiT-Mi/2"
+
+# By script: commands with the values that cases vary. A module is written with dots. Words without `--` that come first are
+# positional.
+SCRIPTS: dict[str, tuple[str, ...]] = {
+    "train_flow_latent.py": (
+        f"{PHOTOS} {PIXELS} {DIT} {STEPS} --save_root new --eval_samples 4 --features inception",
+        f"{PHOTOS} {LATENTS} {CLASSES} {STEPS} --save_root new",
+        f"{PHOTOS} {PIXELS} {DIT} {CLASSES} {STEPS} --save_root saved --exp run --resume --max_steps 4",
+        f"{PHOTOS} {PIXELS} {ADM} {STEPS} --save_root new --label_dim 2 --label_dropout 0.1",
+        f"{PHOTOS} {PIXELS} {ORIGIN} {STEPS} --save_root new",
+        f"{PHOTOS} {PIXELS} {DIT} {STEPS} --save_root new --init_from published/model_5.pth",
+        f"{FASHION} {PIXELS} {DIT} {STEPS} --save_root new --image_size 28",
+        f"--dataset latent_imagenet_256 --datadir latents --image_size 16 {LATENTS} {STEPS} --save_root new",
+        f"--dataset celeba_256 --datadir lmdb --image_size 8 {PIXELS} --model_type unet --nf 8 {STEPS} --save_root new",
+        "--args_file arguments.txt",
+    ),
+    "train_flow_latent_inpainting.py": (f"{PHOTOS} {PIXELS} {DIT} {STEPS} --save_root new",),
+    "train_flow_latent_semantic_syn.py": (f"{FACES} {PIXELS} {DIT} {STEPS} --save_root new",),
+    "train_autoencoder.py": (
+        f"{PHOTOS} --output new --widths 8 16 --latent_channels 2 --max_steps 2 --batch_size 4 {MACHINE}",
+    ),
+    "train_classifier.py": (f"{PHOTOS} --output new --widths 8 16 --max_steps 2 --batch_size 4 {MACHINE}",),
+    "test_flow_latent.py": (
+        f"--exp run --save_root saved {PHOTOS} {SAMPLES} --compute_fid",
+        f"--exp run --save_root saved {PHOTOS} {SAMPLES} --compute_fid --real_img_dir statistics.npz --metrics fid kid",
+        f"--exp run --save_root saved {PHOTOS} {SAMPLES} --save_images png --output_dir new --labels labels.txt",
+        f"{PUBLISHED} {SAMPLES}",
+        f"--exp run --save_root saved {PHOTOS} {SAMPLES} --guide_checkpoint guide.safetensors --cfg_scale 2",
+        f"--exp run --save_root saved {PHOTOS} {SAMPLES} --mode invert --pictured 2",
+        f"--exp run --save_root saved {PHOTOS} {SAMPLES} --mode interpolate --pictured 2 --frames 3 --seeds 1 2",
+        f"--exp run --save_root saved {PHOTOS} {SAMPLES} --mode trajectory --pictured 2 --frames 3 --gif",
+        f"--exp run --save_root saved {PHOTOS} {SAMPLES} --measure_time --time_batch_sizes 1 --time_repeats 1",
+        f"--exp run --save_root saved {PHOTOS} {SAMPLES} --compute_nll --compute_nfe",
+        f"--exp latent --save_root saved {PHOTOS} {SAMPLES} --pretrained_autoencoder_ckpt ae",
+    ),
+    "test_flow_latent_inpainting.py": (
+        f"--exp inpaint --save_root saved {PHOTOS} {SAMPLES} --mask_dir masks",
+        f"--exp run --save_root saved {PHOTOS} {SAMPLES}",
+    ),
+    "test_flow_latent_semantic_syn.py": (f"--exp semantic --save_root saved {FACES} {SAMPLES}",),
+    "pytorch_fid/fid_score.py": (
+        "pictures photos/train --features inception",
+        "pictures folder --datadir photos --features inception --image_size 8 --metrics fid kid precision coverage",
+        "images.npz statistics.npz --features inception",
+        "pictures pictures --features fashion_mnist --metrics is sfid --error_bar",
+        "images.npz lmdb/train.lmdb --features inception --metrics kid",
+    ),
+    "pytorch_fid/cal_inpainting.py": ("pictures completed --features inception",),
+    "pytorch_fid/compute_dataset_stat.py": (
+        f"{PHOTOS} --features inception --output new.npz --device cpu",
+        f"{FASHION} --image_size 28 --output new.npz --device cpu",
+    ),
+    "evaluation.reconstruction": (
+        f"{PHOTOS} --pretrained_autoencoder_ckpt ae --features inception --picture new.png --output_json new.json",
+    ),
+    "checkpoints.convert": (
+        f"published/model_5.pth new.safetensors {DIT} {PIXELS} --dataset folder --image_size 8",
+        "guide.safetensors new.pth",
+    ),
+    "datasets_prep.build_latents": (f"{PHOTOS} --pretrained_autoencoder_ckpt ae {MACHINE}",),
+    "datasets_prep.build_lmdb": ("--source pictures --datadir new --image_size 8 --num_workers 1",),
+    "datasets_prep.celebamask": ("faces --num_workers 1",),
+    "datasets_prep.masks": ("new.png --size 8 --count 10",),
+    "datasets_prep.unpack_imagenet": ("--datadir archives",),
+}
+
+
+class Declared(NamedTuple):
+    """An option as its script declares it.
+
+    Args:
+        kind: int, float, bool or str.
+        many: whether it takes several values.
+        default: the default.
+        metadata: what `options.option` was given.
+    """
+
+    name: str
+    kind: type
+    many: bool
+    default: Any
+    metadata: typing.Mapping[str, Any]
+
+
+class _Read(BaseException):
+    """Ends a script once its options are known."""
+
+
+def command_of(script: str) -> list[str]:
+    """The words that start a script from the project's root, after the interpreter."""
+    return [script] if script.endswith(".py") else ["-m", script]
+
+
+def run_entry(script: str, arguments: list[str]) -> None:
+    """Run a script in this process as the interpreter would; ends with SystemExit."""
+    if script.endswith(".py"):
+        path = str(ROOT / script)
+        sys.argv = [path, *arguments]
+        runpy.run_path(path, run_name="__main__")
+    else:
+        sys.argv = [str(ROOT / f"{script.replace('.', '/')}.py"), *arguments]
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
+
+
+def declared_options(script: str) -> list[Declared]:
+    """The options that a script passes to `parse_options`, which is replaced while the script runs."""
+    groups: list[type] = []
+
+    def record(description: str, found: list[type], *others: Any, **settings: Any) -> None:
+        groups.extend(found)
+        raise _Read
+
+    with (
+        _same_arguments(),
+        mock.patch.object(command_line, "parse_options", record),
+        mock.patch.object(runtime.processes.launch, "parse_options", record),
+        suppress(_Read),
+    ):
+        run_entry(script, ["a", "b"])
+    fields = {
+        field.name: (field, typing.get_type_hints(group)) for group in groups for field in dataclasses.fields(group)
+    }
+    return [
+        Declared(name, *argument_type(hints[name]), field.default, field.metadata)
+        for name, (field, hints) in fields.items()
+    ]
+
+
+@contextmanager
+def _same_arguments() -> Iterator[None]:
+    arguments = sys.argv
+    try:
+        yield
+    finally:
+        sys.argv = arguments

@@ -1,0 +1,234 @@
+"""Training on the device: exact resume, compilation, waiting, memory and the loader."""
+
+import importlib.util
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import benchmarks._latents as latents
+from benchmarks.training_step import CASES, DECAY, OBJECTIVE, RATE, Case, new_batch, new_network
+from exits import explain
+from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.pixels import PixelSpace
+from models.dit import DiTOptions
+from runtime.distributed import Processes
+from runtime.memory import StepMemory, measure_activations
+from runtime.precision import Machine
+from training.data import Batch, batches
+from training.loop import estimate_memory, train
+from training.optimizers import OptimizerOptions
+from training.state import TrainingState
+
+specification = importlib.util.spec_from_file_location(
+    "test_loop_runs", Path(__file__).parents[1] / "training" / "test_loop.py"
+)
+runs = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(runs)
+
+SMALL = Case("DiT-Mi/2", 8, 8, DiTOptions(num_classes=10))
+
+
+def new_run(folder, machine, **changes):
+    """The run of tests/training/test_loop.py on another machine."""
+    run = runs.new_run(folder, **changes)
+    run.machine = machine
+    run.validation = replace(run.validation, machine=machine)
+    source = runs.Source(runs.stripes(), PixelSpace(1).encode, machine, 1)
+    source.event, run.source = run.source.event, source
+    return run
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)  # with warn_only, memory-efficient attention would stay random
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_resumed_run_has_the_same_bits(tmp_path, optimizer, precision, device, deterministic):
+    machine = Machine(device, precision)
+    train(new_run(tmp_path / "whole", machine, optimizer=optimizer), resume=False)
+    stopping = {"event": (6, runs.send_signal(runs.signal.SIGINT))}
+    assert not train(new_run(tmp_path / "parts", machine, optimizer=optimizer, **stopping), resume=False)
+    assert train(new_run(tmp_path / "parts", machine, optimizer=optimizer), resume=True)
+    whole, parts = (content_of(tmp_path / name, device) for name in ("whole", "parts"))
+    assert whole == parts
+    assert runs.metrics_of(tmp_path / "whole") == runs.metrics_of(tmp_path / "parts")
+
+
+def content_of(folder, device):
+    def comparable(value):
+        if isinstance(value, torch.Tensor):
+            return value.cpu().numpy().tobytes()
+        if isinstance(value, dict):
+            return {key: comparable(item) for key, item in value.items()}
+        return [comparable(item) for item in value] if isinstance(value, list) else value
+
+    content = runs.read_torch_file(folder / "content.pth", device)
+    content.pop("seconds")
+    return comparable(content)
+
+
+def moved(batch, device):
+    draws = type(batch.draws)(*(column.to(device) for column in batch.draws))
+    condition = batch.condition._replace(labels=batch.condition.labels.to(device))
+    return Batch(batch.data.to(device), batch.noise.to(device), draws, condition)
+
+
+class Step:
+    """Training steps on one batch."""
+
+    def __init__(self, case, machine):
+        network = new_network(case).train()
+        self.state = TrainingState(network, machine, DECAY, OptimizerOptions(lr=RATE))
+        self.network, self.batch = machine.compiled(network, always_alike=True), moved(new_batch(case), machine.device)
+
+    def __call__(self):
+        self.state.advance(self.network, OBJECTIVE, self.batch, RATE, 0.0)
+
+    def losses(self, count):
+        found = []
+        for _ in range(count):
+            self.state.sums.zero_()
+            self()
+            found.append(self.state.sums[0].item())
+        return found
+
+
+def seconds_per_step(step, device, count=10):
+    for _ in range(3):
+        step()
+    wait(device)
+    started = time.perf_counter()
+    for _ in range(count):
+        step()
+    wait(device)
+    return (time.perf_counter() - started) / count
+
+
+def wait(device):
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def test_determinism_has_a_cost(device, on_gpu, report):
+    case = CASES["DiT-S/2"] if on_gpu else SMALL
+    step = Step(case, Machine(device, "bf16"))
+    free = seconds_per_step(step, device)
+    torch.use_deterministic_algorithms(True)
+    try:
+        fixed = seconds_per_step(step, device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    report(f"deterministic algorithms: a bf16 step of {case.model_type} takes {fixed / free:.2f} times as long")
+    assert fixed < 20 * free
+
+
+@pytest.mark.parametrize("replays", [False, True], ids=["without CUDA graphs", "with CUDA graphs"])
+def test_compiled_steps_agree_with_eager_ones(replays, device, report):
+    eager, machine = Step(SMALL, Machine(device, "bf16")), Machine(device, "bf16", compile=True, replays=replays)
+    compiled = Step(SMALL, machine)
+    expected, found = eager.losses(5), compiled.losses(5)
+    report(f"compiled{' with CUDA graphs' if replays else ''}: losses {found[0]:.5f} to {found[-1]:.5f}, eager "
+           f"{expected[0]:.5f} to {expected[-1]:.5f}")  # fmt: skip
+    assert found == pytest.approx(expected, rel=2e-2)
+    assert found[-1] < found[0]
+
+
+@pytest.mark.parametrize(("precision", "compiled"), [("fp32", False), ("bf16", False), ("fp16", False), ("bf16", True)])
+def test_the_host_does_not_wait_in_a_step(precision, compiled, device, on_gpu):
+    step = Step(SMALL, Machine(device, precision, compile=compiled))
+    for _ in range(2):
+        step()
+    if on_gpu:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        if on_gpu:
+            torch.cuda.set_sync_debug_mode("default")
+    assert step.state.take_skipped() == []
+
+
+def estimate_of(case, machine):
+    """The estimated memory of `Step`."""
+    network = new_network(case).train()
+    state_size = sum(value.numel() * value.element_size() for value in network.state_dict().values())
+
+    def loss(velocity, count):
+        batch = moved(new_batch(case._replace(batch_size=count)), machine.device)
+        columns = batch.data, batch.noise, batch.draws, batch.condition
+        return OBJECTIVE.loss(machine.evaluating(velocity), *columns).mean()
+
+    activations = measure_activations(network, loss, machine.device)
+    return StepMemory(state_size, state_size, 2 * state_size, state_size, activations, case.batch_size)
+
+
+def test_a_step_needs_no_more_memory_than_estimated(tmp_path, device, on_gpu, report):
+    run = new_run(tmp_path, Machine(device, "bf16"), batch_size=40)
+    needed = estimate_memory(run)
+    assert needed.images == 40
+    case = CASES["DiT-S/2"]._replace(batch_size=128) if on_gpu else SMALL
+    machine = Machine(device, "bf16")
+    found = estimate_of(case, machine)
+    report(f"estimate of {case.model_type}, batch {case.batch_size}: {found.describe()}")
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step = Step(case, machine)
+        for _ in range(2):
+            step()
+        wait(device)
+        report(
+            f"peak of {case.model_type}, batch {case.batch_size}: {torch.cuda.max_memory_allocated(device) - before:,} bytes"
+        )
+
+
+def test_a_full_device_is_explained(device, on_gpu):
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 46, dtype=torch.float64, device=device)
+    reason = explain(raised.value)
+    assert (reason is not None) == on_gpu
+    if reason is not None:
+        assert reason.exit_code == 2
+        assert "--grad_accumulation" in reason.line
+
+
+def test_the_loader_is_faster_than_training(tmp_path, device, on_gpu, report):
+    """Batches of a latent cache, with posterior samples on the device, against a step of DiT-S/2."""
+    count = latents.write_random_cache(tmp_path, 1 << 27 if on_gpu else 1 << 20)
+    cache = latents.open_random_cache(tmp_path, count)
+    autoencoder = KLAutoencoder(new_autoencoder_kl(3, (8, 8, 8, 8), 4, 256, {}), "random").to(device)
+    size, steps = (256, 60) if on_gpu else (16, 4)
+
+    def load(first, last):
+        for batch in batches(
+            cache,
+            autoencoder,
+            OBJECTIVE,
+            batch_size=size,
+            first_step=first,
+            last_step=last,
+            seed=0,
+            flips=True,
+            num_classes=10,
+            label_dropout=0.1,
+            device=device,
+            processes=Processes(),
+        ):
+            assert batch.data.device == device
+        wait(device)
+
+    load(0, 3)
+    started = time.perf_counter()
+    load(3, 3 + steps)
+    loaded = size * steps / (time.perf_counter() - started)
+    case = CASES["DiT-S/2"]._replace(batch_size=size) if on_gpu else SMALL
+    trained = case.batch_size / seconds_per_step(Step(case, Machine(device, "bf16")), device)
+    report(f"loader {loaded:,.0f} images/s, eager training of {case.model_type} {trained:,.0f} images/s")
+    assert loaded > (trained if on_gpu else 0)
