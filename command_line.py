@@ -5,7 +5,6 @@ Built on argparse, because tyro and jsonargparse cannot read the arguments files
 
 import argparse
 import dataclasses
-import difflib
 import re
 import shlex
 import shutil
@@ -15,30 +14,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from option_names import PUBLISHED_KEYS, suggest
 from options import Options, UsageError, argument_type, check_range, group_title, wrapped
 
 __all__ = ["help_flags", "leading_word", "parse_options", "read_arguments_file"]
-
-# Short keys in LFM's published test_args files. Every other key is a flag's name in capitals.
-PUBLISHED_KEYS = {
-    "STEPS": "num_steps",
-    "IMG_SIZE": "image_size",
-    "CFG": "cfg_scale",
-    "ATTN_RES": "attn_resolutions",
-    "BASE_CH": "nf",
-    "Bs": "batch_size",
-}
-
-# Names of options in other projects (DiT, SiT, EDM, LightningDiT, diffusers) that do not resemble ours.
-OTHER_NAMES = {
-    "learning_rate": "lr", "max_grad_norm": "grad_clip", "gradient_accumulation_steps": "grad_accumulation",
-    "epochs": "num_epoch", "num_train_epochs": "num_epoch", "max_train_steps": "max_steps", "train_batch_size": "batch_size",
-    "class_dropout_prob": "label_dropout", "mixed_precision": "precision", "results_dir": "save_root", "outdir": "output_dir",
-    "data": "datadir", "data_path": "datadir", "train_data_dir": "datadir", "resolution": "image_size",
-    "model": "model_type", "vae": "pretrained_autoencoder_ckpt", "ckpt": "checkpoint", "num_samples": "n_sample",
-    "num_fid_samples": "n_sample", "num_sampling_steps": "num_steps", "steps": "num_steps", "guidance_scale": "cfg_scale",
-    "sampler": "method", "solver": "method",
-}  # fmt: skip
 
 FEW_OPTIONS = 30  # scripts with at most this many options list all of them in --help
 
@@ -164,7 +143,7 @@ def read_arguments_file(
                     raise UsageError(f"{where}: TASK={value} needs another script; this script's task is {task}")
                 continue
             if name not in fields and name not in ignored:
-                raise UsageError(f"{where}: unknown key {key} (there is no flag --{name}{_hint(name, fields)})")
+                raise UsageError(f"{where}: unknown key {key} (there is no flag --{name}{suggest(name, fields)})")
             if not value:
                 raise UsageError(f"{where}: {key} has no value")
             several = name in ignored or isinstance(fields[name].default, tuple)
@@ -192,9 +171,13 @@ def _assignments(line: str, where: str) -> list[tuple[str, str]]:
 
 def _without_comment(line: str) -> str:
     """The line up to a `#` that begins a word outside quotes, where bash begins a comment; `set#1` has none."""
-    quote = ""
+    quote, escaped = "", False
     for position, character in enumerate(line):
-        if quote:
+        if escaped:
+            escaped = False
+        elif character == "\\" and quote != "'":
+            escaped = True
+        elif quote:
             quote = "" if character == quote else quote
         elif character in "'\"":
             quote = character
@@ -292,19 +275,11 @@ def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -
         )
 
 
-def _hint(unknown: str, known: Iterable[str]) -> str:
-    """Suggest the option among `known` that is meant by an unknown name; "" if none is close."""
-    known, name = list(known), unknown.replace("-", "_").lower()
-    other = OTHER_NAMES.get(name)
-    near = [other] if other in known else difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean --{near[0]}?" if near else ""
-
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
         known = [name[2:] for name in self._option_string_actions if name.startswith("--")]
-        raise UsageError(f"{message}{_hint(unknown[1], known) if unknown else ''} (see --help)")
+        raise UsageError(f"{message}{suggest(unknown[1], known) if unknown else ''} (see --help)")
 
 
 class _HelpFormatter(argparse.HelpFormatter):

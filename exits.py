@@ -2,20 +2,24 @@
 
 import errno
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from options import UsageError, wrapped
 from streams import steady_output
 
-__all__ = ["INTERRUPTED", "Explanation", "exit_cleanly", "explain"]
+__all__ = ["INTERRUPTED", "Explanation", "exit_cleanly", "explain", "guarded_imports"]
 
 INTERRUPTED = 130  # exit code after Ctrl-C
 LONGEST_MESSAGE = 1500  # characters
-# What libraries write where memory or threads run out, or where a product of sizes exceeds 64 bits.
+SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([^:()\[\]]+)(: '([^']+)')?")  # how Python prints an OSError
+# Words in the errors of libraries when memory or threads run out, or when a product of sizes exceeds 64 bits.
 EXHAUSTED = (
-    "allocate memory", "not enough memory", "out of memory", "Storage size calculation overflowed",
+    "allocate memory", "not enough memory", "Storage size calculation overflowed",
     "integer multiplication overflow", "Overflow when unpacking", "array is too big", "Maximum allowed dimension exceeded",
     "start new thread",
 )  # fmt: skip
@@ -54,21 +58,31 @@ class Explanation(NamedTuple):
 def explain(error: BaseException) -> Explanation | None:
     """The explanation of an error that is not a bug; None for a bug, whose traceback matters."""
     if isinstance(error, UsageError):
-        return Explanation(error.exit_code, _one_line(f"error: {error}"))
+        return Explanation(error.exit_code, _one_line(f"error: {_without_numbers(str(error))}"))
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
-    if _ran_out_of_memory(error):
+    if _gpu_memory_ran_out(error):
         return Explanation(2, _one_line(f"error: {'. '.join(str(error).split('. ')[:3]).rstrip('.')}: {LESS_MEMORY}"))
     if isinstance(error, OSError) and (error.errno in ADVICE or (error.errno == errno.EINVAL and error.filename)):
         advice = ADVICE.get(error.errno, OTHER_NAME)
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
         return Explanation(2, _one_line(f"error: {error.strerror}: {where}" + (f": {advice}" if advice else "")))
-    if _is_exhausted(error):
+    if _memory_ran_out(error):
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return Explanation(
             2, f"error: not enough memory: use smaller batches, images or networks, or fewer threads ({reason})"
         )
     return None
+
+
+def _without_numbers(text: str) -> str:
+    """The text with the system's errors in words only, and without a path after them that the text names before."""
+
+    def words(error: re.Match[str]) -> str:
+        reason, tail, path = error.groups(default="")
+        return reason if path and path in text[: error.start()] else reason + tail
+
+    return SYSTEM_ERROR.sub(words, text)
 
 
 def _one_line(text: str) -> str:
@@ -77,14 +91,14 @@ def _one_line(text: str) -> str:
     return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 300]} ... {line[-300:]}"
 
 
-def _is_exhausted(error: BaseException) -> bool:
+def _memory_ran_out(error: BaseException) -> bool:
     """Whether memory or threads ran out. Libraries raise other errors for it too."""
     if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return True
     return isinstance(error, RuntimeError | ValueError | TypeError) and any(words in str(error) for words in EXHAUSTED)
 
 
-def _ran_out_of_memory(error: BaseException) -> bool:
+def _gpu_memory_ran_out(error: BaseException) -> bool:
     """Whether a GPU had too little memory. This module does not import torch, so it goes by names and messages."""
     if type(error).__name__ == "OutOfMemoryError":
         return True
@@ -105,3 +119,23 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
                 raise
             print(wrapped(reason.line, sys.stderr), file=sys.stderr)
             sys.exit(reason.exit_code)
+
+
+@contextmanager
+def guarded_imports() -> Iterator[None]:
+    """Exit with one line, not a traceback, if the imports in this block are interrupted or a package is not installed."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        if find_spec(package) is not None:
+            raise
+        line = (
+            f"error: {sys.executable} lacks the package {package}: run `source .venv/bin/activate` first, or install the "
+            "requirements (README.md)"
+        )
+        print(wrapped(line, sys.stderr), file=sys.stderr)
+        sys.exit(2)

@@ -41,7 +41,7 @@ T = TypeVar("T")
 #   freely      yes: the option affects what is printed, sampled or saved, not what the network learns
 OnResume = Literal["never", "on_request", "rounding", "freely"]
 
-MOST = 2**63 - 1  # of integers, whose values end in 64-bit tensors
+LARGEST_INTEGER = 2**63 - 1  # because integers end in 64-bit tensors
 
 
 class UsageError(ValueError):
@@ -199,8 +199,9 @@ def check_range(field: dataclasses.Field, value: Any) -> None:
     lowest, highest, choices = (field.metadata[name] for name in ("minimum", "maximum", "choices"))
     for item in value if isinstance(value, tuple) else (value,):
         # `not item >= lowest` also rejects nan, which `item < lowest` would accept.
-        if type(item) is int and not -MOST <= item <= MOST:
-            raise UsageError(f"--{field.name}: expected an integer of 64 bits, but {str(item)[:25]}... was given")
+        if type(item) is int and not -LARGEST_INTEGER <= item <= LARGEST_INTEGER:
+            digits = len(str(abs(item)))
+            raise UsageError(f"--{field.name}: expected an integer of 64 bits, but {digits} digits were given")
         if lowest is not None and not item >= lowest:
             raise UsageError(f"--{field.name} must be at least {lowest}, but {value} was given")
         if highest is not None and not item <= highest:

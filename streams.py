@@ -60,9 +60,8 @@ def steady_output() -> Iterator[None]:
 
     A log file that could not be written is reported on the other stream at the end. A reader that has ended is not.
     """
-    while (
-        descriptor := os.open(os.devnull, os.O_RDWR)
-    ) <= 2:  # otherwise the next file would get a closed stream's number
+    # Otherwise the next file that is opened would get the number of a closed stream.
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
     before = sys.stdout, sys.stderr

@@ -3,20 +3,22 @@
 
 import shutil
 
-from command_line import parse_options
-from datasets_prep.datasets import DatasetOptions, FlipOptions, choose_flips, open_dataset
-from datasets_prep.folder_layout.report import show_data
-from exits import exit_cleanly
-from runtime.messages import show
-from runtime.precision import PrecisionOptions, choose_machine
-from training.autoencoder import (
-    AutoencoderTrainingOptions,
-    check_output,
-    posterior_statistics,
-    save_autoencoder,
-    snapshot_folder,
-    train_autoencoder,
-)
+from exits import exit_cleanly, guarded_imports
+
+with guarded_imports():
+    from command_line import parse_options
+    from datasets_prep.datasets import DatasetOptions, FlipOptions, choose_flips, open_dataset
+    from datasets_prep.folder_layout.report import show_data
+    from runtime.messages import show
+    from runtime.precision import PrecisionOptions, choose_machine
+    from training.autoencoder import (
+        AutoencoderTrainingOptions,
+        check_output,
+        posterior_statistics,
+        save_autoencoder,
+        snapshot_folder,
+        train_autoencoder,
+    )
 
 
 def main() -> None:

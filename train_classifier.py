@@ -1,16 +1,18 @@
 #!/usr/bin/env python
 """Train the small classifier whose features score Fashion-MNIST samples, and measure its accuracy on the test images."""
 
-from command_line import parse_options
-from datasets_prep.datasets import DatasetOptions, open_dataset
-from datasets_prep.folder_layout.report import show_data
-from evaluation.features.classifier import load_classifier, save_classifier
-from exits import exit_cleanly
-from options import as_json
-from runtime.messages import show
-from runtime.outputs import check_file
-from runtime.precision import PrecisionOptions, choose_machine
-from training.classifier import ClassifierTrainingOptions, accuracy, gather_images, train_classifier
+from exits import exit_cleanly, guarded_imports
+
+with guarded_imports():
+    from command_line import parse_options
+    from datasets_prep.datasets import DatasetOptions, open_dataset
+    from datasets_prep.folder_layout.report import show_data
+    from evaluation.features.classifier import load_classifier, save_classifier
+    from options import as_json
+    from runtime.messages import show
+    from runtime.outputs import check_file
+    from runtime.precision import PrecisionOptions, choose_machine
+    from training.classifier import ClassifierTrainingOptions, accuracy, gather_images, train_classifier
 
 
 def main() -> None:

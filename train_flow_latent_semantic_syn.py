@@ -4,8 +4,11 @@
 The default network is guided-diffusion's U-Net (--use_origin_adm). --model_type or --no-use_origin_adm selects another.
 """
 
-from tasks.semantic_synthesis import SEMANTIC_SYNTHESIS
-from training.script import run_training_script
+from exits import guarded_imports
+
+with guarded_imports():
+    from tasks.semantic_synthesis import SEMANTIC_SYNTHESIS
+    from training.script import run_training_script
 
 if __name__ == "__main__":
     run_training_script(SEMANTIC_SYNTHESIS, str(__doc__))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.files import describes_network, read_weights, save_weights
-from checkpoints.lfm import build_published
+from checkpoints.lfm import build_published, refuse_training_state
 from checkpoints.lfm_files import PREFIX, STAGE_WEIGHT, condition_stage_path, read_published
 from checkpoints.lfm_request import described_by, request_network
 from command_line import help_flags, parse_options
@@ -61,6 +61,7 @@ def _from_published(source: Path, target: Path, given: Mapping[str, Any]) -> Non
     """Convert an LFM checkpoint, which the flags `given` describe, to this project's format."""
     _check_suffix(target, ".safetensors", f"{source} does not describe its network")
     file = read_published(source)
+    refuse_training_state(file, source)
     request = request_network(given, file.arguments)
     name = request.autoencoder.pretrained_autoencoder_ckpt
     autoencoder: Autoencoder | None = None

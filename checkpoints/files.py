@@ -51,7 +51,7 @@ def describes_network(path: str | Path) -> bool:
     if is_torch_file(path):
         return False
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with _open_safetensors(path) as file:
             return "header" in (file.metadata() or {})
     except (SafetensorError, OSError, ValueError):
         return True
@@ -139,16 +139,21 @@ def _open(path: str | Path) -> Iterator[Any]:
             "convert it with python -m checkpoints.convert"
         )
     try:
-        with Path(path).open(
-            "rb"
-        ) as opened:  # safetensors refuses a path that is not UTF-8, but not the number of the file
-            number = f"/proc/self/fd/{opened.fileno()}"
-            with safe_open(str(path) if _is_utf8(path) else number, framework="pt") as file:
-                yield file
+        with _open_safetensors(path) as file:
+            yield file
     except UsageError:
         raise
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"cannot read the checkpoint {path}: {explain_failure(path, error)}") from error
+
+
+@contextmanager
+def _open_safetensors(path: str | Path) -> Iterator[Any]:
+    """Open a file of any name: safetensors refuses a path that is not UTF-8, but not the number of an open file."""
+    with Path(path).open("rb") as opened:
+        name = str(path) if _is_utf8(path) else f"/proc/self/fd/{opened.fileno()}"
+        with safe_open(name, framework="pt") as file:
+            yield file
 
 
 def _is_utf8(path: str | Path) -> bool:

@@ -27,7 +27,7 @@ from options import UsageError
 from runtime.messages import fact
 from runtime.torch_files import weights_hash
 
-__all__ = ["build_published", "open_published"]
+__all__ = ["build_published", "open_published", "refuse_training_state"]
 
 FACTOR, LATENT_CHANNELS = 8, 4  # stabilityai/sd-vae-ft-mse, LFM's autoencoder
 
@@ -47,10 +47,24 @@ def open_published(
         UsageError: the file is unreadable, or its weights do not fit the requested network.
     """
     file = read_published(path)
+    refuse_training_state(file, path)
     request = request_network(given, file.arguments, downstream)
     autoencoder = load_autoencoder(request.autoencoder, request.dataset.channels)
     network, header = build_published(file, path, request, autoencoder)
     return LoadedModel(network.eval().requires_grad_(False).to(device), autoencoder.to(device), header)
+
+
+def refuse_training_state(file: PublishedFile, path: str | Path) -> None:
+    """Check that a file is LFM's.
+
+    Raises:
+        UsageError: the file is a training state of this project.
+    """
+    if file.ours:
+        raise UsageError(
+            f"{path} is a training state for resuming a run: "
+            "pass a model_<epoch>.safetensors or best.safetensors from the same folder"
+        )
 
 
 def build_published(
@@ -65,13 +79,8 @@ def build_published(
         autoencoder: None if it is not available; it is then assumed to have the shapes of LFM's autoencoder.
 
     Raises:
-        UsageError: the file is a training state of this project, or its weights do not fit the network.
+        UsageError: the weights do not fit the network.
     """
-    if file.ours:
-        raise UsageError(
-            f"{path} is a training state for resuming a run: "
-            "pass a model_<epoch>.safetensors or best.safetensors from the same folder"
-        )
     stage = read_condition_stage(path)
     architecture = _architecture(request, autoencoder, stage)
     _check_condition(architecture, path)

@@ -60,7 +60,10 @@ def request_network(
     if downstream and _select(NetworkOptions, values).model_type == NetworkOptions.model_type:
         values = {"use_origin_adm": True} | values
     if missing := [f"--{name}" for name in ("dataset", "image_size") if name not in values]:
-        raise UsageError(f"an LFM checkpoint does not record its training data: pass {' and '.join(missing)}")
+        raise UsageError(
+            "this file does not describe its network and data: if it is LFM's, pass "
+            f"{' and '.join(missing)} (docs/checkpoints.md)"
+        )
     model_type = _select(NetworkOptions, values).resolve()
     autoencoder = _select(AutoencoderOptions, values)
     return NetworkRequest(

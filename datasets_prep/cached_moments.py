@@ -1,4 +1,4 @@
-"""Random access to the shards of a latent cache, at disk speed.
+"""Reading a latent cache: its checks, its labels, and random access to its shards at disk speed.
 
 By default, the system reads far ahead in memory-mapped files. In random order, it may then read megabytes for a single row
 of 16 kB. MADV_RANDOM turns read-ahead off. MADV_WILLNEED announces all rows of a batch before the first is used, so that the
@@ -8,17 +8,29 @@ disk reads them concurrently.
 import errno
 import mmap
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from options import UsageError
 from runtime.files import UNREADABLE, atomic_path, read_json, write_json
 from runtime.messages import note
+from runtime.progress import progress_bar
 
-__all__ = ["LatentCache", "has_mirror_images", "is_finished", "read_labels", "update_labels"]
+__all__ = [
+    "LatentCache",
+    "as_bad_manifest",
+    "check_files",
+    "checksum",
+    "has_mirror_images",
+    "is_finished",
+    "read_labels",
+    "update_labels",
+]
 
 ADVISABLE = hasattr(mmap, "MADV_WILLNEED")  # not on Windows
 
@@ -78,6 +90,53 @@ def has_mirror_images(folder: Path) -> bool | None:
     return read_json(path).get("orientations") == 2 if path.exists() else None
 
 
+@contextmanager
+def as_bad_manifest(folder: Path) -> Iterator[None]:
+    """Report other errors as a damaged manifest, the only file without a checksum."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except UNREADABLE as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
+            raise UsageError(
+                f"cannot read the latent cache {folder} ({error}): check the disk or its connection, or name a folder on "
+                "another one with --latent_cache_dir"
+            ) from error
+        raise UsageError(
+            f"the latent cache {folder} does not match its manifest.json ({error}): delete the folder to rebuild it"
+        ) from error
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Check that a cache is finished, and compare the checksums of its files with the manifest's.
+
+    Raises:
+        UsageError: it is unfinished, or a file is missing or damaged.
+    """
+    if "shards" not in manifest:
+        raise UsageError(f"the latent cache {folder} is unfinished: restart training to complete it")
+    files = [manifest["labels"], *manifest["shards"]]
+    for entry in progress_bar(files, desc="checking the latent cache", unit="file", leave=False):
+        if checksum(folder / entry["file"]) != entry["crc32"]:
+            raise UsageError(
+                f"the file {folder / entry['file']} is damaged (its checksum differs from the manifest's): "
+                f"delete the folder {folder} to rebuild it"
+            )
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        return zlib.crc32(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"cannot read the latent cache file {path}: {error}") from error
+
+
 def read_labels(folder: Path, manifest: dict[str, Any]) -> np.ndarray:
     """The labels int64 [N] stored in a cache."""
     return np.load(folder / manifest["labels"]["file"], allow_pickle=False)
@@ -97,11 +156,10 @@ def update_labels(folder: Path, labels: np.ndarray) -> None:
         return
     old = manifest["labels"]["file"]
     try:
-        checksum = zlib.crc32(labels.tobytes())
-        path = folder / f"labels_{checksum:08x}.npy"
+        path = folder / f"labels_{zlib.crc32(labels.tobytes()):08x}.npy"
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, labels)
-        entry = {"file": path.name, "crc32": zlib.crc32(path.read_bytes())}
+        entry = {"file": path.name, "crc32": checksum(path)}
         write_json(folder / "manifest.json", {**manifest, "labels": entry})
         (folder / old).unlink()
     except OSError as error:  # the cache may be on a read-only disk
@@ -115,9 +173,8 @@ def _map_rows(path: Path) -> np.memmap:
     except OSError as error:
         if error.errno not in (errno.ENODEV, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise
-        array = np.load(
-            path, mmap_mode="c"
-        )  # a private map, which network and FUSE file systems without shared ones have
+        # Network and FUSE file systems without shared maps have private ones.
+        array = np.load(path, mmap_mode="c")
     if ADVISABLE:
         with suppress(OSError):
             array.base.madvise(mmap.MADV_RANDOM)  # type: ignore[union-attr]

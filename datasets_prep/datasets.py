@@ -147,7 +147,8 @@ def readable_images(dataset: ImageDataset) -> np.ndarray:
     bad = [text for text in errors if text is not None]
     kept = np.array([index for index, text in enumerate(errors) if text is None], dtype=np.int64)
     if not len(kept):
-        raise UsageError(f"none of the {count} images can be read; the first is {bad[0]}")
+        kind = "training" if dataset.split == "train" else "held-out"
+        raise UsageError(f"none of the {count} {kind} images can be read; the first is {bad[0]}")
     if not bad:
         return kept
     more = f", and {len(bad) - LISTED_BAD_IMAGES} more" if len(bad) > LISTED_BAD_IMAGES else ""

@@ -23,6 +23,7 @@ __all__ = ["ClassFiles", "list_files", "list_split", "open_folder", "open_imagen
 
 HELD_OUT_EVERY = 20  # without held-out images in a folder of their own, every twentieth image is held out
 IMAGENET_TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
+LMDB_ADVICE = "for an LMDB, pass another --dataset (docs/datasets.md)"
 NAMED_CLASSES = 10  # at most so many class names in an error message
 
 
@@ -92,7 +93,7 @@ def list_files(folder: Path, suffixes: Collection[str], kind: str = "images") ->
     tree.left_out.other_types = Counter(tree.left_out.unread_pictures())
     if phrases := tree.left_out.describe():
         _note_once(f"not read in {folder}: {'; '.join(phrases)}")
-    return tree.paths()
+    return tree.paths
 
 
 def state_of_files(paths: list[Path], root: Path, *, times: bool) -> str:
@@ -129,7 +130,7 @@ def _files_of(
 
 
 def _training(layout: Layout, labeling: Labeling) -> tuple[list[Path], np.ndarray]:
-    paths = layout.train.paths()
+    paths = layout.train.paths
     return paths, labeling.number(paths, layout.train.root, layout.base)
 
 
@@ -163,7 +164,10 @@ def _held_out(
 def _no_files(tree: FolderTree, suffixes: Collection[str], kind: str) -> UsageError:
     left_out = "; ".join(tree.left_out.describe())
     found = f" (not read: {left_out})" if left_out else ""
-    return UsageError(f"no {kind} in {tree.root}: expected files ending in {', '.join(sorted(suffixes))}{found}")
+    advice = f"; {LMDB_ADVICE}" if ".mdb" in tree.left_out.other_types else ""
+    return UsageError(
+        f"no {kind} in {tree.root}: expected files ending in {', '.join(sorted(suffixes))}{found}{advice}"
+    )
 
 
 @cache

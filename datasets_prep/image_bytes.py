@@ -14,7 +14,7 @@ __all__ = ["describe_content", "picture_of_png", "read_bytes"]
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ANCILLARY = 0x20  # the bit of a chunk name's first byte
 TRANSPARENCY, EXIF = b"tRNS", b"eXIf"  # the ancillary chunks that decide what is shown
-HEAD = 512  # bytes that tell contents apart
+HEAD = 512  # bytes that suffice to recognize CONTENTS
 
 CONTENTS = (  # contents of files that are named like images, by how they begin
     (b"version https://git-lfs", "a Git LFS pointer in place of the image; run git lfs pull"),
@@ -66,7 +66,7 @@ def describe_content(head: bytes) -> str:
     for beginning, content in CONTENTS:
         if head.startswith(beginning) or text.startswith(beginning):
             return f"it holds {content}"
-    return "its format is not that of an image"
+    return "it is not in a known image format"
 
 
 def read_bytes(source: str | Path | BinaryIO, count: int = -1) -> bytes:

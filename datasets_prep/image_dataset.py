@@ -50,7 +50,7 @@ class ImageDataset:
     """Images uint8 [C, H, W] by index, with labels, facts and a fingerprint of the files.
 
     `labels` int64 [N] are zeros without classes, and may be zeroed for an unconditional network. `stored_labels` int64 [N]
-    always keep the files' labels. `survey` tells how a folder is read; it is None for other datasets. `has_images` is False for
+    always keep the files' labels. `survey` says how a folder is read; it is None for other datasets. `has_images` is False for
     a dataset of latents.
     """
 

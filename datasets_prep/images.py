@@ -62,6 +62,8 @@ class BadImageError(UsageError):
     """An image that cannot be decoded completely. `image` is its name, `reason` the cause."""
 
     def __init__(self, image: str, reason: object) -> None:
+        if isinstance(reason, OSError) and reason.strerror:
+            reason = reason.strerror  # without the file's name, which the message gives
         super().__init__(f"cannot read the image {image}: {reason} (repair or remove it, or pass --skip_bad_images)")
         self.image = image
         self.reason = reason

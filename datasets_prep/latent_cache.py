@@ -12,11 +12,9 @@ An interrupted build resumes. Images are encoded in the machine's precision, whi
 another precision is accepted.
 """
 
-import errno
-import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +23,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from datasets_prep.cached_moments import LatentCache, has_mirror_images, is_finished, read_labels, update_labels
+from datasets_prep.cached_moments import (
+    LatentCache,
+    as_bad_manifest,
+    check_files,
+    checksum,
+    has_mirror_images,
+    is_finished,
+    read_labels,
+    update_labels,
+)
 from datasets_prep.image_dataset import ImageDataset
 from datasets_prep.images import MOST_READERS
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, option
 from runtime.distributed import Processes
-from runtime.files import UNREADABLE, atomic_path, read_json, write_json
+from runtime.files import atomic_path, read_json, write_json
 from runtime.locks import locked
 from runtime.outputs import warn_of_space
 from runtime.precision import Machine
@@ -77,8 +84,8 @@ def open_latent_cache(folder: Path, dataset: ImageDataset, autoencoder: Autoenco
     """
     manifest = read_json(folder / "manifest.json")
     _check_fits(folder, manifest, _identity(folder, dataset, autoencoder))
-    with _as_bad_manifest(folder):
-        _check_files(folder, manifest)
+    with as_bad_manifest(folder):
+        check_files(folder, manifest)
         return LatentCache(folder, manifest, dataset.labels)
 
 
@@ -93,39 +100,9 @@ def open_standalone_cache(folder: Path) -> tuple[LatentCache, dict[str, Any]]:
     """
     manifest = read_json(folder / "manifest.json")
     _check_fits(folder, manifest, {"format": FORMAT})
-    with _as_bad_manifest(folder):
-        _check_files(folder, manifest)
+    with as_bad_manifest(folder):
+        check_files(folder, manifest)
         return LatentCache(folder, manifest, torch.from_numpy(read_labels(folder, manifest))), manifest
-
-
-@contextmanager
-def _as_bad_manifest(folder: Path) -> Iterator[None]:
-    """Report other errors as a damaged manifest, the only file without a checksum."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except UNREADABLE as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT, errno.EISDIR, errno.ENOTDIR):
-            raise UsageError(
-                f"cannot read the latent cache {folder} ({error}): check the disk or its connection, or name a folder on "
-                "another one with --latent_cache_dir"
-            ) from error
-        raise UsageError(
-            f"the latent cache {folder} does not match its manifest.json ({error}): delete the folder to rebuild it"
-        ) from error
-
-
-def _check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    if "shards" not in manifest:
-        raise UsageError(f"the latent cache {folder} is unfinished: restart training to complete it")
-    files = [manifest["labels"], *manifest["shards"]]
-    for entry in progress_bar(files, desc="checking the latent cache", unit="file", leave=False):
-        if _checksum(folder / entry["file"]) != entry["crc32"]:
-            raise UsageError(
-                f"the file {folder / entry['file']} is damaged (its checksum differs from the manifest's): "
-                f"delete the folder {folder} to rebuild it"
-            )
 
 
 def build_latent_cache(
@@ -227,7 +204,7 @@ def _write_shard(
         )
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         np.save(file, moments)
-    write_json(entry_file, {"file": path.name, "crc32": _checksum(path), "precision": machine.precision})
+    write_json(entry_file, {"file": path.name, "crc32": checksum(path), "precision": machine.precision})
 
 
 def _read_ahead(dataset: ImageDataset, images: range, num_workers: int) -> Generator[torch.Tensor, None, None]:
@@ -251,7 +228,7 @@ def _finish(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndar
     found = {
         # Shards of older versions do not record their precision.
         "precision": " and ".join(sorted({entry.get("precision", "fp32") for entry in entries})),
-        "labels": {"file": LABELS, "crc32": _checksum(folder / LABELS)},
+        "labels": {"file": LABELS, "crc32": checksum(folder / LABELS)},
         "shards": listed,
     }
     write_json(folder / "manifest.json", identity | found)
@@ -302,10 +279,3 @@ def _check_fits(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]
                 f"the latent cache {folder} was built for another {key}: expected {expected}, but found "
                 f"{manifest.get(key)}. Choose another folder with --latent_cache_dir, or delete this one"
             )
-
-
-def _checksum(path: Path) -> int:
-    try:
-        return zlib.crc32(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"cannot read the latent cache file {path}: {error}") from error

@@ -228,7 +228,7 @@ def _open_lmdb(path: Path, image_size: int | None) -> ImageSource:
 
 
 def _strictly(read: Callable[[int], Result]) -> Callable[[int], Result]:
-    """Read from a set of which no image may be left out, so that errors do not offer --skip_bad_images."""
+    """Read from a set that must be complete, so that errors do not offer --skip_bad_images."""
 
     def strict(index: int) -> Result:
         try:

@@ -32,7 +32,7 @@ __all__ = [
 
 # velocity(t, x): t is one time [] or one per sample [B]; x and the result are [B, C, h, w].
 Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-# Breakpoints closer than this to each other or to the ends are ignored. float32 tells their times apart.
+# Breakpoints closer than this to each other or to the ends are ignored. float32 can resolve this distance.
 SHORTEST_PIECE = 1e-6
 # Evaluations of a batch by an adaptive solver, between two breakpoints, after which it gives up. Tolerances near 1e-5 take
 # hundreds. The second number is for tolerances that float32 cannot reach, so that more evaluations improve nothing.

@@ -18,7 +18,7 @@ from models.conditions import Condition
 from models.edm_layers import SQRT_HALF, STYLES, Block, Convolution, Norm
 from models.embeddings import batch_times, sinusoids
 from models.family import FamilyOptions, check_sides
-from options import option
+from options import UsageError, option
 
 __all__ = ["EdmUNet", "EdmUNetOptions", "UNetOptions"]
 
@@ -78,6 +78,10 @@ class EdmUNet(nn.Module):
         super().__init__()
         check_sides(size, size, len(options.ch_mult), "--ch_mult")
         self.options, self.kind, self.style = options, kind, STYLES[kind]
+        if options.nf % 2 and kind != "ncsn++":
+            raise UsageError(
+                f"--nf {options.nf}: {kind} embeds times in pairs of sines and cosines, so --nf must be even"
+            )
         width, embedding = options.nf, 4 * options.nf
         noise_width = 2 * width if kind == "ncsn++" else width
         if kind == "adm":

@@ -37,14 +37,14 @@ IGNORED_NETWORK_FLAGS = {
 }
 ORIGIN_ADM = "origin_adm"  # the model type that --use_origin_adm selects
 
+DIT_TYPES = "DiT-{Mi,Ti,S,B,L,XL}/{1,2,4,8}"
+
 
 @dataclass(frozen=True)
 class NetworkOptions:
     """Network."""
 
-    model_type: str = option(
-        "adm", "DiT-{Mi,Ti,S,B,L,XL}/{1,2,4,8}, adm, ddpm++, ncsn++, or unet (small, for pixels)", common=True
-    )
+    model_type: str = option("adm", f"{DIT_TYPES}, adm, ddpm++, ncsn++, or unet (small, for pixels)", common=True)
     use_origin_adm: bool = option(False, "use guided-diffusion's U-Net; takes precedence over --model_type")
 
     def resolve(self) -> str:
@@ -55,7 +55,11 @@ class NetworkOptions:
         """
         name = ORIGIN_ADM if self.use_origin_adm else self.model_type
         if name not in NETWORKS:
-            raise UsageError(f"unknown --model_type {name!r}: expected one of {', '.join(NETWORKS)}")
+            for known in NETWORKS:
+                if known.lower() == name.lower():
+                    raise UsageError(f"unknown --model_type {name!r}: did you mean {known}?")
+            others = [known for known in NETWORKS if not known.startswith("DiT-")]
+            raise UsageError(f"unknown --model_type {name!r}: expected one of {', '.join([DIT_TYPES, *others])}")
         return name
 
 

@@ -10,19 +10,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command_line import parse_options
-from datasets_prep.datasets import DatasetOptions, open_dataset
-from datasets_prep.folder_layout.report import show_data
-from evaluation.features.registry import FeatureOptions, choose_features
-from evaluation.reference import summarise
-from evaluation.score import IMAGE_FORMATS
-from evaluation.sources import dataset_source, transformed
-from evaluation.statistics import save_statistics
-from exits import exit_cleanly
-from options import option
-from runtime.messages import show
-from runtime.outputs import check_file
-from runtime.precision import DeviceOptions, Machine, choose_device
+from exits import exit_cleanly, guarded_imports
+
+with guarded_imports():
+    from command_line import parse_options
+    from datasets_prep.datasets import DatasetOptions, open_dataset
+    from datasets_prep.folder_layout.report import show_data
+    from evaluation.features.registry import FeatureOptions, choose_features
+    from evaluation.reference import summarise
+    from evaluation.score import IMAGE_FORMATS
+    from evaluation.sources import dataset_source, transformed
+    from evaluation.statistics import save_statistics
+    from options import option
+    from runtime.messages import show
+    from runtime.outputs import check_file
+    from runtime.precision import DeviceOptions, Machine, choose_device
 
 
 @dataclass(frozen=True)

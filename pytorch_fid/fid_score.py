@@ -12,15 +12,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from command_line import parse_options
-from evaluation.comparison import ComparisonOptions, compare, split_paths
-from evaluation.features.registry import FeatureOptions
-from evaluation.score import ScoreOptions, result_line
-from exits import exit_cleanly
-from runtime.files import write_json
-from runtime.messages import show_result
-from runtime.outputs import check_file
-from runtime.precision import DeviceOptions, choose_device
+from exits import exit_cleanly, guarded_imports
+
+with guarded_imports():
+    from command_line import parse_options
+    from evaluation.comparison import ComparisonOptions, compare, split_paths
+    from evaluation.features.registry import FeatureOptions
+    from evaluation.score import ScoreOptions, result_line
+    from runtime.files import write_json
+    from runtime.messages import show_result
+    from runtime.outputs import check_file
+    from runtime.precision import DeviceOptions, choose_device
 
 
 def main() -> None:

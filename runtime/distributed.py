@@ -1,7 +1,7 @@
 """The processes of a run and their communication.
 
 A launcher (torchrun, `accelerate launch`, or runtime/processes/launch.py) describes the processes in environment variables,
-which it sets together. runtime/processes/clusters.py derives them from those of clusters' launchers. Without them, there is a
+which it sets together. runtime/processes/clusters.py derives them from clusters' own variables. Without them, there is a
 single process. Values are exchanged through host memory; only gradients use the devices' own communication backend.
 """
 

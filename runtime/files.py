@@ -23,7 +23,9 @@ __all__ = [
     "UNREADABLE",
     "append_line",
     "atomic_path",
+    "flush",
     "free_bytes",
+    "is_special",
     "move_aside",
     "read_json",
     "remove_leftovers",
@@ -56,7 +58,7 @@ def atomic_path(path: str | Path, durable: bool = True, previous: Path | None = 
         OSError: it names the file. ENOSPC if the disk is full, whichever error the writing library raised.
     """
     path = Path(path)
-    if _is_special(path):
+    if is_special(path):
         with _written_into(path) as temporary:
             yield temporary
         return
@@ -187,6 +189,25 @@ def move_aside(path: Path, word: str = "old", stays: str = "") -> Path:
     return target
 
 
+def is_special(path: Path) -> bool:
+    """Whether `path` is a device, a pipe or a name of an open file, such as /dev/stdout. No file may replace it."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    opened = path.parent in (Path("/dev"), Path("/dev/fd")) or path.is_relative_to("/proc")
+    return opened or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def flush(descriptor: int) -> None:
+    """Flush an open file or folder to the disk, as far as the file system supports this."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FLUSH:
+            raise
+
+
 def remove_leftovers(folder: Path) -> list[Path]:
     """Remove the temporary files that killed processes left in `folder`; no other process may be using it.
 
@@ -205,6 +226,8 @@ def _raise_reason(error: Exception, path: Path) -> None:
     free = free_bytes(path.parent)
     if free is not None and free < FULL_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+    if isinstance(error, UsageError):  # its message says more than the system's error behind it
+        return
     cause = _system_error(error)
     if cause is not None and (cause is not error or cause.filename is None):
         raise OSError(cause.errno, cause.strerror, cause.filename or str(path)) from error
@@ -229,16 +252,6 @@ def _with_suffix(path: Path, suffix: str) -> Path:
     if len(name) > room > 0:
         return path.with_name(name[:room].decode(errors="ignore") + suffix)
     return path.with_name(path.name + suffix)
-
-
-def _is_special(path: Path) -> bool:
-    """Whether `path` is a device, a pipe or a name of an open file, such as /dev/stdout. No file may replace it."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False
-    opened = path.parent in (Path("/dev"), Path("/dev/fd")) or path.is_relative_to("/proc")
-    return opened or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 @contextmanager
@@ -278,13 +291,14 @@ def _rename_copy(path: Path, previous: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    """Flush a file or folder to the disk, as far as the file system supports this."""
+    """Flush a closed file or a folder. Some file systems cannot open folders."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
     except OSError as error:
         if error.errno not in NO_FLUSH:
             raise
+        return
+    try:
+        flush(descriptor)
+    finally:
+        os.close(descriptor)

@@ -52,7 +52,7 @@ class FiniteTally:
         self._bad: list[int] = []
 
     def add(self, indices: Iterable[int], not_finite: Iterable[int]) -> None:
-        """Count the samples `indices`, of which the samples `not_finite` are not finite."""
+        """Count the samples `indices`; the ones in `not_finite` are not finite."""
         self._seen += len([*indices])
         self._bad += not_finite
 
@@ -95,8 +95,8 @@ def finite_or_warn(tally: FiniteTally, what: str) -> bool:
     return not tally.too_many
 
 
-def require_finite(values: torch.Tensor, what: str, indices: Sequence[int] | None = None) -> None:
-    """Print a warning about rows of `values` [B, ...] that are not finite.
+def require_finite(values: torch.Tensor, what: str, indices: Sequence[int] | None = None) -> torch.Tensor:
+    """Print a warning about rows of `values` [B, ...] that are not finite. Returns which are finite, bool [B].
 
     Args:
         values: floating-point numbers, or for each row whether it is finite, bool [B].
@@ -113,3 +113,4 @@ def require_finite(values: torch.Tensor, what: str, indices: Sequence[int] | Non
     tally.check()
     if text := tally.describe():
         warn(text)
+    return good

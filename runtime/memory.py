@@ -161,7 +161,7 @@ def _blocks(network: nn.Module) -> list[nn.Module]:
 
 
 class _Saved:
-    """Storages that autograd saves, without those of `own` tensors."""
+    """The storages that autograd saves, except the `own` tensors'."""
 
     def __init__(self, own: dict[str, torch.Tensor]) -> None:
         self._known = {_key(tensor) for tensor in own.values()}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from options import UsageError
-from runtime.files import free_bytes
+from runtime.files import flush, free_bytes, is_special
 from runtime.messages import warn
 
 __all__ = [
@@ -35,7 +35,7 @@ def write_error(folder: Path) -> str | None:
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(bytes(PROBE_BYTES))
             probe.flush()
-            os.fsync(probe.fileno())
+            flush(probe.fileno())
     except OSError as error:
         return error.strerror or str(error)
     return None
@@ -51,17 +51,24 @@ def check_folder(folder: str | Path, flag: str) -> None:
         raise UsageError(f"cannot write into {folder} ({error}): name another folder with {flag}")
 
 
-def check_file(path: str | Path | None, flag: str) -> None:
+def check_file(path: str | Path | None, flag: str, *, appended: bool = False) -> None:
     """Check that the file `path`, which `flag` names or could name, can be written. Its folder is created.
+
+    A new file replaces an older one, which needs only a folder that can be written. A file that is `appended` to, a device or
+    a pipe must be writable itself.
 
     Raises:
         UsageError: it cannot.
     """
     if not path:
         return
-    error = "it is a folder" if Path(path).is_dir() else write_error(Path(path).parent)
-    if error is None and Path(path).exists() and not os.access(path, os.W_OK):
-        error = "it is read-only"
+    path = Path(path)
+    if path.is_dir():
+        error: str | None = "it is a folder"
+    elif is_special(path) or (appended and path.exists()):
+        error = None if os.access(path, os.W_OK) else "it is read-only"
+    else:
+        error = write_error(path.parent)
     if error is not None:
         raise UsageError(f"cannot write {path} ({error}): name another file with {flag}")
 

@@ -26,6 +26,7 @@ __all__ = [
     "PrecisionOptions",
     "choose_device",
     "choose_machine",
+    "find_device",
     "keep_freed_memory",
     "use_device",
 ]
@@ -170,10 +171,29 @@ class Machine:
 
 
 def choose_device(options: DeviceOptions, processes: Processes = Processes()) -> torch.device:  # noqa: B008
-    """Resolve "auto" and set the number of threads; each process on a machine gets its own GPU and its share of the cores.
+    """Find the device, and set the number of threads: each process on a machine gets its share of the cores.
 
-    On a CPU, the process keeps the memory that it frees (`keep_freed_memory`), and its threads yield to other processes
-    (`yield_to_others`).
+    Call this once, because each call divides the cores again. On a CPU, the process keeps the memory that it frees
+    (`keep_freed_memory`), and its threads yield to other processes (`yield_to_others`).
+
+    Raises:
+        UsageError: as `find_device` does.
+    """
+    device = find_device(options, processes)
+    own, wanted = torch.get_num_threads(), options.num_threads
+    if not wanted and "OMP_NUM_THREADS" not in os.environ:
+        quota = cpu_quota()  # a container's, which OpenMP does not know
+        wanted = max(1, (own if quota is None else min(own, int(quota))) // processes.local_count)
+    if wanted not in (0, own):
+        torch.set_num_threads(wanted)
+    if device.type == "cpu":
+        keep_freed_memory()
+        yield_to_others()
+    return device
+
+
+def find_device(options: DeviceOptions, processes: Processes = Processes()) -> torch.device:  # noqa: B008
+    """Resolve "auto" and make the device the current one; each process on a machine gets its own GPU.
 
     Raises:
         UsageError: torch does not know the device or cannot use it here, or there are more processes than GPUs.
@@ -194,22 +214,13 @@ def choose_device(options: DeviceOptions, processes: Processes = Processes()) ->
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # an unknown name, or a missing GPU or driver
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        detail = "" if "device string" in reason else f" ({reason})"  # torch lists all types of devices that it knows
         raise UsageError(
-            f"--device {name} is not available: expected auto, cpu, cuda or cuda:N on this machine ({reason})"
+            f"--device {name} is not available: expected auto, cpu, cuda or cuda:N on this machine{detail}"
         ) from error
     # Without TF32, float32 means float32. The switches are global, so a thread that changed them would change others' results.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     use_device(device)
-    if device.type == "cpu":
-        keep_freed_memory()
-    if options.num_threads:
-        torch.set_num_threads(options.num_threads)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        quota = cpu_quota()  # a container's, which OpenMP does not know
-        limit = torch.get_num_threads() if quota is None else min(torch.get_num_threads(), int(quota))
-        torch.set_num_threads(max(1, limit // processes.local_count))
-    if device.type == "cpu":
-        yield_to_others()
     return device
 
 

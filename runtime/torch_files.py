@@ -123,7 +123,7 @@ def explain_failure(path: str | Path, error: Exception) -> str:
             "load it where it was written, and save its state_dict() alone"
         )
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if "weights_only" in reason:  # advice of torch's, also for files that are no pickles
+    if "weights_only" in reason:  # torch's advice, even for files that are not pickles
         return f"it is damaged, or it is not a torch.save file: {AGAIN}"
     return f"{reason} ({AGAIN})" if isinstance(error, SafetensorError) else reason
 
@@ -159,7 +159,7 @@ def _refused_name(error: Exception) -> str:
 
 
 def _describe_other(path: Path) -> str:
-    """What the file is if it is not a file of weights, and what to do; "" if it may be one, or is missing."""
+    """The kind of a file without weights, and what to do; "" if it may have weights or is missing."""
     if path.is_dir():
         return "it is a folder, but expected a file"
     start = _start(path, 64)
@@ -172,7 +172,7 @@ def _describe_other(path: Path) -> str:
 
 
 def _describe_zip(path: Path) -> str:
-    """What a zip archive is if torch.save did not write it; "" if it did."""
+    """The state of a zip archive that torch.save did not write; "" if it did."""
     try:
         with zipfile.ZipFile(path) as archive:
             written = any(name.endswith("data.pkl") for name in archive.namelist())

@@ -10,14 +10,13 @@ import torch
 
 from flow.solvers import solve
 from options import option
-from runtime.files import write_json
 from runtime.finite import finite_rows, require_finite
 from runtime.messages import labeled
-from runtime.outputs import record_failure
 from runtime.progress import progress_bar
 from sampling.labels import choose_labels
 from sampling.loading import LoadedSampler
 from sampling.request import SamplingOptions
+from sampling.results import write_result
 from sampling.sampler import Sampler, generate
 from sampling.tally import describe_evaluations
 
@@ -56,10 +55,8 @@ def count_evaluations(loaded: LoadedSampler, sampling: SamplingOptions) -> dict[
         f"{counts['nfe']:g} on average of {count} samples, {counts['nfe_range'][0]} to {counts['nfe_range'][1]}; the "
         f"network runs {counts['network_evaluations']:g} times per sample",
     )
-    with record_failure(result):
-        write_json(
-            sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nfe.json", result
-        )
+    default = loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nfe.json"
+    write_result(sampling.output_json, default, result)
     return result
 
 
@@ -78,10 +75,8 @@ def measure_time(loaded: LoadedSampler, sampling: SamplingOptions, timing: Timin
         labeled("time", f"batch of {row['batch_size']}: {_spread(row, 'network')}, {_spread(row, 'pipeline')}")
         for row in rows
     )
-    with record_failure(result):
-        write_json(
-            sampling.output_json or loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_time.json", result
-        )
+    default = loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_time.json"
+    write_result(sampling.output_json, default, result)
     return result
 
 

@@ -15,7 +15,7 @@ from flow.ode import Velocity, breakpoints_of, restrict, select_rows
 from flow.solvers import check_method, solve
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
-from runtime.files import atomic_path, write_json
+from runtime.files import atomic_path
 from runtime.finite import require_finite
 from runtime.messages import labeled
 from runtime.outputs import record_failure
@@ -23,6 +23,7 @@ from runtime.pictures import save_animation, save_sheet
 from sampling.labels import choose_labels
 from sampling.loading import LoadedSampler
 from sampling.request import SamplingOptions
+from sampling.results import write_result
 from sampling.sampler import balanced_labels
 
 __all__ = ["PictureOptions", "Recorder", "interpolate", "invert", "spherical", "trajectory"]
@@ -51,7 +52,7 @@ def invert(
 
     Raises:
         UsageError: the solver cannot integrate from data to noise, the held-out images are missing, or more than a few of
-            the latents are not finite.
+            the latents are not finite. A few cause a warning and are left out of the statistics.
     """
     sampler = loaded.sampler
     check_method(sampler.solver, backwards=True)
@@ -62,7 +63,7 @@ def invert(
     labels = dataset.labels[:count] if sampler.num_classes > 1 else torch.zeros(count, dtype=torch.long)
     velocity = sampler.velocity(labels)
     noise = solve(velocity, latents, sampler.solver, backwards=True).x
-    require_finite(noise, "inverted images")
+    fine = require_finite(noise, "inverted images")
     returned = solve(velocity, noise, sampler.solver).x
     original, back = sampler.decode(latents), sampler.decode(returned)
     real = crop_padding(images, sampler.facts).cpu()
@@ -71,9 +72,9 @@ def invert(
     result = {
         **loaded.describe(),
         "images": count,
-        "noise_mean": noise.mean().item(),
-        "noise_std": noise.std().item(),
-        "latent_rms_error": (returned - latents).square().mean().sqrt().item(),
+        "noise_mean": noise[fine].mean().item(),
+        "noise_std": noise[fine].std().item(),
+        "latent_rms_error": (returned - latents)[fine].square().mean().sqrt().item(),
         "psnr_db": psnr(error) if error else None,
         "picture": str(folder / f"{stem}.png"),
     }
@@ -88,7 +89,7 @@ def invert(
         save_sheet(torch.cat([real, original, back]), folder / f"{stem}.png", count)
         with atomic_path(folder / f"{stem}.npz") as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, noise=noise.cpu().numpy(), labels=labels.numpy())
-        write_json(sampling.output_json or folder / f"{stem}.json", result)
+    write_result(sampling.output_json, folder / f"{stem}.json", result)
     return result
 
 
@@ -104,7 +105,7 @@ def interpolate(loaded: LoadedSampler, sampling: SamplingOptions, pictures: Pict
     sampler = loaded.sampler
     seeds = pictures.seeds or (sampler.seed, sampler.seed + 1)
     if len(seeds) != 2:
-        raise UsageError(f"--seeds: expected two seeds, but {len(seeds)} were given")
+        raise UsageError(f"--seeds: expected two seeds, but found {len(seeds)}")
     indices = range(pictures.pictured)
     first, last = (replace(sampler, seed=seed).noise(indices) for seed in seeds)
     shares = torch.linspace(0, 1, pictures.frames).tolist()
@@ -115,7 +116,7 @@ def interpolate(loaded: LoadedSampler, sampling: SamplingOptions, pictures: Pict
     path = loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_from_{seeds[0]}_to_{seeds[1]}.png"
     save_sheet(sampler.decode(solution.x), path, pictures.frames)
     summary = f"{len(indices)} interpolations of {len(shares)} samples from seed {seeds[0]} to seed {seeds[1]}"
-    return _write_result(loaded, sampling, path, {"samples": summary, "picture": str(path)})
+    return _result_of(loaded, sampling, path, {"samples": summary, "picture": str(path)})
 
 
 def trajectory(loaded: LoadedSampler, sampling: SamplingOptions, pictures: PictureOptions) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def trajectory(loaded: LoadedSampler, sampling: SamplingOptions, pictures: Pictu
         lines["animation"] = str(path.with_suffix(".gif"))
         by_frame = images.unflatten(0, (len(indices), 2, pictures.frames)).permute(2, 1, 0, 3, 4, 5).flatten(1, 2)
         save_animation(list(by_frame), path.with_suffix(".gif"), len(indices))
-    return _write_result(loaded, sampling, path, lines)
+    return _result_of(loaded, sampling, path, lines)
 
 
 def spherical(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tensor:
@@ -211,11 +212,9 @@ def _distance_to(time: float) -> Callable[[tuple[float, torch.Tensor, torch.Tens
     return lambda seen: abs(seen[0] - time)
 
 
-def _write_result(
-    loaded: LoadedSampler, sampling: SamplingOptions, path: Path, lines: dict[str, str]
-) -> dict[str, Any]:
-    """Write the result for the picture at `path`, with labeled lines as its summary, as JSON, and return it."""
+def _result_of(loaded: LoadedSampler, sampling: SamplingOptions, path: Path, lines: dict[str, str]) -> dict[str, Any]:
+    """The result for the picture at `path`, with labeled lines as its summary. It is also written as JSON."""
     summary = "\n".join(labeled(*line) for line in lines.items())
     result = {**loaded.describe(), "picture": str(path), "summary": summary}
-    write_json(sampling.output_json or path.with_suffix(".json"), result)
+    write_result(sampling.output_json, path.with_suffix(".json"), result)
     return result

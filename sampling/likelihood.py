@@ -12,7 +12,6 @@ from flow.solvers import check_method
 from options import option
 from runtime.finite import require_finite
 from runtime.messages import labeled
-from runtime.outputs import record_failure
 from runtime.progress import progress_bar
 from sampling.loading import LoadedSampler
 from sampling.request import SamplingOptions
@@ -43,7 +42,7 @@ def compute_nll(
 
     Raises:
         UsageError: the solver cannot integrate from data to noise, the held-out images are missing, or more than a few of
-            their likelihoods are not finite.
+            their likelihoods are not finite. A few cause a warning and are left out of the mean.
     """
     sampler, exact = loaded.sampler, likelihood.exact_trace
     check_method(sampler.solver, backwards=True)
@@ -63,11 +62,11 @@ def compute_nll(
         bits.append(measured.bits_per_dimension.double().cpu())
         evaluations.append(measured.evaluations.cpu())
     values = torch.cat(bits)
-    require_finite(values[:, None], "likelihoods of images")
+    values = values[require_finite(values[:, None], "likelihoods of images")]
     error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
     result = {
         **loaded.describe(),
-        "images": len(dataset),
+        "images": len(values),
         "bits_per_dimension": values.mean().item(),
         "standard_error": error,
         "dimensions": math.prod(sampler.latent_shape),
@@ -77,10 +76,8 @@ def compute_nll(
     result["summary"] = labeled(
         "likelihood",
         f"{result['bits_per_dimension']:.4f} bits per latent dimension (standard error {error or math.nan:.4f}) of "
-        f"{len(dataset)} held-out images, NFE {result['nfe']:g}",
+        f"{len(values)} held-out images, NFE {result['nfe']:g}",
     )
-    with record_failure(result):
-        write_result(
-            sampling.output_json, loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json", result
-        )
+    default = loaded.output_folder(sampling.output_dir) / f"{loaded.stem}_nll.json"
+    write_result(sampling.output_json, default, result)
     return result

@@ -22,7 +22,7 @@ from options import UsageError, as_json
 from runtime.distributed import Processes
 from runtime.inference import for_sampling
 from runtime.messages import fact, note
-from runtime.precision import Machine, choose_device, choose_machine
+from runtime.precision import Machine, choose_machine, find_device
 from sampling.request import SamplerRequest, note_unused
 from sampling.sampler import Sampler, check_guidance
 
@@ -102,7 +102,7 @@ def load_sampler(
         UsageError: the checkpoint is missing, belongs to another task or contradicts the flags, or the guide does not fit.
     """
     check_method(request.solver)
-    device = choose_device(request.machine, processes)
+    device = find_device(request.machine, processes)
     path = _checkpoint_path(request, tasks[0])
     with processes.main_first():  # the main process may download the autoencoder; the others find it in the cache
         model = _load_model(path, request, device, tasks[0])

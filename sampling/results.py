@@ -1,12 +1,12 @@
 """Results as JSON files. A score is not lost when the same checkpoint is scored again with other settings."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from options import UsageError, as_json
 from runtime.files import move_aside, read_json, write_json
 from runtime.messages import note
+from runtime.outputs import record_failure
 
 __all__ = ["write_result"]
 
@@ -17,18 +17,19 @@ SETTINGS = (
 )  # fmt: skip
 
 
-def write_result(chosen: str, default: Path, result: Mapping[str, Any]) -> None:
+def write_result(chosen: str, default: Path, result: dict[str, Any]) -> None:
     """Write a result to the file `chosen`, or to `default` if that is empty. There, a score with other settings is kept.
 
-    The older file gets another name, and a note says which.
+    The older file gets another name, and a note says which. A failure is recorded in the result (`record_failure`).
     """
-    if not chosen and (changed := _changed_settings(default, as_json(result))):
-        note(f"{default} held a score with other settings ({'; '.join(changed)}): it is now {move_aside(default)}")
-    write_json(chosen or default, result)
+    with record_failure(result):
+        if not chosen and (changed := _changed_settings(default, as_json(result))):
+            note(f"{default} held a score with other settings ({'; '.join(changed)}): it is now {move_aside(default)}")
+        write_json(chosen or default, result)
 
 
-def _changed_settings(path: Path, result: Mapping[str, Any]) -> list[str]:
-    """Descriptions of the settings that differ from those of the score in `path`; none without a score there."""
+def _changed_settings(path: Path, result: dict[str, Any]) -> list[str]:
+    """Descriptions of the settings that differ from the score's in `path`; none without a score there."""
     try:
         before = read_json(path)
     except UsageError:

@@ -105,24 +105,26 @@ def sample_and_score(
         "grid": str(picture),
     }
     if writer is not None:
+        result["files"] = str(samples_folder)
         with record_failure(result):
             writer.close()
     first = first_images(tally.batches, grid.count(num_classes), processes)
     if processes.is_main:
         with record_failure(result):
             save_sheet(first, picture, grid.columns(num_classes))
-        with record_failure(result):
-            write_result(sampling.output_json, picture.with_suffix(".json"), result)
+        write_result(sampling.output_json, picture.with_suffix(".json"), result)
     return result
 
 
 def summary_of_samples(result: dict[str, Any]) -> str:
-    """The score, if there is one, the cost and the picture, one line each."""
+    """The score, if there is one, the cost, the folder of the samples, if they are kept, and the picture, one line each."""
     lines = []
     if "value" in result:
         recognized = f", {100 * result['recognised']:.1f} % recognized as their class" if "recognised" in result else ""
         lines.append(labeled("score", result_line(result) + recognized))
     lines.append(labeled("samples", f"{result['samples']} in {result['seconds']:g} s, NFE {result['nfe']:g}"))
+    if "files" in result:
+        lines.append(labeled("files", f"in {result['files']}"))
     lines.append(labeled("picture", result["grid"]))
     return "\n".join(lines)
 

@@ -113,7 +113,7 @@ def run_modes(options: Options, processes: Processes = Processes()) -> Iterator[
         )
     if processes.is_main:
         check_file(sampling.output_json, "--output_json")
-        check_file(sampling.output_log, "--output_log")
+        check_file(sampling.output_log, "--output_log", appended=True)
     batches = sampling.n_sample / sampling.batch_size / processes.count if chosen == [SAMPLE] else 0
     loaded = load_sampler(sampler_request(options), processes, batches=batches)
     if any(MODES[name].pictures or (name != SAMPLE and not sampling.output_json) for name in chosen):

@@ -2,7 +2,7 @@
 
 A folder of samples holds 000000.png, ... (or .jpg) and samples.npz with `indices`, `labels`, `evaluations` and
 `network_evaluations` [N]; in the format npz also `images` uint8 [N, H, W, C]. If some samples were not finite, the column
-`finite`, bool [N], tells which. samples.json records the samples' settings.
+`finite`, bool [N], says which. samples.json records the samples' settings.
 During sampling, each batch writes its images first and then its part of samples.npz, such as samples.part_000000.npz.
 """
 
@@ -116,7 +116,7 @@ class SampleWriter:
                 return pil_to_tensor(image)
         except UNREADABLE as error:
             raise UsageError(
-                f"cannot read the sample {path}: {error}; delete it, and the same command draws anew"
+                f"cannot read the sample {path}: {error}; delete it, and the same command draws it again"
             ) from error
 
     def _check(self, settings: dict[str, Any]) -> None:

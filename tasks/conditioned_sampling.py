@@ -139,8 +139,7 @@ def sample_for_images(
     if processes.is_main:
         with record_failure(result):
             _save_contact_sheet(run.plan.conditioned, pictures, sheet)
-        with record_failure(result):
-            write_result(request.conditioned.output_json, run.folder / "result.json", result)
+        write_result(request.conditioned.output_json, run.folder / "result.json", result)
     return result
 
 

@@ -18,7 +18,7 @@ from runtime.processes.launch import run_script
 from sampling.request import checkpoint_groups, sampler_request
 from tasks.conditioned_request import IGNORED_FLAGS, ConditionedOptions, ConditionedRequest, conditioned_groups
 
-# What a task's own scores are called, and their units. Keys are entries of results.
+# Names and units of a task's own scores. Keys are entries of results.
 NAMES = {
     "recognised": "recognized samples",
     "recognised_originals": "recognized originals",
@@ -57,7 +57,7 @@ def _run(
     conditioned = options[ConditionedOptions]
     if processes.is_main:
         check_file(conditioned.output_json, "--output_json")
-        check_file(conditioned.output_log, "--output_log")
+        check_file(conditioned.output_log, "--output_log", appended=True)
     request = ConditionedRequest(
         sampler=sampler_request(options),
         conditioned=conditioned,

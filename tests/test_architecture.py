@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 
 # A module may import from lower levels and from its own folder. `models` and `flow` must not import each other.
 LEVELS = {
+    "option_names": 0,
     "streams": 0,
     "options": 1,
     "exits": 2,
@@ -25,7 +26,9 @@ LEVELS = {
     "training": 10,
     "latent_flow": 11,
 }
-AT_THE_ROOT = [ROOT / f"{name}.py" for name in ("streams", "options", "exits", "command_line", "latent_flow")]
+AT_THE_ROOT = [
+    ROOT / f"{name}.py" for name in ("streams", "option_names", "options", "exits", "command_line", "latent_flow")
+]
 # Modules in a library folder that count as scripts, because they are run with `python -m`.
 COMMANDS = {"checkpoints/convert.py"}
 OWNERS = {

@@ -161,7 +161,8 @@ def test_samples_do_not_depend_on_the_batch_size(place, trained, checkpoint, cal
 
 
 def test_samples_as_files_and_with_another_seed(place, trained, call, tmp_path):
-    code, _, _ = call(TEST, [*sample_flags(place, tmp_path / "png", count=3), "--save_images", "png"])
+    code, out, _ = call(TEST, [*sample_flags(place, tmp_path / "png", count=3), "--save_images", "png"])
+    assert f"files       in {tmp_path / 'png'}" in out.splitlines()
     assert code == 0
     assert sorted(path.name for path in (tmp_path / "png").glob("0*")) == ["000000.png", "000001.png", "000002.png"]
     code, _, _ = call(TEST, [*sample_flags(place, tmp_path / "npz", count=5), "--save_images", "npz"])
@@ -464,7 +465,10 @@ TRAINING_MISTAKES = {
     "unknown method": (["--method", "eular"], "unknown --method 'eular': expected one of euler, midpoint"),
     "no step": (["--step_size", "0"], "--step_size must be at least 1e-06, but 0.0 was given"),
     "one beta": (["--adam_betas", "0.9"], "--adam_betas: expected two numbers below 1"),
-    "unknown network": (["--model_type", "DiT-Q/2"], "unknown --model_type 'DiT-Q/2': expected one of"),
+    "unknown network": (
+        ["--model_type", "DiT-Q/2"],
+        "unknown --model_type 'DiT-Q/2': expected one of DiT-",
+    ),
     "no null class": (
         ["--cfg_scale", "2", "--label_dropout", "0"],
         "--cfg_scale 2.0 needs a network with a null class",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from datasets_prep.datasets import ImageDataset
+from datasets_prep.datasets import DatasetFacts, ImageDataset
 from models.autoencoders.kl import LOGVAR_RANGE, KLAutoencoder, decode_pixels, encode_moments, new_autoencoder_kl
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
@@ -78,19 +78,7 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
         DivergedError: the loss is not finite.
     """
     facts = dataset.facts
-    if facts.image_size % 2 ** (len(options.widths) - 1):
-        raise UsageError(
-            f"--image_size {facts.image_size} cannot be halved {len(options.widths) - 1} times, as the "
-            f"{len(options.widths)} --widths require: choose another size, or fewer widths"
-        )
-    if any(width < 8 or width % 8 for width in options.widths):
-        raise UsageError(f"--widths {' '.join(map(str, options.widths))}: expected multiples of 8")
-    channels = options.image_channels or facts.channels
-    if channels not in (facts.channels, 3) or facts.channels not in (channels, 1):
-        raise UsageError(
-            f"--image_channels {channels} does not fit images with {facts.channels} channels: expected the same number, "
-            "or 3 for gray images"
-        )
+    channels = _choose_channels(facts, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
         network = new_autoencoder_kl(channels, options.widths, options.latent_channels, facts.image_size, {})
@@ -117,10 +105,7 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
         optimizer.step()
         ema.update(network)
         if (step + 1) % SAVE_EVERY == 0:
-            try:
-                save_autoencoder(ema.network, snapshot_folder(options), {}, options)  # in case of a crash
-            except OSError as failure:
-                warn(f"cannot write the snapshot {failure.filename} ({failure.strerror}); training goes on")
+            _save_snapshot(ema.network, options)
         if step % 100 == 0:
             check_loss(loss.item(), step)
             psnr = 10 * torch.log10(4 / error.detach()).item()
@@ -154,6 +139,32 @@ def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Mac
 def snapshot_folder(options: AutoencoderTrainingOptions) -> Path:
     """The folder for snapshots of the weights until the finished autoencoder is saved."""
     return Path(f"{options.output}.snapshot")
+
+
+def _choose_channels(facts: DatasetFacts, options: AutoencoderTrainingOptions) -> int:
+    """The network's image channels, after a check that the options fit the images."""
+    if facts.image_size % 2 ** (len(options.widths) - 1):
+        raise UsageError(
+            f"--image_size {facts.image_size} cannot be halved {len(options.widths) - 1} times, as the "
+            f"{len(options.widths)} --widths require: choose another size, or fewer widths"
+        )
+    if any(width < 8 or width % 8 for width in options.widths):
+        raise UsageError(f"--widths {' '.join(map(str, options.widths))}: expected multiples of 8")
+    channels = options.image_channels or facts.channels
+    if channels not in (facts.channels, 3) or facts.channels not in (channels, 1):
+        raise UsageError(
+            f"--image_channels {channels} does not fit images with {facts.channels} channels: expected the same number, "
+            "or 3 for gray images"
+        )
+    return channels
+
+
+def _save_snapshot(network: nn.Module, options: AutoencoderTrainingOptions) -> None:
+    """Save the network in case of a crash. Training can do without."""
+    try:
+        save_autoencoder(network, snapshot_folder(options), {}, options)
+    except OSError as error:
+        warn(f"cannot write the snapshot {error.filename} ({error.strerror}); training goes on")
 
 
 def check_output(folder: str | Path) -> None:

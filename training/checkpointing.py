@@ -16,9 +16,9 @@ from runtime.messages import show
 from runtime.pictures import save_sheet
 from runtime.processes.parallel import gather_state
 from runtime.processes.signals import StopSignals
-from training.disk import WriteGuard
 from training.metrics_log import Clock, MetricsLog
 from training.nan_guard import NanGuard
+from training.resources import WriteGuard
 from training.run import TrainingRun
 from training.state import TrainingState
 from training.state_file import CONTENT, save_state

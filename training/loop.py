@@ -1,15 +1,13 @@
 """The training loop of LFM (Dao et al. 2023, algorithm 1)."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
 from functools import partial
 
 import torch
 
-from models.conditions import Condition
 from models.registry import NETWORKS
-from runtime.memory import StepMemory, advise, describe_free, free_memory, measure_activations
 from runtime.messages import fact, note, warn
 from runtime.processes.parallel import replicate, shard
 from runtime.processes.signals import StopSignals
@@ -18,16 +16,16 @@ from runtime.randomness import seed_for
 from runtime.weights import list_names
 from training.checkpointing import Checkpointer, set_checkpoints_aside
 from training.data import Batch, batches, steps_per_epoch
-from training.disk import check_space, predict_use
 from training.experiment import has_ended
 from training.metrics_log import Clock, MetricsLog
 from training.nan_guard import NanGuard
+from training.resources import check_space, predict_use, show_memory
 from training.resume import resume_run
 from training.run import TrainingRun
 from training.state import TrainingState
 from training.state_file import CONTENT, has_state
 
-__all__ = ["estimate_memory", "train"]
+__all__ = ["train"]
 
 STOPPING = "stopping after the current step and any validation or sample grid in progress; the run is then saved"
 
@@ -49,7 +47,7 @@ def train(run: TrainingRun, resume: bool) -> bool:
 
     # Set up.
     if processes.is_main:
-        _show_memory(run)
+        show_memory(run)
     state = _initial_state(run, resume, per_epoch, last_step)
     if state is None or state.step >= last_step or 0 < options.max_minutes * 60 <= state.seconds:
         advice = "add --resume and raise --max_steps, --num_epoch or --max_minutes"
@@ -70,12 +68,8 @@ def train(run: TrainingRun, resume: bool) -> bool:
     # Train.
     ended = False
     bar = progress_bar(total=last_step, initial=state.step, desc="training", unit="step")
-    stopping = STOPPING if processes.is_main else ""
-    with (
-        bar,
-        closing(log) if log else nullcontext(),
-        StopSignals(once=processes.count == 1, text=stopping) as stop,
-    ):
+    stop = StopSignals(once=processes.count == 1, text=STOPPING if processes.is_main else "")
+    with bar, closing(log) if log else nullcontext(), stop:
         for batch in _batches(run, state.step, last_step):
             torch.manual_seed(seed_for(options.seed, "dropout", state.step, processes.rank))
             rate = options.rate_at(state.step, last_step)
@@ -129,52 +123,6 @@ def _initial_state(run: TrainingRun, resume: bool, per_epoch: int, last_step: in
         source = resume_run(state, run.folder / CONTENT, per_epoch, run.header, run.processes)
         fact("start", f"resuming at step {state.step} of {last_step} from {source}")
     return state
-
-
-def _show_memory(run: TrainingRun) -> None:
-    """On a GPU, print the estimated memory of a step, and what to change if it does not fit."""
-    space = free_memory(run.machine.device)
-    if space is None:
-        return
-    try:
-        needed = estimate_memory(run)
-    except Exception as error:  # a network that somebody registered may read values, which an estimate does not have
-        note(f"the memory of a step was not estimated: {type(error).__name__}")
-        return
-    fact(
-        "memory",
-        f"{needed.describe()}; {describe_free(*space)}, enough for {needed.largest(space[0]):,} images at once",
-    )
-    if advice := advise(needed, space[0], run.training.batch_size, run.header.network.use_grad_checkpointing):
-        warn(advice)
-
-
-def estimate_memory(run: TrainingRun) -> StepMemory:
-    """Estimate the memory of a step in each process. The weights may be on any device, but must not be sharded yet."""
-    options, dense, device = run.training, run.header.dense, run.machine.device
-
-    def loss(network: Callable[..., torch.Tensor], count: int) -> torch.Tensor:
-        data, noise = torch.rand(2, count, *run.header.latent_shape, device=device)
-        maps = None
-        if dense is not None:
-            maps = torch.rand(count, dense.classes or dense.channels, *data.shape[2:], device=device)
-        condition = Condition(torch.zeros(count, dtype=torch.long, device=device), maps)
-        draws = run.objective.at(torch.rand(count, device=device))
-        return run.objective.loss(run.machine.evaluating(network), data, noise, draws, condition).mean()
-
-    share = 1 / (run.processes.count if run.is_sharded else 1)
-    weights = share * sum(tensor.numel() * tensor.element_size() for tensor in run.network.state_dict().values())
-    trained = share * sum(p.numel() * p.element_size() for p in run.network.parameters() if p.requires_grad)
-    matrices = NETWORKS[run.header.model_type].hidden_matrices(run.network) if options.optimizer == "muon" else []
-    return StepMemory(
-        weights=weights,
-        gradients=trained,
-        optimizer=2 * trained
-        - sum(matrix.numel() * matrix.element_size() for matrix in matrices),  # Muon has one state
-        average=weights,
-        activations=measure_activations(run.network, loss, device),
-        images=options.batch_size // options.grad_accumulation,
-    )
 
 
 def _batches(run: TrainingRun, first_step: int, last_step: int) -> Iterator[Batch]:

@@ -31,8 +31,7 @@ def check_trained(network: nn.Module, what: str) -> None:
     Raises:
         DivergedError: it has some.
     """
-    bad = [name for name, value in network.named_parameters() if count_bad(value.detach())]
-    if bad:
+    if bad := _bad_parameters(network):
         raise DivergedError(
             f"the weights of the {what} are not finite, so they are not saved: {list_names(bad)}. Start again with a smaller "
             "--lr or --precision fp32"
@@ -132,10 +131,8 @@ class NanGuard:
         Raises:
             DivergedError: a weight is NaN or infinite.
         """
-        state, bad = self._state, dict[str, None]()
-        for network in (state.network, state.ema.network):
-            own = {name: local_shard(parameter.detach()) for name, parameter in network.named_parameters()}
-            bad |= dict.fromkeys(name for name, value in own.items() if count_bad(value))
+        state = self._state
+        bad = dict.fromkeys([*_bad_parameters(state.network), *_bad_parameters(state.ema.network)])
         if self._run.processes.any(bool(bad)):
             raise DivergedError(
                 f"at step {state.step}, weights are not finite: {list_names(bad)}. They are not saved; {self._saved()}. "
@@ -162,6 +159,11 @@ class NanGuard:
     def _saved(self) -> str:
         there = (self._run.folder / CONTENT).exists()
         return f"{CONTENT} was saved before them" if there else f"no {CONTENT} was saved before them"
+
+
+def _bad_parameters(network: nn.Module) -> list[str]:
+    """Names of the parameters with NaN or infinity in this process's shard."""
+    return [name for name, value in network.named_parameters() if count_bad(local_shard(value.detach()))]
 
 
 def _listed(images: list[int]) -> str:

@@ -97,6 +97,12 @@ def check_classes(options: FamilyOptions, dataset: ImageDataset, *, new: bool) -
         UsageError: all images have one label, and the weights are new.
     """
     if options.classes == 1:
+        count = len(set(dataset.stored_labels.tolist()))
+        if new and dataset.survey is not None and count > 1:
+            note(
+                f"the network is unconditional: it ignores the {count:,} classes; --{options.class_flag} "
+                f"{int(dataset.stored_labels.max()) + 1} trains on them"
+            )
         return
     asked, names = f"--{options.class_flag} {options.classes}", class_names(dataset)
     found = dataset.labels.unique().tolist()

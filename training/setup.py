@@ -103,21 +103,8 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     data, experiment, training = options[DatasetOptions], options[ExperimentOptions], options[TrainingOptions]
     _check(training, options[SolverOptions], options[MachineOptions])
     machine = choose_machine(options[MachineOptions], processes)
-    scoring = options[FeatureOptions] if experiment.eval_samples else None
-    own_options = options[task.condition_options] if task.condition_options else None
     with processes.main_first():  # only the main process downloads
-        inputs = _open_inputs(
-            task,
-            data,
-            options[FlipOptions],
-            options[AutoencoderOptions],
-            scoring,
-            own_options,
-            training.seed,
-            machine.for_encoding,
-        )
-    if inputs.features is not None:
-        check_scoring(inputs.features, ("fid",), experiment.eval_samples, len(inputs.dataset), inputs.dataset.facts)
+        inputs = _open_inputs(task, options, machine.for_encoding)
     per_epoch = steps_per_epoch(len(inputs.dataset), training.batch_size * processes.count)
     steps = training.last_step(per_epoch)
     note_long_warmup(training, steps)
@@ -149,17 +136,10 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     configuration = _configuration(options, machine, processes, inputs.dataset)
     resume = processes.from_main(open_experiment(folder, configuration, experiment) if processes.is_main else False)
     if processes.is_main and not resume:
-        _show_reconstructions(inputs, machine, folder / RECONSTRUCTIONS)
+        _show_reconstructions(inputs.autoencoder, inputs.held_out, machine, folder)
+    caches, spare = options[LatentCacheOptions], Path(experiment.save_root) / "latent_cache"
     source, held_out = (
-        open_moments(
-            split,
-            inputs.autoencoder,
-            data,
-            options[LatentCacheOptions],
-            machine.for_encoding,
-            processes,
-            Path(experiment.save_root) / "latent_cache",
-        )
+        open_moments(split, inputs.autoencoder, data, caches, machine.for_encoding, processes, spare)
         for split in (inputs.dataset, inputs.held_out)
     )
     condition = inputs.held_out_condition
@@ -268,27 +248,24 @@ def note_long_warmup(training: TrainingOptions, steps: int) -> None:
         )
 
 
-def _open_inputs(
-    task: TrainingTask,
-    data: DatasetOptions,
-    flip: FlipOptions,
-    autoencoder_options: AutoencoderOptions,
-    features_options: FeatureOptions | None,
-    condition_options: Any,
-    seed: int,
-    machine: Machine,
-) -> _Inputs:
-    dataset, held_out = (choose_flips(task.open(data, split), flip) for split in ("train", "validation"))
+def _open_inputs(task: TrainingTask, options: Options, machine: Machine) -> _Inputs:
+    """Open the data and load the autoencoder and the feature network; the samples can be scored."""
+    data, scored = options[DatasetOptions], options[ExperimentOptions].eval_samples
+    dataset, held_out = (
+        choose_flips(task.open(data, split), options[FlipOptions]) for split in ("train", "validation")
+    )
     show_data(dataset, held_out)
     held_out = held_out.head(HELD_OUT_IMAGES)
-    autoencoder = load_autoencoder(autoencoder_options, dataset.facts.channels).to(machine.device)
+    autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels).to(machine.device)
     features = None
-    if features_options is not None:
+    if scored:
         dataset.check_images("--eval_samples")
-        features = choose_features(features_options, data.dataset, machine)
+        features = choose_features(options[FeatureOptions], data.dataset, machine)
+        check_scoring(features, ("fid",), scored, len(dataset), dataset.facts)
+    own_options = options[task.condition_options] if task.condition_options else None
     condition, held_out_condition = (
-        task.condition(split, autoencoder, machine, condition_options, own_seed) if task.condition else None
-        for split, own_seed in ((dataset, seed), (held_out, seed_for("held-out conditions")))
+        task.condition(split, autoencoder, machine, own_options, seed) if task.condition else None
+        for split, seed in ((dataset, options[TrainingOptions].seed), (held_out, seed_for("held-out conditions")))
     )
     return _Inputs(dataset, held_out, autoencoder, condition, held_out_condition, features)
 
@@ -321,12 +298,12 @@ def _keep_scale(autoencoder: Autoencoder, folder: Path) -> None:
         )
 
 
-def _show_reconstructions(inputs: _Inputs, machine: Machine, record: Path) -> None:
-    """Save a picture of held-out images above their reconstructions, and the PSNR of the autoencoder."""
-    autoencoder = inputs.autoencoder
-    if autoencoder.is_pixel_space or not inputs.held_out.has_images:
+def _show_reconstructions(autoencoder: Autoencoder, held_out: ImageDataset, machine: Machine, folder: Path) -> None:
+    """Save a picture of held-out images above their reconstructions, and the PSNR of the autoencoder, in a run folder."""
+    if autoencoder.is_pixel_space or not held_out.has_images:
         return
+    record = folder / RECONSTRUCTIONS
     picture = record.with_suffix(".png")
-    ratio = draw_reconstructions(autoencoder, inputs.held_out, machine.device, picture)
+    ratio = draw_reconstructions(autoencoder, held_out, machine.device, picture)
     write_json(record, {"psnr_db": ratio, "autoencoder": autoencoder.describe()})
     fact("autoencoder", f"PSNR {ratio:.2f} dB on held-out images; reconstructions: {picture}")

@@ -1,1 +1,1 @@
-"""What the entries of a folder of images or latents are: files, classes, splits, labels, or things to leave out."""
+"""How a folder of images or latents is read: its files, classes, splits and labels, and the entries to leave out."""

@@ -22,6 +22,7 @@ __all__ = ["LABEL_FILES", "UNLABELED", "FileLabels", "number_labels", "read_labe
 LABEL_FILES = ("dataset.json", "metadata.jsonl", "metadata.csv")  # the first kind that labels any image is used
 NAME, LABEL = "file_name", "label"
 UNLABELED = -1  # the number of an image without a label, or of a class that no training image has
+SHOWN_COLUMNS = 5
 LARGEST_ID = 1_000_000  # larger numbers are names
 
 
@@ -54,13 +55,19 @@ def read_labels(files: Iterable[Path], images: Iterable[Path]) -> FileLabels:
         used = list[Path]()
         for file in sorted((f for f in files if f.name.lower() == kind), key=lambda f: (len(f.parts), f)):
             try:
-                found = {_image_path(file.parent, name): _label(value) for name, value in _rows(file)}
+                listed = [(_image_path(file.parent, name), _label(value)) for name, value in _rows(file)]
             except _FormatError as error:
                 ignored.append(f"{file} ({error})")
                 continue
             except (*UNREADABLE, csv.Error) as error:
                 remarks.append(f"cannot read the labels in {file}: {error}")
                 continue
+            found = dict(listed)
+            if twice := [name for name, label in listed if label != found[name]]:
+                remarks.append(
+                    f"{file} has several labels for one image, and the last is used: {len(set(twice)):,} ({twice[0]}"
+                    f"{', ...' if len(set(twice)) > 1 else ''})"
+                )
             if absent := [name for name in found if name not in known and not os.path.exists(name)]:  # noqa: PTH110
                 remarks.append(
                     f"{file} lists images that do not exist: {len(absent):,} ({absent[0]}{', ...' if len(absent) > 1 else ''})"
@@ -89,7 +96,8 @@ def number_labels(labels: FileLabels, training: Sequence[Path]) -> tuple[dict[st
         number_of |= {kind(number): number for number in ids for kind in (int, str)}
     else:
         names = sorted({str(value) for value in present})
-        number_of = {value: names.index(str(value)) for value in present}
+        number_of_name = {name: number for number, name in enumerate(names)}
+        number_of = {value: number_of_name[str(value)] for value in present}
     return {path: UNLABELED if v is None else number_of.get(v, UNLABELED) for path, v in values.items()}, names
 
 
@@ -120,7 +128,8 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         rows = (json.loads(line) for line in text.splitlines() if line.strip())
     for row in rows:
         if not isinstance(row, dict) or row.get(NAME) is None or LABEL not in row:
-            raise _FormatError(f"without the columns {NAME} and {LABEL}")
+            found = ", ".join(map(repr, list(row)[:SHOWN_COLUMNS])) if isinstance(row, dict) else "no columns"
+            raise _FormatError(f"without the columns {NAME} and {LABEL}, but with {found}")
         yield str(row[NAME]), row[LABEL]
 
 

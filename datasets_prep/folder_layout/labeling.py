@@ -51,8 +51,8 @@ def choose_labels(layout: Layout) -> Labeling:
     """
     found = FileLabels({}, "", [], [])
     if layout.label_files:
-        training = layout.train.paths()
-        held_out = [] if layout.held_out is None else layout.held_out.paths()
+        training = layout.train.paths
+        held_out = [] if layout.held_out is None else layout.held_out.paths
         found = read_labels(layout.label_files, [*training, *held_out])
     if not found.source:
         labeling = Labeling(layout.class_folders, remarks=found.remarks, ignored=found.ignored)
@@ -69,5 +69,5 @@ def choose_labels(layout: Layout) -> Labeling:
 
 def label_held_out(labeling: Labeling, tree: FolderTree) -> tuple[list[Path], np.ndarray]:
     """The held-out files in order, and their labels; UNLABELED for files of no training class."""
-    paths = tree.paths()
+    paths = tree.paths
     return paths, labeling.number(paths, tree.root, held_out_base(tree, labeling.classes))

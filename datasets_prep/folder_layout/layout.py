@@ -92,5 +92,5 @@ def _layout_of_splits(root: Path, splits: SplitFolders, suffixes: Collection[str
     for tree in (*(read_tree(folder, suffixes, deep=False) for folder in above), splits.train, splits.held_out):
         layout.left_out.merge(tree.left_out, "/".join(tree.root.relative_to(root).parts))
         layout.label_files += tree.label_files
-    layout.strays += read_tree(inside, suffixes, deep=False).paths()
+    layout.strays += read_tree(inside, suffixes, deep=False).paths
     return layout

@@ -1,4 +1,4 @@
-"""What was found in a folder: the facts that are reported before any work, and what is surprising about them."""
+"""The facts about a folder that are reported before any work, and warnings about surprising ones."""
 
 import os
 from collections import Counter
@@ -108,7 +108,7 @@ def _class_counts(layout: Layout, labeling: Labeling) -> dict[str, int]:
     """Files per class, before any are held out."""
     if labeling.by_path is None:
         return layout.train.counts(layout.base) if labeling.classes else {}
-    labels = Counter(labeling.by_path[str(path)] for path in layout.train.paths())
+    labels = Counter(labeling.by_path[str(path)] for path in layout.train.paths)
     return {name: labels[number] for number, name in enumerate(labeling.classes)}
 
 

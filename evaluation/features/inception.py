@@ -127,10 +127,9 @@ def _build(weights_file: str | None, dims: int) -> tuple[nn.ModuleList, torch.Te
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
         raise UsageError(
             f"cannot load --feature_weights {weights_file} into pytorch_fid's InceptionV3: expected the state dict "
-            f"published at {url} ({reason})"
+            f"published at {url}, but its weights have other names or shapes"
         ) from error
     network.eval().requires_grad_(False)
     needed = INCEPTION_DIMS[: INCEPTION_DIMS.index(dims) + 1]

@@ -197,7 +197,10 @@ def load_kl(folder: Path | None, name: str, scale_factor: float | None) -> KLAut
     except Exception as error:  # diffusers raises many types of error when loading fails
         if not local and is_unreachable(error):
             raise unreachable(name, error) from error
-        reason = (explain_damage(folder) if folder is not None else "") or _reason(error)
+        if folder is not None and not (folder / "config.json").exists():
+            reason = "it has no config.json, so it is not a folder in diffusers format"
+        else:
+            reason = (explain_damage(folder) if folder is not None else "") or _reason(error)
         raise UsageError(f"cannot load the autoencoder {name}: {reason}{_advise(folder)}") from error
     if any(mismatch):
         raise UsageError(
@@ -239,7 +242,7 @@ def _load_network(config: Mapping[str, Any], folder: Path | None, name: str) -> 
     mismatch = _mismatch(found)
     if any(mismatch) and folder is not None:
         mismatch = min(mismatch, load_unwrapped(network, folder, files), key=lambda each: sum(map(len, each)))
-    return network, mismatch
+    return network.float(), mismatch  # diffusers leaves files of several precisions as they are
 
 
 def _check_class(found: str, name: str) -> None:
@@ -279,8 +282,11 @@ def _reason(error: Exception) -> str:
 
 
 def _advise(folder: Path | None) -> str:
+    """Where the files of an autoencoder are, for a folder that holds them in a subfolder."""
     if folder is not None and (folder / "model_index.json").exists() and (folder / "vae").is_dir():
         return f"; this is the folder of a whole pipeline: pass {folder / 'vae'}"
+    if folder is not None and not (folder / "config.json").exists() and (found := sorted(folder.glob("*/config.json"))):
+        return f"; did you mean {found[0].parent}?"
     return ""
 
 

@@ -1,1 +1,1 @@
-"""What only concerns CPUs: their cores, threads and compiled layers."""
+"""Modules for CPUs only: their cores, threads and compiled layers."""

@@ -1,8 +1,8 @@
 """Processes that a cluster's launcher (srun, mpirun, a Kubernetes operator) starts without torchrun.
 
-Such launchers describe each process in variables of their own, which `torch_variables` translates into those of torch's
-launchers. The conventions are from the manuals of Slurm (srun), Open MPI (mpirun), MPICH and Intel MPI (PMI), MVAPICH, IBM's
-jsrun, HPE's PALS and Flux, and from Kubeflow's PyTorchJob.
+Such launchers describe each process in variables of their own, which `torch_variables` translates into the variables of
+torch's launchers. The conventions are from the manuals of Slurm (srun), Open MPI (mpirun), MPICH and Intel MPI (PMI),
+MVAPICH, IBM's jsrun, HPE's PALS and Flux, and from Kubeflow's PyTorchJob.
 """
 
 import os
@@ -123,7 +123,7 @@ def _local_size(described: str, machine: str) -> str:
 
 
 def _operator_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What PyTorchJob leaves out: it starts one process per pod, and sets torch's variables except the local ones."""
+    """The local variables, which PyTorchJob leaves out. It starts one process per pod."""
     given = [environment.get(name, "") for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")]
     if "LOCAL_RANK" in environment or not all(given) or not given[1].isdecimal() or int(given[1]) < 2:
         return {}

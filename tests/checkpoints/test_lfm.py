@@ -194,6 +194,13 @@ def test_optimizer_state_for_other_parameters_is_refused(golden, tmp_path):
         read_published(tmp_path / "content.pth")
 
 
+def test_a_training_state_of_this_project_is_refused_without_asking_for_flags(tmp_path):
+    weights = {"w": torch.zeros(2)}
+    torch.save({"network": weights, "ema": {"weights": weights}}, tmp_path / "content.pth")
+    with pytest.raises(UsageError, match="is a training state for resuming a run: pass a model_"):
+        open_published(tmp_path / "content.pth", {}, "cpu")
+
+
 def test_the_label_map_stage_next_to_a_model_is_found(tmp_path):
     weight = torch.randn(4, 19, 1, 1)
     (tmp_path / "model_175.pth").touch()

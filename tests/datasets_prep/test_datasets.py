@@ -197,7 +197,7 @@ def test_bad_image_is_an_error_that_names_it_or_is_left_out(photo_dir, capsys):
 def test_folder_of_bad_images_only(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.png").write_bytes(b"no image")
-    with pytest.raises(UsageError, match="none of the 2 images can be read"):
+    with pytest.raises(UsageError, match="none of the 2 training images can be read"):
         open_folder(tmp_path, skip_bad_images=True)
 
 

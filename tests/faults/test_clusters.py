@@ -14,7 +14,7 @@ from options import UsageError
 from runtime import distributed, precision
 from runtime.cpu.cores import cpu_quota, usable_cores
 from runtime.distributed import Processes, launch_id, restarts
-from runtime.precision import MachineOptions, choose_device
+from runtime.precision import MachineOptions, choose_device, find_device
 from runtime.processes.clusters import first_host, torch_variables
 from runtime.processes.signals import WARNINGS, StopSignals
 
@@ -234,6 +234,11 @@ def test_there_are_no_more_threads_than_the_quota_allows(monkeypatch):
         monkeypatch.setattr(precision, "cpu_quota", lambda: 3.9)
         choose_device(MachineOptions(device="cpu"))
         assert torch.get_num_threads() == 3
+        set_threads = torch.set_num_threads
+        monkeypatch.setattr(torch, "set_num_threads", lambda count: pytest.fail("the number is right already"))
+        choose_device(MachineOptions(device="cpu"))  # MKL chooses differently once a number was set
+        find_device(MachineOptions(device="cpu"), Processes(1, 2, 1, 2))
+        monkeypatch.setattr(torch, "set_num_threads", set_threads)
         choose_device(MachineOptions(device="cpu", num_threads=5))
         assert torch.get_num_threads() == 5
     finally:

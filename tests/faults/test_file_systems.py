@@ -23,15 +23,16 @@ from runtime import files
 from runtime.distributed import Processes
 from runtime.files import append_line, atomic_path, free_bytes, move_aside, replace_folder, write_json
 from runtime.locks import locked
+from runtime.outputs import write_error
 from runtime.torch_files import read_torch_file, save_content
 from tests.training.test_loop import new_run
 from training import checkpointing, metrics_log
-from training.disk import DiskUse, check_space
 from training.experiment import LOCK, Configuration, ExperimentOptions, only_run_in, open_experiment
 from training.loop import train
 from training.metrics_log import MetricsLog
 from training.nan_guard import NanGuard
 from training.optimizers import OptimizerOptions
+from training.resources import DiskUse, check_space
 from training.state import TrainingState
 
 
@@ -58,6 +59,7 @@ def names(folder):
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF])
 def test_where_nothing_can_be_flushed_files_are_written_all_the_same(tmp_path, monkeypatch, number):
     monkeypatch.setattr(os, "fsync", failing(number))
+    assert write_error(tmp_path) is None
     write_json(tmp_path / "file", 1)
     assert (tmp_path / "file").read_text() == "1\n"
 
@@ -138,6 +140,12 @@ def test_the_systems_error_behind_a_librarys_error_is_reported(tmp_path):
     assert reason.line.endswith(f"{tmp_path}/file: free some space, or choose another folder")
     with pytest.raises(OSError, match="quota"), replace_folder(tmp_path / "folder"):
         raise system_error(errno.EDQUOT)
+
+
+@pytest.mark.parametrize("writing", [atomic_path, replace_folder])
+def test_a_message_for_the_user_is_not_replaced_by_the_systems_error_behind_it(tmp_path, writing):
+    with pytest.raises(UsageError, match="own words"), writing(tmp_path / "file"):
+        raise UsageError("own words") from system_error(errno.ENOENT)
     assert names(tmp_path) == []
 
 

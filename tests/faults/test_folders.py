@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from checkpoints.experiments import newest_model
 from checkpoints.files import read_weights
 from datasets_prep.build_lmdb import list_in_order
 from datasets_prep.datasets import DatasetFacts, DatasetOptions, FlipOptions, ImageDataset, choose_flips, open_dataset
+from datasets_prep.folder_layout.label_files import FileLabels, number_labels
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.folder_layout.splits import name_splits
 from datasets_prep.folders import list_files
@@ -411,6 +413,16 @@ def test_names_as_labels_in_files_of_each_split(tmp_path, file):
     assert "held-out files of no training class, which are left out: 1 (" in warnings_of(root)
 
 
+def test_numbering_many_names_takes_time_in_proportion(tmp_path):
+    """With one search per name, 20,000 names would take many seconds."""
+    paths = [tmp_path / f"{number}.png" for number in range(20_000)]
+    labels = FileLabels({str(path): f"a {path.stem}" for path in paths}, "", [], [])
+    began = time.process_time()
+    numbers, names = number_labels(labels, paths)
+    assert time.process_time() - began < 2
+    assert all(names[numbers[str(path)]] == f"a {path.stem}" for path in paths)
+
+
 def test_one_file_may_label_both_splits(tmp_path):
     root = write(tmp_path, {"train": 2, "test": 1})
     write_labels(root / "metadata.csv", [("train/000.png", 1), (r"train\001.png", 0), ("./test/000.png", 1)])
@@ -449,7 +461,11 @@ def test_partial_labels_give_no_classes(tmp_path):
         ("dataset.json", '{"labels": [["cat/000.png", [0.1, 0.2]]]}', "not class ids or names"),
         ("dataset.json", '{"labels": [["other/000.png", 0]]}', "labels none of the images"),
         ("dataset.json", "{", "cannot read the labels"),
-        ("metadata.csv", "file_name,text\ncat/000.png,a cat\n", "without the columns file_name and label"),
+        (
+            "metadata.csv",
+            "file_name,text\ncat/000.png,a cat\n",
+            "without the columns file_name and label, but with 'file_name', 'text'",
+        ),
         ("metadata.csv", "file_name,label\n" + 200_000 * "x" + ",0\n", "cannot read the labels"),
         ("metadata.csv", "file_name;label\ncat/000.png;0\n", "without the columns file_name and label"),
         (
@@ -476,6 +492,21 @@ def test_class_ids_without_images_and_images_without_files(tmp_path):
     assert open_folder(root).labels.tolist() == [1, 3, 1]
     assert f"classes from {root / 'metadata.csv'} without images: 2 (0, 2)" in warnings_of(root)
     assert "lists images that do not exist: 1 (" in warnings_of(root)
+
+
+def test_two_labels_of_one_image_are_told(tmp_path):
+    root = write(tmp_path, {".": 4})
+    labels = [(f"{index:03d}.png", "ab"[index % 2]) for index in range(4)]
+    write_labels(root / "metadata.csv", [*labels, labels[0]])
+    assert "several labels" not in warnings_of(root)
+    write_labels(root / "metadata.csv", [*labels, ("000.png", "b")])
+    assert f"has several labels for one image, and the last is used: 1 ({root / '000.png'})" in warnings_of(root)
+
+
+def test_a_folder_of_an_lmdb_is_told(tmp_path):
+    (tmp_path / "data.mdb").touch()
+    with pytest.raises(UsageError, match=r"not read: .*\.mdb\)\); for an LMDB, pass another --dataset"):
+        open_folder(tmp_path)
 
 
 def test_latents_have_label_files_too(tmp_path):
@@ -515,6 +546,16 @@ def test_missing_classes_are_told_and_trained_without(capsys):
     assert "label 1, 2, 3, 4, 5, 6, 7, 8, 9, 10 and 989 more: " in capsys.readouterr().err
     for options in (DiTOptions(num_classes=2), DiTOptions(num_classes=1)):
         check_classes(options, labeled([0, 1, 1]), new=True)
+    assert capsys.readouterr().err == ""
+
+
+def test_an_unconditional_network_says_that_it_ignores_class_folders(tmp_path, capsys):
+    pets = open_folder(write(tmp_path / "pets", {"cat": 3, "dog": 3, "eel": 3}))
+    check_classes(DiTOptions(), pets, new=True)
+    shown = " ".join(capsys.readouterr().err.split())
+    assert "the network is unconditional: it ignores the 3 classes; --num_classes 3 trains on them" in shown
+    check_classes(DiTOptions(), pets, new=False)
+    check_classes(DiTOptions(), open_folder(write(tmp_path / "flat", {".": 4})), new=True)
     assert capsys.readouterr().err == ""
 
 

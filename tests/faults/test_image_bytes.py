@@ -117,7 +117,7 @@ def test_label_maps_with_damaged_metadata_are_read(tmp_path):
         (b"PK\x03\x04 and more", "it holds a zip archive; unpack it"),
         (b"\xff\x0a and more", "it holds a JPEG XL image"),
         (b"\0\x05\x16\x07\0\2\0\0Mac OS X", "it holds metadata of macOS"),
-        (b"a letter", "its format is not that of an image"),
+        (b"a letter", "it is not in a known image format"),
     ],
 )
 def test_a_file_that_holds_something_else_is_told_apart(tmp_path, content, found):

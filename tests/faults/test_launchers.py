@@ -50,6 +50,9 @@ class Data:
         ("DATADIR='/data/a # b'", "/data/a # b"),
         ("# DATADIR=/other\nDATADIR=/data", "/data"),
         ("DATADIR=/data\t#x", "/data"),
+        (r"DATADIR=/data/it\'s # the first", "/data/it's"),
+        (r'DATADIR="/a \" # b"', '/a " # b'),
+        (r"DATADIR='/a\' # b", "/a\\"),
     ],
 )
 def test_a_number_sign_begins_a_comment_only_at_the_start_of_a_word(tmp_path, line, expected):

@@ -2,16 +2,22 @@
 
 import errno
 import os
+import re
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset
 from datasets_prep.latent_cache import build_latent_cache
 from evaluation.sources import open_source
-from exits import LONGEST_MESSAGE, explain
+from exits import INTERRUPTED, LONGEST_MESSAGE, explain, guarded_imports
+from models.autoencoders.kl import new_autoencoder_kl
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.edm_unet import EdmUNetOptions
+from models.registry import build_network
 from options import UsageError
 from runtime.distributed import join_processes
 from runtime.precision import Machine
@@ -82,6 +88,32 @@ def test_a_message_is_one_line_of_limited_length():
     assert len(explanation.line) < LONGEST_MESSAGE + 10
 
 
+def test_a_message_gives_the_systems_errors_in_words_and_a_path_once():
+    error = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "a/b.npz")
+    assert explain(UsageError(f"cannot read a/b.npz: {error}")).line == (
+        "error: cannot read a/b.npz: No such file or directory"
+    )
+    assert explain(UsageError(f"no labels ({error}): check")).line == (
+        "error: no labels (No such file or directory: 'a/b.npz'): check"
+    )
+    assert explain(UsageError("no hub ([Errno -2] Name or service not known), stop")).line == (
+        "error: no hub (Name or service not known), stop"
+    )
+
+
+def test_imports_end_scripts_in_one_line(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as ended, guarded_imports():
+        import no_such_package.part  # noqa: F401
+    assert ended.value.code == 2
+    assert "lacks the package no_such_package: run `source .venv/bin/activate`" in capsys.readouterr().err
+    with pytest.raises(ModuleNotFoundError), guarded_imports():  # a bug, or another version
+        import runtime.no_such_module  # noqa: F401
+    with pytest.raises(SystemExit) as ended, guarded_imports():
+        raise KeyboardInterrupt
+    assert ended.value.code == INTERRUPTED
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 # By case: the script, its flags, and what its error line says.
 CASES = {
     "beyond 64 bits": ("datasets_prep/masks.py", ["OUT", "--seed", 10**30], "--seed: expected an integer of 64 bits"),
@@ -146,3 +178,21 @@ def test_weights_of_another_type_are_refused(dtype, own):
 def test_weights_in_half_precision_and_counters_are_accepted():
     own = {"a": torch.ones(2), "count": torch.zeros((), dtype=torch.int64)}
     check_finite({"a": torch.ones(2).half(), "count": torch.ones((), dtype=torch.int64)}, "the file", own)
+
+
+@pytest.mark.parametrize("kind", ["adm", "ddpm++"])
+def test_an_odd_number_of_channels_is_refused(kind):
+    options = EdmUNetOptions(nf=5, ch_mult=(1,), num_res_blocks=1, num_in_channels=3, num_out_channels=3)
+    with pytest.raises(UsageError, match=f"--nf 5: {re.escape(kind)} embeds times in pairs of sines and cosines"):
+        build_network(kind, 8, options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_autoencoder_of_several_precisions_is_computed_in_one(dtype, tmp_path):
+    new_autoencoder_kl(3, (8, 16), 2, 16, {}).save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    name = sorted(weights)[0]
+    save_file(weights | {name: weights[name].to(dtype)}, file)
+    autoencoder = load_autoencoder(AutoencoderOptions(str(tmp_path)), 3)
+    assert {value.dtype for value in autoencoder.network.state_dict().values()} == {torch.float32}

@@ -163,6 +163,48 @@ def test_every_mode_refuses_a_network_that_overflows(mode, method, tmp_path, pho
         call(tmp_path, checkpoint, *MODES[mode], "--method", method, "--num_steps", 3, "--datadir", photo_dir)
 
 
+@pytest.fixture
+def held_out_dir(photo_dir):
+    """A folder with a training split and eleven held-out images."""
+    (photo_dir / "cat").rename(photo_dir / "train")
+    (photo_dir / "dog").rename(photo_dir / "val")
+    return photo_dir
+
+
+def test_one_likelihood_that_is_not_finite_is_left_out_of_the_mean(tmp_path, held_out_dir, monkeypatch, capsys):
+    def with_nan(*arguments):
+        found = log_likelihood(*arguments)
+        found.log_density[-1] = math.nan
+        return found
+
+    checkpoint = write_checkpoint(tmp_path / "model_1.safetensors")
+    flags = ("--compute_nll", "--n_sample", 3, "--datadir", held_out_dir, "--method", "euler", "--num_steps", 2)
+    (whole,) = call(tmp_path, checkpoint, *flags, "--batch_size", 3)
+    monkeypatch.setattr("sampling.likelihood.log_likelihood", with_nan)
+    (part,) = call(tmp_path, checkpoint, *flags, "--batch_size", 3)
+    assert "1 of 3 likelihoods of images are not finite (NaN or infinity): index 2" in capsys.readouterr().err
+    assert (whole["images"], part["images"]) == (3, 2)
+    assert math.isfinite(part["bits_per_dimension"])
+    assert "of 2 held-out images" in part["summary"]
+
+
+def test_one_inverted_image_that_is_not_finite_is_left_out_of_the_statistics(
+    tmp_path, held_out_dir, monkeypatch, capsys
+):
+    def with_nan(*arguments, backwards=False, **rest):
+        solution = solve(*arguments, backwards=backwards, **rest)
+        if backwards:
+            solution.x[1] = math.nan
+        return solution
+
+    monkeypatch.setattr("sampling.latent_paths.solve", with_nan)
+    checkpoint = write_checkpoint(tmp_path / "model_1.safetensors")
+    flags = ("--mode", "invert", "--pictured", 3, "--datadir", held_out_dir, "--method", "euler", "--num_steps", 2)
+    (result,) = call(tmp_path, checkpoint, *flags)
+    assert "1 of 3 inverted images are not finite (NaN or infinity): index 1" in capsys.readouterr().err
+    assert all(math.isfinite(result[name]) for name in ("noise_mean", "noise_std", "latent_rms_error"))
+
+
 def test_one_sample_of_many_is_a_warning_in_the_result(tmp_path, monkeypatch):
     checkpoint = write_checkpoint(tmp_path / "model_1.safetensors")
     noise = Sampler.noise

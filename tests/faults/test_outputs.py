@@ -74,6 +74,27 @@ def test_probes_leave_nothing_behind(tmp_path, blocked):
     check_file("", "--output_json")
 
 
+def test_devices_pipes_and_logs_need_no_folder_that_can_be_written(tmp_path, read_only):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "log").write_text("before\n")
+    read_only(tmp_path)
+    check_file(tmp_path / "pipe", "--output_json")
+    check_file(tmp_path / "log", "--output_log", appended=True)
+    with (tmp_path / "log").open("a") as opened:
+        check_file(f"/proc/self/fd/{opened.fileno()}", "--output_log", appended=True)
+    for path, appended in ((tmp_path / "log", False), (tmp_path / "new", True)):
+        with pytest.raises(UsageError, match="Read-only file system"):
+            check_file(path, "--output_log", appended=appended)
+
+
+def test_what_is_read_only_is_replaced_but_not_appended_to(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    check_file(tmp_path / "file", "--output_json")
+    with pytest.raises(UsageError, match="it is read-only"):
+        check_file(tmp_path / "file", "--output_log", appended=True)
+
+
 def test_a_full_disk_is_noticed(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -114,6 +135,7 @@ def test_a_read_only_checkpoint_folder_needs_another_output_folder(
     assert (tmp_path / "nfe.json").exists()
     (result,) = sample(checkpoint, "--output_dir", tmp_path / "png", "--save_images", "png")
     assert Path(result["grid"]).parent == tmp_path / "png_grid"
+    assert result["files"] == str(tmp_path / "png")
     assert Path(result["grid"]).exists()
     assert "so the picture and the result are in" in capsys.readouterr().err
     assert len(list((tmp_path / "png").glob("*.png"))) == 3
@@ -123,14 +145,20 @@ def test_a_read_only_checkpoint_folder_needs_another_output_folder(
             next(sample(checkpoint, *flags))
 
 
-@pytest.mark.parametrize("failing", ["save_sheet", "write_result"])
-def test_a_result_is_yielded_before_the_error_of_writing_it(failing, tmp_path, checkpoint, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "failing"),
+    [
+        ("sample", "sampling.sample_and_score.save_sheet"),
+        *((mode, "sampling.results.write_json") for mode in ("sample", "interpolate", "trajectory", "compute_nfe")),
+    ],
+)
+def test_a_result_is_yielded_before_the_error_of_writing_it(mode, failing, tmp_path, checkpoint, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
-    monkeypatch.setattr(f"sampling.sample_and_score.{failing}", full)
-    results = sample(checkpoint, "--output_dir", tmp_path / "out")
-    assert next(results)["samples"] == 3
+    monkeypatch.setattr(failing, full)
+    results = sample(checkpoint, "--output_dir", tmp_path / "out", "--mode", mode)
+    assert next(results)["summary" if mode != "sample" else "samples"]
     with pytest.raises(UsageError, match=r"the result above is complete, but .*: somewhere: No space left on device"):
         next(results)
 

@@ -181,7 +181,7 @@ def test_errors_offer_what_the_command_has(tmp_path):
     for call in (lambda: read_image(tmp_path / "bad.png", 8), lambda: image_extent(tmp_path / "bad.png", "bad.png")):
         with pytest.raises(BadImageError, match="--skip_bad_images"):
             call()
-    with pytest.raises(BadImageError, match="^cannot read the image number 3: its format is not that of an image "):
+    with pytest.raises(BadImageError, match="^cannot read the image number 3: it is not in a known image format "):
         decode_image(b"no image", 8, "number 3")
     source = open_source(tmp_path)
     for call in (source.read, source.extent, open_source(tmp_path, 8).read):

@@ -22,9 +22,9 @@ from runtime.files import remove_leftovers
 from runtime.torch_files import read_torch_file
 from tests.training.test_loop import assert_same_run, new_run
 from training.checkpointing import remove_older
-from training.disk import check_space, predict_use
 from training.loop import train
 from training.optimizers import OptimizerOptions
+from training.resources import check_space, predict_use
 from training.state import TrainingState
 from training.state_file import has_state, read_newest, save_state
 

@@ -15,8 +15,9 @@ from tests.fuzz.scripts import Declared, command_of
 
 __all__ = ["Case", "command_line", "draw_case", "read_cases", "takes_long"]
 
-# Starting other processes, compiling, and waiting for other machines take longer than a case may.
-NEVER_VARIED = frozenset(("compile", "num_process_per_node", "num_proc_node"))
+# Starting other processes, compiling, and waiting for other machines take longer than a case may; a case's limit of memory is
+# too low for hundreds of threads.
+NEVER_VARIED = frozenset(("compile", "num_process_per_node", "num_proc_node", "num_threads"))
 USUAL = (1, 1, 2, 2, 3, 4, 8)  # integers that many options allow
 INTEGERS = (0, -1, 1, 2, 3, 5, 7, 16, 100, 2**31, 2**63, 10**30)
 NUMBERS = ("0", "-1", "1", "0.5", "2", "1e30", "-1e30", "1e-30", "nan", "inf", "-inf", "1e-12", "0.999999")

@@ -18,8 +18,9 @@ from runtime.distributed import Processes
 from runtime.memory import StepMemory, measure_activations
 from runtime.precision import Machine
 from training.data import Batch, batches
-from training.loop import estimate_memory, train
+from training.loop import train
 from training.optimizers import OptimizerOptions
+from training.resources import estimate_memory
 from training.state import TrainingState
 
 specification = importlib.util.spec_from_file_location(

@@ -203,7 +203,7 @@ def test_interpolation_ends_at_the_samples_of_both_seeds(call, tmp_path):
         for row in range(2):
             tile = tile_of(sheet, row, column)
             assert np.abs(tile - images[row]).max() <= 1
-    with pytest.raises(UsageError, match="--seeds: expected two seeds, but 3 were given"):
+    with pytest.raises(UsageError, match="--seeds: expected two seeds, but found 3"):
         call("--mode", "interpolate", *flags, "--seeds", 1, 2, 3)
 
 

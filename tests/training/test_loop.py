@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import training.loop
+import training.resources
 from checkpoints.files import read_weights
 from checkpoints.header import Header
 from datasets_prep.datasets import DatasetFacts, ImageDataset
@@ -25,7 +26,8 @@ from runtime.distributed import Processes
 from runtime.precision import Machine
 from runtime.torch_files import read_torch_file
 from training.experiment import ExperimentOptions
-from training.loop import estimate_memory, train
+from training.loop import train
+from training.resources import estimate_memory
 from training.run import TrainingOptions, TrainingRun
 from training.state import TrainingState
 from training.validation import Validation
@@ -326,7 +328,7 @@ def test_training_state_is_saved_only_if_requested_or_needed(tmp_path):
 def test_the_memory_of_a_step_is_shown_on_gpus_only(tmp_path, monkeypatch, capsys):
     train(new_run(tmp_path / "cpu", max_steps=1), resume=False)
     assert "memory" not in capsys.readouterr().out
-    monkeypatch.setattr(training.loop, "free_memory", lambda device: (10**9, 2 * 10**9))
+    monkeypatch.setattr(training.resources, "free_memory", lambda device: (10**9, 2 * 10**9))
     train(new_run(tmp_path / "gpu", max_steps=1), resume=False)
     shown = capsys.readouterr()
     assert (
@@ -335,7 +337,7 @@ def test_the_memory_of_a_step_is_shown_on_gpus_only(tmp_path, monkeypatch, capsy
     )
     assert "1.0 of 2.0 GB are free, enough for" in shown.out
     assert "warning" not in shown.err
-    monkeypatch.setattr(training.loop, "free_memory", lambda device: (10**5, 10**5))
+    monkeypatch.setattr(training.resources, "free_memory", lambda device: (10**5, 10**5))
     train(new_run(tmp_path / "small", max_steps=1, batch_size=20), resume=False)
     assert "warning: the training step is estimated to need 0.0 GB" in capsys.readouterr().err
 
@@ -344,8 +346,8 @@ def test_a_network_whose_memory_cannot_be_estimated_is_trained(tmp_path, monkeyp
     def fails(*arguments):
         raise RuntimeError("data-dependent")
 
-    monkeypatch.setattr(training.loop, "free_memory", lambda device: (10**9, 10**9))
-    monkeypatch.setattr(training.loop, "measure_activations", fails)
+    monkeypatch.setattr(training.resources, "free_memory", lambda device: (10**9, 10**9))
+    monkeypatch.setattr(training.resources, "measure_activations", fails)
     assert train(new_run(tmp_path, max_steps=1), resume=False)
     assert "note: the memory of a step was not estimated: RuntimeError" in capsys.readouterr().err
 

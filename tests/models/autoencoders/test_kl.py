@@ -237,6 +237,11 @@ def test_damaged_folder_is_named(saved, damage):
     assert "network" not in str(raised.value).removeprefix(f"cannot load the autoencoder {saved}")
 
 
+def test_a_folder_above_autoencoders_names_one(saved):
+    with pytest.raises(UsageError, match=rf"it has no config.json, so .*; did you mean {saved}\?"):
+        load(saved.parent)
+
+
 def test_a_failed_download_hints_at_a_local_folder(monkeypatch):
     def unreachable(*arguments, **settings):
         raise OSError("We couldn't connect\nto the hub")

@@ -1,19 +1,25 @@
-"""Prediction of a run's disk use, a check of the free space before it starts, and tolerance of failed writes during it."""
+"""The disk space that a run needs and the memory of its steps, checked before it starts, and tolerance of failed writes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from models.conditions import Condition
+from models.registry import NETWORKS
 from options import UsageError
 from runtime.files import free_bytes
-from runtime.messages import warn
+from runtime.memory import StepMemory, advise, describe_free, free_memory, measure_activations
+from runtime.messages import fact, note, warn
 from runtime.outputs import with_unit
 from training.experiment import ExperimentOptions
 from training.optimizers import Muon
+from training.run import TrainingRun
 from training.state import TrainingState
 
-__all__ = ["DiskUse", "WriteGuard", "check_space", "predict_use"]
+__all__ = ["DiskUse", "WriteGuard", "check_space", "estimate_memory", "predict_use", "show_memory"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,52 @@ def check_space(folder: Path, use: DiskUse) -> str:
     return (
         f"{with_unit(use.total)} for {use.checkpoints} checkpoints of {with_unit(use.weights)} and {use.contents} "
         f"content.pth of {with_unit(use.content)}; {with_unit(free)} free"
+    )
+
+
+def show_memory(run: TrainingRun) -> None:
+    """On a GPU, print the estimated memory of a step, and what to change if it does not fit."""
+    space = free_memory(run.machine.device)
+    if space is None:
+        return
+    try:
+        needed = estimate_memory(run)
+    except Exception as error:  # a network that somebody registered may read values, which an estimate does not have
+        note(f"the memory of a step was not estimated: {type(error).__name__}")
+        return
+    fact(
+        "memory",
+        f"{needed.describe()}; {describe_free(*space)}, enough for {needed.largest(space[0]):,} images at once",
+    )
+    if advice := advise(needed, space[0], run.training.batch_size, run.header.network.use_grad_checkpointing):
+        warn(advice)
+
+
+def estimate_memory(run: TrainingRun) -> StepMemory:
+    """Estimate the memory of a step in each process. The weights may be on any device, but must not be sharded yet."""
+    options, dense, device = run.training, run.header.dense, run.machine.device
+
+    def loss(network: Callable[..., torch.Tensor], count: int) -> torch.Tensor:
+        data, noise = torch.rand(2, count, *run.header.latent_shape, device=device)
+        maps = None
+        if dense is not None:
+            maps = torch.rand(count, dense.classes or dense.channels, *data.shape[2:], device=device)
+        condition = Condition(torch.zeros(count, dtype=torch.long, device=device), maps)
+        draws = run.objective.at(torch.rand(count, device=device))
+        return run.objective.loss(run.machine.evaluating(network), data, noise, draws, condition).mean()
+
+    share = 1 / (run.processes.count if run.is_sharded else 1)
+    weights = share * sum(tensor.numel() * tensor.element_size() for tensor in run.network.state_dict().values())
+    trained = share * sum(p.numel() * p.element_size() for p in run.network.parameters() if p.requires_grad)
+    # Adam has two states per weight, and Muon has one.
+    matrices = NETWORKS[run.header.model_type].hidden_matrices(run.network) if options.optimizer == "muon" else []
+    return StepMemory(
+        weights=weights,
+        gradients=trained,
+        optimizer=2 * trained - sum(matrix.numel() * matrix.element_size() for matrix in matrices),
+        average=weights,
+        activations=measure_activations(run.network, loss, device),
+        images=options.batch_size // options.grad_accumulation,
     )
 
 
