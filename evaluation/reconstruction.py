@@ -25,7 +25,7 @@ from evaluation.sources import ImageSource, dataset_source, image_batches
 from evaluation.summary import Gatherer, Summary
 from exits import exit_cleanly
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
-from models.autoencoders.pixels import decode_checked, images_to_pixels
+from models.autoencoders.pixels import decode_images, images_to_pixels
 from models.autoencoders.protocol import Autoencoder
 from options import option
 from runtime.files import write_json
@@ -55,7 +55,7 @@ def reconstruct(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     Raises:
         UsageError: more than a few are not finite. A few cause a warning.
     """
-    decoded, finite = decode_checked(autoencoder, autoencoder.sample(autoencoder.encode(images)))
+    decoded, finite = decode_images(autoencoder, autoencoder.sample(autoencoder.encode(images)))
     require_finite(finite, "reconstructions of a batch")
     return decoded
 

@@ -16,7 +16,7 @@ from datasets_prep.datasets import DatasetFacts, like_originals
 from flow.guidance import GuidanceOptions, GuidedVelocity
 from flow.ode import Draw
 from flow.solvers import SolverOptions, solve
-from models.autoencoders.pixels import decode_checked
+from models.autoencoders.pixels import decode_images
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition, DenseInput
 from options import UsageError
@@ -131,7 +131,7 @@ class Sampler:
         return images, tuple(index for index, fine in zip(indices, finite.tolist(), strict=True) if not fine)
 
     def _decode(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        images, finite = decode_checked(self.autoencoder, latents)
+        images, finite = decode_images(self.autoencoder, latents)
         return like_originals(images, self.facts).cpu(), finite.cpu()
 
     @cached_property

@@ -24,7 +24,7 @@ from flow.ode import Draw, Solution, SolverOptions, Velocity, solution_with_coun
 from flow.paths import PathOptions, straight_path
 from flow.solvers import SOLVERS, Method
 from models.autoencoders.loading import AUTOENCODERS, AutoencoderOptions
-from models.autoencoders.pixels import images_to_pixels, pixels_to_images
+from models.autoencoders.pixels import images_to_pixels
 from models.autoencoders.protocol import AutoencoderFacts
 from models.conditions import Condition
 from models.dit import DIT_SIZES, DiTOptions, build_dit
@@ -136,8 +136,12 @@ class SpaceToDepth:
         return moments.float()
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Latents to uint8 images [B, C, H, W]."""
-        return pixels_to_images(functional.pixel_shuffle(latents, self.factor))
+        """Latents to pixels [B, C, H, W] in [-1, 1]."""
+        return functional.pixel_shuffle(latents, self.factor)
+
+    def lipschitz_bound(self, side: int) -> float | None:
+        """Decoding only moves numbers, so it keeps distances."""
+        return 1.0
 
 
 def load_space_to_depth(options: AutoencoderOptions, channels: int) -> SpaceToDepth:

@@ -101,6 +101,12 @@ class ExperimentOptions:
     eval_samples: int = option(
         0, "samples to score at every validation; 0: validation loss only", minimum=0, on_resume="freely", common=True
     )
+    validate_excess: int = option(
+        0,
+        "points at which every validation measures the excess loss over training images (docs/theory.md); 0: none",
+        minimum=0,
+        on_resume="freely",
+    )
     log_every: int = option(50, "steps between lines of metrics.jsonl", minimum=1, on_resume="freely")
 
 

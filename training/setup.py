@@ -13,11 +13,12 @@ from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, ImageDataset, choose_flips
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
-from datasets_prep.moments import open_moments
+from datasets_prep.moments import MomentSource, open_moments
 from evaluation.checks import check_scoring
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.reconstruction import draw_reconstructions
+from evaluation.trained_flow import ExactPoints
 from flow.guidance import GuidanceOptions
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
 from flow.paths import PathOptions
@@ -142,6 +143,8 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         for split in (inputs.dataset, inputs.held_out)
     )
     condition = inputs.held_out_condition
+    # A sharded network needs all processes for every evaluation, so each process evaluates all points and samples.
+    validating = Processes() if training.fsdp else processes
     validation = Validation(
         header=header,
         dataset=inputs.dataset,
@@ -157,9 +160,9 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         samples=experiment.eval_samples,
         features=inputs.features,
         grid=options[GridOptions],
-        # A sharded network needs all processes for every evaluation, so each process draws all samples.
-        processes=Processes() if training.fsdp else processes,
+        processes=validating,
         conditioned=ConditionedImages(inputs.held_out, condition) if condition else None,
+        exact=_exact_points(experiment.validate_excess, header, source, inputs.autoencoder, machine, validating),
     )
     run = TrainingRun(
         folder=folder,
@@ -176,6 +179,21 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         condition=inputs.condition,
     )
     return run, resume
+
+
+def _exact_points(
+    count: int, header: Header, source: MomentSource, autoencoder: Autoencoder, machine: Machine, processes: Processes
+) -> ExactPoints | None:
+    """Points at which validations measure the excess loss; None if `count` is 0.
+
+    Raises:
+        UsageError: the network takes a dense condition, given which the exact velocity is unknown.
+    """
+    if not count:
+        return None
+    if header.dense is not None:
+        raise UsageError("--validate_excess needs a network without a dense condition")
+    return ExactPoints.draw(header, source, autoencoder, count, machine.device, processes)
 
 
 def _header(

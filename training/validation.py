@@ -14,6 +14,7 @@ from datasets_prep.datasets import HELD_OUT_IMAGES, ImageDataset
 from datasets_prep.moments import MomentSource
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.score import reference_statistics, score_images
+from evaluation.trained_flow import ExactPoints
 from flow.guidance import GuidanceOptions
 from flow.objectives import Objective
 from flow.solvers import SolverOptions
@@ -53,6 +54,7 @@ class Validation:
         conditioned: held-out images with dense conditions, for networks that take one.
         processes: share the work.
         precise: draw samples in float32.
+        exact: points with the exact velocity, to measure the excess loss; None: it is not measured.
     """
 
     header: Header
@@ -71,6 +73,7 @@ class Validation:
     processes: Processes = Processes()  # noqa: RUF009
     conditioned: ConditionedImages | None = None
     precise: bool = False
+    exact: ExactPoints | None = None
 
     @property
     def criterion(self) -> str:
@@ -80,7 +83,9 @@ class Validation:
         return f"{self.features.label} of {self.samples} samples, {self.solver}, {self.guidance}"
 
     def evaluate(self, network: nn.Module) -> dict[str, float]:
-        """Compute the values to record. "objective" is the score if samples are scored, else the validation loss.
+        """Compute the values to record, with "excess" if there are exact points.
+
+        "objective" is the score if samples are scored, else the validation loss.
 
         If more than a few samples are not finite, there is no score, and the objective is infinite.
         """
@@ -89,6 +94,9 @@ class Validation:
             network, self.objective, self.held_out, self.autoencoder, self.machine, self.processes, condition
         )
         values["objective"] = values["loss"]
+        if self.exact is not None:
+            velocity = self.machine.evaluating(self.objective.velocity(network))
+            values["excess"] = self.exact.excess(velocity, self.processes)
         if self.features is not None:
             reference = reference_statistics(self.dataset, self.features, self.derived, processes=self.processes)
             tally = FiniteTally(self.samples)

@@ -20,7 +20,8 @@ from diffusers.utils import logging
 from torch import nn
 
 from models.autoencoders.hub import check_hub, is_unreachable, unreachable
-from models.autoencoders.pixels import images_to_pixels, pixels_to_images
+from models.autoencoders.lipschitz import decoder_bound
+from models.autoencoders.pixels import images_to_pixels
 from models.autoencoders.protocol import AutoencoderFacts
 from models.autoencoders.scale import has_superseded_scale, latent_scale
 from models.autoencoders.weight_files import explain_damage, find_weight_files, has_standard_name, load_unwrapped
@@ -121,12 +122,15 @@ class KLAutoencoder:
         z = mean if noise is None else mean + (0.5 * logvar).exp() * noise
         return (z - self.mean) / self.std
 
-    @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode scaled latents [B, c, h, w] to uint8 images [B, C, H, W], in chunks to limit memory."""
-        z = (latents.float() * self.std + self.mean).contiguous(memory_format=torch.channels_last)
+        """Decode scaled latents [B, c, h, w] to pixels [B, C, H, W], about in [-1, 1], in chunks to limit memory."""
         chunk = _chunk(latents.shape[2] * latents.shape[3] * self.factor**2, latents.device)
-        return torch.cat([pixels_to_images(decode_pixels(self.network, part)) for part in z.split(chunk)])
+        z = (latents.float() * self.std + self.mean).contiguous(memory_format=torch.channels_last)
+        return torch.cat([decode_pixels(self.network, part) for part in z.split(chunk)])
+
+    def lipschitz_bound(self, side: int) -> float | None:
+        """A certified Lipschitz constant of `decode` for latents with sides `side`; None if a layer is unknown."""
+        return decoder_bound(self.network, side, float(self.std.max()))
 
 
 def encode_moments(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,5 @@
 """Conversion between images and pixels in [-1, 1], and pixel space: the autoencoder whose latents are pixels."""
 
-from contextvars import ContextVar
 from typing import Self
 
 import torch
@@ -8,13 +7,9 @@ import torch
 from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from runtime.finite import finite_rows
 
-__all__ = ["DECODING", "PixelSpace", "decode_checked", "images_to_pixels", "pixels_to_images"]
+__all__ = ["DECODING", "PixelSpace", "decode_images", "images_to_pixels", "pixels_to_images"]
 
 DECODING = {"precision": "fp32", "rounding": "round(127.5 x + 127.5), clamped to 0..255"}  # recorded in every result
-
-
-# During `decode_checked`: for each call of `pixels_to_images`, which images had finite pixels, bool [B].
-_finite_pixels: ContextVar[list[torch.Tensor] | None] = ContextVar("finite_pixels", default=None)
 
 
 def images_to_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -25,29 +20,20 @@ def images_to_pixels(images: torch.Tensor) -> torch.Tensor:
 def pixels_to_images(pixels: torch.Tensor) -> torch.Tensor:
     """Convert float pixels to uint8 images with the rounding in DECODING.
 
-    No other step quantizes images. NaN becomes black, and infinity black or white; `decode_checked` reports both.
+    No other step quantizes images. NaN becomes black, and infinity black or white; `decode_images` reports both.
     """
-    if (finite := _finite_pixels.get()) is not None:
-        finite.append(finite_rows(pixels))
     return (pixels.float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def decode_checked(autoencoder: Autoencoder, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.no_grad()
+def decode_images(autoencoder: Autoencoder, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Decode scaled latents [B, c, h, w].
 
     Returns:
         Images uint8 [B, C, H, W], and which of them come from finite latents and finite pixels, bool [B].
     """
-    finite = finite_rows(latents)
-    token = _finite_pixels.set([])
-    try:
-        images = autoencoder.decode(latents)
-        found = _finite_pixels.get() or []
-    finally:
-        _finite_pixels.reset(token)
-    if sum(map(len, found)) == len(finite):  # an autoencoder may quantize in another way
-        finite = finite & torch.cat(found)
-    return images, finite
+    pixels = autoencoder.decode(latents)
+    return pixels_to_images(pixels), finite_rows(latents) & finite_rows(pixels)
 
 
 class PixelSpace:
@@ -81,5 +67,9 @@ class PixelSpace:
         return moments
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Convert pixels [B, C, H, W] to uint8 images."""
-        return pixels_to_images(latents)
+        """The pixels, unchanged."""
+        return latents
+
+    def lipschitz_bound(self, side: int) -> float | None:
+        """1, because nothing changes."""
+        return 1.0

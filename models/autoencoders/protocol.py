@@ -2,7 +2,7 @@
 
 `encode` maps uint8 images [B, C, H, W] to `moments`: the posterior's mean and log-variance [B, 2 c, h, w], or the latent
 [B, c, h, w] for an autoencoder without a posterior. `sample` turns moments into latents of about unit scale. `decode` maps
-latents to images.
+latents to pixels.
 """
 
 import math
@@ -91,5 +91,12 @@ class Autoencoder(Protocol):
         ...
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Decode scaled latents [B, c, h, w] to uint8 images [B, C, H, W]."""
+        """Decode scaled latents [B, c, h, w] to pixels [B, C, H, W], about in [-1, 1]; differentiable in the latents.
+
+        `models.autoencoders.pixels.decode_images` rounds pixels to images.
+        """
+        ...
+
+    def lipschitz_bound(self, side: int) -> float | None:
+        """A certified Lipschitz constant of `decode` for latents with sides `side`; None if none is known."""
         ...

@@ -25,7 +25,7 @@ class Brighter(PixelSpace):
     """Adds two gray levels to every pixel."""
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return super().decode(latents) + 2
+        return super().decode(latents) + 2 / 127.5
 
 
 def padded_dataset() -> ImageDataset:

@@ -1,14 +1,20 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.moments import EncodedImages
+from evaluation.trained_flow import ExactPoints
 from flow.objectives import FlowMatching
 from flow.paths import PathOptions
 from models.autoencoders.pixels import PixelSpace
+from runtime.distributed import Processes
 from runtime.precision import Machine
+from tests.training.test_loop import metrics_of, new_run
 from training import validation
+from training.loop import train
 from training.validation import validation_loss
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
@@ -99,3 +105,18 @@ def test_fewer_images_than_quarters(source):
     source._dataset = source._dataset.head(2)
     source.labels = source.labels[:2]
     assert loss_of(LinearVelocity(0.5), source).keys() == {"loss", "loss_q2", "loss_q4"}
+
+
+def test_a_run_records_its_excess_loss(tmp_path):
+    run = new_run(tmp_path / "run", experiment={"validate_excess": 12})
+    exact = ExactPoints.draw(run.header, run.source, run.autoencoder, 12, run.machine.device, Processes())
+    run = replace(run, validation=replace(run.validation, exact=exact))
+    train(run, resume=False)
+    values = [entry["excess"] for entry in metrics_of(tmp_path / "run") if "excess" in entry]
+    assert len(values) > 1
+    assert values[-1] < values[0]
+
+
+def test_the_excess_loss_is_not_measured_by_default(tmp_path):
+    train(new_run(tmp_path / "run"), resume=False)
+    assert not any("excess" in entry for entry in metrics_of(tmp_path / "run"))

@@ -1,0 +1,240 @@
+"""A trained network next to the exact velocity of the latents that it was trained on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from checkpoints.files import load_model
+from checkpoints.header import Header
+from datasets_prep.datasets import (
+    HELD_OUT_IMAGES,
+    DatasetOptions,
+    FlipOptions,
+    ImageDataset,
+    choose_flips,
+    open_dataset,
+)
+from datasets_prep.latent_cache import LatentCacheOptions
+from datasets_prep.moments import MomentSource, open_moments
+from flow.empirical import Components, EmpiricalVelocity
+from flow.guidance import Network
+from flow.objectives import OBJECTIVES
+from flow.paths import straight_path
+from models.autoencoders.protocol import Autoencoder
+from models.conditions import Condition
+from options import UsageError, as_json, option
+from runtime.distributed import Processes
+from runtime.precision import Machine
+from runtime.randomness import generator_for
+
+__all__ = [
+    "DataFolderOptions",
+    "ExactPoints",
+    "Latents",
+    "TrainedFlow",
+    "exact_velocity",
+    "open_trained_flow",
+    "posterior",
+]
+
+TIMES = 32  # of ExactPoints
+BATCH = 256
+NUMBERS_PER_PART = 1 << 22  # of each part of the mixture; 32 MiB in float64
+
+
+@dataclass(frozen=True)
+class DataFolderOptions:
+    """Data."""
+
+    datadir: str = option("./data", "directory of the dataset's files and latent caches", common=True)
+
+
+class Latents(NamedTuple):
+    """Latents of images, with noise for them.
+
+    Args:
+        data: posterior samples, as training draws them [N, c, h, w].
+        noise: standard normal, like `data`.
+        labels: the network's class ids [N].
+        indices: indices of the images [N].
+    """
+
+    data: torch.Tensor
+    noise: torch.Tensor
+    labels: torch.Tensor
+    indices: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TrainedFlow:
+    """A network in float32, its autoencoder, and posterior moments of its training images and of held-out images."""
+
+    path: str
+    header: Header
+    network: Network
+    autoencoder: Autoencoder
+    dataset: ImageDataset
+    training: MomentSource
+    held_out: MomentSource
+    device: torch.device
+
+    def exact(self, bandwidth: float = 0.0) -> EmpiricalVelocity:
+        """The exact velocity of the training latents, smoothed by normal noise of standard deviation `bandwidth`."""
+        return exact_velocity(self.header, self.training, self.autoencoder, self.device, bandwidth)
+
+    def draw(self, source: MomentSource, count: int, generator: torch.Generator, mirror: bool = True) -> Latents:
+        """Draw latents of a source's images; see `draw_latents`. If `mirror` is False, no image is mirrored."""
+        flips = self.header.dataset.flips and mirror
+        return draw_latents(source, self.autoencoder, count, generator, self.device, self.header.num_classes, flips)
+
+    def describe(self) -> dict[str, Any]:
+        """The first entries of every result."""
+        return {
+            "checkpoint": self.path,
+            "step": self.header.step,
+            "weights_sha256": self.header.weights_sha256,
+            "autoencoder": as_json(self.autoencoder.describe()),
+            "dataset": self.header.dataset.name,
+            "images": len(self.training),
+        }
+
+    def condition(self, labels: torch.Tensor) -> Condition:
+        """The condition of labels [B]; label K is the null class."""
+        return Condition(labels)
+
+
+def open_trained_flow(checkpoint: str, data: DataFolderOptions, device: torch.device) -> TrainedFlow:
+    """Load a checkpoint with the latents of its dataset, which are encoded first if there is no latent cache.
+
+    Raises:
+        UsageError: the checkpoint cannot be read or takes a dense condition, or the dataset is missing.
+    """
+    model = load_model(checkpoint, device)
+    header = model.header
+    if header.dense is not None:
+        raise UsageError(
+            f"{checkpoint} was trained for {header.task}: the exact velocity given a dense condition is not known, so this "
+            "needs a network without one"
+        )
+    own = DatasetOptions(header.dataset.name, data.datadir, header.dataset.image_size)
+    flips = FlipOptions("on" if header.dataset.flips else "off")
+    training = choose_flips(open_dataset(own, "train"), flips)
+    held_out = open_dataset(own, "validation").head(HELD_OUT_IMAGES)
+    machine = Machine(device, "fp32")
+    sources = [
+        open_moments(each, model.autoencoder, own, LatentCacheOptions(), machine) for each in (training, held_out)
+    ]
+    objective = OBJECTIVES[header.objective].build(header.path)
+    network = objective.velocity(model.network.requires_grad_(False))
+    return TrainedFlow(checkpoint, header, network, model.autoencoder, training, sources[0], sources[1], device)
+
+
+def draw_latents(
+    source: MomentSource,
+    autoencoder: Autoencoder,
+    count: int,
+    generator: torch.Generator,
+    device: torch.device,
+    num_classes: int,
+    flips: bool,
+) -> Latents:
+    """Draw images, each at most once if there are enough, samples of their posteriors, and noise.
+
+    Args:
+        source: posterior moments.
+        autoencoder: samples the posteriors.
+        count: number of images N.
+        generator: the random numbers, on the CPU.
+        device: of the result.
+        num_classes: the network's number of classes; with 1, all labels are 0.
+        flips: mirror images with probability 1/2.
+    """
+    rounds = -(-count // len(source))
+    indices = torch.cat([torch.randperm(len(source), generator=generator) for _ in range(rounds)])[:count]
+    mirrored = (torch.rand(count, generator=generator) < 0.5) & flips
+    mean, std = posterior(autoencoder, source.moments(indices, mirrored).to(device))
+    own, noise = (torch.randn(mean.shape, generator=generator).to(device) for _ in range(2))
+    labels = source.labels[indices] if num_classes > 1 else torch.zeros(count, dtype=torch.long)
+    return Latents(mean + std * own, noise, labels.to(device), indices)
+
+
+@dataclass(frozen=True)
+class ExactPoints:
+    """Fixed points on the path of training images with the exact velocity there, to measure networks by.
+
+    Args:
+        count: number of points of all processes.
+        times, x_t, velocity, labels: of this process's points.
+    """
+
+    count: int
+    times: torch.Tensor
+    x_t: torch.Tensor
+    velocity: torch.Tensor
+    labels: torch.Tensor
+
+    @classmethod
+    def draw(
+        cls,
+        header: Header,
+        source: MomentSource,
+        autoencoder: Autoencoder,
+        count: int,
+        device: torch.device,
+        processes: Processes,
+    ) -> "ExactPoints":
+        """Draw `count` points at evenly spaced times, always the same ones, and compute the exact velocity of a share."""
+        generator = generator_for(0, "exact points")
+        latents = draw_latents(source, autoencoder, count, generator, device, header.num_classes, header.dataset.flips)
+        rows = torch.arange(processes.rank, count, processes.count, device=device)
+        grid = (torch.arange(TIMES, device=device) + 0.5) / TIMES
+        times = grid[torch.arange(count, device=device) % TIMES][rows]
+        x_t, _ = straight_path(times, latents.data[rows], latents.noise[rows], header.path.sigma_min)
+        labels = latents.labels[rows]
+        exact = exact_velocity(header, source, autoencoder, device)
+        return cls(count, times, x_t, exact(times, x_t, Condition(labels)), labels)
+
+    @torch.no_grad()
+    def excess(self, network: Network, processes: Processes) -> float:
+        """The mean squared distance of the network's velocity from the exact one, per dimension."""
+        parts = zip(*(each.split(BATCH) for each in (self.times, self.x_t, self.labels, self.velocity)), strict=True)
+        total = torch.zeros((), dtype=torch.float64)
+        for t, x, labels, exact in parts:
+            error = (network(t, x, Condition(labels)).float() - exact).square().flatten(1).mean(1)
+            total += error.double().sum().cpu()
+        return processes.sum(total).item() / self.count
+
+
+def exact_velocity(
+    header: Header, source: MomentSource, autoencoder: Autoencoder, device: torch.device, bandwidth: float = 0.0
+) -> EmpiricalVelocity:
+    """The velocity that minimizes the flow matching loss on the images of `source`, and on their mirror images if used.
+
+    Every posterior is one component, because training samples it afresh in each step.
+    """
+    return EmpiricalVelocity(
+        partial(_components, source, autoencoder, device, header.dataset.flips),
+        classes=header.num_classes,
+        sigma_min=header.path.sigma_min,
+        bandwidth=bandwidth,
+    )
+
+
+def posterior(autoencoder: Autoencoder, moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the scaled latents [B, c, h, w]; the latter is 0 without a posterior."""
+    mean = autoencoder.sample(moments)
+    return mean, autoencoder.sample(moments, torch.ones_like(mean)) - mean
+
+
+def _components(
+    source: MomentSource, autoencoder: Autoencoder, device: torch.device, flips: bool
+) -> Iterator[Components]:
+    size = source.moments(torch.tensor([0]), torch.tensor([False])).numel()
+    for indices in torch.arange(len(source)).split(max(1, NUMBERS_PER_PART // size)):
+        labels = source.labels[indices].to(device)
+        for mirrored in (False, True)[: 1 + flips]:
+            moments = source.moments(indices, torch.full((len(indices),), mirrored))
+            yield Components(*posterior(autoencoder, moments.to(device)), labels)

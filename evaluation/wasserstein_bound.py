@@ -1,0 +1,290 @@
+"""Evaluate LFM's bound of the Wasserstein-2 distance between images and samples, with every factor, next to measured distances.
+
+    python -m evaluation.wasserstein_bound CHECKPOINT --datadir data
+
+The bound is the autoencoder's error plus the decoder's Lipschitz constant times a bound of the latents' distance
+(flow/bounds.py). All distances are Euclidean, of pixels in [-1, 1] without padding and of scaled latents. The flow has no
+guidance, and samples get the labels of training images. Numbers from finitely many points are estimates; only the product
+bound of the decoder is a certificate. docs/theory.md derives the bounds and explains the results.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from command_line import leading_word, parse_options
+from datasets_prep.datasets import crop_padding
+from evaluation.excess_loss import ExcessOptions, Mean, measure_errors, midpoints
+from evaluation.trained_flow import DataFolderOptions, Latents, TrainedFlow, open_trained_flow
+from evaluation.wasserstein import exact_distance, over_subsets, sinkhorn_distance, sliced_distance
+from exits import exit_cleanly
+from flow.bounds import decoded_bound, flow_bound, lfm_bound, young_bound
+from flow.guidance import Network
+from flow.lipschitz import jacobian_norm, logarithmic_norm
+from models.autoencoders.pixels import images_to_pixels
+from options import option
+from runtime.files import write_json
+from runtime.messages import fact, labeled, note, show_result
+from runtime.plots import figure_file, require_plots
+from runtime.precision import DeviceOptions, choose_device
+from runtime.progress import progress_bar
+from runtime.randomness import generator_for
+
+__all__ = ["BoundOptions", "FlowRates", "describe", "measure_bound"]
+
+SUBSETS = 4  # of the points of each measured distance
+
+
+@dataclass(frozen=True)
+class BoundOptions(ExcessOptions):
+    """Wasserstein bound."""
+
+    paths: int = option(64, "pairs of paths from the same noise, along which rates are estimated", minimum=2)
+    lanczos_steps: int = option(8, "Lanczos steps of each norm", minimum=1)
+    samples: int = option(2000, "points of each measured distance, in four subsets", minimum=2 * SUBSETS)
+    batch_size: int = option(250, "points per batch", minimum=1)
+
+
+@dataclass(frozen=True)
+class FlowRates:
+    """What happens along pairs of paths from the same noise, one of the exact velocity and one of the network's.
+
+    Args:
+        errors: distance of both velocities at the exact path [T, P].
+        rates: logarithmic norm of the network's velocity, the largest of three points between the paths [T, P].
+        norms: norm of its Jacobian at the exact path [T, P].
+        ends: the paths' ends, of the exact velocity and of the network's [2, P, c, h, w].
+    """
+
+    errors: torch.Tensor
+    rates: torch.Tensor
+    norms: torch.Tensor
+    ends: torch.Tensor
+
+
+def measure_bound(flow: TrainedFlow, options: BoundOptions) -> dict[str, Any]:
+    """Compute the bounds, their factors, and measured distances."""
+    exact = flow.exact()
+    widths = torch.full((options.times,), 1 / options.times, dtype=torch.float64)
+    excess = measure_errors(flow, exact, flow.training, options).excess.mean(2)  # per dimension [T, P]
+    dimensions = math.prod(flow.header.latent_shape)
+    errors = (dimensions * excess.mean(1)).sqrt()
+    latents = flow.draw(flow.training, options.paths, generator_for(options.seed, "paths"))
+    along = _follow(flow, exact, latents, options)
+    decoder = _decoder_norms(flow, latents.data, options)
+    reconstruction = _reconstruction_error(flow, options)
+
+    largest, lipschitz = along.rates.amax(1), along.norms.max().item()
+    # W2 between the latents and the end of the exact flow, where a share of noise is left.
+    leftover = flow.header.path.sigma_min * math.sqrt(dimensions)
+    of_latents = {
+        "lfm": lfm_bound(0.0, 1.0, errors, lipschitz, widths),
+        "young": young_bound(errors, largest, widths).item() + leftover,
+        "uniform": flow_bound(errors, largest, widths).item() + leftover,
+        "along_paths": flow_bound(along.errors, along.rates, widths).square().mean().sqrt().item() + leftover,
+        "coupling": _apart(*along.ends) + leftover,
+    }
+    of_pixels = {name: decoded_bound(reconstruction, decoder["largest"], bound) for name, bound in of_latents.items()}
+    of_pixels["lfm"] = lfm_bound(reconstruction, decoder["largest"], errors, lipschitz, widths)
+    with torch.no_grad():
+        decoded = _apart(*(_decoded(flow, each) for each in along.ends))
+    of_pixels["coupling"] = decoded_bound(reconstruction + decoded, decoder["largest"], leftover)
+    in_latents, in_pixels = _measured(flow, options)
+    return {
+        "times": midpoints(options.times).tolist(),
+        "reconstruction": reconstruction,
+        "decoder": decoder,
+        "velocity_lipschitz": lipschitz,
+        "rates": {"largest": largest.tolist(), "mean": along.rates.mean(1).tolist()},
+        "norms": {"largest": along.norms.amax(1).tolist(), "mean": along.norms.mean(1).tolist()},
+        "errors": errors.tolist(),
+        "excess": {"by_time": excess.mean(1).tolist(), "value": excess.mean().item()},
+        "latents": {"bounds": of_latents, "measured": in_latents},
+        "pixels": {"bounds": of_pixels, "measured": in_pixels},
+        "certificates": ["decoder: product"],  # all other numbers are estimates
+    }
+
+
+@torch.no_grad()
+def _follow(flow: TrainedFlow, exact: Network, latents: Latents, options: BoundOptions) -> FlowRates:
+    """Integrate both flows from the same noise by the midpoint rule, and look at each midpoint."""
+    condition = flow.condition(latents.labels)
+    generator = generator_for(options.seed, "directions")
+    start = torch.randn(latents.noise.shape, generator=generator).to(latents.noise)
+    z = other = latents.noise
+    errors, rates, norms = [], [], []
+    for time in progress_bar(midpoints(options.times).flip(0).tolist(), desc="paths", unit="time"):
+        half = 0.5 / options.times
+        early, middle = (torch.full((len(z),), at, device=z.device) for at in (time + half, time))
+        at, beside = (x - half * velocity(early, x, condition) for velocity, x in ((exact, z), (flow.network, other)))
+        best, predicted = exact(middle, at, condition), flow.network(middle, at, condition)
+        velocity = partial(_with_condition, flow.network, middle, condition)
+        between = [at + share * (beside - at) for share in (0.0, 0.5, 1.0)]
+        grown = [logarithmic_norm(velocity, x, start, options.lanczos_steps) for x in between]
+        errors.append((best - predicted).double().flatten(1).norm(dim=1))
+        rates.append(torch.stack(grown).amax(0))
+        norms.append(jacobian_norm(velocity, at, start, options.lanczos_steps))
+        z, other = z - 2 * half * best, other - 2 * half * flow.network(middle, beside, condition)
+    of_velocities, of_paths, of_jacobians = (torch.stack(each[::-1]).cpu() for each in (errors, rates, norms))
+    return FlowRates(of_velocities, of_paths, of_jacobians, torch.stack([z, other]))
+
+
+def _apart(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Root mean square distance of pairs of points [P, ...]."""
+    return (first - second).double().flatten(1).norm(dim=1).square().mean().sqrt().item()
+
+
+def _with_condition(network: Network, t: torch.Tensor, condition: Any, x: torch.Tensor) -> torch.Tensor:
+    return network(t, x, condition)
+
+
+def _decoder_norms(flow: TrainedFlow, latents: torch.Tensor, options: BoundOptions) -> dict[str, Any]:
+    """Norms of the decoder's Jacobian at latents, and the certified product of its layers' constants."""
+    generator = generator_for(options.seed, "decoder")
+    start = torch.randn(latents.shape, generator=generator).to(latents)
+    norms = torch.cat(
+        [
+            jacobian_norm(partial(_decoded, flow), part, direction, options.lanczos_steps)
+            for part, direction in zip(latents.split(16), start.split(16), strict=True)
+        ]
+    )
+    product = flow.autoencoder.lipschitz_bound(flow.header.latent_size)
+    return {"largest": norms.max().item(), "mean": norms.mean().item(), "product": product}
+
+
+def _decoded(flow: TrainedFlow, latents: torch.Tensor) -> torch.Tensor:
+    return crop_padding(flow.autoencoder.decode(latents), flow.header.dataset)
+
+
+@torch.no_grad()
+def _reconstruction_error(flow: TrainedFlow, options: BoundOptions) -> float:
+    """Root mean square distance of training images and decoded posterior samples."""
+    latents = flow.draw(flow.training, options.samples, generator_for(options.seed, "reconstruction"), mirror=False)
+    total = 0.0
+    for data, indices in zip(
+        latents.data.split(options.batch_size), latents.indices.split(options.batch_size), strict=True
+    ):
+        images = _images(flow, indices).to(data)
+        total += (_decoded(flow, data) - images).double().square().sum().item()
+    return math.sqrt(total / len(latents.data))
+
+
+def _images(flow: TrainedFlow, indices: torch.Tensor) -> torch.Tensor:
+    """Pixels in [-1, 1] of training images without padding."""
+    images = torch.stack([flow.dataset[index] for index in indices.tolist()])
+    return crop_padding(images_to_pixels(images), flow.header.dataset)
+
+
+@torch.no_grad()
+def _measured(flow: TrainedFlow, options: BoundOptions) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Distances of samples, and of other training images, from training images, in latents and in pixels."""
+    first, second = (
+        flow.draw(flow.training, options.samples, generator_for(options.seed, name), mirror=False)
+        for name in ("real", "other")
+    )
+    batches = zip(first.noise.split(options.batch_size), first.labels.split(options.batch_size), strict=True)
+    samples = torch.cat([_sample(flow, noise, labels, options.times) for noise, labels in batches])
+    decoded = torch.cat([_decoded(flow, part).clamp(-1, 1).cpu() for part in samples.split(options.batch_size)])
+    latents = (first.data, samples, second.data)
+    pixels = (_images(flow, first.indices), decoded, _images(flow, second.indices))
+    in_latents, in_pixels = (_distances(*(each.flatten(1).cpu() for each in points)) for points in (latents, pixels))
+    return in_latents, in_pixels
+
+
+def _sample(flow: TrainedFlow, noise: torch.Tensor, labels: torch.Tensor, steps: int) -> torch.Tensor:
+    """Samples of the network's flow without guidance, by the midpoint rule."""
+    x, condition = noise, flow.condition(labels)
+    for time in midpoints(steps).flip(0).tolist():
+        half = 0.5 / steps
+        early, middle = (torch.full((len(x),), at, device=x.device) for at in (time + half, time))
+        x = x - 2 * half * flow.network(middle, x - half * flow.network(early, x, condition), condition)
+    return x
+
+
+def _distances(real: torch.Tensor, samples: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
+    """Distances of samples from real points, and of other real points from them, which shows the bias of finite sets."""
+    measures = {"exact": exact_distance, "sliced": sliced_distance, "sinkhorn": sinkhorn_distance}
+    result: dict[str, Any] = {}
+    for name, measure in measures.items():
+        try:
+            result[name] = {
+                role: Mean(*over_subsets(measure, real, points, SUBSETS))._asdict()
+                for role, points in (("samples", samples), ("real", other))
+            }
+        except ImportError:
+            note("entropic distances need POT: pip install POT")
+    return result
+
+
+BOUND_LINES = {
+    "lfm": "LFM's form",
+    "young": "logarithmic norms, Young",
+    "uniform": "logarithmic norms",
+    "along_paths": "along paths",
+    "coupling": "distance of paired paths",
+}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result in labeled lines."""
+    decoder = result["decoder"]
+    product = "unknown" if decoder["product"] is None else f"10^{math.log10(decoder['product']):.1f} (certified)"
+    lines = [
+        labeled("decoded", f"autoencoder's error {result['reconstruction']:.3f} (estimate)"),
+        labeled(
+            "decoder", f"Lipschitz constant {decoder['largest']:.3f} (estimate, mean {decoder['mean']:.3f}), {product}"
+        ),
+        labeled("velocity", f"Lipschitz constant {result['velocity_lipschitz']:.2f} (estimate)"),
+    ]
+    for space in ("latents", "pixels"):
+        bounds = (f"{text} {result[space]['bounds'][name]:.4g}" for name, text in BOUND_LINES.items())
+        lines.append(labeled(space, f"bounds of W2 (estimates): {', '.join(bounds)}"))
+        for name, values in result[space]["measured"].items():
+            samples, real = (Mean(**values[role]) for role in ("samples", "real"))
+            lines.append(labeled("", f"{name} distance: {samples}; of other images: {real}"))
+    return "\n".join(lines)
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Plot errors and rates along t, and all bounds and distances."""
+    times = result["times"]
+    with figure_file(path, columns=3) as (left, middle, right):
+        left.plot(times, result["errors"], marker=".")
+        left.set(title="error of the velocity, e(t)", xlabel="t (0: data, 1: noise)")
+        for key, name in (("norms", "norm of the Jacobian"), ("rates", "logarithmic norm")):
+            for statistic, style in (("largest", "-"), ("mean", ":")):
+                middle.plot(times, result[key][statistic], style, label=f"{name}, {statistic}")
+        middle.set(title="spreading of the network's flow", xlabel="t (0: data, 1: noise)", yscale="symlog")
+        middle.legend()
+        bars = {text: result["pixels"]["bounds"][name] for name, text in BOUND_LINES.items()}
+        bars |= {f"measured, {name}": each["samples"]["value"] for name, each in result["pixels"]["measured"].items()}
+        right.barh(list(bars)[::-1], [min(value, 1e30) for value in bars.values()][::-1])
+        right.set(title="W2 of images and samples, pixels", xscale="log")
+        for axis in (left, middle, right):
+            axis.grid(alpha=0.3)
+
+
+def main() -> None:
+    """Evaluate the bound for a checkpoint, print it, and write JSON and plot."""
+    checkpoint, words = leading_word("CHECKPOINT, a model_*.safetensors file")
+    options = parse_options(
+        str(__doc__), [BoundOptions, DataFolderOptions, DeviceOptions], words, positional="CHECKPOINT"
+    )
+    own = options[BoundOptions]
+    require_plots()
+    flow = open_trained_flow(checkpoint, options[DataFolderOptions], choose_device(options[DeviceOptions]))
+    flow.dataset.check_images("the Wasserstein bound")
+    result = {**flow.describe(), **measure_bound(flow, own)}
+    stem = Path(own.output_dir or Path(checkpoint).parent / "samples") / f"{Path(checkpoint).stem}_bound"
+    write_json(stem.with_suffix(".json"), result)
+    show_result(describe(result))
+    plot(result, stem.with_suffix(".png"))
+    fact("plot", str(stem.with_suffix(".png")))
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
