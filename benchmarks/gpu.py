@@ -46,7 +46,7 @@ from evaluation.features.inception import InceptionFeatures
 from exits import exit_cleanly
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
-from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pixels import PixelSpace, decode_images
 from models.conditions import Condition
 from models.dit import DiTOptions
 from models.edm_unet import EdmUNetOptions
@@ -278,7 +278,7 @@ def measure_autoencoder(sizes: Sizes, device: torch.device, seconds: float) -> l
             return autoencoder.encode(images)
 
     latents = autoencoder.sample(encode())
-    runs = {"encoding, bf16": encode, "decoding, fp32": lambda: autoencoder.decode(latents)}
+    runs = {"encoding, bf16": encode, "decoding, fp32": lambda: decode_images(autoencoder, latents)}
     rates = {name: sizes.encoded / seconds_of(run, device, seconds) for name, run in runs.items()}
     return [[f"{name}, {sizes.side} pixels", f"{sizes.encoded}", f"{rate:,.1f}"] for name, rate in rates.items()]
 

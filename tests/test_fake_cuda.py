@@ -27,7 +27,7 @@ from flow.paths import PathOptions
 from flow.repaint import replace_known
 from flow.solvers import SOLVERS, SolverOptions, solve
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
-from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pixels import PixelSpace, decode_images
 from models.conditions import Condition, DenseInput
 from models.dit import DIT_SIZES, DiTOptions, build_dit, hidden_matrices
 from models.family import Family
@@ -393,8 +393,9 @@ def test_samples_are_drawn_and_decoded(fake_cuda, precision, guide):
 def test_latents_are_decoded_in_float32(fake_cuda, monkeypatch):
     autoencoder = new_autoencoder(monkeypatch)
     with Products() as products:
-        images = autoencoder.decode(torch.rand(2, 4, 8, 8, device=CUDA))
+        images, finite = decode_images(autoencoder, torch.rand(2, 4, 8, 8, device=CUDA))
     assert products.dtypes == {torch.float32}
+    assert (finite.device, finite.dtype, finite.shape) == (CUDA, torch.bool, (2,))
     assert (images.device, images.dtype, images.shape) == (CUDA, torch.uint8, (2, 3, 16, 16))
 
 
