@@ -87,6 +87,13 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "evaluation.reconstruction": (
         f"{PHOTOS} --pretrained_autoencoder_ckpt ae --features inception --picture new.png --output_json new.json",
     ),
+    "evaluation.excess_loss": (
+        "guide.safetensors --datadir photos --times 2 --points 4 --output_dir new --device cpu",
+    ),
+    "evaluation.wasserstein_bound": (
+        "guide.safetensors --datadir photos --times 2 --points 4 --paths 2 --samples 16 --lanczos_steps 1 --output_dir new "
+        "--device cpu",
+    ),
     "checkpoints.convert": (
         f"published/model_5.pth new.safetensors {DIT} {PIXELS} --dataset folder --image_size 8",
         "guide.safetensors new.pth",
