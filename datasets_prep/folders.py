@@ -21,7 +21,7 @@ from runtime.messages import note
 
 __all__ = ["ClassFiles", "list_files", "list_split", "open_folder", "open_imagenet", "state_of_files"]
 
-HELD_OUT_EVERY = 20  # without held-out images in a folder of their own, every twentieth image is held out
+HELD_OUT_EVERY = 20  # every twentieth image is held out if no folder holds validation images
 IMAGENET_TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 LMDB_ADVICE = "for an LMDB, pass another --dataset (docs/datasets.md)"
 NAMED_CLASSES = 10  # at most so many class names in an error message

@@ -35,7 +35,7 @@ HEIF_BRANDS = frozenset((b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b
 def picture_of_png(data: bytes) -> bytes | None:
     """The PNG `data` without its metadata, except transparency and a sound EXIF block.
 
-    None if `data` is no PNG, ends within a chunk, or has no metadata.
+    Returns None if `data` is not a PNG, ends within a chunk, or has no metadata.
     """
     if not data.startswith(PNG_SIGNATURE):
         return None

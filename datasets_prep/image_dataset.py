@@ -35,7 +35,7 @@ class DatasetFacts:
         channels: channels of the images.
         crop: side to which samples are cropped; None if the dataset adds no padding.
         flips: whether mirror images belong to the distribution.
-        class_names: empty if there are no classes, or more than LISTED_CLASSES.
+        class_names: by label; empty without classes or with more than LISTED_CLASSES.
     """
 
     name: str

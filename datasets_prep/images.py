@@ -123,7 +123,7 @@ def image_extent(source: str | Path | BinaryIO, name: str) -> tuple[int, int]:
     """The height and width of the image that `open_rgb` returns, usually without decoding it.
 
     Raises:
-        BadImageError: the file is no image; the message contains `name`.
+        BadImageError: the file is not an image; the message contains `name`.
     """
     width, height = _opened(source, name, _upright_size)
     return height, width

@@ -116,7 +116,7 @@ class LmdbImages:
         """The height and width of an image, usually without decoding it.
 
         Raises:
-            BadImageError: the value is no image.
+            BadImageError: the value is not an image.
         """
         value = self._value(index)
         if self._side is not None and len(value) == 3 * self._side**2:

@@ -105,7 +105,7 @@ def choose_cache_folder(
         spare: folder for the caches of read-only data folders.
 
     Raises:
-        UsageError: the folder cannot be written, and there is no other.
+        UsageError: neither that folder nor `spare` can be written.
     """
     root = Path(cache.latent_cache_dir or data.derived / "latent_cache")
     folder = _with_orientations(cache_folder(root, dataset, autoencoder), dataset)

@@ -15,17 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from command_line import leading_word, parse_options
 from datasets_prep.moments import MomentSource
-from evaluation.trained_flow import DataFolderOptions, Latents, TrainedFlow, open_trained_flow
+from evaluation.trained_flow import Latents, TrainedFlow, measure_checkpoint
 from exits import exit_cleanly
 from flow.guidance import Network
 from flow.paths import straight_path
 from options import option
-from runtime.files import write_json
-from runtime.messages import fact, labeled, show_result
-from runtime.plots import figure_file, require_plots
-from runtime.precision import DeviceOptions, choose_device
+from runtime.messages import labeled
+from runtime.plots import figure_file
 from runtime.progress import progress_bar
 from runtime.randomness import generator_for
 
@@ -210,19 +207,7 @@ def _draw(axis: Any, times: list[float], curve: dict[str, Any], label: str) -> N
 
 def main() -> None:
     """Measure a checkpoint's excess loss, print it, and write JSON and plot."""
-    checkpoint, words = leading_word("CHECKPOINT, a model_*.safetensors file")
-    groups = [ExcessOptions, DataFolderOptions, DeviceOptions]
-    options = parse_options(str(__doc__), groups, words, positional="CHECKPOINT")
-    own = options[ExcessOptions]
-    require_plots()
-    flow = open_trained_flow(checkpoint, options[DataFolderOptions], choose_device(options[DeviceOptions]))
-    result = {**flow.describe(), **measure_excess(flow, own)}
-    folder = Path(own.output_dir or Path(checkpoint).parent / "samples")
-    stem = folder / f"{Path(checkpoint).stem}_excess"
-    write_json(stem.with_suffix(".json"), result)
-    show_result(describe(result))
-    plot(result, stem.with_suffix(".png"))
-    fact("plot", str(stem.with_suffix(".png")))
+    measure_checkpoint(str(__doc__), ExcessOptions, "excess", measure_excess, describe, plot)
 
 
 if __name__ == "__main__":

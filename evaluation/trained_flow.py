@@ -1,14 +1,16 @@
 """A trained network next to the exact velocity of the latents that it was trained on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from checkpoints.files import load_model
 from checkpoints.header import Header
+from command_line import leading_word, parse_options
 from datasets_prep.datasets import (
     HELD_OUT_IMAGES,
     DatasetOptions,
@@ -27,7 +29,11 @@ from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition
 from options import UsageError, as_json, option
 from runtime.distributed import Processes
-from runtime.precision import Machine
+from runtime.files import write_json
+from runtime.messages import fact, show_result
+from runtime.outputs import check_folder
+from runtime.plots import require_plots
+from runtime.precision import DeviceOptions, Machine, choose_device
 from runtime.randomness import generator_for
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "Latents",
     "TrainedFlow",
     "exact_velocity",
+    "measure_checkpoint",
     "open_trained_flow",
     "posterior",
 ]
@@ -104,6 +111,43 @@ class TrainedFlow:
     def condition(self, labels: torch.Tensor) -> Condition:
         """The condition of labels [B]; label K is the null class."""
         return Condition(labels)
+
+
+def measure_checkpoint(
+    documentation: str,
+    options_type: type[Any],
+    name: str,
+    measure: Callable[[TrainedFlow, Any], dict[str, Any]],
+    describe: Callable[[dict[str, Any]], str],
+    plot: Callable[[dict[str, Any], Path], None],
+) -> None:
+    """Run a script that measures the checkpoint named on the command line: print the result, and write JSON and a plot.
+
+    Args:
+        documentation: of the script.
+        options_type: dataclass of its options, with `output_dir`.
+        name: end of the files' names.
+        measure: computes the result.
+        describe: the lines to print.
+        plot: draws the result into a PNG file.
+
+    Raises:
+        UsageError: the checkpoint or its data cannot be read, the files cannot be written, or matplotlib is missing.
+    """
+    checkpoint, words = leading_word("CHECKPOINT, a model_*.safetensors file")
+    groups = [options_type, DataFolderOptions, DeviceOptions]
+    options = parse_options(documentation, groups, words, positional="CHECKPOINT")
+    own = options[options_type]
+    folder = Path(own.output_dir or Path(checkpoint).parent / "samples")
+    require_plots()
+    flow = open_trained_flow(checkpoint, options[DataFolderOptions], choose_device(options[DeviceOptions]))
+    check_folder(folder, "--output_dir")
+    result = {**flow.describe(), **measure(flow, own)}
+    show_result(describe(result))
+    stem = folder / f"{Path(checkpoint).stem}_{name}"
+    write_json(f"{stem}.json", result)
+    plot(result, Path(f"{stem}.png"))
+    fact("plot", f"{stem}.png")
 
 
 def open_trained_flow(checkpoint: str, data: DataFolderOptions, device: torch.device) -> TrainedFlow:

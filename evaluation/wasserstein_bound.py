@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from command_line import leading_word, parse_options
 from datasets_prep.datasets import crop_padding
 from evaluation.excess_loss import ExcessOptions, Mean, measure_errors, midpoints
-from evaluation.trained_flow import DataFolderOptions, Latents, TrainedFlow, open_trained_flow
+from evaluation.trained_flow import Latents, TrainedFlow, measure_checkpoint
 from evaluation.wasserstein import exact_distance, over_subsets, sinkhorn_distance, sliced_distance
 from exits import exit_cleanly
 from flow.bounds import decoded_bound, flow_bound, lfm_bound, young_bound
@@ -27,10 +26,8 @@ from flow.guidance import Network
 from flow.lipschitz import jacobian_norm, logarithmic_norm
 from models.autoencoders.pixels import images_to_pixels
 from options import option
-from runtime.files import write_json
-from runtime.messages import fact, labeled, note, show_result
-from runtime.plots import figure_file, require_plots
-from runtime.precision import DeviceOptions, choose_device
+from runtime.messages import labeled, note
+from runtime.plots import figure_file
 from runtime.progress import progress_bar
 from runtime.randomness import generator_for
 
@@ -51,7 +48,7 @@ class BoundOptions(ExcessOptions):
 
 @dataclass(frozen=True)
 class FlowRates:
-    """What happens along pairs of paths from the same noise, one of the exact velocity and one of the network's.
+    """Errors and rates along pairs of paths from the same noise. One follows the exact velocity, the other the network's.
 
     Args:
         errors: distance of both velocities at the exact path [T, P].
@@ -67,7 +64,12 @@ class FlowRates:
 
 
 def measure_bound(flow: TrainedFlow, options: BoundOptions) -> dict[str, Any]:
-    """Compute the bounds, their factors, and measured distances."""
+    """Compute the bounds, their factors, and measured distances.
+
+    Raises:
+        UsageError: the dataset holds latents without images.
+    """
+    flow.dataset.check_images("the Wasserstein bound")
     exact = flow.exact()
     widths = torch.full((options.times,), 1 / options.times, dtype=torch.float64)
     excess = measure_errors(flow, exact, flow.training, options).excess.mean(2)  # per dimension [T, P]
@@ -270,20 +272,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Evaluate the bound for a checkpoint, print it, and write JSON and plot."""
-    checkpoint, words = leading_word("CHECKPOINT, a model_*.safetensors file")
-    options = parse_options(
-        str(__doc__), [BoundOptions, DataFolderOptions, DeviceOptions], words, positional="CHECKPOINT"
-    )
-    own = options[BoundOptions]
-    require_plots()
-    flow = open_trained_flow(checkpoint, options[DataFolderOptions], choose_device(options[DeviceOptions]))
-    flow.dataset.check_images("the Wasserstein bound")
-    result = {**flow.describe(), **measure_bound(flow, own)}
-    stem = Path(own.output_dir or Path(checkpoint).parent / "samples") / f"{Path(checkpoint).stem}_bound"
-    write_json(stem.with_suffix(".json"), result)
-    show_result(describe(result))
-    plot(result, stem.with_suffix(".png"))
-    fact("plot", str(stem.with_suffix(".png")))
+    measure_checkpoint(str(__doc__), BoundOptions, "bound", measure_bound, describe, plot)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def young_bound(errors: torch.Tensor, rates: torch.Tensor, widths: torch.Tensor)
     """sqrt(integral of exp(integral from 0 to t of (1 + 2 rate)) error^2 dt), by Young's instead of Minkowski's inequality.
 
     This is LFM's argument with logarithmic norms in place of a Lipschitz constant. It is never below `flow_bound`.
-    Arguments and result are those of `flow_bound`.
+    It takes and returns the same as `flow_bound`.
     """
     weights = widths.view(-1, *[1] * (errors.ndim - 1))
     return (_growth(1 + 2 * rates, weights) * errors.square() * weights).sum(0).sqrt()

@@ -79,7 +79,10 @@ class EmpiricalVelocity:
         return velocity[order].view_as(x).to(x.dtype)
 
     def log_density(self, t: torch.Tensor, x: torch.Tensor, condition: Any = None) -> torch.Tensor:
-        """Log-density of x_t at the points x in nats, float64 [B]. Arguments and errors are those of a call."""
+        """Log-density of x_t at the points x in nats, float64 [B].
+
+        It takes the same arguments as a call, and raises the same errors.
+        """
         groups = self._visit(t, x, condition)
         order = torch.cat([group.rows for group in groups]).argsort()
         return torch.cat([group.log_density() for group in groups])[order]

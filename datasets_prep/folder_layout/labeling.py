@@ -20,7 +20,7 @@ class Labeling:
     Args:
         classes: class names, by label; empty without classes.
         source: where the labels are from, such as "from class folders".
-        no_classes: why there are no classes.
+        no_classes: the reason if no classes were found.
         by_path: labels by path, if label files give them.
         remarks: surprising things about label files.
         ignored: label files that give no labels.

@@ -35,7 +35,7 @@ def show_data(dataset: ImageDataset, held_out: ImageDataset | None = None) -> No
 
 
 def class_names(dataset: ImageDataset) -> Sequence[str]:
-    """The names of all classes by label, as far as they are known."""
+    """The names of the known classes, by label."""
     return dataset.facts.class_names if dataset.survey is None else dataset.survey.classes
 
 

@@ -56,7 +56,7 @@ def find_splits(root: Path, suffixes: Collection[str]) -> SplitFolders | None:
 def name_splits(names: Iterable[str]) -> list[NamedSplits]:
     """The pairs of splits among folders of these names, the least decorated first.
 
-    Numbers count as decoration only if there is no pair without them (`train`, `test1`).
+    Numbers count as decoration (`train`, `test1`) only if no pair is found without them.
     """
     names = list(names)
     return _pairs(names, digits=True) or _pairs(names, digits=False)

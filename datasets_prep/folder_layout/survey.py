@@ -18,13 +18,13 @@ SMALLEST_SHARE = 1000  # training images per held-out image
 
 @dataclass(frozen=True)
 class Survey:
-    """A folder of images or latents as it is read.
+    """What was found in a folder of images or latents, and how it is used.
 
     Args:
         root: the folder.
         classes: all class names, by label; empty without classes.
         source: where the labels are from, such as "from class folders".
-        no_classes: why there are no classes; empty if there are.
+        no_classes: the reason if no classes were found, else empty.
         held_out: how the held-out images are chosen.
         left_out: what is not read and why, one phrase per reason.
         warnings: what the user should look at, with paths.

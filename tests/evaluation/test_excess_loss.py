@@ -191,3 +191,13 @@ def test_a_network_with_a_dense_condition_is_refused(checkpoint, monkeypatch) ->
     monkeypatch.setattr("sys.argv", ["excess_loss", str(checkpoint)])
     with pytest.raises(UsageError, match="was trained for inpaint"):
         excess_loss.main()
+
+
+@pytest.mark.parametrize("script", [excess_loss, wasserstein_bound])
+def test_an_output_folder_that_cannot_be_written_is_refused_before_measuring(script, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(f"{script.__name__}.measure_errors", lambda *_, **__: pytest.fail("measured"))
+    (tmp_path / "file").touch()
+    flags = ["--datadir", str(tmp_path / "data"), "--output_dir", str(tmp_path / "file")]
+    monkeypatch.setattr("sys.argv", [script.__name__, str(checkpoint), *flags])
+    with pytest.raises(UsageError, match="cannot write into .*file .*--output_dir"):
+        script.main()

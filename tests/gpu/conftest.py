@@ -48,7 +48,7 @@ def on_gpu(device):
 @pytest.fixture
 def report(request, device):
     """`report(text)` adds a line to the end of the run."""
-    from benchmarks.gpu import describe  # here, because every test run reads this file
+    from benchmarks._gpu_timing import describe  # here, because every test run reads this file
 
     return request.config.stash.setdefault(REPORT, [f"on {describe(device)}"]).append
 

@@ -13,7 +13,8 @@ from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 import benchmarks._latents as latents
-from benchmarks.gpu import Ours, moved, release, seconds_of, wait
+from benchmarks._gpu_timing import moved, release, seconds_of, wait
+from benchmarks.gpu import Ours
 from benchmarks.training_step import CASES, DECAY, OBJECTIVE, RATE, Case, new_batch, new_network
 from exits import explain
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
