@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -208,7 +210,8 @@ def test_a_waiting_process_gets_the_lock(tmp_path, hold, monkeypatch, capsys):
         if len(naps) == 3:
             other.communicate(b"\n")  # the process ends
 
-    monkeypatch.setattr(locks.time, "sleep", nap)
+    # Not `time.sleep` itself, which threads of other tests may call.
+    monkeypatch.setattr(locks, "time", SimpleNamespace(sleep=nap, strftime=time.strftime))
     with locked(path, "is building", wait=True):
         assert Holder.read(path).pid == os.getpid()
     assert len(naps) == 3

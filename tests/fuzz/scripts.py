@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import command_line
-import runtime.processes.launch
 from options import argument_type
 
 __all__ = ["ROOT", "SCRIPTS", "Declared", "command_of", "declared_options", "run_entry"]
@@ -144,19 +143,15 @@ def run_entry(script: str, arguments: list[str]) -> None:
 
 
 def declared_options(script: str) -> list[Declared]:
-    """The options that a script passes to `parse_options`, which is replaced while the script runs."""
+    """The options that a script passes to `parse_options`, which ends the script here."""
     groups: list[type] = []
 
-    def record(description: str, found: list[type], *others: Any, **settings: Any) -> None:
+    def record(description: str, found: list[type], *others: Any) -> None:
         groups.extend(found)
         raise _Read
 
-    with (
-        _same_arguments(),
-        mock.patch.object(command_line, "parse_options", record),
-        mock.patch.object(runtime.processes.launch, "parse_options", record),
-        suppress(_Read),
-    ):
+    # Modules that have imported `parse_options` keep the function, so the first function that it calls is replaced.
+    with _same_arguments(), mock.patch.object(command_line, "_make_parser", record), suppress(_Read):
         run_entry(script, ["a", "b"])
     fields = {
         field.name: (field, typing.get_type_hints(group)) for group in groups for field in dataclasses.fields(group)

@@ -35,6 +35,7 @@ def test_every_script_is_fuzzed():
 
 
 def test_options_are_read_from_the_scripts():
+    assert all(declared_options(script) for script in SCRIPTS)
     options = {option.name: option for option in declared_options("test_flow_latent.py")}
     assert options["n_sample"].kind is int
     assert options["n_sample"].metadata["minimum"] == 1
