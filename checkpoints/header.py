@@ -19,10 +19,23 @@ from models.family import FamilyOptions
 from models.registry import NETWORKS, Architecture, options_from_header
 from options import UsageError, as_json, make_options
 
-__all__ = ["FORMAT", "Header"]
+__all__ = ["FORMAT", "Header", "PowerAverage"]
 
 FORMAT = "latent-flow-1"
 DERIVED = ("format", "latent_channels", "num_classes")  # for other readers; derived from the remaining entries
+
+
+@dataclass(frozen=True)
+class PowerAverage:
+    """A power average of a run's weights (Karras et al. 2024, arXiv 2312.02696, section 3).
+
+    Args:
+        sigma_rel: standard deviation of the averaged updates' numbers, relative to `updates`.
+        updates: number of averaged updates, from the start of the run.
+    """
+
+    sigma_rel: float
+    updates: int
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,7 @@ class Header:
         precision, compiled, reproducible: how it was trained; reproducible is false for a run with a time limit.
         step, epoch: position in the run; None if a converted file does not record it.
         ended: whether training ran to its end.
+        average: the power average that the weights are; None: they are the run's EMA.
         git, versions: commit, and versions of Python and libraries.
         published_file: name of the LFM checkpoint that this one was converted from.
         weights_sha256: hash of the weights, set by `save_weights`.
@@ -64,6 +78,7 @@ class Header:
     step: int | None = None
     epoch: int | None = None
     ended: bool = False
+    average: PowerAverage | None = None
     git: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     published_file: str | None = None
@@ -88,8 +103,9 @@ class Header:
             values["dataset"] = DatasetFacts(**_tuples(values["dataset"]))
             objective = OBJECTIVES[values.get("objective", "flow_matching")]
             values["path"] = make_options(objective.options, values.get("path", {}))
-            dense = values.get("dense")
-            return cls(**values | {"dense": None if dense is None else DenseInput(**dense)})
+            for name, kind in {"dense": DenseInput, "average": PowerAverage}.items():
+                values[name] = None if values.get(name) is None else kind(**values[name])
+            return cls(**values)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise UsageError(f"this version cannot read its header: {error}") from error
 

@@ -30,7 +30,7 @@ NAMES = {
 }
 UNITS = {"psnr_hole": " dB", "psnr_hole_mean_colour": " dB"}
 
-__all__ = ["run_conditioned_script", "summary_of_pairs"]
+__all__ = ["run_conditioned_script", "sample_conditioned", "summary_of_pairs"]
 
 
 def run_conditioned_script(
@@ -58,20 +58,27 @@ def _run(
     if processes.is_main:
         check_file(conditioned.output_json, "--output_json")
         check_file(conditioned.output_log, "--output_log", appended=True)
-    request = ConditionedRequest(
-        sampler=sampler_request(options),
-        conditioned=conditioned,
-        data=options[DatasetOptions],
-        scores=options[ScoreOptions],
-        pairs=options[PairOptions],
-        features=options[FeatureOptions],
-    )
-    result = sample(request, *(options[group] for group in groups), processes=processes)
+    result = sample_conditioned(sample, groups, options, processes)
     summary, warnings = summary_of_pairs(result), result.get("warnings", [])
     show_result(summary, warnings)
     if conditioned.output_log and processes.is_main:
         append_line(conditioned.output_log, one_line(summary, warnings))
     raise_unwritten(result)
+
+
+def sample_conditioned(
+    sample: Callable[..., dict[str, Any]], groups: tuple[type, ...], options: Options, processes: Processes
+) -> dict[str, Any]:
+    """Call `sample` with the request and the options that `run_conditioned_script` describes."""
+    request = ConditionedRequest(
+        sampler=sampler_request(options),
+        conditioned=options[ConditionedOptions],
+        data=options[DatasetOptions],
+        scores=options[ScoreOptions],
+        pairs=options[PairOptions],
+        features=options[FeatureOptions],
+    )
+    return sample(request, *(options[group] for group in groups), processes=processes)
 
 
 def summary_of_pairs(result: dict[str, Any]) -> str:

@@ -4,18 +4,21 @@ import math
 import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from checkpoints.files import save_weights
+from checkpoints.header import Header, PowerAverage
 from runtime.attempts import Attempts
 from runtime.files import move_aside
 from runtime.messages import show
 from runtime.pictures import save_sheet
 from runtime.processes.parallel import gather_state
 from runtime.processes.signals import StopSignals
+from training.averages.snapshots import FOLDER, snapshot_name, to_half_precision
 from training.metrics_log import Clock, MetricsLog
 from training.nan_guard import NanGuard
 from training.resources import WriteGuard
@@ -53,6 +56,7 @@ class Checkpointer:
         clock: the run's clock.
         per_epoch: steps per epoch.
         nan_guard: checks the weights before they are saved.
+        snapshot_every: steps between snapshots of the power averages.
     """
 
     def __init__(
@@ -63,6 +67,7 @@ class Checkpointer:
         clock: Clock,
         per_epoch: int,
         nan_guard: NanGuard,
+        snapshot_every: int,
     ) -> None:
         self._run = run
         self._state = state
@@ -70,6 +75,7 @@ class Checkpointer:
         self._clock = clock
         self._per_epoch = per_epoch
         self._nan_guard = nan_guard
+        self._snapshot_every = snapshot_every
         self._save_postponed = False
         self._attempts = Attempts(run.folder)
         self._guard = WriteGuard(run.folder)
@@ -93,7 +99,8 @@ class Checkpointer:
         experiment, state = self._run.experiment, self._state
         evaluated, saved = self._due(experiment.eval_every, ended), self._due(experiment.save_ckpt_every, ended)
         state_saved = self._training_state_due(ended, requests)
-        if evaluated or saved or state_saved:
+        snapshot = bool(state.power_averages) and (ended or state.step % self._snapshot_every == 0)
+        if evaluated or saved or state_saved or snapshot:
             self._nan_guard.check_weights()
         if evaluated:
             self._validate(ended)
@@ -102,6 +109,8 @@ class Checkpointer:
             if self._log and experiment.keep_last:
                 with self._guard.writing("model_*.safetensors"):
                     remove_older(self._run.folder, experiment.keep_last)
+        if snapshot:
+            self._save_snapshots(ended)
         if state_saved:
             content = state.content(self._run.processes)
             if self._log:
@@ -166,13 +175,30 @@ class Checkpointer:
 
     def _save_model(self, name: str, ended: bool) -> bool:
         """Write a checkpoint; returns whether this succeeded, in all processes alike."""
-        run, step, name = self._run, self._state.step, f"{name}.safetensors"
+        run, name = self._run, f"{name}.safetensors"
         weights = gather_state(self._state.ema.weights, keep=run.processes.is_main)
         if run.processes.is_main:
-            header = run.header.at(step, -(-step // self._per_epoch), ended)
             with self._guard.writing(name):
-                save_weights(run.folder / name, weights, header)
+                save_weights(run.folder / name, weights, self._header(ended))
         return not run.processes.from_main(self._guard.has_failed(name))
+
+    def _save_snapshots(self, ended: bool) -> None:
+        """Write a snapshot of each power average in half precision."""
+        run, state = self._run, self._state
+        own = state.network.state_dict(keep_vars=True)
+        trained = {name for name, value in own.items() if value.requires_grad}
+        for average in state.power_averages:
+            weights = gather_state(average.weights, keep=run.processes.is_main)
+            updates = int(average.updates)
+            if run.processes.is_main and updates:  # 0 if all steps were skipped
+                name = snapshot_name(average.sigma_rel, state.step)
+                header = replace(self._header(ended), average=PowerAverage(average.sigma_rel, updates))
+                with self._guard.writing(name):
+                    save_weights(run.folder / name, to_half_precision(weights, trained), header)
+
+    def _header(self, ended: bool) -> Header:
+        step = self._state.step
+        return self._run.header.at(step, -(-step // self._per_epoch), ended)
 
 
 def _summary(values: Mapping[str, float]) -> str:
@@ -183,11 +209,15 @@ def _summary(values: Mapping[str, float]) -> str:
 
 
 def set_checkpoints_aside(folder: Path) -> list[str]:
-    """Rename the checkpoints and metrics of a run that starts again; returns their new names, or none without checkpoints."""
+    """Rename the checkpoints, snapshots and metrics of a run that starts again; returns their new names.
+
+    Without checkpoints and snapshots, nothing is renamed.
+    """
     epochs = _epochs(folder)
-    if not epochs:
+    if not epochs and not (folder / FOLDER).exists():
         return []
-    paths = [*(epochs[epoch] for epoch in sorted(epochs)), folder / "best.safetensors", folder / "metrics.jsonl"]
+    others = (folder / name for name in ("best.safetensors", FOLDER, "metrics.jsonl"))
+    paths = [*(epochs[epoch] for epoch in sorted(epochs)), *others]
     return [move_aside(path).name for path in paths if path.exists()]
 
 

@@ -1,7 +1,7 @@
 """The run folder: its path, its configuration, and whether training there starts or resumes.
 
 <save_root>/latent_flow/<dataset>/<exp>/  config.json  model_<epoch>.safetensors  best.safetensors
-content.pth  content.previous.pth  metrics.jsonl  tensorboard/  samples/  run.lock (during training)
+content.pth  content.previous.pth  metrics.jsonl  tensorboard/  samples/  posthoc_ema/  run.lock (during training)
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,6 +21,7 @@ from runtime.locks import locked
 from runtime.messages import note, warn
 from runtime.outputs import check_folder
 from runtime.provenance import provenance
+from training.averages.snapshots import FOLDER as SNAPSHOT_FOLDER
 from training.state_file import has_state
 
 __all__ = [
@@ -41,7 +42,7 @@ __all__ = [
 ]
 
 LOCK = "run.lock"
-SUBFOLDERS = ("samples", "tensorboard")
+SUBFOLDERS = ("samples", "tensorboard", SNAPSHOT_FOLDER)
 RECONSTRUCTIONS = "samples/reconstructions.json"
 # Entries of config.json next to the options: the number of training images, and hashes that change with the images and with
 # the labels that a conditional network gets.
@@ -152,7 +153,8 @@ def only_run_in(folder: Path, processes: Processes) -> Iterator[None]:
         UsageError: another process is training in the folder.
     """
     with locked(folder / LOCK, "is training in this folder") if processes.is_main else nullcontext():
-        left = remove_leftovers(folder) if processes.is_main else []
+        folders = (folder, folder / SNAPSHOT_FOLDER) if processes.is_main else ()
+        left = [path for each in folders for path in remove_leftovers(each)]
         if left:
             note(f"removed unfinished files of a killed process: {', '.join(path.name for path in left)}")
         yield

@@ -14,6 +14,7 @@ from runtime.processes.signals import StopSignals
 from runtime.progress import progress_bar
 from runtime.randomness import seed_for
 from runtime.weights import list_names
+from training.averages.snapshots import remove_later, show_snapshots, snapshot_interval
 from training.checkpointing import Checkpointer, set_checkpoints_aside
 from training.data import Batch, batches, steps_per_epoch
 from training.experiment import has_ended
@@ -49,6 +50,7 @@ def train(run: TrainingRun, resume: bool) -> bool:
     if processes.is_main:
         show_memory(run)
     state = _initial_state(run, resume, per_epoch, last_step)
+    snapshot_every = snapshot_interval(options.posthoc_ema_every, last_step)
     if state is None or state.step >= last_step or 0 < options.max_minutes * 60 <= state.seconds:
         advice = "add --resume and raise --max_steps, --num_epoch or --max_minutes"
         if state is None:
@@ -56,14 +58,16 @@ def train(run: TrainingRun, resume: bool) -> bool:
         note(f"the run has already ended; to train further, {advice}")
         return True
     if processes.is_main:
-        fact("disk", check_space(run.folder, predict_use(state, experiment, per_epoch, last_step)))
+        fact("disk", check_space(run.folder, predict_use(state, experiment, per_epoch, last_step, snapshot_every)))
+        if options.posthoc_ema:
+            show_snapshots(run.folder, options.posthoc_ema, snapshot_every)
         fact("length", f"{last_step:,} steps of {global_batch} images, {last_step / per_epoch:.3g} epochs")
     parallel = state.network if run.is_sharded else replicate(state.network, processes)
     network = run.machine.compiled(parallel, always_alike=processes.count == options.grad_accumulation == 1)
     log = MetricsLog(run.folder, state.step) if processes.is_main else None
     clock = Clock(state)
     nan_guard = NanGuard(run, state, log, last_step)
-    checkpointer = Checkpointer(run, state, log, clock, per_epoch, nan_guard)
+    checkpointer = Checkpointer(run, state, log, clock, per_epoch, nan_guard, snapshot_every)
 
     # Train.
     ended = False
@@ -118,10 +122,12 @@ def _initial_state(run: TrainingRun, resume: bool, per_epoch: int, last_step: in
     decay = options.ema_decay if options.use_ema else 0.0
     move = partial(shard, device=run.machine.device, processes=run.processes) if run.is_sharded else None
     matrices = NETWORKS[run.header.model_type].hidden_matrices
-    state = TrainingState(run.network, run.machine, decay, options, move, matrices)
+    state = TrainingState(run.network, run.machine, decay, options, move, matrices, options.posthoc_ema)
     if restore:
         source = resume_run(state, run.folder / CONTENT, per_epoch, run.header, run.processes)
         fact("start", f"resuming at step {state.step} of {last_step} from {source}")
+        if run.processes.is_main:
+            remove_later(run.folder, state.step)
     return state
 
 

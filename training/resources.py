@@ -25,12 +25,14 @@ __all__ = ["DiskUse", "WriteGuard", "check_space", "estimate_memory", "predict_u
 
 @dataclass(frozen=True)
 class DiskUse:
-    """Bytes of a checkpoint and of a content.pth, and how many of each the complete run keeps."""
+    """Bytes of a checkpoint, a content.pth and a snapshot of a power average, and how many the complete run keeps."""
 
     weights: int
     content: int
     checkpoints: int
     contents: int
+    snapshot: int = 0
+    snapshots: int = 0
 
     @property
     def one_saving(self) -> int:
@@ -40,10 +42,21 @@ class DiskUse:
     @property
     def total(self) -> int:
         """Bytes of all kept files, and of one temporary file during a save."""
-        return self.checkpoints * self.weights + self.contents * self.content + max(self.weights, self.content)
+        kept = self.checkpoints * self.weights + self.contents * self.content + self.snapshots * self.snapshot
+        return kept + max(self.weights, self.content)
+
+    def describe(self) -> str:
+        """The kept files with their sizes."""
+        snapshots = f", {self.snapshots} snapshots of {with_unit(self.snapshot)}" if self.snapshots else ""
+        return (
+            f"{with_unit(self.total)} for {self.checkpoints} checkpoints of {with_unit(self.weights)}{snapshots} and "
+            f"{self.contents} content.pth of {with_unit(self.content)}"
+        )
 
 
-def predict_use(state: TrainingState, experiment: ExperimentOptions, per_epoch: int, last_step: int) -> DiskUse:
+def predict_use(
+    state: TrainingState, experiment: ExperimentOptions, per_epoch: int, last_step: int, snapshot_every: int = 1
+) -> DiskUse:
     """Predict the disk use of a run of `last_step` steps. The checkpoints include best.safetensors."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in state.ema.weights.values())
     optimizer_state = sum(
@@ -55,7 +68,10 @@ def predict_use(state: TrainingState, experiment: ExperimentOptions, per_epoch: 
     regular, remainder = divmod(last_step, per_epoch * experiment.save_ckpt_every)
     numbered = regular + (1 if remainder else 0)
     numbered = min(numbered, experiment.keep_last or numbered)
-    return DiskUse(weights, 2 * weights + optimizer_state, numbered + 1, 2 if experiment.save_content else 0)
+    tracked = len(state.power_averages)
+    content = (2 + tracked) * weights + optimizer_state
+    snapshots = tracked * -(-last_step // snapshot_every)
+    return DiskUse(weights, content, numbered + 1, 2 if experiment.save_content else 0, weights // 2, snapshots)
 
 
 def check_space(folder: Path, use: DiskUse) -> str:
@@ -79,11 +95,9 @@ def check_space(folder: Path, use: DiskUse) -> str:
         warn(
             f"the complete run needs {with_unit(use.total)} in {folder}, but only {with_unit(free)} is free: save fewer "
             "checkpoints with --keep_last or --save_ckpt_every"
+            + (", and fewer snapshots with --posthoc_ema_every" if use.snapshots else "")
         )
-    return (
-        f"{with_unit(use.total)} for {use.checkpoints} checkpoints of {with_unit(use.weights)} and {use.contents} "
-        f"content.pth of {with_unit(use.content)}; {with_unit(free)} free"
-    )
+    return f"{use.describe()}; {with_unit(free)} free"
 
 
 def show_memory(run: TrainingRun) -> None:
@@ -126,7 +140,7 @@ def estimate_memory(run: TrainingRun) -> StepMemory:
         weights=weights,
         gradients=trained,
         optimizer=2 * trained - sum(matrix.numel() * matrix.element_size() for matrix in matrices),
-        average=weights,
+        average=(1 + len(options.posthoc_ema)) * weights,
         activations=measure_activations(with_cpu_kernels(run.network), loss, device),
         images=options.batch_size // options.grad_accumulation,
     )

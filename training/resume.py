@@ -23,7 +23,7 @@ from runtime.processes.parallel import is_sharded
 from runtime.torch_files import read_torch_file
 from runtime.weights import check_finite
 from training.optimizers import load_optimizer_state
-from training.state import TrainingState
+from training.state import POSTHOC_EMA, TrainingState
 from training.state_file import read_newest
 
 __all__ = ["resume_run"]
@@ -61,7 +61,8 @@ def resume_run(
             raise UsageError(f"{file} is not a training state: expected the entries {', '.join(sorted(ENTRIES))}")
         if not is_published_content(content) and not sharded:
             with _of_training_state(file):
-                for part in (content["network"], content["ema"]["weights"]):
+                averages = (content["ema"], *content.get(POSTHOC_EMA, {}).values())
+                for part in (content["network"], *(average["weights"] for average in averages)):
                     check_finite(part, file, state.network.state_dict())
         return content
 

@@ -14,6 +14,7 @@ from models.autoencoders.protocol import Autoencoder
 from options import UsageError, option
 from runtime.distributed import Processes
 from runtime.precision import Machine
+from training.averages.power import LARGEST_WIDTH, SMALLEST_WIDTH
 from training.experiment import ExperimentOptions
 from training.optimizers import OptimizerOptions
 from training.schedules import SCHEDULES, learning_rate
@@ -60,6 +61,20 @@ class TrainingOptions(OptimizerOptions):
         True, "use the exponential moving average (EMA) of the weights in samples, validation and checkpoints"
     )
     ema_decay: float = option(0.9999, "EMA decay per step, lower in the first steps", minimum=0, maximum=1)
+    posthoc_ema: tuple[float, ...] = option(
+        (),
+        "also track power averages of these relative widths, such as 0.05 0.10, from which python -m training.posthoc_ema "
+        "rebuilds any width (EDM2)",
+        minimum=SMALLEST_WIDTH,
+        maximum=LARGEST_WIDTH,
+    )
+    posthoc_ema_every: int = option(
+        0,
+        "steps between snapshots of the power averages; 0: 1/32 of the run",
+        minimum=0,
+        on_resume="freely",
+        shown="1/32 of the run",
+    )
     max_bad_steps: int = option(
         100, "stop after this many steps in a row without a finite gradient; 0: never", minimum=0, on_resume="freely"
     )
@@ -75,6 +90,14 @@ class TrainingOptions(OptimizerOptions):
         for name in ("lr", "muon_lr", "weight_decay"):
             if math.isinf(getattr(self, name)):
                 raise UsageError(f"--{name}: expected a finite number, but {getattr(self, name)} was given")
+        if self.posthoc_ema and len(set(self.posthoc_ema)) != max(2, len(self.posthoc_ema)):
+            widths = " ".join(map(str, self.posthoc_ema))
+            raise UsageError(
+                f"--posthoc_ema {widths}: expected two or more different relative widths, such as 0.05 0.10, because one alone "
+                "does not determine other widths"
+            )
+        if self.posthoc_ema_every and not self.posthoc_ema:
+            raise UsageError("--posthoc_ema_every needs --posthoc_ema, for example --posthoc_ema 0.05 0.10")
         if self.fsdp and self.optimizer != "adamw":
             raise UsageError(
                 f"--optimizer {self.optimizer} needs whole matrices, which --fsdp shards: use --optimizer adamw"

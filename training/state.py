@@ -1,7 +1,7 @@
 """The state of a training run. It takes optimizer steps, and can be saved and restored."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,15 +10,18 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flow.objectives import Objective
+from options import UsageError
 from runtime.cpu.kernels import with_cpu_kernels
 from runtime.distributed import Processes
 from runtime.precision import Machine
 from runtime.processes.parallel import arranged_like, gather_dtensor, gather_state, local_gradients
 from training.data import Batch
-from training.ema import Ema
+from training.ema import Average, Ema, PowerEma
 from training.optimizers import OptimizerOptions, load_optimizer_state, make_optimizers
 
-__all__ = ["TrainingState"]
+__all__ = ["POSTHOC_EMA", "TrainingState"]
+
+POSTHOC_EMA = "posthoc_ema"  # entry of a training state with power averages
 
 
 class TrainingState:
@@ -31,6 +34,7 @@ class TrainingState:
         optimizer: the optimizer's options.
         move: moves or shards a network in place; None: it moves to the machine's device.
         hidden_matrices: selects the network's parameters for Muon.
+        posthoc_ema: relative widths of the power averages to track.
     """
 
     def __init__(
@@ -41,11 +45,13 @@ class TrainingState:
         optimizer: OptimizerOptions,
         move: Callable[[nn.Module], object] | None = None,
         hidden_matrices: Callable[[nn.Module], list[nn.Parameter]] | None = None,
+        posthoc_ema: Sequence[float] = (),
     ) -> None:
         move = move or (lambda module: module.to(machine.device))
         self.network = with_cpu_kernels(network)  # before the EMA copies the network
         self.machine = machine
         self.ema = Ema(network, ema_decay, move)
+        self.power_averages = [PowerEma(network, width, move) for width in posthoc_ema]
         move(network)
         self.parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         matrices = hidden_matrices(network) if hidden_matrices else []
@@ -105,7 +111,8 @@ class TrainingState:
                 group["lr"] = rate * group["relative_lr"]
             optimizer.step()
         self.scaler.update()
-        self.ema.update(self.network, 1 - bad)
+        for average in (self.ema, *self.power_averages):
+            average.update(self.network, 1 - bad)
         zero = torch.zeros_like(norm)
         good = self._good + torch.stack([loss, norm, zero, zero])
         self.sums += torch.where(bad > 0, self._skipped, good)
@@ -149,6 +156,8 @@ class TrainingState:
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),  # empty except in fp16
         }
+        if self.power_averages:
+            content[POSTHOC_EMA] = {str(average.sigma_rel): average.state_dict() for average in self.power_averages}
         return gather_state(content, keep=processes.is_main)
 
     def restore(self, content: Mapping[str, Any], processes: Processes = Processes()) -> None:  # noqa: B008
@@ -163,10 +172,27 @@ class TrainingState:
             self.consecutive_skips = content["streak"].to(self.sums)
             self._flags = list(content["flags"].to(self.sums))
         self.network.load_state_dict(_sharded_like(self.network.state_dict(), content["network"]))
-        ema_weights = _sharded_like(self.ema.weights, content["ema"]["weights"])
-        self.ema.load_state_dict(content["ema"] | {"weights": ema_weights})
+        averages: dict[str, Average] = {"": self.ema} | {str(each.sigma_rel): each for each in self.power_averages}
+        for name, stored in {"": content["ema"], **self._stored_averages(content)}.items():
+            average = averages[name]
+            average.load_state_dict(stored | {"weights": _sharded_like(average.weights, stored["weights"])})
         for optimizer, stored in zip(self.optimizers, content["optimizers"], strict=True):
             load_optimizer_state(optimizer, stored["state"])
+
+    def _stored_averages(self, content: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The power averages in a training state, by width.
+
+        Raises:
+            UsageError: their widths are not this run's.
+        """
+        stored, wanted = content.get(POSTHOC_EMA, {}), [str(average.sigma_rel) for average in self.power_averages]
+        if set(stored) != set(wanted):
+            raise UsageError(
+                f"the training state has power averages of the widths {' '.join(stored) or '(none)'}, but --posthoc_ema asks "
+                f"for {' '.join(wanted) or '(none)'}: give the same widths, which need every step since the first, or start "
+                "another --exp"
+            )
+        return stored
 
 
 def _sharded_like(own: Mapping[str, torch.Tensor], stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

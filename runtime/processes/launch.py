@@ -81,6 +81,8 @@ def run_script(
     description: str,
     groups: Sequence[type],
     *,
+    argv: Sequence[str] | None = None,
+    positional: str = "",
     ignored: Mapping[str, str] | None = None,
     task: str | None = None,
     rare: Collection[type] = (),
@@ -95,7 +97,14 @@ def run_script(
 
     def parse() -> Options:
         return parse_options(
-            description, [*groups, LaunchOptions], ignored=ignored, task=task, rare=rare, adjust=adjust
+            description,
+            [*groups, LaunchOptions],
+            argv,
+            positional=positional,
+            ignored=ignored,
+            task=task,
+            rare=rare,
+            adjust=adjust,
         )
 
     def work() -> int:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from checkpoints.header import FORMAT, Header
+from checkpoints.header import FORMAT, Header, PowerAverage
 from datasets_prep.image_dataset import DatasetFacts
 from flow.objectives import OBJECTIVES
 from flow.paths import PathOptions
@@ -41,6 +41,7 @@ FULL = Header(
     step=12,
     epoch=3,
     ended=True,
+    average=PowerAverage(0.05, 11),
     git="0123456789ab-dirty",
     versions={"python": "3.11.0", "torch": "2.7"},
     published_file="model_475.pth",
