@@ -310,6 +310,20 @@ def test_predicted_use_is_that_of_the_files(tmp_path, optimizer):
     assert use.total == 4 * use.weights + 2 * use.content + use.content
 
 
+def test_predicted_use_includes_power_averages(tmp_path):
+    """The fixed position table of DiT is stored in float32, so snapshots exceed half of the weights by less than that."""
+    run = new_run(tmp_path / "run", experiment=OFTEN, posthoc_ema=(0.05, 0.1), posthoc_ema_every=4)
+    state = TrainingState(run.network, run.machine, 0.9, OptimizerOptions(), posthoc_ema=(0.05, 0.1))
+    use = predict_use(state, run.experiment, per_epoch=5, last_step=14, snapshot_every=4)
+    assert train(run, resume=False)
+    snapshots = list((tmp_path / "run" / "posthoc_ema").iterdir())
+    assert use.snapshots == len(snapshots) == 8
+    assert 0 < snapshots[0].stat().st_size - use.snapshot < 8000
+    tensors = len(run.network.state_dict())
+    assert 0 < (tmp_path / "run" / "content.pth").stat().st_size - use.content < 1000 * 8 * tensors
+    assert use.total == 4 * use.weights + 3 * use.content + 8 * use.snapshot
+
+
 def test_a_run_without_room_for_one_saving_does_not_begin(tmp_path, monkeypatch, capsys):
     usage = shutil.disk_usage(tmp_path)
     run = new_run(tmp_path / "run", experiment=OFTEN)

@@ -26,7 +26,7 @@ PARTS = {"skin": np.s_[2:14, 3:10], "hair": np.s_[0:5, 5:15]}
 SETUP = (
     ("train_flow_latent.py", 2, "--max_steps 2"),
     ("train_flow_latent.py", 1, "--save_root saved --exp latent --latent_cache_dir latents --save_content"),
-    ("train_flow_latent_inpainting.py", 0, "--save_root saved --exp inpaint"),
+    ("train_flow_latent_inpainting.py", 0, "--save_root saved --exp inpaint --posthoc_ema 0.05 0.1"),
     ("train_flow_latent_semantic_syn.py", 0, "--save_root saved --exp semantic"),
     ("pytorch_fid/compute_dataset_stat.py", 0, "--output statistics.npz"),
 )

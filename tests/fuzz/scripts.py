@@ -38,7 +38,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "train_flow_latent.py": (
         f"{PHOTOS} {PIXELS} {DIT} {STEPS} --save_root new --eval_samples 4 --features inception",
         f"{PHOTOS} {LATENTS} {CLASSES} {STEPS} --save_root new",
-        f"{PHOTOS} {PIXELS} {DIT} {CLASSES} {STEPS} --save_root saved --exp run --resume --max_steps 4",
+        f"{PHOTOS} {PIXELS} {DIT} {CLASSES} {STEPS} --save_root saved --exp run --resume --max_steps 4 --posthoc_ema 0.05 0.1",
         f"{PHOTOS} {PIXELS} {ADM} {STEPS} --save_root new --label_dim 2 --label_dropout 0.1",
         f"{PHOTOS} {PIXELS} {ORIGIN} {STEPS} --save_root new",
         f"{PHOTOS} {PIXELS} {DIT} {STEPS} --save_root new --init_from published/model_5.pth",
@@ -100,6 +100,11 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
     "datasets_prep.build_latents": (f"{PHOTOS} --pretrained_autoencoder_ckpt ae {MACHINE}",),
     "datasets_prep.build_lmdb": ("--source pictures --datadir new --image_size 8 --num_workers 1",),
     "datasets_prep.celebamask": ("faces --num_workers 1",),
+    "training.posthoc_ema": (
+        "saved/latent_flow/folder/run --sigma_rel 0.05 0.08",
+        f"saved/latent_flow/folder/run --sigma_rel 0.05 0.08 {PHOTOS} {SAMPLES} --compute_fid --cfg_scales 1 2",
+        f"saved/latent_flow_inpaint/folder/inpaint --sigma_rel 0.08 {PHOTOS} {SAMPLES} --compute_fid --mask_dir masks",
+    ),
     "datasets_prep.masks": ("new.png --size 8 --count 10",),
     "datasets_prep.unpack_imagenet": ("--datadir archives",),
 }

@@ -21,6 +21,7 @@ from training.loop import train
 
 HERE = Path(__file__).parent
 RATE = 1e-4  # same as in two_processes.py
+AVERAGES = {"posthoc_ema": (0.05, 0.1), "posthoc_ema_every": 5}  # same as in two_processes.py
 
 specification = importlib.util.spec_from_file_location("test_loop_runs", HERE / "test_loop.py")
 runs = importlib.util.module_from_spec(specification)
@@ -43,9 +44,9 @@ def folder(tmp_path_factory):
     """The runs of two processes, and the runs `alone` and `alone, first step` of one process."""
     folder = tmp_path_factory.mktemp("parallel")
     stop = (3, runs.send_signal(signal.SIGTERM))
-    assert not train(runs.new_run(folder / "begun alone", event=stop, lr=RATE), resume=False)
+    assert not train(runs.new_run(folder / "begun alone", event=stop, lr=RATE, **AVERAGES), resume=False)
     launch(folder)
-    assert train(runs.new_run(folder / "alone", lr=RATE), resume=False)
+    assert train(runs.new_run(folder / "alone", lr=RATE, **AVERAGES), resume=False)
     assert train(runs.new_run(folder / "alone, first step", lr=RATE, max_steps=1), resume=False)
     return folder
 
@@ -100,7 +101,7 @@ def test_interrupted_run_of_two_resumes_bit_for_bit(folder, name):
 def test_run_of_two_shared_out_goes_on_alone(folder):
     content = read_torch_file(folder / "begun sharded" / "content.pth")
     assert content["step"] == 10  # processes check each other for signals every tenth step
-    assert train(runs.new_run(folder / "begun sharded", lr=RATE), resume=True)
+    assert train(runs.new_run(folder / "begun sharded", lr=RATE, **AVERAGES), resume=True)
     one, other = (read_torch_file(folder / name / "content.pth") for name in ("alone", "begun sharded"))
     assert greatest_difference(one["network"], other["network"]) < 1e-5
     runs.assert_same_metrics_up_to_rounding(folder / "alone", folder / "begun sharded", rel=1e-5)
@@ -110,6 +111,16 @@ def test_a_checkpoint_of_sharded_weights_is_complete(folder):
     one, other = (read_weights(folder / name / "model_3.safetensors") for name in ("alone", "sharded"))
     assert greatest_difference(one[0], other[0]) < 1e-5
     assert {name: value.dtype for name, value in one[0].items()} == {name: v.dtype for name, v in other[0].items()}
+
+
+@pytest.mark.parametrize("name", ["replicated", "sharded", "begun alone"])
+def test_power_averages_of_two_processes_equal_one_processs(folder, name):
+    paths = sorted(path.name for path in (folder / "alone" / "posthoc_ema").iterdir())
+    assert len(paths) == 6
+    for path in paths:
+        one, other = (read_weights(folder / run / "posthoc_ema" / path) for run in ("alone", name))
+        assert greatest_difference(one[0], other[0]) < 1e-3  # a unit in the last place of float16 below 1
+        assert one[1].average == other[1].average
 
 
 def test_samples_of_two_processes_are_in_order(folder):

@@ -38,15 +38,16 @@ runs = module_of(Path(__file__).with_name("test_loop.py"))
 small_networks = module_of(ROOT / "tests" / "small_networks.py")
 
 OBJECTIVE = FlowMatching(PathOptions(sigma_min=1e-5))
+AVERAGES = {"posthoc_ema": (0.05, 0.1), "posthoc_ema_every": 5}  # snapshots at steps 5, 10 and 14
 RATE = 1e-4  # small, since Adam changes a weight by this much even if its gradient is only rounding error
 
 
 def interrupted(folder, **settings):
     """Signal one process, check that both stop, and resume the run."""
     stop = (3, runs.send_signal(signal.SIGTERM)) if settings["processes"].rank else None
-    assert not train(runs.new_run(folder, event=stop, lr=RATE, **settings), resume=False)
+    assert not train(runs.new_run(folder, event=stop, lr=RATE, **AVERAGES, **settings), resume=False)
     settings["processes"].barrier()
-    assert train(runs.new_run(folder, lr=RATE, **settings), resume=True)
+    assert train(runs.new_run(folder, lr=RATE, **AVERAGES, **settings), resume=True)
 
 
 def training(folder, processes):
@@ -57,13 +58,13 @@ def training(folder, processes):
         "replicated": {},
         "sharded": {"fsdp": True},
     }.items():
-        assert train(runs.new_run(folder / name, processes=processes, lr=RATE, **settings), resume=False)
+        assert train(runs.new_run(folder / name, processes=processes, lr=RATE, **AVERAGES, **settings), resume=False)
     for name in ("replicated", "sharded"):
         interrupted(folder / f"{name}, interrupted", processes=processes, fsdp=name == "sharded")
     # "begun alone" was started in one process and is resumed in two. "begun sharded" is resumed by test_parallel.py.
-    assert train(runs.new_run(folder / "begun alone", processes=processes, fsdp=True, lr=RATE), resume=True)
+    assert train(runs.new_run(folder / "begun alone", processes=processes, fsdp=True, lr=RATE, **AVERAGES), resume=True)
     stop = (3, runs.send_signal(signal.SIGTERM))
-    run = runs.new_run(folder / "begun sharded", event=stop, processes=processes, fsdp=True, lr=RATE)
+    run = runs.new_run(folder / "begun sharded", event=stop, processes=processes, fsdp=True, lr=RATE, **AVERAGES)
     assert not train(run, resume=False)
 
 

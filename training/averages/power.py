@@ -1,5 +1,4 @@
-"""Power averages and their linear combinations (Karras et al. 2024, "Analyzing and improving the training dynamics of
-diffusion models", arXiv 2312.02696, section 3).
+"""Power averages and their linear combinations (EDM2, Karras et al. 2024, arXiv 2312.02696, section 3).
 
 After T updates, a power average with exponent gamma is the sum of w(k) theta_k over the updates k, where
 

@@ -11,6 +11,7 @@ from checkpoints.header import Header, PowerAverage
 from options import UsageError
 from runtime.messages import fact, warn
 from runtime.progress import progress_bar
+from runtime.weights import list_names
 from training.averages.power import combine
 from training.averages.snapshots import Snapshot
 
@@ -27,7 +28,7 @@ def choose_step(snapshots: Sequence[Snapshot], step: int | None) -> list[Snapsho
     """
     steps = sorted({snapshot.header.step or 0 for snapshot in snapshots})
     if step is not None and step not in steps:
-        raise UsageError(f"--step {step}: expected the step of a snapshot, one of {', '.join(map(str, steps))}")
+        raise UsageError(f"--step {step}: expected the step of a snapshot, one of {list_names(map(str, steps))}")
     return [snapshot for snapshot in snapshots if (snapshot.header.step or 0) <= (steps[-1] if step is None else step)]
 
 

@@ -14,7 +14,6 @@ from datasets_prep.datasets import DatasetOptions
 from datasets_prep.masks import MaskSetOptions
 from evaluation.features.registry import FeatureOptions
 from evaluation.score import ScoreOptions, result_line
-from flow.guidance import GuidanceOptions
 from options import Options, UsageError, option
 from runtime.distributed import Processes
 from runtime.files import move_aside, write_json
@@ -69,8 +68,8 @@ def _generate(options: Options, processes: Processes) -> dict[str, Any]:
     sampling = options[SamplingOptions]
     batches = sampling.n_sample / sampling.batch_size / processes.count
     loaded = load_sampler(sampler_request(options), processes, batches=batches)
-    groups = (GridOptions, ScoreOptions, FeatureOptions, DatasetOptions)
-    return sample_and_score(loaded, sampling, *(options[group] for group in groups), processes=processes)
+    grid, scores = options[GridOptions], options[ScoreOptions]
+    return sample_and_score(loaded, sampling, grid, scores, options[FeatureOptions], options[DatasetOptions], processes)
 
 
 def _conditioned(sample: Callable[..., dict[str, Any]], *groups: type) -> Scorer:
@@ -86,7 +85,10 @@ SCORERS = {
 
 
 def rebuild_and_score(
-    run: Path, snapshots: Sequence[Snapshot], options: Options, processes: Processes = Processes()  # noqa: B008
+    run: Path,
+    snapshots: Sequence[Snapshot],
+    options: Options,
+    processes: Processes = Processes(),  # noqa: B008
 ) -> dict[str, Any]:
     """Rebuild each width as a checkpoint. With --compute_fid, also sample and score it, print a table, write it, and plot it.
 
