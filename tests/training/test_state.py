@@ -213,6 +213,29 @@ def test_optimizer_state_is_restored_in_the_weights_memory_format(model_type):
     assert differing(trained_tensors(state), trained_tensors(other)) == set()
 
 
+@pytest.mark.parametrize("model_type", SMALL)
+def test_power_averages_are_restored_and_skip_bad_steps(model_type):
+    def state_of_small_network():
+        network = new_network(model_type, SMALL[model_type]).requires_grad_(True)
+        return TrainingState(network, MACHINE, 0.9, OptimizerOptions(), posthoc_ema=(0.05, 0.1))
+
+    torch.manual_seed(0)
+    data, noise = torch.randn(2, 4, 3, 8, 8)
+    batch = Batch(data, noise, Times(torch.rand(4)), Condition(torch.arange(4) % 2))
+    state, other = state_of_small_network(), state_of_small_network()
+    advance(state, batch)
+    assert all(torch.equal(v, state.power_averages[0].weights[n]) for n, v in state.network.state_dict().items())
+    advance(state, batch._replace(data=data * float("nan")))
+    other.restore(copy.deepcopy(state.content()))
+    for each in (state, other):
+        advance(each, batch)
+        assert [average.updates.item() for average in each.power_averages] == [2, 2]
+    for one, same in zip(state.power_averages, other.power_averages, strict=True):
+        assert all(torch.equal(value, same.weights[name]) for name, value in one.weights.items())
+    wide, narrow = (state.power_averages[index].weights for index in (1, 0))
+    assert any(not torch.equal(value, narrow[name]) for name, value in wide.items())
+
+
 class Valueless(FakeTensorMode):
     """Tensors created in this mode have no values and cannot be read, nor can their copies."""
 
@@ -233,6 +256,7 @@ def test_a_step_does_not_synchronize_with_the_host(optimizer, precision):
             options,
             move=lambda module: module,
             hidden_matrices=hidden_matrices,
+            posthoc_ema=(0.05, 0.1),
         )
         labels = torch.zeros(4, dtype=torch.long)
         batch = Batch(*torch.rand(2, 4, 2, 4, 4), Times(torch.rand(4)), Condition(labels))
