@@ -58,7 +58,7 @@ class Errors(NamedTuple):
         loss: of the network's velocity from the path's.
         irreducible: of the exact velocity from the path's.
         excess: of the network's velocity from the exact one.
-        labels: class ids of the points [T, P].
+        labels: class ids of the points' images in the dataset [T, P].
     """
 
     loss: torch.Tensor
@@ -93,7 +93,7 @@ def measure_errors(
         x_t, target = straight_path(times, latents.data, latents.noise, flow.header.path.sigma_min)
         predicted, best = (network(times, x_t, flow.condition(labels)).double() for network in (flow.network, exact))
         errors = (predicted - target, best - target, predicted - best)
-        collected.append((*(error.square().mean((2, 3)).cpu() for error in errors), latents.labels.cpu()))
+        collected.append((*(error.square().mean((2, 3)).cpu() for error in errors), source.labels[latents.indices]))
     return Errors(*(torch.stack(each) for each in zip(*collected, strict=True)))
 
 

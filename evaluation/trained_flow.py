@@ -35,6 +35,7 @@ from runtime.outputs import check_folder
 from runtime.plots import require_plots
 from runtime.precision import DeviceOptions, Machine, choose_device
 from runtime.randomness import generator_for
+from runtime.weights import list_names
 
 __all__ = [
     "DataFolderOptions",
@@ -67,12 +68,14 @@ class Latents(NamedTuple):
         noise: standard normal, like `data`.
         labels: the network's class ids [N].
         indices: indices of the images [N].
+        mirrored: whether they are of the mirror image [N].
     """
 
     data: torch.Tensor
     noise: torch.Tensor
     labels: torch.Tensor
     indices: torch.Tensor
+    mirrored: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -92,9 +95,9 @@ class TrainedFlow:
         """The exact velocity of the training latents, smoothed by normal noise of standard deviation `bandwidth`."""
         return exact_velocity(self.header, self.training, self.autoencoder, self.device, bandwidth)
 
-    def draw(self, source: MomentSource, count: int, generator: torch.Generator, mirror: bool = True) -> Latents:
-        """Draw latents of a source's images; see `draw_latents`. If `mirror` is False, no image is mirrored."""
-        flips = self.header.dataset.flips and mirror
+    def draw(self, source: MomentSource, count: int, generator: torch.Generator) -> Latents:
+        """Draw latents of a source's images, and of their mirror images if training used them; see `draw_latents`."""
+        flips = self.header.dataset.flips
         return draw_latents(source, self.autoencoder, count, generator, self.device, self.header.num_classes, flips)
 
     def describe(self) -> dict[str, Any]:
@@ -135,26 +138,29 @@ def measure_checkpoint(
         UsageError: the checkpoint or its data cannot be read, the files cannot be written, or matplotlib is missing.
     """
     checkpoint, words = leading_word("CHECKPOINT, a model_*.safetensors file")
-    groups = [options_type, DataFolderOptions, DeviceOptions]
+    groups = [options_type, DataFolderOptions, LatentCacheOptions, DeviceOptions]
     options = parse_options(documentation, groups, words, positional="CHECKPOINT")
     own = options[options_type]
     folder = Path(own.output_dir or Path(checkpoint).parent / "samples")
     require_plots()
-    flow = open_trained_flow(checkpoint, options[DataFolderOptions], choose_device(options[DeviceOptions]))
+    device = choose_device(options[DeviceOptions])
+    flow = open_trained_flow(checkpoint, options[DataFolderOptions], options[LatentCacheOptions], device)
     check_folder(folder, "--output_dir")
     result = {**flow.describe(), **measure(flow, own)}
     show_result(describe(result))
     stem = folder / f"{Path(checkpoint).stem}_{name}"
     write_json(f"{stem}.json", result)
     plot(result, Path(f"{stem}.png"))
-    fact("plot", f"{stem}.png")
+    fact("written", f"{stem}.json, {stem}.png")
 
 
-def open_trained_flow(checkpoint: str, data: DataFolderOptions, device: torch.device) -> TrainedFlow:
+def open_trained_flow(
+    checkpoint: str, data: DataFolderOptions, cache: LatentCacheOptions, device: torch.device
+) -> TrainedFlow:
     """Load a checkpoint with the latents of its dataset, which are encoded first if there is no latent cache.
 
     Raises:
-        UsageError: the checkpoint cannot be read or takes a dense condition, or the dataset is missing.
+        UsageError: the checkpoint cannot be read or takes a dense condition, or the dataset is missing or has other classes.
     """
     model = load_model(checkpoint, device)
     header = model.header
@@ -166,14 +172,27 @@ def open_trained_flow(checkpoint: str, data: DataFolderOptions, device: torch.de
     own = DatasetOptions(header.dataset.name, data.datadir, header.dataset.image_size)
     flips = FlipOptions("on" if header.dataset.flips else "off")
     training = choose_flips(open_dataset(own, "train"), flips)
+    _check_classes(training, header)
     held_out = open_dataset(own, "validation").head(HELD_OUT_IMAGES)
     machine = Machine(device, "fp32")
-    sources = [
-        open_moments(each, model.autoencoder, own, LatentCacheOptions(), machine) for each in (training, held_out)
-    ]
+    sources = [open_moments(each, model.autoencoder, own, cache, machine) for each in (training, held_out)]
     objective = OBJECTIVES[header.objective].build(header.path)
     network = objective.velocity(model.network.requires_grad_(False))
     return TrainedFlow(checkpoint, header, network, model.autoencoder, training, sources[0], sources[1], device)
+
+
+def _check_classes(dataset: ImageDataset, header: Header) -> None:
+    """Check that labels mean the same in the dataset as in training, if both have class names.
+
+    Raises:
+        UsageError: they do not, so the images cannot be those of the training.
+    """
+    trained, found = header.dataset.class_names, dataset.facts.class_names
+    if trained and found and trained != found:
+        raise UsageError(
+            f"the classes of {dataset.facts.name} in --datadir are {list_names(found)}, but the checkpoint was trained on "
+            f"{list_names(trained)}: name the folder of its training images with --datadir"
+        )
 
 
 def draw_latents(
@@ -202,7 +221,7 @@ def draw_latents(
     mean, std = posterior(autoencoder, source.moments(indices, mirrored).to(device))
     own, noise = (torch.randn(mean.shape, generator=generator).to(device) for _ in range(2))
     labels = source.labels[indices] if num_classes > 1 else torch.zeros(count, dtype=torch.long)
-    return Latents(mean + std * own, noise, labels.to(device), indices)
+    return Latents(mean + std * own, noise, labels.to(device), indices, mirrored)
 
 
 @dataclass(frozen=True)

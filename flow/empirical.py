@@ -136,7 +136,7 @@ class _PointsAtOneTime:
         top = torch.maximum(self._top, logits.detach().amax(1, keepdim=True))
         kept, weights = (self._top - top).exp(), (logits - top).exp()
         self._precision = kept * self._precision + weights @ precision
-        self._center = kept * self._center + weights @ (center if self._has_signal else mean)
+        self._center = kept * self._center + weights @ center
         self._weight = kept * self._weight + weights.sum(1, keepdim=True)
         self._count = self._count + belongs.sum(1, keepdim=True)
         self._top = top
@@ -152,7 +152,7 @@ class _PointsAtOneTime:
 
     @property
     def _has_signal(self) -> bool:
-        """Whether x_t says anything about data. If not, all components have the same weight."""
+        """Whether x_t says anything about data. If not, V_i = 1, and the average of the centers is that of the means."""
         return self._signal > LEAST_SIGNAL
 
     def log_density(self) -> torch.Tensor:

@@ -110,7 +110,7 @@ def _of_attention(layer: Any, side: int) -> float:
     )
     width = layer.to_q.out_features / layer.heads
     attention = math.sqrt(tokens) * v + v_size * (k_size * q + q_size * k) / (2 * math.sqrt(width))
-    return 1 + _of_norm(norm) * out * attention / layer.rescale_output_factor
+    return (1 + _of_norm(norm) * out * attention) / layer.rescale_output_factor
 
 
 def _norm_of(layer: Any) -> float:

@@ -28,7 +28,7 @@ OPTIONS = ExcessOptions(times=4, points=64)
 
 
 class Moments:
-    """Posterior moments from memory; mirrored ones are their negatives."""
+    """Posterior moments from memory, of pixels."""
 
     def __init__(self, moments: torch.Tensor, labels: torch.Tensor) -> None:
         self.stored, self.labels = moments, labels
@@ -37,7 +37,8 @@ class Moments:
         return len(self.labels)
 
     def moments(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
-        return self.stored[indices] * torch.where(mirrored, -1, 1).view(-1, 1, 1, 1)
+        chosen = self.stored[indices]
+        return torch.where(mirrored.view(-1, 1, 1, 1), chosen.flip(3), chosen)
 
 
 def source(count: int, seed: int) -> Moments:
@@ -46,8 +47,8 @@ def source(count: int, seed: int) -> Moments:
     return Moments(PixelSpace(1).encode(images), torch.arange(count) % 2)
 
 
-def flow_with(network, flips: bool = False) -> TrainedFlow:
-    header = header_of(NETWORK, latent_size=SIDE)
+def flow_with(network, flips: bool = False, classes: int = 2) -> TrainedFlow:
+    header = header_of(replace(NETWORK, num_classes=classes), latent_size=SIDE)
     header = replace(header, dataset=replace(header.dataset, flips=flips, class_names=("even", "odd")))
     training = source(24, 0)
     images = ((training.stored + 1) * 127.5).round().to(torch.uint8)
@@ -85,6 +86,7 @@ def test_mirror_images_are_components_if_training_uses_them() -> None:
     latents = flow.draw(flow.training, 200, torch.Generator().manual_seed(0))
     mirrored = (latents.data.flatten(1) - flow.training.stored[latents.indices].flatten(1)).abs().amax(1) > 1e-6
     assert 0.3 < mirrored.double().mean() < 0.7
+    assert torch.equal(mirrored, latents.mirrored)
 
 
 def test_the_posterior_s_spread_is_that_of_its_samples() -> None:
@@ -120,6 +122,16 @@ def test_results_have_classes_channels_and_held_out_losses() -> None:
     assert held_out["network"]["value"] == pytest.approx(training["loss"]["value"], rel=0.2)
 
 
+def test_an_unconditional_network_has_an_excess_per_class_of_its_images() -> None:
+    flow = flow_with(no_velocity, classes=1)
+    errors = measure_errors(flow, flow.exact(), flow.training, OPTIONS)
+    assert errors.labels.unique().tolist() == [0, 1]
+    everything = replace(flow, header=replace(flow.header, network=NETWORK)).exact()
+    x, null = torch.randn(3, 1, SIDE, SIDE), torch.full((3,), 2)
+    found = flow.exact()(torch.tensor(0.5), x, flow.condition(torch.zeros(3, dtype=torch.long)))
+    torch.testing.assert_close(found, everything(torch.tensor(0.5), x, flow.condition(null)))
+
+
 def test_fixed_points_have_the_excess_of_a_direct_measurement_in_any_number_of_processes() -> None:
     flow = flow_with(no_velocity)
     exact = exact_velocity(flow.header, flow.training, flow.autoencoder, flow.device)
@@ -130,8 +142,9 @@ def test_fixed_points_have_the_excess_of_a_direct_measurement_in_any_number_of_p
     assert points.excess(lambda t, x, condition: exact(t, x, condition), Processes()) == pytest.approx(0, abs=1e-6)
 
 
-def test_the_bound_of_the_exact_flow_is_the_autoencoder_s_error() -> None:
-    flow = flow_with(None)
+@pytest.mark.parametrize("flips", [False, True])
+def test_the_bound_of_the_exact_flow_is_the_autoencoder_s_error(flips: bool) -> None:
+    flow = flow_with(None, flips)
     options = BoundOptions(times=6, points=16, paths=4, samples=16, lanczos_steps=4)
     result = measure_bound(replace(flow, network=flow.exact()), options)
     assert result["reconstruction"] == pytest.approx(0, abs=1e-3)
@@ -148,7 +161,36 @@ def test_bounds_are_ordered_and_above_the_coupling() -> None:
     # The network's rate is constant, so both bounds differ only in the points of their errors.
     assert bounds["along_paths"] == pytest.approx(bounds["uniform"], rel=0.3)
     assert bounds["along_paths"] >= bounds["coupling"] * 0.9
+    assert all(norm >= rate for norm, rate in zip(*(result[key]["largest"] for key in ("norms", "rates")), strict=True))
     assert {"exact", "sliced", "sinkhorn"} == set(result["pixels"]["measured"])
+
+
+def test_errors_are_euclidean_and_along_t() -> None:
+    flow = flow_with(lambda t, x, condition: torch.zeros_like(x))
+    exact, options = flow.exact(), BoundOptions(times=3, points=400, paths=400, samples=16, lanczos_steps=1)
+    result = measure_bound(flow, options)
+    for number, time in enumerate(result["times"]):
+        latents = flow.draw(flow.training, 2000, torch.Generator().manual_seed(5))
+        x_t = (1 - time) * latents.data + time * latents.noise
+        size = exact(torch.tensor(time), x_t, flow.condition(latents.labels)).flatten(1).norm(dim=1)
+        assert result["errors"][number] == pytest.approx(size.square().mean().sqrt().item(), rel=0.05)
+    # Without spreading, the bound is the integral of the errors.
+    assert result["latents"]["bounds"]["uniform"] == pytest.approx(sum(result["errors"]) / 3, rel=1e-3)
+
+
+def test_a_bound_too_large_for_a_float_is_none(tmp_path) -> None:
+    result = measure_bound(
+        flow_with(lambda t, x, condition: 1000 * x), BoundOptions(2, 4, paths=2, samples=16, lanczos_steps=1)
+    )
+    assert result["latents"]["bounds"]["lfm"] is None
+    assert "LFM's form: too large for a float" in wasserstein_bound.describe(result)
+    wasserstein_bound.plot(result, tmp_path / "plot.png")
+
+
+def test_other_images_differ_from_the_first_ones(capsys) -> None:
+    result = measure_bound(flow_with(no_velocity), BoundOptions(2, 4, paths=2, samples=100, lanczos_steps=1))
+    assert "24 images give only 12 pairs" in capsys.readouterr().err
+    assert result["pixels"]["measured"]["exact"]["real"]["value"] > 1
 
 
 @pytest.fixture
@@ -181,6 +223,13 @@ def test_scripts_write_results_and_plots(checkpoint, tmp_path, monkeypatch, caps
         with Image.open(tmp_path / "samples" / f"model_1_{stem}.png") as picture:
             assert picture.width > 400
     assert result["decoder"]["product"] == 1
+
+
+def test_images_of_other_classes_are_refused(checkpoint, tmp_path, monkeypatch) -> None:
+    (tmp_path / "data" / "dog").rename(tmp_path / "data" / "bird")
+    monkeypatch.setattr("sys.argv", ["excess_loss", str(checkpoint), "--datadir", str(tmp_path / "data")])
+    with pytest.raises(UsageError, match="are bird, cat, but the checkpoint was trained on cat, dog"):
+        excess_loss.main()
 
 
 def test_a_network_with_a_dense_condition_is_refused(checkpoint, monkeypatch) -> None:

@@ -52,3 +52,21 @@ def test_norms_of_attention_are_those_of_its_dense_jacobian() -> None:
     for index in range(2):
         dense = torch.autograd.functional.jacobian(lambda one: attend(one[None])[0], x[index]).reshape(12, 12)
         assert found[index].item() == pytest.approx(torch.linalg.matrix_norm(dense, 2).item(), rel=1e-6)
+
+
+def test_more_steps_than_the_krylov_space_has_dimensions_change_nothing() -> None:
+    # Two distinct eigenvalues: two steps are exact, and rounding must not start another space.
+    basis = torch.linalg.qr(points(12, 12)).Q
+    matrix = basis @ torch.diag(torch.tensor([-5.0] * 6 + [-2.0] * 6, dtype=torch.float64)) @ basis.T
+    found = largest_eigenvalue(lambda each: linear(matrix, each), points(4, 12, seed=1), 12)
+    torch.testing.assert_close(found, torch.full((4,), -2.0, dtype=torch.float64))
+
+
+def test_a_large_gap_in_the_spectrum_does_not_spoil_orthogonality() -> None:
+    # In float32, one outlying eigenvalue makes plain Lanczos lose orthogonality and find it several times.
+    basis = torch.linalg.qr(points(60, 60)).Q
+    values = torch.linspace(0, 1, 60, dtype=torch.float64)
+    values[-1] = 1e6
+    matrix = basis @ torch.diag(values) @ basis.T
+    found = largest_eigenvalue(lambda each: linear(matrix, each), points(3, 60, seed=1), 40)
+    torch.testing.assert_close(found, torch.full((3,), 1e6, dtype=torch.float64))
