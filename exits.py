@@ -116,10 +116,10 @@ def _less_memory(options: Options | None) -> str:
         ways.append("--grad_accumulation N gives the same result with less memory")
         ways += [] if values.get("use_grad_checkpointing") else ["--use_grad_checkpointing recomputes activations"]
         ways += [] if values.get("fsdp") else ["--fsdp shards weights across several GPUs"]
-    ways += ["--precision bf16 halves activations"] if values.get("precision") == "fp32" else []
+    ways += ["--precision bf16 needs less"] if values.get("precision") == "fp32" else []
     ways = ways or ["use smaller batches, images or networks"]
     ways += ["if other programs use the GPU, choose another one with --device"] if "device" in values else []
-    # torch before 2.9 knows only this name of the variable; later versions accept both.
+    # Newer versions of torch also accept PYTORCH_ALLOC_CONF, but older ones know only this name.
     ways.append("if much memory is reserved but not allocated, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
     return "; ".join(ways)
 

@@ -156,7 +156,7 @@ def nothing_recorded(monkeypatch):
                 "precision": "fp32",
             },
             "use a smaller --batch_size (now 32); --grad_accumulation N gives the same result with less memory; --fsdp shards "
-            "weights across several GPUs; --precision bf16 halves activations",
+            "weights across several GPUs; --precision bf16 needs less",
         ),
     ],
 )
