@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from option_names import PUBLISHED_KEYS, suggest
-from options import Options, UsageError, argument_type, check_range, group_title, wrapped
+from options import Options, UsageError, argument_type, check_range, group_title, record_options, wrapped
 
 __all__ = ["help_flags", "leading_word", "parse_options", "read_arguments_file"]
 
@@ -80,6 +80,7 @@ def parse_options(
     values = {name: field.default for name, field in fields.items()} | dict(defaults) | given
     file = found.args_file or ""
     options = adjust(Options(values=values, explicit=frozenset(given), groups=tuple(groups), args_file=file))
+    record_options(options)
     if show_tree:
         print(options.tree())
         raise SystemExit(0)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import NamedTuple
 
-from options import UsageError, wrapped
+from options import Options, UsageError, recorded_options, wrapped
 from streams import steady_output
 
 __all__ = ["INTERRUPTED", "Explanation", "exit_cleanly", "explain", "guarded_imports"]
@@ -24,11 +24,6 @@ EXHAUSTED = (
     "start new thread",
 )  # fmt: skip
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-LESS_MEMORY = (
-    "use a smaller --batch_size. In training, --grad_accumulation N gives the same result with less memory; "
-    "--use_grad_checkpointing and --precision bf16 save memory too. If other programs use the GPU, choose another one with "
-    "--device. If much memory is reserved but not allocated, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
-)
 # Errors of the file system, and what to do about them. Other errors of the system may be bugs.
 FULL_DISK = "free some space, or choose another folder"
 OTHER_DISK = "this file system cannot do what is needed; choose a folder on another one, such as a local disk"
@@ -55,14 +50,21 @@ class Explanation(NamedTuple):
     line: str
 
 
-def explain(error: BaseException) -> Explanation | None:
-    """The explanation of an error that is not a bug; None for a bug, whose traceback matters."""
+def explain(error: BaseException, options: Options | None = None) -> Explanation | None:
+    """The explanation of an error that is not a bug; None for a bug, whose traceback matters.
+
+    Args:
+        error: the error.
+        options: the script's options, some of which the line may advise to change.
+    """
     if isinstance(error, UsageError):
         return Explanation(error.exit_code, _one_line(f"error: {_without_numbers(str(error))}"))
     if isinstance(error, KeyboardInterrupt):
         return Explanation(INTERRUPTED, "interrupted")
     if _gpu_memory_ran_out(error):
-        return Explanation(2, _one_line(f"error: {'. '.join(str(error).split('. ')[:3]).rstrip('.')}: {LESS_MEMORY}"))
+        return Explanation(
+            2, _one_line(f"error: {'. '.join(str(error).split('. ')[:3]).rstrip('.')}: {_less_memory(options)}")
+        )
     if isinstance(error, OSError) and (error.errno in ADVICE or (error.errno == errno.EINVAL and error.filename)):
         advice = ADVICE.get(error.errno, OTHER_NAME)
         where = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "while writing"
@@ -105,6 +107,23 @@ def _gpu_memory_ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in OUT_OF_MEMORY)
 
 
+def _less_memory(options: Options | None) -> str:
+    """What to do if a GPU's memory is too small: only flags that the script has and that can still save memory."""
+    values = {} if options is None else options.values
+    trains = "grad_accumulation" in values  # other scripts accept a network's --use_grad_checkpointing without using it
+    ways = [f"use a smaller --batch_size (now {values['batch_size']})"] if values.get("batch_size", 1) > 1 else []
+    if trains:
+        ways.append("--grad_accumulation N gives the same result with less memory")
+        ways += [] if values.get("use_grad_checkpointing") else ["--use_grad_checkpointing recomputes activations"]
+        ways += [] if values.get("fsdp") else ["--fsdp shards weights across several GPUs"]
+    ways += ["--precision bf16 needs less"] if values.get("precision") == "fp32" else []
+    ways = ways or ["use smaller batches, images or networks"]
+    ways += ["if other programs use the GPU, choose another one with --device"] if "device" in values else []
+    # Newer versions of torch also accept PYTORCH_ALLOC_CONF, but older ones know only this name.
+    ways.append("if much memory is reserved but not allocated, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
+    return "; ".join(ways)
+
+
 def exit_cleanly(main: Callable[[], int | None]) -> None:
     """Run a script's main function and exit.
 
@@ -115,7 +134,7 @@ def exit_cleanly(main: Callable[[], int | None]) -> None:
         try:
             sys.exit(main() or 0)
         except (Exception, KeyboardInterrupt) as error:
-            if (reason := explain(error)) is None:
+            if (reason := explain(error, recorded_options())) is None:
                 raise
             print(wrapped(reason.line, sys.stderr), file=sys.stderr)
             sys.exit(reason.exit_code)

@@ -28,6 +28,8 @@ __all__ = [
     "group_title",
     "make_options",
     "option",
+    "record_options",
+    "recorded_options",
     "resume_policy",
     "wrapped",
 ]
@@ -179,6 +181,19 @@ class Options:
         """These options, with `values` for those the user left out, as if an arguments file had set them."""
         added = {name: value for name, value in values.items() if name in self.values and name not in self.explicit}
         return dataclasses.replace(self, values={**self.values, **added}, explicit=self.explicit | added.keys())
+
+
+_RECORDED: list[Options] = []  # the running script's options, for advice after an error; at most one entry
+
+
+def record_options(options: Options) -> None:
+    """Record the options of the script that this process runs."""
+    _RECORDED[:] = [options]
+
+
+def recorded_options() -> Options | None:
+    """The options of the script that this process runs; None before they are parsed."""
+    return _RECORDED[0] if _RECORDED else None
 
 
 def argument_type(hint: Any) -> tuple[type, bool]:

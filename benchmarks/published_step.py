@@ -21,9 +21,8 @@ import torch
 
 from benchmarks._latents import new_autoencoder, open_random_cache, write_random_cache
 from benchmarks._timing import compare, markdown_table
-from benchmarks.training_step import CASES, Case, OurStep, PlainStep, peak
+from benchmarks.training_step import CASES, OBJECTIVE, Case, OurStep, PlainStep, peak
 from datasets_prep.latent_cache import SHARD_BYTES
-from flow.paths import PathOptions
 from models.autoencoders.pixels import images_to_pixels
 from models.autoencoders.protocol import Autoencoder
 from runtime.distributed import Processes
@@ -73,7 +72,7 @@ def batches_from_cache(folder: Path, autoencoder: Autoencoder, batch_size: int) 
     return batches(
         open_random_cache(folder, write_random_cache(folder, SHARD_BYTES)),
         autoencoder,
-        PathOptions(),
+        OBJECTIVE,
         batch_size=batch_size,
         first_step=0,
         last_step=1 << 20,

@@ -151,7 +151,8 @@ class Machine:
         count = torch.get_num_threads()
         threads = f", {count} thread{'s' if count > 1 else ''}" if self.device.type == "cpu" else ""
         way = "compiled (takes about a minute at the start)" if self.compile else "not compiled"
-        return f"{self.device}{threads}, {self.precision}, {way}"
+        card = f", {torch.cuda.get_device_name(self.device)}" if self.device.type == "cuda" else ""
+        return f"{self.device}{card}{threads}, {self.precision}, {way}"
 
     def compiled(self, network: nn.Module, always_alike: bool = False) -> nn.Module:
         """Swap CPU kernels into a network in place, and compile it if this machine compiles.
@@ -239,6 +240,8 @@ def choose_machine(
     device, precision = choose_device(options, processes), options.precision
     if precision == "auto":
         precision = "bf16" if not precise and _multiplies_bfloat16(device) else "fp32"
+        if device.type == "cuda" and precision == "fp32" and not precise and isinstance(options, MachineOptions):
+            note("this GPU has no fast bfloat16, so matrix products are float32: --precision fp16 is faster")
     return Machine(device, precision, options.compile if isinstance(options, MachineOptions) else False)
 
 

@@ -3,9 +3,23 @@
 import ast
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+from flow.objectives import FlowMatching
+from flow.paths import PathOptions
+from models.dit import DiTOptions
+from models.edm_unet import EdmUNetOptions
+from models.registry import build_network
+from runtime.distributed import Processes
+from runtime.precision import Machine
+from training.resources import estimate_memory
+from training.run import TrainingOptions
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
@@ -133,3 +147,48 @@ def test_make_runs_every_benchmark_once():
     lines = (ROOT / "Makefile").read_text().splitlines()
     named = [name for line in lines if line.startswith(("quick :=", "long :=", "gpu :=")) for name in line.split()[2:]]
     assert sorted(named) == sorted(path.stem for path in (ROOT / "benchmarks").glob("[!_]*.py"))
+
+
+LARGEST = re.compile(
+    r"^\| (?:(\d+) GB)? ?\| ([\w/-]+)(?: \(.*?\))? \| ([\d,]+|does not fit) \| ([\d,]+) \|$", re.MULTILINE
+)
+
+
+@pytest.mark.slow
+def test_the_batches_that_fit_a_card_follow_from_the_estimate(monkeypatch):
+    """docs/gpu.md rounds down to two digits. A card of N GB has N GiB; CUDA takes 1 GB."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    rows, card = LARGEST.findall((ROOT / "docs" / "gpu.md").read_text(encoding="utf-8")), 0
+    assert len(rows) == 10
+    for size, name, *shown in rows:
+        card = int(size or card)
+        for checkpointing, number in zip((False, True), shown, strict=True):
+            found = largest_step(name, checkpointing).largest((card << 30) - 1e9)
+            unit = 10 ** max(0, len(str(found)) - 2)
+            assert f"{found // unit * unit or 'does not fit':{',' if found else ''}}" == number, (
+                card,
+                name,
+                checkpointing,
+            )
+
+
+@cache
+def largest_step(name, checkpointing):
+    """The estimate of a training step in bfloat16 with latents 32 x 32 x 4 on a GPU."""
+    if name == "adm":
+        options = EdmUNetOptions(nf=256, ch_mult=(1, 2, 3, 4), attn_resolutions=(16, 8, 4), num_res_blocks=2)
+    else:
+        options = DiTOptions(num_classes=1)
+    with torch.device("meta"):
+        network = build_network(name, 32, replace(options, use_grad_checkpointing=checkpointing)).train()
+    run = SimpleNamespace(
+        network=network,
+        training=TrainingOptions(batch_size=1),
+        header=SimpleNamespace(dense=None, latent_shape=(4, 32, 32), model_type=name),
+        machine=Machine(torch.device("cuda"), "bf16"),
+        objective=FlowMatching(PathOptions()),
+        processes=Processes(),
+        is_sharded=False,
+    )
+    return estimate_memory(run)

@@ -37,9 +37,10 @@ from runtime.inference import for_sampling
 from runtime.precision import Machine
 from sampling.sampler import Sampler, generate
 from tasks.training_free_inpainting import training_free_draw
+from tests.drawn_batches import draw_batches
 from tests.fake_cuda import CUDA, READS_A_VALUE, HostWaitsError, Products, outside, pretend_cuda
 from tests.small_networks import SMALL
-from training.data import Batch, batches
+from training.data import Batch
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState
 from training.validation import validation_loss
@@ -214,6 +215,8 @@ def test_a_generator_of_another_device_is_noticed(fake_cuda):
 
 # Batches
 
+ON_CUDA = {"batch_size": 2, "num_classes": 2, "device": CUDA}
+
 
 class Moments:
     labels = torch.arange(6) % 2
@@ -265,20 +268,7 @@ def test_batches_are_copied_without_waiting(fake_cuda, read_at_once, monkeypatch
     autoencoder = new_autoencoder(monkeypatch)
     objective = FlowMatching(PathOptions(time_sampling=sampling))
     with fake_cuda.forbid_waiting():
-        (batch,) = batches(
-            Moments(8),
-            autoencoder,
-            objective,
-            batch_size=2,
-            first_step=0,
-            last_step=1,
-            seed=0,
-            flips=True,
-            num_classes=2,
-            label_dropout=0.1,
-            device=CUDA,
-            processes=Processes(),
-        )
+        (batch,) = draw_batches(Moments(8), autoencoder, 0, 1, objective=objective, **ON_CUDA)
         parts = batch.split(2)
     found = [batch.data, batch.noise, *batch.draws, batch.condition.labels, parts[1].data]
     assert {tensor.device for tensor in found} == {CUDA}
@@ -290,22 +280,7 @@ def test_masked_images_are_encoded_for_a_step_without_waiting(fake_cuda, read_at
         Images(), autoencoder, lambda draw: torch.ones(16, 16, dtype=torch.bool), Machine(CUDA, "bf16")
     )
     with fake_cuda.forbid_waiting():
-        (batch,) = batches(
-            Moments(8),
-            autoencoder,
-            OBJECTIVE,
-            batch_size=2,
-            first_step=0,
-            last_step=1,
-            seed=0,
-            flips=True,
-            num_classes=2,
-            label_dropout=0.1,
-            device=CUDA,
-            processes=Processes(),
-            condition=condition,
-            condition_dropout=0.1,
-        )
+        (batch,) = draw_batches(Moments(8), autoencoder, 0, 1, **ON_CUDA, condition=condition, condition_dropout=0.1)
     assert (batch.condition.dense.device, batch.condition.dense.shape) == (CUDA, (2, 5, 8, 8))
 
 

@@ -22,7 +22,7 @@ from runtime.distributed import Processes
 from runtime.precision import use_device
 from runtime.randomness import generator_for
 
-__all__ = ["Batch", "StepStreams", "batches", "epoch_indices", "first_images", "steps_per_epoch"]
+__all__ = ["Batch", "StepStreams", "batches", "epoch_indices", "first_images", "select_rows", "steps_per_epoch"]
 
 T = TypeVar("T")
 Columns = TypeVar("Columns", bound=tuple)
@@ -50,12 +50,12 @@ class Batch(NamedTuple):
             raise ValueError(f"a batch of {len(self.data)} cannot be split into {count} equal parts")
         parts = [slice(first, first + size) for first in range(0, len(self.data), size)]
         return [
-            Batch(self.data[p], self.noise[p], _select_rows(self.draws, p), _select_rows(self.condition, p))
+            Batch(self.data[p], self.noise[p], select_rows(self.draws, p), select_rows(self.condition, p))
             for p in parts
         ]
 
 
-def _select_rows(columns: Columns, part: slice) -> Columns:
+def select_rows(columns: Columns, part: slice) -> Columns:
     """Select rows of a named tuple whose fields are tensors or None."""
     rows: Any = (None if column is None else column[part] for column in columns)
     return type(columns)(*rows)
@@ -185,7 +185,7 @@ def batches(
         yield Batch(
             data=autoencoder.sample(moments, streams.normal("posterior")[share]),
             noise=streams.normal("noise")[share],
-            draws=_select_rows(objective.draw(streams), share),
+            draws=select_rows(objective.draw(streams), share),
             condition=Condition(drop_labels(labels, dropout, label_dropout, num_classes), dense),
         )
 

@@ -1,7 +1,7 @@
 """Validation of the EMA network: loss on held-out images, scores of samples, and sample grids."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,11 +28,14 @@ from runtime.randomness import generator_for
 from sampling.sampler import GeneratedBatch, Sampler, first_images, generate
 from sampling.tally import count_finite
 from tasks.conditioned_images import ConditionedImages
+from training.data import select_rows
 
-__all__ = ["Validation", "validation_loss"]
+__all__ = ["Validation", "images_per_pass", "validation_loss"]
 
 PREVIEWED = 24  # held-out images on the sample grid of a network with dense conditions
-IMAGES_PER_BATCH = 256
+IMAGES_PER_BATCH = 256  # whose random numbers are drawn together
+LATENT_PIXELS_PER_PASS = IMAGES_PER_BATCH * 32 * 32  # so that large latents need no more memory than small ones
+SAMPLES_PER_BATCH = 200
 QUARTERS = 4
 
 
@@ -138,10 +141,11 @@ class Validation:
             drops_labels=self.header.drops_labels,
             drops_dense=self.header.drops_dense,
         )
+        size = min(SAMPLES_PER_BATCH, images_per_pass(self.header.latent_shape[1:]))
         if self.conditioned is None:
-            return generate(sampler, range(count), processes=self.processes)
+            return generate(sampler, range(count), batch_size=size, processes=self.processes)
         labels, dense = self.conditioned.labels(), self.conditioned.dense(sampler)
-        return generate(sampler, range(count), labels=labels, dense=dense, processes=self.processes)
+        return generate(sampler, range(count), batch_size=size, labels=labels, dense=dense, processes=self.processes)
 
 
 @torch.no_grad()
@@ -186,7 +190,18 @@ def validation_loss(
             dense = condition.encode(condition.read(chosen, unmirrored[chosen], chosen.tolist()), *others)
         given = Condition(source.labels[chosen].to(machine.device), dense)
         at = objective.at(times[chosen].to(machine.device))
-        own[chosen] = objective.loss(machine.evaluating(network), data, noise, at, given).cpu()
+        for part in _slices(len(chosen), images_per_pass(sides)):
+            columns = data[part], noise[part], select_rows(at, part), select_rows(given, part)
+            own[chosen[part]] = objective.loss(machine.evaluating(network), *columns).cpu()
     losses, quarter = processes.sum(own), (times * QUARTERS).long().clamp(max=QUARTERS - 1)
     by_quarter = {f"loss_q{q + 1}": losses[quarter == q].mean().item() for q in range(QUARTERS) if (quarter == q).any()}
     return {"loss": losses.mean().item(), **by_quarter}
+
+
+def images_per_pass(sides: Sequence[int]) -> int:
+    """The number of images with latents of these sides that are evaluated or drawn at once, at most IMAGES_PER_BATCH."""
+    return max(1, min(IMAGES_PER_BATCH, LATENT_PIXELS_PER_PASS // math.prod(sides)))
+
+
+def _slices(count: int, size: int) -> list[slice]:
+    return [slice(first, first + size) for first in range(0, count, size)]

@@ -2,6 +2,7 @@
 
 import importlib.util
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,12 +20,16 @@ from benchmarks.training_step import CASES, DECAY, OBJECTIVE, RATE, Case, new_ba
 from exits import explain
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
+from models.conditions import Condition
 from models.dit import DiTOptions
+from options import Options
 from runtime.distributed import Processes
 from runtime.memory import MARGIN, StepMemory, measure_activations
 from runtime.precision import Machine
 from runtime.processes.parallel import is_sharded, shard
-from training.data import batches
+from tests.drawn_batches import draw_batches
+from tests.small_networks import SMALL as FAMILIES
+from tests.small_networks import new_network as new_small_network
 from training.loop import train
 from training.optimizers import OptimizerOptions
 from training.resources import estimate_memory
@@ -49,21 +54,24 @@ def new_run(folder, machine, **changes):
     return run
 
 
-@pytest.fixture
-def deterministic():
+@contextmanager
+def determinism():
     torch.use_deterministic_algorithms(True)  # with warn_only, memory-efficient attention would stay random
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_resumed_run_has_the_same_bits(tmp_path, optimizer, precision, device, deterministic):
+def test_a_resumed_run_has_the_same_bits(tmp_path, optimizer, precision, device):
     machine = Machine(device, precision)
-    train(new_run(tmp_path / "whole", machine, optimizer=optimizer), resume=False)
     stopping = {"event": (6, runs.send_signal(runs.signal.SIGINT))}
-    assert not train(new_run(tmp_path / "parts", machine, optimizer=optimizer, **stopping), resume=False)
-    assert train(new_run(tmp_path / "parts", machine, optimizer=optimizer), resume=True)
+    with determinism():
+        train(new_run(tmp_path / "whole", machine, optimizer=optimizer), resume=False)
+        assert not train(new_run(tmp_path / "parts", machine, optimizer=optimizer, **stopping), resume=False)
+        assert train(new_run(tmp_path / "parts", machine, optimizer=optimizer), resume=True)
     whole, parts = (content_of(tmp_path / name, device) for name in ("whole", "parts"))
     assert whole == parts
     assert runs.metrics_of(tmp_path / "whole") == runs.metrics_of(tmp_path / "parts")
@@ -96,11 +104,8 @@ def test_determinism_has_a_cost(device, on_gpu, report):
     case = CASES["DiT-S/2"] if on_gpu else SMALL
     step = Ours(case, Machine(device, "bf16"))
     free = seconds_of(step, device, 0.5)
-    torch.use_deterministic_algorithms(True)
-    try:
+    with determinism():
         fixed = seconds_of(step, device, 0.5)
-    finally:
-        torch.use_deterministic_algorithms(False)
     report(f"deterministic algorithms: a bf16 step of {case.model_type} takes {fixed / free:.2f} times as long")
     assert fixed < 20 * free
 
@@ -175,22 +180,88 @@ def test_the_estimated_memory_of_a_step(tmp_path, device, on_gpu, report):
     found = estimate_of(case, machine)
     report(f"estimate of {case.model_type}, batch {case.batch_size}: {found.describe()}")
     if on_gpu:
-        release(device)
-        before = torch.cuda.memory_allocated(device)
-        step = Ours(case, machine)
-        for _ in range(3):
-            step()
-        wait(device)
-        peak = torch.cuda.max_memory_allocated(device) - before
+        peak = peak_of(lambda: three_steps(case, machine), device)
         report(f"peak of {case.model_type}, batch {case.batch_size}: {peak:,} bytes")
         assert MARGIN * peak <= found.total
         assert peak > 0.5 * found.total
 
 
+def three_steps(case, machine):
+    step = Ours(case, machine)
+    for _ in range(3):
+        step()
+
+
+def peak_of(work, device):
+    """Bytes that `work` allocates on a GPU at its peak."""
+    release(device)
+    before = torch.cuda.memory_allocated(device)
+    work()
+    wait(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def saved_bytes(work):
+    """Bytes that autograd saves for the backward pass in `work`, each storage once."""
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        work()
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_gradient_checkpointing_saves_memory_and_keeps_gradients(model_type, precision, device, on_gpu, report):
+    """U-Nets have dropout, which must be the same when a block is computed again."""
+    machine, case = Machine(device, precision), SMALL._replace(batch_size=512 if on_gpu else 16)
+    data, noise = torch.randn(2, case.batch_size, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = (torch.arange(case.batch_size) % 2).to(device)
+    options = FAMILIES[model_type]
+    if hasattr(options, "dropout"):
+        options = replace(options, dropout=0.1)
+
+    def passed(checkpointing):
+        """The loss, the gradients, and the memory of a step's two passes: a GPU's peak, or what autograd saves."""
+        network = new_small_network(model_type, replace(options, use_grad_checkpointing=checkpointing))
+        network.to(device).requires_grad_(True).train()
+        results = []
+
+        def forward():
+            torch.manual_seed(1)
+            times = OBJECTIVE.at(torch.linspace(0, 1, case.batch_size, device=device))
+            loss = OBJECTIVE.loss(machine.evaluating(network), data, noise, times, Condition(labels)).mean()
+            results.append(loss)
+            return loss
+
+        memory = peak_of(lambda: forward().backward(), device) if on_gpu else saved_bytes(lambda: forward())
+        if not on_gpu:
+            results[0].backward()
+        return results[0].detach(), [p.grad for p in network.parameters() if p.grad is not None], memory
+
+    loss, gradients, plain = passed(False)
+    found_loss, found, checkpointed = passed(True)
+    assert found_loss == loss
+    assert len(found) == len(gradients) > 0
+    largest = max(gradient.abs().max() for gradient in gradients)
+    for one, other in zip(found, gradients, strict=True):
+        if on_gpu:  # whose kernels may add in another order
+            assert (one - other).abs().max() <= (1e-5 if precision == "fp32" else 1e-2) * largest
+        else:
+            assert torch.equal(one, other)
+    report(f"gradient checkpointing of {model_type} in {precision}: {checkpointed / plain:.2f} of the memory")
+    assert checkpointed < plain
+
+
 def test_a_full_device_is_explained(device, on_gpu):
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 46, dtype=torch.float64, device=device)
-    reason = explain(raised.value)
+    options = Options({"batch_size": 8, "grad_accumulation": 1}, explicit=frozenset())
+    reason = explain(raised.value, options)
     assert reason.exit_code == 2
     assert ("--grad_accumulation" in reason.line) == on_gpu
 
@@ -203,20 +274,7 @@ def test_the_loader_is_faster_than_training(tmp_path, device, on_gpu, report):
     size, steps = (256, 60) if on_gpu else (16, 4)
 
     def load(first, last):
-        for batch in batches(
-            cache,
-            autoencoder,
-            OBJECTIVE,
-            batch_size=size,
-            first_step=first,
-            last_step=last,
-            seed=0,
-            flips=True,
-            num_classes=10,
-            label_dropout=0.1,
-            device=device,
-            processes=Processes(),
-        ):
+        for batch in draw_batches(cache, autoencoder, first, last, batch_size=size, num_classes=10, device=device):
             assert batch.data.device == device
         wait(device)
 

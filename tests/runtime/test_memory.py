@@ -1,16 +1,20 @@
+import re
+
 import pytest
 import torch
 
-from exits import LESS_MEMORY, exit_cleanly, explain
+import options
+from exits import exit_cleanly, explain
 from flow.objectives import FlowMatching
 from flow.paths import PathOptions
 from models.conditions import Condition
 from models.dit import DiT, DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.registry import build_network
-from options import UsageError
+from options import Options, UsageError, record_options
 from runtime.memory import Activations, StepMemory, advise, free_memory, measure_activations
 from runtime.precision import Machine
+from tests.fuzz.scripts import SCRIPTS, declared_options
 from tests.small_networks import UNET
 
 CPU = torch.device("cpu")
@@ -129,8 +133,37 @@ OUT_OF_MEMORY = (
 )
 
 
-def test_running_out_of_memory_becomes_one_line(capsys):
+FRAGMENTS = "if much memory is reserved but not allocated, set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True"
+
+
+@pytest.fixture
+def nothing_recorded(monkeypatch):
+    monkeypatch.setattr(options, "_RECORDED", [])
+
+
+@pytest.mark.parametrize(
+    ("values", "advice"),
+    [
+        (None, "use smaller batches, images or networks"),
+        ({"batch_size": 1}, "use smaller batches, images or networks"),
+        ({"batch_size": 200, "use_grad_checkpointing": False}, "use a smaller --batch_size (now 200)"),
+        (
+            {
+                "batch_size": 32,
+                "grad_accumulation": 1,
+                "use_grad_checkpointing": True,
+                "fsdp": False,
+                "precision": "fp32",
+            },
+            "use a smaller --batch_size (now 32); --grad_accumulation N gives the same result with less memory; --fsdp shards "
+            "weights across several GPUs; --precision bf16 needs less",
+        ),
+    ],
+)
+def test_running_out_of_memory_becomes_one_line(values, advice, nothing_recorded, capsys):
     def main():
+        if values is not None:
+            record_options(Options(values, explicit=frozenset()))
         raise torch.OutOfMemoryError(OUT_OF_MEMORY)
 
     with pytest.raises(SystemExit) as ended:
@@ -138,8 +171,18 @@ def test_running_out_of_memory_becomes_one_line(capsys):
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
         "error: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 1.00 GiB is "
-        f"free: {LESS_MEMORY}\n"
+        f"free: {advice}; {FRAGMENTS}\n"
     )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_advice_names_only_flags_of_the_script(script):
+    values = {each.name: each.default for each in declared_options(script)}
+    line = explain(torch.OutOfMemoryError(OUT_OF_MEMORY), Options(values, explicit=frozenset())).line
+    named = set(re.findall(r"--(\w+)", line))
+    assert named <= values.keys()
+    assert ("batch_size" in named) == ("batch_size" in values)
+    assert ("use_grad_checkpointing" in named) == script.startswith("train_flow_latent")
 
 
 def test_other_errors_of_torch_are_defects():

@@ -10,7 +10,7 @@ from torch import nn
 from options import UsageError
 from runtime import precision
 from runtime.distributed import Processes
-from runtime.precision import DeviceOptions, Machine, MachineOptions, choose_device, choose_machine
+from runtime.precision import DeviceOptions, Machine, MachineOptions, PrecisionOptions, choose_device, choose_machine
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -161,3 +161,20 @@ def test_a_gpu_becomes_the_current_device(monkeypatch):
     for name, processes in (("cuda:1", Processes()), ("auto", Processes(1, 2, 1, 2)), ("cuda", Processes())):
         choose_device(DeviceOptions(name), processes)
     assert [device.index for device in chosen] == [1, 1, 0]
+
+
+@pytest.mark.parametrize(("capable", "precision_used"), [(True, "bf16"), (False, "fp32")])
+def test_a_gpu_without_bfloat16_causes_a_note(capable, precision_used, monkeypatch, capsys):
+    monkeypatch.setattr(precision, "choose_device", lambda options, processes: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: capable)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A Card")
+    machine = choose_machine(MachineOptions())
+    assert machine.describe() == f"cuda:0, A Card, {precision_used}, not compiled"
+    assert ("--precision fp16 is faster" in capsys.readouterr().err) == (not capable)
+    for options, precise in (
+        (MachineOptions(precision="fp32"), False),
+        (MachineOptions(), True),
+        (PrecisionOptions(), False),
+    ):
+        choose_machine(options, precise=precise)
+        assert capsys.readouterr().err == ""

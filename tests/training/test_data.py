@@ -14,7 +14,8 @@ from models.conditions import Condition, DenseInput
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.randomness import generator_for
-from training.data import Batch, StepStreams, batches, epoch_indices, steps_per_epoch
+from tests.drawn_batches import draw_batches
+from training.data import Batch, StepStreams, epoch_indices, steps_per_epoch
 
 COUNT, CLASSES = 23, 5
 
@@ -49,11 +50,10 @@ class NumberedCondition:
 
 
 def draw(first, last, *, source=None, processes=Processes(), batch_size=6, seed=3, **changes):  # noqa: B008
-    settings = {"flips": True, "num_classes": CLASSES, "label_dropout": 0.2, "device": torch.device("cpu")} | changes
+    settings = {"num_classes": CLASSES, "label_dropout": 0.2, "device": torch.device("cpu")} | changes
     autoencoder = settings.pop("autoencoder", PixelSpace(1))
-    path = settings.pop("path", PathOptions())
-    limits = {"batch_size": batch_size, "first_step": first, "last_step": last, "seed": seed, "processes": processes}
-    return list(batches(source or Numbered(), autoencoder, FlowMatching(path), **limits, **settings))
+    settings |= {"objective": FlowMatching(settings.pop("path", PathOptions())), "batch_size": batch_size, "seed": seed}
+    return list(draw_batches(source or Numbered(), autoencoder, first, last, processes=processes, **settings))
 
 
 def images_of(batch):

@@ -120,3 +120,18 @@ def test_a_run_records_its_excess_loss(tmp_path):
 def test_the_excess_loss_is_not_measured_by_default(tmp_path):
     train(new_run(tmp_path / "run"), resume=False)
     assert not any("excess" in entry for entry in metrics_of(tmp_path / "run"))
+
+
+def test_large_latents_are_evaluated_in_parts(source, monkeypatch):
+    """The loss keeps its times and noise, so it does not depend on the parts."""
+    assert [validation.images_per_pass(sides) for sides in ((4, 4), (32, 32), (128, 128), (1024, 1024))] == [
+        256,
+        256,
+        16,
+        1,
+    ]
+    whole = loss_of(LinearVelocity(0.5), source)
+    monkeypatch.setattr(validation, "LATENT_PIXELS_PER_PASS", 7 * 16)
+    network = LinearVelocity(0.5)
+    assert loss_of(network, source) == pytest.approx(whole, rel=1e-6)
+    assert [len(t) for t, _, _ in network.calls] == [7] * 6 + [6]
