@@ -7,7 +7,7 @@ import pytest
 from checkpoints.header import FORMAT, Header
 from datasets_prep.image_dataset import DatasetFacts
 from flow.objectives import OBJECTIVES
-from flow.paths import PathOptions
+from flow.losses.options import FlowMatchingOptions
 from models.autoencoders.protocol import AutoencoderFacts
 from models.conditions import DenseInput
 from models.dit import DiTOptions
@@ -32,8 +32,9 @@ FULL = Header(
     dataset=DatasetFacts("folder", 32, 3, 28, True, ("cat", "dög")),
     task="semantic",
     dense=DenseInput(4, classes=6, dropout=0.2),
-    path=PathOptions("logit_normal", 0.5, 1.5, sigma_min=1e-3),
+    path=FlowMatchingOptions("logit_normal", 0.5, 1.5, sigma_min=1e-3),
     objective="another",
+    contrast_means=(0.5, -1.25),
     training={"lr": 1e-4, "adam_betas": [0.9, 0.999], "use_ema": True},
     precision="bf16",
     compiled=True,
@@ -110,7 +111,7 @@ def test_a_header_of_an_older_version():
     )
     assert header.autoencoder == AutoencoderFacts("none", "none", None, (), ())
     assert header.dataset == DatasetFacts("folder", 8, 3, None, True, ("cat", "dog"))
-    assert header.path == PathOptions(sigma_min=1e-5)
+    assert header.path == FlowMatchingOptions(sigma_min=1e-5)
     assert header.training == {"lr": 1e-4, "adam_betas": [0.9, 0.999]}
     assert (header.step, header.epoch, header.precision, header.weights_sha256) == (7, 1, "fp32", "ef" * 32)
     assert (header.latent_shape, header.num_classes, header.drops_labels) == ((3, 8, 8), 2, True)
@@ -124,7 +125,9 @@ def test_the_scale_of_an_older_autoencoder_becomes_tuples():
 
 
 def test_a_missing_path_means_the_default_path():
-    assert Header.from_json({name: value for name, value in OLD.items() if name != "path"}).path == PathOptions()
+    assert (
+        Header.from_json({name: value for name, value in OLD.items() if name != "path"}).path == FlowMatchingOptions()
+    )
 
 
 @pytest.mark.parametrize(
