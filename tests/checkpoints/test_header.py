@@ -6,8 +6,8 @@ import pytest
 
 from checkpoints.header import FORMAT, Header
 from datasets_prep.image_dataset import DatasetFacts
-from flow.objectives import OBJECTIVES
 from flow.losses.options import FlowMatchingOptions
+from flow.objectives import OBJECTIVES
 from models.autoencoders.protocol import AutoencoderFacts
 from models.conditions import DenseInput
 from models.dit import DiTOptions
