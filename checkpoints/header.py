@@ -5,6 +5,7 @@ defaults, so their files still load. Entries unknown to this version raise an er
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -137,10 +138,19 @@ class Header:
         return self.dense is not None and self.dense.dropout > 0
 
     def correction(self, device: torch.device | str = "cpu") -> Correction | None:
-        """The correction of a network trained by contrastive flow matching, where guidance acts; None for others."""
-        weight = contrastive_weight(self.path)
+        """The correction of a network trained by contrastive flow matching, where guidance acts; None for others.
+
+        Raises:
+            UsageError: the header lacks the mean latents.
+        """
+        weight, numbers = contrastive_weight(self.path), math.prod(self.latent_shape)
         if not weight:
             return None
+        if len(self.contrast_means) not in (numbers, self.num_classes * numbers):
+            raise UsageError(
+                f"contrast_means in the header has {len(self.contrast_means)} numbers, but the correction of contrastive flow "
+                f"matching needs {numbers} for all classes together or for each: this file is damaged"
+            )
         means = torch.tensor(self.contrast_means, device=device).view(-1, *self.latent_shape)
         return Correction(weight, means, null=self.num_classes)
 

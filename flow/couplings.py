@@ -30,10 +30,11 @@ def optimal_transport(data: torch.Tensor, noise: torch.Tensor, labels: torch.Ten
     from scipy.optimize import linear_sum_assignment
 
     # |data - noise|^2 = |data|^2 + |noise|^2 - 2 <data, noise>, and an assignment does not change the sum of the squares.
-    products = (data.double().flatten(1) @ noise.double().flatten(1).mT).cpu()
+    products = (data.flatten(1) @ noise.flatten(1).mT).double().cpu()
     labels = labels.cpu()
     chosen = torch.arange(len(data))
-    for label in labels.unique().tolist():
+    present, counts = labels.unique(return_counts=True)
+    for label in present[counts > 1].tolist():
         rows = (labels == label).nonzero().flatten()
         _, columns = linear_sum_assignment(products[rows][:, rows].numpy(), maximize=True)
         chosen[rows] = rows[torch.from_numpy(columns)]

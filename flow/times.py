@@ -69,6 +69,7 @@ class TimeOptions:
         "s in the shifted training times t' = s t / (1 + (s - 1) t); auto (or 0): sqrt(d / 4096) for latents of d numbers, "
         "at least 1",
         minimum=0,
+        maximum=1e6,
         words=AUTO_SHIFT,
     )
 

@@ -296,7 +296,10 @@ def _configuration(options: Options, machine: Machine, processes: Processes, dat
         STATE_OF_IMAGES: hashlib.sha256(state.encode()).hexdigest()[:12],
         STATE_OF_LABELS: hashlib.sha256(dataset.labels.numpy().tobytes()).hexdigest()[:12],
     }
-    return Configuration({**options.values, **resolved, **images}, options.policies(), options.defaults())
+    policies = options.policies()
+    if options[PathOptions].coupling != "independent":
+        policies["processes"] = "on_request"  # because noise is exchanged within each process's batch
+    return Configuration({**options.values, **resolved, **images}, policies, options.defaults())
 
 
 def _keep_scale(autoencoder: Autoencoder, folder: Path) -> None:

@@ -9,6 +9,7 @@ from options import UsageError, option
 
 __all__ = ["FlowMatchingOptions", "LossOptions", "check_losses", "contrastive_weight"]
 
+LARGEST_WEIGHT = 1e6
 LARGEST_CONTRAST = 0.9  # at 1, the contrastive loss has no minimum
 
 
@@ -18,7 +19,10 @@ class LossOptions:
 
     prediction: str = option("velocity", "what the network predicts, at the same loss", choices=PREDICTIONS)
     velocity_direction: float = option(
-        0.0, "weight of the velocity direction loss, 1 - the cosine of predicted and true velocity; 0: off", minimum=0
+        0.0,
+        "weight of the velocity direction loss, 1 - the cosine of predicted and true velocity; 0: off",
+        minimum=0,
+        maximum=LARGEST_WEIGHT,
     )
     contrastive_weight: float = option(
         0.0,

@@ -166,3 +166,14 @@ def test_at_changes_only_the_position():
     moved = FULL.at(20, 5, ended=False)
     assert (moved.step, moved.epoch, moved.ended) == (20, 5, False)
     assert moved.at(12, 3, ended=True) == FULL
+
+
+def test_the_correction_of_a_contrastive_network_needs_its_mean_latents():
+    network, path = DiTOptions(2, 2, num_classes=3), FlowMatchingOptions(contrastive_weight=0.1)
+    assert header_of(network).correction() is None
+    for rows in (1, 3):
+        correction = header_of(network, path=path, contrast_means=(0.5,) * 32 * rows).correction()
+        assert (correction.weight, correction.means.shape, correction.null) == (0.1, (rows, 2, 4, 4), 3)
+    for count in (0, 33, 64):
+        with pytest.raises(UsageError, match=f"has {count} numbers"):
+            header_of(network, path=path, contrast_means=(0.5,) * count).correction()

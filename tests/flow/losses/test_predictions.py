@@ -1,9 +1,11 @@
 import pytest
 import torch
 
+from flow.likelihood import log_likelihood
 from flow.losses.options import FlowMatchingOptions
 from flow.losses.predictions import LEAST_NOISE
 from flow.objectives import FlowMatching
+from flow.ode import SolverOptions
 from flow.paths import straight_path
 
 SHAPE = (6, 2, 3, 3)
@@ -60,3 +62,25 @@ def test_a_velocity_prediction_is_the_network_itself():
 
     path = FlowMatchingOptions()
     assert FlowMatching(path, path).velocity(network) is network
+
+
+def test_likelihoods_of_normal_data_from_a_data_prediction_are_exact():
+    """For data N(m, s^2), the velocity is (d log sigma / dt) (x - (1 - t) m) - m with sigma^2 = (1 - t)^2 s^2 + t^2."""
+    mean, spread = 0.7, 0.4
+    path = FlowMatchingOptions(sigma_min=0.0, prediction="data")
+
+    def network(t, x, condition):
+        t = t.view(-1, 1, 1, 1)
+        growth = (t - (1 - t) * spread**2) / ((1 - t).square() * spread**2 + t.square())
+        velocity = growth * (x - (1 - t) * mean) - mean
+        return x - t.clamp(min=LEAST_NOISE) * velocity
+
+    network_velocity = FlowMatching(path, path).velocity(network)
+    data = mean + spread * torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def velocity(t, x):
+        return network_velocity(t.expand(len(x)), x, None)
+
+    found = log_likelihood(velocity, data, SolverOptions("rk4", 40))
+    expected = torch.distributions.Normal(mean, spread).log_prob(data).flatten(1).sum(1)
+    torch.testing.assert_close(found.log_density, expected, rtol=0, atol=1e-3)
