@@ -15,7 +15,7 @@ import torch
 from datasets_prep.conditions import ConditionSource
 from datasets_prep.moments import MomentSource
 from flow.couplings import COUPLINGS
-from flow.losses.contrast import means_of_others, next_of_another_class
+from flow.losses.contrast import next_of_another_class
 from flow.losses.options import contrastive_weight
 from flow.objectives import Draws, Objective
 from flow.paths import PathOptions, straight_velocity
@@ -26,10 +26,7 @@ from runtime.distributed import Processes
 from runtime.precision import use_device
 from runtime.randomness import generator_for
 
-__all__ = ["Batch", "StepStreams", "batches", "epoch_indices", "first_images", "mean_latents", "steps_per_epoch"]
-
-IMAGES_OF_MEANS = 10_000  # the error of a mean is then 1 % of a standard deviation
-IMAGES_PER_READ = 250
+__all__ = ["Batch", "StepStreams", "batches", "epoch_indices", "first_images", "steps_per_epoch"]
 
 T = TypeVar("T")
 Columns = TypeVar("Columns", bound=tuple)
@@ -209,24 +206,6 @@ def batches(
             draws = draws._replace(other_velocity=velocities, contrast=contrast * kept)
         labels = drop_labels(labels, dropout, label_dropout, num_classes)
         yield Batch(data[:batch_size], noise[:batch_size], draws, Condition(labels, dense))
-
-
-def mean_latents(
-    source: MomentSource, autoencoder: Autoencoder, classes: int, flips: bool, device: torch.device
-) -> torch.Tensor:
-    """The mean latents of the classes other than each class, or of all; see `means_of_others`.
-
-    At most IMAGES_OF_MEANS evenly spaced images count. If `flips`, every other one is mirrored.
-    """
-    indices = torch.arange(0, len(source), -(-len(source) // IMAGES_OF_MEANS))
-    mirrored = (torch.arange(len(indices)) % 2 == 1) & flips
-
-    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for rows in torch.arange(len(indices)).split(IMAGES_PER_READ):
-            moments = source.moments(indices[rows], mirrored[rows])
-            yield autoencoder.sample(moments.to(device)), source.labels[indices[rows]]
-
-    return means_of_others(parts(), classes)
 
 
 def _rows_with_others(labels: torch.Tensor, share: slice) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,14 +13,14 @@ from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, ImageDataset, choose_flips
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
-from datasets_prep.moments import MomentSource, open_moments
+from datasets_prep.moments import MomentSource, mean_latents, open_moments
 from evaluation.checks import check_scoring
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.reconstruction import draw_reconstructions
 from evaluation.trained_flow import ExactPoints, check_exact_velocity
 from flow.guidance import GuidanceOptions
-from flow.losses.options import check_losses, contrastive_weight
+from flow.losses.options import check_losses, contrastive_weight, prediction_of
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions, check_method, needs_float32, unreachable_tolerances
@@ -40,7 +40,7 @@ from runtime.randomness import seed_for
 from sampling.sampler import check_guidance
 from tasks.conditioned_images import ConditionedImages
 from tasks.task import GENERATION, TrainingTask
-from training.data import mean_latents, steps_per_epoch
+from training.data import steps_per_epoch
 from training.experiment import (
     IMAGES,
     RECONSTRUCTIONS,
@@ -135,7 +135,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         check_exact_velocity(header, "--validate_excess: this run")
     objective = OBJECTIVES[objective_name].build(path)
     weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
-    network = new_network(architecture, training.seed, weights, header.autoencoder)
+    network = new_network(architecture, training.seed, weights, header.autoencoder, prediction_of(path))
 
     processes.barrier()  # --overwrite may move files aside that other processes still read
     configuration = _configuration(options, machine, processes, inputs.dataset)

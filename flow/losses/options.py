@@ -7,7 +7,7 @@ from flow.losses.weightings import WEIGHTINGS
 from flow.paths import PathOptions
 from options import UsageError, option
 
-__all__ = ["FlowMatchingOptions", "LossOptions", "check_losses", "contrastive_weight"]
+__all__ = ["FlowMatchingOptions", "LossOptions", "check_losses", "contrastive_weight", "prediction_of"]
 
 LARGEST_WEIGHT = 1e6
 LARGEST_CONTRAST = 0.9  # at 1, the contrastive loss has no minimum
@@ -46,6 +46,11 @@ class FlowMatchingOptions(LossOptions, PathOptions):
 def contrastive_weight(options: PathOptions) -> float:
     """The weight of contrastive flow matching in an objective's options; 0 if the objective has no such option."""
     return options.contrastive_weight if isinstance(options, LossOptions) else 0.0
+
+
+def prediction_of(options: PathOptions) -> str:
+    """The target of an objective's network, a key of PREDICTIONS; "velocity" if the objective has no such option."""
+    return options.prediction if isinstance(options, LossOptions) else LossOptions.prediction
 
 
 def check_losses(options: PathOptions, channels: int, global_batch: int, *, dense: bool) -> None:

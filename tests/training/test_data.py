@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import training.data
+from datasets_prep.moments import mean_latents
 from flow.losses.contrast import Correction
 from flow.losses.options import FlowMatchingOptions
 from flow.losses.terms import TrainingDraws
@@ -18,7 +19,7 @@ from models.conditions import Condition, DenseInput
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.randomness import generator_for
-from training.data import Batch, StepStreams, batches, epoch_indices, mean_latents, steps_per_epoch
+from training.data import Batch, StepStreams, batches, epoch_indices, steps_per_epoch
 
 COUNT, CLASSES = 23, 5
 
