@@ -272,8 +272,24 @@ def _add_flag(section: Any, field: dataclasses.Field, hint: Any, default: Any) -
         )
     else:
         section.add_argument(
-            *names, type=kind, choices=choices, metavar=None if choices else kind.__name__.upper(), **common
+            *names,
+            type=_worded(kind, field.metadata["words"]),
+            choices=choices,
+            metavar=None if choices else kind.__name__.upper(),
+            **common,
         )
+
+
+def _worded(kind: type, words: Mapping[str, float]) -> Callable[[str], Any]:
+    """A converter to `kind` that also accepts the words of an option."""
+    if not words:
+        return kind
+
+    def convert(text: str) -> Any:
+        return words[text] if text in words else kind(text)
+
+    convert.__name__ = f"{kind.__name__} or {', '.join(words)}"  # argparse names it in its messages
+    return convert
 
 
 class _Parser(argparse.ArgumentParser):

@@ -240,6 +240,7 @@ class Flow:
             machine=replace(self._machine, precision="fp32") if exact else self._machine,
             seed=seed,
             guidance=guidance,
+            correction=header.correction(self.device),
             drops_labels=header.drops_labels,
             drops_dense=header.drops_dense,
         )

@@ -69,6 +69,7 @@ def option(
     on_resume: OnResume | None = None,
     common: bool = False,
     shown: str = "",
+    words: Mapping[str, float] | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line flag.
 
@@ -83,6 +84,7 @@ def option(
         on_resume: whether a run may resume with another value; None: the dataclass's policy, else "never".
         common: most users need it, so `--help` lists it; `--help_all` lists the others too.
         shown: what `--help` and `--print_config` print as the default, if other options determine the value that is used.
+        words: numbers that can also be given as a word, such as {"auto": 0.0}.
     """
     metadata: dict[str, Any] = {
         "help": help,
@@ -91,7 +93,7 @@ def option(
         "minimum": minimum,
         "maximum": maximum,
     }
-    metadata |= {"on_resume": on_resume, "common": common, "shown": shown}
+    metadata |= {"on_resume": on_resume, "common": common, "shown": shown, "words": words or {}}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -245,6 +247,7 @@ def _checked(field: dataclasses.Field, hint: Any, value: Any) -> Any:
     if value is None and type(None) in typing.get_args(hint):
         return None
     items = tuple(value) if many and isinstance(value, list | tuple) else (value,)
+    items = tuple(field.metadata["words"].get(item, item) if isinstance(item, str) else item for item in items)
     items = tuple(float(item) if kind is float and type(item) is int else item for item in items)
     if any(type(item) is not kind for item in items) or (many and not isinstance(value, list | tuple)):
         expected = f"a list of {kind.__name__}" if many else kind.__name__

@@ -19,6 +19,7 @@ from checkpoints.lfm_files import PREFIX, STAGE_WEIGHT, condition_stage_path, re
 from checkpoints.lfm_request import described_by, request_network
 from command_line import help_flags, parse_options
 from exits import exit_cleanly
+from flow.losses.options import prediction_of
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, option
@@ -80,6 +81,13 @@ def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
     """Convert a checkpoint of this project to LFM's format."""
     _check_suffix(target, ".pth", f"{source} describes its network")
     weights, header = read_weights(source)
+    if (predicted := prediction_of(header.path)) != "velocity":
+        raise UsageError(
+            f"{source} predicts the {predicted}, but networks in LFM's files predict the velocity: LFM's code "
+            "could not draw samples from it"
+        )
+    if header.contrast_means:
+        note("LFM's code does not correct the velocities of contrastive flow matching where guidance acts: guide less")
     prefix = PREFIX if module_prefix else ""
     stage = {name: weights.pop(name) for name in (STAGE_WEIGHT,) if name in weights}
     for path, part in ((target, weights), (condition_stage_path(target), stage)):

@@ -5,12 +5,17 @@ defaults, so their files still load. Entries unknown to this version raise an er
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
+
 from checkpoints.tasks import TASKS
 from datasets_prep.image_dataset import DatasetFacts
+from flow.losses.contrast import Correction
+from flow.losses.options import FlowMatchingOptions, contrastive_weight
 from flow.objectives import OBJECTIVES
 from flow.paths import PathOptions
 from models.autoencoders.protocol import AutoencoderFacts
@@ -52,6 +57,7 @@ class Header:
         dense: the condition concatenated to x_t; None if there is none.
         path: options of the objective: the probability path and the distribution of training times.
         objective: key of flow.objectives.OBJECTIVES.
+        contrast_means: mean latents that undo contrastive flow matching under guidance, flattened; empty without it.
         training: training options, for the record.
         precision, compiled, reproducible: how it was trained; reproducible is false for a run with a time limit.
         step, epoch: position in the run; None if a converted file does not record it.
@@ -69,8 +75,9 @@ class Header:
     dataset: DatasetFacts
     task: str = "generate"
     dense: DenseInput | None = None
-    path: PathOptions = field(default_factory=PathOptions)
+    path: PathOptions = field(default_factory=FlowMatchingOptions)
     objective: str = "flow_matching"
+    contrast_means: tuple[float, ...] = ()
     training: Mapping[str, Any] = field(default_factory=dict)
     precision: str | None = None
     compiled: bool | None = None
@@ -103,6 +110,7 @@ class Header:
             values["dataset"] = DatasetFacts(**_tuples(values["dataset"]))
             objective = OBJECTIVES[values.get("objective", "flow_matching")]
             values["path"] = make_options(objective.options, values.get("path", {}))
+            values["contrast_means"] = tuple(values.get("contrast_means", ()))
             for name, kind in {"dense": DenseInput, "average": PowerAverage}.items():
                 values[name] = None if values.get(name) is None else kind(**values[name])
             return cls(**values)
@@ -144,6 +152,23 @@ class Header:
     def drops_dense(self) -> bool:
         """Whether training dropped the dense condition, so that the network has learned the null map."""
         return self.dense is not None and self.dense.dropout > 0
+
+    def correction(self, device: torch.device | str = "cpu") -> Correction | None:
+        """The correction of a network trained by contrastive flow matching, where guidance acts; None for others.
+
+        Raises:
+            UsageError: the header lacks the mean latents.
+        """
+        weight, numbers = contrastive_weight(self.path), math.prod(self.latent_shape)
+        if not weight:
+            return None
+        if len(self.contrast_means) not in (numbers, self.num_classes * numbers):
+            raise UsageError(
+                f"contrast_means in the header has {len(self.contrast_means)} numbers, but the correction of contrastive flow "
+                f"matching needs {numbers} for all classes together or for each: this file is damaged"
+            )
+        means = torch.tensor(self.contrast_means, device=device).view(-1, *self.latent_shape)
+        return Correction(weight, means, null=self.num_classes)
 
     def at(self, step: int, epoch: int, ended: bool) -> "Header":
         """The header of a checkpoint at another position of the run."""

@@ -1,7 +1,7 @@
 """Posterior moments for training: from the latent cache, from precomputed latents, or encoded from images at every step."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -12,6 +12,7 @@ from datasets_prep.cached_moments import has_mirror_images, is_finished
 from datasets_prep.datasets import DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder, open_latent_cache
 from datasets_prep.latents import LatentDataset, StoredMoments
+from flow.losses.contrast import means_of_others
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError
 from runtime.distributed import Processes
@@ -19,7 +20,10 @@ from runtime.messages import note
 from runtime.outputs import write_error
 from runtime.precision import Machine
 
-__all__ = ["MomentSource", "choose_cache_folder", "open_moments"]
+__all__ = ["MomentSource", "choose_cache_folder", "mean_latents", "open_moments"]
+
+IMAGES_OF_MEANS = 10_000  # the error of a mean is then 1 % of a standard deviation
+IMAGES_PER_READ = 250
 
 
 class MomentSource(Protocol):
@@ -127,3 +131,21 @@ def _with_orientations(folder: Path, dataset: ImageDataset) -> Path:
     """`folder`, or another one if that holds a cache without the mirror images that the dataset needs."""
     lacking = dataset.facts.flips and has_mirror_images(folder) is False
     return folder.with_name(f"{folder.name}_mirrored") if lacking else folder
+
+
+def mean_latents(
+    source: MomentSource, autoencoder: Autoencoder, classes: int, flips: bool, device: torch.device
+) -> torch.Tensor:
+    """The mean latents of the classes other than each class, or of all; see `means_of_others`.
+
+    At most IMAGES_OF_MEANS evenly spaced images count. If `flips`, every other one is mirrored.
+    """
+    indices = torch.arange(0, len(source), -(-len(source) // IMAGES_OF_MEANS))
+    mirrored = (torch.arange(len(indices)) % 2 == 1) & flips
+
+    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for rows in torch.arange(len(indices)).split(IMAGES_PER_READ):
+            moments = source.moments(indices[rows], mirrored[rows])
+            yield autoencoder.sample(moments.to(device)), source.labels[indices[rows]]
+
+    return means_of_others(parts(), classes)

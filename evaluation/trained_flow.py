@@ -23,6 +23,8 @@ from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import MomentSource, open_moments
 from flow.empirical import Components, EmpiricalVelocity
 from flow.guidance import Network
+from flow.losses.contrast import correct
+from flow.losses.options import LossOptions
 from flow.objectives import OBJECTIVES
 from flow.paths import straight_path
 from models.autoencoders.protocol import Autoencoder
@@ -30,7 +32,7 @@ from models.conditions import Condition
 from options import UsageError, as_json, option
 from runtime.distributed import Processes
 from runtime.files import write_json
-from runtime.messages import fact, show_result
+from runtime.messages import fact, note, show_result
 from runtime.outputs import check_folder
 from runtime.plots import require_plots
 from runtime.precision import DeviceOptions, Machine, choose_device
@@ -42,6 +44,7 @@ __all__ = [
     "ExactPoints",
     "Latents",
     "TrainedFlow",
+    "check_exact_velocity",
     "exact_velocity",
     "measure_checkpoint",
     "open_trained_flow",
@@ -160,15 +163,12 @@ def open_trained_flow(
     """Load a checkpoint with the latents of its dataset, which are encoded first if there is no latent cache.
 
     Raises:
-        UsageError: the checkpoint cannot be read or takes a dense condition, or the dataset is missing or has other classes.
+        UsageError: the checkpoint cannot be read, its exact velocity is not known, or the dataset is missing or has other
+            classes.
     """
     model = load_model(checkpoint, device)
     header = model.header
-    if header.dense is not None:
-        raise UsageError(
-            f"{checkpoint} was trained for {header.task}: the exact velocity given a dense condition is not known, so this "
-            "needs a network without one"
-        )
+    check_exact_velocity(header, checkpoint)
     own = DatasetOptions(header.dataset.name, data.datadir, header.dataset.image_size)
     flips = FlipOptions("on" if header.dataset.flips else "off")
     training = choose_flips(open_dataset(own, "train"), flips)
@@ -177,7 +177,7 @@ def open_trained_flow(
     machine = Machine(device, "fp32")
     sources = [open_moments(each, model.autoencoder, own, cache, machine) for each in (training, held_out)]
     objective = OBJECTIVES[header.objective].build(header.path)
-    network = objective.velocity(model.network.requires_grad_(False))
+    network = correct(objective.velocity(model.network.requires_grad_(False)), header.correction(device))
     return TrainedFlow(checkpoint, header, network, model.autoencoder, training, sources[0], sources[1], device)
 
 
@@ -192,6 +192,32 @@ def _check_classes(dataset: ImageDataset, header: Header) -> None:
         raise UsageError(
             f"the classes of {dataset.facts.name} in --datadir are {list_names(found)}, but the checkpoint was trained on "
             f"{list_names(trained)}: name the folder of its training images with --datadir"
+        )
+
+
+def check_exact_velocity(header: Header, subject: str) -> None:
+    """Check that the velocity with the least loss on the training latents is known; print a note if a loss term moves it.
+
+    Args:
+        header: of the checkpoint or run.
+        subject: the checkpoint or option that needs it, for the message.
+
+    Raises:
+        UsageError: it is not known.
+    """
+    if header.dense is not None:
+        raise UsageError(
+            f"{subject} was trained for {header.task}: the exact velocity given a dense condition is not known, so this "
+            "needs a network without one"
+        )
+    if header.path.coupling != "independent":
+        raise UsageError(
+            f"{subject} was trained with --coupling {header.path.coupling}: the exact velocity is known for independent noise "
+            "only"
+        )
+    if isinstance(header.path, LossOptions) and header.path.velocity_direction:
+        note(
+            "--velocity_direction moves the best velocity away from the exact one, so the excess loss does not reach 0"
         )
 
 

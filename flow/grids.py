@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import torch
 
+from flow.times import AUTO_SHIFT, dimension_shift, shift_times
 from options import UsageError, option
 
 __all__ = ["GRIDS", "TimeGridOptions", "time_grid"]
@@ -60,8 +61,10 @@ class TimeGridOptions:
     time_grid: str = option("uniform", "fixed-step solvers: spacing of the intervals", choices=GRIDS)
     time_shift: float = option(
         1.0,
-        "fixed-step solvers: s in the shifted grid t' = s t / (1 + (s - 1) t); values below 1 give shorter steps near data",
-        minimum=1e-6,
+        "fixed-step solvers: s in the shifted grid t' = s t / (1 + (s - 1) t); values below 1 give shorter steps near data; "
+        "auto (or 0): sqrt(d / 4096) for latents of d numbers, at least 1",
+        minimum=0,
+        words=AUTO_SHIFT,
     )
     grid_location: float = option(0.0, "logit_normal grid: location; values above 0 give shorter steps near noise")
     grid_scale: float = option(1.0, "logit_normal grid: scale", minimum=1e-6)
@@ -73,12 +76,17 @@ class TimeGridOptions:
         return self.num_steps if self.step_size is None else max(1, round(1 / self.step_size))
 
 
-def time_grid(options: TimeGridOptions, breakpoints: Sequence[float] = ()) -> list[float]:
+def time_grid(options: TimeGridOptions, breakpoints: Sequence[float] = (), dimensions: int = 0) -> list[float]:
     """The `options.steps` + 1 times from 1 down to 0, with both ends exact.
 
     `time_shift` s maps any grid to t' = s t / (1 + (s - 1) t) (Esser et al. 2024, section 5.3.2). After that, the grid point
     nearest to each of the decreasing `breakpoints` moves onto it, and the steps between two of them stretch in proportion.
     The number of steps stays the same. With too few steps to reach all breakpoints, no point moves.
+
+    Args:
+        options: the grid.
+        breakpoints: times that the grid must contain.
+        dimensions: d, numbers per latent, for the shift `auto`; 0: it is then 1.
 
     Raises:
         UsageError: fewer than one step, or a grid so uneven that times coincide.
@@ -86,7 +94,7 @@ def time_grid(options: TimeGridOptions, breakpoints: Sequence[float] = ()) -> li
     if options.steps < 1:
         raise UsageError(f"--method {options.method} needs --num_steps of at least 1, but {options.steps} was given")
     t = GRIDS[options.time_grid](torch.linspace(1, 0, options.steps + 1, dtype=torch.float64), options)
-    t = options.time_shift * t / (1 - t + options.time_shift * t)
+    t = shift_times(t, options.time_shift or dimension_shift(dimensions))
     if not (t.diff() < 0).all():
         raise UsageError(
             f"--time_grid {options.time_grid} has coinciding times at {options.steps} steps: "

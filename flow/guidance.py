@@ -18,11 +18,13 @@ import torch
 
 from options import UsageError, option
 
-__all__ = ["GuidanceOptions", "GuidedVelocity", "Network"]
+__all__ = ["GuidanceOptions", "GuidedVelocity", "Network", "VelocityCorrection"]
 
 # network(t [B], x [B, C, h, w], condition) is the velocity [B, C, h, w]. The condition is a named tuple whose fields are
 # tensors [B, ...] or None.
 Network = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+# correction(velocity [B, C, h, w], condition) is the velocity that guidance extrapolates, where it differs from the network's.
+VelocityCorrection = Callable[[torch.Tensor, Any], torch.Tensor]
 
 ALWAYS = (0.0, 1.0)
 
@@ -60,6 +62,7 @@ class GuidedVelocity:
         null_condition: the null condition, with the same fields.
         guidance: scale, interval and channels.
         guide: a weaker network, for autoguidance; it is evaluated under `condition`, and `null_condition` is not used.
+        correction: applies to the velocity under `condition` where guidance acts.
     """
 
     def __init__(
@@ -69,12 +72,14 @@ class GuidedVelocity:
         null_condition: Any,
         guidance: GuidanceOptions,
         guide: Network | None = None,
+        correction: VelocityCorrection | None = None,
     ) -> None:
         self.network = network
         self.condition = condition
         self.null_condition = null_condition
         self.guidance = guidance
         self.guide = guide
+        self.correction = correction
         self._guided: bool | None = None  # whether guidance acts; None: at times within the interval
         self._rows: torch.Tensor | None = None  # indices of these samples in the whole batch; None: all samples
         self._tally: list[tuple[torch.Tensor | None, torch.Tensor]] = []  # rows and their evaluations, for each call
@@ -90,7 +95,8 @@ class GuidedVelocity:
         velocity, worse = self._evaluate(times, x, rows)
         channels = slice(self.guidance.cfg_channels or None)
         guided = velocity[rows]
-        extrapolated = worse + self.guidance.cfg_scale * (guided - worse)
+        better = guided if self.correction is None else self.correction(guided, _select(self.condition, rows))
+        extrapolated = worse + self.guidance.cfg_scale * (better - worse)
         guided[:, channels] = extrapolated[:, channels]
         return velocity.index_copy(0, rows, guided)
 

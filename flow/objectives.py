@@ -12,6 +12,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from flow.guidance import Network
+from flow.losses.options import FlowMatchingOptions, LossOptions
+from flow.losses.predictions import PREDICTIONS
+from flow.losses.terms import TrainingDraws, loss_terms
+from flow.losses.weightings import WEIGHTINGS
 from flow.paths import PathOptions, straight_path
 from flow.times import training_times
 from options import option
@@ -28,7 +32,7 @@ __all__ = [
     "objective_groups",
 ]
 
-Draws = tuple[torch.Tensor, ...]  # a named tuple of tensors [N], with one entry per sample of the batch
+Draws = tuple[torch.Tensor | None, ...]  # a named tuple of tensors [N, ...], with one entry per sample of the batch
 
 
 class RandomStreams(Protocol):
@@ -74,7 +78,7 @@ class Objective(Protocol):
 
 
 class Times(NamedTuple):
-    """The draws of flow matching: times t [N] in [0, 1]."""
+    """The draws of plain flow matching: times t [N] in [0, 1]."""
 
     t: torch.Tensor
 
@@ -82,32 +86,52 @@ class Times(NamedTuple):
 class FlowMatching:
     """LFM's objective (Dao et al. 2023, eq. 6): mean squared error of the velocity along the straight path.
 
+    The network predicts the velocity, or something that it can be read from. Training can add terms to the loss and weight it
+    over time. The loss at given times, for validation, is always the squared error of the velocity alone, so that runs with
+    other terms or weights compare.
+
     Args:
         options: the path and the distribution of training times.
+        losses: the network's target, and terms and weights of the training loss.
     """
 
-    def __init__(self, options: PathOptions) -> None:
+    def __init__(self, options: PathOptions, losses: LossOptions = LossOptions()) -> None:  # noqa: B008
         self.options = options
+        self.losses = losses
+        self._terms = loss_terms(losses)
 
-    def draw(self, streams: RandomStreams) -> Times:
-        """Times [N] from the stream "time"."""
-        return Times(training_times(streams.uniform("time"), self.options))
+    def draw(self, streams: RandomStreams) -> Times | TrainingDraws:
+        """Times [N] from the stream "time", with weights if any option changes the training loss."""
+        t = training_times(streams.uniform("time"), self.options)
+        return TrainingDraws(t, WEIGHTINGS[self.losses.loss_weighting](t)) if self.losses.changes_loss else Times(t)
 
     def at(self, t: torch.Tensor) -> Times:
         """The given times, as draws."""
         return Times(t)
 
     def loss(
-        self, network: Network, data: torch.Tensor, noise: torch.Tensor, draws: Times, condition: Any
+        self,
+        network: Network,
+        data: torch.Tensor,
+        noise: torch.Tensor,
+        draws: Times | TrainingDraws,
+        condition: Any,
     ) -> torch.Tensor:
-        """Squared error of the velocity [B], averaged over channels and positions."""
+        """Squared error of the velocity [B], averaged over channels and positions; with `TrainingDraws`, the training loss."""
         x_t, velocity = straight_path(draws.t, data, noise, self.options.sigma_min)
-        predicted = network(draws.t, x_t, condition).float()
-        return (predicted - velocity).square().flatten(1).mean(1)
+        predicted = self.velocity(network)(draws.t, x_t, condition).float()
+        squared = (predicted - velocity).square().flatten(1).mean(1)
+        if isinstance(draws, Times):
+            return squared
+        return draws.weight * sum((term(predicted, velocity, draws) for term in self._terms), start=squared)
 
     def velocity(self, network: Network) -> Network:
-        """The network itself."""
-        return network
+        """The velocity that the network's output stands for; the network itself if it predicts the velocity."""
+        return PREDICTIONS[self.losses.prediction](network, self.options.sigma_min)
+
+
+def _flow_matching(options: FlowMatchingOptions) -> FlowMatching:
+    return FlowMatching(options, options)
 
 
 class ObjectiveFamily(NamedTuple):
@@ -117,7 +141,7 @@ class ObjectiveFamily(NamedTuple):
     build: Callable[[Any], Objective]
 
 
-OBJECTIVES: dict[str, ObjectiveFamily] = {"flow_matching": ObjectiveFamily(PathOptions, FlowMatching)}
+OBJECTIVES: dict[str, ObjectiveFamily] = {"flow_matching": ObjectiveFamily(FlowMatchingOptions, _flow_matching)}
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,11 @@ from typing import NamedTuple
 
 import torch
 
+from flow.couplings import COUPLINGS
 from flow.times import TimeOptions
 from options import option
 
-__all__ = ["PathOptions", "PathSample", "straight_path"]
+__all__ = ["PathOptions", "PathSample", "straight_path", "straight_velocity"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class PathOptions(TimeOptions):
     """Path and training times."""
 
     sigma_min: float = option(1e-5, "share of noise that remains at the data end of the path", minimum=0, maximum=1)
+    coupling: str = option(
+        "independent",
+        "pairing of noise and data in each process's batch; optimal_transport exchanges noise within a class",
+        choices=COUPLINGS,
+    )
 
 
 class PathSample(NamedTuple):
@@ -37,4 +43,9 @@ def straight_path(t: torch.Tensor, data: torch.Tensor, noise: torch.Tensor, sigm
     """LFM's path at times t [B] between data and noise, both [B, C, h, w]."""
     t = t.view(-1, *[1] * (data.ndim - 1))
     x_t = (1 - t) * data + (sigma_min + (1 - sigma_min) * t) * noise
-    return PathSample(x_t, (1 - sigma_min) * noise - data)
+    return PathSample(x_t, straight_velocity(data, noise, sigma_min))
+
+
+def straight_velocity(data: torch.Tensor, noise: torch.Tensor, sigma_min: float) -> torch.Tensor:
+    """The velocity of LFM's path between data and noise, the same at all times [B, C, h, w]."""
+    return (1 - sigma_min) * noise - data

@@ -137,7 +137,7 @@ def solve(
     check_method(options, backwards)
     method = SOLVERS[options.method]
     breakpoints = breakpoints_of(velocity)
-    times = [1.0, *breakpoints, 0.0] if method.adaptive else time_grid(options, breakpoints)
+    times = [1.0, *breakpoints, 0.0] if method.adaptive else time_grid(options, breakpoints, x[0].numel())
     evaluations, taken = torch.zeros(len(x), dtype=torch.long, device=x.device), 0
     for piece in _split(times[::-1] if backwards else times, breakpoints):
         part = restrict(velocity, piece[0], piece[-1])

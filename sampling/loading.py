@@ -14,6 +14,7 @@ from checkpoints.lfm import open_published
 from checkpoints.tasks import GENERATE, TASKS, Task
 from datasets_prep.datasets import DatasetOptions, ImageDataset, Split, open_dataset
 from flow.guidance import GuidanceOptions, Network
+from flow.losses.contrast import correct
 from flow.objectives import OBJECTIVES
 from flow.solvers import SOLVERS, SolverOptions, check_method, needs_float32, unreachable_tolerances
 from models.autoencoders.loading import AutoencoderOptions
@@ -199,7 +200,8 @@ def _make_sampler(request: SamplerRequest, model: LoadedModel, guide: LoadedMode
         machine=machine,
         seed=request.source.seed,
         guidance=request.guidance,
-        guide=_velocity_network(guide, machine) if guide else None,
+        guide=correct(_velocity_network(guide, machine), guide.header.correction(machine.device)) if guide else None,
+        correction=header.correction(machine.device),
         generator=request.source.generator,
         drops_labels=header.drops_labels,
         drops_dense=header.drops_dense,

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from datasets_prep.datasets import DatasetFacts, like_originals
-from flow.guidance import GuidanceOptions, GuidedVelocity
+from flow.guidance import GuidanceOptions, GuidedVelocity, VelocityCorrection
 from flow.ode import Draw
 from flow.solvers import SolverOptions, solve
 from models.autoencoders.pixels import decode_images
@@ -75,6 +75,7 @@ class Sampler:
         seed: seed of the noise.
         guidance: scale, interval and channels.
         guide: a weaker network, for autoguidance.
+        correction: applies to the network's velocity where guidance acts; see flow/losses/contrast.py.
         generator: key of NOISE_SOURCES, for the initial noise; by default each sample has its own stream.
         drops_labels: whether the network was trained with the null class, so that guidance uses it.
         drops_dense: whether the network was trained with the null map (zeros), so that guidance uses it.
@@ -90,6 +91,7 @@ class Sampler:
     seed: int
     guidance: GuidanceOptions = GuidanceOptions()  # noqa: RUF009
     guide: Callable[..., torch.Tensor] | nn.Module | None = None
+    correction: VelocityCorrection | None = None
     generator: str = "determ-indiv"
     drops_labels: bool = True
     drops_dense: bool = False
@@ -113,7 +115,8 @@ class Sampler:
         null_dense = torch.zeros_like(dense) if dense is not None and self.drops_dense else dense
         condition, null = Condition(ids, dense), Condition(null_ids, null_dense)
         guide = None if self.guide is None else partial(self._evaluate, self.guide)
-        return GuidedVelocity(partial(self._evaluate, self.network), condition, null, self.guidance, guide)
+        network = partial(self._evaluate, self.network)
+        return GuidedVelocity(network, condition, null, self.guidance, guide, self.correction)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents [B, c, h, w] to images uint8 [B, C, H, W] in the size and channels of the dataset, on the CPU.

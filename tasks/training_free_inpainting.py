@@ -45,11 +45,11 @@ def training_free_draw(loaded: LoadedSampler, conditioned: ConditionedImages, re
             known = autoencoder.sample(autoencoder.encode(filled))
         hole = functional.max_pool2d(holes.float(), autoencoder.factor) > 0
         labels = conditioned.labels()(indices, sampler.num_classes)
-        velocity = sampler.velocity(labels)
+        velocity, noise = sampler.velocity(labels), sampler.noise(indices)
         solution = replace_known(
             velocity,
-            sampler.noise(indices),
-            time_grid(sampler.solver, breakpoints_of(velocity)),
+            noise,
+            time_grid(sampler.solver, breakpoints_of(velocity), noise[0].numel()),
             known,
             hole,
             sampler.draw(indices),

@@ -21,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+import latent_flow
 from checkpoints.experiments import newest_model
 from checkpoints.files import load_model, read_weights, save_weights
 from datasets_prep.images import center_crop
@@ -133,6 +134,32 @@ def test_trained_weights_differ_from_the_initial_ones(place, trained, checkpoint
     ema, _ = read_weights(checkpoint)
     name = "final_layer.linear.weight"  # initialized with zeros
     assert 0 < ema[name].abs().mean() < content["network"][name].abs().mean()
+
+
+SWITCHES = (
+    "--prediction data --velocity_direction 1 --contrastive_weight 0.05 --loss_weighting min_snr --coupling optimal_transport "
+    "--training_time_shift auto --time_shift auto --optimizer muon --muon_matrices attention_mlp --cfg_scale 2"
+).split()
+
+
+def test_every_switch_of_the_loss_together(place, trained, checkpoint, call, tmp_path):
+    assert call(TRAIN, [*train_flags(place, exp="switches"), *SWITCHES])[0] == 0
+    path = newest_model(folder_of(place, "switches"))
+    header = read_weights(path)[1]
+    assert (header.path.prediction, header.path.coupling, header.path.training_time_shift) == (
+        "data",
+        "optimal_transport",
+        1,
+    )
+    assert len(header.contrast_means) == 10 * header.network.num_out_channels * header.latent_size**2
+    assert read_weights(checkpoint)[1].contrast_means == ()
+    flags = [*sample_flags(place, tmp_path), "--exp", "switches", "--time_shift", "auto", "--cfg_scale", "2"]
+    assert call(TEST, flags)[0] == 0
+    code, _, err = call(TRAIN, train_flags(place, exp="switches"))  # without the switches, it is another run
+    assert code == 2
+    assert all(name in err for name in ("--prediction", "--coupling", "--contrastive_weight", "--muon_matrices"))
+    flow = latent_flow.load(path)
+    assert flow.sample(labels=[1, 2], steps=2, cfg_scale=2.0, time_shift="auto").shape == (2, 1, 28, 28)
 
 
 def test_samples_do_not_depend_on_the_batch_size(place, trained, checkpoint, call, tmp_path):

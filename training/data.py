@@ -14,7 +14,11 @@ import torch
 
 from datasets_prep.conditions import ConditionSource
 from datasets_prep.moments import MomentSource
+from flow.couplings import COUPLINGS
+from flow.losses.contrast import next_of_another_class
+from flow.losses.options import contrastive_weight
 from flow.objectives import Draws, Objective
+from flow.paths import PathOptions, straight_velocity
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition, drop_labels
 from options import UsageError
@@ -125,8 +129,8 @@ def epoch_indices(seed: int, epoch: int, count: int) -> torch.Tensor:
 
 def first_images(seed: int, step: int, count: int, batch_size: int, wanted: int) -> list[int]:
     """Indices of the first `wanted` images in a step's global batch of `batch_size` images."""
-    chosen, _ = _order(seed, count, batch_size, slice(wanted), flips=False)(step)
-    return chosen.tolist()
+    chosen, _ = _order(seed, count, batch_size, flips=False)(step)
+    return chosen[:wanted].tolist()
 
 
 def batches(
@@ -145,6 +149,7 @@ def batches(
     processes: Processes,
     condition: ConditionSource | None = None,
     condition_dropout: float = 0.0,
+    path: PathOptions = PathOptions(),  # noqa: B008
 ) -> Iterator[Batch]:
     """Yield this process's batches of the steps first_step .. last_step - 1. A thread reads the data one step ahead.
 
@@ -163,39 +168,79 @@ def batches(
         processes: this process takes slice `rank` of every global batch.
         condition: dense conditions by image index. Their random draws are numbered consecutively across global batches.
         condition_dropout: probability of replacing a dense map by zeros.
+        path: the objective's options. Their coupling pairs data and noise, and with a contrastive weight, the draws get
+            velocities of other samples of the global batch.
     """
     global_batch = batch_size * processes.count
     share = slice(processes.rank * batch_size, (processes.rank + 1) * batch_size)
-    choose = _order(seed, len(source), global_batch, share, flips)
+    choose = _order(seed, len(source), global_batch, flips)
+    couple, contrast = COUPLINGS[path.coupling], contrastive_weight(path)
 
     pin = device.type != "cpu"  # so that the host does not wait for copies to the device
 
     def reader(step: int) -> Callable[[], _Read]:
         draws = range(step * global_batch + share.start, step * global_batch + share.stop)
-        return partial(_read, source, condition, *choose(step), draws, pin)
+        chosen, mirrored = choose(step)
+        rows, others = _rows_with_others(source.labels[chosen], share) if contrast else (None, None)
+        own = share if rows is None else rows
+        return partial(_read, source, condition, chosen[own], mirrored[own], draws, rows, others, pin)
 
-    for step, (moments, labels, raw) in _read_ahead(reader, first_step, last_step, device):
-        moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+    for step, (moments, labels, raw, rows, others) in _read_ahead(reader, first_step, last_step, device):
+        moments, labels = moments.to(device, non_blocking=True), labels[:batch_size].to(device, non_blocking=True)
+        own = share if rows is None else rows.to(device)
         streams = StepStreams(seed, step, global_batch, (autoencoder.latent_channels, *moments.shape[2:]), device)
         dropout = streams.uniform("dropout")[share]  # for labels and maps, so that guidance moves away from both
         dense = None
         if condition is not None and raw is not None:
             dense = condition.encode(raw, streams.normal("condition")[share])
             dense = dense * (dropout >= condition_dropout).view(-1, 1, 1, 1)
-        yield Batch(
-            data=autoencoder.sample(moments, streams.normal("posterior")[share]),
-            noise=streams.normal("noise")[share],
-            draws=select_rows(objective.draw(streams), share),
-            condition=Condition(drop_labels(labels, dropout, label_dropout, num_classes), dense),
-        )
+        data = autoencoder.sample(moments, streams.normal("posterior")[own])
+        noise = streams.normal("noise")[own]
+        if couple is not None:
+            chosen = couple(data[:batch_size], noise[:batch_size], labels)
+            noise = torch.cat([noise[chosen], noise[batch_size:]])
+        draws: Any = select_rows(objective.draw(streams), share)
+        if others is not None:
+            kept = dropout >= max(label_dropout, condition_dropout)
+            velocities = straight_velocity(data, noise, path.sigma_min)[others.to(device)]
+            draws = draws._replace(other_velocity=velocities, contrast=contrast * kept)
+        labels = drop_labels(labels, dropout, label_dropout, num_classes)
+        yield Batch(data[:batch_size], noise[:batch_size], draws, Condition(labels, dense))
+
+
+def _rows_with_others(labels: torch.Tensor, share: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of the global batch that a process reads for contrastive flow matching.
+
+    Args:
+        labels: of the global batch [N].
+        share: the process's own rows.
+
+    Returns:
+        The own rows, followed by those of other processes [M]; and for each own row, the position of the other sample there.
+    """
+    others, own = next_of_another_class(labels)[share], torch.arange(len(labels))[share]
+    rows = torch.cat([own, others[(others < own[0]) | (others > own[-1])].unique()])
+    position = torch.empty_like(labels)
+    position[rows] = torch.arange(len(rows))
+    return rows, position[others]
 
 
 class _Read(NamedTuple):
-    """The data of a process's batch: moments, labels [B], and the conditions before encoding."""
+    """The data of a process's batch.
+
+    Args:
+        moments: of the own samples, and of other processes' samples that the loss needs [M, ...].
+        labels: [M].
+        raw: the own conditions before encoding [B, ...].
+        rows: rows of the global batch [M]; None: the own ones.
+        others: see `_rows_with_others`; None without contrastive flow matching.
+    """
 
     moments: torch.Tensor
     labels: torch.Tensor
     raw: torch.Tensor | None
+    rows: torch.Tensor | None
+    others: torch.Tensor | None
 
 
 def _read(
@@ -204,11 +249,13 @@ def _read(
     chosen: torch.Tensor,
     mirrored: torch.Tensor,
     draws: Sequence[int],
+    rows: torch.Tensor | None,
+    others: torch.Tensor | None,
     pin: bool,
 ) -> _Read:
-    raw = None if condition is None else condition.read(chosen, mirrored, draws)
+    raw = None if condition is None else condition.read(chosen[: len(draws)], mirrored[: len(draws)], draws)
     moments, labels = source.moments(chosen, mirrored), source.labels[chosen]
-    read = _Read(moments, labels, raw)
+    read = _Read(moments, labels, raw, rows, others)
     if not pin:
         return read
     return _Read(*(x if x is None or x.device.type != "cpu" else x.pin_memory() for x in read))  # type: ignore[arg-type]
@@ -217,8 +264,8 @@ def _read(
 Choose = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _order(seed: int, count: int, global_batch: int, share: slice, flips: bool) -> Choose:
-    """Return a function from a step to the images in `share` of its global batch, and whether each is mirrored."""
+def _order(seed: int, count: int, global_batch: int, flips: bool) -> Choose:
+    """Return a function from a step to the images of its global batch, and whether each is mirrored."""
     per_epoch = steps_per_epoch(count, global_batch)
     order_of: dict[int, torch.Tensor] = {}
 
@@ -229,7 +276,7 @@ def _order(seed: int, count: int, global_batch: int, share: slice, flips: bool) 
             order_of[epoch] = epoch_indices(seed, epoch, count)
         chosen = order_of[epoch][position * global_batch : (position + 1) * global_batch]
         mirrored = torch.rand(global_batch, generator=generator_for(seed, "flip", step)) < (0.5 if flips else 0)
-        return chosen[share], mirrored[share]
+        return chosen, mirrored
 
     return choose
 

@@ -147,4 +147,5 @@ def _batches(run: TrainingRun, first_step: int, last_step: int) -> Iterator[Batc
         processes=run.processes,
         condition=run.condition,
         condition_dropout=run.header.dense.dropout if run.header.dense else 0.0,
+        path=run.header.path,
     )

@@ -12,6 +12,7 @@ from checkpoints.files import describes_network, read_weights
 from checkpoints.lfm_files import read_sampled
 from datasets_prep.datasets import ImageDataset
 from datasets_prep.folder_layout.report import class_names
+from flow.losses.options import prediction_of
 from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
 from models.family import FamilyOptions, Weights
@@ -136,11 +137,15 @@ def check_classes(options: FamilyOptions, dataset: ImageDataset, *, new: bool) -
 
 
 def new_network(
-    architecture: Architecture, seed: int, start_from: Path | None, autoencoder: AutoencoderFacts
+    architecture: Architecture,
+    seed: int,
+    start_from: Path | None,
+    autoencoder: AutoencoderFacts,
+    prediction: str = "velocity",
 ) -> nn.Module:
     """Build the network with random initial weights, or with the weights of the checkpoint `start_from` that fit.
 
-    If that checkpoint learned latents of the same autoencoder in another scale, a note says so.
+    Notes say if that checkpoint learned another `prediction`, or latents of the same autoencoder in another scale.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "weights"))
@@ -152,6 +157,8 @@ def new_network(
         return network
     weights, header = read_weights(start_from)
     load_fitting_weights(network, weights)
+    if (learned := prediction_of(header.path)) != prediction:
+        note(f"{start_from} learned to predict the {learned}, but this run starts to predict the {prediction} from it")
     if header.autoencoder.sha256 == autoencoder.sha256 and not header.autoencoder.same_scale(autoencoder):
         note(
             f"{start_from} learned latents with the mean {header.autoencoder.latents_mean} and standard deviation "

@@ -17,8 +17,18 @@ from torch.optim.optimizer import ParamsT
 from options import UsageError, option
 from runtime.processes.parallel import arranged_like
 
-__all__ = ["Muon", "OptimizerOptions", "load_optimizer_state", "make_optimizers", "orthogonalize"]
+__all__ = [
+    "MUON_MATRICES",
+    "Muon",
+    "OptimizerOptions",
+    "load_optimizer_state",
+    "make_optimizers",
+    "muon_matrices",
+    "orthogonalize",
+]
 
+# Parts of parameter names whose hidden matrices AdamW trains, by the choice of matrices for Muon.
+MUON_MATRICES: dict[str, tuple[str, ...]] = {"blocks": (), "attention_mlp": ("adaLN_modulation",)}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of a quintic that drives singular values toward 1
 NEWTON_SCHULZ_STEPS = 5
 
@@ -36,6 +46,11 @@ class OptimizerOptions:
     lr: float = option(5e-4, "learning rate", minimum=0, on_resume="on_request", common=True)
     muon_lr: float = option(
         0.02, "learning rate of Muon's matrices; follows the schedule of lr", minimum=0, on_resume="on_request"
+    )
+    muon_matrices: str = option(
+        "blocks",
+        "Muon's matrices: all of the blocks, or those of attention and MLP, which leaves the modulation (adaLN) to AdamW",
+        choices=MUON_MATRICES,
     )
     adam_betas: tuple[float, ...] = option((0.9, 0.999), "beta1 and beta2 of AdamW", minimum=0)
     weight_decay: float = option(0.0, "decoupled weight decay, multiplied by the learning rate", minimum=0)
@@ -63,7 +78,7 @@ def make_optimizers(
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     matrices: list[nn.Parameter] = []
     if options.optimizer == "muon":
-        matrices = [parameter for parameter in hidden_matrices if parameter.requires_grad]
+        matrices = muon_matrices(network, options, hidden_matrices)
         if not matrices:
             raise UsageError(
                 "--optimizer muon needs a network with hidden matrices, such as DiT: choose --optimizer adamw"
@@ -85,6 +100,15 @@ def make_optimizers(
             )
         )
     return optimizers
+
+
+def muon_matrices(
+    network: nn.Module, options: OptimizerOptions, hidden_matrices: Sequence[nn.Parameter]
+) -> list[nn.Parameter]:
+    """The trainable ones of `hidden_matrices` that Muon trains, according to the options."""
+    excluded = MUON_MATRICES[options.muon_matrices]
+    others = {id(p) for name, p in network.named_parameters() if set(excluded) & set(name.split("."))}
+    return [matrix for matrix in hidden_matrices if matrix.requires_grad and id(matrix) not in others]
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, states: Mapping[int, Mapping[str, torch.Tensor]]) -> None:

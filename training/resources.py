@@ -16,7 +16,7 @@ from runtime.memory import StepMemory, advise, describe_free, free_memory, measu
 from runtime.messages import fact, note, warn
 from runtime.outputs import with_unit
 from training.experiment import ExperimentOptions
-from training.optimizers import Muon
+from training.optimizers import Muon, muon_matrices
 from training.run import TrainingRun
 from training.state import TrainingState
 
@@ -135,7 +135,8 @@ def estimate_memory(run: TrainingRun) -> StepMemory:
     weights = share * sum(tensor.numel() * tensor.element_size() for tensor in run.network.state_dict().values())
     trained = share * sum(p.numel() * p.element_size() for p in run.network.parameters() if p.requires_grad)
     # Adam has two states per weight, and Muon has one.
-    matrices = NETWORKS[run.header.model_type].hidden_matrices(run.network) if options.optimizer == "muon" else []
+    hidden = NETWORKS[run.header.model_type].hidden_matrices(run.network) if options.optimizer == "muon" else []
+    matrices = muon_matrices(run.network, options, hidden)
     return StepMemory(
         weights=weights,
         gradients=trained,

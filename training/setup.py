@@ -13,16 +13,18 @@ from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, ImageDataset, choose_flips
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
-from datasets_prep.moments import MomentSource, open_moments
+from datasets_prep.moments import MomentSource, mean_latents, open_moments
 from evaluation.checks import check_scoring
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.reconstruction import draw_reconstructions
-from evaluation.trained_flow import ExactPoints
+from evaluation.trained_flow import ExactPoints, check_exact_velocity
 from flow.guidance import GuidanceOptions
+from flow.losses.options import check_losses, contrastive_weight, prediction_of
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions, check_method, needs_float32, unreachable_tolerances
+from flow.times import with_time_shift
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions, DenseInput
@@ -127,10 +129,13 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     check_classes(architecture.options, inputs.dataset, new=not resumes and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
     path = options[OBJECTIVES[objective_name].options]
+    path = _settled(path, architecture, training.batch_size * processes.count)
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
+    if experiment.validate_excess:
+        check_exact_velocity(header, "--validate_excess: this run")
     objective = OBJECTIVES[objective_name].build(path)
     weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
-    network = new_network(architecture, training.seed, weights, header.autoencoder)
+    network = new_network(architecture, training.seed, weights, header.autoencoder, prediction_of(path))
 
     processes.barrier()  # --overwrite may move files aside that other processes still read
     configuration = _configuration(options, machine, processes, inputs.dataset)
@@ -142,6 +147,9 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         open_moments(split, inputs.autoencoder, data, caches, machine.for_encoding, processes, spare)
         for split in (inputs.dataset, inputs.held_out)
     )
+    if contrastive_weight(path):
+        means = mean_latents(source, inputs.autoencoder, header.num_classes, header.dataset.flips, machine.device)
+        header = replace(header, contrast_means=tuple(float(f"{x:.6g}") for x in means.flatten().tolist()))
     condition = inputs.held_out_condition
     # A sharded network needs all processes for every evaluation, so each process evaluates all points and samples.
     validating = Processes() if training.fsdp else processes
@@ -187,13 +195,21 @@ def _exact_points(
     """Points at which validations measure the excess loss; None if `count` is 0.
 
     Raises:
-        UsageError: the network takes a dense condition, given which the exact velocity is unknown.
+        UsageError: the exact velocity is not known.
     """
     if not count:
         return None
-    if header.dense is not None:
-        raise UsageError("--validate_excess needs a network without a dense condition")
     return ExactPoints.draw(header, source, autoencoder, count, machine.device, processes)
+
+
+def _settled(path: PathOptions, architecture: Architecture, global_batch: int) -> PathOptions:
+    """The objective's options with the time shift for the latents, if it is `auto`, and checked against the data."""
+    channels, size = architecture.options.num_out_channels, architecture.latent_size
+    check_losses(path, channels, global_batch, dense=architecture.dense is not None)
+    settled = with_time_shift(path, channels * size**2)
+    if settled != path:
+        fact("time shift", f"{settled.training_time_shift:.4g} (auto, for latents of {channels * size**2:,} numbers)")
+    return settled
 
 
 def _header(
@@ -280,7 +296,10 @@ def _configuration(options: Options, machine: Machine, processes: Processes, dat
         STATE_OF_IMAGES: hashlib.sha256(state.encode()).hexdigest()[:12],
         STATE_OF_LABELS: hashlib.sha256(dataset.labels.numpy().tobytes()).hexdigest()[:12],
     }
-    return Configuration({**options.values, **resolved, **images}, options.policies(), options.defaults())
+    policies = options.policies()
+    if options[PathOptions].coupling != "independent":
+        policies["processes"] = "on_request"  # because noise is exchanged within each process's batch
+    return Configuration({**options.values, **resolved, **images}, policies, options.defaults())
 
 
 def _keep_scale(autoencoder: Autoencoder, folder: Path) -> None:

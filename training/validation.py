@@ -16,6 +16,7 @@ from evaluation.features.protocol import FeatureNetwork
 from evaluation.score import reference_statistics, score_images
 from evaluation.trained_flow import ExactPoints
 from flow.guidance import GuidanceOptions
+from flow.losses.contrast import correct
 from flow.objectives import Objective
 from flow.solvers import SolverOptions
 from models.autoencoders.protocol import Autoencoder
@@ -98,7 +99,8 @@ class Validation:
         )
         values["objective"] = values["loss"]
         if self.exact is not None:
-            velocity = self.machine.evaluating(self.objective.velocity(network))
+            correction = self.header.correction(self.machine.device)
+            velocity = correct(self.machine.evaluating(self.objective.velocity(network)), correction)
             values["excess"] = self.exact.excess(velocity, self.processes)
         if self.features is not None:
             reference = reference_statistics(self.dataset, self.features, self.derived, processes=self.processes)
@@ -138,6 +140,7 @@ class Validation:
             machine=replace(self.machine, precision="fp32") if self.precise else self.machine,
             seed=self.seed,
             guidance=self.guidance,
+            correction=self.header.correction(self.machine.device),
             drops_labels=self.header.drops_labels,
             drops_dense=self.header.drops_dense,
         )

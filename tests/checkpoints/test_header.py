@@ -6,8 +6,8 @@ import pytest
 
 from checkpoints.header import FORMAT, Header, PowerAverage
 from datasets_prep.image_dataset import DatasetFacts
+from flow.losses.options import FlowMatchingOptions
 from flow.objectives import OBJECTIVES
-from flow.paths import PathOptions
 from models.autoencoders.protocol import AutoencoderFacts
 from models.conditions import DenseInput
 from models.dit import DiTOptions
@@ -32,8 +32,9 @@ FULL = Header(
     dataset=DatasetFacts("folder", 32, 3, 28, True, ("cat", "dög")),
     task="semantic",
     dense=DenseInput(4, classes=6, dropout=0.2),
-    path=PathOptions("logit_normal", 0.5, 1.5, sigma_min=1e-3),
+    path=FlowMatchingOptions("logit_normal", 0.5, 1.5, sigma_min=1e-3),
     objective="another",
+    contrast_means=(0.5, -1.25),
     training={"lr": 1e-4, "adam_betas": [0.9, 0.999], "use_ema": True},
     precision="bf16",
     compiled=True,
@@ -111,7 +112,7 @@ def test_a_header_of_an_older_version():
     )
     assert header.autoencoder == AutoencoderFacts("none", "none", None, (), ())
     assert header.dataset == DatasetFacts("folder", 8, 3, None, True, ("cat", "dog"))
-    assert header.path == PathOptions(sigma_min=1e-5)
+    assert header.path == FlowMatchingOptions(sigma_min=1e-5)
     assert header.training == {"lr": 1e-4, "adam_betas": [0.9, 0.999]}
     assert (header.step, header.epoch, header.precision, header.weights_sha256) == (7, 1, "fp32", "ef" * 32)
     assert (header.latent_shape, header.num_classes, header.drops_labels) == ((3, 8, 8), 2, True)
@@ -125,7 +126,9 @@ def test_the_scale_of_an_older_autoencoder_becomes_tuples():
 
 
 def test_a_missing_path_means_the_default_path():
-    assert Header.from_json({name: value for name, value in OLD.items() if name != "path"}).path == PathOptions()
+    assert (
+        Header.from_json({name: value for name, value in OLD.items() if name != "path"}).path == FlowMatchingOptions()
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,3 +167,14 @@ def test_at_changes_only_the_position():
     moved = FULL.at(20, 5, ended=False)
     assert (moved.step, moved.epoch, moved.ended) == (20, 5, False)
     assert moved.at(12, 3, ended=True) == FULL
+
+
+def test_the_correction_of_a_contrastive_network_needs_its_mean_latents():
+    network, path = DiTOptions(2, 2, num_classes=3), FlowMatchingOptions(contrastive_weight=0.1)
+    assert header_of(network).correction() is None
+    for rows in (1, 3):
+        correction = header_of(network, path=path, contrast_means=(0.5,) * 32 * rows).correction()
+        assert (correction.weight, correction.means.shape, correction.null) == (0.1, (rows, 2, 4, 4), 3)
+    for count in (0, 33, 64):
+        with pytest.raises(UsageError, match=f"has {count} numbers"):
+            header_of(network, path=path, contrast_means=(0.5,) * count).correction()

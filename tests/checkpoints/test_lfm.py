@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints.files import load_model, read_weights
+from checkpoints.files import load_model, read_weights, save_weights
 from checkpoints.lfm import open_published
 from checkpoints.lfm_files import read_condition_stage, read_published, read_sampled
 from checkpoints.tasks import GENERATE, INPAINT, SEMANTIC
 from command_line import parse_options
 from datasets_prep.masks import MaskSetOptions
 from flow.guidance import GuidanceOptions, GuidedVelocity
+from flow.losses.options import FlowMatchingOptions
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions
 from models.conditions import Condition, DenseInput
+from models.dit import DiTOptions
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
 from options import UsageError
 from sampling.loading import load_sampler
@@ -26,6 +28,7 @@ from sampling.request import sampler_request, sampling_groups
 from tasks.conditioned_request import conditioned_groups
 from tasks.inpainting import InpaintingOptions
 from tasks.semantic_synthesis import SegmentationOptions
+from tests.headers import header_of
 
 ROOT = Path(__file__).parents[2]
 CASES = {path.stem: path for path in sorted((ROOT / "tests" / "golden").glob("*.safetensors"))}
@@ -277,6 +280,15 @@ def test_conversion_keeps_the_velocities(name, convert, golden, autoencoder, tmp
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert set(back) == {f"module.{key}" for key in weights}
     assert all(torch.equal(back[f"module.{key}"], value) for key, value in weights.items())
+
+
+def test_a_network_that_predicts_data_is_not_converted_to_lfms_format(convert, tmp_path):
+    header = header_of(DiTOptions(2, 2), path=FlowMatchingOptions(prediction="data"))
+    save_weights(tmp_path / "m.safetensors", {"weight": torch.zeros(1)}, header)
+    code, _, err = convert(tmp_path / "m.safetensors", tmp_path / "m.pth")
+    assert code == 2
+    assert "predicts the data, but networks in LFM's files predict the velocity" in err
+    assert not (tmp_path / "m.pth").exists()
 
 
 def test_converting_with_an_arguments_file_needs_no_autoencoder(convert, golden, autoencoder, tmp_path):

@@ -8,12 +8,20 @@ import pytest
 import torch
 from PIL import Image
 
-from checkpoints.files import save_weights
+from checkpoints.files import read_weights, save_weights
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from evaluation import excess_loss, wasserstein_bound
 from evaluation.excess_loss import ExcessOptions, choose_bandwidth, measure_errors, measure_excess
-from evaluation.trained_flow import ExactPoints, TrainedFlow, exact_velocity, posterior
+from evaluation.trained_flow import (
+    DataFolderOptions,
+    ExactPoints,
+    TrainedFlow,
+    exact_velocity,
+    open_trained_flow,
+    posterior,
+)
 from evaluation.wasserstein_bound import BoundOptions, measure_bound
+from flow.losses.options import FlowMatchingOptions
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
 from models.dit import DiTOptions
@@ -240,6 +248,28 @@ def test_a_network_with_a_dense_condition_is_refused(checkpoint, monkeypatch) ->
     monkeypatch.setattr("sys.argv", ["excess_loss", str(checkpoint)])
     with pytest.raises(UsageError, match="was trained for inpaint"):
         excess_loss.main()
+
+
+def test_a_checkpoint_of_another_coupling_is_refused(checkpoint, monkeypatch):
+    weights, header = read_weights(checkpoint)
+    save_weights(checkpoint, weights, replace(header, path=FlowMatchingOptions(coupling="optimal_transport")))
+    monkeypatch.setattr("sys.argv", ["excess_loss", str(checkpoint)])
+    with pytest.raises(
+        UsageError, match="--coupling optimal_transport: the exact velocity is known for independent noise"
+    ):
+        excess_loss.main()
+
+
+def test_the_velocity_of_other_targets_and_losses_is_read_correctly(checkpoint, tmp_path):
+    """A data prediction is read as a velocity, and a contrastive network is corrected."""
+    weights, header = read_weights(checkpoint)
+    path = FlowMatchingOptions(prediction="data", contrastive_weight=0.2, velocity_direction=1.0)
+    save_weights(checkpoint, weights, replace(header, path=path, contrast_means=(0.5,) * 2 * 48))
+    flow = open_trained_flow(str(checkpoint), DataFolderOptions(str(tmp_path / "data")), torch.device("cpu"))
+    t, x = torch.tensor([0.5, 0.02]), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    learned = (1 - 1e-5) * x / (1e-5 + (1 - 1e-5) * t).clamp(min=0.05).view(2, 1, 1, 1)  # a new DiT predicts zero
+    found = flow.network(t, x, flow.condition(torch.tensor([0, 2])))
+    torch.testing.assert_close(found, torch.stack([0.8 * learned[0] - 0.1, learned[1]]))
 
 
 @pytest.mark.parametrize("script", [excess_loss, wasserstein_bound])

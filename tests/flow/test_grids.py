@@ -7,7 +7,8 @@ import torch
 
 from flow.grids import GRIDS, time_grid
 from flow.ode import SolverOptions
-from options import UsageError
+from flow.solvers import solve
+from options import UsageError, make_options
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -45,3 +46,12 @@ def test_a_grid_whose_times_coincide_is_refused():
 def test_no_steps_are_refused():
     with pytest.raises(UsageError, match="--method euler needs --num_steps of at least 1, but 0 was given"):
         time_grid(SolverOptions("euler", 0))
+
+
+def test_the_automatic_shift_follows_the_latents():
+    auto = make_options(SolverOptions, {"method": "euler", "num_steps": 4, "time_shift": "auto"})
+    assert time_grid(auto, dimensions=16 * 32**2) == time_grid(SolverOptions("euler", 4, time_shift=2.0))
+    assert time_grid(auto, dimensions=256) == time_grid(auto) == time_grid(SolverOptions("euler", 4))
+    seen = []
+    solve(lambda t, x: seen.append(t.item()) or 0 * x, torch.zeros(1, 16, 32, 32), auto)
+    assert seen == pytest.approx(time_grid(SolverOptions("euler", 4, time_shift=2.0))[:-1])

@@ -1,3 +1,4 @@
+import math
 from fractions import Fraction
 from statistics import NormalDist
 
@@ -5,7 +6,8 @@ import pytest
 import torch
 
 from flow.paths import PathOptions
-from flow.times import training_times
+from flow.times import dimension_shift, shift_times, training_times, with_time_shift
+from options import UsageError, make_options
 
 UNIFORM = torch.tensor([0.61, 0.0, 0.25, 0.5, 0.999, 0.8, 0.1])
 
@@ -65,3 +67,37 @@ def test_stratified_times_have_one_in_every_stratum():
     for offset in torch.rand(20, generator=torch.Generator().manual_seed(0)):
         t = training_times(offset.expand(32), PathOptions(time_sampling="stratified"))
         assert sorted((t * 32).long().tolist()) == list(range(32))
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "stratified"])
+def test_a_shift_multiplies_the_noise_to_data_ratio_and_one_changes_no_bit(sampling):
+    plain = training_times(UNIFORM, PathOptions(sampling))
+    assert torch.equal(training_times(UNIFORM, PathOptions(sampling, training_time_shift=1.0)), plain)
+    shifted = training_times(UNIFORM, PathOptions(sampling, training_time_shift=2.5))
+    torch.testing.assert_close(shifted / (1 - shifted), 2.5 * plain / (1 - plain), rtol=1e-3, atol=1e-6)
+    ends = torch.tensor([0.0, 1.0])
+    assert torch.equal(shift_times(ends, 6.93), ends)
+
+
+def test_a_shift_of_logit_normal_times_moves_their_location():
+    shifted = training_times(UNIFORM, PathOptions("logit_normal", training_time_shift=3.0))
+    located = training_times(UNIFORM, PathOptions("logit_normal", time_location=math.log(3)))
+    torch.testing.assert_close(shifted, located, rtol=1e-5, atol=1e-6)
+
+
+def test_the_automatic_shift_follows_the_dimension_and_leaves_small_latents_alone():
+    known = {
+        4 * 32**2: 1,
+        32 * 16**2: 1.41,
+        16 * 32**2: 2,
+        32 * 32**2: 2.83,
+        768 * 16**2: 6.93,
+        32 * 8**2: 1,
+        4 * 8**2: 1,
+    }
+    assert {d: round(dimension_shift(d), 2) for d in known} == known
+    auto = make_options(PathOptions, {"training_time_shift": "auto"})
+    assert with_time_shift(auto, 16 * 32**2).training_time_shift == 2
+    assert with_time_shift(PathOptions(training_time_shift=0.25), 16 * 32**2).training_time_shift == 0.25
+    with pytest.raises(UsageError, match="training_time_shift"):
+        make_options(PathOptions, {"training_time_shift": "automatic"})

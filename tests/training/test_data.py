@@ -1,12 +1,17 @@
 """A step's batch is a function of (seed, step, global sample index), and independent of processes, call order and restarts."""
 
+import hashlib
 import threading
 
 import pytest
 import torch
 
 import training.data
-from flow.objectives import FlowMatching, Times
+from datasets_prep.moments import mean_latents
+from flow.losses.contrast import Correction
+from flow.losses.options import FlowMatchingOptions
+from flow.losses.terms import TrainingDraws
+from flow.objectives import OBJECTIVES, FlowMatching, Times
 from flow.paths import PathOptions
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
@@ -266,3 +271,111 @@ def test_the_reading_thread_uses_the_runs_gpu(monkeypatch):
     ((device, thread),) = chosen
     assert device.index == 1
     assert thread is not threading.current_thread()
+
+
+def draw_with(path, first=0, last=4, *, source=None, processes=Processes(), batch_size=6, **changes):  # noqa: B008
+    """Batches of flow matching with these options."""
+    settings = {"num_classes": CLASSES, "label_dropout": 0.2, "device": torch.device("cpu"), "path": path} | changes
+    settings |= {"objective": OBJECTIVES["flow_matching"].build(path), "batch_size": batch_size, "seed": 3}
+    return list(draw_batches(source or Numbered(), PixelSpace(1), first, last, processes=processes, **settings))
+
+
+def test_plain_batches_are_those_of_the_first_version():
+    digest = hashlib.sha256()
+    for batch in draw_with(FlowMatchingOptions()):
+        for column in (batch.data, batch.noise, *batch.draws, batch.condition.labels):
+            digest.update((column.double() * 1000).round().long().numpy().tobytes())
+    assert digest.hexdigest() == "25fadf094520c8ecff5773d603000887a93a6d88a4ede9ad2c1016d6188183cf"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_contrasts_do_not_depend_on_the_number_of_processes(count):
+    path = FlowMatchingOptions(contrastive_weight=0.3, sigma_min=0.1)
+    plain, whole = draw_with(FlowMatchingOptions(sigma_min=0.1)), draw_with(path)
+    shares = [draw_with(path, processes=Processes(rank, count), batch_size=6 // count) for rank in range(count)]
+    for step, (batch, without) in enumerate(zip(whole, plain, strict=True)):
+        assert torch.equal(batch.data, without.data)
+        assert torch.equal(batch.noise, without.noise)
+        for number, column in enumerate(batch.draws):
+            assert torch.equal(torch.cat([share[step].draws[number] for share in shares]), column)
+        velocities = 0.9 * batch.noise - batch.data
+        images = torch.tensor(images_of(batch))
+        for row in range(6):  # the next sample of another class
+            other = next(k % 6 for k in range(row + 1, row + 7) if images[k % 6] % CLASSES != images[row] % CLASSES)
+            assert torch.equal(batch.draws.other_velocity[row], velocities[other])
+        assert torch.equal(batch.draws.contrast, 0.3 * (batch.condition.labels != CLASSES))
+
+
+def test_contrasted_batches_split_into_parts():
+    batch = draw_with(FlowMatchingOptions(contrastive_weight=0.3), last=1)[0]
+    parts = batch.split(3)
+    assert isinstance(parts[0].draws, TrainingDraws)
+    assert torch.equal(torch.cat([part.draws.other_velocity for part in parts]), batch.draws.other_velocity)
+
+
+def test_a_dropped_map_has_no_contrast():
+    path = FlowMatchingOptions(contrastive_weight=0.3)
+    changes = {"condition": NumberedCondition(), "condition_dropout": 0.4, "label_dropout": 0.0}
+    drawn = draw_with(path, last=20, **changes)
+    dropped = torch.cat([batch.condition.dense.abs().amax((1, 2, 3)) == 0 for batch in drawn])
+    assert dropped.any()
+    assert torch.equal(torch.cat([batch.draws.contrast for batch in drawn]) == 0, dropped)
+
+
+def test_optimal_transport_moves_noise_within_classes_and_nothing_else():
+    path = FlowMatchingOptions(coupling="optimal_transport")
+    source = Numbered(count=60)
+    source.labels = source.labels % 2
+    plain, coupled = (
+        draw_with(p, source=source, batch_size=12, label_dropout=0.5) for p in (FlowMatchingOptions(), path)
+    )
+    moved = 0
+    for one, other in zip(plain, coupled, strict=True):
+        assert same(one._replace(noise=other.noise), other)  # data, times and dropped labels
+        labels = torch.tensor(images_of(one)) % CLASSES % 2
+        for label in (0, 1):
+            before, after = (noise[labels == label].flatten(1) for noise in (one.noise, other.noise))
+            assert {tuple(row) for row in before.tolist()} == {tuple(row) for row in after.tolist()}
+        assert (other.noise - other.data).square().sum() <= (one.noise - one.data).square().sum() + 1e-3
+        moved += (one.noise != other.noise).any((1, 2, 3)).sum().item()
+    assert moved > 10
+
+
+class TwoClasses:
+    """Images of two classes with known means, 0.75 and 0.25 of all."""
+
+    labels = (torch.arange(400) % 4 == 3).long()
+
+    def __len__(self):
+        return 400
+
+    def moments(self, indices, mirrored):
+        generator = torch.Generator().manual_seed(0)
+        spread = 0.5 * torch.randn(400, 1, 2, 2, generator=generator)[indices]
+        return spread + torch.where(self.labels[indices] == 1, 2.0, -1.0).view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("classes", [1, 2])
+def test_the_correction_recovers_the_velocity_from_the_minimum_of_the_contrastive_loss(classes):
+    """A network that ignores x_t has a mean velocity for each class: the minimum of the loss is known in closed form."""
+    path = FlowMatchingOptions(contrastive_weight=0.4, sigma_min=0.0)
+    source = TwoClasses()
+    source.labels = source.labels if classes == 2 else 0 * source.labels
+    drawn = draw_with(path, last=150, source=source, batch_size=80, num_classes=classes, flips=False)
+    data, noise, others, contrast, labels = (
+        torch.cat(column)
+        for column in zip(
+            *((b.data, b.noise, b.draws.other_velocity, b.draws.contrast, b.condition.labels) for b in drawn),
+            strict=True,
+        )
+    )
+    means = mean_latents(source, PixelSpace(1), classes, flips=False, device=torch.device("cpu"))
+    correction = Correction(0.4, means.float(), null=classes)
+    for label in range(classes + 1):
+        rows, weights = labels == label, contrast.view(-1, 1, 1, 1)
+        target = (noise - data - weights * others)[rows].sum(0) / (1 - weights[rows]).sum(0)
+        velocity = (noise - data)[rows].mean(0)
+        corrected = correction(target[None], Condition(torch.tensor([label])))[0]
+        assert (corrected - velocity).abs().max() < 0.06
+        if label < classes and classes == 2:
+            assert (target - velocity).abs().max() > 0.5

@@ -15,8 +15,8 @@ from checkpoints.header import Header
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.moments import EncodedImages
 from flow.guidance import GuidanceOptions
-from flow.objectives import FlowMatching
-from flow.paths import PathOptions
+from flow.losses.options import FlowMatchingOptions, contrastive_weight
+from flow.objectives import OBJECTIVES
 from flow.solvers import SolverOptions
 from models.autoencoders.pixels import PixelSpace
 from models.dit import DiT, DiTOptions
@@ -57,7 +57,19 @@ def stripes():
     return ImageDataset(FACTS, "train", np.arange(COUNT) % 2, images.__getitem__, "f")
 
 
-def new_run(folder, event=None, experiment=None, processes=Processes(), **changes):  # noqa: B008
+EVERY_SWITCH = FlowMatchingOptions(
+    training_time_shift=1.5,
+    coupling="optimal_transport",
+    prediction="data",
+    velocity_direction=0.5,
+    contrastive_weight=0.1,
+    loss_weighting="min_snr",
+)
+
+CONTRASTED = FlowMatchingOptions(contrastive_weight=0.3, velocity_direction=0.5, prediction="data")
+
+
+def new_run(folder, event=None, experiment=None, processes=Processes(), path=FlowMatchingOptions(), **changes):  # noqa: B008
     """A run of a tiny network on stripes in pixel space. `event` (n, action) calls `action` at the n-th fetch of a batch."""
     dataset = stripes()
     source, held_out = (Source(dataset, PixelSpace(1).encode, MACHINE, 1) for _ in range(2))
@@ -74,8 +86,10 @@ def new_run(folder, event=None, experiment=None, processes=Processes(), **change
     } | changes
     shown = {"log_every": 4, "eval_every": 1, "plot_every": 2, "save_ckpt_every": 1} | (experiment or {})
     options = TrainingOptions(**chosen)
-    header = Header("DiT-Mi/2", NETWORK, 4, PixelSpace(1).describe(), FACTS, training=as_json(options))
-    objective = FlowMatching(PathOptions())
+    means = (0.1,) * 16 if contrastive_weight(path) else ()
+    facts = {"training": as_json(options), "path": path, "contrast_means": means}
+    header = Header("DiT-Mi/2", NETWORK, 4, PixelSpace(1).describe(), FACTS, **facts)
+    objective = OBJECTIVES["flow_matching"].build(path)
     validation = Validation(
         header=header,
         dataset=dataset,
@@ -178,6 +192,15 @@ def test_interrupted_run_resumes_bit_for_bit(reference_run, tmp_path, fetch, num
     assert fetch - 1 <= step <= fetch  # the current step is completed, and batches are fetched one step ahead
     assert train(new_run(folder), resume=True)
     assert_same_run(folder, reference_run)
+
+
+def test_a_run_with_every_switch_of_the_loss_resumes_bit_for_bit(reference_run, tmp_path):
+    assert train(new_run(tmp_path / "whole", path=EVERY_SWITCH), resume=False)
+    folder = tmp_path / "run"
+    assert not train(new_run(folder, event=(7, send_signal(signal.SIGINT)), path=EVERY_SWITCH), resume=False)
+    assert train(new_run(folder, path=EVERY_SWITCH), resume=True)
+    assert_same_run(folder, tmp_path / "whole")
+    assert metrics_of(folder)[0]["loss"] != metrics_of(reference_run)[0]["loss"]
 
 
 def test_run_interrupted_again_and_again(reference_run, tmp_path):

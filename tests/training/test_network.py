@@ -56,3 +56,15 @@ def test_initial_weights_for_another_scale_are_a_note(std, noted, tmp_path, caps
     save_weights(path, build_network(*architecture).state_dict(), header_of(options, "DiT-Mi/4", 16, autoencoder=facts))
     new_network(architecture, 0, path, replace(facts, latents_std=(std,) * 3))
     assert ("learned latents with the mean (0.0, 0.0, 0.0)" in capsys.readouterr().err) == noted
+
+
+@pytest.mark.parametrize(("prediction", "noted"), [("data", True), ("velocity", False)])
+def test_initial_weights_of_another_target_are_a_note(prediction, noted, tmp_path, capsys):
+    options = DiTOptions(num_in_channels=3, num_out_channels=3)
+    architecture, header = Architecture("DiT-Mi/4", 16, options), header_of(options, "DiT-Mi/4", 16)
+    path = tmp_path / "model_1.safetensors"
+    save_weights(path, build_network(*architecture).state_dict(), header)
+    new_network(architecture, 0, path, header.autoencoder, prediction)
+    assert (
+        "learned to predict the velocity, but this run starts to predict the data" in capsys.readouterr().err
+    ) == noted

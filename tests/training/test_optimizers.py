@@ -48,6 +48,17 @@ def test_muon_gets_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert muon.param_groups[0]["relative_lr"] == pytest.approx(20)
 
 
+def test_muon_can_leave_the_modulation_to_adamw():
+    network = DiT(4, 2, 16, 2, 2, DiTOptions(2, 2, num_classes=3, label_dropout=0.1))
+    options = OptimizerOptions(optimizer="muon", muon_matrices="attention_mlp")
+    adamw, muon = make_optimizers(network, options, hidden_matrices=hidden_matrices(network))
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    of_adamw, of_muon = ({names[id(p)] for p in o.param_groups[0]["params"]} for o in (adamw, muon))
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert of_muon == {f"blocks.{block}.{layer}.weight" for block in range(2) for layer in layers}
+    assert of_adamw == set(names.values()) - {"pos_embed"} - of_muon
+
+
 def test_muon_is_refused_without_matrices_to_train():
     network = EdmUNet(8, "adm", EdmUNetOptions(nf=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=()))
     with pytest.raises(UsageError, match="--optimizer muon needs .* such as DiT"):

@@ -77,6 +77,12 @@ def test_gradients_equal_one_processs(folder, name):
     assert_same_gradients(folder / "alone, first step", folder / name)
 
 
+def test_contrasts_cross_the_border_between_processes(folder):
+    alone = folder / "alone, first step, contrasted"
+    assert train(runs.new_run(alone, lr=RATE, max_steps=1, path=runs.CONTRASTED), resume=False)
+    assert_same_gradients(alone, folder / "first step, contrasted")
+
+
 @pytest.mark.slow
 def test_compiled_gradients_equal_one_eager_processs(tmp_path):
     launch(tmp_path, "compiled")

@@ -1,9 +1,13 @@
+import numpy as np
 import pytest
+import torch
 
 from command_line import parse_options
+from datasets_prep.datasets import DatasetFacts, ImageDataset
 from options import UsageError
 from runtime.distributed import Processes
-from training.setup import prepare, training_groups
+from runtime.precision import Machine
+from training.setup import _configuration, prepare, training_groups
 
 
 @pytest.mark.parametrize(
@@ -17,3 +21,11 @@ from training.setup import prepare, training_groups
 def test_contradicting_options_are_refused(flags, message):
     with pytest.raises(UsageError, match=message):
         prepare(parse_options("", training_groups(), ["--device", "cpu", *flags]), Processes())
+
+
+def test_pairings_within_a_processs_batch_resume_in_as_many_processes():
+    dataset = ImageDataset(DatasetFacts("tiny", 4, 1, None, False, ()), "train", np.zeros(4, int), [].__getitem__, "f")
+    for flags, policy in (([], None), (["--coupling", "optimal_transport"], "on_request")):
+        options = parse_options("", training_groups(), flags)
+        configuration = _configuration(options, Machine(torch.device("cpu"), "fp32"), Processes(0, 2), dataset)
+        assert configuration.policies.get("processes") == policy

@@ -57,6 +57,7 @@ def training(folder, processes):
         "first step, sharded": {"max_steps": 1, "fsdp": True, "grad_accumulation": 2},
         "replicated": {},
         "sharded": {"fsdp": True},
+        "first step, contrasted": {"max_steps": 1, "path": runs.CONTRASTED},
     }.items():
         assert train(runs.new_run(folder / name, processes=processes, lr=RATE, **AVERAGES, **settings), resume=False)
     for name in ("replicated", "sharded"):

@@ -1,0 +1,1 @@
+"""What flow matching asks of the network: targets, loss terms, and weights over time."""
