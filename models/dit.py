@@ -37,7 +37,7 @@ DIT_SIZES = {
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
-TIME_FREQUENCIES = 128
+TIME_FREQUENCIES = {"sinusoids": 128, "fourier": 256}  # as in RAE (arXiv:2510.11690)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,9 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(_sincos_table(self.grid, self.grid, hidden_size), requires_grad=False)
         self._other_grids: dict[tuple[int, int], torch.Tensor] = {}
         self.x_embedder = PatchEmbed(patch_size, options.num_in_channels, hidden_size)
-        self.t_embedder = TimeEmbedding(TIME_FREQUENCIES, hidden_size)
+        self.t_embedder = TimeEmbedding(
+            TIME_FREQUENCIES[options.time_embedding], hidden_size, options.time_embedding, options.time_scale_factor
+        )
         self.y_embedder = LabelEmbedding(options.label_rows, hidden_size)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * options.num_out_channels)

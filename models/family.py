@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from models.embeddings import TIME_EMBEDDINGS
 from options import UsageError, option
 
 __all__ = ["ClassOptions", "Family", "FamilyOptions", "Weights", "check_sides"]
@@ -34,6 +35,14 @@ class FamilyOptions:
     )
     use_grad_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, more time", common=True
+    )
+    time_embedding: str = option(
+        "sinusoids",
+        "features of the time: sinusoids made for numbers up to 1000, or fourier (fixed Gaussian frequencies)",
+        choices=TIME_EMBEDDINGS,
+    )
+    time_scale_factor: float = option(
+        1.0, "multiplies the time, which lies in [0, 1], before its features", minimum=1e-3, maximum=1e6
     )
 
     @property

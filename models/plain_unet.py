@@ -54,7 +54,9 @@ class PlainUNet(nn.Module):
         super().__init__()
         check_sides(size, size, LEVELS, "unet")
         self.options = options
-        self.time = TimeEmbedding(EMBEDDING // 2, EMBEDDING, sines_first=True)
+        self.time = TimeEmbedding(
+            EMBEDDING // 2, EMBEDDING, options.time_embedding, options.time_scale_factor, sines_first=True
+        )
         self.labels = LabelEmbedding(options.label_rows, EMBEDDING) if options.label_rows else None
         self.input = nn.Conv2d(options.num_in_channels, WIDTHS[0], 3, padding=1)
         levels = list(pairwise(WIDTHS))
