@@ -15,7 +15,15 @@ import math
 import torch
 from torch import nn
 
-__all__ = ["TIME_EMBEDDINGS", "LabelEmbedding", "TimeEmbedding", "TimeFeatures", "batch_times", "sinusoids"]
+__all__ = [
+    "TIME_EMBEDDINGS",
+    "ContextTokens",
+    "LabelEmbedding",
+    "TimeEmbedding",
+    "TimeFeatures",
+    "batch_times",
+    "sinusoids",
+]
 
 TIME_EMBEDDINGS = ("sinusoids", "fourier")
 LONGEST_PERIOD = 10000.0
@@ -114,3 +122,31 @@ class LabelEmbedding(nn.Module):
     def forward(self, labels: torch.Tensor | None) -> torch.Tensor:
         """Rows [B, D] for labels [B]; for None, the last row [D]."""
         return self.embedding_table.weight[-1] if labels is None else self.embedding_table(labels)
+
+
+class ContextTokens(nn.Module):
+    """Tokens [B, N, D] that hold the class and the time (Li & He 2025, arXiv:2511.13720; iMF, arXiv:2512.02012).
+
+    A label has `class_tokens` tokens of its own; the time embedding repeats in `time_tokens` tokens. Each token adds a learned
+    position.
+
+    Args:
+        label_rows: rows of the label table, as in LabelEmbedding.
+        class_tokens: number of tokens of the class.
+        time_tokens: number of tokens of the time.
+        width: D.
+    """
+
+    def __init__(self, label_rows: int, class_tokens: int, time_tokens: int, width: int) -> None:
+        super().__init__()
+        self.class_tokens, self.time_tokens, self.width = class_tokens, time_tokens, width
+        self.y_embedder = LabelEmbedding(label_rows, class_tokens * width) if class_tokens else None
+        self.positions = nn.Parameter(torch.zeros(class_tokens + time_tokens, width))
+
+    def forward(self, time: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """Tokens for the time embedding [B, D] and labels [B]; None is the last label."""
+        tokens = time[:, None].expand(-1, self.time_tokens, -1)
+        if self.y_embedder is not None:
+            classes = self.y_embedder(labels).view(-1, self.class_tokens, self.width)
+            tokens = torch.cat([classes.expand(len(time), -1, -1).to(tokens.dtype), tokens], dim=1)
+        return tokens + self.positions

@@ -136,4 +136,5 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply self-attention to x [B, C, H, W]."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, L, C]
-        return x + self.attention(tokens).transpose(1, 2).reshape(x.shape)
+        attended, _ = self.attention(tokens)
+        return x + attended.transpose(1, 2).reshape(x.shape)
