@@ -14,7 +14,7 @@ __all__ = ["DiTOptions"]
 class DiTOptions(ClassOptions):
     """DiT."""
 
-    needed_by: ClassVar[str] = "DiT"
+    only_for: ClassVar[str] = "DiT"
 
     norm: str = option(
         "layer",

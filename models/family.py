@@ -23,6 +23,9 @@ class FamilyOptions:
 
     class_flag: ClassVar[str] = "num_classes"  # name of the option with the number of classes
     null_class_has_weights: ClassVar[bool] = True  # if so, a state dict shows whether labels were dropped
+    # The networks for which alone this class's own options may be given. If "", other networks ignore them, because LFM's
+    # arguments files give the options of U-Nets to DiT too.
+    only_for: ClassVar[str] = ""
 
     num_in_channels: int = option(4, "input channels of the network", minimum=1, shown=LATENT_CHANNELS)
     num_out_channels: int = option(4, "channels of the velocity", minimum=1, shown=LATENT_CHANNELS)
