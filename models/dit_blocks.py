@@ -85,7 +85,7 @@ class DiTBlock(nn.Module):
         if not self.keeps_values:
             first_values = None
         elif first_values is None:
-            first_values = values
+            first_values = values.contiguous()  # a copy, because FSDP2 warns about blocks that return views
         return tokens + gate2 * self.mlp(_modulate(self.norm2(tokens), shift2, scale2)), first_values
 
 

@@ -18,7 +18,7 @@ class DiTOptions(ClassOptions):
 
     norm: str = option(
         "layer",
-        "layer norm, rms (RMSNorm), or rms_affine (RMSNorm with learned scales), without and with affine maps of their own",
+        "norm of tokens: layer (layer norm), rms (RMSNorm), or rms_affine (RMSNorm with learned scales)",
         choices=NORMS,
     )
     mlp: str = option("gelu", "MLP of a block: gelu, or swiglu with as many parameters", choices=MLPS)
