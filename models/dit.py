@@ -11,6 +11,10 @@
 Shifts, scales and gates are linear maps of SiLU(e) that start at zero, so each block starts as the identity (adaLN-Zero).
 The decoder's linear map also starts at zero, so the initial velocity is zero. Names and shapes in the state dict match
 LFM's published checkpoints.
+
+This is the network without options. The options of blocks are in models/dit_blocks.py. Three options act between blocks:
+context tokens precede the image's (models/embeddings.py), one modulation may serve all blocks, and a second stage may change
+the tokens before the last blocks (models/token_stages.py).
 """
 
 import torch
@@ -40,7 +44,7 @@ DIT_SIZES = {
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
-TIME_FREQUENCIES = {"sinusoids": 128, "fourier": 256}  # as in RAE (arXiv:2510.11690)
+TIME_FREQUENCIES = {"sinusoids": 128, "fourier": 256}  # numbers of frequencies in DiT, and in RAE (arXiv:2510.11690)
 
 
 class DiT(nn.Module):
@@ -51,14 +55,14 @@ class DiT(nn.Module):
 
     Args:
         size: the latents' side h = w.
-        patch_size: side p of a patch; must divide `size`.
+        patch_size: side p of a patch; must divide `size`. With --fine_blocks, 2 p must divide it.
         hidden_size: width D.
-        depth: number of blocks.
+        depth: number of blocks, including those of a second stage.
         num_heads: attention heads per block.
-        options: channels, classes and label dropout.
+        options: channels, classes, label dropout, and variants of the network.
 
     Raises:
-        UsageError: `size` is not a multiple of `patch_size`.
+        UsageError: the patch side does not divide `size`, or the options contradict each other or the network's size.
     """
 
     def __init__(
@@ -87,21 +91,15 @@ class DiT(nn.Module):
         self.shared_adaLN = Modulation(hidden_size, 6) if options.shared_adaln else None
         self.second_start = depth - (options.fine_blocks or options.ddt_blocks)
         self.second_stage, head_width, head_heads = _second_stage(size, patch_size, hidden_size, num_heads, options)
+        head_shares = options.shared_adaln and not options.ddt_blocks
+        stages = (
+            (self.second_start, hidden_size, num_heads, options.shared_adaln),
+            (depth - self.second_start, head_width, head_heads, head_shares),
+        )
         self.blocks = nn.ModuleList(
-            [
-                DiTBlock(hidden_size, num_heads, options, first=number == 0, shared=options.shared_adaln)
-                for number in range(self.second_start)
-            ]
-            + [
-                DiTBlock(
-                    head_width,
-                    head_heads,
-                    options,
-                    first=number == self.second_start,
-                    shared=options.shared_adaln and not options.ddt_blocks,
-                )
-                for number in range(self.second_start, depth)
-            ]
+            DiTBlock(width, heads, options, first=number == 0, shared=shared)
+            for count, width, heads, shared in stages
+            for number in range(count)
         )
         self.final_layer = FinalLayer(head_width, patch_size**2 * options.num_out_channels, options)
         self._initialize()
