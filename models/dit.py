@@ -142,10 +142,10 @@ class DiT(nn.Module):
     def _run(self, block: nn.Module, inputs: BlockInputs) -> BlockInputs:
         """A block's inputs with the tokens that it returns."""
         if self.options.use_grad_checkpointing and self.training:
-            tokens, first_values = checkpoint(block, *inputs, use_reentrant=False)
+            tokens, values = checkpoint(block, *inputs, use_reentrant=False)
         else:
-            tokens, first_values = block(*inputs)
-        return inputs._replace(tokens=tokens, first_values=first_values)
+            tokens, values = block(*inputs)
+        return inputs._replace(tokens=tokens, first_values=inputs.first_values if values is None else values)
 
     def _positions(self, rows: int, columns: int) -> torch.Tensor:
         """The first blocks' position table [1, rows x columns, D]."""

@@ -75,18 +75,16 @@ class DiTBlock(nn.Module):
         """Transform tokens [B, L, D]; the arguments are those of BlockInputs.
 
         Returns:
-            The new tokens, and the first block's values if later blocks need them.
+            The new tokens, and this block's values if it is the first one and later blocks need them.
         """
         own = self.adaLN_modulation
         modulation = shared + self.adaLN_offset if own is None else own(embedding)  # type: ignore[operator]
         shift1, scale1, gate1, shift2, scale2, gate2 = _parts(modulation, 6)
         attended, values = self.attn(_modulate(self.norm1(tokens), shift1, scale1), rotation, first_values)
         tokens = tokens + gate1 * attended
-        if not self.keeps_values:
-            first_values = None
-        elif first_values is None:
-            first_values = values.contiguous()  # a copy, because FSDP2 warns about blocks that return views
-        return tokens + gate2 * self.mlp(_modulate(self.norm2(tokens), shift2, scale2)), first_values
+        # A copy, because FSDP2 warns about blocks that return views.
+        kept = values.contiguous() if self.keeps_values and first_values is None else None
+        return tokens + gate2 * self.mlp(_modulate(self.norm2(tokens), shift2, scale2)), kept
 
 
 class FinalLayer(nn.Module):
