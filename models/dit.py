@@ -11,20 +11,27 @@
 Shifts, scales and gates are linear maps of SiLU(e) that start at zero, so each block starts as the identity (adaLN-Zero).
 The decoder's linear map also starts at zero, so the initial velocity is zero. Names and shapes in the state dict match
 LFM's published checkpoints.
-"""
 
-from dataclasses import dataclass
+This is the network without options. The options of blocks are in models/dit_blocks.py. Three options act between blocks:
+context tokens precede the image's (models/embeddings.py), one modulation may serve all blocks, and a second stage may change
+the tokens before the last blocks (models/token_stages.py).
+"""
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from models.conditions import Condition
-from models.embeddings import LabelEmbedding, TimeEmbedding, batch_times, sinusoids
-from models.family import ClassOptions, Weights
-from models.transformer_layers import Mlp, PatchEmbed, SelfAttention
+from models.dit_blocks import BlockInputs, DiTBlock, FinalLayer, Modulation
+from models.dit_options import DiTOptions
+from models.embeddings import ContextTokens, LabelEmbedding, TimeEmbedding, batch_times
+from models.family import Weights
+from models.positions import PositionTables, sincos_table
+from models.rope import RotaryPositions
+from models.token_stages import DdtHead, FineTokens
+from models.transformer_layers import PatchEmbed
 from options import UsageError
-from runtime.messages import note
 
 __all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "hidden_matrices", "with_own_positions"]
 
@@ -37,17 +44,7 @@ DIT_SIZES = {
     "L": (1024, 24, 16),
     "XL": (1152, 28, 16),
 }
-TIME_FREQUENCIES = 128
-
-
-@dataclass(frozen=True)
-class DiTOptions(ClassOptions):
-    """DiT."""
-
-    @property
-    def label_rows(self) -> int:
-        """Rows of the label table: one per class (at least one), and one for the null class if labels are dropped."""
-        return self.classes + (self.label_dropout > 0)
+TIME_FREQUENCIES = {"sinusoids": 128, "fourier": 256}  # numbers of frequencies in DiT, and in RAE (arXiv:2510.11690)
 
 
 class DiT(nn.Module):
@@ -58,31 +55,53 @@ class DiT(nn.Module):
 
     Args:
         size: the latents' side h = w.
-        patch_size: side p of a patch; must divide `size`.
+        patch_size: side p of a patch; must divide `size`. With --fine_blocks, 2 p must divide it.
         hidden_size: width D.
-        depth: number of blocks.
+        depth: number of blocks, including those of a second stage.
         num_heads: attention heads per block.
-        options: channels, classes and label dropout.
+        options: channels, classes, label dropout, and variants of the network.
 
     Raises:
-        UsageError: `size` is not a multiple of `patch_size`.
+        UsageError: the patch side does not divide `size`, or the options contradict each other or the network's size.
     """
 
     def __init__(
         self, size: int, patch_size: int, hidden_size: int, depth: int, num_heads: int, options: DiTOptions
     ) -> None:
         super().__init__()
-        _check_sides(size, size, patch_size)
+        options.check(depth)
+        first_patch = 2 * patch_size if options.fine_blocks else patch_size
+        _check_sides(size, size, first_patch)
         self.options = options
-        self.patch_size = patch_size
-        self.grid = size // patch_size
-        self.pos_embed = nn.Parameter(_sincos_table(self.grid, self.grid, hidden_size), requires_grad=False)
-        self._other_grids: dict[tuple[int, int], torch.Tensor] = {}
-        self.x_embedder = PatchEmbed(patch_size, options.num_in_channels, hidden_size)
-        self.t_embedder = TimeEmbedding(TIME_FREQUENCIES, hidden_size)
-        self.y_embedder = LabelEmbedding(options.label_rows, hidden_size)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * options.num_out_channels)
+        self.patch_size, self.first_patch = patch_size, first_patch
+        self.grid = size // first_patch
+        self.pos_embed = nn.Parameter(sincos_table(self.grid, self.grid, hidden_size), requires_grad=False)
+        self._tables = PositionTables(self.grid)
+        self.x_embedder = PatchEmbed(first_patch, options.num_in_channels, hidden_size)
+        self.t_embedder = TimeEmbedding(
+            TIME_FREQUENCIES[options.time_embedding], hidden_size, options.time_embedding, options.time_scale_factor
+        )
+        self.y_embedder = LabelEmbedding(options.label_rows, hidden_size) if options.adaln_labels else None
+        self.feat_rope = RotaryPositions(self.grid, hidden_size // num_heads) if options.rope else None
+        self.context = (
+            ContextTokens(options.label_rows, options.class_tokens, options.time_tokens, hidden_size)
+            if options.context_tokens
+            else None
+        )
+        self.shared_adaLN = Modulation(hidden_size, 6) if options.shared_adaln else None
+        self.second_start = depth - (options.fine_blocks or options.ddt_blocks)
+        self.second_stage, head_width, head_heads = _second_stage(size, patch_size, hidden_size, num_heads, options)
+        head_shares = options.shared_adaln and not options.ddt_blocks
+        stages = (
+            (self.second_start, hidden_size, num_heads, options.shared_adaln),
+            (depth - self.second_start, head_width, head_heads, head_shares),
+        )
+        self.blocks = nn.ModuleList(
+            DiTBlock(width, heads, options, first=number == 0, shared=shared)
+            for count, width, heads, shared in stages
+            for number in range(count)
+        )
+        self.final_layer = FinalLayer(head_width, patch_size**2 * options.num_out_channels, options)
         self._initialize()
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
@@ -91,31 +110,46 @@ class DiT(nn.Module):
         Without labels, every sample uses the last row of the label table, which is the null class if there is one.
 
         Raises:
-            UsageError: h or w is not a multiple of the patch side.
+            UsageError: h or w is not a multiple of the (coarse) patch side.
         """
         height, width = x.shape[2:]
-        _check_sides(height, width, self.patch_size)
+        _check_sides(height, width, self.first_patch)
+        time = self.t_embedder(batch_times(t, x))  # [B, D]
+        inputs = self._first_inputs(time, x, condition.labels)
+        for number, block in enumerate(self.blocks):
+            if self.second_stage is not None and number == self.second_start:
+                inputs = self.second_stage(inputs, time, x)
+            inputs = self._run(block, inputs)
         rows, columns = height // self.patch_size, width // self.patch_size
-        embedding = self.t_embedder(batch_times(t, x)) + self.y_embedder(condition.labels)  # [B, D]
-        embedding = embedding.expand(x.shape[0], -1)
-        tokens = self.x_embedder(x) + self._positions(rows, columns)  # [B, L, D]
-        for block in self.blocks:
-            if self.options.use_grad_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, embedding, use_reentrant=False)
-            else:
-                tokens = block(tokens, embedding)
-        patches = self.final_layer(tokens, embedding)  # [B, L, p p C]
+        tokens = inputs.tokens if self.context is None else inputs.tokens[:, -rows * columns :]
+        patches = self.final_layer(tokens, inputs.embedding)  # [B, L, p p C]
         return self._unpatchify(patches, rows, columns)
 
+    def _first_inputs(self, time: torch.Tensor, x: torch.Tensor, labels: torch.Tensor | None) -> BlockInputs:
+        """The first block's inputs, given the time embedding [B, D]."""
+        embedding = time if self.y_embedder is None else time + self.y_embedder(labels)
+        embedding = embedding.expand(x.shape[0], -1)
+        if self.options.ddt_blocks:
+            embedding = functional.silu(embedding)  # before each modulation's own, as in RAE's published weights
+        rows, columns = (side // self.first_patch for side in x.shape[2:])
+        tokens = self.x_embedder(x) + self._positions(rows, columns)  # [B, L, D]
+        if self.context is not None:
+            tokens = torch.cat([self.context(time, labels).to(tokens.dtype), tokens], dim=1)
+        rotation = None if self.feat_rope is None else self.feat_rope(rows, columns, self.options.context_tokens)
+        shared = None if self.shared_adaLN is None else self.shared_adaLN(embedding)
+        return BlockInputs(tokens, embedding, rotation, None, shared)
+
+    def _run(self, block: nn.Module, inputs: BlockInputs) -> BlockInputs:
+        """A block's inputs with the tokens that it returns."""
+        if self.options.use_grad_checkpointing and self.training:
+            tokens, values = checkpoint(block, *inputs, use_reentrant=False)
+        else:
+            tokens, values = block(*inputs)
+        return inputs._replace(tokens=tokens, first_values=inputs.first_values if values is None else values)
+
     def _positions(self, rows: int, columns: int) -> torch.Tensor:
-        """The position table [1, rows x columns, D]: the stored table, or for another grid, one by the same formula."""
-        if rows == columns == self.grid:
-            return self.pos_embed
-        if (rows, columns) not in self._other_grids:
-            note(f"position table recomputed for {rows} x {columns} patches (stored: {self.grid} x {self.grid})")
-            self._other_grids[rows, columns] = _sincos_table(rows, columns, self.pos_embed.shape[-1])
-        table = self._other_grids[rows, columns] = self._other_grids[rows, columns].to(self.pos_embed.device)
-        return table
+        """The first blocks' position table [1, rows x columns, D]."""
+        return self._tables.table(self.pos_embed, rows, columns)
 
     def _unpatchify(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
         """Assemble latents [B, C, h, w] from patches [B, L, p p C]."""
@@ -124,59 +158,37 @@ class DiT(nn.Module):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * p, columns * p)
 
     def _initialize(self) -> None:
-        for module in self.modules():
+        modules = list(self.modules())
+        for module in modules:
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        projection = self.x_embedder.proj
-        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
-        nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
-        for embedding in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(embedding.weight, std=0.02)  # type: ignore[arg-type]
-        for layer in (*self.blocks, self.final_layer):
-            nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        for module in modules:
+            if isinstance(module, PatchEmbed):
+                projection = module.proj
+                nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1))
+                nn.init.zeros_(projection.bias)  # type: ignore[arg-type]
+        tables = [module.embedding_table for module in modules if isinstance(module, LabelEmbedding)]
+        for layer in (*tables, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        if self.context is not None:
+            nn.init.normal_(self.context.positions, std=0.02)
+        for module in modules:
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module[1].weight)  # type: ignore[arg-type]
         nn.init.zeros_(self.final_layer.linear.weight)
 
 
-class DiTBlock(nn.Module):
-    """Attention and MLP, each modulated and gated by the embedding (adaLN-Zero)."""
-
-    def __init__(self, hidden_size: int, num_heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.attn = SelfAttention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.mlp = Mlp(hidden_size)
-        self.adaLN_modulation = _modulation(hidden_size, 6)
-
-    def forward(self, tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """Transform tokens [B, L, D], given the embedding [B, D]."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(embedding)[:, None].chunk(6, dim=-1)
-        tokens = tokens + gate1 * self.attn(_modulate(self.norm1(tokens), shift1, scale1))
-        return tokens + gate2 * self.mlp(_modulate(self.norm2(tokens), shift2, scale2))
-
-
-class FinalLayer(nn.Module):
-    """Modulated layer norm, then a linear map from tokens to patches."""
-
-    def __init__(self, hidden_size: int, patch_values: int) -> None:
-        super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, eps=1e-6, elementwise_affine=False)
-        self.linear = nn.Linear(hidden_size, patch_values)
-        self.adaLN_modulation = _modulation(hidden_size, 2)
-
-    def forward(self, tokens: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        """Patches [B, L, p p C] from tokens [B, L, D], given the embedding [B, D]."""
-        shift, scale = self.adaLN_modulation(embedding)[:, None].chunk(2, dim=-1)
-        return self.linear(_modulate(self.norm_final(tokens), shift, scale))
-
-
-def _modulation(hidden_size: int, parts: int) -> nn.Sequential:
-    return nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, parts * hidden_size))
-
-
-def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x * (1 + scale) + shift
+def _second_stage(
+    size: int, patch_size: int, width: int, num_heads: int, options: DiTOptions
+) -> tuple[FineTokens | DdtHead | None, int, int]:
+    """What precedes the last blocks, if anything, and these blocks' width and number of heads."""
+    if options.fine_blocks:
+        return FineTokens(size, patch_size, width, num_heads, options), width, num_heads
+    if options.ddt_blocks:
+        head_width, heads = options.ddt_size(width, num_heads)
+        return DdtHead(size, patch_size, width, head_width, heads, options), head_width, heads
+    return None, width, num_heads
 
 
 def _check_sides(height: int, width: int, patch: int) -> None:
@@ -188,31 +200,38 @@ def _check_sides(height: int, width: int, patch: int) -> None:
         )
 
 
-def _sincos_table(rows: int, columns: int, hidden_size: int) -> torch.Tensor:
-    """2-D sine-cosine table [1, rows x columns, D]: the first half of the channels encodes columns, the second rows."""
-
-    def waves(count: int) -> torch.Tensor:  # [count, D / 2]
-        return sinusoids(torch.arange(count, dtype=torch.float64), hidden_size // 4, sines_first=True)
-
-    across, down = waves(columns)[None].expand(rows, -1, -1), waves(rows)[:, None].expand(-1, columns, -1)
-    return torch.cat([across, down], dim=-1).reshape(1, rows * columns, hidden_size).float()
+# Names of modules with maps between hidden tokens, or from the embedding to modulations.
+HIDDEN = {"blocks", "shared_adaLN", "upsampler", "projector"}
+POSITIONS = ("pos_embed", "freqs_cos", "freqs_sin")  # last parts of names of tables that depend on the grid only
 
 
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
-    """The weight matrices of a DiT's blocks, which Muon may train. The DiT may be inside a wrapper."""
+    """The weight matrices between a DiT's hidden layers, which Muon may train. The DiT may be inside a wrapper.
+
+    These are all matrices of the blocks and of what lies between blocks, and the shared modulation. Embeddings of patches,
+    times and labels, context tokens and the output are not among them.
+    """
     named = network.named_parameters()
-    return [parameter for name, parameter in named if "blocks" in name.split(".") and parameter.ndim == 2]
+    return [parameter for name, parameter in named if HIDDEN.intersection(name.split(".")) and parameter.ndim == 2]
 
 
 def with_own_positions(own: Weights, weights: Weights) -> Weights:
-    """Fit `weights` to a DiT with the state dict `own`, whose position table replaces one for another grid.
+    """Fit `weights` to a DiT with the state dict `own`, whose position tables replace those for another grid.
 
     All other entries are unchanged. If there is nothing to replace, the result is `weights` itself, not a copy.
     """
-    mine, stored = own.get("pos_embed"), weights.get("pos_embed")
-    if mine is None or stored is None or mine.shape == stored.shape or mine.shape[2:] != stored.shape[2:]:
-        return weights
-    return {**weights, "pos_embed": mine}
+    replaced = {
+        name: mine
+        for name, mine in own.items()
+        if name.split(".")[-1] in POSITIONS and name in weights and _differ_in_length(mine, weights[name])
+    }
+    return {**weights, **replaced} if replaced else weights
+
+
+def _differ_in_length(mine: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether two tables [..., L, D] differ in L only."""
+    same_kind = mine.ndim == stored.ndim and mine.shape[-1] == stored.shape[-1]
+    return same_kind and mine.shape != stored.shape
 
 
 def build_dit(name: str, patch: int, size: int, options: DiTOptions) -> DiT:

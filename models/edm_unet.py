@@ -6,7 +6,6 @@ unlike for `--use_origin_adm`.
 
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.conditions import Condition
 from models.edm_layers import SQRT_HALF, STYLES, Block, Convolution, Norm
-from models.embeddings import batch_times, sinusoids
+from models.embeddings import TimeFeatures, batch_times
 from models.family import FamilyOptions, check_sides
 from options import UsageError, option
 
@@ -82,13 +81,22 @@ class EdmUNet(nn.Module):
             raise UsageError(
                 f"--nf {options.nf}: {kind} embeds times in pairs of sines and cosines, so --nf must be even"
             )
+        if kind == "ncsn++" and options.time_embedding != "sinusoids":
+            raise UsageError(
+                f"--time_embedding {options.time_embedding} has no effect on ncsn++, which always embeds times by random "
+                "frequencies: leave the flag out, or choose another --model_type"
+            )
         width, embedding = options.nf, 4 * options.nf
         noise_width = 2 * width if kind == "ncsn++" else width
+        endpoint = kind == "ddpm++"
+        self.time_features = TimeFeatures(
+            width // 2, options.time_embedding, options.time_scale_factor, sines_first=endpoint, endpoint=endpoint
+        )
         if kind == "adm":
             self.map_layer0, self.map_layer1 = nn.Linear(noise_width, embedding), nn.Linear(embedding, embedding)
             self.map_label = nn.Linear(options.label_dim, embedding, bias=False) if options.label_dim else None
         else:
-            self.map_noise = RandomFrequencies(width) if kind == "ncsn++" else None
+            self.map_noise = RandomFrequencies(width, options.time_scale_factor) if kind == "ncsn++" else None
             self.map_label = nn.Linear(options.label_dim, noise_width) if options.label_dim else None
             self.map_layer0, self.map_layer1 = nn.Linear(noise_width, embedding), nn.Linear(embedding, embedding)
         self.enc, skips = self._encoder(size)
@@ -185,15 +193,13 @@ class EdmUNet(nn.Module):
         return modules
 
     def _embed(self, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        half = self.options.nf // 2
         if self.kind == "adm":
-            embedding = sinusoids(t, half)
+            embedding = self.time_features(t)
             embedding = self.map_layer1(functional.silu(self.map_layer0(embedding)))
             if self.map_label is not None and labels is not None:
                 embedding = embedding + self.map_label(self._one_hot(labels).to(embedding))
             return functional.silu(embedding)
-        waves = self.map_noise or partial(sinusoids, count=half, sines_first=True, endpoint=True)
-        embedding = waves(t)
+        embedding = (self.map_noise or self.time_features)(t)
         if self.map_label is not None:
             classes = self.options.label_dim
             hot = embedding.new_zeros(len(t), classes) if labels is None else self._one_hot(labels).to(embedding)
@@ -224,16 +230,18 @@ class EdmUNet(nn.Module):
 
 
 class RandomFrequencies(nn.Module):
-    """Random Fourier features of time, with frequencies fixed at initialization."""
+    """Random Fourier features of time times `factor`, with frequencies fixed at initialization."""
 
     freqs: torch.Tensor
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, factor: float = 1.0) -> None:
         super().__init__()
+        self.factor = factor
         self.register_buffer("freqs", 16 * torch.randn(count))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """Features [B, 2 count] of times t [B]: sin(2 pi t f), then cos(2 pi t f)."""
+        t = t if self.factor == 1 else self.factor * t
         angles = 2 * math.pi * t[:, None] * self.freqs
         return torch.cat([angles.sin(), angles.cos()], dim=1)
 

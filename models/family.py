@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
+from models.embeddings import TIME_EMBEDDINGS
 from options import UsageError, option
 
 __all__ = ["ClassOptions", "Family", "FamilyOptions", "Weights", "check_sides"]
@@ -22,6 +23,9 @@ class FamilyOptions:
 
     class_flag: ClassVar[str] = "num_classes"  # name of the option with the number of classes
     null_class_has_weights: ClassVar[bool] = True  # if so, a state dict shows whether labels were dropped
+    # The networks for which alone this class's own options may be given. If "", other networks ignore them, because LFM's
+    # arguments files give the options of U-Nets to DiT too.
+    only_for: ClassVar[str] = ""
 
     num_in_channels: int = option(4, "input channels of the network", minimum=1, shown=LATENT_CHANNELS)
     num_out_channels: int = option(4, "channels of the velocity", minimum=1, shown=LATENT_CHANNELS)
@@ -34,6 +38,14 @@ class FamilyOptions:
     )
     use_grad_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, more time", common=True
+    )
+    time_embedding: str = option(
+        "sinusoids",
+        "features of the time: sinusoids made for numbers up to 1000, or fourier (fixed Gaussian frequencies)",
+        choices=TIME_EMBEDDINGS,
+    )
+    time_scale_factor: float = option(
+        1.0, "multiplies the time, which lies in [0, 1], before its features", minimum=1e-3, maximum=1e6
     )
 
     @property

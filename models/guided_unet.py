@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.conditions import Condition
 from models.edm_unet import UNetOptions
-from models.embeddings import batch_times, sinusoids
+from models.embeddings import TimeFeatures, batch_times
 from models.family import ClassOptions, check_sides
 from models.unet_layers import Double, GroupNorm
 from options import UsageError, option
@@ -53,6 +53,7 @@ class GuidedUNet(nn.Module):
         check_sides(size, size, len(options.ch_mult), "--ch_mult")
         self.options = options
         width, embedding = options.nf, 4 * options.nf
+        self.time_features = TimeFeatures(width // 2, options.time_embedding, options.time_scale_factor)
         self.time_embed = nn.Sequential(nn.Linear(width, embedding), nn.SiLU(), nn.Linear(embedding, embedding))
         if options.label_rows:
             self.label_emb = nn.Embedding(options.label_rows, embedding)
@@ -96,7 +97,7 @@ class GuidedUNet(nn.Module):
             UsageError: h or w is not a multiple of 2^(levels - 1), or labels are missing and the network lacks a null class.
         """
         check_sides(x.shape[2], x.shape[3], len(self.options.ch_mult), "--ch_mult")
-        embedding = self.time_embed(sinusoids(batch_times(t, x), self.options.nf // 2))
+        embedding = self.time_embed(self.time_features(batch_times(t, x)))
         if self.options.label_rows:
             embedding = embedding + self._embed_labels(condition.labels)
         skips = []

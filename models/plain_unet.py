@@ -54,7 +54,9 @@ class PlainUNet(nn.Module):
         super().__init__()
         check_sides(size, size, LEVELS, "unet")
         self.options = options
-        self.time = TimeEmbedding(EMBEDDING // 2, EMBEDDING, sines_first=True)
+        self.time = TimeEmbedding(
+            EMBEDDING // 2, EMBEDDING, options.time_embedding, options.time_scale_factor, sines_first=True
+        )
         self.labels = LabelEmbedding(options.label_rows, EMBEDDING) if options.label_rows else None
         self.input = nn.Conv2d(options.num_in_channels, WIDTHS[0], 3, padding=1)
         levels = list(pairwise(WIDTHS))
@@ -134,4 +136,5 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply self-attention to x [B, C, H, W]."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # [B, L, C]
-        return x + self.attention(tokens).transpose(1, 2).reshape(x.shape)
+        attended, _ = self.attention(tokens)
+        return x + attended.transpose(1, 2).reshape(x.shape)

@@ -1,5 +1,8 @@
 """A small network of every family, for tests that apply to all families."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,7 +14,7 @@ from models.guided_unet import GuidedUNetOptions
 from models.plain_unet import PlainUNetOptions
 from models.registry import ORIGIN_ADM, build_network
 
-__all__ = ["SMALL", "UNET", "new_network"]
+__all__ = ["DIT_VARIANTS", "SMALL", "UNET", "new_network"]
 
 CHANNELS = {"num_in_channels": 3, "num_out_channels": 3}
 UNET = {**CHANNELS, "nf": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
@@ -22,6 +25,19 @@ SMALL: dict[str, FamilyOptions] = {
     ORIGIN_ADM: GuidedUNetOptions(**UNET | {"attn_resolutions": (2,)}, num_classes=2),
     "unet": PlainUNetOptions(**CHANNELS, num_classes=2),
 }
+_BLOCKS: dict[str, Any] = {
+    "norm": "rms_affine",
+    "mlp": "swiglu",
+    "qk_norm": True,
+    "rope": True,
+    "value_residual": True,
+    "shared_adaln": True,
+}
+# All optional parts of DiT-Mi/2, in two networks.
+DIT_VARIANTS = (
+    replace(SMALL["DiT-Mi/2"], **_BLOCKS, class_tokens=2, time_tokens=1, fine_blocks=2, time_embedding="fourier"),
+    replace(SMALL["DiT-Mi/2"], **_BLOCKS, class_tokens=2, adaln_labels=False, ddt_blocks=2, ddt_width=64),
+)
 
 
 def new_network(model_type: str, options: FamilyOptions, dense: DenseInput | None = None) -> nn.Module:

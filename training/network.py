@@ -1,7 +1,7 @@
 """The architecture and the initial weights of a run's network."""
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ def choose_architecture(
         dense: the dense condition in the network's input, if any.
 
     Raises:
-        UsageError: the autoencoder's factor does not divide the image size, or given options contradict the autoencoder.
+        UsageError: the autoencoder's factor does not divide the image size, or given options contradict the autoencoder or
+            belong to another network.
     """
     size, remainder = divmod(image_size, autoencoder.factor)
     if remainder or not size:
@@ -62,6 +63,7 @@ def choose_architecture(
                 f"use {expected}, or leave the flag out"
             )
     _check_class_flag(options, given)
+    _check_family(model_type, options, given)
     for name, explanation in options.unmatched(size).items():
         if name in given:
             note(f"--{name} {explanation}")
@@ -195,3 +197,18 @@ def _check_class_flag(options: FamilyOptions, given: Mapping[str, Any]) -> None:
             raise UsageError(
                 f"--{other} {given[other]} has no effect on this network: give its classes with --{options.class_flag}"
             )
+
+
+def _check_family(model_type: str, options: FamilyOptions, given: Mapping[str, Any]) -> None:
+    """Check that no option of another family was given, except those that LFM's arguments files give to all networks."""
+    for group in network_groups():
+        if group.only_for and not isinstance(options, group):
+            for field in fields(group):
+                if (
+                    field.name in vars(group)["__annotations__"]
+                    and given.get(field.name, field.default) != field.default
+                ):
+                    raise UsageError(
+                        f"--{field.name} is an option of {group.only_for} and has no effect on {model_type}: leave it out, or "
+                        "choose another --model_type"
+                    )

@@ -11,12 +11,13 @@ from models.guided_unet import GuidedUNetOptions
 from models.plain_unet import PlainUNetOptions
 from models.registry import ORIGIN_ADM
 from runtime.cpu.kernels import with_cpu_kernels
-from tests.small_networks import SMALL, UNET, new_network
+from tests.small_networks import DIT_VARIANTS, SMALL, UNET, new_network
 
 STEP = 1e-6
 UPDOWN = {"resblock_updown": True, "use_scale_shift_norm": False, "attn_resolutions": (2,)}
 CASES = {
     **{name: (name, options) for name, options in SMALL.items()},
+    **{f"DiT variant {n}": ("DiT-Mi/2", options) for n, options in enumerate(DIT_VARIANTS)},
     "ddpm++": ("ddpm++", EdmUNetOptions(**UNET, label_dim=2)),
     "updown": (ORIGIN_ADM, GuidedUNetOptions(**UNET | UPDOWN, num_classes=2)),
 }

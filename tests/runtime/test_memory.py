@@ -50,9 +50,25 @@ def new_dit(depth=2, **options):
     return DiT(8, 2, 32, depth, 2, DiTOptions(num_classes=2, **options)).train()
 
 
+BLOCKS = {
+    "norm": "rms_affine",
+    "mlp": "swiglu",
+    "qk_norm": True,
+    "rope": True,
+    "value_residual": True,
+    "shared_adaln": True,
+}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "make", [new_dit, lambda: build_network("adm", 8, EdmUNetOptions(**UNET, label_dim=2)).train()]
+    "make",
+    [
+        new_dit,
+        lambda: new_dit(3, **BLOCKS, class_tokens=2, fine_blocks=1),
+        lambda: new_dit(3, **BLOCKS, ddt_blocks=1, ddt_width=48),
+        lambda: build_network("adm", 8, EdmUNetOptions(**UNET, label_dim=2)).train(),
+    ],
 )
 def test_activations_are_those_that_autograd_saves(make, precision):
     network = make()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -210,6 +211,16 @@ def test_run_interrupted_again_and_again(reference_run, tmp_path):
         assert starts < STEPS
     assert starts > 3
     assert_same_run(folder, reference_run)
+
+
+def test_a_run_with_optional_parts_of_dit_resumes_bit_for_bit(tmp_path, monkeypatch):
+    parts = {"norm": "rms_affine", "mlp": "swiglu", "qk_norm": True, "rope": True, "shared_adaln": True}
+    options = replace(NETWORK, **parts, class_tokens=2, time_embedding="fourier", time_scale_factor=2.0)
+    monkeypatch.setitem(globals(), "NETWORK", options)
+    assert train(new_run(tmp_path / "whole"), resume=False)
+    assert not train(new_run(tmp_path / "stopped", (3, send_signal(signal.SIGTERM))), resume=False)
+    assert train(new_run(tmp_path / "stopped"), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 def test_a_crashed_run_resumes_from_its_last_training_state(reference_run, tmp_path):

@@ -11,6 +11,7 @@ from models.dit import DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.guided_unet import GuidedUNetOptions
 from models.registry import Architecture, build_network
+from options import UsageError
 from tests.headers import header_of
 from training.network import choose_architecture, new_network
 
@@ -45,6 +46,16 @@ def test_attention_that_matches_no_level_is_a_note(model_type, kind, attention, 
 )
 def test_attention_that_matches_is_silent(model_type, kind, attention, capsys):
     assert note_about(model_type, kind, attention, True, capsys) == ""
+
+
+def test_options_of_dit_are_refused_for_other_networks():
+    options = EdmUNetOptions(**SMALL)
+    for given in ({"rope": True}, {"norm": "rms"}, {"ddt_width": 64}):
+        with pytest.raises(UsageError, match=f"--{next(iter(given))} is an option of DiT and has no effect on adm"):
+            choose_architecture("adm", options, given, 16, PixelSpace(3), None)
+    lfms = {"rope": False, "nf": 64, "num_classes": 1, "time_scale_factor": 10.0}
+    choose_architecture("adm", options, lfms, 16, PixelSpace(3), None)
+    choose_architecture("DiT-Mi/2", DiTOptions(rope=True), {"rope": True, "nf": 64}, 16, PixelSpace(3), None)
 
 
 @pytest.mark.parametrize(("std", "noted"), [(2.0, True), (1.0 + 1e-7, False)])

@@ -94,7 +94,8 @@ def every_family(processes):
     data, noise = torch.randn(2, 4, 3, 8, 8)
     batch = Batch(data, noise, Times(torch.rand(4)), Condition(torch.arange(4) % 2))
     part = batch.split(2)[processes.rank]
-    for model_type, options in small_networks.SMALL.items():
+    variants = [("DiT-Mi/2", options) for options in small_networks.DIT_VARIANTS]
+    for model_type, options in [*small_networks.SMALL.items(), *variants]:
         contents = []
         for mode in ("alone", "replicated", "sharded"):
             network = small_networks.new_network(model_type, options).requires_grad_(True)
