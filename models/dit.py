@@ -21,7 +21,8 @@ from torch.utils.checkpoint import checkpoint
 
 from models.conditions import Condition
 from models.embeddings import LabelEmbedding, TimeEmbedding, batch_times, sinusoids
-from models.family import ClassOptions, Weights
+from models.family import Weights
+from models.taps import TapOptions, Tapped, TappedVelocity
 from models.transformer_layers import Mlp, PatchEmbed, SelfAttention
 from options import UsageError
 from runtime.messages import note
@@ -41,7 +42,7 @@ TIME_FREQUENCIES = 128
 
 
 @dataclass(frozen=True)
-class DiTOptions(ClassOptions):
+class DiTOptions(TapOptions):
     """DiT."""
 
     @property
@@ -65,7 +66,7 @@ class DiT(nn.Module):
         options: channels, classes and label dropout.
 
     Raises:
-        UsageError: `size` is not a multiple of `patch_size`.
+        UsageError: `size` is not a multiple of `patch_size`, or the options name a block that the network lacks.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class DiT(nn.Module):
     ) -> None:
         super().__init__()
         _check_sides(size, size, patch_size)
+        options.check_blocks(depth)
         self.options = options
         self.patch_size = patch_size
         self.grid = size // patch_size
@@ -85,10 +87,18 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * options.num_out_channels)
         self._initialize()
 
-    def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
+    def forward(
+        self,
+        t: torch.Tensor,
+        x: torch.Tensor,
+        condition: Condition = Condition(),  # noqa: B008
+        *,
+        tapped: bool = False,
+    ) -> torch.Tensor | TappedVelocity:
         """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
 
-        Without labels, every sample uses the last row of the label table, which is the null class if there is one.
+        Without labels, every sample uses the last row of the label table, which is the null class if there is one. With
+        `tapped`, the result is the velocity and what the tap gives.
 
         Raises:
             UsageError: h or w is not a multiple of the patch side.
@@ -99,13 +109,23 @@ class DiT(nn.Module):
         embedding = self.t_embedder(batch_times(t, x)) + self.y_embedder(condition.labels)  # [B, D]
         embedding = embedding.expand(x.shape[0], -1)
         tokens = self.x_embedder(x) + self._positions(rows, columns)  # [B, L, D]
-        for block in self.blocks:
-            if self.options.use_grad_checkpointing and self.training:
-                tokens = checkpoint(block, tokens, embedding, use_reentrant=False)
-            else:
-                tokens = block(tokens, embedding)
-        patches = self.final_layer(tokens, embedding)  # [B, L, p p C]
-        return self._unpatchify(patches, rows, columns)
+        tokens, tap = self._transform(tokens, embedding)
+        velocity = self._unpatchify(self.final_layer(tokens, embedding), rows, columns)
+        return TappedVelocity(velocity, Tapped(tap)) if tapped else velocity
+
+    def _transform(self, tokens: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens [B, L, D] after all blocks, and those after the tapped block (block 0: before the first)."""
+        tap = tokens
+        for number, block in enumerate(self.blocks, start=1):
+            tokens = self._run(block, tokens, embedding)
+            tap = tokens if number == self.options.tap_block else tap
+        return tokens, tap
+
+    def _run(self, block: nn.Module, *arguments: torch.Tensor) -> torch.Tensor:
+        """Apply a block, and recompute its activations in the backward pass if the options ask for it."""
+        if self.options.use_grad_checkpointing and self.training:
+            return checkpoint(block, *arguments, use_reentrant=False)
+        return block(*arguments)
 
     def _positions(self, rows: int, columns: int) -> torch.Tensor:
         """The position table [1, rows x columns, D]: the stored table, or for another grid, one by the same formula."""
