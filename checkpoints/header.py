@@ -11,6 +11,7 @@ from typing import Any
 
 from checkpoints.tasks import TASKS
 from datasets_prep.image_dataset import DatasetFacts
+from flow.auxiliary.losses import AuxiliaryOptions
 from flow.objectives import OBJECTIVES
 from flow.paths import PathOptions
 from models.autoencoders.protocol import AutoencoderFacts
@@ -39,6 +40,8 @@ class Header:
         dense: the condition concatenated to x_t; None if there is none.
         path: options of the objective: the probability path and the distribution of training times.
         objective: key of flow.objectives.OBJECTIVES.
+        auxiliary: options of the auxiliary losses, for the record.
+        encoder: id and hash of the image encoder whose features were aligned to, for the record; None without one.
         training: training options, for the record.
         precision, compiled, reproducible: how it was trained; reproducible is false for a run with a time limit.
         step, epoch: position in the run; None if a converted file does not record it.
@@ -57,6 +60,8 @@ class Header:
     dense: DenseInput | None = None
     path: PathOptions = field(default_factory=PathOptions)
     objective: str = "flow_matching"
+    auxiliary: AuxiliaryOptions = AuxiliaryOptions()  # noqa: RUF009
+    encoder: AutoencoderFacts | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     precision: str | None = None
     compiled: bool | None = None
@@ -88,6 +93,9 @@ class Header:
             values["dataset"] = DatasetFacts(**_tuples(values["dataset"]))
             objective = OBJECTIVES[values.get("objective", "flow_matching")]
             values["path"] = make_options(objective.options, values.get("path", {}))
+            values["auxiliary"] = make_options(AuxiliaryOptions, values.get("auxiliary", {}))
+            if values.get("encoder") is not None:
+                values["encoder"] = AutoencoderFacts.from_json(values["encoder"])
             dense = values.get("dense")
             return cls(**values | {"dense": None if dense is None else DenseInput(**dense)})
         except (KeyError, TypeError, AttributeError, UsageError) as error:

@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from models.conditions import Condition
 from models.embeddings import LabelEmbedding, TimeEmbedding, batch_times, sinusoids
 from models.family import Weights
-from models.taps import TapOptions, Tapped, TappedVelocity
+from models.routing import choose_tokens, gather_tokens, scatter_tokens
+from models.taps import TapOptions, Tapped, TappedVelocity, new_projectors
 from models.transformer_layers import Mlp, PatchEmbed, SelfAttention
 from options import UsageError
 from runtime.messages import note
@@ -86,6 +87,9 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads) for _ in range(depth))
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * options.num_out_channels)
         self._initialize()
+        # After the other weights, which are therefore the same with and without heads.
+        self.auxiliary_head = _zero_layer(hidden_size, self.final_layer) if options.has_auxiliary_velocity else None
+        self.projectors = new_projectors(options, hidden_size, self.final_layer.linear.out_features)
 
     def forward(
         self,
@@ -94,11 +98,13 @@ class DiT(nn.Module):
         condition: Condition = Condition(),  # noqa: B008
         *,
         tapped: bool = False,
+        routing: torch.Tensor | None = None,
     ) -> torch.Tensor | TappedVelocity:
         """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
 
         Without labels, every sample uses the last row of the label table, which is the null class if there is one. With
-        `tapped`, the result is the velocity and what the tap gives.
+        `tapped`, the result also has what the tap gives. The random numbers `routing` [B, h, w] decide which tokens skip the
+        options' `route_blocks` (the number at a patch's first position counts); without them, no token does.
 
         Raises:
             UsageError: h or w is not a multiple of the patch side.
@@ -109,17 +115,42 @@ class DiT(nn.Module):
         embedding = self.t_embedder(batch_times(t, x)) + self.y_embedder(condition.labels)  # [B, D]
         embedding = embedding.expand(x.shape[0], -1)
         tokens = self.x_embedder(x) + self._positions(rows, columns)  # [B, L, D]
-        tokens, tap = self._transform(tokens, embedding)
+        kept = None
+        if routing is not None:
+            first = routing[:, :: self.patch_size, :: self.patch_size].flatten(1)  # [B, L]
+            kept = choose_tokens(first, self.options.route_rate)
+        tokens, tap = self._transform(tokens, embedding, kept)
         velocity = self._unpatchify(self.final_layer(tokens, embedding), rows, columns)
-        return TappedVelocity(velocity, Tapped(tap)) if tapped else velocity
+        return TappedVelocity(velocity, self._read_tap(tap, embedding, rows, columns)) if tapped else velocity
 
-    def _transform(self, tokens: torch.Tensor, embedding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens [B, L, D] after all blocks, and those after the tapped block (block 0: before the first)."""
-        tap = tokens
+    def _transform(
+        self, tokens: torch.Tensor, embedding: torch.Tensor, kept: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens [B, L, D] after all blocks, and those after the tapped block (block 0: before the first).
+
+        Only the tokens `kept` [B, n] pass the routed blocks; None: all.
+        """
+        first, last = (self.options.route_blocks[0] + 1, self.options.route_blocks[1]) if kept is not None else (0, 0)
+        tap = waiting = tokens
         for number, block in enumerate(self.blocks, start=1):
+            if kept is not None and number == first:
+                waiting, tokens = tokens, gather_tokens(tokens, kept)
             tokens = self._run(block, tokens, embedding)
+            if kept is not None and number == last:
+                tokens = scatter_tokens(waiting, kept, tokens)
             tap = tokens if number == self.options.tap_block else tap
         return tokens, tap
+
+    def _read_tap(self, tokens: torch.Tensor, embedding: torch.Tensor, rows: int, columns: int) -> Tapped:
+        """Apply the heads to the tokens [B, L, D] after the tapped block."""
+        velocity = latents = features = None
+        if self.auxiliary_head is not None:
+            velocity = self._unpatchify(self.auxiliary_head(tokens, embedding), rows, columns)
+        if "latents" in self.projectors:
+            latents = self._unpatchify(self.projectors["latents"](tokens), rows, columns)
+        if "features" in self.projectors:
+            features = self.projectors["features"](tokens, rows, columns)
+        return Tapped(tokens, velocity, latents, features)
 
     def _run(self, block: nn.Module, *arguments: torch.Tensor) -> torch.Tensor:
         """Apply a block, and recompute its activations in the backward pass if the options ask for it."""
@@ -189,6 +220,14 @@ class FinalLayer(nn.Module):
         """Patches [B, L, p p C] from tokens [B, L, D], given the embedding [B, D]."""
         shift, scale = self.adaLN_modulation(embedding)[:, None].chunk(2, dim=-1)
         return self.linear(_modulate(self.norm_final(tokens), shift, scale))
+
+
+def _zero_layer(hidden_size: int, like: FinalLayer) -> FinalLayer:
+    """A layer like the decoder, whose output is zero at first."""
+    layer = FinalLayer(hidden_size, like.linear.out_features)
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 def _modulation(hidden_size: int, parts: int) -> nn.Sequential:

@@ -56,9 +56,14 @@ class Batch(NamedTuple):
 
 
 def _select_rows(columns: Columns, part: slice) -> Columns:
-    """Select rows of a named tuple whose fields are tensors or None."""
-    rows: Any = (None if column is None else column[part] for column in columns)
-    return type(columns)(*rows)
+    """Select rows of a named tuple whose fields are tensors, None or further named tuples."""
+
+    def select(column: Any) -> Any:
+        if column is None:
+            return None
+        return _select_rows(column, part) if isinstance(column, tuple) else column[part]
+
+    return type(columns)(*map(select, columns))
 
 
 class StepStreams:
@@ -77,6 +82,7 @@ class StepStreams:
     """
 
     def __init__(self, seed: int, step: int, count: int, shape: Sequence[int], device: torch.device) -> None:
+        self.step = step
         self._keys = seed, step
         self._shape = count, *shape
         self._device = device
@@ -145,6 +151,7 @@ def batches(
     processes: Processes,
     condition: ConditionSource | None = None,
     condition_dropout: float = 0.0,
+    features: MomentSource | None = None,
 ) -> Iterator[Batch]:
     """Yield this process's batches of the steps first_step .. last_step - 1. A thread reads the data one step ahead.
 
@@ -163,6 +170,7 @@ def batches(
         processes: this process takes slice `rank` of every global batch.
         condition: dense conditions by image index. Their random draws are numbered consecutively across global batches.
         condition_dropout: probability of replacing a dense map by zeros.
+        features: an image encoder's features by image index, for the field `features` of the objective's draws.
     """
     global_batch = batch_size * processes.count
     share = slice(processes.rank * batch_size, (processes.rank + 1) * batch_size)
@@ -172,9 +180,9 @@ def batches(
 
     def reader(step: int) -> Callable[[], _Read]:
         draws = range(step * global_batch + share.start, step * global_batch + share.stop)
-        return partial(_read, source, condition, *choose(step), draws, pin)
+        return partial(_read, source, condition, features, *choose(step), draws, pin)
 
-    for step, (moments, labels, raw) in _read_ahead(reader, first_step, last_step, device):
+    for step, (moments, labels, raw, encoded) in _read_ahead(reader, first_step, last_step, device):
         moments, labels = moments.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         streams = StepStreams(seed, step, global_batch, (autoencoder.latent_channels, *moments.shape[2:]), device)
         dropout = streams.uniform("dropout")[share]  # for labels and maps, so that guidance moves away from both
@@ -182,25 +190,30 @@ def batches(
         if condition is not None and raw is not None:
             dense = condition.encode(raw, streams.normal("condition")[share])
             dense = dense * (dropout >= condition_dropout).view(-1, 1, 1, 1)
+        drawn: Any = _select_rows(objective.draw(streams), share)
+        if encoded is not None:
+            drawn = drawn._replace(features=encoded.to(device, non_blocking=True))
         yield Batch(
             data=autoencoder.sample(moments, streams.normal("posterior")[share]),
             noise=streams.normal("noise")[share],
-            draws=_select_rows(objective.draw(streams), share),
+            draws=drawn,
             condition=Condition(drop_labels(labels, dropout, label_dropout, num_classes), dense),
         )
 
 
 class _Read(NamedTuple):
-    """The data of a process's batch: moments, labels [B], and the conditions before encoding."""
+    """The data of a process's batch: moments, labels [B], the conditions before encoding, and an image encoder's features."""
 
     moments: torch.Tensor
     labels: torch.Tensor
     raw: torch.Tensor | None
+    features: torch.Tensor | None
 
 
 def _read(
     source: MomentSource,
     condition: ConditionSource | None,
+    features: MomentSource | None,
     chosen: torch.Tensor,
     mirrored: torch.Tensor,
     draws: Sequence[int],
@@ -208,7 +221,7 @@ def _read(
 ) -> _Read:
     raw = None if condition is None else condition.read(chosen, mirrored, draws)
     moments, labels = source.moments(chosen, mirrored), source.labels[chosen]
-    read = _Read(moments, labels, raw)
+    read = _Read(moments, labels, raw, None if features is None else features.moments(chosen, mirrored))
     if not pin:
         return read
     return _Read(*(x if x is None or x.device.type != "cpu" else x.pin_memory() for x in read))  # type: ignore[arg-type]

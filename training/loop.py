@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from flow.auxiliary.objective import auxiliary_names
 from models.registry import NETWORKS
 from runtime.messages import fact, note, warn
 from runtime.processes.parallel import replicate, shard
@@ -118,7 +119,8 @@ def _initial_state(run: TrainingRun, resume: bool, per_epoch: int, last_step: in
     decay = options.ema_decay if options.use_ema else 0.0
     move = partial(shard, device=run.machine.device, processes=run.processes) if run.is_sharded else None
     matrices = NETWORKS[run.header.model_type].hidden_matrices
-    state = TrainingState(run.network, run.machine, decay, options, move, matrices)
+    names = auxiliary_names(run.objective)
+    state = TrainingState(run.network, run.machine, decay, options, move, matrices, names)
     if restore:
         source = resume_run(state, run.folder / CONTENT, per_epoch, run.header, run.processes)
         fact("start", f"resuming at step {state.step} of {last_step} from {source}")
@@ -141,4 +143,5 @@ def _batches(run: TrainingRun, first_step: int, last_step: int) -> Iterator[Batc
         processes=run.processes,
         condition=run.condition,
         condition_dropout=run.header.dense.dropout if run.header.dense else 0.0,
+        features=run.features,
     )

@@ -13,12 +13,13 @@ from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, ImageDataset, choose_flips
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
-from datasets_prep.moments import MomentSource, open_moments
+from datasets_prep.moments import MomentSource, open_encoded, open_moments
 from evaluation.checks import check_scoring
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.reconstruction import draw_reconstructions
 from evaluation.trained_flow import ExactPoints
+from flow.auxiliary.losses import AuxiliaryOptions
 from flow.guidance import GuidanceOptions
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
 from flow.paths import PathOptions
@@ -35,9 +36,16 @@ from runtime.pictures import GridOptions
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.provenance import provenance
 from runtime.randomness import seed_for
-from sampling.sampler import check_guidance
+from sampling.sampler import check_guidance, check_internal_guidance
 from tasks.conditioned_images import ConditionedImages
 from tasks.task import GENERATION, TrainingTask
+from training.auxiliary.setup import (
+    EncoderOptions,
+    add_auxiliary,
+    check_auxiliary,
+    fit_encoder,
+    load_encoder,
+)
 from training.data import steps_per_epoch
 from training.experiment import (
     IMAGES,
@@ -70,6 +78,8 @@ def training_groups() -> tuple[type, ...]:
         *network_groups(),
         ObjectiveOptions,
         *objective_groups(),
+        AuxiliaryOptions,
+        EncoderOptions,
         TrainingOptions,
         GridOptions,
         SolverOptions,
@@ -122,15 +132,22 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     dense = inputs.dense(options[ConditionOptions].condition_dropout if task.condition else 0.0)
     given = options.given
     chosen = options[NETWORKS[model_type].options]
+    check_auxiliary(chosen, options[AuxiliaryOptions], options[EncoderOptions], given)
+    with processes.main_first():
+        encoder, chosen = load_encoder(options[EncoderOptions], chosen)
     architecture = choose_architecture(model_type, chosen, given, data.image_size, inputs.autoencoder, dense)
     check_labels(architecture.options, (inputs.dataset, inputs.held_out))
     check_classes(architecture.options, inputs.dataset, new=not resumes and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
+    check_internal_guidance(architecture.options, options[GuidanceOptions])
     path = options[OBJECTIVES[objective_name].options]
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
-    objective = OBJECTIVES[objective_name].build(path)
+    auxiliary = options[AuxiliaryOptions]
+    objective = add_auxiliary(OBJECTIVES[objective_name].build(path), architecture.options, auxiliary)
     weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
     network = new_network(architecture, training.seed, weights, header.autoencoder)
+    fitted = fit_encoder(encoder, options[EncoderOptions], network, inputs.dataset)
+    header = replace(header, auxiliary=auxiliary, encoder=fitted.describe() if fitted else None)
 
     processes.barrier()  # --overwrite may move files aside that other processes still read
     configuration = _configuration(options, machine, processes, inputs.dataset)
@@ -142,6 +159,12 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         open_moments(split, inputs.autoencoder, data, caches, machine.for_encoding, processes, spare)
         for split in (inputs.dataset, inputs.held_out)
     )
+    features = None
+    if fitted is not None:
+        fitted = fitted.to(machine.device)
+        features = open_encoded(
+            inputs.dataset, fitted, data, caches, machine.for_encoding, processes, spare, subfolder="features"
+        )
     condition = inputs.held_out_condition
     # A sharded network needs all processes for every evaluation, so each process evaluates all points and samples.
     validating = Processes() if training.fsdp else processes
@@ -177,6 +200,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         processes=processes,
         validation=validation,
         condition=inputs.condition,
+        features=features,
     )
     return run, resume
 
