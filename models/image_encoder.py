@@ -114,12 +114,17 @@ def _load(network: nn.Module, file: str, name: str) -> None:
     try:
         if isinstance(network, VisionTransformer):
             weights = checkpoint_filter_fn(weights, network)
-        weights = {name: value for name, value in weights.items() if not name.startswith(("head.", "fc."))}
-        network.load_state_dict(weights)
+        own = network.state_dict()
+        network.load_state_dict({key: value for key, value in weights.items() if key in own or not _is_classifier(key)})
     except (KeyError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"--align_encoder_weights {file} does not fit --align_encoder {name}: {reason}") from error
     check_finite(weights, file)
+
+
+def _is_classifier(key: str) -> bool:
+    """Whether a weight belongs to a classifier, which the encoder lacks."""
+    return key.startswith(("head.", "fc.", "classifier."))
 
 
 def _patch_of(network: nn.Module) -> int:

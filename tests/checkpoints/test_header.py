@@ -6,6 +6,7 @@ import pytest
 
 from checkpoints.header import FORMAT, Header
 from datasets_prep.image_dataset import DatasetFacts
+from flow.auxiliary.losses import AuxiliaryOptions
 from flow.objectives import OBJECTIVES
 from flow.paths import PathOptions
 from models.autoencoders.protocol import AutoencoderFacts
@@ -34,6 +35,8 @@ FULL = Header(
     dense=DenseInput(4, classes=6, dropout=0.2),
     path=PathOptions("logit_normal", 0.5, 1.5, sigma_min=1e-3),
     objective="another",
+    auxiliary=AuxiliaryOptions(dispersive=0.25, auxiliary_until=7),
+    encoder=AutoencoderFacts("a_model", "12" * 32),
     training={"lr": 1e-4, "adam_betas": [0.9, 0.999], "use_ema": True},
     precision="bf16",
     compiled=True,
