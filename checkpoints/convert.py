@@ -21,6 +21,7 @@ from command_line import help_flags, parse_options
 from exits import exit_cleanly
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
+from models.taps import without_heads
 from options import UsageError, option
 from runtime.messages import note, show
 from runtime.outputs import check_file
@@ -80,7 +81,9 @@ def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
     """Convert a checkpoint of this project to LFM's format."""
     _check_suffix(target, ".pth", f"{source} describes its network")
     weights, header = read_weights(source)
-    prefix = PREFIX if module_prefix else ""
+    if len(plain := without_heads(weights)) < len(weights):
+        note(f"{target} lacks the auxiliary heads, which LFM's networks do not have")
+    weights, prefix = dict(plain), PREFIX if module_prefix else ""
     stage = {name: weights.pop(name) for name in (STAGE_WEIGHT,) if name in weights}
     for path, part in ((target, weights), (condition_stage_path(target), stage)):
         if part:

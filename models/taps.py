@@ -10,7 +10,7 @@ returns the velocity alone and evaluates no head. Projectors, which predict late
 networks for sampling are built without them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, Self
@@ -22,10 +22,19 @@ from models.family import ClassOptions, Weights
 from models.routing import check_route
 from options import UsageError, option
 
-__all__ = ["PROJECTORS", "TapOptions", "Tapped", "TappedVelocity", "new_projectors", "without_projectors"]
+__all__ = [
+    "PROJECTORS",
+    "TapOptions",
+    "Tapped",
+    "TappedVelocity",
+    "new_projectors",
+    "without_heads",
+    "without_projectors",
+]
 
 LATENT_LAYERS = 5  # of SRA 2's MLP, whose paper found two layers worse
-PREFIX = "projectors."  # of their names in a state dict
+# Prefixes of names in a state dict.
+PROJECTORS_PREFIX, HEAD_PREFIX = "projectors.", "auxiliary_head."
 
 
 class Tapped(NamedTuple):
@@ -166,8 +175,16 @@ def new_projectors(options: TapOptions, width: int, patch_values: int) -> nn.Mod
     return projectors
 
 
-def without_projectors(weights: Weights) -> Mapping[str, torch.Tensor]:
-    """A state dict's entries that sampling needs; `weights` itself if it has no projectors."""
-    if not any(name.startswith(PREFIX) for name in weights):
-        return weights
-    return {name: value for name, value in weights.items() if not name.startswith(PREFIX)}
+def without_projectors(weights: Weights) -> Weights:
+    """The entries of a state dict that sampling needs; `weights` itself if it has no projectors."""
+    return _without(weights, PROJECTORS_PREFIX)
+
+
+def without_heads(weights: Weights) -> Weights:
+    """The entries of a state dict that a network without a tap has; `weights` itself if it has no others."""
+    return _without(weights, (PROJECTORS_PREFIX, HEAD_PREFIX))
+
+
+def _without(weights: Weights, prefixes: str | tuple[str, ...]) -> Weights:
+    kept = {name: value for name, value in weights.items() if not name.startswith(prefixes)}
+    return weights if len(kept) == len(weights) else kept

@@ -124,12 +124,11 @@ def test_a_checkpoint_without_the_head_is_refused(checkpoint, place, call, tmp_p
         (["--internal_guidance", 1.9], "--internal_guidance 1.9 needs a network with an auxiliary velocity head"),
         (["--tap_block", 7, "--auxiliary_velocity", 0.5], "--tap_block 7: expected a block from 1 to 6"),
         (["--model_type", "adm", "--tap_block", 1], "--tap_block needs a transformer"),
-        (HEADS, "--align_encoder_weights FILE"),
+        ([*HEADS, "--align_encoder", "no_such_model"], "cannot load --align_encoder no_such_model"),
         ([*ROUTING, "--tap_block", 3, "--dispersive", 0.5], "--tap_block 3 lies between the --route_blocks 2 5"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_before_the_work(place, call, monkeypatch, flags, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_options_that_do_not_fit_are_refused_before_the_work(place, call, flags, message):
     exp = "refused"
     code, _, err = call(TRAIN, [*train_flags(place, exp), *flags])
     assert (code, err.count("error")) == (2, 1), err

@@ -13,7 +13,7 @@ from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, ImageDataset, choose_flips
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
-from datasets_prep.moments import MomentSource, open_encoded, open_moments
+from datasets_prep.moments import MomentSource, open_moments
 from evaluation.checks import check_scoring
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
@@ -45,6 +45,7 @@ from training.auxiliary.setup import (
     check_auxiliary,
     fit_encoder,
     load_encoder,
+    open_features,
 )
 from training.data import steps_per_epoch
 from training.experiment import (
@@ -159,12 +160,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         open_moments(split, inputs.autoencoder, data, caches, machine.for_encoding, processes, spare)
         for split in (inputs.dataset, inputs.held_out)
     )
-    features = None
-    if fitted is not None:
-        fitted = fitted.to(machine.device)
-        features = open_encoded(
-            inputs.dataset, fitted, data, caches, machine.for_encoding, processes, spare, subfolder="features"
-        )
+    features = open_features(fitted, inputs.dataset, data, caches, machine.for_encoding, processes, spare)
     condition = inputs.held_out_condition
     # A sharded network needs all processes for every evaluation, so each process evaluates all points and samples.
     validating = Processes() if training.fsdp else processes

@@ -4,12 +4,13 @@ import argparse
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from checkpoints.files import load_model, read_weights
+from checkpoints.files import load_model, read_weights, save_weights
 from checkpoints.lfm import open_published
 from checkpoints.lfm_files import read_condition_stage, read_published, read_sampled
 from checkpoints.tasks import GENERATE, INPAINT, SEMANTIC
@@ -19,13 +20,16 @@ from flow.guidance import GuidanceOptions, GuidedVelocity
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions
 from models.conditions import Condition, DenseInput
+from models.dit import DiTOptions
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
+from models.registry import build_network
 from options import UsageError
 from sampling.loading import load_sampler
 from sampling.request import sampler_request, sampling_groups
 from tasks.conditioned_request import conditioned_groups
 from tasks.inpainting import InpaintingOptions
 from tasks.semantic_synthesis import SegmentationOptions
+from tests.headers import header_of
 
 ROOT = Path(__file__).parents[2]
 CASES = {path.stem: path for path in sorted((ROOT / "tests" / "golden").glob("*.safetensors"))}
@@ -277,6 +281,18 @@ def test_conversion_keeps_the_velocities(name, convert, golden, autoencoder, tmp
     back = torch.load(tmp_path / "back.pth", weights_only=True)
     assert set(back) == {f"module.{key}" for key in weights}
     assert all(torch.equal(back[f"module.{key}"], value) for key, value in weights.items())
+
+
+def test_conversion_leaves_out_auxiliary_heads(convert, tmp_path):
+    options = DiTOptions(num_classes=2, label_dropout=0.1)
+    heads = replace(options, tap_block=2, auxiliary_velocity=0.5, align_latents=1.0)
+    network = build_network("DiT-Mi/2", 8, heads)
+    save_weights(tmp_path / "model.safetensors", network.state_dict(), replace(header_of(heads), latent_size=8))
+    code, _, err = convert(tmp_path / "model.safetensors", tmp_path / "model_1.pth")
+    assert code == 0
+    assert "lacks the auxiliary heads" in err
+    written = torch.load(tmp_path / "model_1.pth", weights_only=True)
+    assert written.keys() == build_network("DiT-Mi/2", 8, options).state_dict().keys()
 
 
 def test_converting_with_an_arguments_file_needs_no_autoencoder(convert, golden, autoencoder, tmp_path):

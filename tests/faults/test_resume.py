@@ -61,6 +61,10 @@ CONFIGURATIONS = {
     "without EMA": (GENERATION, [*PIXELS, "--no-use_ema", "--lr_schedule", "trapezoid"]),
     "dropout in the network": (GENERATION, [*UNET, "--label_dim", 10, "--dropout", 0.3, "--grad_accumulation", 2]),
     "compiled, in bfloat16": (GENERATION, [*PIXELS, "--precision", "bf16", "--compile"]),
+    "compiled, with auxiliary heads and routing": (
+        GENERATION,
+        [*PIXELS, *AUXILIARY, "--precision", "bf16", "--compile", "--grad_accumulation", 2],
+    ),
     "scaled losses in float16": (GENERATION, [*PIXELS, "--precision", "fp16", "--optimizer", "muon"]),
     "auxiliary heads, an image encoder and routing": (GENERATION, [*LATENT, *AUXILIARY]),
     "inpainting": (INPAINTING, [*PIXELS, "--condition_dropout", 0.3]),

@@ -1,5 +1,6 @@
 """Script that test_parallel.py runs in two processes with a launcher: `python two_processes.py FOLDER [compiled]`."""
 
+import copy
 import dataclasses
 import importlib.util
 import signal
@@ -128,7 +129,7 @@ def compare_steps(processes, model_type, options, objective, batch):
         velocity = replicate(network, processes) if mode == "replicated" else network
         for _ in range(2):  # an unused weight would be an error in the second step
             state.advance(velocity, objective, batch if mode == "alone" else part, RATE, 0.0)
-            contents.append(state.content(processes))
+            contents.append(copy.deepcopy(state.content(processes)))  # which refers to the state's tensors
     if processes.is_main:
         assert_same_step(*contents[::2], model_type)
         alone, *others = contents[1::2]

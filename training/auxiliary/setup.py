@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from datasets_prep.datasets import ImageDataset
+from datasets_prep.datasets import DatasetOptions, ImageDataset
+from datasets_prep.latent_cache import LatentCacheOptions
+from datasets_prep.moments import MomentSource, open_encoded
 from flow.auxiliary.losses import AuxiliaryOptions, dispersion, feature_loss, latent_loss, velocity_loss
 from flow.auxiliary.objective import Term, WithAuxiliary
 from flow.objectives import Objective
@@ -15,12 +18,14 @@ from models.dit import DiT
 from models.family import ClassOptions, FamilyOptions
 from models.taps import TapOptions
 from options import UsageError, option
+from runtime.distributed import Processes
 from runtime.messages import fact, note
+from runtime.precision import Machine
 
 if TYPE_CHECKING:
     from models.image_encoder import ImageEncoder
 
-__all__ = ["EncoderOptions", "add_auxiliary", "check_auxiliary", "fit_encoder", "load_encoder"]
+__all__ = ["EncoderOptions", "add_auxiliary", "check_auxiliary", "fit_encoder", "load_encoder", "open_features"]
 
 TAP_FLAGS = {field.name for field in fields(TapOptions)} - {field.name for field in fields(ClassOptions)}
 
@@ -116,6 +121,25 @@ def fit_encoder(
         f"{fitted.side} pixels",
     )
     return fitted
+
+
+def open_features(
+    encoder: "ImageEncoder | None",
+    dataset: ImageDataset,
+    data: DatasetOptions,
+    cache: LatentCacheOptions,
+    machine: Machine,
+    processes: Processes,
+    spare: Path,
+) -> MomentSource | None:
+    """The encoder's features of the images and of their mirror images, cached next to the latents; None without an encoder.
+
+    Arguments and errors as of `datasets_prep.moments.open_encoded`.
+    """
+    if encoder is None:
+        return None
+    moved = encoder.to(machine.device)
+    return open_encoded(dataset, moved, data, cache, machine, processes, spare, subfolder="features")
 
 
 def _terms(network: TapOptions, auxiliary: AuxiliaryOptions) -> dict[str, Term]:
