@@ -71,6 +71,10 @@ class GuidanceOptions:
         internal = "internal_guidance", "internal_guidance_interval"
         return {name: value for name, value in values.items() if self.internal_guidance != 1 or name not in internal}
 
+    def __repr__(self) -> str:
+        # Validation names the options by which best.safetensors was chosen, also in training states of older versions.
+        return f"GuidanceOptions({', '.join(f'{name}={value!r}' for name, value in self.to_json().items())})"
+
 
 @dataclass(frozen=True)
 class VelocityNetwork:
@@ -228,7 +232,7 @@ class GuidedVelocity:
             return self.network
         always = self._internally_guided or (low, high) == ALWAYS
         inside = torch.ones_like(times, dtype=torch.bool) if always else (times >= low) & (times <= high)
-        scales = torch.where(inside, scale, torch.ones_like(times))
+        scales = torch.ones_like(times).masked_fill(inside, scale)
         return self.internal(torch.cat([scales, torch.ones_like(times[:1]).expand(null_rows)]))
 
 

@@ -128,7 +128,8 @@ class DiT(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens [B, L, D] after all blocks, and those after the tapped block (block 0: before the first).
 
-        Only the tokens `kept` [B, n] pass the routed blocks; None: all.
+        Only the tokens `kept` [B, n] pass the routed blocks; None: all. An input of the blocks that depends on positions must
+        be gathered with the tokens.
         """
         first, last = (self.options.route_blocks[0] + 1, self.options.route_blocks[1]) if kept is not None else (0, 0)
         tap = waiting = tokens

@@ -79,8 +79,13 @@ class LoadedSampler:
         return open_dataset(replace(data, dataset=stored.name, image_size=stored.image_size), split)
 
     def changed(self, solver: SolverOptions | None = None, guidance: GuidanceOptions | None = None) -> "LoadedSampler":
-        """The same network with another solver or guidance; None keeps the current one."""
+        """The same network with another solver or guidance; None keeps the current one.
+
+        Raises:
+            UsageError: the network lacks the auxiliary head that internal guidance needs.
+        """
         solver, guidance = solver or self.sampler.solver, guidance or self.sampler.guidance
+        check_internal_guidance(self.header.network, guidance)
         settings = {**self.settings, "solver": as_json(solver), "guidance": as_json(guidance)}
         return replace(self, sampler=replace(self.sampler, solver=solver, guidance=guidance), settings=settings)
 

@@ -188,3 +188,5 @@ def test_without_a_head_it_is_refused():
 def test_settings_of_samples_without_it_are_those_of_older_versions():
     assert as_json(GuidanceOptions(4.0)) == {"cfg_scale": 4.0, "cfg_interval": [0.0, 1.0], "cfg_channels": 0}
     assert as_json(GuidanceOptions(internal_guidance=1.9))["internal_guidance"] == 1.9
+    assert repr(GuidanceOptions(4.0)) == "GuidanceOptions(cfg_scale=4.0, cfg_interval=(0.0, 1.0), cfg_channels=0)"
+    assert "internal_guidance=1.9" in repr(GuidanceOptions(internal_guidance=1.9))
