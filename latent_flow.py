@@ -23,7 +23,7 @@ from checkpoints.files import LoadedModel, describes_network, load_model
 from checkpoints.header import Header
 from checkpoints.lfm import open_published
 from checkpoints.lfm_request import described_by
-from flow.guidance import GuidanceOptions
+from flow.guidance import GuidanceOptions, VelocityNetwork
 from flow.objectives import OBJECTIVES
 from flow.solvers import SolverOptions, check_method, needs_float32, solve
 from models.autoencoders.loading import AutoencoderOptions
@@ -34,7 +34,7 @@ from runtime.distributed import Processes
 from runtime.finite import require_finite
 from runtime.inference import compile_for_batches
 from runtime.precision import Machine, MachineOptions, choose_machine
-from sampling.sampler import Sampler, balanced_labels, check_guidance
+from sampling.sampler import Sampler, balanced_labels, check_guidance, check_internal_guidance
 
 __all__ = ["Flow", "load"]
 
@@ -96,7 +96,7 @@ class Flow:
         self._automatic = automatic
         objective = OBJECTIVES[self.header.objective].build(self.header.path)
         compiled = compile_for_batches(self.network, machine) if machine.compile else self.network
-        self._evaluate = objective.velocity(compiled)
+        self._evaluate = VelocityNetwork(compiled, objective.velocity)
 
     @property
     def device(self) -> torch.device:
@@ -128,9 +128,9 @@ class Flow:
             options: further fields of SolverOptions and GuidanceOptions, such as `cfg_scale=4.0, cfg_interval=(0.2, 0.7)`.
 
         Raises:
-            UsageError: an option or method is unknown, guidance is requested from a network without a null class, labels are
-                out of range, the number or shape of labels, noise or maps does not fit, or more than a few samples are not
-                finite. A few cause a warning.
+            UsageError: an option or method is unknown, the network lacks the null class or the auxiliary head that guidance
+                needs, labels are out of range, the number or shape of labels, noise or maps does not fit, or more than a few
+                samples are not finite. A few cause a warning.
         """
         solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
         check_method(solver)
@@ -229,6 +229,7 @@ class Flow:
     def _sampler(self, solver: SolverOptions, guidance: GuidanceOptions, seed: int) -> Sampler:
         header = self.header
         check_guidance(header.network.label_dropout, header.dense, guidance.cfg_scale)
+        check_internal_guidance(header.network, guidance)
         exact = self._automatic and needs_float32(solver)
         return Sampler(
             network=self._evaluate,

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.files import describes_network, read_weights, save_weights
-from checkpoints.lfm import build_published, refuse_training_state
+from checkpoints.lfm import build_published, refuse_training_state, weights_for_lfm
 from checkpoints.lfm_files import PREFIX, STAGE_WEIGHT, condition_stage_path, read_published
 from checkpoints.lfm_request import described_by, request_network
 from command_line import help_flags, parse_options
 from exits import exit_cleanly
-from flow.losses.options import prediction_of
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, option
@@ -81,22 +80,11 @@ def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
     """Convert a checkpoint of this project to LFM's format."""
     _check_suffix(target, ".pth", f"{source} describes its network")
     weights, header = read_weights(source)
-    if (predicted := prediction_of(header.path)) != "velocity":
-        raise UsageError(
-            f"{source} predicts the {predicted}, but networks in LFM's files predict the velocity: LFM's code "
-            "could not draw samples from it"
-        )
-    if header.contrast_means:
-        note("LFM's code does not correct the velocities of contrastive flow matching where guidance acts: guide less")
-    prefix = PREFIX if module_prefix else ""
+    weights, prefix = weights_for_lfm(weights, header, source), PREFIX if module_prefix else ""
     stage = {name: weights.pop(name) for name in (STAGE_WEIGHT,) if name in weights}
     for path, part in ((target, weights), (condition_stage_path(target), stage)):
         if part:
             save_content(path, {prefix + name: value for name, value in part.items()})
-    if header.autoencoder.latents_std and header.autoencoder.scale_factor is None:
-        note(
-            "these latents are normalized with the autoencoder's statistics, which LFM's --scale_factor cannot express"
-        )
 
 
 def _check_suffix(target: Path, suffix: str, reason: str) -> None:

@@ -20,6 +20,7 @@ from checkpoints.state_dicts import load_weights
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from models.registry import build_network
+from models.taps import without_projectors
 from options import UsageError
 from runtime.files import atomic_path
 from runtime.torch_files import explain_failure, is_torch_file, weights_hash
@@ -95,7 +96,7 @@ def load_model(
     device: torch.device | str = "cpu",
     autoencoder: AutoencoderOptions | None = None,
 ) -> LoadedModel:
-    """Rebuild the network and autoencoder from a checkpoint alone.
+    """Rebuild the network and autoencoder from a checkpoint alone, without weights that serve only training.
 
     Args:
         path: a `model_*.safetensors` file.
@@ -106,8 +107,9 @@ def load_model(
         UsageError: the checkpoint is unreadable, or the autoencoder is not the one used in training.
     """
     weights, header = read_weights(path)
-    network = build_network(*header.architecture)
-    load_weights(network, weights, str(path), header.architecture)
+    architecture = header.architecture.for_sampling()
+    network = build_network(*architecture)
+    load_weights(network, without_projectors(weights), str(path), architecture)
     stored = header.autoencoder
     source = replace(autoencoder or AutoencoderOptions(stored.id), scale_factor=stored.scale_factor)
     loaded = load_autoencoder(source, header.dataset.channels)

@@ -14,6 +14,7 @@ import torch
 
 from checkpoints.tasks import TASKS
 from datasets_prep.image_dataset import DatasetFacts
+from flow.auxiliary.losses import AuxiliaryOptions
 from flow.losses.contrast import Correction
 from flow.losses.options import FlowMatchingOptions, contrastive_weight
 from flow.objectives import OBJECTIVES
@@ -58,6 +59,8 @@ class Header:
         path: options of the objective: the probability path and the distribution of training times.
         objective: key of flow.objectives.OBJECTIVES.
         contrast_means: mean latents that undo contrastive flow matching under guidance, flattened; empty without it.
+        auxiliary: options of the auxiliary losses, for the record.
+        encoder: id and hash of the image encoder whose features were aligned to, for the record; None without one.
         training: training options, for the record.
         precision, compiled, reproducible: how it was trained; reproducible is false for a run with a time limit.
         step, epoch: position in the run; None if a converted file does not record it.
@@ -78,6 +81,8 @@ class Header:
     path: PathOptions = field(default_factory=FlowMatchingOptions)
     objective: str = "flow_matching"
     contrast_means: tuple[float, ...] = ()
+    auxiliary: AuxiliaryOptions = AuxiliaryOptions()  # noqa: RUF009
+    encoder: AutoencoderFacts | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     precision: str | None = None
     compiled: bool | None = None
@@ -111,8 +116,11 @@ class Header:
             objective = OBJECTIVES[values.get("objective", "flow_matching")]
             values["path"] = make_options(objective.options, values.get("path", {}))
             values["contrast_means"] = tuple(values.get("contrast_means", ()))
+            values["auxiliary"] = make_options(AuxiliaryOptions, values.get("auxiliary", {}))
             for name, kind in {"dense": DenseInput, "average": PowerAverage}.items():
                 values[name] = None if values.get(name) is None else kind(**values[name])
+            if values.get("encoder") is not None:
+                values["encoder"] = AutoencoderFacts.from_json(values["encoder"])
             return cls(**values)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise UsageError(f"this version cannot read its header: {error}") from error

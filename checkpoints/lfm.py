@@ -1,4 +1,4 @@
-"""Build networks from LFM's checkpoints, and headers for them."""
+"""Build networks from LFM's checkpoints, and headers for them; and check weights that go to LFM's format."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,15 +19,18 @@ from checkpoints.lfm_files import (
 )
 from checkpoints.lfm_request import NetworkRequest, request_network
 from checkpoints.state_dicts import TYPICAL_LABEL_DROPOUT, load_weights
+from flow.losses.options import prediction_of
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
+from models.family import Weights
 from models.registry import Architecture, build_network
+from models.taps import without_heads
 from options import UsageError
-from runtime.messages import fact
+from runtime.messages import fact, note
 from runtime.torch_files import weights_hash
 
-__all__ = ["build_published", "open_published", "refuse_training_state"]
+__all__ = ["build_published", "open_published", "refuse_training_state", "weights_for_lfm"]
 
 FACTOR, LATENT_CHANNELS = 8, 4  # stabilityai/sd-vae-ft-mse, LFM's autoencoder
 
@@ -103,6 +106,33 @@ def build_published(
     taken = f"EMA values for {len(file.averages)} of its" if file.averages else "its"
     fact("checkpoint", f"{path}: {architecture.model_type} with {taken} {len(sampled)} weights")
     return network, header
+
+
+def weights_for_lfm(weights: Weights, header: Header, source: str | Path) -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint that LFM's networks have, with notes on what LFM's code lacks.
+
+    Args:
+        weights: of a checkpoint of this project.
+        header: the checkpoint's.
+        source: its path, for messages.
+
+    Raises:
+        UsageError: LFM's code would misread the network's output.
+    """
+    if (predicted := prediction_of(header.path)) != "velocity":
+        raise UsageError(
+            f"{source} predicts the {predicted}, but networks in LFM's files predict the velocity: LFM's code "
+            "could not draw samples from it"
+        )
+    if header.contrast_means:
+        note("LFM's code does not correct the velocities of contrastive flow matching where guidance acts: guide less")
+    if len(plain := without_heads(weights)) < len(weights):
+        note("the written file lacks the auxiliary heads, which LFM's networks do not have")
+    if header.autoencoder.latents_std and header.autoencoder.scale_factor is None:
+        note(
+            "these latents are normalized with the autoencoder's statistics, which LFM's --scale_factor cannot express"
+        )
+    return dict(plain)
 
 
 def _architecture(

@@ -8,6 +8,8 @@ A folder holds:
 Orientation 0 is the image. Orientation 1 is its mirror image, which only datasets with `flips` need. Both are encoded,
 because encode(flip(x)) differs from flip(encode(x)). A cache with mirror images also serves a dataset without `flips`.
 
+The cache can also hold an image encoder's features, [n, orientations, d, rows, columns].
+
 An interrupted build resumes. Images are encoded in the machine's precision, which the manifest records. A cache encoded in
 another precision is accepted.
 """
@@ -35,7 +37,7 @@ from datasets_prep.cached_moments import (
 )
 from datasets_prep.image_dataset import ImageDataset
 from datasets_prep.images import MOST_READERS
-from models.autoencoders.protocol import Autoencoder
+from models.autoencoders.protocol import Encoder
 from options import UsageError, option
 from runtime.distributed import Processes
 from runtime.files import atomic_path, read_json, write_json
@@ -69,13 +71,13 @@ class LatentCacheOptions:
     num_workers: int = option(0, "threads that read image files", minimum=0, maximum=MOST_READERS, on_resume="freely")
 
 
-def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> Path:
+def cache_folder(root: Path, dataset: ImageDataset, autoencoder: Encoder) -> Path:
     """The folder below `root` for one dataset, size, split and autoencoder."""
     facts = dataset.facts
     return root / f"{facts.name}_{facts.image_size}_{dataset.split}_{_hash_of(autoencoder)[:8]}"
 
 
-def open_latent_cache(folder: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> LatentCache:
+def open_latent_cache(folder: Path, dataset: ImageDataset, autoencoder: Encoder) -> LatentCache:
     """Open a finished cache after checking its identity and its checksums.
 
     Raises:
@@ -108,7 +110,7 @@ def open_standalone_cache(folder: Path) -> tuple[LatentCache, dict[str, Any]]:
 def build_latent_cache(
     folder: Path,
     dataset: ImageDataset,
-    autoencoder: Autoencoder,
+    autoencoder: Encoder,
     machine: Machine,
     processes: Processes = Processes(),  # noqa: B008
     num_workers: int = 0,
@@ -144,7 +146,7 @@ def _build(
     folder: Path,
     identity: dict[str, Any],
     dataset: ImageDataset,
-    autoencoder: Autoencoder,
+    autoencoder: Encoder,
     machine: Machine,
     processes: Processes,
     num_workers: int,
@@ -180,7 +182,7 @@ def _write_shard(
     dataset: ImageDataset,
     images: range,
     orientations: int,
-    autoencoder: Autoencoder,
+    autoencoder: Encoder,
     machine: Machine,
     progress: tqdm,
     num_workers: int,
@@ -234,7 +236,7 @@ def _finish(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndar
     write_json(folder / "manifest.json", identity | found)
 
 
-def _identity(folder: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> dict[str, Any]:
+def _identity(folder: Path, dataset: ImageDataset, autoencoder: Encoder) -> dict[str, Any]:
     facts = dataset.facts
     side = facts.image_size // autoencoder.factor
     if not side:
@@ -258,7 +260,7 @@ def _identity(folder: Path, dataset: ImageDataset, autoencoder: Autoencoder) -> 
     }
 
 
-def _hash_of(autoencoder: Autoencoder) -> str:
+def _hash_of(autoencoder: Encoder) -> str:
     """The hash that identifies a cache's autoencoder.
 
     Raises:

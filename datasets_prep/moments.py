@@ -13,14 +13,14 @@ from datasets_prep.datasets import DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder, open_latent_cache
 from datasets_prep.latents import LatentDataset, StoredMoments
 from flow.losses.contrast import means_of_others
-from models.autoencoders.protocol import Autoencoder
+from models.autoencoders.protocol import Autoencoder, Encoder
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.messages import note
 from runtime.outputs import write_error
 from runtime.precision import Machine
 
-__all__ = ["MomentSource", "choose_cache_folder", "mean_latents", "open_moments"]
+__all__ = ["MomentSource", "choose_cache_folder", "mean_latents", "open_encoded", "open_moments"]
 
 IMAGES_OF_MEANS = 10_000  # the error of a mean is then 1 % of a standard deviation
 IMAGES_PER_READ = 250
@@ -80,13 +80,30 @@ def open_moments(
     """
     if isinstance(dataset, LatentDataset):
         return StoredMoments(dataset, autoencoder)
-    if cache.no_latent_cache or autoencoder.is_pixel_space:
-        return EncodedImages(dataset, autoencoder.encode, machine, cache.num_workers)
+    return open_encoded(dataset, autoencoder, data, cache, machine, processes, spare)
+
+
+def open_encoded(
+    dataset: ImageDataset,
+    encoder: Encoder,
+    data: DatasetOptions,
+    cache: LatentCacheOptions,
+    machine: Machine,
+    processes: Processes = Processes(),  # noqa: B008
+    spare: Path | None = None,
+    subfolder: str = "",
+) -> MomentSource:
+    """Open a dataset's encoded images: from a cache, or encoded on the fly. Arguments as in `open_moments`.
+
+    Caches of features have their own `subfolder`, so that they are not taken for latents.
+    """
+    if cache.no_latent_cache or encoder.is_pixel_space:
+        return EncodedImages(dataset, encoder.encode, machine, cache.num_workers)
     folder = processes.from_main(
-        choose_cache_folder(dataset, autoencoder, data, cache, spare) if processes.is_main else Path()
+        choose_cache_folder(dataset, encoder, data, cache, spare, subfolder) if processes.is_main else Path()
     )
-    build_latent_cache(folder, dataset, autoencoder, machine, processes, cache.num_workers)
-    opened = open_latent_cache(folder, dataset, autoencoder)
+    build_latent_cache(folder, dataset, encoder, machine, processes, cache.num_workers)
+    opened = open_latent_cache(folder, dataset, encoder)
     if opened.precision != machine.precision:
         note(f"the latent cache {folder} was encoded in {opened.precision}, but this run uses {machine.precision}")
     return opened
@@ -94,10 +111,11 @@ def open_moments(
 
 def choose_cache_folder(
     dataset: ImageDataset,
-    autoencoder: Autoencoder,
+    autoencoder: Encoder,
     data: DatasetOptions,
     cache: LatentCacheOptions,
     spare: Path | None = None,
+    subfolder: str = "",
 ) -> Path:
     """The folder of a latent cache, which exists already or can be written.
 
@@ -107,11 +125,12 @@ def choose_cache_folder(
         data: names the folder of the data, below which the cache lies by default.
         cache: may name another folder.
         spare: folder for the caches of read-only data folders.
+        subfolder: name of a folder inside the folder of all caches.
 
     Raises:
         UsageError: neither that folder nor `spare` can be written.
     """
-    root = Path(cache.latent_cache_dir or data.derived / "latent_cache")
+    root = Path(cache.latent_cache_dir or data.derived / "latent_cache") / subfolder
     folder = _with_orientations(cache_folder(root, dataset, autoencoder), dataset)
     if is_finished(folder) or (error := write_error(root)) is None:
         return folder
@@ -124,7 +143,7 @@ def choose_cache_folder(
     other = spare / hashlib.sha256(str(data.derived.resolve()).encode(errors="surrogateescape")).hexdigest()[:8]
     if dataset.split == "train":
         note(f"cannot write into {data.derived} ({error}), so the latent cache is in {other} (see --latent_cache_dir)")
-    return _with_orientations(cache_folder(other, dataset, autoencoder), dataset)
+    return _with_orientations(cache_folder(other / subfolder, dataset, autoencoder), dataset)
 
 
 def _with_orientations(folder: Path, dataset: ImageDataset) -> Path:

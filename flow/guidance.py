@@ -5,20 +5,25 @@ v_worse from the same network under the null condition (Ho & Salimans 2022, eq. 
 network under the same condition (Karras et al. 2024, arXiv:2406.02507, eq. 3). Guidance acts at times within an interval
 (Kynkaanniemi et al. 2024, arXiv:2404.07724, eq. 5), on all channels or only on the first few.
 
-The guided velocity jumps at the ends of the interval. `breakpoints` lists them, and `restrict` gives the velocity on either
+Internal guidance takes v_worse from the network's own auxiliary head after its block K, in the same forward pass and without
+classes (Zhou et al. 2025, arXiv:2512.24176): v_k + scale (v - v_k). It has its own interval. Where both kinds of guidance act,
+it applies to the conditional velocity first: the result is v_null + scale_cfg (v_k + scale_ig (v - v_k) - v_null).
+
+The guided velocity jumps at the ends of both intervals. `breakpoints` lists them, and `restrict` gives the velocity on either
 side, so that a solver steps to each end and decides once per step whether to guide.
 """
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from options import UsageError, option
 
-__all__ = ["GuidanceOptions", "GuidedVelocity", "Network", "VelocityCorrection"]
+__all__ = ["GuidanceOptions", "GuidedVelocity", "Network", "VelocityCorrection", "VelocityNetwork"]
 
 # network(t [B], x [B, C, h, w], condition) is the velocity [B, C, h, w]. The condition is a named tuple whose fields are
 # tensors [B, ...] or None.
@@ -45,10 +50,66 @@ class GuidanceOptions:
         0, "number of leading channels to guide (3: as in DiT's published code); 0: all", minimum=0
     )
 
+    internal_guidance: float = option(
+        1.0,
+        "scale of internal guidance, for networks trained with --auxiliary_velocity; 1: none",
+        minimum=0,
+        common=True,
+    )
+    internal_guidance_interval: tuple[float, ...] = option(
+        ALWAYS, "times LOW HIGH within [0, 1] (0: data) between which internal guidance applies", minimum=0
+    )
+
     def __post_init__(self) -> None:
-        if len(self.cfg_interval) != 2 or not 0 <= self.cfg_interval[0] <= self.cfg_interval[1] <= 1:
-            given = " ".join(map(str, self.cfg_interval))
-            raise UsageError(f"--cfg_interval: expected two times 0 <= LOW <= HIGH <= 1, but {given} was given")
+        for name in ("cfg_interval", "internal_guidance_interval"):
+            interval = getattr(self, name)
+            if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+                given = " ".join(map(str, interval))
+                raise UsageError(f"--{name}: expected two times 0 <= LOW <= HIGH <= 1, but {given} was given")
+
+    def to_json(self) -> dict[str, Any]:
+        """All options, without internal guidance if there is none, so that samples of older versions have equal settings."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        internal = "internal_guidance", "internal_guidance_interval"
+        return {name: value for name, value in values.items() if self.internal_guidance != 1 or name not in internal}
+
+    def __repr__(self) -> str:
+        # Validation names the options by which best.safetensors was chosen, also in training states of older versions.
+        return f"GuidanceOptions({', '.join(f'{name}={value!r}' for name, value in self.to_json().items())})"
+
+
+@dataclass(frozen=True)
+class VelocityNetwork:
+    """A trained network as the velocity network that its objective defines.
+
+    Args:
+        network: network(t, x, condition); for internal guidance, it also has an auxiliary velocity head
+            (`models.taps.TappedVelocity`).
+        read: the objective's `velocity`.
+    """
+
+    network: Callable[..., Any]
+    read: Callable[[Network], Network]
+
+    def __call__(self, t: torch.Tensor, x: torch.Tensor, condition: Any) -> torch.Tensor:
+        """Velocity [B, C, h, w] at times t [B] and points x [B, C, h, w]."""
+        return self.read(self.network)(t, x, condition)
+
+    def internally_guided(self, scales: torch.Tensor) -> Network:
+        """The velocity network under internal guidance, with one scale per sample [B]; scale 1 keeps a sample's velocity.
+
+        Objectives read velocities from outputs by affine maps, which commute with the extrapolation.
+        """
+        return self.read(partial(_extrapolate, self.network, scales))
+
+
+def _extrapolate(
+    network: Callable[..., Any], scales: torch.Tensor, t: torch.Tensor, x: torch.Tensor, condition: Any
+) -> torch.Tensor:
+    """v_k + scale (v - v_k), written so that scale 1 gives v exactly."""
+    output, tapped = network(t, x, condition, tapped=True)
+    output, scales = output.float(), scales.view(-1, *[1] * (output.ndim - 1))
+    return output + (scales - 1) * (output - tapped.velocity.float())
 
 
 class GuidedVelocity:
@@ -63,6 +124,7 @@ class GuidedVelocity:
         guidance: scale, interval and channels.
         guide: a weaker network, for autoguidance; it is evaluated under `condition`, and `null_condition` is not used.
         correction: applies to the velocity under `condition` where guidance acts.
+        internal: gives the network under internal guidance for scales [B], as `VelocityNetwork.internally_guided` does.
     """
 
     def __init__(
@@ -73,14 +135,20 @@ class GuidedVelocity:
         guidance: GuidanceOptions,
         guide: Network | None = None,
         correction: VelocityCorrection | None = None,
+        internal: Callable[[torch.Tensor], Network] | None = None,
     ) -> None:
+        if internal is None and guidance.internal_guidance != 1:
+            raise ValueError("internal guidance needs the argument `internal`")
         self.network = network
         self.condition = condition
         self.null_condition = null_condition
         self.guidance = guidance
         self.guide = guide
         self.correction = correction
-        self._guided: bool | None = None  # whether guidance acts; None: at times within the interval
+        self.internal = internal
+        # Whether guidance and internal guidance act; None: at times within the interval.
+        self._guided: bool | None = None
+        self._internally_guided: bool | None = None
         self._rows: torch.Tensor | None = None  # indices of these samples in the whole batch; None: all samples
         self._tally: list[tuple[torch.Tensor | None, torch.Tensor]] = []  # rows and their evaluations, for each call
 
@@ -91,7 +159,7 @@ class GuidedVelocity:
         rows = self._guided_rows(times)
         self._tally.append((self._rows, torch.ones_like(times, dtype=torch.long).index_fill_(0, rows, 2)))
         if len(rows) == 0:
-            return self.network(times, x, self.condition)
+            return self._network(times)(times, x, self.condition)
         velocity, worse = self._evaluate(times, x, rows)
         channels = slice(self.guidance.cfg_channels or None)
         guided = velocity[rows]
@@ -102,19 +170,25 @@ class GuidedVelocity:
 
     @property
     def breakpoints(self) -> tuple[float, ...]:
-        """The ends of the guidance interval, where the velocity jumps; empty if guidance acts always or never."""
-        low, high = self.guidance.cfg_interval
-        jumps = self._guided is None and self.guidance.cfg_scale != 1 and low < high
-        return tuple(end for end in (low, high) if 0 < end < 1) if jumps else ()
+        """The ends of the guidance intervals, where the velocity jumps; none of guidance that acts always or never."""
+        own = self.guidance
+        kinds = (
+            (self._guided, own.cfg_scale, own.cfg_interval),
+            (self._internally_guided, own.internal_guidance, own.internal_guidance_interval),
+        )
+        jumping = [ends for acts, scale, ends in kinds if acts is None and scale != 1 and ends[0] < ends[1]]
+        return tuple(dict.fromkeys(end for ends in jumping for end in ends if 0 < end < 1))
 
     def restrict(self, start: float, end: float) -> "GuidedVelocity":
-        """The velocity between two times, guided at all times if their midpoint is inside the guidance interval, else never.
+        """The velocity between two times. Each kind of guidance acts at all times if their midpoint is inside its interval.
 
-        It shares this velocity's evaluation count.
+        Otherwise, it never acts. The result shares this velocity's evaluation count.
         """
+        middle, part = (start + end) / 2, copy.copy(self)
         low, high = self.guidance.cfg_interval
-        part = copy.copy(self)
-        part._guided = low < (start + end) / 2 < high
+        part._guided = low < middle < high
+        low, high = self.guidance.internal_guidance_interval
+        part._internally_guided = low < middle < high
         return part
 
     def select_rows(self, rows: torch.Tensor) -> "GuidedVelocity":
@@ -148,13 +222,24 @@ class GuidedVelocity:
         """
         if self.guide is not None:
             worse = self.guide(times[rows], x[rows], _select(self.condition, rows))
-            return self.network(times, x, self.condition), worse
+            return self._network(times)(times, x, self.condition), worse
         parts = zip(self.condition, _select(self.null_condition, rows), strict=True)
         both = type(self.condition)(*(None if a is None else torch.cat([a, b]) for a, b in parts))
-        velocity, worse = self.network(torch.cat([times, times[rows]]), torch.cat([x, x[rows]]), both).split(
+        network = self._network(times, len(rows))
+        velocity, worse = network(torch.cat([times, times[rows]]), torch.cat([x, x[rows]]), both).split(
             [len(x), len(rows)]
         )
         return velocity, worse
+
+    def _network(self, times: torch.Tensor, null_rows: int = 0) -> Network:
+        """The network, under internal guidance where it acts at `times` [B], but not in the `null_rows` after these samples."""
+        scale, (low, high) = self.guidance.internal_guidance, self.guidance.internal_guidance_interval
+        if self.internal is None or scale == 1 or self._internally_guided is False:
+            return self.network
+        always = self._internally_guided or (low, high) == ALWAYS
+        inside = torch.ones_like(times, dtype=torch.bool) if always else (times >= low) & (times <= high)
+        scales = torch.ones_like(times).masked_fill(inside, scale)
+        return self.internal(torch.cat([scales, torch.ones_like(times[:1]).expand(null_rows)]))
 
 
 def _select(condition: Any, rows: torch.Tensor) -> Any:

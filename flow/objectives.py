@@ -32,11 +32,14 @@ __all__ = [
     "objective_groups",
 ]
 
-Draws = tuple[torch.Tensor | None, ...]  # a named tuple of tensors [N, ...], with one entry per sample of the batch
+# A named tuple of tensors [N, ...], with one entry per sample of the batch, of None, and of further such named tuples.
+Draws = tuple[Any, ...]
 
 
 class RandomStreams(Protocol):
     """The random numbers of one training step, by purpose; a new purpose does not change the numbers of other purposes."""
+
+    step: int  # number of the step, from 0
 
     def uniform(self, purpose: str) -> torch.Tensor:
         """Uniform numbers [N] in [0, 1), one per sample of the global batch."""

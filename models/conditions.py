@@ -76,11 +76,14 @@ class DenseConditioned(nn.Module):
         self.register_state_dict_post_hook(_without_prefix)
         self.register_load_state_dict_pre_hook(_with_prefix)
 
-    def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition) -> torch.Tensor:
-        """Velocity [B, c, h, w] at times t ([] or [B]) and points x [B, c, h, w], under a condition with a dense map."""
+    def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition, **others: Any) -> torch.Tensor:
+        """Velocity [B, c, h, w] at times t ([] or [B]) and points x [B, c, h, w], under a condition with a dense map.
+
+        The network gets the `others` unchanged.
+        """
         if condition.dense is None:
             raise ValueError("this network needs a dense map [B, K, h, w]: pass Condition(labels, dense)")
-        return self.network(t, torch.cat([x, self.channel_mapper(condition.dense)], dim=1), condition)
+        return self.network(t, torch.cat([x, self.channel_mapper(condition.dense)], dim=1), condition, **others)
 
 
 INNER = "network."

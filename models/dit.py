@@ -14,8 +14,11 @@ LFM's published checkpoints.
 
 This is the network without options. The options of blocks are in models/dit_blocks.py. Three options act between blocks:
 context tokens precede the image's (models/embeddings.py), one modulation may serve all blocks, and a second stage may change
-the tokens before the last blocks (models/token_stages.py).
+the tokens before the last blocks (models/token_stages.py). For training, heads may read the tokens after a block
+(models/taps.py), and some tokens may skip blocks (models/routing.py).
 """
+
+import math
 
 import torch
 from torch import nn
@@ -29,6 +32,8 @@ from models.embeddings import ContextTokens, LabelEmbedding, TimeEmbedding, batc
 from models.family import Weights
 from models.positions import PositionTables, sincos_table
 from models.rope import RotaryPositions
+from models.routing import choose_tokens, scatter_tokens
+from models.taps import Tapped, TappedVelocity, new_projectors
 from models.token_stages import DdtHead, FineTokens
 from models.transformer_layers import PatchEmbed
 from options import UsageError
@@ -74,7 +79,7 @@ class DiT(nn.Module):
         _check_sides(size, size, first_patch)
         self.options = options
         self.patch_size, self.first_patch = patch_size, first_patch
-        self.grid = size // first_patch
+        self.size, self.grid = size, size // first_patch
         self.pos_embed = nn.Parameter(sincos_table(self.grid, self.grid, hidden_size), requires_grad=False)
         self._tables = PositionTables(self.grid)
         self.x_embedder = PatchEmbed(first_patch, options.num_in_channels, hidden_size)
@@ -89,7 +94,7 @@ class DiT(nn.Module):
             else None
         )
         self.shared_adaLN = Modulation(hidden_size, 6) if options.shared_adaln else None
-        self.second_start = depth - (options.fine_blocks or options.ddt_blocks)
+        self.second_start = options.first_stage(depth)
         self.second_stage, head_width, head_heads = _second_stage(size, patch_size, hidden_size, num_heads, options)
         head_shares = options.shared_adaln and not options.ddt_blocks
         stages = (
@@ -103,27 +108,32 @@ class DiT(nn.Module):
         )
         self.final_layer = FinalLayer(head_width, patch_size**2 * options.num_out_channels, options)
         self._initialize()
+        self._add_heads(hidden_size, head_width)  # after the other weights, which are the same with and without heads
 
-    def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
+    def forward(
+        self,
+        t: torch.Tensor,
+        x: torch.Tensor,
+        condition: Condition = Condition(),  # noqa: B008
+        *,
+        tapped: bool = False,
+        routing: torch.Tensor | None = None,
+    ) -> torch.Tensor | TappedVelocity:
         """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
 
-        Without labels, every sample uses the last row of the label table, which is the null class if there is one.
+        Without labels, every sample uses the last row of the label table, which is the null class if there is one. With
+        `tapped`, the result also has what the tap gives. The random numbers `routing` [B, h, w] decide which tokens skip the
+        options' `route_blocks` (the number at a patch's first position counts); without them, no token does.
 
         Raises:
             UsageError: h or w is not a multiple of the (coarse) patch side.
         """
-        height, width = x.shape[2:]
-        _check_sides(height, width, self.first_patch)
+        _check_sides(x.shape[2], x.shape[3], self.first_patch)
         time = self.t_embedder(batch_times(t, x))  # [B, D]
-        inputs = self._first_inputs(time, x, condition.labels)
-        for number, block in enumerate(self.blocks):
-            if self.second_stage is not None and number == self.second_start:
-                inputs = self.second_stage(inputs, time, x)
-            inputs = self._run(block, inputs)
-        rows, columns = height // self.patch_size, width // self.patch_size
-        tokens = inputs.tokens if self.context is None else inputs.tokens[:, -rows * columns :]
-        patches = self.final_layer(tokens, inputs.embedding)  # [B, L, p p C]
-        return self._unpatchify(patches, rows, columns)
+        inputs, tap = self._transform(self._first_inputs(time, x, condition.labels), time, x, routing)
+        patches = self.final_layer(self._image_tokens(inputs, x, self.patch_size), inputs.embedding)  # [B, L, p p C]
+        velocity = self._unpatchify(patches, x, self.patch_size)
+        return TappedVelocity(velocity, self._read_tap(tap, x)) if tapped else velocity
 
     def _first_inputs(self, time: torch.Tensor, x: torch.Tensor, labels: torch.Tensor | None) -> BlockInputs:
         """The first block's inputs, given the time embedding [B, D]."""
@@ -131,13 +141,50 @@ class DiT(nn.Module):
         embedding = embedding.expand(x.shape[0], -1)
         if self.options.ddt_blocks:
             embedding = functional.silu(embedding)  # before each modulation's own, as in RAE's published weights
-        rows, columns = (side // self.first_patch for side in x.shape[2:])
+        rows, columns = _grid_of(x, self.first_patch)
         tokens = self.x_embedder(x) + self._positions(rows, columns)  # [B, L, D]
         if self.context is not None:
             tokens = torch.cat([self.context(time, labels).to(tokens.dtype), tokens], dim=1)
         rotation = None if self.feat_rope is None else self.feat_rope(rows, columns, self.options.context_tokens)
         shared = None if self.shared_adaLN is None else self.shared_adaLN(embedding)
         return BlockInputs(tokens, embedding, rotation, None, shared)
+
+    def _transform(
+        self, inputs: BlockInputs, time: torch.Tensor, x: torch.Tensor, routing: torch.Tensor | None
+    ) -> tuple[BlockInputs, BlockInputs]:
+        """What is left after all blocks, and after the tapped block (block 0: before the first)."""
+        first, last = (-1, -1) if routing is None else self.options.route_blocks
+        tap = waiting = inputs
+        kept = None
+        for number, block in enumerate(self.blocks):
+            if self.second_stage is not None and number == self.second_start:
+                inputs = self.second_stage(inputs, time, x)
+            if routing is not None and number == first:
+                waiting, kept = inputs, self._choose_tokens(inputs, routing, number)
+                inputs = waiting.of_tokens(kept)
+            inputs = self._run(block, inputs)
+            if kept is not None and number + 1 == last:
+                inputs = waiting._replace(tokens=scatter_tokens(waiting.tokens, kept, inputs.tokens))
+            tap = inputs if number + 1 == self.options.tap_block else tap
+        return inputs, tap
+
+    def _choose_tokens(self, inputs: BlockInputs, routing: torch.Tensor, number: int) -> torch.Tensor:
+        """Indices [B, n] of the tokens that do not skip the blocks from `number` (0: the first) on."""
+        patch = self.first_patch if number < self.second_start else self.patch_size
+        numbers = routing[:, ::patch, ::patch].flatten(1)  # [B, L]
+        return choose_tokens(numbers, self.options.route_rate, inputs.tokens.shape[1] - numbers.shape[1])
+
+    def _read_tap(self, tap: BlockInputs, x: torch.Tensor) -> Tapped:
+        """Apply the heads to the tokens after the tapped block."""
+        tokens = self._image_tokens(tap, x, self.tap_patch)
+        velocity = latents = features = None
+        if self.auxiliary_head is not None:
+            velocity = self._unpatchify(self.auxiliary_head(tokens, tap.embedding), x, self.tap_patch)
+        if "latents" in self.projectors:
+            latents = self._unpatchify(self.projectors["latents"](tokens), x, self.tap_patch)
+        if "features" in self.projectors:
+            features = self.projectors["features"](tokens, *_grid_of(x, self.tap_patch))
+        return Tapped(tokens, velocity, latents, features)
 
     def _run(self, block: nn.Module, inputs: BlockInputs) -> BlockInputs:
         """A block's inputs with the tokens that it returns."""
@@ -151,11 +198,24 @@ class DiT(nn.Module):
         """The first blocks' position table [1, rows x columns, D]."""
         return self._tables.table(self.pos_embed, rows, columns)
 
-    def _unpatchify(self, patches: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-        """Assemble latents [B, C, h, w] from patches [B, L, p p C]."""
-        p = self.patch_size
-        patches = patches.view(len(patches), rows, columns, p, p, -1)
-        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * p, columns * p)
+    def _image_tokens(self, inputs: BlockInputs, x: torch.Tensor, patch: int) -> torch.Tensor:
+        """The tokens [B, L, D] of patches of this side, without context tokens."""
+        return inputs.tokens if self.context is None else inputs.tokens[:, -math.prod(_grid_of(x, patch)) :]
+
+    def _unpatchify(self, patches: torch.Tensor, x: torch.Tensor, patch: int) -> torch.Tensor:
+        """Assemble latents [B, C, h, w] with the sides of x from patches [B, L, p p C] of side `patch`."""
+        rows, columns = _grid_of(x, patch)
+        patches = patches.view(len(patches), rows, columns, patch, patch, -1)
+        return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * patch, columns * patch)
+
+    def _add_heads(self, width: int, second_width: int) -> None:
+        """The heads on the tokens after the tapped block, given the widths of the tokens of both stages."""
+        options, tap_block = self.options, self.options.tap_block
+        self.tap_patch = self.first_patch if tap_block <= self.second_start else self.patch_size
+        width = width if tap_block <= self.second_start else second_width
+        patch_values = self.tap_patch**2 * options.num_out_channels
+        self.auxiliary_head = _zero_layer(width, patch_values, options) if options.has_auxiliary_velocity else None
+        self.projectors = new_projectors(options, width, patch_values)
 
     def _initialize(self) -> None:
         modules = list(self.modules())
@@ -189,6 +249,21 @@ def _second_stage(
         head_width, heads = options.ddt_size(width, num_heads)
         return DdtHead(size, patch_size, width, head_width, heads, options), head_width, heads
     return None, width, num_heads
+
+
+def _zero_layer(width: int, patch_values: int, options: DiTOptions) -> FinalLayer:
+    """A decoder whose linear maps are zero at first, and therefore its output."""
+    layer = FinalLayer(width, patch_values, options)
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return layer
+
+
+def _grid_of(x: torch.Tensor, patch: int) -> tuple[int, int]:
+    """Rows and columns of the patches of x [B, C, h, w]."""
+    return x.shape[2] // patch, x.shape[3] // patch
 
 
 def _check_sides(height: int, width: int, patch: int) -> None:

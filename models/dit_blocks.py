@@ -7,6 +7,7 @@ from torch import nn
 
 from models.dit_options import DiTOptions
 from models.rope import Rotation
+from models.routing import gather_tokens
 from models.transformer_layers import MLPS, NORMS, QK_NORMS, SelfAttention
 
 __all__ = ["BlockInputs", "DiTBlock", "FinalLayer", "Modulation"]
@@ -28,6 +29,17 @@ class BlockInputs(NamedTuple):
     rotation: Rotation | None = None
     first_values: torch.Tensor | None = None
     shared: torch.Tensor | None = None
+
+    def of_tokens(self, kept: torch.Tensor) -> "BlockInputs":
+        """The inputs for the tokens with the indices `kept` [B, n] alone."""
+        embedding, rotation, values = self.embedding, self.rotation, self.first_values
+        if embedding.ndim == 3:
+            embedding = gather_tokens(embedding, kept)
+        if rotation is not None:
+            rotation = Rotation(*(gather_tokens(table[None], kept)[:, None] for table in rotation))
+        if values is not None:
+            values = gather_tokens(values.transpose(1, 2), kept).transpose(1, 2)
+        return BlockInputs(gather_tokens(self.tokens, kept), embedding, rotation, values, self.shared)
 
 
 class Modulation(nn.Sequential):

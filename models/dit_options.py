@@ -1,9 +1,8 @@
 """Options of DiT, and checks that they fit together."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from models.family import ClassOptions
+from models.taps import TapOptions
 from models.transformer_layers import MLPS, NORMS
 from options import UsageError, option
 
@@ -11,10 +10,8 @@ __all__ = ["DiTOptions"]
 
 
 @dataclass(frozen=True)
-class DiTOptions(ClassOptions):
+class DiTOptions(TapOptions):
     """DiT."""
-
-    only_for: ClassVar[str] = "DiT"
 
     norm: str = option(
         "layer",
@@ -50,6 +47,10 @@ class DiTOptions(ClassOptions):
         """Number of tokens in front of the image's."""
         return self.class_tokens + self.time_tokens
 
+    def first_stage(self, depth: int) -> int:
+        """Number of blocks before the second stage; `depth` if there is none."""
+        return depth - (self.fine_blocks or self.ddt_blocks)
+
     def check(self, depth: int) -> None:
         """Check that the options fit each other and a network of `depth` blocks.
 
@@ -69,6 +70,9 @@ class DiTOptions(ClassOptions):
                 raise UsageError(f"--{name} has no effect without --ddt_blocks")
         if not self.adaln_labels and not self.class_tokens:
             raise UsageError("--no-adaln_labels needs --class_tokens, or the network would not see the class")
+        self.check_tap(depth)
+        if self.route_rate:
+            self._check_stages_of_routing(depth)
 
     def ddt_size(self, hidden_size: int, num_heads: int) -> tuple[int, int]:
         """Width and number of heads of the DDT head on a model of this width and number of heads.
@@ -83,3 +87,16 @@ class DiTOptions(ClassOptions):
                 "give --ddt_heads, or another --ddt_width"
             )
         return width, self.ddt_heads or width // (hidden_size // num_heads)
+
+    def _check_stages_of_routing(self, depth: int) -> None:
+        (first, last), start = self.route_blocks, self.first_stage(depth)
+        given = f"--route_blocks {first} {last}"
+        if first < start < last:
+            raise UsageError(
+                f"{given}: --fine_blocks or --ddt_blocks change the tokens after block {start}, so tokens can skip blocks "
+                f"before or after that, but not both: choose I and J up to {start}, or from {start}"
+            )
+        if self.value_residual and first in (0, start):
+            raise UsageError(
+                f"{given} would skip the block whose values --value_residual mixes into later ones: choose I from {first + 1}"
+            )

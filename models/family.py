@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -52,6 +52,15 @@ class FamilyOptions:
     def classes(self) -> int:
         """Number of classes K, which is also the null class's id; 1 for an unconditional network."""
         return 1
+
+    @property
+    def has_auxiliary_velocity(self) -> bool:
+        """Whether the network has a second velocity head, for internal guidance."""
+        return False
+
+    def for_sampling(self) -> Self:
+        """The options of the network without weights that serve only training."""
+        return self
 
     def unmatched(self, size: int) -> dict[str, str]:
         """Options that ask for something that a network for latents of side `size` does not have: name to explanation."""

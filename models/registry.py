@@ -77,6 +77,10 @@ class Architecture(NamedTuple):
     options: FamilyOptions
     dense: DenseInput | None = None
 
+    def for_sampling(self) -> "Architecture":
+        """The architecture without weights that serve only training."""
+        return self._replace(options=self.options.for_sampling())
+
 
 def _edm_unet(kind: str, size: int, options: EdmUNetOptions) -> EdmUNet:
     return EdmUNet(size, kind, options)

@@ -22,7 +22,10 @@ LONGEST_PERIOD = 10000.0
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines [L, d] of the angles of L tokens; both channels of a pair have the same angle."""
+    """Cosines and sines of the angles of L tokens; both channels of a pair have the same angle.
+
+    They are [L, d], or [B, 1, L, d] where the tokens' positions differ between samples.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor

@@ -48,10 +48,10 @@ def compile_for_batches(network: nn.Module, machine: Machine) -> Callable[..., t
     torch._functorch.config.donated_buffer = False  # an exact trace backpropagates through one graph several times
     compiled = torch.compile(with_cpu_kernels(network), options=machine.compiler_options)
 
-    def evaluate(t: torch.Tensor, x: torch.Tensor, condition: Any) -> torch.Tensor:
+    def evaluate(t: torch.Tensor, x: torch.Tensor, condition: Any, **others: Any) -> torch.Tensor:
         for tensor in (t, x, *condition):
             if tensor is not None:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        return compiled(t, x, condition)
+        return compiled(t, x, condition, **others)
 
     return evaluate

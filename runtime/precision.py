@@ -124,9 +124,9 @@ class Machine:
     def evaluating(self, network: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         """Wrap a network so that it always runs in this machine's precision."""
 
-        def evaluate(*arguments: Any) -> torch.Tensor:
+        def evaluate(*arguments: Any, **named: Any) -> torch.Tensor:
             with self.autocast():
-                return network(*arguments)
+                return network(*arguments, **named)
 
         return evaluate
 

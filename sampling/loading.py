@@ -13,7 +13,7 @@ from checkpoints.header import Header
 from checkpoints.lfm import open_published
 from checkpoints.tasks import GENERATE, TASKS, Task
 from datasets_prep.datasets import DatasetOptions, ImageDataset, Split, open_dataset
-from flow.guidance import GuidanceOptions, Network
+from flow.guidance import GuidanceOptions, VelocityNetwork
 from flow.losses.contrast import correct
 from flow.objectives import OBJECTIVES
 from flow.solvers import SOLVERS, SolverOptions, check_method, needs_float32, unreachable_tolerances
@@ -25,7 +25,7 @@ from runtime.inference import for_sampling
 from runtime.messages import fact, note
 from runtime.precision import Machine, choose_machine, find_device
 from sampling.request import SamplerRequest, note_unused
-from sampling.sampler import Sampler, check_guidance
+from sampling.sampler import Sampler, check_guidance, check_internal_guidance
 
 __all__ = ["LoadedSampler", "load_sampler"]
 
@@ -51,10 +51,11 @@ class LoadedSampler:
 
     @property
     def stem(self) -> str:
-        """File name, without suffix, of results of this checkpoint, solver, guidance scale and seed."""
-        solver, scale = self.sampler.solver, self.sampler.guidance.cfg_scale
+        """File name, without suffix, of results of this checkpoint, solver, guidance scales and seed."""
+        solver, guidance = self.sampler.solver, self.sampler.guidance
         steps = "" if SOLVERS[solver.method].adaptive else f"_{solver.steps}steps"
-        return f"{self.path.stem}_{solver.method}{steps}_cfg{scale:g}_seed{self.sampler.seed}"
+        internal = "" if guidance.internal_guidance == 1 else f"_ig{guidance.internal_guidance:g}"
+        return f"{self.path.stem}_{solver.method}{steps}_cfg{guidance.cfg_scale:g}{internal}_seed{self.sampler.seed}"
 
     @property
     def task(self) -> Task:
@@ -79,8 +80,13 @@ class LoadedSampler:
         return open_dataset(replace(data, dataset=stored.name, image_size=stored.image_size), split)
 
     def changed(self, solver: SolverOptions | None = None, guidance: GuidanceOptions | None = None) -> "LoadedSampler":
-        """The same network with another solver or guidance; None keeps the current one."""
+        """The same network with another solver or guidance; None keeps the current one.
+
+        Raises:
+            UsageError: the network lacks the auxiliary head that internal guidance needs.
+        """
         solver, guidance = solver or self.sampler.solver, guidance or self.sampler.guidance
+        check_internal_guidance(self.header.network, guidance)
         settings = {**self.settings, "solver": as_json(solver), "guidance": as_json(guidance)}
         return replace(self, sampler=replace(self.sampler, solver=solver, guidance=guidance), settings=settings)
 
@@ -139,12 +145,13 @@ def _moved_autoencoder(request: SamplerRequest) -> AutoencoderOptions | None:
 
 
 def _load_guide(request: SamplerRequest, model: LoadedModel, device: torch.device) -> LoadedModel | None:
-    """Load the weaker network of autoguidance. Without one, check that the network supports classifier-free guidance.
+    """Load the weaker network of autoguidance, and check that the network supports the other kinds of guidance.
 
     Raises:
         UsageError: the guidance scale does not fit, or the guide was trained on other latents or for another task.
     """
     name, scale = request.source.guide_checkpoint, request.guidance.cfg_scale
+    check_internal_guidance(model.header.network, request.guidance)
     if not name:
         check_guidance(model.header.network.label_dropout, model.header.dense, scale)
         return None
@@ -208,10 +215,10 @@ def _make_sampler(request: SamplerRequest, model: LoadedModel, guide: LoadedMode
     )
 
 
-def _velocity_network(model: LoadedModel, machine: Machine) -> Network:
+def _velocity_network(model: LoadedModel, machine: Machine) -> VelocityNetwork:
     """The velocity that the network's objective defines, in the machine's precision."""
     objective = OBJECTIVES[model.header.objective].build(model.header.path)
-    return objective.velocity(for_sampling(model.network, machine))
+    return VelocityNetwork(for_sampling(model.network, machine), objective.velocity)
 
 
 def _settings(request: SamplerRequest, header: Header, guide: LoadedModel | None, machine: Machine) -> dict[str, Any]:

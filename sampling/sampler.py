@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from datasets_prep.datasets import DatasetFacts, like_originals
-from flow.guidance import GuidanceOptions, GuidedVelocity, VelocityCorrection
+from flow.guidance import GuidanceOptions, GuidedVelocity, Network, VelocityCorrection, VelocityNetwork
 from flow.ode import Draw
 from flow.solvers import SolverOptions, solve
 from models.autoencoders.pixels import decode_images
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition, DenseInput
+from models.family import FamilyOptions
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.finite import require_finite
@@ -32,6 +33,7 @@ __all__ = [
     "Sampler",
     "balanced_labels",
     "check_guidance",
+    "check_internal_guidance",
     "first_images",
     "generate",
 ]
@@ -65,7 +67,8 @@ class Sampler:
     """Network, solver and autoencoder, which turn a seed and a sample's index into an image.
 
     Args:
-        network: velocity network(t, x, condition) in evaluation mode, on the machine's device.
+        network: velocity network(t, x, condition) in evaluation mode, on the machine's device. Internal guidance needs a
+            `VelocityNetwork`.
         autoencoder: decodes the latents.
         facts: facts about the dataset. Its padding is cropped from the samples, which are gray if the dataset is.
         latent_shape: (c, h, w).
@@ -115,8 +118,10 @@ class Sampler:
         null_dense = torch.zeros_like(dense) if dense is not None and self.drops_dense else dense
         condition, null = Condition(ids, dense), Condition(null_ids, null_dense)
         guide = None if self.guide is None else partial(self._evaluate, self.guide)
-        network = partial(self._evaluate, self.network)
-        return GuidedVelocity(network, condition, null, self.guidance, guide, self.correction)
+        network, internal = partial(self._evaluate, self.network), None
+        if isinstance(self.network, VelocityNetwork):
+            internal = partial(self._internally_guided, self.network)
+        return GuidedVelocity(network, condition, null, self.guidance, guide, self.correction, internal)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents [B, c, h, w] to images uint8 [B, C, H, W] in the size and channels of the dataset, on the CPU.
@@ -140,6 +145,9 @@ class Sampler:
     @cached_property
     def _source(self) -> NoiseSource:
         return NOISE_SOURCES[self.generator](self.seed)
+
+    def _internally_guided(self, network: VelocityNetwork, scales: torch.Tensor) -> Network:
+        return partial(self._evaluate, network.internally_guided(scales))
 
     def _evaluate(
         self, network: Callable[..., torch.Tensor], t: torch.Tensor, x: torch.Tensor, condition: Condition
@@ -169,6 +177,20 @@ def check_guidance(label_dropout: float, dense: DenseInput | None, scale: float)
         raise UsageError(
             f"--cfg_scale {scale} needs a network with a null class (trained with {how} above 0); "
             "this one has none: use --cfg_scale 1"
+        )
+
+
+def check_internal_guidance(network: FamilyOptions, guidance: GuidanceOptions) -> None:
+    """Check that the network has the auxiliary head that internal guidance needs.
+
+    Raises:
+        UsageError: it has none, and the scale is not 1.
+    """
+    scale = guidance.internal_guidance
+    if scale != 1 and not network.has_auxiliary_velocity:
+        raise UsageError(
+            f"--internal_guidance {scale} needs a network with an auxiliary velocity head (trained with --tap_block K "
+            "--auxiliary_velocity 0.5, for example); this one has none: use --internal_guidance 1"
         )
 
 

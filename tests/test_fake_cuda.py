@@ -20,7 +20,9 @@ from datasets_prep.datasets import DatasetFacts
 from evaluation.features.fashion import FashionFeatures
 from evaluation.features.inception import InceptionFeatures
 from flow import adaptive
-from flow.guidance import GuidanceOptions, GuidedVelocity
+from flow.auxiliary.losses import AuxiliaryOptions
+from flow.auxiliary.objective import AuxiliaryDraws, auxiliary_names
+from flow.guidance import GuidanceOptions, GuidedVelocity, VelocityNetwork
 from flow.likelihood import log_likelihood
 from flow.objectives import FlowMatching, Times
 from flow.paths import PathOptions
@@ -40,6 +42,7 @@ from tasks.training_free_inpainting import training_free_draw
 from tests.drawn_batches import draw_batches
 from tests.fake_cuda import CUDA, READS_A_VALUE, HostWaitsError, Products, outside, pretend_cuda
 from tests.small_networks import SMALL
+from training.auxiliary.setup import add_auxiliary
 from training.data import Batch
 from training.optimizers import OptimizerOptions
 from training.state import TrainingState
@@ -117,6 +120,35 @@ def test_a_step_of_every_family_runs_on_the_device_without_waiting(fake_cuda, mo
     assert len(floats) == 4 * len(state.parameters)  # AdamW holds a step and two moments
     floats += [state.sums, state.consecutive_skips, *state.ema.weights.values()]
     assert {(tensor.device, tensor.dtype) for tensor in floats} == {(CUDA, torch.float32)}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_auxiliary_losses_and_routing_do_not_wait(fake_cuda, precision):
+    heads = {"auxiliary_velocity": 0.5, "align_latents": 1.0, "align_features": 0.5, "align_width": 5}
+    options = replace(SMALL["DiT-Mi/2"], **heads, tap_block=1, route_blocks=(1, 2), route_rate=0.5)
+    objective = add_auxiliary(OBJECTIVE, options, AuxiliaryOptions(dispersive=0.5, auxiliary_until=3))
+    network = build_network(TINY, 8, options).train()
+    names = auxiliary_names(objective)
+    state = TrainingState(network, Machine(CUDA, precision), 0.99, OptimizerOptions(lr=1e-2), auxiliary=names)
+    batch = batch_of(4)
+    routing, features = torch.rand(4, 8, 8, device=CUDA), torch.rand(4, 5, 4, 4, device=CUDA)
+    batch = batch._replace(draws=AuxiliaryDraws(batch.draws, torch.ones(4, device=CUDA), routing, features))
+    with fake_cuda.forbid_waiting():
+        state.advance(state.network, objective, batch, 1e-2, 1.0, accumulation=2)
+    assert (state.sums.device, state.sums.shape) == (CUDA, (8,))
+    assert {p.grad.dtype for p in state.parameters} == {torch.float32}
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 1.0)])
+def test_internal_guidance_does_not_wait(fake_cuda, interval):
+    options = replace(SMALL["DiT-Mi/2"], tap_block=1, auxiliary_velocity=0.5)
+    network = VelocityNetwork(build_network(TINY, 8, options).eval().to(CUDA), OBJECTIVE.velocity)
+    guidance = GuidanceOptions(3.0, internal_guidance=1.9, internal_guidance_interval=interval)
+    velocity = replace(new_sampler(guidance=guidance), network=network).velocity(torch.zeros(2, dtype=torch.long))
+    t, x = torch.full((), 0.5, device=CUDA), torch.rand(2, 3, 8, 8, device=CUDA)
+    with fake_cuda.forbid_waiting(), torch.no_grad():
+        found = velocity.restrict(1.0, 0.4)(t, x)
+    assert (found.device, found.dtype) == (CUDA, torch.float32)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

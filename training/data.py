@@ -14,6 +14,7 @@ import torch
 
 from datasets_prep.conditions import ConditionSource
 from datasets_prep.moments import MomentSource
+from flow.auxiliary.objective import replace_draws
 from flow.couplings import COUPLINGS
 from flow.losses.contrast import next_of_another_class
 from flow.losses.options import contrastive_weight
@@ -60,9 +61,14 @@ class Batch(NamedTuple):
 
 
 def select_rows(columns: Columns, part: slice) -> Columns:
-    """Select rows of a named tuple whose fields are tensors or None."""
-    rows: Any = (None if column is None else column[part] for column in columns)
-    return type(columns)(*rows)
+    """Select rows of a named tuple whose fields are tensors, None or further named tuples."""
+
+    def select(column: Any) -> Any:
+        if column is None:
+            return None
+        return select_rows(column, part) if isinstance(column, tuple) else column[part]
+
+    return type(columns)(*map(select, columns))
 
 
 class StepStreams:
@@ -81,6 +87,7 @@ class StepStreams:
     """
 
     def __init__(self, seed: int, step: int, count: int, shape: Sequence[int], device: torch.device) -> None:
+        self.step = step
         self._keys = seed, step
         self._shape = count, *shape
         self._device = device
@@ -150,6 +157,7 @@ def batches(
     condition: ConditionSource | None = None,
     condition_dropout: float = 0.0,
     path: PathOptions = PathOptions(),  # noqa: B008
+    features: MomentSource | None = None,
 ) -> Iterator[Batch]:
     """Yield this process's batches of the steps first_step .. last_step - 1. A thread reads the data one step ahead.
 
@@ -170,6 +178,7 @@ def batches(
         condition_dropout: probability of replacing a dense map by zeros.
         path: the objective's options. Their coupling pairs data and noise, and with a contrastive weight, the draws get
             velocities of other samples of the global batch.
+        features: an image encoder's features by image index, for the field `features` of the objective's draws.
     """
     global_batch = batch_size * processes.count
     share = slice(processes.rank * batch_size, (processes.rank + 1) * batch_size)
@@ -183,9 +192,9 @@ def batches(
         chosen, mirrored = choose(step)
         rows, others = _rows_with_others(source.labels[chosen], share) if contrast else (None, None)
         own = share if rows is None else rows
-        return partial(_read, source, condition, chosen[own], mirrored[own], draws, rows, others, pin)
+        return partial(_read, source, condition, features, chosen[own], mirrored[own], draws, rows, others, pin)
 
-    for step, (moments, labels, raw, rows, others) in _read_ahead(reader, first_step, last_step, device):
+    for step, (moments, labels, raw, encoded, rows, others) in _read_ahead(reader, first_step, last_step, device):
         moments, labels = moments.to(device, non_blocking=True), labels[:batch_size].to(device, non_blocking=True)
         own = share if rows is None else rows.to(device)
         streams = StepStreams(seed, step, global_batch, (autoencoder.latent_channels, *moments.shape[2:]), device)
@@ -200,10 +209,12 @@ def batches(
             chosen = couple(data[:batch_size], noise[:batch_size], labels)
             noise = torch.cat([noise[chosen], noise[batch_size:]])
         draws: Any = select_rows(objective.draw(streams), share)
+        if encoded is not None:
+            draws = draws._replace(features=encoded.to(device, non_blocking=True))
         if others is not None:
             kept = dropout >= max(label_dropout, condition_dropout)
             velocities = straight_velocity(data, noise, path.sigma_min)[others.to(device)]
-            draws = draws._replace(other_velocity=velocities, contrast=contrast * kept)
+            draws = replace_draws(draws, other_velocity=velocities, contrast=contrast * kept)
         labels = drop_labels(labels, dropout, label_dropout, num_classes)
         yield Batch(data[:batch_size], noise[:batch_size], draws, Condition(labels, dense))
 
@@ -232,6 +243,7 @@ class _Read(NamedTuple):
         moments: of the own samples, and of other processes' samples that the loss needs [M, ...].
         labels: [M].
         raw: the own conditions before encoding [B, ...].
+        features: an image encoder's features of the own samples [B, ...].
         rows: rows of the global batch [M]; None: the own ones.
         others: see `_rows_with_others`; None without contrastive flow matching.
     """
@@ -239,6 +251,7 @@ class _Read(NamedTuple):
     moments: torch.Tensor
     labels: torch.Tensor
     raw: torch.Tensor | None
+    features: torch.Tensor | None
     rows: torch.Tensor | None
     others: torch.Tensor | None
 
@@ -246,6 +259,7 @@ class _Read(NamedTuple):
 def _read(
     source: MomentSource,
     condition: ConditionSource | None,
+    features: MomentSource | None,
     chosen: torch.Tensor,
     mirrored: torch.Tensor,
     draws: Sequence[int],
@@ -253,9 +267,10 @@ def _read(
     others: torch.Tensor | None,
     pin: bool,
 ) -> _Read:
-    raw = None if condition is None else condition.read(chosen[: len(draws)], mirrored[: len(draws)], draws)
-    moments, labels = source.moments(chosen, mirrored), source.labels[chosen]
-    read = _Read(moments, labels, raw, rows, others)
+    own, own_mirrored = chosen[: len(draws)], mirrored[: len(draws)]
+    raw = None if condition is None else condition.read(own, own_mirrored, draws)
+    encoded = None if features is None else features.moments(own, own_mirrored)
+    read = _Read(source.moments(chosen, mirrored), source.labels[chosen], raw, encoded, rows, others)
     if not pin:
         return read
     return _Read(*(x if x is None or x.device.type != "cpu" else x.pin_memory() for x in read))  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from functools import partial
 
 import torch
 
+from flow.auxiliary.objective import auxiliary_names
 from models.registry import NETWORKS
 from runtime.messages import fact, note, warn
 from runtime.processes.parallel import replicate, shard
@@ -122,7 +123,8 @@ def _initial_state(run: TrainingRun, resume: bool, per_epoch: int, last_step: in
     decay = options.ema_decay if options.use_ema else 0.0
     move = partial(shard, device=run.machine.device, processes=run.processes) if run.is_sharded else None
     matrices = NETWORKS[run.header.model_type].hidden_matrices
-    state = TrainingState(run.network, run.machine, decay, options, move, matrices, options.posthoc_ema)
+    names = auxiliary_names(run.objective)
+    state = TrainingState(run.network, run.machine, decay, options, move, matrices, options.posthoc_ema, names)
     if restore:
         source = resume_run(state, run.folder / CONTENT, per_epoch, run.header, run.processes)
         fact("start", f"resuming at step {state.step} of {last_step} from {source}")
@@ -148,4 +150,5 @@ def _batches(run: TrainingRun, first_step: int, last_step: int) -> Iterator[Batc
         condition=run.condition,
         condition_dropout=run.header.dense.dropout if run.header.dense else 0.0,
         path=run.header.path,
+        features=run.features,
     )

@@ -115,15 +115,16 @@ class Clock:
         """Read means over the steps since the last call from the device, average them over processes, and reset the sums.
 
         After a resume, the means include steps from before it, but the throughput counts only later steps. Loss and gradient
-        norm exclude skipped steps; both are missing if all steps were skipped.
+        norm exclude skipped steps, as do auxiliary losses; all are missing if all steps were skipped.
         """
-        loss, norm, skipped, steps = processes.mean(self._state.sums.clone()).tolist()
+        loss, norm, skipped, steps, *others = processes.mean(self._state.sums.clone()).tolist()
         self._state.sums.zero_()
         now = time.monotonic()
         elapsed, self._lap = max(now - self._lap, 1e-9), now
         taken, self._lap_step = self._state.step - self._lap_step, self._state.step
         good = steps - skipped
-        means = {"loss": loss / good, "grad_norm": norm / good} if good > 0 else {}
+        sums = {"loss": loss, "grad_norm": norm, **dict(zip(self._state.auxiliary, others, strict=True))}
+        means = {name: value / good for name, value in sums.items()} if good > 0 else {}
         speed = {"images_per_s": taken * images_per_step / elapsed, "seconds": self.total()}
         return means | {"skipped": skipped} | speed
 

@@ -134,6 +134,7 @@ class TrainingRun:
     processes: Processes
     validation: Validation
     condition: ConditionSource | None = None
+    features: MomentSource | None = None
 
     @property
     def is_sharded(self) -> bool:

@@ -19,6 +19,7 @@ from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.reconstruction import draw_reconstructions
 from evaluation.trained_flow import ExactPoints, check_exact_velocity
+from flow.auxiliary.losses import AuxiliaryOptions
 from flow.guidance import GuidanceOptions
 from flow.losses.options import check_losses, contrastive_weight, prediction_of
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
@@ -37,9 +38,17 @@ from runtime.pictures import GridOptions
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.provenance import provenance
 from runtime.randomness import seed_for
-from sampling.sampler import check_guidance
+from sampling.sampler import check_guidance, check_internal_guidance
 from tasks.conditioned_images import ConditionedImages
 from tasks.task import GENERATION, TrainingTask
+from training.auxiliary.setup import (
+    EncoderOptions,
+    add_auxiliary,
+    check_auxiliary,
+    fit_encoder,
+    load_encoder,
+    open_features,
+)
 from training.data import steps_per_epoch
 from training.experiment import (
     IMAGES,
@@ -72,6 +81,8 @@ def training_groups() -> tuple[type, ...]:
         *network_groups(),
         ObjectiveOptions,
         *objective_groups(),
+        AuxiliaryOptions,
+        EncoderOptions,
         TrainingOptions,
         GridOptions,
         SolverOptions,
@@ -124,18 +135,25 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     dense = inputs.dense(options[ConditionOptions].condition_dropout if task.condition else 0.0)
     given = options.given
     chosen = options[NETWORKS[model_type].options]
+    check_auxiliary(chosen, options[AuxiliaryOptions], options[EncoderOptions], given)
+    with processes.main_first():
+        encoder, chosen = load_encoder(options[EncoderOptions], chosen)
     architecture = choose_architecture(model_type, chosen, given, data.image_size, inputs.autoencoder, dense)
     check_labels(architecture.options, (inputs.dataset, inputs.held_out))
     check_classes(architecture.options, inputs.dataset, new=not resumes and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
+    check_internal_guidance(architecture.options, options[GuidanceOptions])
     path = options[OBJECTIVES[objective_name].options]
     path = _settled(path, architecture, training.batch_size * processes.count)
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
     if experiment.validate_excess:
         check_exact_velocity(header, "--validate_excess: this run")
-    objective = OBJECTIVES[objective_name].build(path)
+    auxiliary = options[AuxiliaryOptions]
+    objective = add_auxiliary(OBJECTIVES[objective_name].build(path), architecture.options, auxiliary)
     weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
     network = new_network(architecture, training.seed, weights, header.autoencoder, prediction_of(path))
+    fitted = fit_encoder(encoder, options[EncoderOptions], network, inputs.dataset)
+    header = replace(header, auxiliary=auxiliary, encoder=fitted.describe() if fitted else None)
 
     processes.barrier()  # --overwrite may move files aside that other processes still read
     configuration = _configuration(options, machine, processes, inputs.dataset)
@@ -150,6 +168,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     if contrastive_weight(path):
         means = mean_latents(source, inputs.autoencoder, header.num_classes, header.dataset.flips, machine.device)
         header = replace(header, contrast_means=tuple(float(f"{x:.6g}") for x in means.flatten().tolist()))
+    features = open_features(fitted, inputs.dataset, data, caches, machine.for_encoding, processes, spare)
     condition = inputs.held_out_condition
     # A sharded network needs all processes for every evaluation, so each process evaluates all points and samples.
     validating = Processes() if training.fsdp else processes
@@ -185,6 +204,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         processes=processes,
         validation=validation,
         condition=inputs.condition,
+        features=features,
     )
     return run, resume
 

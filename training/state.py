@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from flow.auxiliary.objective import training_losses
 from flow.objectives import Objective
 from options import UsageError
 from runtime.cpu.kernels import with_cpu_kernels
@@ -35,6 +36,7 @@ class TrainingState:
         move: moves or shards a network in place; None: it moves to the machine's device.
         hidden_matrices: selects the network's parameters for Muon.
         posthoc_ema: relative widths of the power averages to track.
+        auxiliary: names of the auxiliary losses, whose sums are kept for the metrics log.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class TrainingState:
         move: Callable[[nn.Module], object] | None = None,
         hidden_matrices: Callable[[nn.Module], list[nn.Parameter]] | None = None,
         posthoc_ema: Sequence[float] = (),
+        auxiliary: Sequence[str] = (),
     ) -> None:
         move = move or (lambda module: module.to(machine.device))
         self.network = with_cpu_kernels(network)  # before the EMA copies the network
@@ -61,13 +64,16 @@ class TrainingState:
         self.seconds = 0.0
         self.best = math.inf
         self.best_of = ""  # the validation criterion of `best`
-        # Sums since the last line of the metrics log: loss, gradient norm, skipped steps, steps.
-        self.sums = torch.zeros(4, device=machine.device)
+        # Sums since the last line of the metrics log: loss, gradient norm, skipped steps, steps, auxiliary losses.
+        self.auxiliary = tuple(auxiliary)
+        self.sums = torch.zeros(4 + len(auxiliary), device=machine.device)
         # One flag per step since the last `take_skipped`: 1 if the step was skipped.
         self._flags: list[torch.Tensor] = []
         # Number of skipped steps in a row up to now, and the loss of the first of them.
         self.consecutive_skips = torch.zeros(2, device=machine.device)
-        self._good, self._skipped = torch.tensor([[0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0]], device=machine.device)
+        rest = [0.0] * len(auxiliary)
+        counts = [[0.0, 0.0, 0.0, 1.0, *rest], [0.0, 0.0, 1.0, 1.0, *rest]]
+        self._good, self._skipped = torch.tensor(counts, device=machine.device)
 
     def advance(
         self,
@@ -94,11 +100,11 @@ class TrainingState:
         for parameter in self.parameters:
             parameter.grad = None
         *first, last = batch.split(accumulation)
-        loss = torch.zeros((), device=self.machine.device)
+        losses = torch.zeros(1 + len(self.auxiliary), device=self.machine.device)
         with local_gradients(network) if first else nullcontext():
             for part in first:
-                loss += self._backward(network, objective, part, accumulation)
-        loss += self._backward(network, objective, last, accumulation)
+                losses += self._backward(network, objective, part, accumulation)
+        losses += self._backward(network, objective, last, accumulation)
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
         norm = gather_dtensor(get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
@@ -113,8 +119,9 @@ class TrainingState:
         self.scaler.update()
         for average in (self.ema, *self.power_averages):
             average.update(self.network, 1 - bad)
+        loss, *others = losses
         zero = torch.zeros_like(norm)
-        good = self._good + torch.stack([loss, norm, zero, zero])
+        good = self._good + torch.stack([loss, norm, zero, zero, *others])
         self.sums += torch.where(bad > 0, self._skipped, good)
         count, first_loss = self.consecutive_skips
         one_more = torch.stack([count + 1, torch.where(count > 0, first_loss, loss)])
@@ -130,11 +137,15 @@ class TrainingState:
         return [first + index for index, flag in enumerate(flags) if flag]
 
     def _backward(self, network: nn.Module, objective: Objective, part: Batch, parts: int) -> torch.Tensor:
-        """Add the gradient of a part's mean loss divided by the number of `parts`; returns the divided loss."""
-        losses = objective.loss(self.machine.evaluating(network), part.data, part.noise, part.draws, part.condition)
-        loss = losses.mean() / parts
-        self.scaler.scale(loss).backward()
-        return loss.detach()
+        """Add the gradient of a part's mean loss divided by the number of `parts`.
+
+        Returns:
+            The divided means of the objective's loss and of the auxiliary losses, [1 + number of names].
+        """
+        evaluated = self.machine.evaluating(network)
+        losses = training_losses(objective, evaluated, part.data, part.noise, part.draws, part.condition)
+        self.scaler.scale(losses.total.mean() / parts).backward()
+        return torch.stack([each.mean() / parts for each in losses.logged.values()])
 
     def content(self, processes: Processes = Processes()) -> dict[str, Any]:  # noqa: B008
         """Gather the training state, everything that an exact resume needs.

@@ -15,7 +15,7 @@ from datasets_prep.moments import MomentSource
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.score import reference_statistics, score_images
 from evaluation.trained_flow import ExactPoints
-from flow.guidance import GuidanceOptions
+from flow.guidance import GuidanceOptions, VelocityNetwork
 from flow.losses.contrast import correct
 from flow.objectives import Objective
 from flow.solvers import SolverOptions
@@ -131,7 +131,7 @@ class Validation:
 
     def _draw(self, network: nn.Module, count: int) -> Iterator[GeneratedBatch]:
         sampler = Sampler(
-            network=self.objective.velocity(network),
+            network=VelocityNetwork(network, self.objective.velocity),
             autoencoder=self.autoencoder,
             facts=self.dataset.facts,
             latent_shape=self.header.latent_shape,

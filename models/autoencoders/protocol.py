@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
-__all__ = ["Autoencoder", "AutoencoderFacts"]
+__all__ = ["Autoencoder", "AutoencoderFacts", "Encoder"]
 
 
 @dataclass(frozen=True)
@@ -53,26 +53,39 @@ class AutoencoderFacts:
         return {**facts, "scale_factor": self.scale_factor, **scale}
 
 
-class Autoencoder(Protocol):
-    """Encodes images, samples latents and decodes them.
+class Encoder(Protocol):
+    """Encodes images. Caches of encoded images need nothing else.
 
     Attributes:
         factor: downsampling factor H / h.
-        latent_channels: c.
-        moment_channels: number of channels that `encode` returns: 2 c with a posterior, else c.
-        has_posterior: whether `encode` returns a mean and a log-variance.
-        is_pixel_space: whether latents are the pixels themselves. There is then nothing to cache, and encoding is lossless.
+        moment_channels: number of channels that `encode` returns.
+        is_pixel_space: whether the code is the pixels themselves. There is then nothing to cache, and encoding is lossless.
     """
 
     factor: int
-    latent_channels: int
     moment_channels: int
-    has_posterior: bool
     is_pixel_space: bool
 
     def describe(self) -> AutoencoderFacts:
         """The record for checkpoints and latent caches."""
         ...
+
+    def encode(self, images: torch.Tensor) -> torch.Tensor:
+        """Encode uint8 images [B, C, H, W] to float32 [B, moment_channels, h, w]."""
+        ...
+
+
+class Autoencoder(Encoder, Protocol):
+    """Encodes images, samples latents and decodes them. `encode` returns the posterior's moments.
+
+    Attributes:
+        latent_channels: c.
+        moment_channels: 2 c with a posterior, else c.
+        has_posterior: whether `encode` returns a mean and a log-variance.
+    """
+
+    latent_channels: int
+    has_posterior: bool
 
     def to(self, device: torch.device | str) -> Self:
         """Move the weights, and the latents' mean and std, to `device`."""
@@ -80,10 +93,6 @@ class Autoencoder(Protocol):
 
     def restore_scale(self, stored: AutoencoderFacts) -> None:
         """Scale latents by the mean and std in `stored`, even if the autoencoder's configuration has changed since."""
-        ...
-
-    def encode(self, images: torch.Tensor) -> torch.Tensor:
-        """Encode uint8 images [B, C, H, W] to float32 moments [B, moment_channels, h, w]."""
         ...
 
     def sample(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 
 from checkpoints.header import FORMAT, Header, PowerAverage
 from datasets_prep.image_dataset import DatasetFacts
+from flow.auxiliary.losses import AuxiliaryOptions
 from flow.losses.options import FlowMatchingOptions
 from flow.objectives import OBJECTIVES
 from models.autoencoders.protocol import AutoencoderFacts
@@ -35,6 +36,8 @@ FULL = Header(
     path=FlowMatchingOptions("logit_normal", 0.5, 1.5, sigma_min=1e-3),
     objective="another",
     contrast_means=(0.5, -1.25),
+    auxiliary=AuxiliaryOptions(dispersive=0.25, auxiliary_until=7),
+    encoder=AutoencoderFacts("a_model", "12" * 32),
     training={"lr": 1e-4, "adam_betas": [0.9, 0.999], "use_ema": True},
     precision="bf16",
     compiled=True,

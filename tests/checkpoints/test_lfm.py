@@ -4,6 +4,7 @@ import argparse
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from models.autoencoders.loading import AutoencoderOptions
 from models.conditions import Condition, DenseInput
 from models.dit import DiTOptions
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
+from models.registry import build_network
 from options import UsageError
 from sampling.loading import load_sampler
 from sampling.request import sampler_request, sampling_groups
@@ -289,6 +291,18 @@ def test_a_network_that_predicts_data_is_not_converted_to_lfms_format(convert, t
     assert code == 2
     assert "predicts the data, but networks in LFM's files predict the velocity" in err
     assert not (tmp_path / "m.pth").exists()
+
+
+def test_conversion_leaves_out_auxiliary_heads(convert, tmp_path):
+    options = DiTOptions(num_classes=2, label_dropout=0.1)
+    heads = replace(options, tap_block=2, auxiliary_velocity=0.5, align_latents=1.0)
+    network = build_network("DiT-Mi/2", 8, heads)
+    save_weights(tmp_path / "model.safetensors", network.state_dict(), replace(header_of(heads), latent_size=8))
+    code, _, err = convert(tmp_path / "model.safetensors", tmp_path / "model_1.pth")
+    assert code == 0
+    assert "lacks the auxiliary heads" in err
+    written = torch.load(tmp_path / "model_1.pth", weights_only=True)
+    assert written.keys() == build_network("DiT-Mi/2", 8, options).state_dict().keys()
 
 
 def test_converting_with_an_arguments_file_needs_no_autoencoder(convert, golden, autoencoder, tmp_path):

@@ -7,6 +7,7 @@ import os
 import signal
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -40,6 +41,16 @@ UNET = [
     "--num_res_blocks",
     1,
 ]
+AUXILIARY = ["--tap_block", 2, "--auxiliary_velocity", 0.5, "--align_latents", 1, "--align_features", 0.5]
+AUXILIARY += [
+    "--align_encoder",
+    "test_vit",
+    "--align_encoder_weights",
+    "{place}/encoder.safetensors",
+    "--align_hidden",
+    16,
+]
+AUXILIARY += ["--dispersive", 0.25, "--route_blocks", 2, 5, "--route_rate", 0.5, "--auxiliary_until", 13]
 CONFIGURATIONS = {
     "latent cache": (GENERATION, LATENT),
     "encoded on the fly by three workers": (GENERATION, [*LATENT, "--no_latent_cache", "--num_workers", 3]),
@@ -50,7 +61,12 @@ CONFIGURATIONS = {
     "without EMA": (GENERATION, [*PIXELS, "--no-use_ema", "--lr_schedule", "trapezoid"]),
     "dropout in the network": (GENERATION, [*UNET, "--label_dim", 10, "--dropout", 0.3, "--grad_accumulation", 2]),
     "compiled, in bfloat16": (GENERATION, [*PIXELS, "--precision", "bf16", "--compile"]),
+    "compiled, with auxiliary heads and routing": (
+        GENERATION,
+        [*PIXELS, *AUXILIARY, "--precision", "bf16", "--compile", "--grad_accumulation", 2],
+    ),
     "scaled losses in float16": (GENERATION, [*PIXELS, "--precision", "fp16", "--optimizer", "muon"]),
+    "auxiliary heads, an image encoder and routing": (GENERATION, [*LATENT, *AUXILIARY]),
     "inpainting": (INPAINTING, [*PIXELS, "--condition_dropout", 0.3]),
     "label maps": (SEMANTIC_SYNTHESIS, [*PIXELS, "--condition_dropout", 0.3, "--grad_accumulation", 2]),
 }
@@ -68,8 +84,8 @@ OFTEN = [
 ]
 
 
-FAST = "encoded on the fly by three workers"
-SOME_SLOW = [name if name == FAST else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGURATIONS]
+FAST = ("encoded on the fly by three workers", "auxiliary heads, an image encoder and routing")
+SOME_SLOW = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGURATIONS]
 
 
 class PowerCutError(Exception):
@@ -111,6 +127,7 @@ def place(tmp_path_factory, write_idx):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         new_autoencoder_kl(1, (8, 8, 8), 2, 32, {"scaling_factor": 0.5}).save_pretrained(place / "ae")
+        save_file(timm.create_model("test_vit").state_dict(), place / "encoder.safetensors")
     return place
 
 

@@ -90,8 +90,9 @@ def test_one_batch_may_have_samples_inside_and_outside_the_interval():
 
 @pytest.mark.parametrize("interval", [(0.5,), (0.6, 0.2), (0.0, 1.5), (0.0, 0.5, 1.0)])
 def test_invalid_intervals_are_refused(interval):
-    with pytest.raises(UsageError, match="--cfg_interval: expected two times 0 <= LOW <= HIGH <= 1, but"):
-        GuidanceOptions(2.0, cfg_interval=interval)
+    for name in ("cfg_interval", "internal_guidance_interval"):
+        with pytest.raises(UsageError, match=f"--{name}: expected two times 0 <= LOW <= HIGH <= 1, but"):
+            GuidanceOptions(2.0, **{name: interval})
 
 
 def test_a_guided_velocity_in_closed_form():

@@ -78,13 +78,15 @@ def test_a_nan_loss_does_not_stop_the_log(tmp_path):
 def test_after_resuming_throughput_counts_new_steps_and_means_count_all(monkeypatch):
     now = [50.0]
     monkeypatch.setattr("time.monotonic", lambda: now[0])
-    state = SimpleNamespace(step=143, seconds=100.0, sums=torch.tensor([86.0, 43.0, 0.0, 43.0]))  # 43 steps before
+    sums = torch.tensor([86.0, 43.0, 0.0, 43.0, 129.0])  # 43 steps before
+    state = SimpleNamespace(step=143, seconds=100.0, sums=sums, auxiliary=("dispersive",))
     clock = Clock(state)
-    state.sums += torch.tensor([14.0, 7.0, 0.0, 7.0])
+    state.sums += torch.tensor([14.0, 7.0, 0.0, 7.0, 21.0])
     state.step, now[0] = 150, 64.0
     values = clock.lap(128, Processes())
     assert values["images_per_s"] == pytest.approx(7 * 128 / 14)
     assert (values["loss"], values["grad_norm"], values["seconds"]) == pytest.approx((2.0, 1.0, 114.0))
-    state.sums += torch.tensor([10.0, 10.0, 0.0, 10.0])
+    assert values["dispersive"] == pytest.approx(3.0)
+    state.sums += torch.tensor([10.0, 10.0, 0.0, 10.0, 0.0])
     state.step, now[0] = 160, 84.0
     assert clock.lap(128, Processes())["images_per_s"] == pytest.approx(10 * 128 / 20)

@@ -1,5 +1,6 @@
 """Script that test_parallel.py runs in two processes with a launcher: `python two_processes.py FOLDER [compiled]`."""
 
+import copy
 import dataclasses
 import importlib.util
 import signal
@@ -13,6 +14,8 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from evaluation.statistics import RunningMoments  # noqa: E402
+from flow.auxiliary.losses import AuxiliaryOptions  # noqa: E402
+from flow.auxiliary.objective import auxiliary_names  # noqa: E402
 from flow.objectives import FlowMatching, Times  # noqa: E402
 from flow.paths import PathOptions  # noqa: E402
 from models.conditions import Condition  # noqa: E402
@@ -20,7 +23,8 @@ from runtime.distributed import join_processes  # noqa: E402
 from runtime.processes.parallel import replicate, shard  # noqa: E402
 from sampling.sampler import GeneratedBatch, first_images  # noqa: E402
 from sampling.writer import SampleWriter  # noqa: E402
-from training.data import Batch  # noqa: E402
+from training.auxiliary.setup import add_auxiliary  # noqa: E402
+from training.data import Batch, StepStreams  # noqa: E402
 from training.loop import train  # noqa: E402
 from training.optimizers import OptimizerOptions  # noqa: E402
 from training.state import TrainingState  # noqa: E402
@@ -93,19 +97,47 @@ def every_family(processes):
     torch.manual_seed(0)
     data, noise = torch.randn(2, 4, 3, 8, 8)
     batch = Batch(data, noise, Times(torch.rand(4)), Condition(torch.arange(4) % 2))
-    part = batch.split(2)[processes.rank]
     variants = [("DiT-Mi/2", options) for options in small_networks.DIT_VARIANTS]
     for model_type, options in [*small_networks.SMALL.items(), *variants]:
-        contents = []
-        for mode in ("alone", "replicated", "sharded"):
-            network = small_networks.new_network(model_type, options).requires_grad_(True)
-            place = partial(shard, device=torch.device("cpu"), processes=processes) if mode == "sharded" else None
-            state = TrainingState(network, runs.MACHINE, 0.9, OptimizerOptions(), place)
-            velocity = replicate(network, processes) if mode == "replicated" else network
-            state.advance(velocity, OBJECTIVE, batch if mode == "alone" else part, RATE, 0.0)
-            contents.append(state.content(processes))
-        if processes.is_main:
-            assert_same_step(*contents, model_type)
+        compare_steps(processes, model_type, options, OBJECTIVE, batch)
+
+
+def auxiliary_losses(processes):
+    """The same with auxiliary heads and routing, while all losses count and after some have ended."""
+    heads = {
+        "auxiliary_velocity": 0.5,
+        "align_latents": 1.0,
+        "align_features": 0.5,
+        "align_width": 5,
+        "align_hidden": 8,
+    }
+    routing = {"tap_block": 2, "route_blocks": (2, 5), "route_rate": 0.5}
+    options = dataclasses.replace(small_networks.SMALL["DiT-Mi/2"], **heads, **routing)
+    objective = add_auxiliary(OBJECTIVE, options, AuxiliaryOptions(auxiliary_until=3))
+    data, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for step in (0, 5):
+        draws = objective.draw(StepStreams(0, step, 4, (3, 8, 8), torch.device("cpu")))
+        draws = draws._replace(features=torch.randn(4, 5, 4, 4, generator=torch.Generator().manual_seed(1)))
+        batch = Batch(data, noise, draws, Condition(torch.arange(4) % 2))
+        compare_steps(processes, "DiT-Mi/2", options, objective, batch)
+
+
+def compare_steps(processes, model_type, options, objective, batch):
+    part, contents = batch.split(2)[processes.rank], []
+    for mode in ("alone", "replicated", "sharded"):
+        network = small_networks.new_network(model_type, options).requires_grad_(True)
+        place = partial(shard, device=torch.device("cpu"), processes=processes) if mode == "sharded" else None
+        names = auxiliary_names(objective)
+        state = TrainingState(network, runs.MACHINE, 0.9, OptimizerOptions(), place, auxiliary=names)
+        velocity = replicate(network, processes) if mode == "replicated" else network
+        for _ in range(2):  # an unused weight would be an error in the second step
+            state.advance(velocity, objective, batch if mode == "alone" else part, RATE, 0.0)
+            contents.append(copy.deepcopy(state.content(processes)))  # which refers to the state's tensors
+    if processes.is_main:
+        assert_same_step(*contents[::2], model_type)
+        alone, *others = contents[1::2]
+        for other in others:
+            torch.testing.assert_close(other["sums"].mean(0), alone["sums"][0], rtol=1e-4, atol=1e-5)
 
 
 def assert_same_step(alone, replicated, sharded, model_type):
@@ -186,6 +218,7 @@ def main(folder):
             exchange(processes)
             skipped_step(folder / "skipped", processes)
             every_family(processes)
+            auxiliary_losses(processes)
             samples(folder / "samples", processes)
             training(folder, processes)
         print("all is well")

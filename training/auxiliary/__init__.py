@@ -1,0 +1,1 @@
+"""Setup of auxiliary losses: their options, checks, objective and image encoder."""
