@@ -10,16 +10,20 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import get_pretrained_cfg
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 from torch.nn.functional import interpolate
 
+from models.autoencoders.hub import UnreachableHubError, check_hub
 from models.autoencoders.protocol import AutoencoderFacts
 from options import UsageError
 from runtime.torch_files import read_tensors, weights_hash
 from runtime.weights import check_finite
 
 __all__ = ["ImageEncoder", "load_encoder"]
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # names that timm looks for on the hub
 
 
 class ImageEncoder:
@@ -84,9 +88,12 @@ def load_encoder(name: str, file: str = "") -> nn.Module:
         UsageError: timm does not know the model, its weights cannot be downloaded, or the file does not fit.
     """
     try:
+        if not file:
+            _check_hub(name)
         network = _create(name, pretrained=not file)
     except Exception as error:  # timm and the hub raise various errors
-        reason = " ".join(str(error).split())[:200]
+        root = error.__cause__ if isinstance(error, UnreachableHubError) else error
+        reason = " ".join(str(root).split())[:200]
         raise UsageError(
             f"cannot load --align_encoder {name} ({reason}): expected the name of a timm model, and without network access its "
             "weights as --align_encoder_weights FILE"
@@ -99,6 +106,13 @@ def load_encoder(name: str, file: str = "") -> nn.Module:
 def feature_width(network: nn.Module) -> int:
     """Width d of a timm model's features."""
     return int(network.num_features)  # type: ignore[arg-type]
+
+
+def _check_hub(name: str) -> None:
+    """Check that the hub answers if the published weights of a timm model must be downloaded."""
+    published = get_pretrained_cfg(name)
+    if published is not None and published.hf_hub_id:
+        check_hub(published.hf_hub_id, WEIGHT_FILES)
 
 
 def _create(name: str, pretrained: bool) -> nn.Module:

@@ -118,6 +118,23 @@ def test_a_checkpoint_without_the_head_is_refused(checkpoint, place, call, tmp_p
         latent_flow.load(tmp_path / "model_1.safetensors").sample(count=1, internal_guidance=1.9)
 
 
+def test_with_other_blocks_and_losses_a_network_trains_and_samples(place, call):
+    """Heads on coarse tokens, class tokens, routing, a data prediction and contrastive flow matching in one run."""
+    blocks = ["--model_type", "DiT-Mi/2", "--fine_blocks", 2, "--class_tokens", 1, "--rope", "--norm", "rms"]
+    losses = ["--prediction", "data", "--contrastive_weight", 0.05, "--num_classes", 10, "--label_dropout", 0.2]
+    routing = ["--route_blocks", 2, 4, "--route_rate", 0.5]
+    heads = [*HEADS, "--align_encoder_weights", place / "encoder.safetensors", *routing]
+    code, out, err = call(TRAIN, [*train_flags(place, "all"), *blocks, *losses, *heads])
+    assert code == 0, err
+    assert "test_vit: 64 features at 2 x 2 positions" in out
+    checkpoint = place / "saved" / "latent_flow" / "fashion_mnist" / "all" / "model_1.safetensors"
+    found = [
+        samples(call, place, checkpoint, "--cfg_scale", 2, "--internal_guidance", scale, output=f"all {scale}")
+        for scale in (1, 1.9)
+    ]
+    assert not np.array_equal(*found)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -122,10 +122,11 @@ def test_a_step_of_every_family_runs_on_the_device_without_waiting(fake_cuda, mo
     assert {(tensor.device, tensor.dtype) for tensor in floats} == {(CUDA, torch.float32)}
 
 
+@pytest.mark.parametrize("blocks", [{}, {"class_tokens": 1, "rope": True, "value_residual": True}])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_auxiliary_losses_and_routing_do_not_wait(fake_cuda, precision):
+def test_auxiliary_losses_and_routing_do_not_wait(fake_cuda, precision, blocks):
     heads = {"auxiliary_velocity": 0.5, "align_latents": 1.0, "align_features": 0.5, "align_width": 5}
-    options = replace(SMALL["DiT-Mi/2"], **heads, tap_block=1, route_blocks=(1, 2), route_rate=0.5)
+    options = replace(SMALL["DiT-Mi/2"], **heads, **blocks, tap_block=1, route_blocks=(1, 2), route_rate=0.5)
     objective = add_auxiliary(OBJECTIVE, options, AuxiliaryOptions(dispersive=0.5, auxiliary_until=3))
     network = build_network(TINY, 8, options).train()
     names = auxiliary_names(objective)

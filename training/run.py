@@ -13,6 +13,7 @@ from flow.objectives import Objective
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError, option
 from runtime.distributed import Processes
+from runtime.messages import note
 from runtime.precision import Machine
 from training.averages.power import LARGEST_WIDTH, SMALLEST_WIDTH
 from training.experiment import ExperimentOptions
@@ -116,6 +117,14 @@ class TrainingOptions(OptimizerOptions):
         """The learning rate of optimizer step `step`, counted from 0."""
         schedule = "constant" if self.no_lr_decay else self.lr_schedule
         return learning_rate(schedule, self.lr, step, last_step, self.warmup_steps, FINAL_LEARNING_RATE)
+
+    def note_long_warmup(self, steps: int) -> None:
+        """Print a note if the learning rate's warmup does not end within the run's steps."""
+        if 0 < steps <= self.warmup_steps:
+            note(
+                f"--warmup_steps {self.warmup_steps:,} outlasts the run's {steps:,} steps: the last learning rate is "
+                f"{self.rate_at(steps - 1, steps):.3g}"
+            )
 
 
 @dataclass

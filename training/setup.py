@@ -13,7 +13,7 @@ from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, ImageDataset, choose_flips
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
-from datasets_prep.moments import MomentSource, mean_latents, open_moments
+from datasets_prep.moments import mean_latents, open_moments
 from evaluation.checks import check_scoring
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
@@ -66,7 +66,7 @@ from training.network import check_classes, check_labels, choose_architecture, n
 from training.run import TrainingOptions, TrainingRun
 from training.validation import Validation
 
-__all__ = ["note_long_warmup", "prepare", "training_groups"]
+__all__ = ["prepare", "training_groups"]
 
 
 def training_groups() -> tuple[type, ...]:
@@ -120,7 +120,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         inputs = _open_inputs(task, options, machine.for_encoding)
     per_epoch = steps_per_epoch(len(inputs.dataset), training.batch_size * processes.count)
     steps = training.last_step(per_epoch)
-    note_long_warmup(training, steps)
+    training.note_long_warmup(steps)
     machine = machine.settled(steps * training.grad_accumulation, processes, whole=not training.fsdp)
     fact("machine", machine.describe())
     precise = needs_float32(options[SolverOptions]) and options[MachineOptions].precision == "auto"
@@ -172,6 +172,9 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     condition = inputs.held_out_condition
     # A sharded network needs all processes for every evaluation, so each process evaluates all points and samples.
     validating = Processes() if training.fsdp else processes
+    count, exact = experiment.validate_excess, None
+    if count:
+        exact = ExactPoints.draw(header, source, inputs.autoencoder, count, machine.device, validating)
     validation = Validation(
         header=header,
         dataset=inputs.dataset,
@@ -189,7 +192,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         grid=options[GridOptions],
         processes=validating,
         conditioned=ConditionedImages(inputs.held_out, condition) if condition else None,
-        exact=_exact_points(experiment.validate_excess, header, source, inputs.autoencoder, machine, validating),
+        exact=exact,
     )
     run = TrainingRun(
         folder=folder,
@@ -207,19 +210,6 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         features=features,
     )
     return run, resume
-
-
-def _exact_points(
-    count: int, header: Header, source: MomentSource, autoencoder: Autoencoder, machine: Machine, processes: Processes
-) -> ExactPoints | None:
-    """Points at which validations measure the excess loss; None if `count` is 0.
-
-    Raises:
-        UsageError: the exact velocity is not known.
-    """
-    if not count:
-        return None
-    return ExactPoints.draw(header, source, autoencoder, count, machine.device, processes)
 
 
 def _settled(path: PathOptions, architecture: Architecture, global_batch: int) -> PathOptions:
@@ -271,16 +261,6 @@ def _check(training: TrainingOptions, solver: SolverOptions, machine: MachineOpt
     if training.fsdp and machine.precision == "fp16":
         raise UsageError(
             "--fsdp does not support --precision fp16, because processes do not share its loss scale: use --precision bf16"
-        )
-
-
-def note_long_warmup(training: TrainingOptions, steps: int) -> None:
-    """Print a note if the learning rate's warmup does not end within the run's steps."""
-    if 0 < steps <= training.warmup_steps:
-        reached = training.rate_at(steps - 1, steps)
-        note(
-            f"--warmup_steps {training.warmup_steps:,} outlasts the run's {steps:,} steps: the last learning rate is "
-            f"{reached:.3g}"
         )
 
 

@@ -1,11 +1,11 @@
-"""Whether Hugging Face's hub can be reached, asked before diffusers asks.
+"""Whether Hugging Face's hub can be reached, asked before diffusers or timm ask.
 
 Without a connection, huggingface_hub repeats its requests for half a minute (for several minutes if a firewall drops them), and
 diffusers then reports a missing config.json. No setting of theirs limits the number of requests.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
@@ -23,20 +23,20 @@ class UnreachableHubError(UsageError):
     """The hub cannot be reached, and its local cache lacks the files."""
 
 
-def check_hub(name: str) -> None:
-    """Check that the hub answers, unless its cache holds the configuration of the model `name`.
+def check_hub(name: str, files: Sequence[str] = (CONFIG,)) -> None:
+    """Check that the hub answers, unless its cache holds one of the `files` of the model `name`.
 
     A refusal, such as for a wrong name, counts as an answer.
 
     Raises:
         UnreachableHubError: the hub is offline or does not answer up to three requests.
     """
-    if isinstance(try_to_load_from_cache(name, CONFIG), str):
+    if any(isinstance(try_to_load_from_cache(name, file), str) for file in files):
         return
     started = time.monotonic()
     for pause in (*PAUSES_S, None):
         try:
-            get_hf_file_metadata(hf_hub_url(name, CONFIG), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+            get_hf_file_metadata(hf_hub_url(name, files[0]), timeout=constants.HF_HUB_ETAG_TIMEOUT)
         except HfHubHTTPError:
             return
         except Exception as error:  # the HTTP library depends on the version of huggingface_hub

@@ -21,7 +21,7 @@ from training.experiment import ExperimentOptions
 from training.loop import train
 from training.metrics_log import MetricsLog
 from training.run import TrainingOptions
-from training.setup import note_long_warmup, training_groups
+from training.setup import training_groups
 from training.validation import Validation
 
 HUGE = {"lr": 3e38, "weight_decay": 1e38}
@@ -79,7 +79,7 @@ def test_a_run_that_ends_among_skipped_steps_says_so(steps, warned, tmp_path, ca
 
 @pytest.mark.parametrize(("warmup", "noted"), [(1000, True), (10, True), (9, False), (0, False)])
 def test_a_warmup_that_outlasts_the_run_is_a_note(warmup, noted, capsys):
-    note_long_warmup(TrainingOptions(warmup_steps=warmup, no_lr_decay=True, lr=1e-3), 10)
+    TrainingOptions(warmup_steps=warmup, no_lr_decay=True, lr=1e-3).note_long_warmup(10)
     text = capsys.readouterr().err
     assert (f"--warmup_steps {warmup:,} outlasts the run's 10 steps" in text) is noted
     assert ("the last learning rate is 1e-05" in text) is (warmup == 1000)

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from flow.guidance import GuidanceOptions, GuidedVelocity, VelocityNetwork
+from flow.losses.contrast import Correction
+from flow.losses.options import FlowMatchingOptions
+from flow.objectives import FlowMatching
 from flow.solvers import SOLVERS, SolverOptions, solve
 from options import as_json
 
@@ -160,6 +163,28 @@ def test_affine_readings_of_the_network_commute_with_it():
     velocity, worse = read(TappedNetwork())(TIMES, X, Request(LABELS)), read(head)(TIMES, X, Request(LABELS))
     found = guided(read, internal_guidance=1.9)[0](TIMES, X)
     torch.testing.assert_close(found, worse + 1.9 * (velocity - worse), rtol=1e-5, atol=1e-4)
+
+
+def test_a_data_prediction_is_read_from_both_outputs():
+    path = FlowMatchingOptions(prediction="data")
+    read = FlowMatching(path, path).velocity
+    velocity, worse = read(TappedNetwork())(TIMES, X, Request(LABELS)), read(head)(TIMES, X, Request(LABELS))
+    found, network = guided(read, internal_guidance=1.9)
+    torch.testing.assert_close(found(TIMES, X), worse + 1.9 * (velocity - worse), rtol=1e-5, atol=1e-4)
+    assert network.calls == [(4, True)]
+
+
+def test_a_contrastive_networks_internally_guided_velocity_is_corrected_where_classifier_free_guidance_acts():
+    own = VelocityNetwork(TappedNetwork(), lambda network: network)
+    correction = Correction(0.4, torch.randn(1, 2, 3, 3), null=NULL)
+    options = GuidanceOptions(3.0, (0.3, 1.0), internal_guidance=1.9)
+    nulls = torch.full((4,), NULL)
+    parts = Request(LABELS), Request(nulls), options
+    found = GuidedVelocity(own, *parts, correction=correction, internal=own.internally_guided)(TIMES, X)
+    better = correction(extrapolated(1.9), Request(LABELS))
+    expected = plain(nulls) + 3 * (better - plain(nulls))
+    expected[2] = extrapolated(1.9)[2]  # 0.1 is outside the interval
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_the_better_half_of_two_gaussians():

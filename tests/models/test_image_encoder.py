@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from datasets_prep.datasets import DatasetFacts, DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import open_encoded
+from models.autoencoders import hub
 from models.image_encoder import ImageEncoder, feature_width, load_encoder
 from options import UsageError
 from runtime.precision import Machine
@@ -102,6 +103,32 @@ def test_encoders_that_cannot_be_loaded_are_refused(weights, name, file, message
     path = weights(file) if file == "test_vit" else file
     with pytest.raises(UsageError, match=message):
         load_encoder(name, path)
+
+
+def test_without_a_connection_the_error_comes_after_three_requests(monkeypatch):
+    asked = []
+
+    def fail(url, **settings):
+        asked.append(url)
+        raise ConnectionError("no connection")
+
+    monkeypatch.setattr(hub, "get_hf_file_metadata", fail)
+    monkeypatch.setattr(hub, "PAUSES_S", (0, 0))
+    monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, file: None)
+    monkeypatch.setattr(timm, "create_model", lambda *a, **k: pytest.fail("timm would repeat its requests"))
+    with pytest.raises(UsageError, match=r"cannot load --align_encoder test_vit \(no connection\): .*_weights FILE"):
+        load_encoder("test_vit")
+    assert len(asked) == 3
+    assert asked[0].endswith("test_vit.r160_in1k/resolve/main/model.safetensors")
+
+
+def test_weights_in_the_hubs_cache_need_no_connection(monkeypatch):
+    monkeypatch.setattr(hub, "get_hf_file_metadata", lambda *a, **k: pytest.fail("asked the hub"))
+    monkeypatch.setattr(
+        hub, "try_to_load_from_cache", lambda name, file: "a file" if file == "pytorch_model.bin" else None
+    )
+    monkeypatch.setattr(timm, "create_model", lambda name, **settings: settings)
+    assert load_encoder("test_vit")["pretrained"]
 
 
 def test_an_encoder_without_a_grid_is_refused():

@@ -15,7 +15,7 @@ from models.dit import DiT, DiTOptions
 from models.edm_unet import EdmUNetOptions
 from options import UsageError
 from runtime.precision import Machine
-from tests.training.test_loop import assert_same_run, new_run, send_signal
+from tests.training.test_loop import CONTRASTED, EVERY_SWITCH, assert_same_run, new_run, send_signal
 from training.auxiliary.setup import EncoderOptions, add_auxiliary, check_auxiliary, load_encoder
 from training.data import Batch
 from training.loop import train
@@ -136,6 +136,18 @@ def test_a_run_with_auxiliary_losses_resumes_bit_for_bit(tmp_path):
     folder = tmp_path / "interrupted"
     assert not train(run_of(folder, grad_accumulation=2, event=(3, send_signal(15))), resume=False)
     assert train(run_of(folder, grad_accumulation=2), resume=True)
+    assert_same_run(folder, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("path", [CONTRASTED, EVERY_SWITCH])
+def test_with_other_losses_and_blocks_a_run_resumes_bit_for_bit(tmp_path, path):
+    blocks = replace(HEADS, class_tokens=1, rope=True, norm="rms_affine", shared_adaln=True)
+    routed = replace(blocks, route_blocks=(0, 1), route_rate=0.5)
+    settings = {"network": routed, "path": path, "posthoc_ema": (0.05, 0.1)}
+    assert train(run_of(tmp_path / "whole", **settings), resume=False)
+    folder = tmp_path / "interrupted"
+    assert not train(run_of(folder, event=(3, send_signal(15)), **settings), resume=False)
+    assert train(run_of(folder, **settings), resume=True)
     assert_same_run(folder, tmp_path / "whole")
 
 

@@ -8,6 +8,7 @@ import torch
 
 import training.data
 from datasets_prep.moments import mean_latents
+from flow.auxiliary.objective import WithAuxiliary
 from flow.losses.contrast import Correction
 from flow.losses.options import FlowMatchingOptions
 from flow.losses.terms import TrainingDraws
@@ -276,7 +277,7 @@ def test_the_reading_thread_uses_the_runs_gpu(monkeypatch):
 def draw_with(path, first=0, last=4, *, source=None, processes=Processes(), batch_size=6, **changes):  # noqa: B008
     """Batches of flow matching with these options."""
     settings = {"num_classes": CLASSES, "label_dropout": 0.2, "device": torch.device("cpu"), "path": path} | changes
-    settings |= {"objective": OBJECTIVES["flow_matching"].build(path), "batch_size": batch_size, "seed": 3}
+    settings = {"objective": OBJECTIVES["flow_matching"].build(path), "batch_size": batch_size, "seed": 3} | settings
     return list(draw_batches(source or Numbered(), PixelSpace(1), first, last, processes=processes, **settings))
 
 
@@ -311,6 +312,23 @@ def test_contrasted_batches_split_into_parts():
     parts = batch.split(3)
     assert isinstance(parts[0].draws, TrainingDraws)
     assert torch.equal(torch.cat([part.draws.other_velocity for part in parts]), batch.draws.other_velocity)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_with_auxiliary_losses_contrasts_and_features_are_those_of_the_same_samples(count):
+    path = FlowMatchingOptions(contrastive_weight=0.3)
+    plain = draw_with(path)
+    objective = WithAuxiliary(OBJECTIVES["flow_matching"].build(path), {}, routes=True)
+    for rank in range(count):
+        share = slice(6 // count * rank, 6 // count * (rank + 1))
+        found = draw_with(
+            path, processes=Processes(rank, count), batch_size=6 // count, objective=objective, features=Numbered()
+        )
+        for batch, without in zip(found, plain, strict=True):
+            for column, expected in zip(batch.draws.base, without.draws, strict=True):
+                assert torch.equal(column, expected[share])
+            assert torch.equal(batch.draws.features, without.data[share])
+            assert batch.draws.routing.shape == (6 // count, *batch.data.shape[2:])
 
 
 def test_a_dropped_map_has_no_contrast():

@@ -103,7 +103,7 @@ def every_family(processes):
 
 
 def auxiliary_losses(processes):
-    """The same with auxiliary heads and routing, while all losses count and after some have ended."""
+    """The same with auxiliary heads and routing: while all losses count, after some have ended, and in every variant of DiT."""
     heads = {
         "auxiliary_velocity": 0.5,
         "align_latents": 1.0,
@@ -111,13 +111,15 @@ def auxiliary_losses(processes):
         "align_width": 5,
         "align_hidden": 8,
     }
-    routing = {"tap_block": 2, "route_blocks": (2, 5), "route_rate": 0.5}
-    options = dataclasses.replace(small_networks.SMALL["DiT-Mi/2"], **heads, **routing)
-    objective = add_auxiliary(OBJECTIVE, options, AuxiliaryOptions(auxiliary_until=3))
+    routing = {"tap_block": 2, "route_blocks": (2, 4), "route_rate": 0.5}
     data, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for step in (0, 5):
+    plain, *variants = small_networks.SMALL["DiT-Mi/2"], *small_networks.DIT_VARIANTS
+    for blocks, step in [(plain, 0), (plain, 5), *((variant, 0) for variant in variants)]:
+        options = dataclasses.replace(blocks, **heads, **routing)
+        objective = add_auxiliary(OBJECTIVE, options, AuxiliaryOptions(auxiliary_until=3))
         draws = objective.draw(StepStreams(0, step, 4, (3, 8, 8), torch.device("cpu")))
-        draws = draws._replace(features=torch.randn(4, 5, 4, 4, generator=torch.Generator().manual_seed(1)))
+        side = 2 if blocks.fine_blocks else 4
+        draws = draws._replace(features=torch.randn(4, 5, side, side, generator=torch.Generator().manual_seed(1)))
         batch = Batch(data, noise, draws, Condition(torch.arange(4) % 2))
         compare_steps(processes, "DiT-Mi/2", options, objective, batch)
 

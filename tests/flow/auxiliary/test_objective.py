@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from flow.auxiliary.losses import TapBatch, latent_loss, velocity_loss
-from flow.auxiliary.objective import Term, WithAuxiliary, auxiliary_names, training_losses
+from flow.auxiliary.objective import Term, WithAuxiliary, auxiliary_names, replace_draws, training_losses
+from flow.losses.options import FlowMatchingOptions
+from flow.losses.terms import TrainingDraws
 from flow.objectives import FlowMatching
 from flow.paths import PathOptions
 from models.conditions import Condition
@@ -69,6 +71,27 @@ def test_the_total_is_the_weighted_sum_and_the_logged_loss_is_the_objectives():
     torch.testing.assert_close(losses.logged["align_latents"], latents)
     torch.testing.assert_close(losses.total, flow + 0.5 * head + 2 * latents)
     assert auxiliary_names(objective) == ("auxiliary_velocity", "align_latents")
+
+
+def test_the_auxiliary_velocity_has_the_objectives_prediction_terms_and_weights():
+    """With contrastive flow matching, a direction loss and a data prediction, it has the loss of a network of its own."""
+    options = FlowMatchingOptions(
+        contrastive_weight=0.3, velocity_direction=0.5, prediction="data", loss_weighting="min_snr"
+    )
+    base = FlowMatching(options, options)
+    objective, draws = WithAuxiliary(base, {"auxiliary_velocity": TERMS["auxiliary_velocity"]}), base.draw(streams())
+    others = {"other_velocity": torch.randn_like(DATA), "contrast": torch.tensor([0.3, 0.3, 0.0, 0.3, 0.0, 0.3])}
+    wrapped = replace_draws(objective.draw(streams()), **others)
+    draws = replace_draws(draws, **others)
+    assert isinstance(draws, TrainingDraws)
+    assert torch.equal(wrapped.base.other_velocity, others["other_velocity"])
+    found = training_losses(objective, Network(), DATA, NOISE, wrapped, Condition())
+    flow, head = (base.loss(lambda t, x, c, n=n: x / n, DATA, NOISE, draws, Condition()) for n in (2, 3))
+    assert torch.equal(found.logged["loss"], flow)
+    torch.testing.assert_close(found.logged["auxiliary_velocity"], head)
+    torch.testing.assert_close(found.total, flow + 0.5 * head)
+    plain = draws._replace(contrast=torch.zeros(6))
+    assert (base.loss(lambda t, x, c: x / 3, DATA, NOISE, plain, Condition()) - head).abs().max() > 0.1
 
 
 def test_validation_and_sampling_use_the_objective_alone():
