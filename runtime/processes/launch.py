@@ -99,7 +99,7 @@ def run_script(
         return parse_options(
             description,
             [*groups, LaunchOptions],
-            argv,
+            argv=argv,
             positional=positional,
             ignored=ignored,
             task=task,
