@@ -1,7 +1,7 @@
 """Training of a small AutoencoderKL (Kingma & Welling 2014; Rombach et al. 2022) for a dataset without a pretrained one.
 
-The loss is the mean squared error of the decoded posterior sample, plus a small weight times the Kullback-Leibler (KL)
-divergence of the posterior from the standard normal.
+models/autoencoders/training_loss.py defines the loss: the mean squared error of the decoded posterior sample, plus a small
+weight times the Kullback-Leibler (KL) divergence of the posterior from the standard normal, and optional terms.
 """
 
 import copy
@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from datasets_prep.datasets import DatasetFacts, ImageDataset
-from models.autoencoders.kl import LOGVAR_RANGE, KLAutoencoder, decode_pixels, encode_moments, new_autoencoder_kl
+from models.autoencoders.kl import KLAutoencoder, load_kl, new_autoencoder_kl
 from models.autoencoders.pixels import images_to_pixels
+from models.autoencoders.training_loss import AutoencoderLossOptions, LossStreams, autoencoder_losses
 from options import UsageError, option
 from runtime.files import replace_folder, write_json
 from runtime.messages import show, warn
@@ -25,8 +25,10 @@ from runtime.outputs import check_folder
 from runtime.precision import Machine
 from runtime.progress import progress_bar
 from runtime.randomness import generator_for
+from runtime.weights import find_mismatch
 from training.ema import Ema
 from training.nan_guard import check_loss, check_trained
+from training.optimizers import Muon
 from training.schedules import SCHEDULES, learning_rate
 
 __all__ = [
@@ -39,10 +41,11 @@ __all__ = [
 ]
 
 SAVE_EVERY = 1000  # steps between snapshots
+OUTER_LAYERS = ("conv_in", "conv_out", "quant_conv")  # next to images or latents; never trained by Muon
 
 
 @dataclass(frozen=True)
-class AutoencoderTrainingOptions:
+class AutoencoderTrainingOptions(AutoencoderLossOptions):
     """Autoencoder training."""
 
     output: str = option("autoencoder", "output folder, in diffusers format")
@@ -53,12 +56,19 @@ class AutoencoderTrainingOptions:
     image_channels: int | None = option(
         None, "input channels; default: the dataset's; 3 repeats the channel of gray images", minimum=1
     )
-    kl_weight: float = option(
-        1e-6, "weight of the KL divergence per image; the mean squared error has weight 1", minimum=0
+    initial_weights: str | None = option(
+        None, "folder of an autoencoder with the same --widths, whose weights training starts from; default: random"
+    )
+    freeze_encoder: bool = option(
+        False, "train only the decoder, so that the latents of --initial_weights do not change"
     )
     batch_size: int = option(32, "images per step", minimum=1)
     max_steps: int = option(10000, "optimizer steps", minimum=1)
+    optimizer: str = option(
+        "adamw", "adamw, or muon: Muon for the kernels of hidden layers, AdamW for the rest", choices=("adamw", "muon")
+    )
     lr: float = option(2e-3, "learning rate", minimum=0)
+    muon_lr: float = option(0.01, "learning rate of Muon's kernels; follows the schedule of lr", minimum=0)
     lr_schedule: str = option("trapezoid", "learning-rate schedule", choices=SCHEDULES)
     ema_decay: float = option(
         0.999, "decay of the exponential moving average (EMA) of the weights, which is saved", minimum=0
@@ -79,30 +89,30 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
     """
     facts = dataset.facts
     channels = _choose_channels(facts, options)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(options.seed)
-        network = new_autoencoder_kl(channels, options.widths, options.latent_channels, facts.image_size, {})
+    network = _initial_network(channels, facts.image_size, options)
     network = network.to(machine.device).to(memory_format=torch.channels_last)
     ema = Ema(network, options.ema_decay)
-    optimizer = torch.optim.AdamW(network.parameters(), options.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizers = _make_optimizers(network, options)
     border = 0 if facts.crop is None else (facts.image_size - facts.crop) // 2
-    noise_source = generator_for(options.seed, "posterior", device=machine.device)
+    streams = LossStreams.from_seed(options.seed, machine.device)
     batches = _shuffled_batches(dataset, options.batch_size, options.seed, machine.device)
 
     progress = progress_bar(range(options.max_steps), desc="autoencoder", unit="step")
     started = time.perf_counter()
     for step in progress:
-        rate = learning_rate(options.lr_schedule, options.lr, step, options.max_steps, warmup=100)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in optimizers:
+            base = optimizer.defaults["lr"]
+            rate = learning_rate(options.lr_schedule, base, step, options.max_steps, warmup=100)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         pixels = next(batches).expand(-1, channels, -1, -1)
         with machine.autocast():
-            error, divergence = _losses(network, pixels, border, noise_source)
-        loss = error + options.kl_weight * divergence
-        optimizer.zero_grad()
+            loss, error, divergence = autoencoder_losses(network, pixels, border, options, streams)
+        network.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         ema.update(network)
         if (step + 1) % SAVE_EVERY == 0:
             _save_snapshot(ema.network, options)
@@ -139,6 +149,43 @@ def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Mac
 def snapshot_folder(options: AutoencoderTrainingOptions) -> Path:
     """The folder for snapshots of the weights until the finished autoencoder is saved."""
     return Path(f"{options.output}.snapshot")
+
+
+def _initial_network(channels: int, image_size: int, options: AutoencoderTrainingOptions) -> Any:
+    """The network before training: random, or with the weights of --initial_weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(options.seed)
+        network = new_autoencoder_kl(channels, options.widths, options.latent_channels, image_size, {})
+    if options.initial_weights is not None:
+        if not Path(options.initial_weights).is_dir():
+            raise UsageError(f"--initial_weights {options.initial_weights}: expected the folder of an autoencoder")
+        loaded = load_kl(Path(options.initial_weights), options.initial_weights, scale_factor=1.0)
+        weights = loaded.network.state_dict()
+        mismatch = find_mismatch(network.state_dict(), weights)
+        if any(mismatch):
+            raise UsageError(
+                f"--initial_weights {options.initial_weights} does not fit --widths and --latent_channels; {mismatch}; "
+                "pass the widths, latent channels and image channels of that autoencoder"
+            )
+        network.load_state_dict(weights)
+    if options.freeze_encoder:
+        if options.initial_weights is None:
+            raise UsageError("--freeze_encoder needs --initial_weights: a random encoder loses the images' details")
+        for part in (network.encoder, network.quant_conv):
+            part.requires_grad_(False)
+    return network
+
+
+def _make_optimizers(network: nn.Module, options: AutoencoderTrainingOptions) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights; or Muon for the kernels between hidden layers, and AdamW for the rest."""
+    others: list[nn.Parameter] = []
+    kernels: list[nn.Parameter] = []
+    for name, weights in network.named_parameters():
+        if weights.requires_grad:
+            hidden = weights.dim() == 4 and not any(layer in name for layer in OUTER_LAYERS)
+            (kernels if hidden and options.optimizer == "muon" else others).append(weights)
+    adamw = torch.optim.AdamW(others, options.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    return [adamw, Muon(kernels, options.muon_lr, weight_decay=0.01)] if kernels else [adamw]
 
 
 def _choose_channels(facts: DatasetFacts, options: AutoencoderTrainingOptions) -> int:
@@ -195,20 +242,6 @@ def save_autoencoder(
     with replace_folder(folder) as temporary:
         stored.save_pretrained(temporary)
         write_json(temporary / "training.json", options)
-
-
-def _losses(
-    network: nn.Module, pixels: torch.Tensor, border: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean squared error of the images without their padding, and mean KL divergence per image."""
-    mean, logvar = encode_moments(network, pixels).float().chunk(2, dim=1)
-    logvar = logvar.clamp(*LOGVAR_RANGE)
-    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-    decoded = decode_pixels(network, mean + (0.5 * logvar).exp() * noise).float()
-    height, width = pixels.shape[2] - border, pixels.shape[3] - border
-    inside = (slice(None), slice(None), slice(border, height), slice(border, width))
-    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-    return functional.mse_loss(decoded[inside], pixels[inside]), divergence
 
 
 def _shuffled_batches(

@@ -128,8 +128,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, states: Mapping[int, 
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum with orthogonalized updates, for matrices.
 
+    The kernel of a convolution counts as a matrix with one row per output channel.
+
     Args:
-        params: parameters [rows, columns], or groups of them.
+        params: parameters [rows, columns] or [rows, ...], or groups of them.
         lr: learning rate. The spectral norm of an update is about lr max(1, rows / columns)^(1/2).
         momentum: decay of the momentum.
         weight_decay: decoupled weight decay, multiplied by the learning rate.
@@ -170,8 +172,10 @@ class Muon(torch.optim.Optimizer):
         rate = group["lr"] * good
         if group["weight_decay"]:
             torch._foreach_mul_(matrices, 1 - rate * group["weight_decay"])
-        update = orthogonalize(step.to(self.dtype)).to(step.dtype) * (rate * max(1, shape[0] / shape[1]) ** 0.5)
-        torch._foreach_sub_(matrices, update.unbind())
+        columns = shape.numel() // shape[0]
+        direction = orthogonalize(step.to(self.dtype).flatten(2)).to(step.dtype)
+        update = direction * (rate * max(1, shape[0] / columns) ** 0.5)
+        torch._foreach_sub_(matrices, update.view_as(step).unbind())
 
 
 def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datasets_prep.datasets import DatasetFacts, ImageDataset
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import KLAutoencoder, decode_pixels, encode_moments, new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pixels import images_to_pixels
 from options import DivergedError, UsageError
@@ -64,36 +64,6 @@ def test_weights_depend_only_on_the_seed():
     assert all(torch.equal(value, second[name]) for name, value in first.items())
     other = train_autoencoder(dataset, dataclasses.replace(TINY, seed=1), CPU).state_dict()
     assert not torch.equal(other["encoder.conv_in.weight"], first["encoder.conv_in.weight"])
-
-
-def test_divergence_equals_torch_distributions():
-    network, pixels = tiny_network(), images_to_pixels(blobs(5))
-    _, divergence = module._losses(network, pixels, 0, torch.Generator().manual_seed(0))
-    mean, logvar = module.encode_moments(network, pixels).chunk(2, dim=1)
-    posterior = torch.distributions.Normal(mean, (0.5 * logvar).exp())
-    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).sum((1, 2, 3)).mean()
-    torch.testing.assert_close(divergence, expected)
-
-
-def test_padding_is_not_reconstructed(monkeypatch):
-    decoded = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    monkeypatch.setattr(module, "decode_pixels", lambda network, z: decoded)
-    pixels = images_to_pixels(blobs(5))
-    error, _ = module._losses(tiny_network(), pixels, 2, torch.Generator().manual_seed(0))
-    error.backward()
-    expected = torch.zeros_like(pixels)
-    expected[..., 2:6, 2:6] = (2 * (decoded - pixels) / (5 * 4 * 4)).detach()[..., 2:6, 2:6]
-    torch.testing.assert_close(decoded.grad, expected)
-
-
-def test_decoded_latents_are_posterior_samples(monkeypatch):
-    seen = []
-    monkeypatch.setattr(module, "decode_pixels", lambda network, z: seen.append(z) or torch.zeros(5, 1, 8, 8))
-    network, pixels = tiny_network(), images_to_pixels(blobs(5))
-    module._losses(network, pixels, 0, torch.Generator().manual_seed(3))
-    mean, logvar = module.encode_moments(network, pixels).chunk(2, dim=1)
-    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
-    torch.testing.assert_close(seen[0], mean + (0.5 * logvar).exp() * noise)
 
 
 def test_every_epoch_is_a_different_permutation_of_all_images():
@@ -205,3 +175,86 @@ def test_weights_that_are_not_finite_do_not_replace_a_snapshot(tmp_path):
     with torch.no_grad():
         network.decoder.conv_in.bias[0] = 1e6
     save_autoencoder(network, folder, {}, dataclasses.replace(TINY, half_weights=False))
+
+
+def test_muon_trains_the_kernels_between_hidden_layers():
+    network = tiny_network()
+    (adamw,) = module._make_optimizers(network, TINY)
+    assert len(adamw.param_groups[0]["params"]) == len(list(network.parameters()))
+    others, muon = module._make_optimizers(network, dataclasses.replace(TINY, optimizer="muon", muon_lr=0.5))
+    names = {id(weights): name for name, weights in network.named_parameters()}
+    kernels, rest = ([names[id(p)] for p in o.param_groups[0]["params"]] for o in (muon, others))
+    assert muon.defaults["lr"] == 0.5
+    assert "decoder.mid_block.resnets.0.conv1.weight" in kernels
+    assert not any(word in name for name in kernels for word in ("conv_in", "conv_out", "quant", "bias", "norm"))
+    assert sorted(kernels + rest) == sorted(names.values())
+
+
+def test_muon_trains_convolutions():
+    images = blobs(128)
+    settings = dataclasses.replace(TINY, max_steps=60, lr=1e-2, ema_decay=0.5, optimizer="muon", muon_lr=0.02)
+    autoencoder = KLAutoencoder(train_autoencoder(dataset_of(images), settings, CPU), "x")
+    restored = autoencoder.decode(autoencoder.sample(autoencoder.encode(images)))
+    pixels = images_to_pixels(images)
+    assert (restored - pixels).square().mean() < (pixels - pixels.mean(0)).square().mean() / 4
+
+
+def test_training_without_new_options_is_the_first_versions_bit_for_bit():
+    """Two steps of the loop as it was before it had options, written out."""
+    dataset, settings = dataset_of(blobs(64), crop=4), dataclasses.replace(TINY, half_weights=False)
+    torch.manual_seed(0)
+    network = new_autoencoder_kl(1, (8, 16), 2, 8, {}).to(memory_format=torch.channels_last)
+    ema = module.Ema(network, 0.999)
+    optimizer = torch.optim.AdamW(network.parameters(), 2e-3, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    noise = module.generator_for(0, "posterior")
+    batches = module._shuffled_batches(dataset, 16, 0, torch.device("cpu"))
+    for step in range(2):
+        optimizer.param_groups[0]["lr"] = 2e-3 * (step + 1) / 100 * min(1, (1 - step / 2) / 0.4)
+        pixels = next(batches)
+        mean, logvar = encode_moments(network, pixels).chunk(2, dim=1)
+        z = mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn(mean.shape, generator=noise)
+        divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+        error = torch.nn.functional.mse_loss(decode_pixels(network, z)[..., 2:6, 2:6], pixels[..., 2:6, 2:6])
+        optimizer.zero_grad()
+        (error + 1e-6 * divergence).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        ema.update(network)
+    trained = train_autoencoder(dataset, settings, CPU).state_dict()
+    assert all(torch.equal(value, ema.weights[name]) for name, value in trained.items())
+
+
+def saved(folder, network=None):
+    save_autoencoder(network or tiny_network(), folder, {}, TINY)
+    return str(folder)
+
+
+def test_training_starts_from_the_weights_of_another_autoencoder(tmp_path):
+    folder = saved(tmp_path / "ae")
+    settings = dataclasses.replace(TINY, seed=5, lr=0.0, initial_weights=folder)
+    trained = train_autoencoder(dataset_of(blobs(20)), settings, CPU).state_dict()
+    expected = tiny_network().half().float().state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in trained.items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_frozen_encoder_keeps_the_latents(optimizer, tmp_path):
+    settings = dataclasses.replace(
+        TINY, initial_weights=saved(tmp_path / "ae"), freeze_encoder=True, optimizer=optimizer, equivariance=0.5
+    )
+    trained = train_autoencoder(dataset_of(blobs(20)), settings, CPU).state_dict()
+    expected = tiny_network().half().float().state_dict()
+    same = {name for name, value in trained.items() if torch.equal(value, expected[name])}
+    encoder = {name for name in expected if name.startswith(("encoder.", "quant_conv."))}
+    assert encoder <= same
+    assert not any(name.endswith("conv1.weight") for name in same - encoder)
+
+
+def test_initial_weights_that_do_not_fit_are_refused(tmp_path):
+    folder, dataset = saved(tmp_path / "ae"), dataset_of(blobs(20))
+    with pytest.raises(UsageError, match="does not fit --widths and --latent_channels; .*wrong shape"):
+        train_autoencoder(dataset, dataclasses.replace(TINY, initial_weights=folder, widths=(8, 24)), CPU)
+    with pytest.raises(UsageError, match="--initial_weights .*nowhere: expected the folder"):
+        train_autoencoder(dataset, dataclasses.replace(TINY, initial_weights=str(tmp_path / "nowhere")), CPU)
+    with pytest.raises(UsageError, match="--freeze_encoder needs --initial_weights"):
+        train_autoencoder(dataset, dataclasses.replace(TINY, freeze_encoder=True), CPU)

@@ -63,3 +63,15 @@ def test_muon_is_refused_without_matrices_to_train():
     network = EdmUNet(8, "adm", EdmUNetOptions(nf=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=()))
     with pytest.raises(UsageError, match="--optimizer muon needs .* such as DiT"):
         make_optimizers(network, OptimizerOptions(optimizer="muon"))
+
+
+def test_a_convolutions_kernel_is_updated_as_the_matrix_of_its_output_channels():
+    generator = torch.Generator().manual_seed(1)
+    kernel, matrix = torch.nn.Parameter(torch.ones(8, 4, 3, 3)), torch.nn.Parameter(torch.ones(8, 36))
+    optimizers = [Muon([each], 0.1) for each in (kernel, matrix)]
+    for _ in range(2):
+        matrix.grad = torch.randn(8, 36, generator=generator)
+        kernel.grad = matrix.grad.view(8, 4, 3, 3).to(memory_format=torch.channels_last)
+        for optimizer in optimizers:
+            optimizer.step()
+    torch.testing.assert_close(kernel.flatten(1), matrix)
