@@ -163,32 +163,37 @@ def _by_time(errors: torch.Tensor) -> dict[str, Any]:
 def describe(result: dict[str, Any]) -> str:
     """The result in a few labeled lines."""
     training, held_out = result["training"], result["held_out"]
-    loss, least, excess = (
+    loss, irreducible, excess = (
         Mean(training[name]["value"], training[name]["error"]) for name in ("loss", "irreducible", "excess")
     )
     highest = max(zip(training["excess"]["by_time"], result["times"], strict=True))
     lines = [
-        labeled("excess", f"{excess} of the loss {loss}; irreducible: {least} (per dimension, uniform t)"),
+        labeled("excess", f"{excess} of the loss {loss}; irreducible loss: {irreducible} (per dimension, uniform t)"),
         labeled("", f"largest at t = {highest[1]:.3f}: {highest[0]:.4f}"),
     ]
     if without := result.get("training_without_labels"):
-        lines.append(labeled("no labels", str(Mean(without["excess"]["value"], without["excess"]["error"]))))
+        null = Mean(without["excess"]["value"], without["excess"]["error"])
+        lines.append(labeled("no labels", f"excess {null}, given the null class"))
     if classes := training["by_class"]:
         order = sorted(classes, key=lambda name: classes[name]["value"])
-        ends = (f"{name} {classes[name]['value']:.4f}" for name in (order[0], order[-1]))
-        lines.append(labeled("classes", f"least and most: {', '.join(ends)}"))
+        least, most = (f"{name} {classes[name]['value']:.4f}" for name in (order[0], order[-1]))
+        lines.append(labeled("classes", f"smallest excess: {least}; largest: {most}"))
     values = (f"{name} {held_out[key]['value']:.4f}" for name, key in HELD_OUT_LINES.items())
-    lines.append(labeled("held out", f"loss of {', '.join(values)} (bandwidth {held_out['bandwidth']:.3g})"))
+    lines.append(labeled("held out", f"loss: {', '.join(values)} (bandwidth {held_out['bandwidth']:.3g})"))
     return "\n".join(lines)
 
 
-HELD_OUT_LINES = {"the network": "network", "the exact velocity": "exact", "the smoothed one": "smoothed"}
+HELD_OUT_LINES = {"network": "network", "exact velocity v*": "exact", "smoothed v*": "smoothed"}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
     """Plot loss, irreducible loss and excess of training images over t, and the losses of held-out images."""
     with figure_file(path, columns=2) as (left, right):
-        for name, label in {"loss": "loss", "irreducible": "irreducible", "excess": "excess"}.items():
+        for name, label in {
+            "loss": "network's loss",
+            "irreducible": "irreducible loss of v*",
+            "excess": "excess",
+        }.items():
             _draw(left, result["times"], result["training"][name], label)
         for label, key in HELD_OUT_LINES.items():
             _draw(right, result["times"], result["held_out"][key], label)

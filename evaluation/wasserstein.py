@@ -9,8 +9,9 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["exact_distance", "over_subsets", "sinkhorn_distance", "sliced_distance"]
+__all__ = ["Distance", "exact_distance", "over_subsets", "sinkhorn_distance", "sliced_distance"]
 
+Distance = Callable[[torch.Tensor, torch.Tensor], float]
 DIRECTIONS = 500
 ENTROPY = 0.05  # regularization, relative to the mean cost
 
@@ -56,9 +57,7 @@ def sinkhorn_distance(a: torch.Tensor, b: torch.Tensor) -> float:
     return math.sqrt(max(0.0, float(divergence)))
 
 
-def over_subsets(
-    distance: Callable[[torch.Tensor, torch.Tensor], float], a: torch.Tensor, b: torch.Tensor, subsets: int
-) -> tuple[float, float]:
+def over_subsets(distance: Distance, a: torch.Tensor, b: torch.Tensor, subsets: int) -> tuple[float, float]:
     """The mean distance of disjoint subsets of two sets [N, D], and its standard error.
 
     Args:

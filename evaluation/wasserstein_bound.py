@@ -20,7 +20,7 @@ import torch
 from datasets_prep.datasets import crop_padding
 from evaluation.excess_loss import ExcessOptions, Mean, measure_errors, midpoints
 from evaluation.trained_flow import Latents, TrainedFlow, measure_checkpoint
-from evaluation.wasserstein import exact_distance, over_subsets, sinkhorn_distance, sliced_distance
+from evaluation.wasserstein import Distance, exact_distance, over_subsets, sinkhorn_distance, sliced_distance
 from exits import exit_cleanly
 from flow.bounds import decoded_bound, flow_bound, lfm_bound, young_bound
 from flow.guidance import GuidanceOptions, GuidedVelocity, Network
@@ -46,7 +46,7 @@ class BoundOptions(ExcessOptions):
 
     paths: int = option(64, "pairs of paths from the same noise, along which rates are estimated", minimum=2)
     lanczos_steps: int = option(8, "Lanczos steps of each norm", minimum=1)
-    samples: int = option(2000, "points of each measured distance, in four subsets", minimum=2 * SUBSETS)
+    samples: int = option(2000, "points of each measured distance, divided into four subsets", minimum=2 * SUBSETS)
     batch_size: int = option(250, "points per batch", minimum=1)
 
 
@@ -74,6 +74,8 @@ def measure_bound(flow: TrainedFlow, options: BoundOptions) -> dict[str, Any]:
         UsageError: the dataset holds latents without images.
     """
     flow.dataset.check_images("the Wasserstein bound")
+    measures = _available_measures()
+    count = _pairs_of_images(flow, options.samples)
     exact = flow.exact()
     excess = measure_errors(flow, exact, flow.training, options).excess.mean(2)  # per dimension [T, P]
     dimensions = math.prod(flow.header.latent_shape)
@@ -83,9 +85,15 @@ def measure_bound(flow: TrainedFlow, options: BoundOptions) -> dict[str, Any]:
     decoder = _decoder_norms(flow, along.ends, options)
     reconstruction = _reconstruction_error(flow, options)
     of_latents, of_pixels = _bounds(flow, errors, along, decoder["largest"], reconstruction)
-    in_latents, in_pixels = _measured(flow, options)
+    in_latents, in_pixels = _measured(flow, options, measures, count)
     return {
         "times": midpoints(options.times).tolist(),
+        "points": options.points,
+        "paths": options.paths,
+        "lanczos_steps": options.lanczos_steps,
+        "samples": count,
+        "subsets": SUBSETS,
+        "seed": options.seed,
         "reconstruction": reconstruction,
         "decoder": decoder,
         "velocity_lipschitz": along.norms.max().item(),
@@ -210,11 +218,10 @@ def _images(flow: TrainedFlow, latents: Latents) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _measured(flow: TrainedFlow, options: BoundOptions) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Distances of samples, and of other training images, from training images, in latents and in pixels."""
-    count = min(options.samples, max(SUBSETS, len(flow.training) // 2))
-    if count < options.samples:
-        note(f"--samples {options.samples}: {len(flow.training)} images give only {count} pairs of different images")
+def _measured(
+    flow: TrainedFlow, options: BoundOptions, measures: dict[str, Distance], count: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Distances of samples, and of other training images, from `count` training images, in latents and in pixels."""
     both = flow.draw(flow.training, 2 * count, generator_for(options.seed, "measured"))
     first, second = (Latents(*(each[part] for each in both)) for part in (slice(count), slice(count, None)))
     batches = zip(first.noise.split(options.batch_size), first.labels.split(options.batch_size), strict=True)
@@ -222,7 +229,9 @@ def _measured(flow: TrainedFlow, options: BoundOptions) -> tuple[dict[str, Any],
     decoded = torch.cat([_decoded(flow, part).clamp(-1, 1).cpu() for part in samples.split(options.batch_size)])
     latents = (first.data, samples, second.data)
     pixels = (_images(flow, first), decoded, _images(flow, second))
-    in_latents, in_pixels = (_distances(*(each.flatten(1).cpu() for each in points)) for points in (latents, pixels))
+    in_latents, in_pixels = (
+        _distances(measures, *(each.flatten(1).cpu() for each in points)) for points in (latents, pixels)
+    )
     return in_latents, in_pixels
 
 
@@ -233,19 +242,36 @@ def _sample(flow: TrainedFlow, noise: torch.Tensor, labels: torch.Tensor, steps:
     return solve(velocity, noise, SolverOptions(method="midpoint", num_steps=steps)).x
 
 
-def _distances(real: torch.Tensor, samples: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
+def _distances(
+    measures: dict[str, Distance], real: torch.Tensor, samples: torch.Tensor, other: torch.Tensor
+) -> dict[str, Any]:
     """Distances of samples from real points, and of other real points from them, which shows the bias of finite sets."""
-    measures = {"exact": exact_distance, "sliced": sliced_distance, "sinkhorn": sinkhorn_distance}
-    result: dict[str, Any] = {}
-    for name, measure in measures.items():
-        try:
-            result[name] = {
-                role: Mean(*over_subsets(measure, real, points, SUBSETS))._asdict()
-                for role, points in (("samples", samples), ("real", other))
-            }
-        except ImportError:
-            note("entropic distances need POT: pip install POT")
-    return result
+    return {
+        name: {
+            role: Mean(*over_subsets(measure, real, points, SUBSETS))._asdict()
+            for role, points in (("samples", samples), ("real", other))
+        }
+        for name, measure in measures.items()
+    }
+
+
+def _available_measures() -> dict[str, Distance]:
+    """Distances by name; a note names the one that lacks its package, before the long work."""
+    measures: dict[str, Distance] = {"exact": exact_distance, "sliced": sliced_distance}
+    try:
+        import ot  # noqa: F401
+    except ImportError:
+        note("POT is missing, so the result has no entropic distances: pip install POT")
+        return measures
+    return measures | {"sinkhorn": sinkhorn_distance}
+
+
+def _pairs_of_images(flow: TrainedFlow, wanted: int) -> int:
+    """The number of pairs of different training images to measure distances with; a note says if they are too few."""
+    count = min(wanted, max(SUBSETS, len(flow.training) // 2))
+    if count < wanted:
+        note(f"--samples {wanted}: {len(flow.training)} images give only {count} pairs of different images")
+    return count
 
 
 BOUND_LINES = {
@@ -263,19 +289,20 @@ def describe(result: dict[str, Any]) -> str:
     decoder = result["decoder"]
     product = "none" if decoder["product"] is None else f"10^{math.log10(decoder['product']):.1f}"
     lines = [
-        labeled("decoded", f"autoencoder's error {result['reconstruction']:.3f} (estimate)"),
+        labeled("autoencoder", f"error {result['reconstruction']:.3f} (estimate)"),
         labeled(
             "decoder",
             f"Lipschitz constant {decoder['largest']:.3f} (estimate; mean {decoder['mean']:.3f}); certificate: {product}",
         ),
         labeled("velocity", f"Lipschitz constant {result['velocity_lipschitz']:.2f} (estimate)"),
     ]
+    sets = f"{result['subsets']} pairs of sets of {result['samples'] // result['subsets']}"
     for space in ("latents", "pixels"):
         lines.append(labeled(space, "bounds of W2 (estimates):"))
         for name, text in BOUND_LINES.items():
             bound = result[space]["bounds"][name]
             lines.append(labeled("", f"{text}: {'too large for a float' if bound is None else f'{bound:.4g}'}"))
-        lines.append(labeled("", "measured distances (of finite sets, too large):"))
+        lines.append(labeled("", f"measured distances (mean of {sets}, too large):"))
         for name, values in result[space]["measured"].items():
             samples, real = (Mean(**values[role]) for role in ("samples", "real"))
             lines.append(labeled("", f"{DISTANCE_LINES[name]}: {samples}; of other images: {real}"))
@@ -291,14 +318,14 @@ def plot(result: dict[str, Any], path: Path) -> None:
         for key, name in (("norms", "norm of the Jacobian"), ("rates", "logarithmic norm")):
             for statistic, style in (("largest", "-"), ("mean", ":")):
                 middle.plot(times, result[key][statistic], style, label=f"{name}, {statistic}")
-        middle.set(title="spreading of the network's flow", xlabel="t (0: data, 1: noise)", yscale="symlog")
+        middle.set(title="spreading of the network's flow", xlabel="t (0: data, 1: noise)")
         middle.legend()
         bars = {text: result["pixels"]["bounds"][name] for name, text in BOUND_LINES.items()}
         measured = result["pixels"]["measured"]
         bars |= {f"measured, {DISTANCE_LINES[name]}": each["samples"]["value"] for name, each in measured.items()}
         lengths = [min(HIGHEST_BAR if value is None else value, HIGHEST_BAR) for value in bars.values()]
         right.barh(list(bars)[::-1], lengths[::-1])
-        right.set(title="bounds (estimates) and distances, pixels", xscale="log")
+        right.set(title="W2 in pixels: bounds (estimates) and distances", xscale="log")
         for axis in (left, middle, right):
             axis.grid(alpha=0.3)
 

@@ -5,6 +5,7 @@ Jacobian-vector and vector-Jacobian products. A Lanczos estimate never exceeds t
 larger ones. So the largest estimate approaches a Lipschitz constant from below, and certifies nothing.
 """
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -13,6 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 __all__ = ["jacobian_norm", "largest_eigenvalue", "logarithmic_norm"]
 
 Map = Callable[[torch.Tensor], torch.Tensor]
+# The first product makes torch compile its own functions by a way that it deprecates.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 EXHAUSTED = 1e-6  # a Krylov space ends where the next direction is shorter than this share of the largest number
 
 

@@ -1,6 +1,7 @@
 """The excess loss of networks whose velocity is known, and both theory scripts from a checkpoint to files."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from checkpoints.files import read_weights, save_weights
 from datasets_prep.datasets import DatasetFacts, ImageDataset
+from datasets_prep.latent_cache import LatentCacheOptions
 from evaluation import excess_loss, wasserstein_bound
 from evaluation.excess_loss import ExcessOptions, choose_bandwidth, measure_errors, measure_excess
 from evaluation.trained_flow import (
@@ -195,6 +197,14 @@ def test_a_bound_too_large_for_a_float_is_none(tmp_path) -> None:
     wasserstein_bound.plot(result, tmp_path / "plot.png")
 
 
+def test_a_missing_pot_is_noted_once_and_leaves_the_other_distances(monkeypatch, capsys) -> None:
+    monkeypatch.setitem(sys.modules, "ot", None)
+    result = measure_bound(flow_with(no_velocity), BoundOptions(2, 4, paths=2, samples=8, lanczos_steps=1))
+    assert capsys.readouterr().err.count("POT is missing") == 1
+    assert list(result["pixels"]["measured"]) == ["exact", "sliced"]
+    assert "mean of 4 pairs of sets of 2" in wasserstein_bound.describe(result)
+
+
 def test_other_images_differ_from_the_first_ones(capsys) -> None:
     result = measure_bound(flow_with(no_velocity), BoundOptions(2, 4, paths=2, samples=100, lanczos_steps=1))
     assert "24 images give only 12 pairs" in capsys.readouterr().err
@@ -265,7 +275,8 @@ def test_the_velocity_of_other_targets_and_losses_is_read_correctly(checkpoint, 
     weights, header = read_weights(checkpoint)
     path = FlowMatchingOptions(prediction="data", contrastive_weight=0.2, velocity_direction=1.0)
     save_weights(checkpoint, weights, replace(header, path=path, contrast_means=(0.5,) * 2 * 48))
-    flow = open_trained_flow(str(checkpoint), DataFolderOptions(str(tmp_path / "data")), torch.device("cpu"))
+    folder = DataFolderOptions(str(tmp_path / "data"))
+    flow = open_trained_flow(str(checkpoint), folder, LatentCacheOptions(), torch.device("cpu"))
     t, x = torch.tensor([0.5, 0.02]), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     learned = (1 - 1e-5) * x / (1e-5 + (1 - 1e-5) * t).clamp(min=0.05).view(2, 1, 1, 1)  # a new DiT predicts zero
     found = flow.network(t, x, flow.condition(torch.tensor([0, 2])))
