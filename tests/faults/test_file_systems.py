@@ -270,7 +270,7 @@ def test_a_disk_that_stays_full_is_an_error_at_the_end_and_the_last_files_stay(t
     state = TrainingState(longer.network, longer.machine, 0.9, OptimizerOptions())
     log = MetricsLog(tmp_path / "other", 0)
     guard = NanGuard(longer, state, log, last_step=5)
-    checkpointer = checkpointing.Checkpointer(longer, state, log, metrics_log.Clock(state), 5, guard)
+    checkpointer = checkpointing.Checkpointer(longer, state, log, metrics_log.Clock(state), 5, guard, 5)
     with pytest.raises(
         UsageError, match=r"could not be written in .*model_0.*content\.pth .*No space.*repeat the command"
     ):

@@ -84,7 +84,8 @@ OFTEN = [
 ]
 
 
-FAST = ("encoded on the fly by three workers", "auxiliary heads, an image encoder and routing")
+USUAL = "encoded on the fly by three workers"
+FAST = (USUAL, "auxiliary heads, an image encoder and routing")
 SOME_SLOW = [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGURATIONS]
 
 
@@ -194,7 +195,7 @@ def test_a_run_keeps_the_scale_of_its_latents(place, reference_run, record):
     """The autoencoder's configuration may be edited, or read otherwise by another version."""
     exp = f"rescaled_{record}"
     with pytest.raises(PowerCutError):
-        start(place, FAST, exp, power_cut)
+        start(place, USUAL, exp, power_cut)
     folder = place / "saved" / "latent_flow" / "fashion_mnist" / exp
     if record == "reconstructions":
         for path in folder.glob("*.safetensors"):
@@ -206,23 +207,23 @@ def test_a_run_keeps_the_scale_of_its_latents(place, reference_run, record):
     assert '"scaling_factor": 0.5' in original
     config.write_text(original.replace('"scaling_factor": 0.5', '"scaling_factor": 0.125'))
     try:
-        assert start(place, FAST, exp)[0] == 0
+        assert start(place, USUAL, exp)[0] == 0
     finally:
         config.write_text(original)
-    assert state_of(folder) == state_of(reference_run(FAST))
+    assert state_of(folder) == state_of(reference_run(USUAL))
     newest = newest_model(folder)
-    assert newest.read_bytes() == (reference_run(FAST) / newest.name).read_bytes()
+    assert newest.read_bytes() == (reference_run(USUAL) / newest.name).read_bytes()
 
 
 def test_a_resumed_run_with_other_autoencoder_weights_is_a_warning(place, capsys):
     with pytest.raises(PowerCutError):
-        start(place, FAST, "other_weights", power_cut)
+        start(place, USUAL, "other_weights", power_cut)
     path = place / "ae" / "diffusion_pytorch_model.safetensors"
     original = path.read_bytes()
     weights = load_file(path)
     save_file({name: value * 1.01 for name, value in weights.items()}, path)
     try:
-        assert start(place, FAST, "other_weights")[0] == 0
+        assert start(place, USUAL, "other_weights")[0] == 0
     finally:
         path.write_bytes(original)
     assert "now has other weights" in capsys.readouterr().err
