@@ -22,6 +22,7 @@ from exits import exit_cleanly
 from flow.losses.options import prediction_of
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
+from models.family import options_beyond_lfm
 from options import UsageError, option
 from runtime.messages import note, show
 from runtime.outputs import check_file
@@ -81,6 +82,11 @@ def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
     """Convert a checkpoint of this project to LFM's format."""
     _check_suffix(target, ".pth", f"{source} describes its network")
     weights, header = read_weights(source)
+    if beyond := options_beyond_lfm(header.network):
+        raise UsageError(
+            f"{source} has a network with {' '.join(f'--{name}' for name in beyond)}, which LFM's networks do not have: LFM's "
+            "code could not load it, or would draw wrong samples"
+        )
     if (predicted := prediction_of(header.path)) != "velocity":
         raise UsageError(
             f"{source} predicts the {predicted}, but networks in LFM's files predict the velocity: LFM's code "
