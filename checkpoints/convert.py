@@ -14,15 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.files import describes_network, read_weights, save_weights
-from checkpoints.lfm import build_published, refuse_training_state
+from checkpoints.lfm import build_published, refuse_newer_networks, refuse_training_state
 from checkpoints.lfm_files import PREFIX, STAGE_WEIGHT, condition_stage_path, read_published
 from checkpoints.lfm_request import described_by, request_network
 from command_line import help_flags, parse_options
 from exits import exit_cleanly
-from flow.losses.options import prediction_of
 from models.autoencoders.loading import is_hub_id, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
-from models.family import options_beyond_lfm
 from options import UsageError, option
 from runtime.messages import note, show
 from runtime.outputs import check_file
@@ -82,16 +80,7 @@ def _to_published(source: Path, target: Path, module_prefix: bool) -> None:
     """Convert a checkpoint of this project to LFM's format."""
     _check_suffix(target, ".pth", f"{source} describes its network")
     weights, header = read_weights(source)
-    if beyond := options_beyond_lfm(header.network):
-        raise UsageError(
-            f"{source} has a network with {' '.join(f'--{name}' for name in beyond)}, which LFM's networks do not have: LFM's "
-            "code could not load it, or would draw wrong samples"
-        )
-    if (predicted := prediction_of(header.path)) != "velocity":
-        raise UsageError(
-            f"{source} predicts the {predicted}, but networks in LFM's files predict the velocity: LFM's code "
-            "could not draw samples from it"
-        )
+    refuse_newer_networks(header, source)
     if header.contrast_means:
         note("LFM's code does not correct the velocities of contrastive flow matching where guidance acts: guide less")
     prefix = PREFIX if module_prefix else ""

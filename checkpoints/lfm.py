@@ -19,15 +19,17 @@ from checkpoints.lfm_files import (
 )
 from checkpoints.lfm_request import NetworkRequest, request_network
 from checkpoints.state_dicts import TYPICAL_LABEL_DROPOUT, load_weights
+from flow.losses.options import prediction_of
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
+from models.family import options_beyond_lfm
 from models.registry import Architecture, build_network
 from options import UsageError
 from runtime.messages import fact
 from runtime.torch_files import weights_hash
 
-__all__ = ["build_published", "open_published", "refuse_training_state"]
+__all__ = ["build_published", "open_published", "refuse_newer_networks", "refuse_training_state"]
 
 FACTOR, LATENT_CHANNELS = 8, 4  # stabilityai/sd-vae-ft-mse, LFM's autoencoder
 
@@ -64,6 +66,24 @@ def refuse_training_state(file: PublishedFile, path: str | Path) -> None:
         raise UsageError(
             f"{path} is a training state for resuming a run: "
             "pass a model_<epoch>.safetensors or best.safetensors from the same folder"
+        )
+
+
+def refuse_newer_networks(header: Header, path: str | Path) -> None:
+    """Check that LFM's code could draw samples from the network of a checkpoint of this project.
+
+    Raises:
+        UsageError: the network has options that LFM's networks lack, or does not predict the velocity.
+    """
+    if beyond := options_beyond_lfm(header.network):
+        raise UsageError(
+            f"{path} has a network with {' '.join(f'--{name}' for name in beyond)}, which LFM's networks do not have: LFM's "
+            "code could not load it, or would draw wrong samples"
+        )
+    if (predicted := prediction_of(header.path)) != "velocity":
+        raise UsageError(
+            f"{path} predicts the {predicted}, but networks in LFM's files predict the velocity: LFM's code could not draw "
+            "samples from it"
         )
 
 
