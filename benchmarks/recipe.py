@@ -182,9 +182,13 @@ def main() -> None:
     own, output = request.own, Path(f"{request.own.output}.png")
     require_plots()
     variants = [Variant.parse(text) for text in own.variants]
-    if any(scale <= 1 for scale in own.scales):
-        raise UsageError(f"--scales {own.scales}: expected scales above 1; samples without guidance are always scored")
     results: dict[str, list[Result]] = {variant.name: [] for variant in variants}
+    if not variants or len(results) < len(variants):
+        raise UsageError(
+            f"--variants: expected different names, but {[variant.name for variant in variants]} were given"
+        )
+    if not own.scales or any(scale <= 1 for scale in own.scales):
+        raise UsageError(f"--scales {own.scales}: expected scales above 1; samples without guidance are always scored")
     for seed in own.seeds:
         for variant in variants:
             results[variant.name].append(measure(request, variant, seed))
@@ -204,8 +208,8 @@ def _error(values: Sequence[float]) -> float:
 
 
 def _slug(flags: Sequence[str]) -> str:
-    """Name of a run: its flags, in characters that every file system takes."""
-    return "_".join(word.strip("-").replace("/", "-").replace(".", "p") for word in flags) or "default"
+    """Name of a run: its flags, in characters that every file system takes. Minus signs of numbers stay."""
+    return "_".join(word.removeprefix("--").replace("/", "-").replace(".", "p") for word in flags) or "default"
 
 
 def _is_finished(run: Path, steps: int) -> bool:

@@ -23,7 +23,7 @@ from flow.losses.options import prediction_of
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
-from models.family import Weights
+from models.family import Weights, options_beyond_lfm
 from models.registry import Architecture, build_network
 from models.taps import without_heads
 from options import UsageError
@@ -117,8 +117,13 @@ def weights_for_lfm(weights: Weights, header: Header, source: str | Path) -> dic
         source: its path, for messages.
 
     Raises:
-        UsageError: LFM's code would misread the network's output.
+        UsageError: the network has options that LFM's networks lack, or does not predict the velocity.
     """
+    if beyond := options_beyond_lfm(header.network):
+        raise UsageError(
+            f"{source} has a network with {' '.join(f'--{name}' for name in beyond)}, which LFM's networks do not have: LFM's "
+            "code could not load it, or would draw wrong samples"
+        )
     if (predicted := prediction_of(header.path)) != "velocity":
         raise UsageError(
             f"{source} predicts the {predicted}, but networks in LFM's files predict the velocity: LFM's code "

@@ -14,7 +14,7 @@ __all__ = ["BlockInputs", "DiTBlock", "FinalLayer", "Modulation"]
 
 
 class BlockInputs(NamedTuple):
-    """What a block takes.
+    """The inputs of a block.
 
     Args:
         tokens: [B, L, D], any context tokens first.
@@ -52,8 +52,8 @@ class Modulation(nn.Sequential):
 class DiTBlock(nn.Module):
     """Attention and MLP, each modulated and gated by the embedding (adaLN-Zero).
 
-    With --shared_adaln, the block has no modulation of its own, but adds `adaLN_offset` to the shared one (adaLN-single, Chen
-    et al. 2023, arXiv:2310.00426, section 2.3).
+    With --shared_adaln, the block only adds `adaLN_offset` to the shared modulation (adaLN-single, Chen et al. 2023,
+    arXiv:2310.00426, section 2.3).
 
     Args:
         hidden_size: D.
@@ -84,7 +84,7 @@ class DiTBlock(nn.Module):
         first_values: torch.Tensor | None = None,
         shared: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Transform tokens [B, L, D]; the arguments are those of BlockInputs.
+        """Transform tokens [B, L, D]; the arguments are the fields of BlockInputs.
 
         Returns:
             The new tokens, and this block's values if it is the first one and later blocks need them.

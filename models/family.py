@@ -1,7 +1,7 @@
 """Families of velocity networks: options, constructors, and the facts that training and loading need."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -10,11 +10,12 @@ from torch import nn
 from models.embeddings import TIME_EMBEDDINGS
 from options import UsageError, option
 
-__all__ = ["ClassOptions", "Family", "FamilyOptions", "Weights", "check_sides"]
+__all__ = ["ClassOptions", "Family", "FamilyOptions", "Weights", "check_sides", "options_beyond_lfm", "own_options"]
 
 Weights = Mapping[str, torch.Tensor]
 
 LATENT_CHANNELS = "the latents' channels"
+TIME_OPTIONS = ("time_embedding", "time_scale_factor")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class FamilyOptions:
     # The networks for which alone this class's own options may be given. If "", other networks ignore them, because LFM's
     # arguments files give the options of U-Nets to DiT too.
     only_for: ClassVar[str] = ""
+    removable: ClassVar[bool] = False  # whether the velocity stays the same without this class's own options
 
     num_in_channels: int = option(4, "input channels of the network", minimum=1, shown=LATENT_CHANNELS)
     num_out_channels: int = option(4, "channels of the velocity", minimum=1, shown=LATENT_CHANNELS)
@@ -82,6 +84,22 @@ class ClassOptions(FamilyOptions):
     def label_rows(self) -> int:
         """Rows of the label table: one per class, and one for the null class if labels are dropped; 0 without classes."""
         return self.num_classes + (self.label_dropout > 0) if self.num_classes else 0
+
+
+def own_options(group: type[FamilyOptions]) -> list[Field]:
+    """The options that a class of options defines itself and does not inherit."""
+    inherited = {field.name for base in group.__mro__[1:] if is_dataclass(base) for field in fields(base)}
+    return [field for field in fields(group) if field.name not in inherited]
+
+
+def options_beyond_lfm(options: FamilyOptions) -> list[str]:
+    """Names of the options that LFM's published networks do not have, and that change this network."""
+    groups = [
+        group for group in type(options).__mro__ if getattr(group, "only_for", "") and not vars(group).get("removable")
+    ]
+    names = [*TIME_OPTIONS, *(field.name for group in groups for field in own_options(group))]
+    plain = type(options)()
+    return [name for name in names if getattr(options, name) != getattr(plain, name)]
 
 
 def _no_matrices(network: nn.Module) -> list[nn.Parameter]:

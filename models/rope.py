@@ -40,7 +40,7 @@ def rotate(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:
 
 
 class RotaryPositions(nn.Module):
-    """Rotations of the tokens of a grid. The state dict holds those of the training grid.
+    """Rotations of the tokens of a grid. The state dict holds the training grid's.
 
     Args:
         side: rows and columns of the training grid.

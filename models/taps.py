@@ -105,6 +105,7 @@ class TapOptions(ClassOptions):
     """Auxiliary heads and token routing (DiT)."""
 
     only_for: ClassVar[str] = "DiT"
+    removable: ClassVar[bool] = True
 
     tap_block: int = option(
         0, "number K of the block whose tokens the auxiliary heads and losses read; 0: none", minimum=0

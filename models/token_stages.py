@@ -2,7 +2,7 @@
 
     coarse then fine  (MPDiT, 2026, arXiv:2603.26357)    first blocks: patches of side 2 p; last blocks: patches of side p
         tokens <- W2 norm(GELU(shuffle(W1 tokens))) + linear(patches of x_t) + positions
-    DDT head          (Wang et al. 2025, arXiv:2504.05741, section 3; with a width of its own, RAE, arXiv:2510.11690)
+    DDT head          (Wang et al. 2025, arXiv:2504.05741, section 3; with another width, RAE, arXiv:2510.11690)
         condition of each token <- W SiLU(e(t) + tokens),      tokens <- linear(patches of x_t)
 
 `shuffle` splits every token's 4 D channels among the four tokens of half its side.
@@ -40,7 +40,7 @@ class TokenUpsampler(nn.Module):
 
 
 class FineTokens(nn.Module):
-    """Turns tokens of patches of side 2 p into tokens of patches of side p. Context tokens stay as they are.
+    """Turns tokens of patches of side 2 p into tokens of patches of side p. Context tokens do not change.
 
     Args:
         size: the latents' side.

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, recipe
 from benchmarks._timing import require_agreement
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 
@@ -66,3 +66,28 @@ def test_the_benchmark_of_gpus_measures_encoding_and_scoring(monkeypatch):
     monkeypatch.setattr(gpu, "new_autoencoder", lambda: small)
     text = gpu.run(CPU, ("autoencoder", "scoring"), 0.0)
     assert all(name in text for name in ("encoding, bf16", "decoding, fp32", "Inception features, 64, bf16"))
+
+
+def test_every_recipe_has_a_run_of_its_own():
+    texts = ["a: --time_location 0.5", "b: --time_location -0.5", "c: --time_location 5", "d: --rope", "default"]
+    variants = [recipe.Variant.parse(text) for text in texts]
+    assert len({recipe._slug(variant.training) for variant in variants}) == len(texts)
+    same = recipe.Variant.parse("again: --rope | --num_steps 4")
+    assert recipe._slug(same.training) == recipe._slug(variants[3].training)  # sampling flags need no other run
+    assert same.sampling == ("--num_steps", "4")
+
+
+def result(loss, unguided, guided):
+    losses = dict.fromkeys(("loss", *recipe.QUARTERS), loss)
+    return recipe.Result(losses, 100 * loss, {1.0: unguided, 2.0: guided, 4.0: guided + 1})
+
+
+def test_recipes_are_compared_seed_by_seed_at_their_own_best_scale():
+    baseline = [result(1.0, 3.0, 2.0), result(2.0, 5.0, 4.0)]
+    other = [result(0.5, 2.0, 2.5), result(1.5, 3.0, 4.5)]
+    row = recipe.summarize(recipe.Variant("other"), other, baseline)
+    assert row["scale"] == 2
+    assert (row["loss"]["difference"], row["loss"]["error"]) == (-0.5, 0)
+    assert (row["unguided"]["mean"], row["unguided"]["difference"], row["unguided"]["error"]) == (2.5, -1.5, 0.5)
+    assert row["guided"]["difference"] == 0.5
+    assert row["rate"]["relative"] == pytest.approx((0.5 + 0.75) / 2)

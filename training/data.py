@@ -196,7 +196,7 @@ def batches(
 
     for step, (moments, labels, raw, encoded, rows, others) in _read_ahead(reader, first_step, last_step, device):
         moments, labels = moments.to(device, non_blocking=True), labels[:batch_size].to(device, non_blocking=True)
-        own = share if rows is None else rows.to(device)
+        own = share if rows is None else rows.to(device, non_blocking=True)
         streams = StepStreams(seed, step, global_batch, (autoencoder.latent_channels, *moments.shape[2:]), device)
         dropout = streams.uniform("dropout")[share]  # for labels and maps, so that guidance moves away from both
         dense = None
@@ -213,7 +213,8 @@ def batches(
             draws = draws._replace(features=encoded.to(device, non_blocking=True))
         if others is not None:
             kept = dropout >= max(label_dropout, condition_dropout)
-            velocities = straight_velocity(data, noise, path.sigma_min)[others.to(device)]
+            others = others.to(device, non_blocking=True)
+            velocities = straight_velocity(data, noise, path.sigma_min)[others]
             draws = replace_draws(draws, other_velocity=velocities, contrast=contrast * kept)
         labels = drop_labels(labels, dropout, label_dropout, num_classes)
         yield Batch(data[:batch_size], noise[:batch_size], draws, Condition(labels, dense))

@@ -1,7 +1,7 @@
 """The architecture and the initial weights of a run's network."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from datasets_prep.folder_layout.report import class_names
 from flow.losses.options import prediction_of
 from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
-from models.family import FamilyOptions, Weights
+from models.family import FamilyOptions, Weights, own_options
 from models.registry import Architecture, build_network, network_groups
 from options import UsageError
 from runtime.messages import fact, note, warn
@@ -203,11 +203,8 @@ def _check_family(model_type: str, options: FamilyOptions, given: Mapping[str, A
     """Check that no option of another family was given, except those that LFM's arguments files give to all networks."""
     for group in network_groups():
         if group.only_for and not isinstance(options, group):
-            for field in fields(group):
-                if (
-                    field.name in vars(group)["__annotations__"]
-                    and given.get(field.name, field.default) != field.default
-                ):
+            for field in own_options(group):
+                if given.get(field.name, field.default) != field.default:
                     raise UsageError(
                         f"--{field.name} is an option of {group.only_for} and has no effect on {model_type}: leave it out, or "
                         "choose another --model_type"

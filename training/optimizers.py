@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # Parts of parameter names whose hidden matrices AdamW trains, by the choice of matrices for Muon.
-MUON_MATRICES: dict[str, tuple[str, ...]] = {"blocks": (), "attention_mlp": ("adaLN_modulation",)}
+MUON_MATRICES: dict[str, tuple[str, ...]] = {"blocks": (), "attention_mlp": ("adaLN_modulation", "shared_adaLN")}
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # coefficients of a quintic that drives singular values toward 1
 NEWTON_SCHULZ_STEPS = 5
 

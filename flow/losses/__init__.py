@@ -1,1 +1,1 @@
-"""What flow matching asks of the network: targets, loss terms, and weights over time."""
+"""Options of flow matching's training loss: the network's target, loss terms, and weights over time."""

@@ -1,4 +1,4 @@
-"""What the network predicts, and how a velocity is read from it.
+"""The network's target, and the velocity that its output stands for.
 
 On the path x_t = (1 - t) data + a noise with a = s + (1 - s) t (flow/paths.py), the velocity is
 

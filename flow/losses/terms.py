@@ -13,7 +13,7 @@ LEAST_NORM = 0.1  # of velocities whose direction counts
 
 
 class TrainingDraws(NamedTuple):
-    """What a training loss needs of each sample next to data and noise.
+    """The inputs of a training loss for each sample, next to data and noise.
 
     Args:
         t: times [N].
@@ -46,7 +46,7 @@ def direction_error(predicted: torch.Tensor, velocity: torch.Tensor) -> torch.Te
     """1 - cosine of both velocities over the channels, averaged over positions [B] (Yao et al. 2024, arXiv:2410.10356).
 
     Norms below LEAST_NORM count as LEAST_NORM. The published eps of 1e-8 would make the gradient of a velocity of zero, which
-    a new DiT predicts, about 1e8. Adam with beta2 = 0.999 needs 25,000 steps to forget it, and hardly moves until then.
+    a new DiT predicts, about 1e8. Adam with beta2 = 0.999 needs tens of thousands of steps to forget it.
     """
     norms = (each.norm(dim=1).clamp(min=LEAST_NORM) for each in (predicted, velocity))
     cosine = (predicted * velocity).sum(1) / (next(norms) * next(norms))  # [B, h, w]
@@ -56,7 +56,7 @@ def direction_error(predicted: torch.Tensor, velocity: torch.Tensor) -> torch.Te
 def _contrast(predicted: torch.Tensor, velocity: torch.Tensor, draws: TrainingDraws) -> torch.Tensor:
     """Minus the squared distance from another sample's velocity (Stoica et al. 2025, arXiv:2506.05350).
 
-    It is 0 where there is no other sample, as in validation.
+    It is 0 without another sample, as in validation.
     """
     if draws.other_velocity is None or draws.contrast is None:
         return torch.zeros_like(draws.t)

@@ -305,6 +305,19 @@ def test_conversion_leaves_out_auxiliary_heads(convert, tmp_path):
     assert written.keys() == build_network("DiT-Mi/2", 8, options).state_dict().keys()
 
 
+@pytest.mark.parametrize("changed", [{"time_scale_factor": 100.0}, {"norm": "rms"}, {"rope": True, "class_tokens": 2}])
+def test_a_network_with_options_that_lfm_lacks_is_not_converted_to_its_format(changed, convert, tmp_path):
+    """A factor of the time and a norm without scales would not show in the state dict."""
+    header = header_of(DiTOptions(2, 2, **changed))
+    save_weights(tmp_path / "m.safetensors", {"weight": torch.zeros(1)}, header)
+    code, _, err = convert(tmp_path / "m.safetensors", tmp_path / "m.pth")
+    assert code == 2
+    assert f"with {' '.join(f'--{name}' for name in changed)}, which LFM's networks do not have" in " ".join(
+        err.split()
+    )
+    assert not (tmp_path / "m.pth").exists()
+
+
 def test_converting_with_an_arguments_file_needs_no_autoencoder(convert, golden, autoencoder, tmp_path):
     """Without network access, LFM's autoencoder is represented by its id and scale; its hash is unknown."""
     case = golden.read_case(CASES["guided_diffusion_inpainting_9ch"])

@@ -4,7 +4,7 @@ import torch
 from models.dit import DiT, DiTOptions, hidden_matrices
 from models.edm_unet import EdmUNet, EdmUNetOptions
 from options import UsageError
-from training.optimizers import Muon, OptimizerOptions, make_optimizers, orthogonalize
+from training.optimizers import Muon, OptimizerOptions, make_optimizers, muon_matrices, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
@@ -57,6 +57,14 @@ def test_muon_can_leave_the_modulation_to_adamw():
     layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
     assert of_muon == {f"blocks.{block}.{layer}.weight" for block in range(2) for layer in layers}
     assert of_adamw == set(names.values()) - {"pos_embed"} - of_muon
+
+
+@pytest.mark.parametrize("choice", ["blocks", "attention_mlp"])
+def test_a_shared_modulation_is_a_modulation(choice):
+    network = DiT(4, 2, 16, 2, 2, DiTOptions(2, 2, shared_adaln=True))
+    options = OptimizerOptions(optimizer="muon", muon_matrices=choice)
+    matrices = {id(matrix) for matrix in muon_matrices(network, options, hidden_matrices(network))}
+    assert (id(network.shared_adaLN[1].weight) in matrices) == (choice == "blocks")
 
 
 def test_muon_is_refused_without_matrices_to_train():

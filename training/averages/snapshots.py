@@ -1,8 +1,9 @@
 """Snapshots of a run's power averages: checkpoints in half precision in the run's folder posthoc_ema/.
 
 The trained weights are stored in float16. Between tracked widths, a reconstruction's coefficients have a norm of at most
-about 1, so rounding errors do not grow: float16's relative error of at most 2^-11 is below the 1e-3 by which 32 snapshots miss
-a profile, but bfloat16's 2^-8 is not. Weights outside float16's range, and tensors that are not trained, keep their type.
+about 1, so rounding errors do not grow: float16's relative error of at most 2^-11 is below the error of a profile from 32
+snapshots, about 1e-3, but bfloat16's 2^-8 is not. Weights outside float16's range, and tensors that are not trained, keep
+their type.
 """
 
 import re

@@ -135,7 +135,7 @@ def rebuild_and_score(
 
 
 def _settings_of(path: Path, scale: float, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling options of one row. Rows get folders of their own, and only the table goes to --output_json."""
+    """The sampling options of one row. Each row has its own folder, and only the table goes to --output_json."""
     chosen = values["output_dir"]
     folder = str(Path(chosen, f"{path.stem}_cfg{scale:g}")) if chosen else ""
     return {"checkpoint": str(path), "cfg_scale": scale, "output_dir": folder, "output_json": ""}
