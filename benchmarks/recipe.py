@@ -36,6 +36,25 @@ HEADER = ["variant", "validation loss", "quarters of t", "FD, unguided", "FD, gu
 # Training flags, and after a bar, sampling flags.
 VARIANTS = {
     "default": "",
+    "time x10": "--time_scale_factor 10",
+    "time x100": "--time_scale_factor 100",
+    "time x1000": "--time_scale_factor 1000",
+    "fourier": "--time_embedding fourier",
+    "LightningDiT's blocks": "--norm rms_affine --mlp swiglu --qk_norm --rope",
+    "value residual": "--value_residual",
+    "shared adaLN": "--shared_adaln",
+    "4 class tokens": "--class_tokens 4",
+    "patch 1, fine blocks": "--model_type DiT-Mi/1 --fine_blocks 2",
+    "velocity head": "--tap_block 2 --auxiliary_velocity 0.5",
+    "internal guidance 1.4": "--tap_block 2 --auxiliary_velocity 0.5 | --internal_guidance 1.4",
+    "align latents": "--tap_block 2 --align_latents 1",
+    "dispersive": "--tap_block 2 --dispersive 0.5",
+    "velocity direction": "--velocity_direction 1",
+    "contrastive": "--contrastive_weight 0.05",
+    "optimal transport": "--coupling optimal_transport",
+    "times towards data": "--time_location -0.5",
+    "times towards noise": "--time_location 0.5",
+    "adaLN by AdamW": "--muon_matrices attention_mlp",
 }
 
 
@@ -154,8 +173,8 @@ def cells(row: dict[str, Any]) -> list[str]:
     def cell(name: str) -> str:
         entry = row[name]
         if is_baseline:
-            return f"{entry['mean']:.4f} ± {entry['spread']:.4f}"
-        return f"{entry['mean']:.4f} ({entry['difference']:+.4f} ± {entry['error']:.4f})"
+            return f"{entry['mean']:.4f}{_plus_minus(entry['spread'])}"
+        return f"{entry['mean']:.4f} ({entry['difference']:+.4f}{_plus_minus(entry['error'])})"
 
     quarters = " ".join(f"{row[name]['mean' if is_baseline else 'difference']:+.4f}" for name in QUARTERS)
     rate = f"{row['rate']['mean']:.0f} ({row['rate']['relative']:.2f})"
@@ -167,7 +186,7 @@ def draw_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     with figure_file(path, columns=2) as axes:
         for axis, name in zip(axes, ("unguided", "guided"), strict=True):
             entries = [row[name] for row in rows]
-            errors = [0.0 if math.isnan(entry["error"]) else entry["error"] for entry in entries]
+            errors = [entry["error"] or 0.0 for entry in entries]
             axis.errorbar([entry["mean"] for entry in entries], range(len(rows)), xerr=errors, fmt="o", capsize=3)
             axis.axvline(entries[0]["mean"], color="gray", linewidth=1)
             axis.set_yticks(range(len(rows)), [row["variant"] for row in rows])
@@ -202,9 +221,13 @@ def main() -> None:
         draw_plot(rows, output)
 
 
-def _error(values: Sequence[float]) -> float:
-    """Standard error of the mean; NaN for a single value."""
-    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+def _error(values: Sequence[float]) -> float | None:
+    """Standard error of the mean; None for a single value."""
+    return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _plus_minus(error: float | None) -> str:
+    return "" if error is None else f" ± {error:.4f}"
 
 
 def _slug(flags: Sequence[str]) -> str:

@@ -31,7 +31,10 @@ from evaluation.sources import open_source
 from evaluation.statistics import save_statistics
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from runtime.precision import MachineOptions
 from runtime.torch_files import read_torch_file
+from sampling.loading import load_sampler
+from sampling.request import SamplerRequest, SourceOptions
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures("process_restored")
@@ -160,6 +163,8 @@ def test_every_switch_of_the_loss_together(place, trained, checkpoint, call, tmp
     assert all(name in err for name in ("--prediction", "--coupling", "--contrastive_weight", "--muon_matrices"))
     flow = latent_flow.load(path)
     assert flow.sample(labels=[1, 2], steps=2, cfg_scale=2.0, time_shift="auto").shape == (2, 1, 28, 28)
+    request = SamplerRequest(SourceOptions(checkpoint=str(path)), machine=MachineOptions(device="cpu"))
+    assert load_sampler(request).sampler.correction is not None
 
 
 def test_samples_do_not_depend_on_the_batch_size(place, trained, checkpoint, call, tmp_path):
