@@ -19,7 +19,7 @@ LONGEST_MESSAGE = 1500  # characters
 SYSTEM_ERROR = re.compile(r"\[Errno -?\d+\] ([^:()\[\]]+)(: '([^']+)')?")  # how Python prints an OSError
 # Words in the errors of libraries when memory or threads run out, or when a product of sizes exceeds 64 bits.
 EXHAUSTED = (
-    "allocate memory", "not enough memory", "Storage size calculation overflowed",
+    "allocate memory", "not enough memory", "bad_alloc", "Storage size calculation overflowed",
     "integer multiplication overflow", "Overflow when unpacking", "array is too big", "Maximum allowed dimension exceeded",
     "start new thread",
 )  # fmt: skip

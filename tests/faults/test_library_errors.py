@@ -43,10 +43,11 @@ def raised(work):
         lambda: np.empty((HUGE,), np.uint8),
         lambda: np.empty((HUGE, HUGE)),
         lambda: bytearray(HUGE),
+        lambda: (_ for _ in ()).throw(RuntimeError("std::bad_alloc")),
         lambda: (_ for _ in ()).throw(RuntimeError("can't start new thread")),
         lambda: (_ for _ in ()).throw(OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))),
     ],
-    ids=["torch", "torch, product", "torch, 64 bits", "numpy", "numpy, product", "Python", "threads", "system"],
+    ids=["torch", "torch, product", "torch, 64 bits", "numpy", "numpy, product", "Python", "C++", "threads", "system"],
 )
 def test_exhausted_memory_is_no_bug(work):
     explanation = explain(raised(work))
