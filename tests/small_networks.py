@@ -14,7 +14,7 @@ from models.guided_unet import GuidedUNetOptions
 from models.plain_unet import PlainUNetOptions
 from models.registry import ORIGIN_ADM, build_network
 
-__all__ = ["DIT_VARIANTS", "SMALL", "UNET", "new_network"]
+__all__ = ["BLOCKS", "DIT_VARIANTS", "SMALL", "UNET", "new_network"]
 
 CHANNELS = {"num_in_channels": 3, "num_out_channels": 3}
 UNET = {**CHANNELS, "nf": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (4,)}
@@ -25,7 +25,8 @@ SMALL: dict[str, FamilyOptions] = {
     ORIGIN_ADM: GuidedUNetOptions(**UNET | {"attn_resolutions": (2,)}, num_classes=2),
     "unet": PlainUNetOptions(**CHANNELS, num_classes=2),
 }
-_BLOCKS: dict[str, Any] = {
+# Options of DiT's blocks that go with any other.
+BLOCKS: dict[str, Any] = {
     "norm": "rms_affine",
     "mlp": "swiglu",
     "qk_norm": True,
@@ -35,8 +36,8 @@ _BLOCKS: dict[str, Any] = {
 }
 # All optional parts of DiT-Mi/2, in two networks.
 DIT_VARIANTS = (
-    replace(SMALL["DiT-Mi/2"], **_BLOCKS, class_tokens=2, time_tokens=1, fine_blocks=2, time_embedding="fourier"),
-    replace(SMALL["DiT-Mi/2"], **_BLOCKS, class_tokens=2, adaln_labels=False, ddt_blocks=2, ddt_width=64),
+    replace(SMALL["DiT-Mi/2"], **BLOCKS, class_tokens=2, time_tokens=1, fine_blocks=2, time_embedding="fourier"),
+    replace(SMALL["DiT-Mi/2"], **BLOCKS, class_tokens=2, adaln_labels=False, ddt_blocks=2, ddt_width=64),
 )
 
 

@@ -15,7 +15,7 @@ from options import Options, UsageError, record_options
 from runtime.memory import Activations, StepMemory, advise, free_memory, measure_activations
 from runtime.precision import Machine
 from tests.fuzz.scripts import SCRIPTS, declared_options
-from tests.small_networks import UNET
+from tests.small_networks import BLOCKS, UNET
 
 CPU = torch.device("cpu")
 OBJECTIVE = FlowMatching(PathOptions())
@@ -48,16 +48,6 @@ def saved_in_fact(network, loss, count):
 
 def new_dit(depth=2, **options):
     return DiT(8, 2, 32, depth, 2, DiTOptions(num_classes=2, **options)).train()
-
-
-BLOCKS = {
-    "norm": "rms_affine",
-    "mlp": "swiglu",
-    "qk_norm": True,
-    "rope": True,
-    "value_residual": True,
-    "shared_adaln": True,
-}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
