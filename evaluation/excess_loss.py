@@ -35,8 +35,8 @@ BANDWIDTHS = [2.0 ** (power / 2) for power in range(-14, 3)]  # 0.008 to 2, in u
 class ExcessOptions:
     """Excess loss."""
 
-    times: int = option(32, "number of times, at the midpoints of equal intervals of [0, 1]", minimum=1)
-    points: int = option(256, "images per time, with new noise for each time", minimum=2)
+    times: int = option(32, "number of times, at the midpoints of equal intervals of [0, 1]", minimum=1, maximum=10**5)
+    points: int = option(256, "images per time, with new noise for each time", minimum=2, maximum=10**6)
     seed: int = option(0, "seed of images and noise", minimum=0)
     output_dir: str = option("", "folder of the JSON file and the plot; default: samples/ next to the checkpoint")
 

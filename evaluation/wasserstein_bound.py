@@ -44,10 +44,14 @@ HIGHEST_BAR = 1e30
 class BoundOptions(ExcessOptions):
     """Wasserstein bound."""
 
-    paths: int = option(64, "pairs of paths from the same noise, along which rates are estimated", minimum=2)
-    lanczos_steps: int = option(8, "Lanczos steps of each norm", minimum=1)
-    samples: int = option(2000, "points of each measured distance, divided into four subsets", minimum=2 * SUBSETS)
-    batch_size: int = option(250, "points per batch", minimum=1)
+    paths: int = option(
+        64, "pairs of paths from the same noise, along which rates are estimated", minimum=2, maximum=10**6
+    )
+    lanczos_steps: int = option(8, "Lanczos steps of each norm", minimum=1, maximum=1000)
+    samples: int = option(
+        2000, "points of each measured distance, divided into four subsets", minimum=2 * SUBSETS, maximum=10**6
+    )
+    batch_size: int = option(250, "points per batch", minimum=1, maximum=10**6)
 
 
 @dataclass(frozen=True)
