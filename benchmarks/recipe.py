@@ -2,9 +2,9 @@
 
     python -m benchmarks.recipe [--variants NAME ...] [--steps 1000] [--seeds 0 1 2] [flags of test_flow_latent.py]
 
-Every variant is trained with the same seeds, so that all see the same images, noise and times. A variant is a name in
-VARIANTS, or "NAME: TRAINING FLAGS | SAMPLING FLAGS", where the bar and the flags after it may be missing. The first variant
-is the baseline. Each run reports its validation loss by quarter of t, its speed, and the FD of --samples images without
+Every variant is trained with the same seeds, so that all see the same images, noise and times. A variant is a name that
+--variants lists, or "NAME: TRAINING FLAGS | SAMPLING FLAGS", where the bar and the flags after it may be missing. The first
+variant is the baseline. Each run reports its validation loss by quarter of t, its speed, and the FD of --samples images without
 guidance and at every guidance scale of --scales; the scale with the lowest mean FD counts, because a better network often
 needs another one. Differences to the baseline are means over the seeds with standard errors.
 
@@ -83,13 +83,20 @@ class Variant(NamedTuple):
 class RecipeOptions:
     """Benchmark."""
 
-    keep: str = option("saved_info/benchmarks/recipe", "folder for runs, sample features and the results as JSON")
-    output: str = option("docs/recipe", "path of the PNG to write, without suffix")
-    variants: tuple[str, ...] = option(tuple(VARIANTS), "variants; the first is the baseline")
-    steps: int = option(1000, "training steps of every run", minimum=100)
-    seeds: tuple[int, ...] = option((0, 1, 2), "training seeds", minimum=0)
-    scales: tuple[float, ...] = option((2.0, 3.0, 4.0), "guidance scales, above 1")
-    samples: int = option(5000, "samples for each FD", minimum=16)
+    keep: str = option(
+        "saved_info/benchmarks/recipe", "folder for runs, sample features and the results as JSON", common=True
+    )
+    output: str = option("docs/recipe", "path of the PNG to write, without suffix", common=True)
+    variants: tuple[str, ...] = option(
+        tuple(VARIANTS),
+        f"variants; the first is the baseline; names: {'; '.join(VARIANTS)}",
+        common=True,
+        shown="all names",
+    )
+    steps: int = option(1000, "training steps of every run", minimum=100, common=True)
+    seeds: tuple[int, ...] = option((0, 1, 2), "training seeds", minimum=0, common=True)
+    scales: tuple[float, ...] = option((2.0, 3.0, 4.0), "guidance scales, above 1", common=True)
+    samples: int = option(5000, "samples for each FD", minimum=16, common=True)
 
 
 class Result(NamedTuple):

@@ -95,7 +95,8 @@ def show_snapshots(run: Path, widths: Collection[float], every: int) -> None:
     stored = len(_paths(run))
     there = f"; {stored} snapshots there" if stored else ""
     listed = " and ".join(str(width) for width in widths)
-    fact("averages", f"relative widths {listed}, stored every {every:,} steps in {FOLDER}/{there}")
+    interval = "step" if every == 1 else f"{every:,} steps"
+    fact("averages", f"relative widths {listed}, stored every {interval} in {FOLDER}/{there}")
 
 
 def remove_later(run: Path, step: int) -> None:
