@@ -55,7 +55,7 @@ def explain(error: BaseException, options: Options | None = None) -> Explanation
 
     Args:
         error: the error.
-        options: the script's options, some of which the line may advise to change.
+        options: the script's options; the line may advise to change some.
     """
     if isinstance(error, UsageError):
         return Explanation(error.exit_code, _one_line(f"error: {_without_numbers(str(error))}"))
@@ -108,7 +108,7 @@ def _gpu_memory_ran_out(error: BaseException) -> bool:
 
 
 def _less_memory(options: Options | None) -> str:
-    """What to do if a GPU's memory is too small: only flags that the script has and that can still save memory."""
+    """Advice after a GPU ran out of memory. It names only flags that the script has and that can still save memory."""
     values = {} if options is None else options.values
     trains = "grad_accumulation" in values  # other scripts accept a network's --use_grad_checkpointing without using it
     ways = [f"use a smaller --batch_size (now {values['batch_size']})"] if values.get("batch_size", 1) > 1 else []

@@ -81,7 +81,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def has_mirror_images(folder: Path) -> bool | None:
-    """Whether a cache, finished or not, stores mirror images; None if there is no cache.
+    """Whether a complete or partial cache stores mirror images; None without a cache.
 
     Raises:
         UsageError: its manifest is damaged.

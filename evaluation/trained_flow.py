@@ -160,7 +160,7 @@ def measure_checkpoint(
 def open_trained_flow(
     checkpoint: str, data: DataFolderOptions, cache: LatentCacheOptions, device: torch.device
 ) -> TrainedFlow:
-    """Load a checkpoint with the latents of its dataset, which are encoded first if there is no latent cache.
+    """Load a checkpoint and its dataset's latents. Without a latent cache, this encodes the images first.
 
     Raises:
         UsageError: the checkpoint cannot be read, its exact velocity is not known, or the dataset is missing or has other
@@ -185,7 +185,7 @@ def _check_classes(dataset: ImageDataset, header: Header) -> None:
     """Check that labels mean the same in the dataset as in training, if both have class names.
 
     Raises:
-        UsageError: they do not, so the images cannot be those of the training.
+        UsageError: the class names differ, so the network was trained on other images.
     """
     trained, found = header.dataset.class_names, dataset.facts.class_names
     if trained and found and trained != found:

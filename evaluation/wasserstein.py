@@ -1,7 +1,7 @@
 """Wasserstein-2 distances between two sets of equally many points, with the squared Euclidean distance as cost.
 
-Distances of finite sets are too large: two independent samples of one distribution have a distance above 0, too. So every
-distance should be read next to that of two samples of the data.
+Distances of finite sets are too large: two independent samples of one distribution have a distance above 0, too. So compare
+every distance with the distance between two samples of the data.
 """
 
 import math
@@ -9,11 +9,23 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["Distance", "exact_distance", "over_subsets", "sinkhorn_distance", "sliced_distance"]
+from runtime.messages import note
+
+__all__ = [
+    "DISTANCE_LINES",
+    "Distance",
+    "available_distances",
+    "exact_distance",
+    "over_subsets",
+    "sinkhorn_distance",
+    "sliced_distance",
+]
 
 Distance = Callable[[torch.Tensor, torch.Tensor], float]
 DIRECTIONS = 500
 ENTROPY = 0.05  # regularization, relative to the mean cost
+# Names of the distances in results and in printed lines.
+DISTANCE_LINES = {"exact": "best assignment", "sliced": "sliced (at most W2 / sqrt(D))", "sinkhorn": "entropic"}
 
 
 def exact_distance(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -55,6 +67,17 @@ def sinkhorn_distance(a: torch.Tensor, b: torch.Tensor) -> float:
         a.double().numpy(), b.double().numpy(), reg, method="sinkhorn_log", numIterMax=2000, stopThr=1e-6, warn=False
     )
     return math.sqrt(max(0.0, float(divergence)))
+
+
+def available_distances() -> dict[str, Distance]:
+    """Distances by name; a note names the one that lacks its package, before the long work."""
+    distances: dict[str, Distance] = {"exact": exact_distance, "sliced": sliced_distance}
+    try:
+        import ot  # noqa: F401
+    except ImportError:
+        note("POT is missing, so the result has no entropic distances: pip install POT")
+        return distances
+    return distances | {"sinkhorn": sinkhorn_distance}
 
 
 def over_subsets(distance: Distance, a: torch.Tensor, b: torch.Tensor, subsets: int) -> tuple[float, float]:

@@ -20,7 +20,7 @@ import torch
 from datasets_prep.datasets import crop_padding
 from evaluation.excess_loss import ExcessOptions, Mean, measure_errors, midpoints
 from evaluation.trained_flow import Latents, TrainedFlow, measure_checkpoint
-from evaluation.wasserstein import Distance, exact_distance, over_subsets, sinkhorn_distance, sliced_distance
+from evaluation.wasserstein import DISTANCE_LINES, Distance, available_distances, over_subsets
 from exits import exit_cleanly
 from flow.bounds import decoded_bound, flow_bound, lfm_bound, young_bound
 from flow.guidance import GuidanceOptions, GuidedVelocity, Network
@@ -78,7 +78,7 @@ def measure_bound(flow: TrainedFlow, options: BoundOptions) -> dict[str, Any]:
         UsageError: the dataset holds latents without images.
     """
     flow.dataset.check_images("the Wasserstein bound")
-    measures = _available_measures()
+    measures = available_distances()
     count = _pairs_of_images(flow, options.samples)
     exact = flow.exact()
     excess = measure_errors(flow, exact, flow.training, options).excess.mean(2)  # per dimension [T, P]
@@ -259,17 +259,6 @@ def _distances(
     }
 
 
-def _available_measures() -> dict[str, Distance]:
-    """Distances by name; a note names the one that lacks its package, before the long work."""
-    measures: dict[str, Distance] = {"exact": exact_distance, "sliced": sliced_distance}
-    try:
-        import ot  # noqa: F401
-    except ImportError:
-        note("POT is missing, so the result has no entropic distances: pip install POT")
-        return measures
-    return measures | {"sinkhorn": sinkhorn_distance}
-
-
 def _pairs_of_images(flow: TrainedFlow, wanted: int) -> int:
     """The number of pairs of different training images to measure distances with; a note says if they are too few."""
     count = min(wanted, max(SUBSETS, len(flow.training) // 2))
@@ -285,7 +274,6 @@ BOUND_LINES = {
     "along_paths": "along paths",
     "coupling": "distance of paired paths",
 }
-DISTANCE_LINES = {"exact": "best assignment", "sliced": "sliced (at most W2 / sqrt(D))", "sinkhorn": "entropic"}
 
 
 def describe(result: dict[str, Any]) -> str:

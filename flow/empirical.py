@@ -152,7 +152,7 @@ class _PointsAtOneTime:
 
     @property
     def _has_signal(self) -> bool:
-        """Whether x_t says anything about data. If not, V_i = 1, and the average of the centers is that of the means."""
+        """Whether x_t depends on the data. Otherwise V_i = 1, and averaging the centers averages the means."""
         return self._signal > LEAST_SIGNAL
 
     def log_density(self) -> torch.Tensor:

@@ -18,7 +18,7 @@ SMALLEST_SHARE = 1000  # training images per held-out image
 
 @dataclass(frozen=True)
 class Survey:
-    """What was found in a folder of images or latents, and how it is used.
+    """The contents of a folder of images or latents, and their use.
 
     Args:
         root: the folder.

@@ -59,12 +59,12 @@ class AuxiliaryOptions:
 
 
 class TapBatch(NamedTuple):
-    """What the losses compare.
+    """A batch's inputs to the auxiliary losses.
 
     Args:
         tapped: what the network's tap gives (`models.taps.Tapped`).
         data: latents [B, C, h, w].
-        features: the image encoder's features [B, d, rows, columns]; None if there is no encoder.
+        features: the image encoder's features [B, d, rows, columns]; None without an encoder.
         velocity_loss: the objective's losses [B] of another velocity [B, C, h, w] for the same batch.
     """
 
