@@ -38,7 +38,7 @@ from runtime.pictures import GridOptions
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.provenance import provenance
 from runtime.randomness import seed_for
-from sampling.sampler import check_guidance, check_internal_guidance
+from sampling.checks import check_guidance, check_network
 from tasks.conditioned_images import ConditionedImages
 from tasks.task import GENERATION, TrainingTask
 from training.auxiliary.setup import (
@@ -142,7 +142,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     check_labels(architecture.options, (inputs.dataset, inputs.held_out))
     check_classes(architecture.options, inputs.dataset, new=not resumes and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
-    check_internal_guidance(architecture.options, options[GuidanceOptions])
+    check_network(architecture.options, options[SolverOptions], options[GuidanceOptions])
     path = options[OBJECTIVES[objective_name].options]
     path = _settled(path, architecture, training.batch_size * processes.count)
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
