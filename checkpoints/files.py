@@ -20,7 +20,7 @@ from checkpoints.state_dicts import load_weights
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from models.registry import build_network
-from models.taps import without_projectors
+from models.taps import weights_for_sampling
 from options import UsageError
 from runtime.files import atomic_path
 from runtime.torch_files import explain_failure, is_torch_file, weights_hash
@@ -109,7 +109,7 @@ def load_model(
     weights, header = read_weights(path)
     architecture = header.architecture.for_sampling()
     network = build_network(*architecture)
-    load_weights(network, without_projectors(weights), str(path), architecture)
+    load_weights(network, weights_for_sampling(weights), str(path), architecture)
     stored = header.autoencoder
     source = replace(autoencoder or AutoencoderOptions(stored.id), scale_factor=stored.scale_factor)
     loaded = load_autoencoder(source, header.dataset.channels)

@@ -14,8 +14,9 @@ LFM's published checkpoints.
 
 This is the network without options. The options of blocks are in models/dit_blocks.py. Three options act between blocks:
 context tokens precede the image's (models/embeddings.py), one modulation may serve all blocks, and a second stage may change
-the tokens before the last blocks (models/token_stages.py). For training, heads may read the tokens after a block
-(models/taps.py), and some tokens may skip blocks (models/routing.py).
+the tokens before the last blocks (models/token_stages.py). The network can also predict average velocities
+(models/flow_maps.py). For training, heads may read the tokens after a block (models/taps.py), and some tokens may skip blocks
+(models/routing.py).
 """
 
 import math
@@ -26,19 +27,19 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from models.conditions import Condition
-from models.dit_blocks import BlockInputs, DiTBlock, FinalLayer, Modulation
+from models.dit_blocks import BlockInputs, Conditioning, DiTBlock, FinalLayer, Modulation, zero_final_layer
 from models.dit_options import DiTOptions
 from models.embeddings import ContextTokens, LabelEmbedding, TimeEmbedding, batch_times
-from models.family import Weights
+from models.flow_maps import LogVariance, VelocityWithVariance, guidance_share
 from models.positions import PositionTables, sincos_table
 from models.rope import RotaryPositions
 from models.routing import choose_tokens, scatter_tokens
 from models.taps import Tapped, TappedVelocity, new_projectors
-from models.token_stages import DdtHead, FineTokens
+from models.token_stages import new_second_stage
 from models.transformer_layers import PatchEmbed
 from options import UsageError
 
-__all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "hidden_matrices", "with_own_positions"]
+__all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "hidden_matrices"]
 
 # Hidden width, depth, heads. Ti and Mi are not in the paper; they suit small images and small machines.
 DIT_SIZES = {
@@ -83,9 +84,9 @@ class DiT(nn.Module):
         self.pos_embed = nn.Parameter(sincos_table(self.grid, self.grid, hidden_size), requires_grad=False)
         self._tables = PositionTables(self.grid)
         self.x_embedder = PatchEmbed(first_patch, options.num_in_channels, hidden_size)
-        self.t_embedder = TimeEmbedding(
-            TIME_FREQUENCIES[options.time_embedding], hidden_size, options.time_embedding, options.time_scale_factor
-        )
+        self.t_embedder = _time_embedding(hidden_size, options)
+        self.r_embedder = _time_embedding(hidden_size, options) if options.until_embedding == "interval" else None
+        self.guidance_embedder = _time_embedding(hidden_size, options) if options.guidance_embedding else None
         self.y_embedder = LabelEmbedding(options.label_rows, hidden_size) if options.adaln_labels else None
         self.feat_rope = RotaryPositions(self.grid, hidden_size // num_heads) if options.rope else None
         self.context = (
@@ -94,8 +95,8 @@ class DiT(nn.Module):
             else None
         )
         self.shared_adaLN = Modulation(hidden_size, 6) if options.shared_adaln else None
-        self.second_start = options.first_stage(depth)
-        self.second_stage, head_width, head_heads = _second_stage(size, patch_size, hidden_size, num_heads, options)
+        self.second_start, self.until_start = options.first_stage(depth), options.until_start(depth)
+        self.second_stage, head_width, head_heads = new_second_stage(size, patch_size, hidden_size, num_heads, options)
         head_shares = options.shared_adaln and not options.ddt_blocks
         stages = (
             (self.second_start, hidden_size, num_heads, options.shared_adaln),
@@ -116,49 +117,94 @@ class DiT(nn.Module):
         x: torch.Tensor,
         condition: Condition = Condition(),  # noqa: B008
         *,
+        until: torch.Tensor | None = None,
+        guidance: torch.Tensor | None = None,
+        log_variance: bool = False,
         tapped: bool = False,
         routing: torch.Tensor | None = None,
-    ) -> torch.Tensor | TappedVelocity:
+    ) -> torch.Tensor | VelocityWithVariance | TappedVelocity:
         """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
 
-        Without labels, every sample uses the last row of the label table, which is the null class if there is one. With
-        `tapped`, the result also has what the tap gives. The random numbers `routing` [B, h, w] decide which tokens skip the
-        options' `route_blocks` (the number at a patch's first position counts); without them, no token does.
+        Without labels, every sample uses the last row of the label table, which is the null class if there is one. The random
+        numbers `routing` [B, h, w] decide which tokens skip the options' `route_blocks` (the number at a patch's first position
+        counts); without them, no token does.
+
+        Args:
+            t: times.
+            x: points x_t, and a dense map if the network takes one.
+            condition: labels [B].
+            until: times ([B] or 0-d, at most t); the result is then the average velocity over [until, t].
+            guidance: guidance scales ([B] or 0-d, at least 1) for a network that takes them; None: 1, no guidance.
+            log_variance: return `VelocityWithVariance`.
+            tapped: return `TappedVelocity`, with what the tap gives.
+            routing: random numbers.
 
         Raises:
-            UsageError: h or w is not a multiple of the (coarse) patch side.
+            UsageError: h or w is not a multiple of the (coarse) patch side, or the network takes no `until` or guidance, or
+                has no log-variance.
         """
         _check_sides(x.shape[2], x.shape[3], self.first_patch)
-        time = self.t_embedder(batch_times(t, x))  # [B, D]
-        inputs, tap = self._transform(self._first_inputs(time, x, condition.labels), time, x, routing)
+        self.options.check_inputs(until, guidance, log_variance)
+        start = batch_times(t, x)  # [B]
+        end = start if until is None else batch_times(until, x)
+        first = last = self._conditioning(start, start - end, guidance, condition.labels)
+        if until is not None and self.until_start < len(self.blocks):
+            last = self._conditioning(end, start - end, guidance, condition.labels)
+        inputs, tap = self._transform(self._first_inputs(first, x, condition.labels), first, last, x, routing)
         patches = self.final_layer(self._image_tokens(inputs, x, self.patch_size), inputs.embedding)  # [B, L, p p C]
         velocity = self._unpatchify(patches, x, self.patch_size)
-        return TappedVelocity(velocity, self._read_tap(tap, x)) if tapped else velocity
+        result: torch.Tensor | VelocityWithVariance = velocity
+        if log_variance:
+            result = VelocityWithVariance(velocity, self.log_variance_head(start, end))  # type: ignore[misc]
+        return TappedVelocity(result, self._read_tap(tap, x)) if tapped else result
 
-    def _first_inputs(self, time: torch.Tensor, x: torch.Tensor, labels: torch.Tensor | None) -> BlockInputs:
-        """The first block's inputs, given the time embedding [B, D]."""
+    def _conditioning(
+        self, t: torch.Tensor, span: torch.Tensor, guidance: torch.Tensor | None, labels: torch.Tensor | None
+    ) -> Conditioning:
+        """What blocks get from times t [B], intervals of these lengths [B], guidance scales and labels."""
+        time = self.t_embedder(t)
+        if self.r_embedder is not None:
+            time = time + self.r_embedder(span)
+        if self.guidance_embedder is not None:
+            time = time + self.guidance_embedder(guidance_share(guidance, t))
         embedding = time if self.y_embedder is None else time + self.y_embedder(labels)
-        embedding = embedding.expand(x.shape[0], -1)
+        embedding = embedding.expand(len(t), -1)
         if self.options.ddt_blocks:
             embedding = functional.silu(embedding)  # before each modulation's own, as in RAE's published weights
+        return Conditioning(time, embedding, None if self.shared_adaLN is None else self.shared_adaLN(embedding))
+
+    def _first_inputs(self, given: Conditioning, x: torch.Tensor, labels: torch.Tensor | None) -> BlockInputs:
+        """The first block's inputs."""
         rows, columns = _grid_of(x, self.first_patch)
         tokens = self.x_embedder(x) + self._positions(rows, columns)  # [B, L, D]
         if self.context is not None:
-            tokens = torch.cat([self.context(time, labels).to(tokens.dtype), tokens], dim=1)
+            tokens = torch.cat([self.context(given.time, labels).to(tokens.dtype), tokens], dim=1)
         rotation = None if self.feat_rope is None else self.feat_rope(rows, columns, self.options.context_tokens)
-        shared = None if self.shared_adaLN is None else self.shared_adaLN(embedding)
-        return BlockInputs(tokens, embedding, rotation, None, shared)
+        return BlockInputs(tokens, given.embedding, rotation, None, given.shared)
 
     def _transform(
-        self, inputs: BlockInputs, time: torch.Tensor, x: torch.Tensor, routing: torch.Tensor | None
+        self,
+        inputs: BlockInputs,
+        given: Conditioning,
+        later: Conditioning,
+        x: torch.Tensor,
+        routing: torch.Tensor | None,
     ) -> tuple[BlockInputs, BlockInputs]:
-        """What is left after all blocks, and after the tapped block (block 0: before the first)."""
+        """What is left after all blocks, and after the tapped block (block 0: before the first).
+
+        The blocks from `until_start` on get `later` instead of `given`.
+        """
         first, last = (-1, -1) if routing is None else self.options.route_blocks
         tap = waiting = inputs
         kept = None
         for number, block in enumerate(self.blocks):
+            if number == self.until_start and later is not given:
+                given = later
+                inputs, waiting = (
+                    each._replace(embedding=later.embedding, shared=later.shared) for each in (inputs, waiting)
+                )
             if self.second_stage is not None and number == self.second_start:
-                inputs = self.second_stage(inputs, time, x)
+                inputs = self.second_stage(inputs, given.time, x)
             if routing is not None and number == first:
                 waiting, kept = inputs, self._choose_tokens(inputs, routing, number)
                 inputs = waiting.of_tokens(kept)
@@ -209,13 +255,14 @@ class DiT(nn.Module):
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * patch, columns * patch)
 
     def _add_heads(self, width: int, second_width: int) -> None:
-        """The heads on the tokens after the tapped block, given the widths of the tokens of both stages."""
+        """The log-variance, and heads on the tokens after the tapped block, given the widths of both stages' tokens."""
         options, tap_block = self.options, self.options.tap_block
         self.tap_patch = self.first_patch if tap_block <= self.second_start else self.patch_size
         width = width if tap_block <= self.second_start else second_width
         patch_values = self.tap_patch**2 * options.num_out_channels
-        self.auxiliary_head = _zero_layer(width, patch_values, options) if options.has_auxiliary_velocity else None
+        self.auxiliary_head = zero_final_layer(width, patch_values, options) if options.has_auxiliary_velocity else None
         self.projectors = new_projectors(options, width, patch_values)
+        self.log_variance_head = LogVariance() if options.log_variance_head else None
 
     def _initialize(self) -> None:
         modules = list(self.modules())
@@ -231,6 +278,10 @@ class DiT(nn.Module):
         tables = [module.embedding_table for module in modules if isinstance(module, LabelEmbedding)]
         for layer in (*tables, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        for embedder in (self.r_embedder, self.guidance_embedder):
+            if embedder is not None:  # its zeros leave a trained network's velocity as it is
+                nn.init.normal_(embedder.mlp[0].weight, std=0.02)  # type: ignore[arg-type]
+                nn.init.zeros_(embedder.mlp[2].weight)  # type: ignore[arg-type]
         if self.context is not None:
             nn.init.normal_(self.context.positions, std=0.02)
         for module in modules:
@@ -239,26 +290,9 @@ class DiT(nn.Module):
         nn.init.zeros_(self.final_layer.linear.weight)
 
 
-def _second_stage(
-    size: int, patch_size: int, width: int, num_heads: int, options: DiTOptions
-) -> tuple[FineTokens | DdtHead | None, int, int]:
-    """What precedes the last blocks, if anything, and these blocks' width and number of heads."""
-    if options.fine_blocks:
-        return FineTokens(size, patch_size, width, num_heads, options), width, num_heads
-    if options.ddt_blocks:
-        head_width, heads = options.ddt_size(width, num_heads)
-        return DdtHead(size, patch_size, width, head_width, heads, options), head_width, heads
-    return None, width, num_heads
-
-
-def _zero_layer(width: int, patch_values: int, options: DiTOptions) -> FinalLayer:
-    """A decoder whose linear maps are zero at first, and therefore its output."""
-    layer = FinalLayer(width, patch_values, options)
-    for module in layer.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.weight)
-            nn.init.zeros_(module.bias)
-    return layer
+def _time_embedding(width: int, options: DiTOptions) -> TimeEmbedding:
+    kind = options.time_embedding
+    return TimeEmbedding(TIME_FREQUENCIES[kind], width, kind, options.time_scale_factor)
 
 
 def _grid_of(x: torch.Tensor, patch: int) -> tuple[int, int]:
@@ -277,7 +311,6 @@ def _check_sides(height: int, width: int, patch: int) -> None:
 
 # Names of modules with maps between hidden tokens, or from the embedding to modulations.
 HIDDEN = {"blocks", "shared_adaLN", "upsampler", "projector"}
-POSITIONS = ("pos_embed", "freqs_cos", "freqs_sin")  # last parts of names of tables that depend on the grid only
 
 
 def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
@@ -288,25 +321,6 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
     """
     named = network.named_parameters()
     return [parameter for name, parameter in named if HIDDEN.intersection(name.split(".")) and parameter.ndim == 2]
-
-
-def with_own_positions(own: Weights, weights: Weights) -> Weights:
-    """Fit `weights` to a DiT with the state dict `own`, whose position tables replace those for another grid.
-
-    All other entries are unchanged. If there is nothing to replace, the result is `weights` itself, not a copy.
-    """
-    replaced = {
-        name: mine
-        for name, mine in own.items()
-        if name.split(".")[-1] in POSITIONS and name in weights and _differ_in_length(mine, weights[name])
-    }
-    return {**weights, **replaced} if replaced else weights
-
-
-def _differ_in_length(mine: torch.Tensor, stored: torch.Tensor) -> bool:
-    """Whether two tables [..., L, D] differ in L only."""
-    same_kind = mine.ndim == stored.ndim and mine.shape[-1] == stored.shape[-1]
-    return same_kind and mine.shape != stored.shape
 
 
 def build_dit(name: str, patch: int, size: int, options: DiTOptions) -> DiT:

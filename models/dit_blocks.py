@@ -10,7 +10,7 @@ from models.rope import Rotation
 from models.routing import gather_tokens
 from models.transformer_layers import MLPS, NORMS, QK_NORMS, SelfAttention
 
-__all__ = ["BlockInputs", "DiTBlock", "FinalLayer", "Modulation"]
+__all__ = ["BlockInputs", "Conditioning", "DiTBlock", "FinalLayer", "Modulation", "zero_final_layer"]
 
 
 class BlockInputs(NamedTuple):
@@ -40,6 +40,14 @@ class BlockInputs(NamedTuple):
         if values is not None:
             values = gather_tokens(values.transpose(1, 2), kept).transpose(1, 2)
         return BlockInputs(gather_tokens(self.tokens, kept), embedding, rotation, values, self.shared)
+
+
+class Conditioning(NamedTuple):
+    """What blocks get from times and labels: embeddings of the time and of both [B, D], and the modulation that they share."""
+
+    time: torch.Tensor
+    embedding: torch.Tensor
+    shared: torch.Tensor | None
 
 
 class Modulation(nn.Sequential):
@@ -112,6 +120,16 @@ class FinalLayer(nn.Module):
         """Patches [B, L, p p C] from tokens [B, L, D], given the embedding [B, D] or [B, L, D]."""
         shift, scale = _parts(self.adaLN_modulation(embedding), 2)
         return self.linear(_modulate(self.norm_final(tokens), shift, scale))
+
+
+def zero_final_layer(width: int, patch_values: int, options: DiTOptions) -> FinalLayer:
+    """A decoder whose linear maps are zero at first, and therefore its output."""
+    layer = FinalLayer(width, patch_values, options)
+    for module in layer.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+    return layer
 
 
 def _parts(modulation: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

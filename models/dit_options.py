@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from models.taps import TapOptions
+from models.flow_maps import FlowMapOptions
 from models.transformer_layers import MLPS, NORMS
 from options import UsageError, option
 
@@ -10,7 +10,7 @@ __all__ = ["DiTOptions"]
 
 
 @dataclass(frozen=True)
-class DiTOptions(TapOptions):
+class DiTOptions(FlowMapOptions):
     """DiT."""
 
     norm: str = option(
@@ -71,6 +71,7 @@ class DiTOptions(TapOptions):
         if not self.adaln_labels and not self.class_tokens:
             raise UsageError("--no-adaln_labels needs --class_tokens, or the network would not see the class")
         self.check_tap(depth)
+        self.check_flow_map(depth, self.ddt_blocks)
         if self.route_rate:
             self._check_stages_of_routing(depth)
 

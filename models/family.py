@@ -60,6 +60,16 @@ class FamilyOptions:
         """Whether the network has a second velocity head, for internal guidance."""
         return False
 
+    @property
+    def takes_until(self) -> bool:
+        """Whether the network predicts average velocities, given the end `until` of an interval of times."""
+        return False
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether the network takes a guidance scale as an input."""
+        return False
+
     def for_sampling(self) -> Self:
         """The options of the network without weights that serve only training."""
         return self

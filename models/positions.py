@@ -3,9 +3,12 @@
 import torch
 
 from models.embeddings import sinusoids
+from models.family import Weights
 from runtime.messages import note
 
-__all__ = ["PositionTables", "sincos_table"]
+__all__ = ["PositionTables", "sincos_table", "with_own_positions"]
+
+POSITIONS = ("pos_embed", "freqs_cos", "freqs_sin")  # last parts of names of tables that depend on the grid only
 
 
 def sincos_table(rows: int, columns: int, hidden_size: int) -> torch.Tensor:
@@ -38,3 +41,22 @@ class PositionTables:
             self._others[rows, columns] = sincos_table(rows, columns, stored.shape[-1])
         table = self._others[rows, columns] = self._others[rows, columns].to(stored.device)
         return table
+
+
+def with_own_positions(own: Weights, weights: Weights) -> Weights:
+    """Fit `weights` to a DiT with the state dict `own`, whose position tables replace those for another grid.
+
+    All other entries are unchanged. If there is nothing to replace, the result is `weights` itself, not a copy.
+    """
+    replaced = {
+        name: mine
+        for name, mine in own.items()
+        if name.split(".")[-1] in POSITIONS and name in weights and _differ_in_length(mine, weights[name])
+    }
+    return {**weights, **replaced} if replaced else weights
+
+
+def _differ_in_length(mine: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Whether two tables [..., L, D] differ in L only."""
+    same_kind = mine.ndim == stored.ndim and mine.shape[-1] == stored.shape[-1]
+    return same_kind and mine.shape != stored.shape

@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from models.conditions import DenseConditioned, DenseInput
-from models.dit import DIT_SIZES, DiTOptions, build_dit, hidden_matrices, with_own_positions
+from models.dit import DIT_SIZES, DiTOptions, build_dit, hidden_matrices
 from models.edm_layers import STYLES
 from models.edm_unet import EdmUNet, EdmUNetOptions
 from models.family import Family, FamilyOptions
 from models.guided_unet import GuidedUNet, GuidedUNetOptions
 from models.plain_unet import PlainUNet, PlainUNetOptions
+from models.positions import with_own_positions
 from options import Options, UsageError, make_options, option
 
 __all__ = [

@@ -13,7 +13,7 @@ networks for sampling are built without them.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -28,13 +28,13 @@ __all__ = [
     "Tapped",
     "TappedVelocity",
     "new_projectors",
+    "weights_for_sampling",
     "without_heads",
-    "without_projectors",
 ]
 
 LATENT_LAYERS = 5  # of SRA 2's MLP, whose paper found two layers worse
-# Prefixes of names in a state dict.
-PROJECTORS_PREFIX, HEAD_PREFIX = "projectors.", "auxiliary_head."
+# Prefixes of names in a state dict: what only training uses, and the auxiliary head.
+TRAINING_PREFIXES, HEAD_PREFIX = ("projectors.", "log_variance_head."), "auxiliary_head."
 
 
 class Tapped(NamedTuple):
@@ -50,9 +50,9 @@ class Tapped(NamedTuple):
 
 
 class TappedVelocity(NamedTuple):
-    """A velocity [B, C, h, w], and what the tap gives."""
+    """A velocity [B, C, h, w], or what else the network returns without `tapped`, and what the tap gives."""
 
-    velocity: torch.Tensor
+    velocity: Any
     tapped: Tapped
 
 
@@ -178,16 +178,16 @@ def new_projectors(options: TapOptions, width: int, patch_values: int) -> nn.Mod
     return projectors
 
 
-def without_projectors(weights: Weights) -> Weights:
-    """The entries of a state dict that sampling needs; `weights` itself if it has no projectors."""
-    return _without(weights, PROJECTORS_PREFIX)
+def weights_for_sampling(weights: Weights) -> Weights:
+    """The entries of a state dict that sampling needs; `weights` itself if it has no others."""
+    return _without(weights, TRAINING_PREFIXES)
 
 
 def without_heads(weights: Weights) -> Weights:
     """The entries of a state dict that a network without a tap has; `weights` itself if it has no others."""
-    return _without(weights, (PROJECTORS_PREFIX, HEAD_PREFIX))
+    return _without(weights, (*TRAINING_PREFIXES, HEAD_PREFIX))
 
 
-def _without(weights: Weights, prefixes: str | tuple[str, ...]) -> Weights:
+def _without(weights: Weights, prefixes: tuple[str, ...]) -> Weights:
     kept = {name: value for name, value in weights.items() if not name.startswith(prefixes)}
     return weights if len(kept) == len(weights) else kept

@@ -18,7 +18,7 @@ from models.positions import PositionTables, sincos_table
 from models.rope import RotaryPositions
 from models.transformer_layers import NORMS, PatchEmbed
 
-__all__ = ["DdtHead", "FineTokens", "TokenUpsampler"]
+__all__ = ["DdtHead", "FineTokens", "TokenUpsampler", "new_second_stage"]
 
 
 class TokenUpsampler(nn.Module):
@@ -100,3 +100,15 @@ class DdtHead(nn.Module):
             condition = self.projector(condition)
         rotation = self.feat_rope(rows, columns) if self.feat_rope is not None else None
         return BlockInputs(self.x_embedder(x), condition, rotation)
+
+
+def new_second_stage(
+    size: int, patch_size: int, width: int, num_heads: int, options: DiTOptions
+) -> tuple[FineTokens | DdtHead | None, int, int]:
+    """What precedes the last blocks, if anything, and these blocks' width and number of heads."""
+    if options.fine_blocks:
+        return FineTokens(size, patch_size, width, num_heads, options), width, num_heads
+    if options.ddt_blocks:
+        head_width, heads = options.ddt_size(width, num_heads)
+        return DdtHead(size, patch_size, width, head_width, heads, options), head_width, heads
+    return None, width, num_heads

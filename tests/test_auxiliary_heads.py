@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import latent_flow
 from checkpoints.files import read_weights, save_weights
 from models.autoencoders.kl import new_autoencoder_kl
-from models.taps import without_projectors
+from models.taps import weights_for_sampling
 from options import UsageError
 
 TRAIN, TEST = "train_flow_latent.py", "test_flow_latent.py"
@@ -98,7 +98,7 @@ def test_internal_guidance_changes_samples_and_scale_one_does_not(checkpoint, pl
 
 def test_samples_need_no_projectors(checkpoint, place, call, tmp_path):
     weights, header = read_weights(checkpoint)
-    save_weights(tmp_path / "model_1.safetensors", without_projectors(weights), header)
+    save_weights(tmp_path / "model_1.safetensors", weights_for_sampling(weights), header)
     guided = samples(call, place, checkpoint, "--internal_guidance", 1.9, output="whole")
     without = samples(call, place, tmp_path / "model_1.safetensors", "--internal_guidance", 1.9, output="without")
     assert np.array_equal(guided, without)
@@ -106,7 +106,7 @@ def test_samples_need_no_projectors(checkpoint, place, call, tmp_path):
 
 def test_a_checkpoint_without_the_head_is_refused(checkpoint, place, call, tmp_path):
     weights, header = read_weights(checkpoint)
-    plain = {name: value for name, value in without_projectors(weights).items() if "auxiliary" not in name}
+    plain = {name: value for name, value in weights_for_sampling(weights).items() if "auxiliary" not in name}
     network = replace(header.network, auxiliary_velocity=0.0, align_latents=0.0, align_features=0.0)
     save_weights(tmp_path / "model_1.safetensors", plain, replace(header, network=network))
     flags = ["--checkpoint", tmp_path / "model_1.safetensors", "--dataset", "fashion_mnist", "--n_sample", 4, *SOLVER]

@@ -8,7 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.conditions import Condition
-from models.dit import DiT, DiTOptions, hidden_matrices, with_own_positions
+from models.dit import DiT, DiTOptions, hidden_matrices
+from models.positions import with_own_positions
 from options import UsageError
 from runtime.cpu.kernels import attention, with_cpu_kernels
 

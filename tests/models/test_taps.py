@@ -10,7 +10,7 @@ from checkpoints.state_dicts import load_weights
 from models.conditions import Condition, DenseInput
 from models.dit import DiT, DiTOptions, hidden_matrices
 from models.registry import Architecture, build_network
-from models.taps import without_projectors
+from models.taps import weights_for_sampling
 from options import UsageError
 
 # Of DiT-Mi/2's initial weights for seed 0, recorded before there was a tap.
@@ -140,7 +140,7 @@ def test_a_dense_condition_passes_through():
 
 def test_networks_for_sampling_have_no_projectors_and_need_no_weights_of_them():
     weights, architecture = moved(HEADS).state_dict(), Architecture("DiT-Mi/2", 8, HEADS)
-    kept = without_projectors(weights)
+    kept = weights_for_sampling(weights)
     assert {name.split(".")[0] for name in weights.keys() - kept.keys()} == {"projectors"}
     network = build_network(*architecture.for_sampling())
     load_weights(network, kept, "file", architecture.for_sampling())
@@ -149,7 +149,7 @@ def test_networks_for_sampling_have_no_projectors_and_need_no_weights_of_them():
     assert torch.equal(whole.velocity, part.velocity)
     assert torch.equal(whole.tapped.velocity, part.tapped.velocity)
     plain = moved(PLAIN).state_dict()
-    assert without_projectors(plain) is plain
+    assert weights_for_sampling(plain) is plain
 
 
 def test_muon_does_not_train_the_heads():
