@@ -21,11 +21,10 @@ from evaluation.reconstruction import draw_reconstructions
 from evaluation.trained_flow import ExactPoints, check_exact_velocity
 from flow.auxiliary.losses import AuxiliaryOptions
 from flow.guidance import GuidanceOptions
-from flow.losses.options import check_losses, contrastive_weight, prediction_of
+from flow.losses.options import contrastive_weight, prediction_of
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions, check_method, needs_float32, unreachable_tolerances
-from flow.times import with_time_shift
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions, DenseInput
@@ -48,6 +47,7 @@ from training.auxiliary.setup import (
     fit_encoder,
     load_encoder,
     open_features,
+    uses_auxiliary,
 )
 from training.data import steps_per_epoch
 from training.experiment import (
@@ -63,6 +63,7 @@ from training.experiment import (
     will_resume,
 )
 from training.network import check_classes, check_labels, choose_architecture, new_network
+from training.objectives.checks import settle_options
 from training.run import TrainingOptions, TrainingRun
 from training.validation import Validation
 
@@ -143,12 +144,20 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     check_classes(architecture.options, inputs.dataset, new=not resumes and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
     check_internal_guidance(architecture.options, options[GuidanceOptions])
-    path = options[OBJECTIVES[objective_name].options]
-    path = _settled(path, architecture, training.batch_size * processes.count)
+    auxiliary = options[AuxiliaryOptions]
+    path = settle_options(
+        objective_name,
+        options[OBJECTIVES[objective_name].options],
+        architecture,
+        machine,
+        given,
+        global_batch=training.batch_size * processes.count,
+        fsdp=training.fsdp,
+        auxiliary=uses_auxiliary(architecture.options, auxiliary),
+    )
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
     if experiment.validate_excess:
         check_exact_velocity(header, "--validate_excess: this run")
-    auxiliary = options[AuxiliaryOptions]
     objective = add_auxiliary(OBJECTIVES[objective_name].build(path), architecture.options, auxiliary)
     weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
     network = new_network(architecture, training.seed, weights, header.autoencoder, prediction_of(path))
@@ -210,16 +219,6 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         features=features,
     )
     return run, resume
-
-
-def _settled(path: PathOptions, architecture: Architecture, global_batch: int) -> PathOptions:
-    """The objective's options with the time shift for the latents, if it is `auto`, and checked against the data."""
-    channels, size = architecture.options.num_out_channels, architecture.latent_size
-    check_losses(path, channels, global_batch, dense=architecture.dense is not None)
-    settled = with_time_shift(path, channels * size**2)
-    if settled != path:
-        fact("time shift", f"{settled.training_time_shift:.4g} (auto, for latents of {channels * size**2:,} numbers)")
-    return settled
 
 
 def _header(

@@ -1,0 +1,78 @@
+"""Training with few-step objectives, by the scripts."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from checkpoints.files import read_header
+from flow.objectives import OBJECTIVES
+from models.autoencoders.kl import new_autoencoder_kl
+from training.data import StepStreams
+
+TRAIN = "train_flow_latent.py"
+GUIDED = ["--target_omega", 1, "--target_kappa", 0.5, "--target_interval", 0, 0.7]
+NETWORK = {
+    "mean_flow": ["--until_embedding", "interval", *GUIDED],
+    "improved_mean_flow": ["--until_embedding", "interval", "--guidance_embedding", "--largest_guidance", 8],
+    "decoupled_mean_flow": ["--until_embedding", "decoupled", "--log_variance_head", *GUIDED],
+    "alpha_flow": ["--until_embedding", "decoupled", *GUIDED],
+    "shortcut": ["--until_embedding", "interval"],
+    "split_mean_flow": ["--until_embedding", "decoupled"],
+    "consistency": ["--until_embedding", "interval"],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, write_idx):
+    place = tmp_path_factory.mktemp("few_steps")
+    write_idx(place / "data", {"train": 64, "t10k": 8})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        new_autoencoder_kl(1, (8, 8, 8), 2, 32, {"scaling_factor": 0.5}).save_pretrained(place / "ae")
+    return place
+
+
+def flags(place, *more, exp="run"):
+    data = ["--dataset", "fashion_mnist", "--datadir", place / "data", "--pretrained_autoencoder_ckpt", place / "ae"]
+    network = ["--model_type", "DiT-Mi/4", "--num_classes", 10, "--label_dropout", 0.2, "--precision", "fp32"]
+    length = [
+        "--batch_size",
+        16,
+        "--max_steps",
+        3,
+        "--log_every",
+        1,
+        "--lr",
+        1e-3,
+        "--method",
+        "euler",
+        "--num_steps",
+        2,
+    ]
+    return [*data, *network, *length, "--save_root", place / "saved", "--exp", exp, *more]
+
+
+def test_every_objective_for_average_velocities_is_here():
+    assert set(NETWORK) == {name for name, family in OBJECTIVES.items() if family.trains_averages}
+
+
+@pytest.mark.parametrize("name", NETWORK)
+def test_an_objective_trains_and_its_header_records_it(name, place, call):
+    """One of the three steps trains the velocity, and two train intervals."""
+    numbers = [StepStreams(1024, step, 16, (1, 8, 8), torch.device("cpu")).number("flow step") for step in range(3)]
+    share = round((min(numbers) + sorted(numbers)[1]) / 2, 3)
+    code, _, err = call(TRAIN, flags(place, "--objective", name, *NETWORK[name], "--flow_share", share, exp=name))
+    assert code == 0, err
+    folder = place / "saved" / "latent_flow" / "fashion_mnist" / name
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert len(train) == 3
+    assert all(math.isfinite(line["loss"]) and line["skipped"] == 0 for line in train)
+    assert all(line["grad_norm"] > 0 for line in train)
+    header = read_header(folder / "model_1.safetensors")
+    assert header.objective == name
+    assert header.path.flow_share == share
+    assert (folder / "samples" / "step_0000003.png").exists()
+    assert any(line["kind"] == "validation" for line in lines)
