@@ -30,7 +30,7 @@ AT_THE_ROOT = [
     ROOT / f"{name}.py" for name in ("streams", "option_names", "options", "exits", "command_line", "latent_flow")
 ]
 # Modules in a library folder that count as scripts, because they are run with `python -m`.
-COMMANDS = {"checkpoints/convert.py", "training/posthoc_ema.py"}
+COMMANDS = {"checkpoints/convert.py", "datasets_prep/build_pairs.py", "training/posthoc_ema.py"}
 OWNERS = {
     "torchdiffeq": "flow/",
     "diffusers": "models/autoencoders/kl.py",

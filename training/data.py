@@ -14,6 +14,7 @@ import torch
 
 from datasets_prep.conditions import ConditionSource
 from datasets_prep.moments import MomentSource
+from datasets_prep.pairs.pair_cache import PairCache
 from flow.auxiliary.objective import replace_draws
 from flow.couplings import COUPLINGS
 from flow.flow_maps.options import guides_targets
@@ -171,7 +172,7 @@ def batches(
     """Yield this process's batches of the steps first_step .. last_step - 1. A thread reads the data one step ahead.
 
     Args:
-        source: posterior moments by image index.
+        source: posterior moments by image index, or pairs of noise and samples.
         autoencoder: samples the posterior and scales the latents.
         objective: draws its times from the step's random streams.
         batch_size: images per process.
@@ -213,8 +214,10 @@ def batches(
         if condition is not None and raw is not None:
             dense = condition.encode(raw, streams.normal("condition")[share])
             dense = dense * (dropout >= condition_dropout).view(-1, 1, 1, 1)
-        data = autoencoder.sample(moments, streams.normal("posterior")[own])
-        noise = streams.normal("noise")[own]
+        if isinstance(source, PairCache):
+            data, noise = source.split(moments)
+        else:
+            data, noise = autoencoder.sample(moments, streams.normal("posterior")[own]), streams.normal("noise")[own]
         if couple is not None:
             chosen = couple(data[:batch_size], noise[:batch_size], labels)
             noise = torch.cat([noise[chosen], noise[batch_size:]])

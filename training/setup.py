@@ -14,6 +14,7 @@ from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions,
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import mean_latents, open_moments
+from datasets_prep.pairs.pair_cache import PairCache
 from evaluation.checks import check_scoring
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
@@ -64,6 +65,7 @@ from training.experiment import (
 )
 from training.network import check_classes, check_labels, choose_architecture, new_network
 from training.objectives.checks import settle_options
+from training.objectives.training_pairs import open_training_pairs
 from training.run import TrainingOptions, TrainingRun
 from training.validation import Validation
 
@@ -119,7 +121,8 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     machine = choose_machine(options[MachineOptions], processes)
     with processes.main_first():  # only the main process downloads
         inputs = _open_inputs(task, options, machine.for_encoding)
-    per_epoch = steps_per_epoch(len(inputs.dataset), training.batch_size * processes.count)
+    pairs = _open_pairs(options, inputs)
+    per_epoch = steps_per_epoch(len(pairs or inputs.dataset), training.batch_size * processes.count)
     steps = training.last_step(per_epoch)
     training.note_long_warmup(steps)
     machine = machine.settled(steps * training.grad_accumulation, processes, whole=not training.fsdp)
@@ -170,10 +173,11 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     if processes.is_main and not resume:
         _show_reconstructions(inputs.autoencoder, inputs.held_out, machine, folder)
     caches, spare = options[LatentCacheOptions], Path(experiment.save_root) / "latent_cache"
-    source, held_out = (
+    *sources, held_out = (
         open_moments(split, inputs.autoencoder, data, caches, machine.for_encoding, processes, spare)
-        for split in (inputs.dataset, inputs.held_out)
+        for split in ((inputs.held_out,) if pairs else (inputs.dataset, inputs.held_out))
     )
+    source = pairs or sources[0]
     if contrastive_weight(path):
         means = mean_latents(source, inputs.autoencoder, header.num_classes, header.dataset.flips, machine.device)
         header = replace(header, contrast_means=tuple(float(f"{x:.6g}") for x in means.flatten().tolist()))
@@ -219,6 +223,15 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         features=features,
     )
     return run, resume
+
+
+def _open_pairs(options: Options, inputs: _Inputs) -> PairCache | None:
+    """The pairs that the run trains on instead of the training images; None without."""
+    network = options[NETWORKS[options[NetworkOptions].resolve()].options]
+    path = options[OBJECTIVES[options[ObjectiveOptions].objective].options]
+    channels, side = inputs.autoencoder.latent_channels, options[DatasetOptions].image_size // inputs.autoencoder.factor
+    facts, dense = inputs.autoencoder.describe(), inputs.condition is not None
+    return open_training_pairs(path, facts, (channels, side, side), network.classes, dense=dense)
 
 
 def _header(

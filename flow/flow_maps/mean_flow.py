@@ -21,7 +21,7 @@ from flow.losses.draws import RandomStreams
 
 __all__ = ["MeanFlow", "MeanFlowOptions"]
 
-Options = TypeVar("Options", bound=IntervalOptions)
+Chosen = TypeVar("Chosen", bound=IntervalOptions)
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class MeanFlowOptions(IntervalOptions):
     """MeanFlow."""
 
 
-class MeanFlow(FlowMap[Options]):
+class MeanFlow(FlowMap[Chosen]):
     """MeanFlow: the derivative along the velocity of the pair."""
 
     flow_share: ClassVar[float] = 0.75

@@ -25,7 +25,7 @@ from flow.times import logit_normal, training_times
 
 __all__ = ["FlowMap", "MapDraws", "MapPoint", "draw_interval"]
 
-Options = TypeVar("Options", bound=FewStepOptions)
+Chosen = TypeVar("Chosen", bound=FewStepOptions)
 
 
 class MapDraws(NamedTuple):
@@ -78,7 +78,7 @@ class MapPoint(NamedTuple):
         return self.expand(self.t - self.until)
 
 
-class FlowMap(Generic[Options]):
+class FlowMap(Generic[Chosen]):
     """A few-step objective. Subclasses draw intervals of times, and define the target and the distance from it.
 
     Args:
@@ -87,7 +87,7 @@ class FlowMap(Generic[Options]):
 
     flow_share: ClassVar[float]  # share of steps that train the velocity, unless the options set it
 
-    def __init__(self, options: Options) -> None:
+    def __init__(self, options: Chosen) -> None:
         self.options = options
 
     def draw(self, streams: RandomStreams) -> MapDraws:

@@ -25,6 +25,7 @@ __all__ = ["Reflow", "ReflowOptions"]
 class ReflowOptions(PathOptions):
     """Reflow."""
 
+    pairs: str = option("", "reflow: folder of pairs, from python -m datasets_prep.build_pairs", on_resume="on_request")
     reflow_huber: float = option(
         0.0,
         "reflow: c of the pseudo-Huber loss per square root of the latents' size (0.00054 in the paper); 0: squared error",

@@ -82,6 +82,11 @@ def _check_training(name: str, network: FamilyOptions, fsdp: bool, auxiliary: bo
             f"--objective {name} differentiates the network in forward mode, which needs all weights in each process, but "
             "--fsdp shards them: leave out --fsdp, or choose --objective alpha_flow, shortcut or split_mean_flow"
         )
+    if family.needs_pairs and auxiliary:
+        raise UsageError(
+            f"--objective {name} trains on pairs of noise and samples, for which auxiliary losses and token routing are not "
+            "defined: leave out the options of --tap_block and --route_rate"
+        )
     if family.trains_averages and auxiliary:
         raise UsageError(
             f"--objective {name} evaluates the network several times in a step, but auxiliary losses and token routing need a "
