@@ -34,7 +34,8 @@ from runtime.distributed import Processes
 from runtime.finite import require_finite
 from runtime.inference import compile_for_batches
 from runtime.precision import Machine, MachineOptions, choose_machine
-from sampling.sampler import Sampler, balanced_labels, check_guidance, check_internal_guidance
+from sampling.checks import check_guidance, check_network
+from sampling.sampler import Sampler, balanced_labels
 
 __all__ = ["Flow", "load"]
 
@@ -128,9 +129,9 @@ class Flow:
             options: further fields of SolverOptions and GuidanceOptions, such as `cfg_scale=4.0, cfg_interval=(0.2, 0.7)`.
 
         Raises:
-            UsageError: an option or method is unknown, the network lacks the null class or the auxiliary head that guidance
-                needs, labels are out of range, the number or shape of labels, noise or maps does not fit, or more than a few
-                samples are not finite. A few cause a warning.
+            UsageError: an option or method is unknown, the network lacks what the method or guidance needs, labels are out of
+                range, the number or shape of labels, noise or maps does not fit, or more than a few samples are not finite. A
+                few cause a warning.
         """
         solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
         check_method(solver)
@@ -229,7 +230,7 @@ class Flow:
     def _sampler(self, solver: SolverOptions, guidance: GuidanceOptions, seed: int) -> Sampler:
         header = self.header
         check_guidance(header.network.label_dropout, header.dense, guidance.cfg_scale)
-        check_internal_guidance(header.network, guidance)
+        check_network(header.network, solver, guidance)
         exact = self._automatic and needs_float32(solver)
         return Sampler(
             network=self._evaluate,

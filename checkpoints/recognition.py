@@ -38,6 +38,8 @@ def _dit(weights: Weights) -> dict[str, Any]:
         "num_in_channels": channels,
         "num_out_channels": weights["final_layer.linear.weight"].shape[0] // patch**2,
         "label_rows": weights["y_embedder.embedding_table.weight"].shape[0],
+        **({"until_embedding": "interval"} if "r_embedder.mlp.0.weight" in weights else {}),
+        **({"guidance_embedding": True} if "guidance_embedder.mlp.0.weight" in weights else {}),
     }
 
 

@@ -63,7 +63,9 @@ def main(options: Options, processes: Processes) -> None:
     header, sampler = loaded.header, loaded.sampler
     labels = balanced_labels(range(own.n_pairs), sampler.num_classes)
     facts = header.dataset
-    teacher = {**loaded.settings, "noise": sampler.generator}
+    teacher = {
+        name: value for name, value in loaded.settings.items() if name != "compiled"
+    }  # which changes rounding only
     identity = pair_identity(
         teacher, sampler.autoencoder.describe(), facts.name, facts.image_size, sampler.latent_shape, own.n_pairs
     )
@@ -87,8 +89,8 @@ def _draw_batch(loaded: LoadedSampler, indices: Sequence[int]) -> tuple[torch.Te
 
 def _refuse_noise(step: int) -> NoReturn:
     raise UsageError(
-        "this solver adds noise on the way, so its samples do not belong to their first noise: choose a --method without noise, "
-        "such as dopri5"
+        "this solver adds noise on the way, so its samples do not belong to their first noise: choose a --method without "
+        "noise, such as dopri5"
     )
 
 

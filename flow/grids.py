@@ -50,7 +50,7 @@ class TimeGridOptions:
 
     method: str = option(
         "dopri5",
-        "euler, midpoint, heun, rk3, rk4, ab2 (or multistep), ab3, ab4, dpm, stochastic; adaptive: dopri5, "
+        "euler, midpoint, heun, rk3, rk4, ab2 (or multistep), ab3, ab4, dpm, stochastic, flow_map; adaptive: dopri5, "
         "torchdiffeq_dopri5, dopri8, adaptive_heun, bosh3 (docs/sampling.md)",
         common=True,
     )

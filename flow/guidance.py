@@ -9,6 +9,11 @@ Internal guidance takes v_worse from the network's own auxiliary head after its 
 classes (Zhou et al. 2025, arXiv:2512.24176): v_k + scale (v - v_k). It has its own interval. Where both kinds of guidance act,
 it applies to the conditional velocity first: the result is v_null + scale_cfg (v_k + scale_ig (v - v_k) - v_null).
 
+A network may also take a guidance scale as an input (`--guidance_embedding`), at no further cost. Then other guidance starts
+from the velocity under that scale, and v_null is the null class's velocity without it.
+
+The average velocities of flow maps are guided in the same way, over the whole interval [until, t] of a step.
+
 The guided velocity jumps at the ends of both intervals. `breakpoints` lists them, and `restrict` gives the velocity on either
 side, so that a solver steps to each end and decides once per step whether to guide.
 """
@@ -26,8 +31,9 @@ from options import UsageError, option
 __all__ = ["GuidanceOptions", "GuidedVelocity", "Network", "VelocityCorrection", "VelocityNetwork"]
 
 # network(t [B], x [B, C, h, w], condition) is the velocity [B, C, h, w]. The condition is a named tuple whose fields are
-# tensors [B, ...] or None.
-Network = Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor]
+# tensors [B, ...] or None. Some networks take more by name: `until` [B], for the average velocity over [until, t], and guidance
+# scales `guidance` [B].
+Network = Callable[..., torch.Tensor]
 # correction(velocity [B, C, h, w], condition) is the velocity that guidance extrapolates, where it differs from the network's.
 VelocityCorrection = Callable[[torch.Tensor, Any], torch.Tensor]
 
@@ -59,6 +65,11 @@ class GuidanceOptions:
     internal_guidance_interval: tuple[float, ...] = option(
         ALWAYS, "times LOW HIGH within [0, 1] (0: data) between which internal guidance applies", minimum=0
     )
+    embedded_guidance: float = option(
+        1.0,
+        "guidance scale that the network gets as an input, if trained with --guidance_embedding; 1: no guidance",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
         for name in ("cfg_interval", "internal_guidance_interval"):
@@ -68,10 +79,10 @@ class GuidanceOptions:
                 raise UsageError(f"--{name}: expected two times 0 <= LOW <= HIGH <= 1, but {given} was given")
 
     def to_json(self) -> dict[str, Any]:
-        """All options, without internal guidance if there is none, so that samples of older versions have equal settings."""
+        """All options, without newer kinds of guidance that are off, so that samples of older versions have equal settings."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        internal = "internal_guidance", "internal_guidance_interval"
-        return {name: value for name, value in values.items() if self.internal_guidance != 1 or name not in internal}
+        off = [kind for kind in ("internal_guidance", "embedded_guidance") if values[kind] == 1]
+        return {name: value for name, value in values.items() if not name.startswith(tuple(off))}
 
     def __repr__(self) -> str:
         # Validation names the options by which best.safetensors was chosen, also in training states of older versions.
@@ -91,9 +102,9 @@ class VelocityNetwork:
     network: Callable[..., Any]
     read: Callable[[Network], Network]
 
-    def __call__(self, t: torch.Tensor, x: torch.Tensor, condition: Any) -> torch.Tensor:
-        """Velocity [B, C, h, w] at times t [B] and points x [B, C, h, w]."""
-        return self.read(self.network)(t, x, condition)
+    def __call__(self, t: torch.Tensor, x: torch.Tensor, condition: Any, **others: torch.Tensor) -> torch.Tensor:
+        """Velocity [B, C, h, w] at times t [B] and points x [B, C, h, w]; the network gets the `others` unchanged."""
+        return self.read(self.network)(t, x, condition, **others)
 
     def internally_guided(self, scales: torch.Tensor) -> Network:
         """The velocity network under internal guidance, with one scale per sample [B]; scale 1 keeps a sample's velocity.
@@ -104,10 +115,10 @@ class VelocityNetwork:
 
 
 def _extrapolate(
-    network: Callable[..., Any], scales: torch.Tensor, t: torch.Tensor, x: torch.Tensor, condition: Any
+    network: Callable[..., Any], scales: torch.Tensor, t: torch.Tensor, x: torch.Tensor, condition: Any, **others: Any
 ) -> torch.Tensor:
     """v_k + scale (v - v_k), written so that scale 1 gives v exactly."""
-    output, tapped = network(t, x, condition, tapped=True)
+    output, tapped = network(t, x, condition, tapped=True, **others)
     output, scales = output.float(), scales.view(-1, *[1] * (output.ndim - 1))
     return output + (scales - 1) * (output - tapped.velocity.float())
 
@@ -122,7 +133,8 @@ class GuidedVelocity:
         condition: the condition of every sample.
         null_condition: the null condition, with the same fields.
         guidance: scale, interval and channels.
-        guide: a weaker network, for autoguidance; it is evaluated under `condition`, and `null_condition` is not used.
+        guide: a weaker network, for autoguidance; it is evaluated under `condition`, and `null_condition` is not used. It gets
+            no embedded guidance.
         correction: applies to the velocity under `condition` where guidance acts.
         internal: gives the network under internal guidance for scales [B], as `VelocityNetwork.internally_guided` does.
     """
@@ -152,15 +164,16 @@ class GuidedVelocity:
         self._rows: torch.Tensor | None = None  # indices of these samples in the whole batch; None: all samples
         self._tally: list[tuple[torch.Tensor | None, torch.Tensor]] = []  # rows and their evaluations, for each call
 
-    def __call__(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Velocity [B, C, h, w] at times t ([] or [B]) and points x [B, C, h, w]."""
+    def __call__(self, t: torch.Tensor, x: torch.Tensor, until: torch.Tensor | None = None) -> torch.Tensor:
+        """Velocity [B, C, h, w] at times t ([] or [B]) and points x [B, C, h, w]; with `until`, the average over [until, t]."""
         # Contiguous to match a guided batch's strides, so that torch.compile does not recompile.
         times = t.expand(len(x)).contiguous()
+        others = {} if until is None else {"until": until.expand(len(x)).contiguous()}
         rows = self._guided_rows(times)
         self._tally.append((self._rows, torch.ones_like(times, dtype=torch.long).index_fill_(0, rows, 2)))
         if len(rows) == 0:
-            return self._network(times)(times, x, self.condition)
-        velocity, worse = self._evaluate(times, x, rows)
+            return self._network(times)(times, x, self.condition, **others, **self._scales(times))
+        velocity, worse = self._evaluate(times, x, others, rows)
         channels = slice(self.guidance.cfg_channels or None)
         guided = velocity[rows]
         better = guided if self.correction is None else self.correction(guided, _select(self.condition, rows))
@@ -215,21 +228,33 @@ class GuidedVelocity:
         always = self._guided or (low, high) == ALWAYS
         return all_rows if always else all_rows[(times >= low) & (times <= high)]
 
-    def _evaluate(self, times: torch.Tensor, x: torch.Tensor, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _evaluate(
+        self, times: torch.Tensor, x: torch.Tensor, others: dict[str, torch.Tensor], rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The velocity [B, ...] of all samples, and the worse velocity of `rows`.
 
         Without a guide, one batch evaluates both.
         """
+        chosen = {name: value[rows] for name, value in others.items()}
         if self.guide is not None:
-            worse = self.guide(times[rows], x[rows], _select(self.condition, rows))
-            return self._network(times)(times, x, self.condition), worse
+            worse = self.guide(times[rows], x[rows], _select(self.condition, rows), **chosen)
+            return self._network(times)(times, x, self.condition, **others, **self._scales(times)), worse
         parts = zip(self.condition, _select(self.null_condition, rows), strict=True)
         both = type(self.condition)(*(None if a is None else torch.cat([a, b]) for a, b in parts))
-        network = self._network(times, len(rows))
-        velocity, worse = network(torch.cat([times, times[rows]]), torch.cat([x, x[rows]]), both).split(
-            [len(x), len(rows)]
-        )
+        joined = {name: torch.cat([value, chosen[name]]) for name, value in others.items()}
+        network, scales = self._network(times, len(rows)), self._scales(times, len(rows))
+        velocity, worse = network(
+            torch.cat([times, times[rows]]), torch.cat([x, x[rows]]), both, **joined, **scales
+        ).split([len(x), len(rows)])
         return velocity, worse
+
+    def _scales(self, times: torch.Tensor, null_rows: int = 0) -> dict[str, torch.Tensor]:
+        """The network's input `guidance` for samples with `times` [B] and, without guidance, for `null_rows` more."""
+        if self.guidance.embedded_guidance == 1:
+            return {}
+        scales = torch.ones_like(torch.cat([times, times[:1].expand(null_rows)]))
+        scales[: len(times)] = self.guidance.embedded_guidance
+        return {"guidance": scales}
 
     def _network(self, times: torch.Tensor, null_rows: int = 0) -> Network:
         """The network, under internal guidance where it acts at `times` [B], but not in the `null_rows` after these samples."""

@@ -1,12 +1,13 @@
 """Arguments and results of every solver of dx/dt = velocity(t, x), from t = 1 (noise) to t = 0 (data).
 
 A velocity may have two methods and one attribute that solvers use, through the functions below: `select_rows`, `breakpoints`
-and `restrict`. A velocity that wraps another one must pass them on.
+and `restrict`. A velocity that wraps another one must pass them on. The velocity of a flow map is also called as velocity(t, x,
+until=s) and then returns the average velocity over [s, t].
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -30,8 +31,8 @@ __all__ = [
     "time_tensor",
 ]
 
-# velocity(t, x): t is one time [] or one per sample [B]; x and the result are [B, C, h, w].
-Velocity = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+# velocity(t, x) or velocity(t, x, until=s): t and s are one time [] or one per sample [B]; x and the result are [B, C, h, w].
+Velocity = Callable[..., torch.Tensor]
 # Breakpoints closer than this to each other or to the ends are ignored. float32 can resolve this distance.
 SHORTEST_PIECE = 1e-6
 # Evaluations of a batch by an adaptive solver, between two breakpoints, after which it gives up. Tolerances near 1e-5 take
@@ -57,10 +58,25 @@ class SolverOptions(TimeGridOptions):
     )
     diffusion: str = option("sigma", "stochastic: diffusion coefficient w(t) of the SDE", choices=DIFFUSIONS)
     diffusion_norm: float = option(1.0, "stochastic: factor on w(t)", minimum=0)
+    reinject_noise: float = option(
+        0.0,
+        "flow_map: share of a step's noise that is fresh; 0: none, 1: all, as in multistep consistency sampling",
+        minimum=0,
+        maximum=1,
+    )
 
     def __post_init__(self) -> None:
         if len(self.churn_interval) != 2 or self.churn_interval[0] > self.churn_interval[1]:
             raise UsageError(f"--churn_interval: expected two times LOW <= HIGH, but {self.churn_interval} was given")
+
+    def to_json(self) -> dict[str, Any]:
+        """All options, without `reinject_noise` if it is 0, so that samples of older versions have equal settings."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if value or name != "reinject_noise"}
+
+    def __repr__(self) -> str:
+        # Validation names the options by which best.safetensors was chosen, also in training states of older versions.
+        return f"SolverOptions({', '.join(f'{name}={value!r}' for name, value in self.to_json().items())})"
 
 
 class Solution(NamedTuple):

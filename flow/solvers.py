@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from flow.adaptive import dopri5
+from flow.few_steps import flow_map
 from flow.grids import time_grid
 from flow.multistep import adams_bashforth, dpm_solver
 from flow.ode import (
@@ -40,11 +41,19 @@ __all__ = [
 
 
 class Method(NamedTuple):
-    """A solver, whether its steps are adaptive, and whether it can also integrate from data to noise."""
+    """A solver.
+
+    Args:
+        run: the solver.
+        adaptive: whether its steps are adaptive.
+        reversible: whether it can also integrate from data to noise.
+        averages: whether it needs average velocities over its steps, which only flow maps predict.
+    """
 
     run: Solver
     adaptive: bool = False
     reversible: bool = True
+    averages: bool = False
 
 
 SOLVERS: dict[str, Method] = {
@@ -56,6 +65,7 @@ SOLVERS: dict[str, Method] = {
     "multistep": Method(partial(adams_bashforth, 2)),  # LFM's name for ab2
     "dpm": Method(dpm_solver, reversible=False),
     "stochastic": Method(reverse_sde, reversible=False),
+    "flow_map": Method(flow_map, reversible=False, averages=True),
     "dopri5": Method(dopri5, adaptive=True),
     "torchdiffeq_dopri5": Method(partial(torchdiffeq_solver, "dopri5"), adaptive=True),
     **{name: Method(partial(torchdiffeq_solver, name), adaptive=True) for name in ("dopri8", "adaptive_heun", "bosh3")},
@@ -95,13 +105,14 @@ def check_method(options: SolverOptions, backwards: bool = False) -> None:
     """Check that the method exists and supports the other options.
 
     Raises:
-        UsageError: an unknown method (the message lists the known ones), churn without heun, an invalid time grid (see
+        UsageError: an unknown method (the message lists the known ones), an option of another method, an invalid time grid (see
             `time_grid`), or, if `backwards`, a method that cannot integrate from data to noise.
     """
     if options.method not in SOLVERS:
         raise UsageError(f"unknown --method {options.method!r}: expected one of {', '.join(SOLVERS)}")
-    if options.churn and options.method != "heun":
-        raise UsageError(f"--churn requires --method heun, but --method {options.method} was given")
+    for name, method in {"churn": "heun", "reinject_noise": "flow_map"}.items():
+        if getattr(options, name) and options.method != method:
+            raise UsageError(f"--{name} requires --method {method}, but --method {options.method} was given")
     if backwards and (options.churn or not SOLVERS[options.method].reversible):
         usable = ", ".join(name for name, method in SOLVERS.items() if method.reversible)
         name = "heun with churn" if options.churn else options.method
@@ -125,10 +136,10 @@ def solve(
     (see `time_grid`). With too few steps for that, every step is a piece of its own.
 
     Args:
-        velocity: velocity(t, x), where t is [] or [B].
+        velocity: velocity(t, x), where t is [] or [B]; `flow_map` calls velocity(t, x, until=s).
         x: the initial state.
         options: method, steps and tolerances.
-        draw: draw(step) is standard normal noise like x; `stochastic` and churn need it.
+        draw: draw(step) is standard normal noise like x; `stochastic`, churn and noise re-injection need it.
         backwards: integrate from data at t = 0 to noise at t = 1 instead, on the same grid.
 
     Raises:

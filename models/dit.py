@@ -147,9 +147,9 @@ class DiT(nn.Module):
         self.options.check_inputs(until, guidance, log_variance)
         start = batch_times(t, x)  # [B]
         end = start if until is None else batch_times(until, x)
-        first = last = self._conditioning(start, start - end, guidance, condition.labels)
+        first = last = self._conditioning(start, end, guidance, condition.labels)
         if until is not None and self.until_start < len(self.blocks):
-            last = self._conditioning(end, start - end, guidance, condition.labels)
+            last = self._conditioning(end, end, guidance, condition.labels)
         inputs, tap = self._transform(self._first_inputs(first, x, condition.labels), first, last, x, routing)
         patches = self.final_layer(self._image_tokens(inputs, x, self.patch_size), inputs.embedding)  # [B, L, p p C]
         velocity = self._unpatchify(patches, x, self.patch_size)
@@ -159,12 +159,12 @@ class DiT(nn.Module):
         return TappedVelocity(result, self._read_tap(tap, x)) if tapped else result
 
     def _conditioning(
-        self, t: torch.Tensor, span: torch.Tensor, guidance: torch.Tensor | None, labels: torch.Tensor | None
+        self, t: torch.Tensor, until: torch.Tensor, guidance: torch.Tensor | None, labels: torch.Tensor | None
     ) -> Conditioning:
-        """What blocks get from times t [B], intervals of these lengths [B], guidance scales and labels."""
+        """What blocks get from times t [B] and `until` [B], guidance scales and labels."""
         time = self.t_embedder(t)
         if self.r_embedder is not None:
-            time = time + self.r_embedder(span)
+            time = time + self.r_embedder(t - until)
         if self.guidance_embedder is not None:
             time = time + self.guidance_embedder(guidance_share(guidance, t))
         embedding = time if self.y_embedder is None else time + self.y_embedder(labels)

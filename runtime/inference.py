@@ -49,8 +49,8 @@ def compile_for_batches(network: nn.Module, machine: Machine) -> Callable[..., t
     compiled = torch.compile(with_cpu_kernels(network), options=machine.compiler_options)
 
     def evaluate(t: torch.Tensor, x: torch.Tensor, condition: Any, **others: Any) -> torch.Tensor:
-        for tensor in (t, x, *condition):
-            if tensor is not None:
+        for tensor in (t, x, *condition, *others.values()):
+            if isinstance(tensor, torch.Tensor):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         return compiled(t, x, condition, **others)
 

@@ -167,6 +167,8 @@ def spherical(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Te
 class Recorder:
     """A velocity that records each sample's points x_t where it was evaluated, and the data x_t - t v predicted there.
 
+    If v is the average velocity over a step, the prediction extends the step in a straight line.
+
     Args:
         velocity: the velocity to record.
         samples: size of the batch.
@@ -177,9 +179,9 @@ class Recorder:
         self._rows = list(range(samples))
         self._seen: list[list[tuple[float, torch.Tensor, torch.Tensor]]] = [[] for _ in range(samples)]
 
-    def __call__(self, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, t: torch.Tensor, x: torch.Tensor, **others: torch.Tensor) -> torch.Tensor:
         """The velocity [B, C, h, w] at times t, [] or [B], and points x [B, C, h, w]."""
-        v = self._velocity(t, x)
+        v = self._velocity(t, x, **others)
         data = x - t.view(-1, *[1] * (x.ndim - 1)) * v
         for row, time, point, guess in zip(self._rows, t.expand(len(x)).tolist(), x, data, strict=True):
             self._seen[row].append((time, point, guess))

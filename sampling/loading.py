@@ -24,8 +24,9 @@ from runtime.distributed import Processes
 from runtime.inference import for_sampling
 from runtime.messages import fact, note
 from runtime.precision import Machine, choose_machine, find_device
+from sampling.checks import check_average_velocity, check_guidance, check_network
 from sampling.request import SamplerRequest, note_unused
-from sampling.sampler import Sampler, check_guidance, check_internal_guidance
+from sampling.sampler import Sampler
 
 __all__ = ["LoadedSampler", "load_sampler"]
 
@@ -54,8 +55,9 @@ class LoadedSampler:
         """File name, without suffix, of results of this checkpoint, solver, guidance scales and seed."""
         solver, guidance = self.sampler.solver, self.sampler.guidance
         steps = "" if SOLVERS[solver.method].adaptive else f"_{solver.steps}steps"
-        internal = "" if guidance.internal_guidance == 1 else f"_ig{guidance.internal_guidance:g}"
-        return f"{self.path.stem}_{solver.method}{steps}_cfg{guidance.cfg_scale:g}{internal}_seed{self.sampler.seed}"
+        scales = {"ig": guidance.internal_guidance, "embedded": guidance.embedded_guidance}
+        others = "".join(f"_{name}{scale:g}" for name, scale in scales.items() if scale != 1)
+        return f"{self.path.stem}_{solver.method}{steps}_cfg{guidance.cfg_scale:g}{others}_seed{self.sampler.seed}"
 
     @property
     def task(self) -> Task:
@@ -83,10 +85,10 @@ class LoadedSampler:
         """The same network with another solver or guidance; None keeps the current one.
 
         Raises:
-            UsageError: the network lacks the auxiliary head that internal guidance needs.
+            UsageError: the network lacks what they need.
         """
         solver, guidance = solver or self.sampler.solver, guidance or self.sampler.guidance
-        check_internal_guidance(self.header.network, guidance)
+        check_network(self.header.network, solver, guidance)
         settings = {**self.settings, "solver": as_json(solver), "guidance": as_json(guidance)}
         return replace(self, sampler=replace(self.sampler, solver=solver, guidance=guidance), settings=settings)
 
@@ -145,19 +147,20 @@ def _moved_autoencoder(request: SamplerRequest) -> AutoencoderOptions | None:
 
 
 def _load_guide(request: SamplerRequest, model: LoadedModel, device: torch.device) -> LoadedModel | None:
-    """Load the weaker network of autoguidance, and check that the network supports the other kinds of guidance.
+    """Load the weaker network of autoguidance, and check that the networks support the solver and the other guidance.
 
     Raises:
-        UsageError: the guidance scale does not fit, or the guide was trained on other latents or for another task.
+        UsageError: they do not, or the guide was trained on other latents or for another task.
     """
     name, scale = request.source.guide_checkpoint, request.guidance.cfg_scale
-    check_internal_guidance(model.header.network, request.guidance)
+    check_network(model.header.network, request.solver, request.guidance)
     if not name:
         check_guidance(model.header.network.label_dropout, model.header.dense, scale)
         return None
     if scale == 1:
         raise UsageError("--guide_checkpoint has no effect at --cfg_scale 1: give a scale above 1")
     guide = load_model(name, device, _moved_autoencoder(request))
+    check_average_velocity(guide.header.network, request.solver, f"--guide_checkpoint {name}")
     for entry in ("task", "latent_size", "latent_channels", "num_classes"):
         theirs, ours = getattr(guide.header, entry), getattr(model.header, entry)
         if theirs != ours:

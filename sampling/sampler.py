@@ -18,9 +18,7 @@ from flow.ode import Draw
 from flow.solvers import SolverOptions, solve
 from models.autoencoders.pixels import decode_images
 from models.autoencoders.protocol import Autoencoder
-from models.conditions import Condition, DenseInput
-from models.family import FamilyOptions
-from options import UsageError
+from models.conditions import Condition
 from runtime.distributed import Processes
 from runtime.finite import require_finite
 from runtime.precision import Machine
@@ -32,8 +30,6 @@ __all__ = [
     "Labels",
     "Sampler",
     "balanced_labels",
-    "check_guidance",
-    "check_internal_guidance",
     "first_images",
     "generate",
 ]
@@ -68,7 +64,7 @@ class Sampler:
 
     Args:
         network: velocity network(t, x, condition) in evaluation mode, on the machine's device. Internal guidance needs a
-            `VelocityNetwork`.
+            `VelocityNetwork`; the solver `flow_map` needs a network that also takes `until`.
         autoencoder: decodes the latents.
         facts: facts about the dataset. Its padding is cropped from the samples, which are gray if the dataset is.
         latent_shape: (c, h, w).
@@ -150,48 +146,20 @@ class Sampler:
         return partial(self._evaluate, network.internally_guided(scales))
 
     def _evaluate(
-        self, network: Callable[..., torch.Tensor], t: torch.Tensor, x: torch.Tensor, condition: Condition
+        self,
+        network: Callable[..., torch.Tensor],
+        t: torch.Tensor,
+        x: torch.Tensor,
+        condition: Condition,
+        **others: torch.Tensor,
     ) -> torch.Tensor:
         with self.machine.autocast():
-            return network(t, x, condition).float()
+            return network(t, x, condition, **others).float()
 
 
 def balanced_labels(indices: Sequence[int], num_classes: int) -> torch.Tensor:
     """Class ids [B] in turn, so that all classes are equally frequent: label i = i mod K."""
     return torch.tensor([index % num_classes for index in indices], dtype=torch.long)
-
-
-def check_guidance(label_dropout: float, dense: DenseInput | None, scale: float) -> None:
-    """Check that the network supports the guidance scale: guidance needs a null class or a null map.
-
-    Args:
-        label_dropout: probability of dropping a label in training.
-        dense: the network's dense condition, if any.
-        scale: the guidance scale; 1 means no guidance.
-
-    Raises:
-        UsageError: the scale is not 1, and the network was trained with neither.
-    """
-    if scale != 1 and not label_dropout and not (dense and dense.dropout):
-        how = "--label_dropout" if dense is None else "--label_dropout or --condition_dropout"
-        raise UsageError(
-            f"--cfg_scale {scale} needs a network with a null class (trained with {how} above 0); "
-            "this one has none: use --cfg_scale 1"
-        )
-
-
-def check_internal_guidance(network: FamilyOptions, guidance: GuidanceOptions) -> None:
-    """Check that the network has the auxiliary head that internal guidance needs.
-
-    Raises:
-        UsageError: it has none, and the scale is not 1.
-    """
-    scale = guidance.internal_guidance
-    if scale != 1 and not network.has_auxiliary_velocity:
-        raise UsageError(
-            f"--internal_guidance {scale} needs a network with an auxiliary velocity head (trained with --tap_block K "
-            "--auxiliary_velocity 0.5, for example); this one has none: use --internal_guidance 1"
-        )
 
 
 def generate(

@@ -20,7 +20,7 @@ __all__ = ["training_free_draw", "with_euler_steps"]
 
 def with_euler_steps(loaded: LoadedSampler) -> LoadedSampler:
     """Replace the sampler's solver with the Euler steps that this method needs, regardless of --method."""
-    return loaded.changed(solver=replace(loaded.sampler.solver, method="euler", churn=0.0))
+    return loaded.changed(solver=replace(loaded.sampler.solver, method="euler", churn=0.0, reinject_noise=0.0))
 
 
 def training_free_draw(loaded: LoadedSampler, conditioned: ConditionedImages, resamplings: int) -> Draw:

@@ -14,7 +14,6 @@ from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions,
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import mean_latents, open_moments
-from datasets_prep.pairs.pair_cache import PairCache
 from evaluation.checks import check_scoring
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
@@ -38,7 +37,7 @@ from runtime.pictures import GridOptions
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.provenance import provenance
 from runtime.randomness import seed_for
-from sampling.sampler import check_guidance, check_internal_guidance
+from sampling.checks import check_guidance, check_network
 from tasks.conditioned_images import ConditionedImages
 from tasks.task import GENERATION, TrainingTask
 from training.auxiliary.setup import (
@@ -121,7 +120,11 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     machine = choose_machine(options[MachineOptions], processes)
     with processes.main_first():  # only the main process downloads
         inputs = _open_inputs(task, options, machine.for_encoding)
-    pairs = _open_pairs(options, inputs)
+    model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
+    chosen, objective_options = options[NETWORKS[model_type].options], options[OBJECTIVES[objective_name].options]
+    pairs = open_training_pairs(
+        objective_options, inputs.autoencoder, data.image_size, chosen.classes, dense=inputs.condition is not None
+    )
     per_epoch = steps_per_epoch(len(pairs or inputs.dataset), training.batch_size * processes.count)
     steps = training.last_step(per_epoch)
     training.note_long_warmup(steps)
@@ -135,10 +138,8 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     resumes = will_resume(folder, experiment)
     if resumes:
         _keep_scale(inputs.autoencoder, folder)
-    model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
     dense = inputs.dense(options[ConditionOptions].condition_dropout if task.condition else 0.0)
     given = options.given
-    chosen = options[NETWORKS[model_type].options]
     check_auxiliary(chosen, options[AuxiliaryOptions], options[EncoderOptions], given)
     with processes.main_first():
         encoder, chosen = load_encoder(options[EncoderOptions], chosen)
@@ -146,11 +147,11 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     check_labels(architecture.options, (inputs.dataset, inputs.held_out))
     check_classes(architecture.options, inputs.dataset, new=not resumes and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
-    check_internal_guidance(architecture.options, options[GuidanceOptions])
+    check_network(architecture.options, options[SolverOptions], options[GuidanceOptions])
     auxiliary = options[AuxiliaryOptions]
     path = settle_options(
         objective_name,
-        options[OBJECTIVES[objective_name].options],
+        objective_options,
         architecture,
         machine,
         given,
@@ -223,15 +224,6 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         features=features,
     )
     return run, resume
-
-
-def _open_pairs(options: Options, inputs: _Inputs) -> PairCache | None:
-    """The pairs that the run trains on instead of the training images; None without."""
-    network = options[NETWORKS[options[NetworkOptions].resolve()].options]
-    path = options[OBJECTIVES[options[ObjectiveOptions].objective].options]
-    channels, side = inputs.autoencoder.latent_channels, options[DatasetOptions].image_size // inputs.autoencoder.factor
-    facts, dense = inputs.autoencoder.describe(), inputs.condition is not None
-    return open_training_pairs(path, facts, (channels, side, side), network.classes, dense=dense)
 
 
 def _header(

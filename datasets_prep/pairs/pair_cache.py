@@ -1,8 +1,8 @@
 """Pairs of noise and samples, in the latent cache's format, for reflow.
 
 A folder holds the files of a latent cache (datasets_prep/latent_cache.py). A row has 2 c channels: the sample's latents, scaled
-as the network sees them, and the noise. The manifest also records the autoencoder with its scale, and `teacher`: the checkpoint,
-solver and guidance that made the samples. An interrupted build resumes.
+as the network sees them, and the noise. The manifest also records the autoencoder with its scale, and `teacher`: the
+checkpoint, solver and guidance that made the samples. An interrupted build resumes.
 """
 
 from collections.abc import Callable, Sequence

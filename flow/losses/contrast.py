@@ -97,4 +97,4 @@ def correct(network: Network, correction: Correction | None) -> Network:
     """The network with a corrected velocity; the network itself without a correction."""
     if correction is None:
         return network
-    return lambda t, x, condition: correction(network(t, x, condition), condition)
+    return lambda t, x, condition, **others: correction(network(t, x, condition, **others), condition)

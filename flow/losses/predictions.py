@@ -29,9 +29,9 @@ def _itself(network: Network, sigma_min: float) -> Network:
 def _from_data(network: Network, sigma_min: float) -> Network:
     slope = 1 - sigma_min
 
-    def velocity(t: torch.Tensor, x: torch.Tensor, condition: Any) -> torch.Tensor:
+    def velocity(t: torch.Tensor, x: torch.Tensor, condition: Any, **others: Any) -> torch.Tensor:
         noise = (sigma_min + slope * t).clamp(min=LEAST_NOISE).view(-1, *[1] * (x.ndim - 1))
-        return (slope * x - network(t, x, condition)) / noise
+        return (slope * x - network(t, x, condition, **others)) / noise
 
     return velocity
 

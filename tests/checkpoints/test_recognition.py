@@ -197,3 +197,12 @@ def test_positions_of_another_grid_are_replaced_with_a_note(capsys):
     assert torch.equal(target.final_layer.linear.weight, source.final_layer.linear.weight)
     load_weights(build_network(*small), source.state_dict(), "file.pth", small)
     assert capsys.readouterr().err == ""
+
+
+def test_the_inputs_of_flow_maps_are_inferred():
+    kind = NETWORKS["DiT-Mi/2"].options
+    flow_map = Architecture("DiT-Mi/2", 8, kind(until_embedding="interval", guidance_embedding=True))
+    with torch.device("meta"):
+        weights = build_network(*flow_map).state_dict()
+    suggested = suggest_flags(weights, Architecture("DiT-Mi/2", 8, kind()))
+    assert suggested == {"until_embedding": "interval", "guidance_embedding": True}

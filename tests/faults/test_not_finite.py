@@ -53,7 +53,7 @@ class Overflowing:
     def __init__(self, factor, labels=None):
         self.factor, self.labels = factor, labels
 
-    def __call__(self, t, x, condition=None):
+    def __call__(self, t, x, condition=None, until=None):
         labels = self.labels if condition is None else condition.labels
         scale = torch.where(labels == 1, torch.tensor(self.factor, dtype=x.dtype), torch.tensor(1.0, dtype=x.dtype))
         return -x * scale.view(-1, 1, 1, 1)

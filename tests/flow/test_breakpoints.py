@@ -46,8 +46,8 @@ class Labels(NamedTuple):
     labels: torch.Tensor
 
 
-def mixture(t, x, condition):
-    """The exact velocity of each class and, for the null label, of both."""
+def mixture(t, x, condition, until=None):
+    """The exact velocity of each class and, for the null label, of both; `until` has no effect."""
     t = t.view(-1, 1, 1, 1)
     variance = (1 - t) ** 2 * SPREAD**2 + t**2
     centered = torch.stack([x - (1 - t) * mean for mean in MEANS], -1)

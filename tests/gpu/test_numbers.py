@@ -87,7 +87,7 @@ FACTS = DatasetFacts("images", 8, 3, None, True, ())
 
 def new_sampler(device, method="heun", precision="fp32"):
     machine = Machine(device, precision)
-    network = new_network("DiT-Mi/2", SMALL["DiT-Mi/2"]).to(device)
+    network = new_network("DiT-Mi/2", replace(SMALL["DiT-Mi/2"], until_embedding="decoupled")).to(device)
     guidance, solver = GuidanceOptions(2.0, (0.2, 0.8)), SolverOptions(method, num_steps=8, atol=1e-4, rtol=1e-4)
     return Sampler(
         for_sampling(network, machine), PixelSpace(3), FACTS, (3, 8, 8), 2, solver, machine, seed=0, guidance=guidance

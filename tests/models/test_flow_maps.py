@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flow.guidance import GuidanceOptions, GuidedVelocity
+from flow.solvers import SolverOptions, solve
 from models.conditions import Condition, DenseConditioned, DenseInput
 from models.dit import DiT, DiTOptions
 from models.flow_maps import LogVariance, VelocityWithVariance
@@ -255,3 +257,7 @@ def test_the_published_network_of_meanflow(golden):
     condition = Condition(tensors["in.y"].long())
     assert (network(t, x, condition) - tensors["out.velocity"]).abs().max() < 1e-5
     assert (network(t, x, condition, until=until) - tensors["out.average_velocity"]).abs().max() < 1e-5
+    for steps in (1, 2):
+        velocity = GuidedVelocity(network, condition, condition, GuidanceOptions())
+        sample = solve(velocity, x, SolverOptions("flow_map", steps)).x
+        assert (sample - tensors[f"out.sample_{steps}"]).abs().max() < 1e-5

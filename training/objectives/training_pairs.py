@@ -5,21 +5,21 @@ from pathlib import Path
 from datasets_prep.pairs.pair_cache import PairCache, open_pairs
 from flow.flow_maps.reflow import ReflowOptions
 from flow.paths import PathOptions
-from models.autoencoders.protocol import AutoencoderFacts
+from models.autoencoders.protocol import Autoencoder
 from options import UsageError
 
 __all__ = ["open_training_pairs"]
 
 
 def open_training_pairs(
-    options: PathOptions, autoencoder: AutoencoderFacts, shape: tuple[int, int, int], classes: int, *, dense: bool
+    options: PathOptions, autoencoder: Autoencoder, image_size: int, classes: int, *, dense: bool
 ) -> PairCache | None:
     """Open the pairs that an objective's options name; None for an objective without pairs.
 
     Args:
         options: the objective's.
         autoencoder: the run's.
-        shape: (c, h, w) of the run's latents.
+        image_size: side of the run's images in pixels.
         classes: number of classes of the network.
         dense: whether the network takes a dense condition.
 
@@ -37,4 +37,6 @@ def open_training_pairs(
         raise UsageError("--objective reflow: pairs have no masks or label maps, so the network must not take any")
     if options.coupling != "independent":
         raise UsageError(f"--coupling {options.coupling} would exchange the noise of pairs: leave it out with reflow")
-    return open_pairs(Path(options.pairs), autoencoder, shape, classes)
+    side = image_size // autoencoder.factor
+    shape = autoencoder.latent_channels, side, side
+    return open_pairs(Path(options.pairs), autoencoder.describe(), shape, classes)
