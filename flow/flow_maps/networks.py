@@ -3,6 +3,7 @@
 Targets have no gradients. Their random numbers, such as dropout's, are those of the prediction that follows.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,6 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flow.guidance import Network
 
 __all__ = ["AverageVelocities", "AverageVelocity", "StepNetwork", "bind", "total_derivative"]
+
+# torch raises this when its forward-mode derivatives are first used.
+warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
 
 # average_velocity(t [B], x [B, C, h, w], until [B]) is the average velocity [B, C, h, w] over [until, t], with
 # x_until = x - (t - until) average_velocity.
