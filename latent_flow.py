@@ -186,24 +186,33 @@ class Flow:
         x: torch.Tensor,
         labels: Sequence[int] | torch.Tensor | None = None,
         dense: torch.Tensor | None = None,
+        *,
+        until: torch.Tensor | None = None,
         **guidance: Any,
     ) -> torch.Tensor:
         """Velocity d x_t / dt, float32 [N, c, h, w], at times t ([] or [N], in [0, 1]) and latents x [N, c, h, w].
+
+        With `until` ([] or [N], at most t), the result is the average velocity over [until, t].
 
         Args:
             t: time, where 0 is data and 1 is noise.
             x: latents x_t.
             labels: class ids [N]; None for the null class, or for class 0 if the network is unconditional.
             dense: dense condition maps [N, K, h, w] for a network that takes them.
+            until: end of the interval, for the average velocity.
             guidance: fields of GuidanceOptions.
 
         Raises:
-            UsageError: an option is unknown, x has the wrong shape, or labels are missing for a network without a null class.
+            UsageError: an option is unknown, x has the wrong shape, labels are missing for a network without a null class, or
+                the network has no average velocity.
         """
         (options,) = _split(guidance, GuidanceOptions)
-        sampler = self._sampler(SolverOptions(), options, seed=0)
+        sampler, end = self._sampler(SolverOptions(), options, seed=0), {}
+        if until is not None:
+            check_network(self.header.network, SolverOptions("flow_map"), options)
+            end = {"until": until.to(self.device)}
         ids = self._null(len(x)) if labels is None else self._checked(labels)
-        return sampler.velocity(ids, self._map(dense))(t.to(self.device), self._latents("x", x))
+        return sampler.velocity(ids, self._map(dense))(t.to(self.device), self._latents("x", x), **end)
 
     def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """Encode images, uint8 [N, C, H, W], to latents, float32 [N, c, h, w] of about unit scale.

@@ -3,7 +3,7 @@
 Given `until` <= t, such a network returns the average velocity u over [until, t], so x_until = x_t - (t - until) u. Without it,
 `until` is t, and the result is the velocity. There are two ways to tell the network the interval:
 
-    interval    e = e(t) + e'(t - until)                             MeanFlow (Geng et al. 2025, arXiv:2505.13447, section 4.3)
+    interval    e = e(t) + e'(t - until)                             MeanFlow (Geng et al. 2025, arXiv:2505.13447)
     decoupled   e(t) in the first blocks, e(until) in the last ones  Decoupled MeanFlow (Lee et al. 2025, arXiv:2510.24474)
 
 Here e and e' are embeddings of times, without the label's. The decoupled network has the weights of a network without `until`,
@@ -28,7 +28,7 @@ from options import UsageError, option
 __all__ = ["UNTIL_EMBEDDINGS", "FlowMapOptions", "LogVariance", "VelocityWithVariance", "guidance_share"]
 
 UNTIL_EMBEDDINGS = ("none", "interval", "decoupled")
-DECOUPLED_SHARE = 3  # one block of so many sees `until`
+DECOUPLED_SHARE = 3  # one block of so many sees `until`; in the paper's XL, 8 of 28
 VARIANCE_FREQUENCIES = 64  # of each time
 VARIANCE_TIME_SCALE = 10.0  # the highest frequency turns by so many radians between t = 0 and 1
 

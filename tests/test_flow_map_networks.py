@@ -199,6 +199,13 @@ def test_training_refuses_what_its_previews_cannot_do(place, call, flags, messag
     assert not (place / "saved" / "latent_flow" / "fashion_mnist" / "refused" / "config.json").exists()
 
 
-def test_the_python_interface_refuses_it_too(plain):
+def test_the_python_interface_gives_average_velocities_or_refuses(plain, decoupled):
+    flow, t, until = latent_flow.load(decoupled[0], precision="fp32"), torch.tensor(0.8), torch.tensor([0.1, 0.3])
+    x = torch.randn(2, *flow.header.latent_shape)
+    found = flow.velocity(t, x, [1, 2], until=until)
+    assert torch.equal(found, flow.network(t.expand(2), x, Condition(torch.tensor([1, 2])), until=until))
+    assert torch.equal(flow.velocity(t, x, [1, 2], until=t), flow.velocity(t, x, [1, 2]))
     with pytest.raises(UsageError, match="--method flow_map needs a network that predicts average velocities"):
         latent_flow.load(plain).sample(count=1, method="flow_map")
+    with pytest.raises(UsageError, match="needs a network that predicts average velocities"):
+        latent_flow.load(plain).velocity(t, x, [1, 2], until=until)

@@ -79,14 +79,36 @@ def test_a_velocity_networks_weights_give_its_velocity(name):
     assert torch.equal(interval(t, x, condition, until=until, guidance=guidance), velocity)
 
 
+def make_identity(blocks):
+    """Blocks that change no tokens, whatever their condition."""
+    for layer in (layer for block in blocks for layer in (block.attn.proj, block.mlp.fc2)):
+        layer.weight.zero_()
+        layer.bias.zero_()
+
+
+@pytest.mark.parametrize(
+    ("options", "start"),
+    [
+        ({}, 3),
+        ({"decoupled_blocks": 3}, 1),
+        ({"decoupled_blocks": 2, "shared_adaln": True}, 2),
+        ({"decoupled_blocks": 1, "ddt_blocks": 1}, 3),
+        ({"decoupled_blocks": 3, "ddt_blocks": 1}, 1),
+        ({"decoupled_blocks": 2, "fine_blocks": 1}, 2),
+    ],
+)
 @torch.no_grad()
-def test_decoupled_blocks_see_until_and_the_others_t():
-    network = randomize(build(until_embedding="decoupled", decoupled_blocks=3))
+def test_the_last_blocks_see_only_until_and_the_first_only_t(options, start):
+    network, other = (randomize(build(until_embedding="decoupled", **options)) for _ in range(2))
     t, until, x, condition = inputs()
-    network.blocks[0].adaLN_modulation[1].weight.zero_()  # the one block that sees t ignores it
-    assert torch.equal(network(t, x, condition, until=until), network(t / 2 + 0.5, x, condition, until=until))
-    torch.testing.assert_close(network(t, x, condition, until=until), network(until, x, condition))
-    assert [build(until_embedding="decoupled").until_start, network.until_start, build().until_start] == [3, 1, DEPTH]
+    make_identity(network.blocks[:start])
+    found = network(t, x, condition, until=until)
+    assert torch.equal(found, network(t / 2 + 0.5, x, condition, until=until))
+    torch.testing.assert_close(found, network(until, x, condition))
+    make_identity(other.blocks[start - 1 : start])
+    found = other(t, x, condition, until=until)
+    changed = not torch.equal(found, other(t / 2 + 0.5, x, condition, until=until))
+    assert changed == (start > 1)  # block start - 1 was the last one that saw t
 
 
 @torch.no_grad()
@@ -185,9 +207,7 @@ def test_tokens_may_skip_blocks_before_and_after_the_change(way):
     routed = network(t, x, condition, until=until, routing=routing)
     assert torch.equal(network(t, x, condition, until=t, routing=routing), network(t, x, condition, routing=routing))
     assert not torch.allclose(routed, network(t, x, condition, routing=routing), atol=1e-4)
-    for layer in (*(block.attn.proj for block in network.blocks), *(block.mlp.fc2 for block in network.blocks)):
-        layer.weight.zero_()
-        layer.bias.zero_()  # blocks then change nothing, so the tokens' routes do not matter
+    make_identity(network.blocks)  # so that the tokens' routes do not matter
     torch.testing.assert_close(
         network(t, x, condition, until=until, routing=routing), network(t, x, condition, until=until)
     )
