@@ -66,7 +66,8 @@ def test_an_objective_trains_and_its_header_records_it(name, place, call):
     """One of the three steps trains the velocity, and two train intervals."""
     numbers = [StepStreams(1024, step, 16, (1, 8, 8), torch.device("cpu")).number("flow step") for step in range(3)]
     share = round((min(numbers) + sorted(numbers)[1]) / 2, 3)
-    code, _, err = call(TRAIN, flags(place, "--objective", name, *NETWORK[name], "--flow_share", share, exp=name))
+    few = ["--flow_share", share, "--method", "flow_map"]
+    code, _, err = call(TRAIN, flags(place, "--objective", name, *NETWORK[name], *few, exp=name))
     assert code == 0, err
     folder = place / "saved" / "latent_flow" / "fashion_mnist" / name
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -131,3 +131,17 @@ def test_validation_compares_with_flow_matching(tmp_path):
     run = run_of(tmp_path / "run", "consistency")
     plain = replace(run.validation, objective=OBJECTIVES["flow_matching"].build(OBJECTIVES["flow_matching"].options()))
     assert run.validation.evaluate(run.network) == plain.evaluate(run.network)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mean_flow", "decoupled_mean_flow"])
+def test_a_compiled_network_gives_the_same_gradients(name, tmp_path):
+    """The prediction is compiled; the derivative runs uncompiled."""
+    gradients = []
+    for compiled in (False, True):
+        run = run_of(tmp_path, name, {"flow_share": 0.0})
+        machine = Machine(torch.device("cpu"), "fp32", compile=compiled)
+        state = TrainingState(run.network, machine, 0.9, OptimizerOptions())
+        state.advance(machine.compiled(state.network), run.objective, batch_of(run), 1e-3, 0.0)
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in state.parameters]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
