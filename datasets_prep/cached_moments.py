@@ -1,4 +1,4 @@
-"""Reading a latent cache: its checks, its labels, and random access to its shards at disk speed.
+"""The files of a latent cache: its shards, labels and checks, and random access to the shards at disk speed.
 
 By default, the system reads far ahead in memory-mapped files. In random order, it may then read megabytes for a single row
 of 16 kB. MADV_RANDOM turns read-ahead off. MADV_WILLNEED announces all rows of a batch before the first is used, so that the
@@ -26,12 +26,16 @@ __all__ = [
     "as_bad_manifest",
     "check_files",
     "checksum",
+    "finish_cache",
     "has_mirror_images",
     "is_finished",
     "read_labels",
+    "save_shard",
+    "shard_path",
     "update_labels",
 ]
 
+LABELS = "labels.npy"
 ADVISABLE = hasattr(mmap, "MADV_WILLNEED")  # not on Windows
 
 
@@ -68,6 +72,33 @@ class LatentCache:
         for i, (shard, row, orientation) in enumerate(locations):
             moments[i] = self.shards[shard][row, orientation]
         return torch.from_numpy(moments)
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    """The file of a shard. Next to it, `save_shard` writes an entry with the suffix .json."""
+    return folder / f"moments_{number:05d}.npy"
+
+
+def save_shard(path: Path, moments: np.ndarray, precision: str) -> None:
+    """Write a shard float16 [n, orientations, C, h, w], then its entry, whose existence shows that the shard is complete."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.save(file, moments)
+    write_json(path.with_suffix(".json"), {"file": path.name, "crc32": checksum(path), "precision": precision})
+
+
+def finish_cache(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndarray) -> None:
+    """Write the labels int64 [N] and the complete manifest of a cache whose shards are complete."""
+    entries = [read_json(shard_path(folder, number).with_suffix(".json")) for number in range(shards)]
+    listed = [{"file": entry["file"], "crc32": entry["crc32"]} for entry in entries]
+    with atomic_path(folder / LABELS) as temporary, temporary.open("wb") as file:
+        np.save(file, labels)
+    found = {
+        # Shards of older versions do not record their precision.
+        "precision": " and ".join(sorted({entry.get("precision", "fp32") for entry in entries})),
+        "labels": {"file": LABELS, "crc32": checksum(folder / LABELS)},
+        "shards": listed,
+    }
+    write_json(folder / "manifest.json", identity | found)
 
 
 def is_finished(folder: Path) -> bool:

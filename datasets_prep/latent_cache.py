@@ -29,10 +29,12 @@ from datasets_prep.cached_moments import (
     LatentCache,
     as_bad_manifest,
     check_files,
-    checksum,
+    finish_cache,
     has_mirror_images,
     is_finished,
     read_labels,
+    save_shard,
+    shard_path,
     update_labels,
 )
 from datasets_prep.image_dataset import ImageDataset
@@ -40,13 +42,15 @@ from datasets_prep.images import MOST_READERS
 from models.autoencoders.protocol import Encoder
 from options import UsageError, option
 from runtime.distributed import Processes
-from runtime.files import atomic_path, read_json, write_json
+from runtime.files import read_json, write_json
 from runtime.locks import locked
 from runtime.outputs import warn_of_space
 from runtime.precision import Machine
 from runtime.progress import progress_bar
 
 __all__ = [
+    "FORMAT",
+    "LOCK",
     "LatentCacheOptions",
     "build_latent_cache",
     "cache_folder",
@@ -55,7 +59,7 @@ __all__ = [
 ]
 
 FORMAT = "latent-cache-2"
-LABELS, LOCK = "labels.npy", "build.lock"
+LOCK = "build.lock"
 SHARD_BYTES = 1 << 26
 PIXELS_PER_BATCH = 1 << 20  # 16 images of 256 x 256; one batch is read while another is encoded
 
@@ -160,7 +164,7 @@ def _build(
     starts = range(0, len(dataset), identity["shard_size"])
     with progress_bar(total=len(dataset) // processes.count, desc="encoding latents", unit="image") as progress:
         for number in processes.share(range(len(starts))):
-            path = folder / f"moments_{number:05d}.npy"
+            path = shard_path(folder, number)
             entry_file = path.with_suffix(".json")
             images = range(starts[number], min(starts[number] + identity["shard_size"], len(dataset)))
             if not entry_file.exists():
@@ -172,7 +176,7 @@ def _build(
                 progress.update(len(images))
     processes.barrier()
     if processes.is_main:
-        _finish(folder, identity, len(starts), dataset.stored_labels)
+        finish_cache(folder, identity, len(starts), dataset.stored_labels)
     processes.barrier()
 
 
@@ -204,9 +208,7 @@ def _write_shard(
             f"the autoencoder {autoencoder.describe().id} gives values that float16 cannot hold for some of the images "
             f"{images.start} to {images.stop - 1} (in {machine.precision}): try --precision fp32 or --no_latent_cache"
         )
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.save(file, moments)
-    write_json(entry_file, {"file": path.name, "crc32": checksum(path), "precision": machine.precision})
+    save_shard(path, moments, machine.precision)
 
 
 def _read_ahead(dataset: ImageDataset, images: range, num_workers: int) -> Generator[torch.Tensor, None, None]:
@@ -219,21 +221,6 @@ def _read_ahead(dataset: ImageDataset, images: range, num_workers: int) -> Gener
             batch = torch.stack(list(upcoming))
             upcoming = readers.map(dataset.__getitem__, following)
             yield batch
-
-
-def _finish(folder: Path, identity: dict[str, Any], shards: int, labels: np.ndarray) -> None:
-    """Write the labels and the complete manifest."""
-    entries = [read_json(folder / f"moments_{number:05d}.json") for number in range(shards)]
-    listed = [{"file": entry["file"], "crc32": entry["crc32"]} for entry in entries]
-    with atomic_path(folder / LABELS) as temporary, temporary.open("wb") as file:
-        np.save(file, labels)
-    found = {
-        # Shards of older versions do not record their precision.
-        "precision": " and ".join(sorted({entry.get("precision", "fp32") for entry in entries})),
-        "labels": {"file": LABELS, "crc32": checksum(folder / LABELS)},
-        "shards": listed,
-    }
-    write_json(folder / "manifest.json", identity | found)
 
 
 def _identity(folder: Path, dataset: ImageDataset, autoencoder: Encoder) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from datasets_prep.datasets import (
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import MomentSource, open_moments
 from flow.empirical import Components, EmpiricalVelocity
+from flow.flow_maps.options import guides_targets
 from flow.guidance import Network
 from flow.losses.contrast import correct
 from flow.losses.options import LossOptions
@@ -214,6 +215,12 @@ def check_exact_velocity(header: Header, subject: str) -> None:
         raise UsageError(
             f"{subject} was trained with --coupling {header.path.coupling}: the exact velocity is known for independent noise "
             "only"
+        )
+    if guides_targets(header.path) or not OBJECTIVES[header.objective].keeps_velocity:
+        raise UsageError(
+            f"{subject} was trained with --objective {header.objective}"
+            + (" and guidance in its targets" if guides_targets(header.path) else "")
+            + ": its velocity is not the exact one of the training latents"
         )
     if isinstance(header.path, LossOptions) and header.path.velocity_direction:
         note(

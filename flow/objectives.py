@@ -1,8 +1,8 @@
 """Training objectives of velocity networks, by name in OBJECTIVES.
 
-An objective draws its times from named random streams, computes one loss per sample, and defines the velocity that a
-sampler integrates. The training step and the validation loss use the same objective. LFM's objective is defined here. To
-add another, register it in OBJECTIVES from a separate file.
+An objective draws its times from named random streams, computes one loss per sample, and defines the velocity that a sampler
+integrates. The training step and the validation loss use the same objective. LFM's objective is defined here, and objectives
+for samples in a few network evaluations in flow/flow_maps/. To add another, register it in OBJECTIVES from a separate file.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,16 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from flow.flow_maps.alpha_flow import AlphaFlow, AlphaFlowOptions
+from flow.flow_maps.consistency import Consistency, ConsistencyOptions
+from flow.flow_maps.decoupled_mean_flow import DecoupledMeanFlow, DecoupledMeanFlowOptions
+from flow.flow_maps.improved_mean_flow import ImprovedMeanFlow, ImprovedMeanFlowOptions
+from flow.flow_maps.mean_flow import MeanFlow, MeanFlowOptions
+from flow.flow_maps.reflow import Reflow, ReflowOptions
+from flow.flow_maps.shortcut import Shortcut, ShortcutOptions
+from flow.flow_maps.split_mean_flow import SplitMeanFlow, SplitMeanFlowOptions
 from flow.guidance import Network
+from flow.losses.draws import Draws, RandomStreams, Times
 from flow.losses.options import FlowMatchingOptions, LossOptions
 from flow.losses.predictions import PREDICTIONS
 from flow.losses.terms import TrainingDraws, loss_terms
@@ -31,23 +40,6 @@ __all__ = [
     "Times",
     "objective_groups",
 ]
-
-# A named tuple of tensors [N, ...], with one entry per sample of the batch, of None, and of further such named tuples.
-Draws = tuple[Any, ...]
-
-
-class RandomStreams(Protocol):
-    """The random numbers of one training step, by purpose; a new purpose does not change the numbers of other purposes."""
-
-    step: int  # number of the step, from 0
-
-    def uniform(self, purpose: str) -> torch.Tensor:
-        """Uniform numbers [N] in [0, 1), one per sample of the global batch."""
-        ...
-
-    def normal(self, purpose: str) -> torch.Tensor:
-        """Standard normal numbers [N, C, h, w], with the shape of the global batch's latents."""
-        ...
 
 
 class Objective(Protocol):
@@ -78,12 +70,6 @@ class Objective(Protocol):
     def velocity(self, network: Network) -> Network:
         """The velocity that a sampler integrates, given the trained network."""
         ...
-
-
-class Times(NamedTuple):
-    """The draws of plain flow matching: times t [N] in [0, 1]."""
-
-    t: torch.Tensor
 
 
 class FlowMatching:
@@ -138,13 +124,41 @@ def _flow_matching(options: FlowMatchingOptions) -> FlowMatching:
 
 
 class ObjectiveFamily(NamedTuple):
-    """A registered objective: its dataclass of options, and the constructor that takes an instance of it."""
+    """A registered objective.
+
+    Args:
+        options: its dataclass of options.
+        build: the constructor that takes an instance of it.
+        trains_averages: whether it trains average velocities, so that the network must take `until`, and evaluates the
+            network several times in a step.
+        differentiates: whether a step differentiates the network in forward mode, which needs all weights in each process.
+        needs_pairs: whether it needs pairs of noise and samples (--pairs).
+        keeps_velocity: whether the velocity for until = t is the data's, if targets are not guided.
+    """
 
     options: type[PathOptions]
     build: Callable[[Any], Objective]
+    trains_averages: bool = False
+    differentiates: bool = False
+    needs_pairs: bool = False
+    keeps_velocity: bool = True
 
 
-OBJECTIVES: dict[str, ObjectiveFamily] = {"flow_matching": ObjectiveFamily(FlowMatchingOptions, _flow_matching)}
+OBJECTIVES: dict[str, ObjectiveFamily] = {
+    "flow_matching": ObjectiveFamily(FlowMatchingOptions, _flow_matching),
+    "mean_flow": ObjectiveFamily(MeanFlowOptions, MeanFlow, trains_averages=True, differentiates=True),
+    "improved_mean_flow": ObjectiveFamily(
+        ImprovedMeanFlowOptions, ImprovedMeanFlow, trains_averages=True, differentiates=True
+    ),
+    "decoupled_mean_flow": ObjectiveFamily(
+        DecoupledMeanFlowOptions, DecoupledMeanFlow, trains_averages=True, differentiates=True
+    ),
+    "alpha_flow": ObjectiveFamily(AlphaFlowOptions, AlphaFlow, trains_averages=True),
+    "shortcut": ObjectiveFamily(ShortcutOptions, Shortcut, trains_averages=True),
+    "split_mean_flow": ObjectiveFamily(SplitMeanFlowOptions, SplitMeanFlow, trains_averages=True),
+    "consistency": ObjectiveFamily(ConsistencyOptions, Consistency, trains_averages=True, keeps_velocity=False),
+    "reflow": ObjectiveFamily(ReflowOptions, Reflow, needs_pairs=True, keeps_velocity=False),
+}
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ __all__ = [
     "TIME_SAMPLINGS",
     "TimeOptions",
     "dimension_shift",
+    "logit_normal",
     "shift_times",
     "training_times",
     "with_time_shift",
@@ -28,6 +29,7 @@ __all__ = [
 T = TypeVar("T", bound="TimeOptions")
 
 AUTO_SHIFT = {"auto": 0.0}  # stands for `dimension_shift`
+U_SHAPE = 4.0  # a in `_u_shaped`
 UNSHIFTED_DIMENSIONS = 4096  # of the latents of 256-pixel images by Stable Diffusion's autoencoder
 
 
@@ -36,9 +38,7 @@ def _uniform(uniform: torch.Tensor, options: "TimeOptions") -> torch.Tensor:
 
 
 def _logit_normal(uniform: torch.Tensor, options: "TimeOptions") -> torch.Tensor:
-    """sigmoid(location + scale z) for standard normal z (Esser et al. 2024, arXiv:2403.03206, eq. 19)."""
-    normal = torch.special.ndtri(uniform.double().clamp(1e-7, 1 - 1e-7))
-    return torch.sigmoid(options.time_location + options.time_scale * normal).float()
+    return logit_normal(uniform, options.time_location, options.time_scale)
 
 
 def _stratified(uniform: torch.Tensor, options: "TimeOptions") -> torch.Tensor:
@@ -50,10 +50,17 @@ def _stratified(uniform: torch.Tensor, options: "TimeOptions") -> torch.Tensor:
     return ((uniform[0].double() + offsets) % 1).float()
 
 
+def _u_shaped(uniform: torch.Tensor, options: "TimeOptions") -> torch.Tensor:
+    """Times with density proportional to cosh(a (t - 1/2)), a = 4 (Lee et al. 2024, arXiv:2405.20320)."""
+    normalized = (2 * uniform.double() - 1) * math.sinh(U_SHAPE / 2)
+    return (0.5 + normalized.asinh() / U_SHAPE).clamp(0, 1).float()
+
+
 TIME_SAMPLINGS: dict[str, Callable[[torch.Tensor, "TimeOptions"], torch.Tensor]] = {
     "uniform": _uniform,
     "logit_normal": _logit_normal,
     "stratified": _stratified,
+    "u_shaped": _u_shaped,
 }
 
 
@@ -72,6 +79,12 @@ class TimeOptions:
         maximum=1e6,
         words=AUTO_SHIFT,
     )
+
+
+def logit_normal(uniform: torch.Tensor, location: float, scale: float) -> torch.Tensor:
+    """sigmoid(location + scale z) for standard normal z (Esser et al. 2024, arXiv:2403.03206, eq. 19)."""
+    normal = torch.special.ndtri(uniform.double().clamp(1e-7, 1 - 1e-7))
+    return torch.sigmoid(location + scale * normal).float()
 
 
 def training_times(uniform: torch.Tensor, options: TimeOptions) -> torch.Tensor:

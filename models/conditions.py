@@ -8,7 +8,7 @@ from torch import nn
 
 from options import option
 
-__all__ = ["Condition", "ConditionOptions", "DenseConditioned", "DenseInput", "drop_labels"]
+__all__ = ["Condition", "ConditionOptions", "DenseConditioned", "DenseInput", "drop_labels", "null_condition"]
 
 
 class Condition(NamedTuple):
@@ -28,6 +28,22 @@ def drop_labels(labels: torch.Tensor, uniform: torch.Tensor, probability: float,
     This is the label dropout of classifier-free guidance (Ho & Salimans 2022, algorithm 1).
     """
     return torch.where(uniform < probability, num_classes, labels)
+
+
+def null_condition(
+    labels: torch.Tensor, dense: torch.Tensor | None, label_dropout: float, dense_dropout: float, num_classes: int
+) -> Condition:
+    """The condition of a batch with every label and map dropped that is ever dropped in training.
+
+    Args:
+        labels: [B], before dropout.
+        dense: maps [B, K, h, w].
+        label_dropout: probability of dropping a label; 0: labels are kept.
+        dense_dropout: probability of dropping a map; 0: maps are kept.
+        num_classes: the null class.
+    """
+    null_labels = torch.full_like(labels, num_classes) if label_dropout else labels
+    return Condition(null_labels, torch.zeros_like(dense) if dense is not None and dense_dropout else dense)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ AT_THE_ROOT = [
     ROOT / f"{name}.py" for name in ("streams", "option_names", "options", "exits", "command_line", "latent_flow")
 ]
 # Modules in a library folder that count as scripts, because they are run with `python -m`.
-COMMANDS = {"checkpoints/convert.py", "training/posthoc_ema.py"}
+COMMANDS = {"checkpoints/convert.py", "datasets_prep/build_pairs.py", "training/posthoc_ema.py"}
 OWNERS = {
     "torchdiffeq": "flow/",
     "diffusers": "models/autoencoders/kl.py",
@@ -178,7 +178,7 @@ def test_few_functions_take_all_options():
         and (names := functions_that_take("Options", path.read_text(encoding="utf-8")))
     }
     assert "run_training" in taking["training/script.py"]
-    assert sum(map(len, taking.values())) <= 16, taking
+    assert sum(map(len, taking.values())) <= 17, taking
 
 
 def test_a_function_that_takes_all_options_is_found():

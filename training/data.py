@@ -14,14 +14,16 @@ import torch
 
 from datasets_prep.conditions import ConditionSource
 from datasets_prep.moments import MomentSource
+from datasets_prep.pairs.pair_cache import PairCache
 from flow.auxiliary.objective import replace_draws
 from flow.couplings import COUPLINGS
+from flow.flow_maps.options import guides_targets
 from flow.losses.contrast import next_of_another_class
 from flow.losses.options import contrastive_weight
 from flow.objectives import Draws, Objective
 from flow.paths import PathOptions, straight_velocity
 from models.autoencoders.protocol import Autoencoder
-from models.conditions import Condition, drop_labels
+from models.conditions import Condition, drop_labels, null_condition
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.precision import use_device
@@ -84,10 +86,13 @@ class StepStreams:
         count: N, samples in the global batch.
         shape: (c, h, w) of the latents.
         device: where the numbers are drawn.
+        last_step: number of steps of the run, for schedules.
     """
 
-    def __init__(self, seed: int, step: int, count: int, shape: Sequence[int], device: torch.device) -> None:
-        self.step = step
+    def __init__(
+        self, seed: int, step: int, count: int, shape: Sequence[int], device: torch.device, last_step: int = 1
+    ) -> None:
+        self.step, self.last_step = step, last_step
         self._keys = seed, step
         self._shape = count, *shape
         self._device = device
@@ -109,6 +114,11 @@ class StepStreams:
             own = purpose != "condition"
             self._normal[purpose] = self._randn(self._own_generator("normal", purpose) if own else self._first)
         return self._normal[purpose]
+
+    def number(self, purpose: str) -> float:
+        """A uniform number in [0, 1) for the whole step, drawn on the CPU, so that the host does not wait for a device."""
+        seed, step = self._keys
+        return torch.rand((), generator=generator_for(seed, "step", step, "number", purpose)).item()
 
     def _own_generator(self, kind: str, purpose: str) -> torch.Generator:
         seed, step = self._keys
@@ -162,7 +172,7 @@ def batches(
     """Yield this process's batches of the steps first_step .. last_step - 1. A thread reads the data one step ahead.
 
     Args:
-        source: posterior moments by image index.
+        source: posterior moments by image index, or pairs of noise and samples.
         autoencoder: samples the posterior and scales the latents.
         objective: draws its times from the step's random streams.
         batch_size: images per process.
@@ -177,13 +187,13 @@ def batches(
         condition: dense conditions by image index. Their random draws are numbered consecutively across global batches.
         condition_dropout: probability of replacing a dense map by zeros.
         path: the objective's options. Their coupling pairs data and noise, and with a contrastive weight, the draws get
-            velocities of other samples of the global batch.
+            velocities of other samples of the global batch. With guided targets, they get the null condition.
         features: an image encoder's features by image index, for the field `features` of the objective's draws.
     """
     global_batch = batch_size * processes.count
     share = slice(processes.rank * batch_size, (processes.rank + 1) * batch_size)
     choose = _order(seed, len(source), global_batch, flips)
-    couple, contrast = COUPLINGS[path.coupling], contrastive_weight(path)
+    couple, contrast, guided = COUPLINGS[path.coupling], contrastive_weight(path), guides_targets(path)
 
     pin = device.type != "cpu"  # so that the host does not wait for copies to the device
 
@@ -197,14 +207,17 @@ def batches(
     for step, (moments, labels, raw, encoded, rows, others) in _read_ahead(reader, first_step, last_step, device):
         moments, labels = moments.to(device, non_blocking=True), labels[:batch_size].to(device, non_blocking=True)
         own = share if rows is None else rows.to(device, non_blocking=True)
-        streams = StepStreams(seed, step, global_batch, (autoencoder.latent_channels, *moments.shape[2:]), device)
+        shape = autoencoder.latent_channels, *moments.shape[2:]
+        streams = StepStreams(seed, step, global_batch, shape, device, last_step)
         dropout = streams.uniform("dropout")[share]  # for labels and maps, so that guidance moves away from both
         dense = None
         if condition is not None and raw is not None:
             dense = condition.encode(raw, streams.normal("condition")[share])
             dense = dense * (dropout >= condition_dropout).view(-1, 1, 1, 1)
-        data = autoencoder.sample(moments, streams.normal("posterior")[own])
-        noise = streams.normal("noise")[own]
+        if isinstance(source, PairCache):
+            data, noise = source.split(moments)
+        else:
+            data, noise = autoencoder.sample(moments, streams.normal("posterior")[own]), streams.normal("noise")[own]
         if couple is not None:
             chosen = couple(data[:batch_size], noise[:batch_size], labels)
             noise = torch.cat([noise[chosen], noise[batch_size:]])
@@ -216,6 +229,9 @@ def batches(
             others = others.to(device, non_blocking=True)
             velocities = straight_velocity(data, noise, path.sigma_min)[others]
             draws = replace_draws(draws, other_velocity=velocities, contrast=contrast * kept)
+        if guided:
+            null = null_condition(labels, dense, label_dropout, condition_dropout, num_classes)
+            draws = replace_draws(draws, kept=dropout >= max(label_dropout, condition_dropout), null=null)
         labels = drop_labels(labels, dropout, label_dropout, num_classes)
         yield Batch(data[:batch_size], noise[:batch_size], draws, Condition(labels, dense))
 

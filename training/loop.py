@@ -8,6 +8,7 @@ from functools import partial
 import torch
 
 from flow.auxiliary.objective import auxiliary_names
+from flow.objectives import OBJECTIVES
 from models.registry import NETWORKS
 from runtime.messages import fact, note, warn
 from runtime.processes.parallel import replicate, shard
@@ -64,7 +65,7 @@ def train(run: TrainingRun, resume: bool) -> bool:
             show_snapshots(run.folder, options.posthoc_ema, snapshot_every)
         fact("length", f"{last_step:,} steps of {global_batch} images, {last_step / per_epoch:.3g} epochs")
     parallel = state.network if run.is_sharded else replicate(state.network, processes)
-    network = run.machine.compiled(parallel, always_alike=processes.count == options.grad_accumulation == 1)
+    network = run.machine.compiled(parallel, always_alike=_calls_are_alike(run))
     log = MetricsLog(run.folder, state.step) if processes.is_main else None
     clock = Clock(state)
     nan_guard = NanGuard(run, state, log, last_step)
@@ -102,6 +103,12 @@ def train(run: TrainingRun, resume: bool) -> bool:
     if ended and state.step < last_step:
         note(f"--max_minutes ended the run at step {state.step} of {last_step}, so it is not reproducible")
     return ended or state.step >= last_step
+
+
+def _calls_are_alike(run: TrainingRun) -> bool:
+    """Whether the network is called once per step, always with the same shapes."""
+    one_call = run.processes.count == run.training.grad_accumulation == 1
+    return one_call and not OBJECTIVES[run.header.objective].trains_averages
 
 
 def _initial_state(run: TrainingRun, resume: bool, per_epoch: int, last_step: int) -> TrainingState | None:

@@ -21,11 +21,10 @@ from evaluation.reconstruction import draw_reconstructions
 from evaluation.trained_flow import ExactPoints, check_exact_velocity
 from flow.auxiliary.losses import AuxiliaryOptions
 from flow.guidance import GuidanceOptions
-from flow.losses.options import check_losses, contrastive_weight, prediction_of
+from flow.losses.options import contrastive_weight, prediction_of
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions, check_method, needs_float32, unreachable_tolerances
-from flow.times import with_time_shift
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import ConditionOptions, DenseInput
@@ -48,6 +47,7 @@ from training.auxiliary.setup import (
     fit_encoder,
     load_encoder,
     open_features,
+    uses_auxiliary,
 )
 from training.data import steps_per_epoch
 from training.experiment import (
@@ -63,6 +63,8 @@ from training.experiment import (
     will_resume,
 )
 from training.network import check_classes, check_labels, choose_architecture, new_network
+from training.objectives.checks import settle_options
+from training.objectives.training_pairs import open_training_pairs
 from training.run import TrainingOptions, TrainingRun
 from training.validation import Validation
 
@@ -118,7 +120,12 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     machine = choose_machine(options[MachineOptions], processes)
     with processes.main_first():  # only the main process downloads
         inputs = _open_inputs(task, options, machine.for_encoding)
-    per_epoch = steps_per_epoch(len(inputs.dataset), training.batch_size * processes.count)
+    model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
+    chosen, objective_options = options[NETWORKS[model_type].options], options[OBJECTIVES[objective_name].options]
+    pairs = open_training_pairs(
+        objective_options, inputs.autoencoder, data.image_size, chosen.classes, dense=inputs.condition is not None
+    )
+    per_epoch = steps_per_epoch(len(pairs or inputs.dataset), training.batch_size * processes.count)
     steps = training.last_step(per_epoch)
     training.note_long_warmup(steps)
     machine = machine.settled(steps * training.grad_accumulation, processes, whole=not training.fsdp)
@@ -131,10 +138,8 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     resumes = will_resume(folder, experiment)
     if resumes:
         _keep_scale(inputs.autoencoder, folder)
-    model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
     dense = inputs.dense(options[ConditionOptions].condition_dropout if task.condition else 0.0)
     given = options.given
-    chosen = options[NETWORKS[model_type].options]
     check_auxiliary(chosen, options[AuxiliaryOptions], options[EncoderOptions], given)
     with processes.main_first():
         encoder, chosen = load_encoder(options[EncoderOptions], chosen)
@@ -143,12 +148,20 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     check_classes(architecture.options, inputs.dataset, new=not resumes and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
     check_network(architecture.options, options[SolverOptions], options[GuidanceOptions])
-    path = options[OBJECTIVES[objective_name].options]
-    path = _settled(path, architecture, training.batch_size * processes.count)
+    auxiliary = options[AuxiliaryOptions]
+    path = settle_options(
+        objective_name,
+        objective_options,
+        architecture,
+        machine,
+        given,
+        global_batch=training.batch_size * processes.count,
+        fsdp=training.fsdp,
+        auxiliary=uses_auxiliary(architecture.options, auxiliary),
+    )
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
     if experiment.validate_excess:
         check_exact_velocity(header, "--validate_excess: this run")
-    auxiliary = options[AuxiliaryOptions]
     objective = add_auxiliary(OBJECTIVES[objective_name].build(path), architecture.options, auxiliary)
     weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
     network = new_network(architecture, training.seed, weights, header.autoencoder, prediction_of(path))
@@ -161,10 +174,11 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     if processes.is_main and not resume:
         _show_reconstructions(inputs.autoencoder, inputs.held_out, machine, folder)
     caches, spare = options[LatentCacheOptions], Path(experiment.save_root) / "latent_cache"
-    source, held_out = (
+    *sources, held_out = (
         open_moments(split, inputs.autoencoder, data, caches, machine.for_encoding, processes, spare)
-        for split in (inputs.dataset, inputs.held_out)
+        for split in ((inputs.held_out,) if pairs else (inputs.dataset, inputs.held_out))
     )
+    source = pairs or sources[0]
     if contrastive_weight(path):
         means = mean_latents(source, inputs.autoencoder, header.num_classes, header.dataset.flips, machine.device)
         header = replace(header, contrast_means=tuple(float(f"{x:.6g}") for x in means.flatten().tolist()))
@@ -210,16 +224,6 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         features=features,
     )
     return run, resume
-
-
-def _settled(path: PathOptions, architecture: Architecture, global_batch: int) -> PathOptions:
-    """The objective's options with the time shift for the latents, if it is `auto`, and checked against the data."""
-    channels, size = architecture.options.num_out_channels, architecture.latent_size
-    check_losses(path, channels, global_batch, dense=architecture.dense is not None)
-    settled = with_time_shift(path, channels * size**2)
-    if settled != path:
-        fact("time shift", f"{settled.training_time_shift:.4g} (auto, for latents of {channels * size**2:,} numbers)")
-    return settled
 
 
 def _header(

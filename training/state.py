@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from flow.auxiliary.objective import training_losses
+from flow.flow_maps.networks import StepNetwork
 from flow.objectives import Objective
 from options import UsageError
 from runtime.cpu.kernels import with_cpu_kernels
@@ -142,7 +143,9 @@ class TrainingState:
         Returns:
             The divided means of the objective's loss and of the auxiliary losses, [1 + number of names].
         """
-        evaluated = self.machine.evaluating(network)
+        evaluated = StepNetwork(
+            self.machine.evaluating(network), self.network, self.machine.evaluating(self.ema.network)
+        )
         losses = training_losses(objective, evaluated, part.data, part.noise, part.draws, part.condition)
         self.scaler.scale(losses.total.mean() / parts).backward()
         return torch.stack([each.mean() / parts for each in losses.logged.values()])

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 
 from flow.auxiliary.losses import TapBatch
+from flow.flow_maps.objective import FlowMap
 from flow.guidance import Network
-from flow.objectives import Draws, Objective, RandomStreams
+from flow.losses.draws import Draws, RandomStreams, TrainingLosses
+from flow.objectives import Objective
 
 __all__ = [
     "AuxiliaryDraws",
     "Term",
-    "TrainingLosses",
     "WithAuxiliary",
     "auxiliary_names",
     "replace_draws",
@@ -59,18 +60,6 @@ def replace_draws(draws: Any, **values: Any) -> Any:
     if isinstance(draws, AuxiliaryDraws):
         return draws._replace(base=replace_draws(draws.base, **values))
     return draws._replace(**values)
-
-
-class TrainingLosses(NamedTuple):
-    """Losses of a training step.
-
-    Args:
-        total: losses [B] whose mean the step minimizes.
-        logged: losses [B] without gradients by name, "loss" first.
-    """
-
-    total: torch.Tensor
-    logged: dict[str, torch.Tensor]
 
 
 class WithAuxiliary:
@@ -158,7 +147,7 @@ def training_losses(
     condition: Any,
 ) -> TrainingLosses:
     """The losses of a training step of any objective."""
-    if isinstance(objective, WithAuxiliary):
+    if isinstance(objective, WithAuxiliary | FlowMap):
         return objective.training_losses(network, data, noise, draws, condition)
     losses = objective.loss(network, data, noise, draws, condition)
     return TrainingLosses(losses, {"loss": losses.detach()})

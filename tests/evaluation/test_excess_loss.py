@@ -23,6 +23,8 @@ from evaluation.trained_flow import (
     posterior,
 )
 from evaluation.wasserstein_bound import BoundOptions, measure_bound
+from flow.flow_maps.consistency import ConsistencyOptions
+from flow.flow_maps.mean_flow import MeanFlowOptions
 from flow.losses.options import FlowMatchingOptions
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
@@ -267,6 +269,17 @@ def test_a_checkpoint_of_another_coupling_is_refused(checkpoint, monkeypatch):
     with pytest.raises(
         UsageError, match="--coupling optimal_transport: the exact velocity is known for independent noise"
     ):
+        excess_loss.main()
+
+
+@pytest.mark.parametrize(
+    ("objective", "path"), [("mean_flow", MeanFlowOptions(target_kappa=0.5)), ("consistency", ConsistencyOptions())]
+)
+def test_a_checkpoint_with_another_velocity_is_refused(checkpoint, monkeypatch, objective, path):
+    weights, header = read_weights(checkpoint)
+    save_weights(checkpoint, weights, replace(header, objective=objective, path=path))
+    monkeypatch.setattr("sys.argv", ["excess_loss", str(checkpoint)])
+    with pytest.raises(UsageError, match=f"--objective {objective}.*: its velocity is not the exact one"):
         excess_loss.main()
 
 

@@ -39,6 +39,16 @@ def test_logit_normal_times_are_finite_for_extreme_numbers():
     assert 1 - 1e-3 < t[1] <= 1
 
 
+def test_u_shaped_times_have_the_density_of_a_hyperbolic_cosine():
+    """The share of times below t is (sinh(a (t - 1/2)) + sinh(a/2)) / (2 sinh(a/2)), with a = 4 (arXiv:2405.20320)."""
+    p = torch.linspace(0, 1, 41, dtype=torch.float64)
+    t = training_times(p, PathOptions(time_sampling="u_shaped")).double()
+    share = (torch.sinh(4 * (t - 0.5)) + math.sinh(2)) / (2 * math.sinh(2))
+    torch.testing.assert_close(share, p, rtol=0, atol=1e-6)
+    assert (t[[0, 20, 40]] == torch.tensor([0.0, 0.5, 1.0])).all()
+    assert (t < 0.25).float().mean() > 0.3
+
+
 def test_stratified_times_cover_the_interval_evenly_with_one_offset():
     options = PathOptions(time_sampling="stratified")
     for batch in (1, 7, 128):

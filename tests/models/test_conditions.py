@@ -8,7 +8,7 @@ from torch import nn
 
 from checkpoints.files import load_model, read_weights, save_weights
 from checkpoints.state_dicts import load_weights, suggest_flags
-from models.conditions import Condition, DenseConditioned, DenseInput
+from models.conditions import Condition, DenseConditioned, DenseInput, null_condition
 from models.dit import DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.guided_unet import GuidedUNetOptions
@@ -204,3 +204,13 @@ def test_gradients_reach_the_stage():
     slope = network.channel_mapper.weight.grad[:, :, 0, 0]
     assert (slope[:, [0, 1, 3, 4, 5]] != 0).all()
     assert (slope[:, 2] == 0).all()
+
+
+def test_the_null_condition_drops_what_training_drops():
+    labels, maps = torch.tensor([0, 2]), torch.ones(2, 1, 4, 4)
+    both = null_condition(labels, maps, 0.1, 0.2, num_classes=3)
+    assert both.labels.tolist() == [3, 3]
+    assert both.dense.count_nonzero() == 0
+    neither = null_condition(labels, maps, 0.0, 0.0, num_classes=3)
+    assert neither == (labels, maps)
+    assert null_condition(labels, None, 0.1, 0.0, num_classes=3).dense is None

@@ -25,7 +25,15 @@ from runtime.precision import Machine
 if TYPE_CHECKING:
     from models.image_encoder import ImageEncoder
 
-__all__ = ["EncoderOptions", "add_auxiliary", "check_auxiliary", "fit_encoder", "load_encoder", "open_features"]
+__all__ = [
+    "EncoderOptions",
+    "add_auxiliary",
+    "check_auxiliary",
+    "fit_encoder",
+    "load_encoder",
+    "open_features",
+    "uses_auxiliary",
+]
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,11 @@ def check_auxiliary(
         )
     if auxiliary.auxiliary_until and not any(term.ends for term in terms.values()):
         note("--auxiliary_until has no effect without --align_latents, --align_features or --dispersive")
+
+
+def uses_auxiliary(network: FamilyOptions, auxiliary: AuxiliaryOptions) -> bool:
+    """Whether the options ask for auxiliary losses or token routing."""
+    return isinstance(network, TapOptions) and (bool(_terms(network, auxiliary)) or network.route_rate > 0)
 
 
 def add_auxiliary(objective: Objective, network: FamilyOptions, auxiliary: AuxiliaryOptions) -> Objective:

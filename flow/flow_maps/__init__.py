@@ -1,0 +1,1 @@
+"""Objectives that train flow maps, for samples in a few network evaluations."""
