@@ -3,7 +3,7 @@
 residual: a stem precedes one level per further width. Each level is a stride-2 convolution, which halves the image, and a
 residual block (He et al. 2016). The features are the last level's activations, averaged over the image.
 
-patches: a transformer on patches of 4 x 4 pixels (Dosovitskiy et al. 2021), with one block per width. The features are the
+patches: a transformer on patches of 7 x 7 pixels (Dosovitskiy et al. 2021), with one block per width. The features are the
 normalized tokens, averaged over the image. It shares no layer with the other one, so it can check its verdicts.
 
 The header of the weights file records the architecture and the class names.
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 SIDE = 28  # image side in pixels
-PATCH = 4  # side of a patch in pixels
+PATCH = 7  # side of a patch in pixels
 HEAD_WIDTH = 16  # of an attention head
 
 
@@ -83,7 +83,7 @@ def _residual_levels(widths: tuple[int, ...]) -> nn.Module:
 
 
 class _PatchTransformer(nn.Module):
-    """Tokens of patches as a map [B, D, 7, 7]."""
+    """Tokens of patches as a map [B, D, 4, 4]."""
 
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
