@@ -40,7 +40,6 @@ VARIANTS = {
     "time x100": "--time_scale_factor 100",
     "time x1000": "--time_scale_factor 1000",
     "fourier": "--time_embedding fourier",
-    "batch 128": "--batch_size 128",
     "GELU": "--mlp gelu",
     "RoPE": "--rope",
     "RMSNorm": "--norm rms_affine",
