@@ -69,7 +69,8 @@ OWN = {  # parameters in millions of this repository's own experiments, for late
     "fashion_mnist_pixel_unet": 1.3, "mnist_latent_dit": 129.5, "folder_dit": 129.7,
     "imnet_dit_modern": 677.9, "celeb256_dit_modern": 459.2,
 }  # fmt: skip
-FACTORS = {"none": 1, "pretrained/fashion_mnist_autoencoder": 4}  # all other autoencoders have factor 8
+BUNDLED = {"pretrained/fashion_mnist_autoencoder": 4, "pretrained/fashion_mnist_autoencoder_v2": 4}
+FACTORS = {"none": 1, **BUNDLED}  # all other autoencoders have factor 8
 HALF_PRECISION = {"celeb512_adm", "celeb1024_adm"}
 
 

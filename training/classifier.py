@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from datasets_prep.datasets import ImageDataset, crop_padding
-from evaluation.features.classifier import SIDE, FashionClassifier
+from evaluation.features.classifier import ARCHITECTURES, SIDE, FashionClassifier
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError, option
 from runtime.messages import show
@@ -31,8 +31,12 @@ class ClassifierTrainingOptions:
     """Classifier training."""
 
     output: str = option("classifier.safetensors", "output file")
+    architecture: str = option(
+        "residual", "residual: levels of convolutions; patches: a transformer", choices=ARCHITECTURES
+    )
     widths: tuple[int, ...] = option(
-        (16, 32, 64, 128), "channels of the stem and of each level; each level halves the resolution"
+        (16, 32, 64, 128),
+        "residual: channels of the stem and of each level, which halves the resolution; patches: the width, once per block",
     )
     batch_size: int = option(128, "images per step", minimum=2)
     max_steps: int = option(6000, "optimizer steps", minimum=1)
@@ -79,7 +83,7 @@ def train_classifier(
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        network = FashionClassifier(options.widths, classes)
+        network = FashionClassifier(options.widths, classes, options.architecture)
     network = network.to(machine.device).to(memory_format=torch.channels_last)
     ema = Ema(network, options.ema_decay)
     optimizer = torch.optim.AdamW(network.parameters(), options.lr, weight_decay=options.weight_decay, fused=True)

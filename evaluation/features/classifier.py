@@ -1,13 +1,17 @@
-"""Small residual classifier for 28 x 28 grayscale images. Its penultimate layer provides features for scoring.
+"""Small classifiers for 28 x 28 grayscale images, by name in ARCHITECTURES. The penultimate layer has the scoring features.
 
-A stem precedes one level per further width. Each level is a stride-2 convolution, which halves the image, and a residual block
-(He et al. 2016). The features are the last level's activations, averaged over the image. The header of the weights file
-records the architecture and the class names.
+residual: a stem precedes one level per further width. Each level is a stride-2 convolution, which halves the image, and a
+residual block (He et al. 2016). The features are the last level's activations, averaged over the image.
+
+patches: a transformer on patches of 7 x 7 pixels (Dosovitskiy et al. 2021), with one block per width. The features are the
+normalized tokens, averaged over the image. It shares no layer with the other one, so it can check its verdicts.
+
+The header of the weights file records the architecture and the class names.
 """
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +25,40 @@ from options import UsageError, as_json
 from runtime.files import atomic_path
 from runtime.weights import check_finite
 
-__all__ = ["SIDE", "FashionClassifier", "load_classifier", "save_classifier"]
+__all__ = [
+    "ARCHITECTURES",
+    "SIDE",
+    "FashionClassifier",
+    "load_classifier",
+    "save_classifier",
+]
 
 SIDE = 28  # image side in pixels
+PATCH = 7  # side of a patch in pixels
+HEAD_WIDTH = 16  # of an attention head
 
 
 class FashionClassifier(nn.Module):
-    """Classifier for pixels [B, 1, 28, 28] in [-1, 1].
+    """Classifier for pixels [B, 1, 28, 28] in [-1, 1]: a body with features, and a linear head.
 
     Args:
-        widths: channels of the stem and of each level. The last width is the number of features.
+        architecture: key of ARCHITECTURES.
+        widths: see ARCHITECTURES. The last width is the number of features.
         classes: names of the classes, ordered by class id.
+
+    Raises:
+        UsageError: the architecture does not exist in these widths.
     """
 
-    def __init__(self, widths: tuple[int, ...], classes: tuple[str, ...]) -> None:
+    def __init__(self, widths: tuple[int, ...], classes: tuple[str, ...], architecture: str = "residual") -> None:
         super().__init__()
-        self.widths, self.classes, self.dims = tuple(widths), tuple(classes), widths[-1]
-        layers: list[nn.Module] = [_convolution(1, widths[0]), nn.ReLU()]
-        for before, after in itertools.pairwise(widths):
-            layers += [_convolution(before, after, stride=2), nn.ReLU(), _Residual(after)]
-        self.body = nn.Sequential(*layers)
+        self.architecture, self.widths, self.classes = architecture, tuple(widths), tuple(classes)
+        self.dims = widths[-1]
+        self.body = ARCHITECTURES[architecture](self.widths)
         self.head = nn.Linear(self.dims, len(classes))
 
     def features(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Map pixels [B, 1, 28, 28] in [-1, 1] to non-negative features [B, dims]."""
+        """Map pixels [B, 1, 28, 28] in [-1, 1] to features [B, dims]."""
         return self.body(pixels).mean((2, 3))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -61,6 +75,45 @@ class _Residual(nn.Module):
         return functional.relu(x + self.second(functional.relu(self.first(x))))
 
 
+def _residual_levels(widths: tuple[int, ...]) -> nn.Module:
+    layers: list[nn.Module] = [_convolution(1, widths[0]), nn.ReLU()]
+    for before, after in itertools.pairwise(widths):
+        layers += [_convolution(before, after, stride=2), nn.ReLU(), _Residual(after)]
+    return nn.Sequential(*layers)
+
+
+class _PatchTransformer(nn.Module):
+    """Tokens of patches as a map [B, D, 4, 4]."""
+
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        width = widths[0]
+        if set(widths) != {width} or width % HEAD_WIDTH:
+            given = " ".join(map(str, widths))
+            raise UsageError(
+                f"--architecture patches: expected --widths with the same multiple of {HEAD_WIDTH} for every block, such as "
+                f"64 64 64 64, but {given} was given"
+            )
+        self.patches = nn.Conv2d(1, width, PATCH, PATCH)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (SIDE // PATCH) ** 2, width))
+        block = nn.TransformerEncoderLayer(
+            width, width // HEAD_WIDTH, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.blocks = nn.TransformerEncoder(block, len(widths), nn.LayerNorm(width), enable_nested_tensor=False)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        patches = self.patches(pixels)
+        tokens = self.blocks(patches.flatten(2).mT + self.positions)  # [B, L, D]
+        return tokens.mT.unflatten(2, patches.shape[2:])
+
+
+# Bodies: widths -> a module from pixels to activations [B, widths[-1], h, w].
+ARCHITECTURES: dict[str, Callable[[tuple[int, ...]], nn.Module]] = {
+    "residual": _residual_levels,
+    "patches": _PatchTransformer,
+}
+
+
 def _convolution(before: int, after: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after))
 
@@ -71,7 +124,7 @@ def save_classifier(network: FashionClassifier, path: str | Path, facts: Mapping
         name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
         for name, value in network.state_dict().items()
     }
-    description = {"widths": network.widths, "classes": network.classes, **facts}
+    description = {"widths": network.widths, "classes": network.classes, "architecture": network.architecture, **facts}
     header = {key: json.dumps(as_json(value)) for key, value in description.items()}
     with atomic_path(path) as temporary:
         temporary.write_bytes(save(weights, header))
@@ -87,7 +140,9 @@ def load_classifier(path: str | Path) -> FashionClassifier:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        network = FashionClassifier(tuple(json.loads(header["widths"])), tuple(json.loads(header["classes"])))
+        described = {key: json.loads(header[key]) for key in ("widths", "classes")}
+        architecture = json.loads(header.get("architecture", '"residual"'))
+        network = FashionClassifier(tuple(described["widths"]), tuple(described["classes"]), architecture)
         network.load_state_dict(weights)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).splitlines()[0]

@@ -6,10 +6,11 @@ import pytest
 import torch
 from PIL import Image
 
-from datasets_prep.datasets import DatasetFacts, ImageDataset
+from datasets_prep.datasets import DatasetFacts, DatasetOptions, ImageDataset, open_dataset
 from evaluation import reconstruction
 from evaluation.reconstruction import draw_reconstructions, measure_reconstruction
 from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pixels import PixelSpace
 from tests.fake_features import FakeFeatures
 
@@ -51,6 +52,16 @@ def test_a_color_autoencoder_is_evaluated_on_gray_images():
     ratio, statistics = measure_reconstruction(KLAutoencoder(network, "toy"), padded_dataset(), Rows(), "cpu", 4)
     assert math.isfinite(ratio)
     assert statistics.count == 9
+
+
+@pytest.mark.parametrize(
+    ("name", "least"), [("fashion_mnist_autoencoder", 29.5), ("fashion_mnist_autoencoder_v2", 31.0)]
+)
+def test_the_bundled_autoencoders_reconstruct_test_images(fashion_mnist_dir, name, least):
+    autoencoder = load_autoencoder(AutoencoderOptions(f"pretrained/{name}"), 1)
+    images = open_dataset(DatasetOptions(datadir=str(fashion_mnist_dir)), "validation").head(400)
+    ratio, _ = measure_reconstruction(autoencoder, images, Rows(), "cpu", batch_size=100)
+    assert ratio > least
 
 
 def test_the_sheet_shows_images_from_the_whole_split_above_their_reconstructions(tmp_path):

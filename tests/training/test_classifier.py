@@ -28,6 +28,14 @@ def test_training_learns_and_repeats_bit_for_bit(tmp_path):
     assert accuracy(first, images, labels, MACHINE) == 1
 
 
+def test_a_classifier_of_patches_learns():
+    images, labels = stripes()
+    options = replace(OPTIONS, architecture="patches", widths=(32, 32), lr=2e-2, ema_decay=0.9)
+    assert (
+        accuracy(train_classifier(images, labels, ("rows", "columns"), options, MACHINE), images, labels, MACHINE) == 1
+    )
+
+
 def test_the_stored_classifier_equals_the_network(tmp_path):
     images, labels = stripes()
     network = train_classifier(images, labels, ("rows", "columns"), OPTIONS, MACHINE)

@@ -9,16 +9,29 @@ from evaluation.features.registry import FeatureOptions, load_features
 from options import UsageError
 
 
-def test_the_classifiers_file_describes_itself(tmp_path):
+@pytest.mark.parametrize(("architecture", "widths"), [("residual", (8, 16, 64)), ("patches", (64, 64))])
+def test_the_classifiers_file_describes_itself(tmp_path, architecture, widths):
     torch.manual_seed(0)
-    network = FashionClassifier((8, 16, 64), ("a", "b", "c")).half().float().eval()
+    network = FashionClassifier(widths, ("a", "b", "c"), architecture).half().float().eval()
     save_classifier(network, tmp_path / "c.safetensors", {"test_accuracy": 0.5})
     loaded = load_classifier(tmp_path / "c.safetensors")
     pixels = torch.randn(2, 1, 28, 28)
-    assert loaded.classes == ("a", "b", "c")
+    network.requires_grad_(False)  # PyTorch's transformer computes otherwise in other last bits
+    assert (loaded.classes, loaded.architecture) == (("a", "b", "c"), architecture)
     assert torch.equal(loaded(pixels), network(pixels))
     assert loaded.features(pixels).shape == (2, 64)
     assert torch.equal(loaded.head(loaded.features(pixels)), loaded(pixels))
+
+
+def test_a_classifier_of_patches_needs_equal_widths():
+    with pytest.raises(
+        UsageError, match="the same multiple of 16 for every block, such as 64 64 64 64, but 32 64 was given"
+    ):
+        FashionClassifier((32, 64), ("a", "b"), "patches")
+
+
+def test_the_bundled_file_which_names_no_architecture_is_residual():
+    assert load_classifier(FASHION_WEIGHTS).architecture == "residual"
 
 
 def test_a_damaged_classifier_is_refused(tmp_path):
