@@ -134,6 +134,7 @@ class ObjectiveFamily(NamedTuple):
         differentiates: whether a step differentiates the network in forward mode, which needs all weights in each process.
         needs_pairs: whether it needs pairs of noise and samples (--pairs).
         keeps_velocity: whether the velocity for until = t is the data's, if targets are not guided.
+        needs_flow_steps: whether only the steps that train the velocity (--flow_share) see the data.
     """
 
     options: type[PathOptions]
@@ -142,6 +143,7 @@ class ObjectiveFamily(NamedTuple):
     differentiates: bool = False
     needs_pairs: bool = False
     keeps_velocity: bool = True
+    needs_flow_steps: bool = False
 
 
 OBJECTIVES: dict[str, ObjectiveFamily] = {
@@ -154,8 +156,8 @@ OBJECTIVES: dict[str, ObjectiveFamily] = {
         DecoupledMeanFlowOptions, DecoupledMeanFlow, trains_averages=True, differentiates=True
     ),
     "alpha_flow": ObjectiveFamily(AlphaFlowOptions, AlphaFlow, trains_averages=True),
-    "shortcut": ObjectiveFamily(ShortcutOptions, Shortcut, trains_averages=True),
-    "split_mean_flow": ObjectiveFamily(SplitMeanFlowOptions, SplitMeanFlow, trains_averages=True),
+    "shortcut": ObjectiveFamily(ShortcutOptions, Shortcut, trains_averages=True, needs_flow_steps=True),
+    "split_mean_flow": ObjectiveFamily(SplitMeanFlowOptions, SplitMeanFlow, trains_averages=True, needs_flow_steps=True),
     "consistency": ObjectiveFamily(ConsistencyOptions, Consistency, trains_averages=True, keeps_velocity=False),
     "reflow": ObjectiveFamily(ReflowOptions, Reflow, needs_pairs=True, keeps_velocity=False),
 }

@@ -105,7 +105,7 @@ class WithAuxiliary:
         logged = {"loss": total.detach()}
 
         def loss_of(velocity: torch.Tensor) -> torch.Tensor:
-            return self.objective.loss(lambda t, x, condition: velocity, data, noise, draws.base, condition)
+            return self.objective.loss(lambda t, x, condition, **others: velocity, data, noise, draws.base, condition)
 
         batch = TapBatch(recorder.tapped, data, draws.features, loss_of)
         for name, term in self.terms.items():
@@ -129,8 +129,8 @@ class _TapRecorder:
         self.options |= {} if routing is None else {"routing": routing}
         self.tapped: Any = None
 
-    def __call__(self, t: torch.Tensor, x: torch.Tensor, condition: Any) -> torch.Tensor:
-        output = self.network(t, x, condition, **self.options)
+    def __call__(self, t: torch.Tensor, x: torch.Tensor, condition: Any, **others: Any) -> torch.Tensor:
+        output = self.network(t, x, condition, **others, **self.options)
         if "tapped" not in self.options:
             return output
         velocity, tapped = output

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from flow.paths import PathOptions
 from options import UsageError, option
 
-__all__ = ["FewStepOptions", "IntervalOptions", "guides_targets"]
+__all__ = ["ALWAYS", "FewStepOptions", "IntervalOptions", "guides_targets"]
 
-ALWAYS = (0.0, 1.0)
+ALWAYS = (0.0, 1.0)  # the interval of all times
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ from dataclasses import fields
 from typing import Any
 
 from flow.flow_maps.alpha_flow import AlphaFlowOptions
-from flow.flow_maps.options import FewStepOptions
+from flow.flow_maps.consistency import ConsistencyOptions
+from flow.flow_maps.options import ALWAYS, FewStepOptions
 from flow.losses.options import check_losses
 from flow.objectives import OBJECTIVES, objective_groups
 from flow.paths import PathOptions
@@ -111,6 +112,21 @@ def _check_other_objectives(name: str, given: Mapping[str, Any]) -> None:
 
 def _check_inputs(name: str, options: FewStepOptions, network: FamilyOptions, dense: DenseInput | None) -> None:
     """Check that the network has the inputs and outputs that the options need, and no others that stay untrained."""
+    if options.flow_share == 0 and OBJECTIVES[name].needs_flow_steps:
+        raise UsageError(
+            f"--flow_share 0: all other steps of --objective {name} compare the network with itself, so it would never learn "
+            "from the data: choose a share above 0"
+        )
+    if options.guides and isinstance(options, ConsistencyOptions):
+        raise UsageError(
+            f"--objective {name} computes its targets without the velocity that --target_omega and --target_kappa guide: leave "
+            "them out, or choose another objective"
+        )
+    if tuple(options.target_interval) != ALWAYS and not options.guides:
+        raise UsageError(
+            "--target_interval has no effect without guidance inside the target: leave it out, or choose --target_omega or "
+            "--target_kappa"
+        )
     if options.guides and not network.label_dropout and not (dense and dense.dropout):
         how = "--label_dropout" if dense is None else "--label_dropout or --condition_dropout"
         raise UsageError(f"guidance inside the target of --objective {name} needs a null condition: set {how} above 0")

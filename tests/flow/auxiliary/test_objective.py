@@ -1,5 +1,6 @@
 """Objectives with auxiliary losses: the objective's own loss stays what it is, and one forward pass gives all terms."""
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -123,6 +124,18 @@ def test_routing_alone_passes_the_numbers_on():
     ((name, numbers),) = network.calls[0].items()
     assert name == "routing"
     assert torch.equal(numbers, objective.draw(streams()).routing)
+
+
+def test_the_network_gets_further_inputs_of_an_objective():
+    class Average(FlowMatching):
+        def loss(self, network, data, noise, draws, condition):
+            return super().loss(partial(network, until=draws.t / 2), data, noise, draws, condition)
+
+    objective, network = WithAuxiliary(Average(FlowMatchingOptions()), TERMS), Network()
+    losses_of(objective, network)
+    (inputs,) = network.calls
+    assert torch.equal(inputs["until"], objective.draw(streams()).base.t / 2)
+    assert inputs["tapped"]
 
 
 @pytest.mark.parametrize(("step", "counts"), [(0, True), (4, True), (5, False), (9, False)])

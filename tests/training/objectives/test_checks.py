@@ -80,6 +80,26 @@ def test_guided_targets_need_a_null_condition():
     settle("mean_flow", unguided)
 
 
+def test_guidance_that_no_target_uses_is_refused():
+    with pytest.raises(UsageError, match="--objective consistency computes its targets without the velocity that --targe"):
+        settle("consistency", own={"target_omega": 2.0})
+    with pytest.raises(UsageError, match="--target_interval has no effect without guidance inside the target"):
+        settle("mean_flow", own={"target_interval": (0.0, 0.7)})
+    settle("mean_flow", own={"target_interval": (0.0, 0.7), "target_kappa": 0.5})
+    guided = {"target_interval": (0.0, 0.7), "largest_guidance": 8.0}
+    settle("improved_mean_flow", changed(FITTING, guidance_embedding=True), guided)
+
+
+@pytest.mark.parametrize("name", [name for name, family in OBJECTIVES.items() if family.trains_averages])
+def test_objectives_that_see_the_data_in_flow_steps_only_need_such_steps(name):
+    if name in ("shortcut", "split_mean_flow"):
+        with pytest.raises(UsageError, match=f"--flow_share 0: all other steps of --objective {name} compare the network"):
+            settle(name, own={"flow_share": 0.0})
+        settle(name, own={"flow_share": 0.1})
+    else:
+        settle(name, changed(FITTING, log_variance_head=name == "decoupled_mean_flow"), own={"flow_share": 0.0})
+
+
 def test_inputs_and_outputs_of_the_network_must_be_trained():
     with pytest.raises(UsageError, match="--largest_guidance .*: add --guidance_embedding"):
         settle("improved_mean_flow", own={"largest_guidance": 8.0})
