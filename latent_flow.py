@@ -34,7 +34,7 @@ from runtime.distributed import Processes
 from runtime.finite import require_finite
 from runtime.inference import compile_for_batches
 from runtime.precision import Machine, MachineOptions, choose_machine
-from sampling.checks import check_guidance, check_network
+from sampling.checks import check_guidance, check_network, warn_of_untrained
 from sampling.sampler import Sampler, balanced_labels
 
 __all__ = ["Flow", "load"]
@@ -147,6 +147,7 @@ class Flow:
                 f"and {given or 'nothing else'}"
             )
         sampler = self._sampler(solver, guidance, seed)
+        warn_of_untrained(self.header, solver, guidance)
         indices = range(number)
         ids = balanced_labels(indices, sampler.num_classes) if labels is None else self._checked(labels)
         start = sampler.noise(indices) if noise is None else self._latents("noise", noise)
@@ -174,6 +175,7 @@ class Flow:
         check_method(solver, backwards=True)
         latents = self.encode(images)
         sampler = self._sampler(solver, guidance, seed=0)
+        warn_of_untrained(self.header, solver, guidance)
         ids = self._null(len(latents)) if labels is None else self._checked(labels)
         noise = solve(sampler.velocity(ids), latents, solver, backwards=True).x
         require_finite(noise, "inverted images")

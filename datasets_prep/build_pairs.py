@@ -9,7 +9,6 @@ label i mod K, and the noise of sample i (--seed). Then train with --objective r
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 
@@ -17,7 +16,7 @@ from checkpoints.tasks import GENERATE
 from datasets_prep.datasets import DatasetOptions
 from datasets_prep.pairs.pair_cache import build_pair_cache, pair_identity
 from flow.guidance import GuidanceOptions
-from flow.solvers import SolverOptions, solve
+from flow.solvers import SolverOptions, adds_noise, solve
 from options import Options, UsageError, option
 from runtime.distributed import Processes
 from runtime.messages import show
@@ -58,14 +57,17 @@ def main(options: Options, processes: Processes) -> None:
     if not own.pairs:
         raise UsageError("name the folder of the pairs with --pairs")
     check_folder(Path(own.pairs), "--pairs")
+    if adds_noise(options[SolverOptions]):
+        raise UsageError(
+            "this solver adds noise on the way, so its samples do not belong to their first noise: choose a --method without "
+            "noise, such as dopri5, and leave out --churn and --reinject_noise"
+        )
     batches = own.n_pairs / own.batch_size / processes.count
     loaded = load_sampler(sampler_request(options), processes, (GENERATE,), batches)
     header, sampler = loaded.header, loaded.sampler
     labels = balanced_labels(range(own.n_pairs), sampler.num_classes)
     facts = header.dataset
-    teacher = {
-        name: value for name, value in loaded.settings.items() if name != "compiled"
-    }  # which changes rounding only
+    teacher = {name: value for name, value in loaded.settings.items() if name != "compiled"}  # it changes rounding only
     identity = pair_identity(
         teacher, sampler.autoencoder.describe(), facts.name, facts.image_size, sampler.latent_shape, own.n_pairs
     )
@@ -84,14 +86,7 @@ def _draw_batch(loaded: LoadedSampler, indices: Sequence[int]) -> tuple[torch.Te
     sampler = loaded.sampler
     noise = sampler.noise(indices)
     velocity = sampler.velocity(balanced_labels(indices, sampler.num_classes))
-    return solve(velocity, noise, sampler.solver, draw=_refuse_noise).x.cpu(), noise.cpu()
-
-
-def _refuse_noise(step: int) -> NoReturn:
-    raise UsageError(
-        "this solver adds noise on the way, so its samples do not belong to their first noise: choose a --method without "
-        "noise, such as dopri5"
-    )
+    return solve(velocity, noise, sampler.solver).x.cpu(), noise.cpu()
 
 
 if __name__ == "__main__":

@@ -157,7 +157,9 @@ OBJECTIVES: dict[str, ObjectiveFamily] = {
     ),
     "alpha_flow": ObjectiveFamily(AlphaFlowOptions, AlphaFlow, trains_averages=True),
     "shortcut": ObjectiveFamily(ShortcutOptions, Shortcut, trains_averages=True, needs_flow_steps=True),
-    "split_mean_flow": ObjectiveFamily(SplitMeanFlowOptions, SplitMeanFlow, trains_averages=True, needs_flow_steps=True),
+    "split_mean_flow": ObjectiveFamily(
+        SplitMeanFlowOptions, SplitMeanFlow, trains_averages=True, needs_flow_steps=True
+    ),
     "consistency": ObjectiveFamily(ConsistencyOptions, Consistency, trains_averages=True, keeps_velocity=False),
     "reflow": ObjectiveFamily(ReflowOptions, Reflow, needs_pairs=True, keeps_velocity=False),
 }

@@ -33,6 +33,7 @@ __all__ = [
     "Solution",
     "SolverOptions",
     "Velocity",
+    "adds_noise",
     "check_method",
     "needs_float32",
     "solve",
@@ -119,6 +120,11 @@ def check_method(options: SolverOptions, backwards: bool = False) -> None:
         raise UsageError(f"--method {name} cannot integrate from data to noise: choose one of {usable}")
     if not SOLVERS[options.method].adaptive:
         time_grid(options)  # raises UsageError for an invalid grid
+
+
+def adds_noise(options: SolverOptions) -> bool:
+    """Whether the solver adds noise on the way, so that its samples depend on more than the initial state."""
+    return options.method == "stochastic" or options.churn > 0 or options.reinject_noise > 0
 
 
 def _missing_draw(step: int) -> torch.Tensor:

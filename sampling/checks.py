@@ -1,12 +1,17 @@
-"""Checks, before the work, that a network has what solvers and guidance need."""
+"""Checks, before the work, that a network has what solvers and guidance need, and was trained for it."""
 
+from checkpoints.header import Header
+from flow.flow_maps.consistency import ConsistencyOptions
+from flow.flow_maps.improved_mean_flow import ImprovedMeanFlowOptions
 from flow.guidance import GuidanceOptions
+from flow.objectives import OBJECTIVES
 from flow.solvers import SOLVERS, SolverOptions
 from models.conditions import DenseInput
 from models.family import FamilyOptions
 from options import UsageError
+from runtime.messages import warn
 
-__all__ = ["check_average_velocity", "check_guidance", "check_network"]
+__all__ = ["check_average_velocity", "check_guidance", "check_network", "warn_of_untrained"]
 
 
 def check_guidance(label_dropout: float, dense: DenseInput | None, scale: float) -> None:
@@ -69,4 +74,34 @@ def check_average_velocity(network: FamilyOptions, solver: SolverOptions, subjec
         raise UsageError(
             f"--method {solver.method} needs a network that predicts average velocities (trained with --until_embedding "
             f"interval or decoupled), but {subject} predicts velocities only: choose another --method, such as dpm"
+        )
+
+
+def warn_of_untrained(header: Header, solver: SolverOptions, guidance: GuidanceOptions) -> None:
+    """Warn if the solver or guidance uses what the network can compute, but the objective did not train.
+
+    Args:
+        header: the checkpoint's, or the run's. A file converted from other projects' does not record its objective.
+        solver: the solver.
+        guidance: the guidance.
+    """
+    path, method = header.path, solver.method
+    averages = SOLVERS[method].averages
+    trained = f"this network's --objective {header.objective} trains"
+    if averages and not OBJECTIVES[header.objective].trains_averages and header.published_file is None:
+        takers = ", ".join(name for name, family in OBJECTIVES.items() if family.trains_averages)
+        warn(
+            f"{trained} velocities only, but --method {method} uses average velocities: choose another --method, or train the "
+            f"network with one of the objectives {takers}"
+        )
+    if isinstance(path, ConsistencyOptions):
+        advice = "use --method flow_map --num_steps 1, or more steps with --reinject_noise 1"
+        if averages and solver.steps > 1 and solver.reinject_noise < 1:
+            warn(f"{trained} steps that end at data only, but some of these {solver.steps} steps end before: {advice}")
+        elif not averages and not path.flow_share:
+            warn(f"{trained} steps that end at data only, but --method {method} integrates the velocity: {advice}")
+    if isinstance(path, ImprovedMeanFlowOptions) and guidance.embedded_guidance > path.largest_guidance:
+        warn(
+            f"{trained} guidance scales up to --largest_guidance {path.largest_guidance:g}, but --embedded_guidance "
+            f"{guidance.embedded_guidance:g} is larger"
         )

@@ -24,7 +24,7 @@ from runtime.distributed import Processes
 from runtime.inference import for_sampling
 from runtime.messages import fact, note
 from runtime.precision import Machine, choose_machine, find_device
-from sampling.checks import check_average_velocity, check_guidance, check_network
+from sampling.checks import check_average_velocity, check_guidance, check_network, warn_of_untrained
 from sampling.request import SamplerRequest, note_unused
 from sampling.sampler import Sampler
 
@@ -119,6 +119,7 @@ def load_sampler(
     task = TASKS[model.header.task]
     if task not in tasks:
         raise UsageError(f"{path} was trained for {task.purpose}: use test_flow_latent{task.script}.py")
+    warn_of_untrained(model.header, request.solver, request.guidance)
     machine = _choose_machine(request, processes, batches, solver_counts=task is tasks[0])
     fact("machine", machine.describe())
     sampler = _make_sampler(request, model, guide, machine)

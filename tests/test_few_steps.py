@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -153,3 +154,15 @@ def test_other_pairs_are_refused_and_a_finished_folder_stays(pairs, place, call)
     code, err = build(place, call, place / "noisy", "--method", "stochastic")
     assert code == 2
     assert "this solver adds noise" in err
+    assert not (place / "noisy" / "manifest.json").exists()
+
+
+def test_a_resume_notices_other_pairs_in_the_same_folder(pairs, place, call):
+    shutil.copytree(pairs, folder := place / "rebuilt")
+    few = flags(place, "--objective", "reflow", "--pairs", folder, "--max_minutes", 1e-9, exp="rebuilt")
+    assert call(TRAIN, few)[0] == 0
+    shutil.rmtree(folder)
+    assert build(place, call, folder, "--seed", 7)[0] == 0
+    code, _, err = call(TRAIN, few)
+    assert code == 2
+    assert "holds a run with other options: state of the training pairs was" in err

@@ -62,8 +62,9 @@ def decoupled(trained, plain):
 
 @pytest.fixture
 def interval(trained, plain):
-    own = ["--until_embedding", "interval", "--guidance_embedding"]
-    return trained("interval", "--init_from", plain, *own, *FEW, "--embedded_guidance", 3, "--reinject_noise", 0.5)
+    own = ["--until_embedding", "interval", "--guidance_embedding", "--objective", "improved_mean_flow"]
+    few = ["--largest_guidance", 8, *FEW, "--embedded_guidance", 3, "--reinject_noise", 0.5]
+    return trained("interval", "--init_from", plain, *own, *few)
 
 
 def result(call, place, checkpoint, *flags, name):

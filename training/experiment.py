@@ -29,6 +29,7 @@ __all__ = [
     "RECONSTRUCTIONS",
     "STATE_OF_IMAGES",
     "STATE_OF_LABELS",
+    "STATE_OF_PAIRS",
     "Configuration",
     "ExperimentOptions",
     "begun_by_this_launch",
@@ -48,6 +49,7 @@ RECONSTRUCTIONS = "samples/reconstructions.json"
 # the labels that a conditional network gets.
 IMAGES, STATE_OF_IMAGES = "number of training images", "state of the training images"
 STATE_OF_LABELS = "labels of the training images"
+STATE_OF_PAIRS = "state of the training pairs"  # a hash, in runs that train on pairs of noise and samples
 LAUNCH = "launch"  # entry of config.json: identifies the launch that started the run
 TAKES_OVER = "takes_over"  # entry of config.json: whether the run started from a content.pth of LFM's published code
 # Resume policies of entries of config.json that are not options. Copying the images may change their hash.
@@ -55,6 +57,7 @@ ENTRY_POLICIES: dict[str, OnResume] = {
     IMAGES: "on_request",
     STATE_OF_IMAGES: "rounding",
     STATE_OF_LABELS: "on_request",
+    STATE_OF_PAIRS: "on_request",
     "processes": "rounding",
     "threads": "rounding",
 }
@@ -292,7 +295,7 @@ def _changed(
 
     An option that did not exist when the run started counts as having its default. Labels change with the number of images.
     """
-    unknown = (IMAGES, STATE_OF_IMAGES, STATE_OF_LABELS)  # in runs from before they were recorded
+    unknown = (IMAGES, STATE_OF_IMAGES, STATE_OF_LABELS, STATE_OF_PAIRS)  # in runs from before they were recorded
     batches = [values.get("batch_size", 0) * values.get("processes", 1) for values in (previous, current)]
     changed = {
         name: (previous.get(name), value)

@@ -14,6 +14,7 @@ from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions,
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import mean_latents, open_moments
+from datasets_prep.pairs.pair_cache import PairCache
 from evaluation.checks import check_scoring
 from evaluation.features.protocol import FeatureNetwork
 from evaluation.features.registry import FeatureOptions, choose_features
@@ -37,7 +38,7 @@ from runtime.pictures import GridOptions
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.provenance import provenance
 from runtime.randomness import seed_for
-from sampling.checks import check_guidance, check_network
+from sampling.checks import check_guidance, check_network, warn_of_untrained
 from tasks.conditioned_images import ConditionedImages
 from tasks.task import GENERATION, TrainingTask
 from training.auxiliary.setup import (
@@ -55,6 +56,7 @@ from training.experiment import (
     RECONSTRUCTIONS,
     STATE_OF_IMAGES,
     STATE_OF_LABELS,
+    STATE_OF_PAIRS,
     Configuration,
     ExperimentOptions,
     open_experiment,
@@ -160,6 +162,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         auxiliary=uses_auxiliary(architecture.options, auxiliary),
     )
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
+    warn_of_untrained(header, options[SolverOptions], options[GuidanceOptions])
     if experiment.validate_excess:
         check_exact_velocity(header, "--validate_excess: this run")
     objective = add_auxiliary(OBJECTIVES[objective_name].build(path), architecture.options, auxiliary)
@@ -169,7 +172,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     header = replace(header, auxiliary=auxiliary, encoder=fitted.describe() if fitted else None)
 
     processes.barrier()  # --overwrite may move files aside that other processes still read
-    configuration = _configuration(options, machine, processes, inputs.dataset)
+    configuration = _configuration(options, machine, processes, inputs.dataset, pairs)
     resume = processes.from_main(open_experiment(folder, configuration, experiment) if processes.is_main else False)
     if processes.is_main and not resume:
         _show_reconstructions(inputs.autoencoder, inputs.held_out, machine, folder)
@@ -290,7 +293,9 @@ def _open_inputs(task: TrainingTask, options: Options, machine: Machine) -> _Inp
     return _Inputs(dataset, held_out, autoencoder, condition, held_out_condition, features)
 
 
-def _configuration(options: Options, machine: Machine, processes: Processes, dataset: ImageDataset) -> Configuration:
+def _configuration(
+    options: Options, machine: Machine, processes: Processes, dataset: ImageDataset, pairs: PairCache | None = None
+) -> Configuration:
     """The contents of config.json: all options, resolved, and other facts that the results depend on."""
     resolved: dict[str, Any] = {"precision": machine.precision, "compile": machine.compile}
     resolved |= {"processes": processes.count, "threads": torch.get_num_threads()}
@@ -299,6 +304,7 @@ def _configuration(options: Options, machine: Machine, processes: Processes, dat
         IMAGES: len(dataset),
         STATE_OF_IMAGES: hashlib.sha256(state.encode()).hexdigest()[:12],
         STATE_OF_LABELS: hashlib.sha256(dataset.labels.numpy().tobytes()).hexdigest()[:12],
+        **({STATE_OF_PAIRS: pairs.fingerprint} if pairs else {}),
     }
     policies = options.policies()
     if options[PathOptions].coupling != "independent":

@@ -5,6 +5,8 @@ as the network sees them, and the noise. The manifest also records the autoencod
 checkpoint, solver and guidance that made the samples. An interrupted build resumes.
 """
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,10 +40,13 @@ class PairCache:
     Args:
         rows: reads the rows float16 [B, 2 c, h, w] of indices [B].
         labels: class ids [N].
+        fingerprint: changes with the pairs.
     """
 
-    def __init__(self, rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], labels: torch.Tensor) -> None:
-        self.labels = labels
+    def __init__(
+        self, rows: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], labels: torch.Tensor, fingerprint: str = ""
+    ) -> None:
+        self.labels, self.fingerprint = labels, fingerprint
         self._rows = rows
 
     def __len__(self) -> int:
@@ -172,11 +177,14 @@ def open_pairs(folder: Path, autoencoder: AutoencoderFacts, shape: Sequence[int]
     if (found := (channels // 2, *sides)) != tuple(shape):
         raise UsageError(f"--pairs {folder} holds latents of the shape {found}, but this run's have {tuple(shape)}")
     labels = cache.labels if classes > 1 else torch.zeros_like(cache.labels)
-    if int(labels.max()) >= classes:
+    found_classes, expected = int(labels.max()) + 1, min(classes, len(labels))
+    if found_classes != expected:
         raise UsageError(
-            f"--pairs {folder} has labels up to {int(labels.max())}, but the network has {classes} classes"
+            f"--pairs {folder} has samples of {found_classes} classes, but the network has {classes}: build the pairs with a "
+            "checkpoint that has as many classes, or set --num_classes"
         )
-    return PairCache(cache.moments, labels)
+    files = json.dumps([manifest["labels"], manifest["shards"]], sort_keys=True)
+    return PairCache(cache.moments, labels, hashlib.sha256(files.encode()).hexdigest()[:12])
 
 
 def _check_identity(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:

@@ -172,7 +172,7 @@ def test_policies_on_resume():
     shown = "plot_every eval_every eval_samples validate_excess log_every grid_samples grid_columns"
     sampling = "method num_steps step_size time_grid time_shift grid_location grid_scale grid_rho atol rtol churn "
     sampling += "churn_noise churn_interval diffusion diffusion_norm cfg_scale cfg_interval cfg_channels "
-    sampling += "internal_guidance internal_guidance_interval"
+    sampling += "internal_guidance internal_guidance_interval embedded_guidance reinject_noise"
     paths = "exp save_root datadir latent_cache_dir num_workers device skip_bad_images"
     scores = "features feature_weights feature_precision dims"
     launch = "num_process_per_node num_proc_node node_rank master_address master_port local_rank"
@@ -181,5 +181,5 @@ def test_policies_on_resume():
     assert names_of("rounding") == {"grad_accumulation", "fsdp", "num_threads", "compile"}
     assert names_of("on_request") == set(
         "max_steps num_epoch lr muon_lr lr_schedule no_lr_decay warmup_steps grad_clip precision auxiliary_until "
-        "align_encoder_weights".split()
+        "align_encoder_weights pairs".split()
     )

@@ -65,6 +65,13 @@ def test_an_interrupted_build_resumes_with_the_missing_shards(tmp_path):
     assert len(read_json(tmp_path / "manifest.json")["shards"]) == 3
 
 
+def test_the_fingerprint_changes_with_the_pairs(tmp_path):
+    for name, factor in (("one", 1), ("again", 1), ("other", 2)):
+        build(tmp_path / name, lambda indices, factor=factor: tuple(factor * each for each in draw(indices)))
+    one, again, other = (open_pairs(tmp_path / name, AUTOENCODER, SHAPE, 3) for name in ("one", "again", "other"))
+    assert one.fingerprint == again.fingerprint != other.fingerprint
+
+
 def test_other_pairs_in_the_folder_are_refused(tmp_path):
     build(tmp_path)
     with pytest.raises(UsageError, match="holds other pairs: expected the teacher"):
@@ -87,7 +94,8 @@ def test_samples_that_are_not_finite_are_refused(tmp_path):
         ),
         (AutoencoderFacts("ae", "abc", 4.0, (0.0,), (0.25,)), SHAPE, 3, "standard deviations .0.5.* with .0.25"),
         (AUTOENCODER, (1, 4, 4), 3, r"shape \(1, 2, 3\), but this run's have \(1, 4, 4\)"),
-        (AUTOENCODER, SHAPE, 2, "labels up to 2, but the network has 2 classes"),
+        (AUTOENCODER, SHAPE, 2, "samples of 3 classes, but the network has 2"),
+        (AUTOENCODER, SHAPE, 4, "samples of 3 classes, but the network has 4: build the pairs with a checkpoint"),
     ],
 )
 def test_pairs_that_do_not_fit_the_run_are_refused(tmp_path, autoencoder, shape, classes, message):

@@ -81,7 +81,9 @@ def test_guided_targets_need_a_null_condition():
 
 
 def test_guidance_that_no_target_uses_is_refused():
-    with pytest.raises(UsageError, match="--objective consistency computes its targets without the velocity that --targe"):
+    with pytest.raises(
+        UsageError, match="--objective consistency computes its targets without the velocity that --targe"
+    ):
         settle("consistency", own={"target_omega": 2.0})
     with pytest.raises(UsageError, match="--target_interval has no effect without guidance inside the target"):
         settle("mean_flow", own={"target_interval": (0.0, 0.7)})
@@ -93,7 +95,9 @@ def test_guidance_that_no_target_uses_is_refused():
 @pytest.mark.parametrize("name", [name for name, family in OBJECTIVES.items() if family.trains_averages])
 def test_objectives_that_see_the_data_in_flow_steps_only_need_such_steps(name):
     if name in ("shortcut", "split_mean_flow"):
-        with pytest.raises(UsageError, match=f"--flow_share 0: all other steps of --objective {name} compare the network"):
+        with pytest.raises(
+            UsageError, match=f"--flow_share 0: all other steps of --objective {name} compare the network"
+        ):
             settle(name, own={"flow_share": 0.0})
         settle(name, own={"flow_share": 0.1})
     else:
