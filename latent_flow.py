@@ -126,7 +126,7 @@ class Flow:
             method: solver; see docs/sampling.md.
             noise: latents [N, c, h, w] at t = 1 to start from, instead of the seed's noise.
             dense: dense condition maps [N, K, h, w] for a network trained for inpainting or semantic synthesis.
-            options: further fields of SolverOptions and GuidanceOptions, such as `cfg_scale=4.0, cfg_interval=(0.2, 0.7)`.
+            options: further fields of SolverOptions and GuidanceOptions, such as `cfg_scale=2.5, cfg_interval=(0.2, 0.7)`.
 
         Raises:
             UsageError: an option or method is unknown, the network lacks what the method or guidance needs, labels are out of
