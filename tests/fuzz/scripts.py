@@ -45,6 +45,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
         f"{FASHION} {PIXELS} {DIT} {STEPS} --save_root new --image_size 28",
         f"--dataset latent_imagenet_256 --datadir latents --image_size 16 {LATENTS} {STEPS} --save_root new",
         f"--dataset celeba_256 --datadir lmdb --image_size 8 {PIXELS} --model_type unet --nf 8 {STEPS} --save_root new",
+        f"{PHOTOS} {PIXELS} {DIT} {STEPS} --save_root new --until_embedding interval --objective alpha_flow",
         "--args_file arguments.txt",
     ),
     "train_flow_latent_inpainting.py": (f"{PHOTOS} {PIXELS} {DIT} {STEPS} --save_root new",),
@@ -98,6 +99,9 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
         "guide.safetensors new.pth",
     ),
     "datasets_prep.build_latents": (f"{PHOTOS} --pretrained_autoencoder_ckpt ae {MACHINE}",),
+    "datasets_prep.build_pairs": (
+        f"--exp run --save_root saved {PHOTOS} --pairs new --n_pairs 4 --batch_size 2 {SOLVER} {MACHINE}",
+    ),
     "datasets_prep.build_lmdb": ("--source pictures --datadir new --image_size 8 --num_workers 1",),
     "datasets_prep.celebamask": ("faces --num_workers 1",),
     "training.posthoc_ema": (
