@@ -80,7 +80,7 @@ class FlowMapOptions(TapOptions):
         return depth - (self.decoupled_blocks or max(1, depth // DECOUPLED_SHARE))
 
     def check_flow_map(self, depth: int, ddt_blocks: int) -> None:
-        """Check the options for a network of `depth` blocks, of which the last `ddt_blocks` form a DDT head.
+        """Check the options for a network of `depth` blocks. The last `ddt_blocks` form a DDT head.
 
         Raises:
             UsageError: they contradict each other or the network.

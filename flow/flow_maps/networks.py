@@ -1,6 +1,6 @@
 """The network of a training step, and the average velocities that few-step objectives read from it.
 
-Targets have no gradients. Their random numbers, such as dropout's, are those of the prediction that follows.
+Targets have no gradients. They use the same random numbers, such as dropout's, as the prediction that follows.
 """
 
 import warnings

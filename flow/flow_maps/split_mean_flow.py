@@ -27,7 +27,7 @@ class SplitMeanFlowOptions(IntervalOptions):
 
 
 class SplitMeanFlow(FlowMap[SplitMeanFlowOptions]):
-    """SplitMeanFlow. The draws' fraction is that of the interval before s, counted from `until`."""
+    """SplitMeanFlow. The draws' fraction is the share of the interval from `until` to s."""
 
     flow_share: ClassVar[float] = 0.75
     locations: ClassVar[tuple[float, float]] = (-0.4, -0.4)
