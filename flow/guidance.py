@@ -85,7 +85,7 @@ class GuidanceOptions:
         return {name: value for name, value in values.items() if not name.startswith(tuple(off))}
 
     def __repr__(self) -> str:
-        # Validation names the options by which best.safetensors was chosen, also in training states of older versions.
+        # Training states, also of older versions, store this text with the score of best.safetensors.
         return f"GuidanceOptions({', '.join(f'{name}={value!r}' for name, value in self.to_json().items())})"
 
 

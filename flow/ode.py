@@ -75,7 +75,7 @@ class SolverOptions(TimeGridOptions):
         return {name: value for name, value in values.items() if value or name != "reinject_noise"}
 
     def __repr__(self) -> str:
-        # Validation names the options by which best.safetensors was chosen, also in training states of older versions.
+        # Training states, also of older versions, store this text with the score of best.safetensors.
         return f"SolverOptions({', '.join(f'{name}={value!r}' for name, value in self.to_json().items())})"
 
 

@@ -139,7 +139,7 @@ def solve(
 
     A velocity that jumps, such as one with a guidance interval, is integrated piece by piece: no step crosses a breakpoint,
     and adaptive step sizes and the history of multistep methods start afresh there. Fixed-step grids reach the breakpoints
-    (see `time_grid`). With too few steps for that, every step is a piece of its own.
+    (see `time_grid`). If there are too few steps for that, the solver starts afresh at every step.
 
     Args:
         velocity: velocity(t, x), where t is [] or [B]; `flow_map` calls velocity(t, x, until=s).

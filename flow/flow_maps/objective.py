@@ -11,6 +11,7 @@ train the flow, cost no more than flow matching, and anchor all targets. Validat
 all objectives compare.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
@@ -78,7 +79,7 @@ class MapPoint(NamedTuple):
         return self.expand(self.t - self.until)
 
 
-class FlowMap(Generic[Chosen]):
+class FlowMap(ABC, Generic[Chosen]):
     """A few-step objective. Subclasses draw intervals of times, and define the target and the distance from it.
 
     Args:
@@ -97,17 +98,17 @@ class FlowMap(Generic[Chosen]):
             return MapDraws(training_times(streams.uniform("time"), self.options))
         return self.draw_interval(streams)
 
+    @abstractmethod
     def draw_interval(self, streams: RandomStreams) -> MapDraws:
         """Draw an interval of times for each sample."""
-        raise NotImplementedError
 
+    @abstractmethod
     def target(self, average: AverageVelocities, point: MapPoint) -> torch.Tensor:
         """The target of the average velocity [B, C, h, w]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def losses(self, output: Any, target: torch.Tensor, point: MapPoint) -> torch.Tensor:
         """Losses [B] of the network's output at `point`, where the velocity's target is the velocity."""
-        raise NotImplementedError
 
     def flow_losses(self, output: Any, point: MapPoint) -> torch.Tensor:
         """Losses [B] of a step that trains the velocity."""

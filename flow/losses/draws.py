@@ -1,4 +1,4 @@
-"""What objectives draw at random for a training step, and the losses that they return."""
+"""Random draws and losses of a training step."""
 
 from typing import Any, NamedTuple, Protocol
 
