@@ -5,8 +5,8 @@ L of (t, until), both have the loss
 
     log(exp(-L) m + c) + L  =  log(m + c exp(L)).
 
-Its gradient in u equals the gradient of m / sg(m + c exp(L)). This is MeanFlow's adaptive weight with a learned constant. L falls
-slowly, because the loss grows with L everywhere.
+Its gradient in u equals the gradient of m / sg(m + c exp(L)). This is MeanFlow's adaptive weight with a learned constant. L
+falls slowly, because the loss grows with L everywhere.
 """
 
 from dataclasses import dataclass
