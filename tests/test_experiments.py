@@ -68,6 +68,7 @@ OWN = {  # parameters in millions of this repository's own experiments, for late
     "fashion_mnist_dit": 1.9, "fashion_mnist_inpainting": 1.9, "fashion_mnist_semantic": 1.9,
     "fashion_mnist_pixel_unet": 1.3, "mnist_latent_dit": 129.5, "folder_dit": 129.7,
     "imnet_dit_modern": 677.9, "celeb256_dit_modern": 459.2,
+    "fashion_mnist_few_steps": 1.9, "imnet_few_steps": 130.5,
 }  # fmt: skip
 BUNDLED = {"pretrained/fashion_mnist_autoencoder": 4, "pretrained/fashion_mnist_autoencoder_v2": 4}
 FACTORS = {"none": 1, **BUNDLED}  # all other autoencoders have factor 8
