@@ -31,7 +31,10 @@ from sampling.sampler import Sampler
 __all__ = ["LoadedSampler", "load_sampler"]
 
 TYPICAL_ADAPTIVE_EVALUATIONS = 100  # network evaluations per batch; decides whether compiling pays off
-FIXED_STEP_FLAGS = ("grid_location", "grid_rho", "grid_scale", "num_steps", "step_size", "time_grid", "time_shift")
+FIXED_STEP_FLAGS = (
+    *("end_time", "fit_grid", "grid_location", "grid_rho", "grid_scale", "last_step"),
+    *("num_steps", "step_size", "time_grid", "time_shift"),
+)
 
 
 @dataclass(frozen=True)
