@@ -53,7 +53,7 @@ LEAST_GAIN_ON_IMAGES, LEAST_GAIN_ON_SAMPLES = -0.05, 0.15
 DIRECTIONS = {
     "sign": "with the opposite sign",
     "time": "at the reversed time 1 - t",
-    "both": "with the opposite sign at the reversed time 1 - t, as networks of SiT and LightningDiT do",
+    "both": "with the opposite sign at the reversed time 1 - t, by which SiT and LightningDiT differ from other projects",
 }
 ADVICE = "that the autoencoder and its --scale_factor or latent statistics are those of the network's training"
 
