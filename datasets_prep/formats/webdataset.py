@@ -1,0 +1,197 @@
+"""WebDataset's tar files: consecutive members with one base name, such as `00042.jpg` and `00042.cls`, are a sample.
+
+Each file is scanned once for the offsets of its images and for its labels; an index next to the files keeps both. Images are
+then read by number, so that every order is possible, and a run resumes at any step.
+
+The base name ends at the first dot of the file name. The image is the first member that ends in one of SUFFIXES. The label is
+a class id or name in a member that ends in `cls`, or an entry of LABEL_ENTRIES in one that ends in `json`.
+"""
+
+import json
+import tarfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from datasets_prep.folder_layout.label_files import label_value
+from datasets_prep.formats.content import Content, as_dataset
+from datasets_prep.formats.shards import FileBytes, Shards, find_shards, fingerprint_of
+from datasets_prep.image_dataset import ImageDataset, Split
+from datasets_prep.images import BadImageError, decode_image
+from options import UsageError
+from runtime.files import UNREADABLE, atomic_path
+from runtime.messages import note
+from runtime.progress import progress_bar
+
+__all__ = ["find_tars", "open_tars"]
+
+SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp"))
+CLASS, DETAILS = "cls", "json"
+LABEL_ENTRIES = ("label", "cls", "class", "class_id", "labels")
+INDEX = "webdataset_index.npz"
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+OFFICIAL = "ILSVRC2012"  # ImageNet's archives, which datasets_prep.unpack_imagenet reads
+BLOCK = 512  # of a tar file
+SCANNERS = 8  # threads
+SEPARATOR = "\n"
+
+
+class _Index(NamedTuple):
+    """The images of some tar files: file number, offset and size in bytes int64 [N], labels, and the members left out."""
+
+    files: np.ndarray
+    offsets: np.ndarray
+    sizes: np.ndarray
+    labels: list[int | str | None]
+    without_image: int
+
+
+def find_tars(datadir: Path) -> Shards | None:
+    """The tar files in `datadir`, sorted into splits by name (`train-0000.tar`, `val-0000.tar`) or folder; None without any."""
+    return find_shards(
+        datadir,
+        lambda path: path.name.lower().endswith((".tar", *COMPRESSED)) and not path.name.startswith(OFFICIAL),
+    )
+
+
+def open_tars(name: str, shards: Shards, split: Split, image_size: int) -> ImageDataset:
+    """Open a split.
+
+    Raises:
+        UsageError: a tar file is compressed, truncated or damaged, or holds no images.
+    """
+    train = _read_content(shards.train, shards.root)
+    own = train if shards.of_split(split) is shards.train else _read_content(shards.held_out, shards.root)
+    return as_dataset(name, shards, split, image_size, train, own)
+
+
+def _read_content(paths: list[Path], root: Path) -> Content:
+    for path in paths:
+        if path.name.lower().endswith(COMPRESSED):
+            raise UsageError(
+                f"{path} is compressed, so its images cannot be read in any order: unpack it to a .tar file"
+            )
+    fingerprint = fingerprint_of(paths, root)
+    cache = paths[0].parent / f"{fingerprint[:8]}_{INDEX}"
+    index = _load(cache, len(paths))
+    if index is None:
+        index = _scan(paths)
+        _save(cache, index)
+    if not len(index.files):
+        raise UsageError(
+            f"the tar files in {root} hold no images: expected members ending in {', '.join(sorted(SUFFIXES))}, each with a "
+            f"member of the same name ending in {CLASS} or {DETAILS}"
+        )
+    files = FileBytes(paths)
+
+    def read(row: int, size: int) -> torch.Tensor:
+        number, offset, length = (int(column[row]) for column in index[:3])
+        name = f"at byte {offset:,} of {paths[number]}"
+        try:
+            return decode_image(files.read(number, offset, length), size, name)
+        except BadImageError as error:
+            header = files.read(number, offset - BLOCK, 100).split(b"\0")[0].decode(errors="replace")
+            raise BadImageError(f"{header} of {paths[number]}", error.reason) from error
+
+    left_out = (f"samples without an image: {index.without_image:,}",) if index.without_image else ()
+    return Content(index.labels, fingerprint, f"from .{CLASS} or .{DETAILS} files", image=read, left_out=left_out)
+
+
+def _scan(paths: list[Path]) -> _Index:
+    with ThreadPoolExecutor(SCANNERS) as scanners:
+        found = list(
+            progress_bar(
+                scanners.map(_scan_file, paths), total=len(paths), desc="scanning tar files", unit="file", leave=False
+            )
+        )
+    rows = [(number, *row) for number, (rows, _) in enumerate(found) for row in rows]
+    columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
+    arrays = [np.array(column, np.int64) for column in columns[:3]]
+    return _Index(arrays[0], arrays[1], arrays[2], list(columns[3]), sum(without for _, without in found))
+
+
+def _scan_file(path: Path) -> tuple[list[tuple[int, int, int | str | None]], int]:
+    """The offset, size and label of each image in a tar file, and the number of samples without an image."""
+    rows, without = list[tuple[int, int, int | str | None]](), 0
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for members in _samples(archive):
+                image = next((m for kind, m in members if kind.rpartition(".")[2] in SUFFIXES), None)
+                if image is None:
+                    without += 1
+                else:
+                    rows.append((image.offset_data, image.size, _read_label(archive, members, path)))
+            end = archive.offset
+    except UsageError:
+        raise
+    except (tarfile.TarError, *UNREADABLE) as error:
+        raise UsageError(f"{path} is truncated or not a tar file ({error}): download or pack it again") from error
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(BLOCK) != bytes(BLOCK):  # a complete file ends in empty blocks
+            raise UsageError(f"{path} is truncated: it ends without tar's end mark; download or pack it again")
+    return rows, without
+
+
+def _samples(archive: tarfile.TarFile) -> Iterator[list[tuple[str, tarfile.TarInfo]]]:
+    """Yield the members of each sample, with the part of the name after the first dot in lower case."""
+    key, members = None, list[tuple[str, tarfile.TarInfo]]()
+    for member in archive:
+        archive.members = []  # type: ignore[attr-defined] # tarfile keeps all members
+        name = PurePosixPath(member.name)
+        base, _, kind = name.name.partition(".")
+        if not member.isreg() or not base or not kind or name.name.startswith("._"):
+            continue
+        if (name.parent, base) != key:
+            if members:
+                yield members
+            key, members = (name.parent, base), []
+        members.append((kind.lower(), member))
+    if members:
+        yield members
+
+
+def _read_label(archive: tarfile.TarFile, members: list[tuple[str, tarfile.TarInfo]], path: Path) -> int | str | None:
+    by_kind = {kind.rpartition(".")[2]: member for kind, member in members}
+    member = by_kind.get(CLASS) or by_kind.get(DETAILS)
+    content = None if member is None else archive.extractfile(member)
+    if member is None or content is None:
+        return None
+    data = content.read()
+    try:
+        if CLASS in by_kind:
+            return label_value(data.decode().strip())
+        details: Any = json.loads(data)
+        entry = next((key for key in LABEL_ENTRIES if key in details), None) if isinstance(details, dict) else None
+        return None if entry is None else label_value(details[entry])
+    except ValueError as error:
+        raise UsageError(f"{member.name} of {path}: expected a class id or name, but found {data[:40]!r}") from error
+
+
+def _load(cache: Path, files: int) -> _Index | None:
+    """The index in a file; None if it is missing or damaged."""
+    try:
+        with np.load(cache, allow_pickle=False) as stored:
+            numbers, offsets, sizes = (stored[name] for name in ("files", "offsets", "sizes"))
+            texts = str(stored["labels"]).split(SEPARATOR) if len(numbers) else []
+            index = _Index(numbers, offsets, sizes, [json.loads(text) for text in texts], int(stored["without_image"]))
+    except UNREADABLE:
+        return None
+    whole = len(numbers) == len(offsets) == len(sizes) == len(texts) and (not len(numbers) or numbers.max() < files)
+    return index if whole else None
+
+
+def _save(cache: Path, index: _Index) -> None:
+    labels = np.array(SEPARATOR.join(map(json.dumps, index.labels)))
+    try:
+        with atomic_path(cache) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file, files=index.files, offsets=index.offsets, sizes=index.sizes, labels=labels,
+                without_image=index.without_image,
+            )  # fmt: skip
+    except OSError as error:  # the folder may be read-only
+        note(f"cannot save the index of the tar files, so they are scanned again next time: {error}")
