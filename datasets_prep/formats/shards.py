@@ -8,13 +8,14 @@ import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 from datasets_prep.folder_layout.entries import examples, is_junk, subfolders
 from datasets_prep.folder_layout.splits import name_splits, split_names
 from datasets_prep.image_dataset import Split
 from options import UsageError
 
-__all__ = ["FileBytes", "Shards", "find_folders", "find_shards", "fingerprint_of"]
+__all__ = ["FileBytes", "Files", "Shards", "find_folders", "find_shards", "fingerprint_of"]
 
 SAMPLED_BYTES = 1 << 16
 SAMPLED_PLACES = 3
@@ -105,16 +106,39 @@ def fingerprint_of(paths: Iterable[Path], root: Path) -> str:
     return digest.hexdigest()
 
 
+class Files(Protocol):
+    """Files that are read at any position. `names` are for messages."""
+
+    names: list[str]
+
+    def open(self, number: int) -> BinaryIO:
+        """Open file `number`, to read it from the beginning."""
+        ...
+
+    def read(self, number: int, offset: int, size: int) -> bytes:
+        """Read `size` bytes at `offset` of file `number`.
+
+        Raises:
+            UsageError: the file cannot be read or is too short.
+        """
+        ...
+
+
 class FileBytes:
     """Reads bytes at any position of files, which are opened when they are first needed."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
+        self.names = list(map(str, paths))
         self._opened: dict[int, int] = {}
 
     def __del__(self) -> None:
         for descriptor in self._opened.values():
             os.close(descriptor)
+
+    def open(self, number: int) -> BinaryIO:
+        """Open file `number`, to read it from the beginning."""
+        return self.paths[number].open("rb")
 
     def read(self, number: int, offset: int, size: int) -> bytes:
         """Read `size` bytes at `offset` of file `number`.

@@ -19,7 +19,7 @@ import torch
 
 from datasets_prep.folder_layout.label_files import label_value
 from datasets_prep.formats.content import Content, as_dataset
-from datasets_prep.formats.shards import FileBytes, Shards, find_shards, fingerprint_of
+from datasets_prep.formats.shards import FileBytes, Files, Shards, find_shards, fingerprint_of
 from datasets_prep.image_dataset import ImageDataset, Split
 from datasets_prep.images import BadImageError, decode_image
 from options import UsageError
@@ -27,7 +27,7 @@ from runtime.files import UNREADABLE, atomic_path
 from runtime.messages import note
 from runtime.progress import progress_bar
 
-__all__ = ["find_tars", "open_tars"]
+__all__ = ["find_tars", "open_tars", "read_tars"]
 
 SUFFIXES = frozenset(("jpg", "jpeg", "png", "webp"))
 CLASS, DETAILS = "cls", "json"
@@ -35,7 +35,8 @@ LABEL_ENTRIES = ("label", "cls", "class", "class_id", "labels")
 INDEX = "webdataset_index.npz"
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 OFFICIAL = "ILSVRC2012"  # ImageNet's archives, which datasets_prep.unpack_imagenet reads
-BLOCK = 512  # of a tar file
+BLOCK = 512  # bytes of a tar file's header, and of the padding
+NAME_BYTES = 100  # of a header
 SCANNERS = 8  # threads
 SEPARATOR = "\n"
 
@@ -64,76 +65,81 @@ def open_tars(name: str, shards: Shards, split: Split, image_size: int) -> Image
     Raises:
         UsageError: a tar file is compressed, truncated or damaged, or holds no images.
     """
-    train = _read_content(shards.train, shards.root)
-    own = train if shards.of_split(split) is shards.train else _read_content(shards.held_out, shards.root)
+
+    def read(paths: list[Path]) -> Content:
+        fingerprint = fingerprint_of(paths, shards.root)
+        return read_tars(FileBytes(paths), fingerprint, paths[0].parent)
+
+    train = read(shards.train)
+    own = train if shards.of_split(split) is shards.train else read(shards.held_out)
     return as_dataset(name, shards, split, image_size, train, own)
 
 
-def _read_content(paths: list[Path], root: Path) -> Content:
-    for path in paths:
-        if path.name.lower().endswith(COMPRESSED):
+def read_tars(files: Files, fingerprint: str, folder: Path) -> Content:
+    """The contents of tar files. Their index is in `folder`, under a name from `fingerprint`.
+
+    Raises:
+        UsageError: see `open_tars`.
+    """
+    for name in files.names:
+        if name.lower().endswith(COMPRESSED):
             raise UsageError(
-                f"{path} is compressed, so its images cannot be read in any order: unpack it to a .tar file"
+                f"{name} is compressed, so its images cannot be read in any order: unpack it to a .tar file"
             )
-    fingerprint = fingerprint_of(paths, root)
-    cache = paths[0].parent / f"{fingerprint[:8]}_{INDEX}"
-    index = _load(cache, len(paths))
+    cache = folder / f"{fingerprint[:8]}_{INDEX}"
+    index = _load(cache, len(files.names))
     if index is None:
-        index = _scan(paths)
+        index = _scan(files)
         _save(cache, index)
     if not len(index.files):
         raise UsageError(
-            f"the tar files in {root} hold no images: expected members ending in {', '.join(sorted(SUFFIXES))}, each with a "
-            f"member of the same name ending in {CLASS} or {DETAILS}"
+            f"{files.names[0]} holds no images: expected members ending in {', '.join(sorted(SUFFIXES))}, each with a member "
+            f"of the same name ending in {CLASS} or {DETAILS}"
         )
-    files = FileBytes(paths)
 
     def read(row: int, size: int) -> torch.Tensor:
         number, offset, length = (int(column[row]) for column in index[:3])
-        name = f"at byte {offset:,} of {paths[number]}"
+        data = files.read(number, offset, length)
         try:
-            return decode_image(files.read(number, offset, length), size, name)
+            return decode_image(data, size, "")
         except BadImageError as error:
-            header = files.read(number, offset - BLOCK, 100).split(b"\0")[0].decode(errors="replace")
-            raise BadImageError(f"{header} of {paths[number]}", error.reason) from error
+            header = files.read(number, offset - BLOCK, NAME_BYTES).split(b"\0")[0].decode(errors="replace")
+            raise BadImageError(f"{header} of {files.names[number]}", error.reason) from error
 
     left_out = (f"samples without an image: {index.without_image:,}",) if index.without_image else ()
     return Content(index.labels, fingerprint, f"from .{CLASS} or .{DETAILS} files", image=read, left_out=left_out)
 
 
-def _scan(paths: list[Path]) -> _Index:
+def _scan(files: Files) -> _Index:
+    count = len(files.names)
     with ThreadPoolExecutor(SCANNERS) as scanners:
-        found = list(
-            progress_bar(
-                scanners.map(_scan_file, paths), total=len(paths), desc="scanning tar files", unit="file", leave=False
-            )
-        )
-    rows = [(number, *row) for number, (rows, _) in enumerate(found) for row in rows]
+        scanned = scanners.map(lambda number: _scan_file(files, number), range(count))
+        found = list(progress_bar(scanned, total=count, desc="scanning tar files", unit="file", leave=False))
+    rows = [(number, *row) for number, (own, _) in enumerate(found) for row in own]
     columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
     arrays = [np.array(column, np.int64) for column in columns[:3]]
     return _Index(arrays[0], arrays[1], arrays[2], list(columns[3]), sum(without for _, without in found))
 
 
-def _scan_file(path: Path) -> tuple[list[tuple[int, int, int | str | None]], int]:
+def _scan_file(files: Files, number: int) -> tuple[list[tuple[int, int, int | str | None]], int]:
     """The offset, size and label of each image in a tar file, and the number of samples without an image."""
-    rows, without = list[tuple[int, int, int | str | None]](), 0
+    rows, without, name = list[tuple[int, int, int | str | None]](), 0, files.names[number]
     try:
-        with tarfile.open(path, "r:") as archive:
+        with files.open(number) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for members in _samples(archive):
                 image = next((m for kind, m in members if kind.rpartition(".")[2] in SUFFIXES), None)
                 if image is None:
                     without += 1
                 else:
-                    rows.append((image.offset_data, image.size, _read_label(archive, members, path)))
-            end = archive.offset
+                    rows.append((image.offset_data, image.size, _read_label(archive, members, name)))
+            file.seek(archive.offset)
+            whole = file.read(BLOCK) == bytes(BLOCK)  # a complete file ends in empty blocks
     except UsageError:
         raise
     except (tarfile.TarError, *UNREADABLE) as error:
-        raise UsageError(f"{path} is truncated or not a tar file ({error}): download or pack it again") from error
-    with path.open("rb") as file:
-        file.seek(end)
-        if file.read(BLOCK) != bytes(BLOCK):  # a complete file ends in empty blocks
-            raise UsageError(f"{path} is truncated: it ends without tar's end mark; download or pack it again")
+        raise UsageError(f"{name} is truncated or not a tar file ({error}): download or pack it again") from error
+    if not whole:
+        raise UsageError(f"{name} is truncated: it ends without tar's end mark; download or pack it again")
     return rows, without
 
 
@@ -155,7 +161,7 @@ def _samples(archive: tarfile.TarFile) -> Iterator[list[tuple[str, tarfile.TarIn
         yield members
 
 
-def _read_label(archive: tarfile.TarFile, members: list[tuple[str, tarfile.TarInfo]], path: Path) -> int | str | None:
+def _read_label(archive: tarfile.TarFile, members: list[tuple[str, tarfile.TarInfo]], name: str) -> int | str | None:
     by_kind = {kind.rpartition(".")[2]: member for kind, member in members}
     member = by_kind.get(CLASS) or by_kind.get(DETAILS)
     content = None if member is None else archive.extractfile(member)
@@ -169,7 +175,7 @@ def _read_label(archive: tarfile.TarFile, members: list[tuple[str, tarfile.TarIn
         entry = next((key for key in LABEL_ENTRIES if key in details), None) if isinstance(details, dict) else None
         return None if entry is None else label_value(details[entry])
     except ValueError as error:
-        raise UsageError(f"{member.name} of {path}: expected a class id or name, but found {data[:40]!r}") from error
+        raise UsageError(f"{member.name} of {name}: expected a class id or name, but found {data[:40]!r}") from error
 
 
 def _load(cache: Path, files: int) -> _Index | None:
