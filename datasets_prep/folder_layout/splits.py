@@ -13,6 +13,7 @@ from typing import NamedTuple
 from datasets_prep.folder_layout.entries import FolderTree, Parts, holds_files, read_tree, subfolders
 
 __all__ = [
+    "TRAINING",
     "NamedSplits",
     "SplitFolders",
     "class_base",

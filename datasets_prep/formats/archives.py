@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -12,7 +13,7 @@ from datasets_prep.formats.shards import FileBytes, fingerprint_of
 from options import UsageError
 from runtime.files import UNREADABLE
 
-__all__ = ["Archive", "open_archive"]
+__all__ = ["Archive", "content_offset", "open_archive"]
 
 LOCAL_HEADER = 30  # bytes before the name, whose length and that of the extra field are in the last four
 RAW_DEFLATE = -15
@@ -47,6 +48,12 @@ def open_archive(path: Path) -> Archive:
         UsageError: the zip file is damaged.
     """
     return _Folder(path) if path.is_dir() else _Zip(path)
+
+
+def content_offset(file: FileBytes, entry: zipfile.ZipInfo) -> int:
+    """Where the content of an entry begins in the zip file `file`: after its own header, name and extra field."""
+    lengths = file.read(0, entry.header_offset, LOCAL_HEADER)[-4:]
+    return entry.header_offset + LOCAL_HEADER + sum(struct.unpack("<HH", lengths))
 
 
 class _Folder:
@@ -89,9 +96,7 @@ class _Zip:
 
     def read(self, name: str) -> bytes:
         entry = self._entries[name]
-        header = self._bytes.read(0, entry.header_offset, LOCAL_HEADER)
-        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        data = self._bytes.read(0, entry.header_offset + LOCAL_HEADER + lengths, entry.compress_size)
+        data = self._bytes.read(0, content_offset(self._bytes, entry), entry.compress_size)
         try:
             if entry.compress_type == zipfile.ZIP_DEFLATED:
                 data = zlib.decompress(data, RAW_DEFLATE)

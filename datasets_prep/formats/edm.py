@@ -8,6 +8,7 @@ With both, training uses the latents, and scores use the images. There are no la
 """
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from datasets_prep.folder_layout.entries import examples, holds_files
+from datasets_prep.folder_layout.entries import examples, holds_files, is_junk, subfolders
 from datasets_prep.folder_layout.label_files import label_value
 from datasets_prep.formats.archives import Archive, open_archive
 from datasets_prep.formats.content import Content, as_dataset
@@ -48,7 +49,8 @@ def find_edm_folders(datadir: Path) -> Shards | None:
         return None
     if _holds_arrays(datadir):
         return Shards(datadir.parent, [datadir])
-    entries = sorted(path for path in datadir.iterdir() if path.is_dir() or path.suffix.lower() == ".zip")
+    zips = sorted(datadir / name for name in os.listdir(datadir) if name.lower().endswith(".zip") and not is_junk(name))  # noqa: PTH208
+    entries = [*(datadir / name for name in subfolders(datadir)), *zips]
     latents = [path for path in entries if path.stem.startswith("vae") and (path.is_file() or _holds_arrays(path))]
     images = [path for path in entries if path.stem == "images"]
     if len(latents) > 1:
@@ -56,8 +58,7 @@ def find_edm_folders(datadir: Path) -> Shards | None:
         raise UsageError(f"{datadir} holds several folders of latents ({names}): name one of them with --datadir")
     if latents:
         return Shards(datadir, [*latents, *images[:1]])
-    zips = [path for path in entries if path.is_file()]
-    return Shards(datadir, zips) if len(zips) == 1 and not holds_files(datadir, IMAGE_SUFFIXES) else None
+    return Shards(datadir, zips) if entries == zips[:1] != [] and not holds_files(datadir, IMAGE_SUFFIXES) else None
 
 
 def open_edm_folders(name: str, shards: Shards, split: Split, image_size: int) -> ImageDataset:
@@ -154,9 +155,8 @@ def _read_labels(archives: list[Archive], names: list[str], root: Path) -> tuple
     for archive in archives:
         if LABEL_FILE in archive.names():
             return _match_labels(archive.read(LABEL_FILE), names, f"{archive.path}/{LABEL_FILE}")
-    for folder in (root, archives[0].path.parent):
-        if (folder / LABEL_FILE).is_file():
-            return _match_labels((folder / LABEL_FILE).read_bytes(), names, str(folder / LABEL_FILE))
+    if (root / LABEL_FILE).is_file():
+        return _match_labels((root / LABEL_FILE).read_bytes(), names, str(root / LABEL_FILE))
     return [None] * len(names), f"in a {LABEL_FILE}, which {archives[0].path} lacks"
 
 
@@ -193,5 +193,5 @@ def _sorted_names(archive: Archive, suffixes: Any) -> list[str]:
 
 def _holds_arrays(folder: Path) -> bool:
     """Whether a folder or one of its first subfolders holds arrays of mean and standard deviation."""
-    places = [folder, *[path for path in sorted(folder.iterdir()) if path.is_dir()][:PROBED]]
-    return any(ARRAY.fullmatch(path.name) for place in places for path in place.glob("img-mean-std-*"))
+    places = [folder, *(folder / name for name in subfolders(folder)[:PROBED])]
+    return any(ARRAY.fullmatch(name) for place in places for name in os.listdir(place))  # noqa: PTH208

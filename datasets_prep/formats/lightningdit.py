@@ -31,7 +31,7 @@ LAYOUT = "`latents` and `latents_flip` [n, c, h, w] and `labels` [n]"
 
 def find_latent_shards(datadir: Path) -> Shards | None:
     """The shards in `datadir`, or in its folders `train` and `validation`; None if there are none."""
-    return find_shards(datadir, lambda path: SHARD.fullmatch(path.name) is not None)
+    return find_shards(datadir, (".safetensors",), lambda path: SHARD.fullmatch(path.name) is not None)
 
 
 def open_latent_shards(name: str, shards: Shards, split: Split, image_size: int) -> ImageDataset:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from datasets_prep.formats.archives import content_offset
 from datasets_prep.formats.content import Content, as_dataset
-from datasets_prep.formats.shards import Shards, find_shards, fingerprint_of
+from datasets_prep.formats.shards import FileBytes, Shards, find_shards, fingerprint_of
 from datasets_prep.image_dataset import ImageDataset, Split
 from datasets_prep.images import crop_array
 from options import UsageError
@@ -22,12 +23,11 @@ __all__ = ["find_batches", "open_batches"]
 IMAGE_ARRAYS = ("arr_0", "images")
 LABEL_ARRAYS = ("arr_1", "labels")
 STATISTICS = ("mu", "sigma")
-LOCAL_HEADER = 30  # bytes of a zip member before its name and extra field, whose lengths are in the last four
 
 
 def find_batches(datadir: Path) -> Shards | None:
     """The .npz files in `datadir` that hold a batch of images or statistics; None if there are none."""
-    return find_shards(datadir, lambda path: path.suffix.lower() == ".npz" and _is_batch(path))
+    return find_shards(datadir, (".npz",), _is_batch)
 
 
 def open_batches(name: str, shards: Shards, split: Split, image_size: int) -> ImageDataset:
@@ -113,10 +113,7 @@ def _mapped(path: Path, member: str) -> np.ndarray | None:
     if entry.compress_type != zipfile.ZIP_STORED:
         return None
     with path.open("rb") as file:
-        file.seek(entry.header_offset)
-        header = file.read(LOCAL_HEADER)
-        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
-        file.seek(entry.header_offset + LOCAL_HEADER + lengths)
+        file.seek(content_offset(FileBytes([path]), entry))
         version = np.lib.format.read_magic(file)
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read_header(file)

@@ -1,7 +1,4 @@
-"""The files of a dataset that is stored in few large files: which belong to which split, and bytes at any position in them.
-
-All positions are read with `os.pread`, which needs no lock: threads and forked processes may read one file at the same time.
-"""
+"""The files of a dataset that is stored in few large files: which belong to which split, and bytes at any position in them."""
 
 import hashlib
 import os
@@ -11,11 +8,11 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from datasets_prep.folder_layout.entries import examples, is_junk, subfolders
-from datasets_prep.folder_layout.splits import name_splits, split_names
+from datasets_prep.folder_layout.splits import TRAINING, NamedSplits, name_splits, split_names
 from datasets_prep.image_dataset import Split
 from options import UsageError
 
-__all__ = ["FileBytes", "Files", "Shards", "find_folders", "find_shards", "fingerprint_of"]
+__all__ = ["FileBytes", "Files", "Shards", "find_shards", "fingerprint_of"]
 
 SAMPLED_BYTES = 1 << 16
 SAMPLED_PLACES = 3
@@ -55,42 +52,41 @@ class Shards:
         return (f"files of other splits: {len(unused):,} ({examples(unused)})",) if unused else ()
 
 
-def find_shards(datadir: Path, matches: Callable[[Path], bool]) -> Shards | None:
-    """Find the files that `matches` accepts: `datadir` itself, or the files in it, in `data`, or in folders of the splits.
+def find_shards(
+    datadir: Path, suffixes: tuple[str, ...], accepts: Callable[[Path], bool] = lambda path: True
+) -> Shards | None:
+    """Find the files with one of `suffixes` that `accepts`: `datadir` itself, or files in it, in `data`, or in split folders.
 
     Splits are recognized by the names of folders or files, such as `train` and `validation`, or `train-00000.tar` and
     `val-00000.tar`. Returns None without such files.
     """
     if datadir.is_file():
-        return Shards(datadir.parent, [datadir]) if matches(datadir) else None
+        fits = datadir.name.lower().endswith(suffixes) and accepts(datadir)
+        return Shards(datadir.parent, [datadir]) if fits else None
     if not datadir.is_dir():
         return None
     for folder in (datadir, datadir / WRAPPER):
-        if found := _files_in(folder, matches):
+        if found := {path.name: path for path in _files_in(folder, suffixes, accepts)}:
             named = split_names(found)
             unused = [path for name, path in found.items() if name not in (*named.train, *named.held_out)]
             return Shards(
                 folder, [found[name] for name in named.train], [found[name] for name in named.held_out], unused
             )
-    train, held_out, unused = find_folders(datadir, lambda folder: bool(_files_in(folder, matches)))
-    if train is None:
-        return None
-    files = [list(_files_in(folder, matches).values()) for folder in (train, *held_out[:1])]
-    return Shards(datadir, files[0], files[1] if held_out else [], [*held_out[1:], *unused])
+    return _find_split_folders(datadir, suffixes, accepts)
 
 
-def find_folders(datadir: Path, holds: Callable[[Path], bool]) -> tuple[Path | None, list[Path], list[Path]]:
-    """The folders of the splits in `datadir` for which `holds` is true: for training, held out in order, and others.
-
-    The first is None without a folder for training.
-    """
-    names = [name for name in subfolders(datadir) if holds(datadir / name)]
-    for named in name_splits(names):
-        others = [datadir / name for name in named.train[1:]]
-        return datadir / named.train[0], [datadir / name for name in named.held_out], others
-    named = split_names(names)
-    only = named.train if len(names) == 1 and names[0].lower() in ("train", "training") else []
-    return (datadir / only[0] if only else None), [], []
+def _find_split_folders(datadir: Path, suffixes: tuple[str, ...], accepts: Callable[[Path], bool]) -> Shards | None:
+    """The files in folders named like splits. Other folders are not read, because they may hold millions of images."""
+    names = subfolders(datadir)
+    pairs = name_splits(names) or [NamedSplits([name for name in names if name.lower() in TRAINING], [])]
+    for named in pairs:
+        train, held_out = (
+            [files for name in group if (files := _files_in(datadir / name, suffixes, accepts))] for group in named
+        )
+        if train:
+            unused = [path for files in (*train[1:], *held_out[1:]) for path in files]
+            return Shards(datadir, train[0], held_out[0] if held_out else [], unused)
+    return None
 
 
 def fingerprint_of(paths: Iterable[Path], root: Path) -> str:
@@ -125,16 +121,11 @@ class Files(Protocol):
 
 
 class FileBytes:
-    """Reads bytes at any position of files, which are opened when they are first needed."""
+    """Reads bytes at any position of local files. A file is open only while it is read: there may be thousands."""
 
     def __init__(self, paths: list[Path]) -> None:
         self.paths = paths
         self.names = list(map(str, paths))
-        self._opened: dict[int, int] = {}
-
-    def __del__(self) -> None:
-        for descriptor in self._opened.values():
-            os.close(descriptor)
 
     def open(self, number: int) -> BinaryIO:
         """Open file `number`, to read it from the beginning."""
@@ -148,11 +139,9 @@ class FileBytes:
         """
         path = self.paths[number]
         try:
-            data = os.pread(self._descriptor(number), size, offset)
-            while len(data) < size and (
-                more := os.pread(self._descriptor(number), size - len(data), offset + len(data))
-            ):
-                data += more
+            with path.open("rb") as file:
+                file.seek(offset)
+                data = file.read(size)
         except OSError as error:
             raise UsageError(
                 f"cannot read {path}: {error.strerror or error}; check the disk or its connection"
@@ -164,17 +153,10 @@ class FileBytes:
             )
         return data
 
-    def _descriptor(self, number: int) -> int:
-        if number not in self._opened:
-            descriptor = os.open(self.paths[number], os.O_RDONLY)
-            if self._opened.setdefault(number, descriptor) != descriptor:  # another thread was first
-                os.close(descriptor)
-        return self._opened[number]
 
-
-def _files_in(folder: Path, matches: Callable[[Path], bool]) -> dict[str, Path]:
-    """The files directly in `folder` that `matches` accepts, sorted, by their names without suffix."""
+def _files_in(folder: Path, suffixes: tuple[str, ...], accepts: Callable[[Path], bool]) -> list[Path]:
+    """The files directly in `folder` with one of `suffixes` (in lower or upper case) that `accepts`, sorted."""
     if not folder.is_dir():
-        return {}
-    found = sorted(path for path in folder.iterdir() if not is_junk(path.name) and path.is_file() and matches(path))
-    return {path.name: path for path in found}
+        return []
+    names = sorted(name for name in os.listdir(folder) if name.lower().endswith(suffixes) and not is_junk(name))  # noqa: PTH208
+    return [path for name in names if (path := folder / name).is_file() and accepts(path)]

@@ -51,11 +51,7 @@ class _Table(NamedTuple):
 
 def find_tables(datadir: Path) -> Shards | None:
     """The Parquet or Arrow files in `datadir`, in its folder `data`, or in folders of the splits; None if there are none."""
-    for suffix in (".parquet", ".arrow"):
-        found = find_shards(datadir, lambda path, suffix=suffix: path.suffix.lower() == suffix)  # type: ignore[misc]
-        if found is not None:
-            return found
-    return None
+    return find_shards(datadir, (".parquet",)) or find_shards(datadir, (".arrow",))
 
 
 def open_tables(name: str, shards: Shards, split: Split, image_size: int) -> ImageDataset:

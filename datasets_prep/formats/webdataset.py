@@ -53,10 +53,7 @@ class _Index(NamedTuple):
 
 def find_tars(datadir: Path) -> Shards | None:
     """The tar files in `datadir`, sorted into splits by name (`train-0000.tar`, `val-0000.tar`) or folder; None without any."""
-    return find_shards(
-        datadir,
-        lambda path: path.name.lower().endswith((".tar", *COMPRESSED)) and not path.name.startswith(OFFICIAL),
-    )
+    return find_shards(datadir, (".tar", *COMPRESSED), lambda path: not path.name.startswith(OFFICIAL))
 
 
 def open_tars(name: str, shards: Shards, split: Split, image_size: int) -> ImageDataset:
@@ -103,8 +100,8 @@ def read_tars(files: Files, fingerprint: str, folder: Path) -> Content:
         try:
             return decode_image(data, size, "")
         except BadImageError as error:
-            header = files.read(number, offset - BLOCK, NAME_BYTES).split(b"\0")[0].decode(errors="replace")
-            raise BadImageError(f"{header} of {files.names[number]}", error.reason) from error
+            member = files.read(number, offset - BLOCK, NAME_BYTES).split(b"\0")[0].decode(errors="replace")
+            raise BadImageError(f"{member} of {files.names[number]}", error.reason) from error
 
     left_out = (f"samples without an image: {index.without_image:,}",) if index.without_image else ()
     return Content(index.labels, fingerprint, f"from .{CLASS} or .{DETAILS} files", image=read, left_out=left_out)

@@ -27,9 +27,21 @@ def test_words_in_names_choose_the_split(names, train, held_out):
 def test_files_of_other_splits_are_reported(tmp_path):
     for name in ("train-0.tar", "test-0.tar", "val-0.tar", "._train-1.tar", "notes.txt"):
         (tmp_path / name).touch()
-    shards = find_shards(tmp_path, lambda path: path.suffix == ".tar")
+    shards = find_shards(tmp_path, (".tar",))
     assert [path.name for path in shards.train] == ["train-0.tar"]
     assert shards.rule() == "from val-0.tar"
     assert shards.left_out() == ("files of other splits: 1 (test-0.tar)",)
-    assert find_shards(tmp_path, lambda path: path.suffix == ".npz") is None
-    assert find_shards(tmp_path / "missing", lambda path: True) is None
+    assert find_shards(tmp_path, (".npz",)) is None
+    assert find_shards(tmp_path / "missing", (".tar",)) is None
+
+
+def test_only_folders_of_splits_are_entered(tmp_path):
+    for name in ("train", "val", "cat", "dog"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.tar").touch()
+    shards = find_shards(tmp_path, (".tar",))
+    assert (shards.train, shards.held_out) == ([tmp_path / "train" / "a.tar"], [tmp_path / "val" / "a.tar"])
+    (tmp_path / "val" / "a.tar").unlink()
+    assert find_shards(tmp_path, (".tar",)).held_out == []
+    (tmp_path / "train" / "a.tar").unlink()
+    assert find_shards(tmp_path, (".tar",)) is None
