@@ -8,7 +8,8 @@ pyarrow reads the files: pip install pyarrow.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
@@ -23,6 +24,7 @@ from datasets_prep.formats.shards import Shards, find_shards, fingerprint_of
 from datasets_prep.image_dataset import ImageDataset, Split
 from datasets_prep.images import BadImageError, decode_image
 from options import UsageError
+from runtime.files import UNREADABLE
 
 __all__ = ["find_tables", "open_tables"]
 
@@ -97,9 +99,8 @@ def _reader_of(tables: list[_Table], column: str) -> Callable[[int, int], torch.
         file = int(np.searchsorted(first_rows, row, side="right")) - 1
         within = row - int(first_rows[file])
         number = int(np.searchsorted(tables[file].starts, within, side="right")) - 1
-        with lock:  # so that threads do not read one group several times
-            values = group(file, number)
-        value = values[within - int(tables[file].starts[number])].as_py()
+        with lock, _as_damaged(tables[file].path):  # locked, so that threads do not read one group several times
+            value = group(file, number)[within - int(tables[file].starts[number])].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         name = f"row {within} of {tables[file].path}"
         if not isinstance(data, bytes):
@@ -111,6 +112,16 @@ def _reader_of(tables: list[_Table], column: str) -> Callable[[int, int], torch.
     return read
 
 
+@contextmanager
+def _as_damaged(path: Path) -> Iterator[None]:
+    """Report the errors of pyarrow, most of which are subclasses of Python's, as a damaged file."""
+    try:
+        yield
+    except UNREADABLE as error:
+        text = str(error).strip().partition("\n")[0]
+        raise UsageError(f"cannot read {path}: {text}; download or write it again") from error
+
+
 def _describe(value: Any) -> str:
     if isinstance(value, dict):
         return f"a path without bytes ({value['path']})" if value.get("path") else "neither bytes nor a path"
@@ -118,9 +129,11 @@ def _describe(value: Any) -> str:
 
 
 def _labels_of(table: _Table, column: str) -> list[int | str | None]:
-    values = [
-        value for number in range(len(table.starts) - 1) for value in table.read(number, [column]).column(0).to_pylist()
-    ]
+    groups = range(len(table.starts) - 1)
+    with _as_damaged(table.path):
+        values = [value for number in groups for value in table.read(number, [column]).column(0).to_pylist()]
+    if len(values) != table.starts[-1]:
+        raise UsageError(f"{table.path} is damaged: expected {table.starts[-1]:,} labels, but found {len(values):,}")
     try:
         return [label_value(value) for value in values]
     except ValueError as error:
@@ -164,7 +177,7 @@ def _open_table(path: Path) -> _Table:
         from pyarrow import ipc, parquet
     except ImportError as error:
         raise UsageError(f"{path.name} needs the package pyarrow: pip install pyarrow") from error
-    try:
+    with _as_damaged(path):
         if path.suffix.lower() == ".parquet":
             file = parquet.ParquetFile(path)
             groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
@@ -178,8 +191,6 @@ def _open_table(path: Path) -> _Table:
 
             return _Table(path, file.schema_arrow, starts, read_group, largest)
         table = ipc.open_stream(arrow.memory_map(str(path))).read_all()
-    except (arrow.ArrowException, OSError) as error:
-        raise UsageError(f"cannot read {path}: {error}; download or write it again") from error
     batches = table.to_batches()
     starts = np.cumsum([0, *(batch.num_rows for batch in batches)])
     return _Table(path, table.schema, starts, lambda number, columns: batches[number].select(columns), 0)

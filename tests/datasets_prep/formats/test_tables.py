@@ -74,8 +74,12 @@ def test_wrong_files_are_named(tmp_path):
         write(file, {"image": [value] * 2})
         with pytest.raises(BadImageError, match=message):
             open_split(tmp_path)[0]
-    write(file, {"image": data})
-    file.write_bytes(file.read_bytes()[:-10])
+    write(file, {"image": data, "label": list(range(6))})
+    damaged = file.read_bytes()
+    file.write_bytes(damaged[:4] + bytes(400) + damaged[404:])
+    with pytest.raises(UsageError, match=r"cannot read .*a\.parquet.*download or write it again"):
+        open_split(tmp_path)[0]
+    file.write_bytes(damaged[:-10])
     with pytest.raises(UsageError, match=r"cannot read .*a\.parquet.*download or write it again"):
         open_split(tmp_path)
 
