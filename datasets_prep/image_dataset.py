@@ -105,9 +105,13 @@ class ImageDataset:
             self.split,
             self.stored_labels[kept],
             lambda index: self[int(kept[index])],
-            hashlib.sha256(self.fingerprint.encode() + kept.tobytes()).hexdigest(),
+            self.fingerprint_of_rows(kept),
             self.survey,
         )
+
+    def fingerprint_of_rows(self, kept: np.ndarray) -> str:
+        """The fingerprint of `subset(kept)`."""
+        return hashlib.sha256(self.fingerprint.encode() + kept.tobytes()).hexdigest()
 
     def head(self, count: int) -> "ImageDataset":
         """The first `count` images."""

@@ -96,6 +96,23 @@ class LatentDataset(ImageDataset):
             self._image,
         )
 
+    def subset(self, kept: np.ndarray) -> "LatentDataset":
+        """The latents with the indices `kept`, int64 [n]."""
+        if np.array_equal(kept, np.arange(len(self))):
+            return self
+        rows, image = torch.from_numpy(kept), self._image
+        return LatentDataset(
+            self.facts,
+            self.split,
+            self.stored_labels[kept],
+            lambda indices, mirrored: self.stored(rows[indices], mirrored),
+            self.fingerprint_of_rows(kept),
+            self.autoencoder_sha256,
+            self.survey,
+            self.statistics,
+            None if image is None else lambda index: image(int(kept[index])),
+        )
+
     def check_images(self, purpose: str) -> None:
         """Check that the dataset also has the images.
 

@@ -65,6 +65,17 @@ def test_with_both_folders_latents_train_and_images_score(tmp_path, autoencoder)
         open_split(tmp_path)
 
 
+def test_a_damaged_image_leaves_out_its_latent(tmp_path, autoencoder):
+    write_edm(tmp_path, MOMENTS, LABELS, IMAGES)
+    (tmp_path / "images" / "00000" / "img00000002.png").write_bytes(b"damaged")
+    whole, kept = open_split(tmp_path), open_dataset(DatasetOptions("folder", str(tmp_path), 16, True), "train")
+    assert (len(whole), len(kept)) == (24, 23)
+    upright = torch.zeros(2).bool()
+    assert torch.equal(kept.stored(torch.tensor([1, 2]), upright), whole.stored(torch.tensor([1, 3]), upright))
+    assert torch.equal(kept[2], whole[3])
+    assert StoredMoments(kept, autoencoder).labels.tolist() == [LABELS[row] for row in TRAIN if row != 2]
+
+
 def test_each_folder_can_be_named(tmp_path):
     write_edm(tmp_path, MOMENTS, LABELS, IMAGES)
     images, latents = open_split(tmp_path / "images"), open_split(tmp_path / "vae-sd")
