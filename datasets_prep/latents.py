@@ -23,7 +23,7 @@ from datasets_prep.folder_layout.survey import Survey
 from datasets_prep.folders import list_split, state_of_files
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, listed_classes
 from datasets_prep.latent_cache import open_standalone_cache
-from models.autoencoders.kl import LOGVAR_RANGE
+from models.autoencoders.pretrained import LOGVAR_RANGE
 from models.autoencoders.protocol import Autoencoder
 from options import UsageError
 from runtime.files import UNREADABLE, read_json
