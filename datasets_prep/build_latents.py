@@ -9,9 +9,10 @@ from pathlib import Path
 
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, choose_flips, open_dataset
 from datasets_prep.folder_layout.report import show_data
-from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache
-from datasets_prep.moments import choose_cache_folder
+from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, open_latent_cache
+from datasets_prep.moments import choose_cache_folder, measure_scale
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.autoencoders.protocol import UNMEASURED
 from options import Options, UsageError
 from runtime.distributed import Processes
 from runtime.messages import show
@@ -43,6 +44,8 @@ def main(options: Options, processes: Processes) -> None:
             choose_cache_folder(dataset, autoencoder, data, caches) if processes.is_main else Path()
         )
         build_latent_cache(folder, dataset, autoencoder, machine, processes, caches.num_workers)
+        if dataset is train and autoencoder.describe().statistics == UNMEASURED:
+            measure_scale(open_latent_cache(folder, dataset, autoencoder), autoencoder, dataset.facts.flips, processes)
         show(f"{folder}: {len(dataset)} {dataset.split} images of {data.dataset}")
 
 

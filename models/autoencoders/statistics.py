@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 
+from models.autoencoders.protocol import UNMEASURED, Autoencoder, AutoencoderFacts
 from options import UsageError
 from runtime.torch_files import read_tensors
 
-__all__ = ["LatentStatistics", "measure_statistics", "read_statistics"]
+__all__ = ["LatentStatistics", "inherit_scale", "measure_statistics", "read_statistics"]
 
 
 class LatentStatistics(NamedTuple):
@@ -40,6 +41,13 @@ def measure_statistics(parts: Iterable[torch.Tensor], has_posterior: bool) -> La
     center = total / count
     spread = (square / count - center.square() + variance / count).sqrt()
     return LatentStatistics(tuple(center.tolist()), tuple(spread.tolist()))
+
+
+def inherit_scale(autoencoder: Autoencoder, recorded: AutoencoderFacts) -> None:
+    """Take over the scale in another record of the same autoencoder, unless the scale is known already."""
+    facts = autoencoder.describe()
+    if facts.statistics == UNMEASURED and recorded.sha256 == facts.sha256 and recorded.latents_std:
+        autoencoder.restore_scale(recorded)
 
 
 def read_statistics(path: str | Path, channels: int) -> LatentStatistics:

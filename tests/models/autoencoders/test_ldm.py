@@ -13,7 +13,7 @@ from models.autoencoders.protocol import UNMEASURED
 from options import UsageError
 from tests.golden.fill_weights import fill_weight
 
-CASE = "tests/golden/published/ldm_autoencoder.safetensors"
+CASE = "tests/golden/autoencoders/ldm_autoencoder.safetensors"
 
 
 @pytest.fixture(scope="module")
