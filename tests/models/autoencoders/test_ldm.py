@@ -16,13 +16,17 @@ from tests.golden.fill_weights import fill_weight
 CASE = "tests/golden/autoencoders/ldm_autoencoder.safetensors"
 
 
+def golden_weights(file):
+    """The weights of an open golden case by name."""
+    listed = json.loads(file.metadata()["weights"])
+    return {name: torch.from_numpy(fill_weight(name, tuple(shape))) for name, shape in listed}
+
+
 @pytest.fixture(scope="module")
 def golden():
     """The golden case's weights by name, and its tensors."""
     with safe_open(CASE, framework="pt") as file:
-        listed = json.loads(file.metadata()["weights"])
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return {name: torch.from_numpy(fill_weight(name, tuple(shape))) for name, shape in listed}, tensors
+        return golden_weights(file), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def load(path, **settings):
