@@ -14,7 +14,7 @@ from datasets_prep.datasets import DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder, open_latent_cache
 from datasets_prep.latents import LatentDataset, StoredMoments
 from flow.losses.contrast import means_of_others
-from models.autoencoders.protocol import UNMEASURED, Autoencoder, Encoder
+from models.autoencoders.protocol import MEASURED, UNMEASURED, Autoencoder, Encoder
 from models.autoencoders.statistics import LatentStatistics, measure_statistics
 from options import UsageError
 from runtime.distributed import Processes
@@ -27,7 +27,6 @@ __all__ = ["MomentSource", "choose_cache_folder", "mean_latents", "measure_scale
 IMAGES_OF_MEANS = 10_000  # the error of a mean is then 1 % of a standard deviation
 IMAGES_PER_READ = 250
 LISTED_CHANNELS = 8
-MEASURED = "measured"  # in checkpoints
 
 
 class MomentSource(Protocol):

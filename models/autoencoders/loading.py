@@ -13,7 +13,7 @@ from models.autoencoders.hub import UnreachableHubError
 from models.autoencoders.ldm import load_ldm
 from models.autoencoders.pixels import PixelSpace
 from models.autoencoders.pretrained import PretrainedAutoencoder
-from models.autoencoders.protocol import UNMEASURED, Autoencoder, AutoencoderFacts
+from models.autoencoders.protocol import MEASURED, UNMEASURED, Autoencoder, AutoencoderFacts
 from models.autoencoders.scale import has_superseded_scale
 from models.autoencoders.statistics import read_statistics
 from options import UsageError, option
@@ -21,7 +21,6 @@ from runtime.messages import fact, note
 
 __all__ = ["AUTOENCODERS", "AutoencoderOptions", "is_hub_id", "load_autoencoder", "load_pretrained"]
 
-MEASURED = "measured"  # --latent_statistics
 REPOSITORY = Path(__file__).resolve().parents[2]  # relative folders are also searched for here
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

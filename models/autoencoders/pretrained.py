@@ -76,14 +76,16 @@ class PretrainedAutoencoder:
 
     def summary(self) -> str:
         """One line: class, shapes, range of the images, posterior, source of the scale, and memory of the weights."""
-        values = list(self.network.state_dict().values())
-        count, size = sum(each.numel() for each in values), sum(each.nbytes for each in values)
+        weights = list(self.network.parameters())
+        count, size = sum(each.numel() for each in weights), sum(each.nbytes for each in weights)
         side = f" of {self.layout.side} x {self.layout.side}" if self.layout.side else ""
+        span = "[0, 1]" if self.kind.unit_range else "[-1, 1]"
+        code = "posterior" if self.has_posterior else "deterministic"
         known = {UNMEASURED: "scale to be measured", "": f"scale: {self.source}"}
+        scale = known.get(self.statistics, f"scale: {self.statistics}")
         return (
-            f"{self.identity}: {self.class_name}, factor {self.factor}, {self.latent_channels} channels, images{side} in "
-            f"{'[0, 1]' if self.kind.unit_range else '[-1, 1]'}, {'posterior' if self.has_posterior else 'deterministic'}, "
-            f"{known.get(self.statistics, f'scale: {self.statistics}')}; {count / 1e6:.3g} million numbers, {size / 1e6:.3g} MB"
+            f"{self.identity}: {self.class_name}, factor {self.factor}, {self.latent_channels} channels, "
+            f"images{side} in {span}, {code}, {scale}; {count / 1e6:.3g} million parameters, {size / 1e6:.3g} MB"
         )
 
     def to(self, device: torch.device | str) -> Self:

@@ -12,9 +12,10 @@ from typing import Any, Protocol, Self
 
 import torch
 
-__all__ = ["UNMEASURED", "Autoencoder", "AutoencoderFacts", "Encoder"]
+__all__ = ["MEASURED", "UNMEASURED", "Autoencoder", "AutoencoderFacts", "Encoder"]
 
-UNMEASURED = "unmeasured"  # `AutoencoderFacts.statistics` until the scale is known
+# `AutoencoderFacts.statistics` of a measured scale, and until it is measured.
+MEASURED, UNMEASURED = "measured", "unmeasured"
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class AutoencoderFacts:
         scale_factor: the user's --scale_factor, if given.
         latents_mean, latents_std: per channel; latents are (z - mean) / std. Empty in pixel space, and while unmeasured.
         statistics: where these numbers come from, if neither from the autoencoder's own files nor from --scale_factor: a
-            file's name, "measured", or UNMEASURED if the autoencoder has none and they are not measured yet.
+            file's name, MEASURED, or UNMEASURED if they will be measured.
     """
 
     id: str

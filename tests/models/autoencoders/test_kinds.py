@@ -235,11 +235,11 @@ def test_facts_are_printed(tmp_path, capsys):
     diffusers.AutoencoderDC(**DC).save_pretrained(tmp_path / "dc")
     capsys.readouterr()
     autoencoder = load_autoencoder(AutoencoderOptions(str(tmp_path / "dc")), 3)
-    count = sum(value.numel() for value in autoencoder.network.state_dict().values())
+    count = sum(value.numel() for value in autoencoder.network.parameters())
     printed = " ".join(capsys.readouterr().out.split())
     assert printed == (
         f"autoencoder {tmp_path}/dc: AutoencoderDC, factor 4, 8 channels, images in [-1, 1], deterministic, scale: its "
-        f"scaling_factor 0.41407; {count / 1e6:.3g} million numbers, {4 * count / 1e6:.3g} MB"
+        f"scaling_factor 0.41407; {count / 1e6:.3g} million parameters, {4 * count / 1e6:.3g} MB"
     )
 
 
@@ -281,6 +281,28 @@ class Older:
 
     __version__ = "0.31.0"
     AutoencoderKL = diffusers.AutoencoderKL
+
+
+def test_the_autoencoder_of_a_pipeline_on_the_hub_is_found(tmp_path, monkeypatch):
+    """Its config.json is in the subfolder vae, and the repository has none of its own."""
+    diffusers.AutoencoderTiny(**TINY).save_pretrained(tmp_path / "vae")
+    load_config = diffusers.AutoencoderKL.load_config
+    from_pretrained = diffusers.AutoencoderTiny.from_pretrained
+    asked = []
+
+    def local(read):
+        def call(name, local_files_only=False, subfolder="", **settings):
+            asked.append((name, subfolder))
+            return read(tmp_path, local_files_only=True, subfolder=subfolder, **settings)
+
+        return call
+
+    monkeypatch.setattr(diffusers_files, "check_hub", lambda name: None)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", local(load_config))
+    monkeypatch.setattr(diffusers.AutoencoderTiny, "from_pretrained", local(from_pretrained))
+    loaded = load_autoencoder(AutoencoderOptions("owner/name"), 3)
+    assert loaded.class_name == "AutoencoderTiny"
+    assert asked == [("owner/name", ""), ("owner/name", "vae"), ("owner/name", "vae")]
 
 
 def test_the_autoencoder_of_a_pipeline_is_found(tmp_path):

@@ -1,6 +1,8 @@
 """Files of the latent diffusion code: the golden case, wrappers, and weights that are missing or unexpected."""
 
 import json
+import sys
+from types import ModuleType
 
 import diffusers
 import pytest
@@ -57,6 +59,17 @@ def test_prefixes_and_containers_change_nothing(golden, tmp_path, prefix):
     whole = {prefix + name: value for name, value in weights.items()} | {"model.diffusion_model.x": torch.ones(1)}
     torch.save({"state_dict": whole, "global_step": 5}, tmp_path / "whole.ckpt")
     assert load(tmp_path / "whole.ckpt").sha256 == load(tmp_path / "plain.safetensors").sha256
+
+
+def test_objects_of_lightning_are_passed_over(golden, tmp_path, monkeypatch):
+    """Stable Diffusion's first files have a class of Lightning as a key."""
+    module = ModuleType("pytorch_lightning")
+    module.Checkpoint = type("Checkpoint", (), {"__module__": "pytorch_lightning"})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "pytorch_lightning", module)
+        torch.save({"state_dict": golden[0], "callbacks": {module.Checkpoint: {"best": 1.0}}}, tmp_path / "sd.ckpt")
+    save_file(golden[0], tmp_path / "plain.safetensors")
+    assert load(tmp_path / "sd.ckpt").sha256 == load(tmp_path / "plain.safetensors").sha256
 
 
 def test_a_models_scale_is_used(golden, tmp_path):
