@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from models.autoencoders.scale import Scale, batch_norm_scale, config_scale, inner_scale
+from options import UsageError
 
 __all__ = ["KINDS", "Kind", "Layout"]
 
@@ -68,7 +69,7 @@ def _kl_layout(config: Any) -> Layout:
 def _flux2_layout(config: Any) -> Layout:
     patch, width = config.patch_size
     if patch != width:
-        raise ValueError(f"its patch_size {patch} x {width} is not square")
+        raise UsageError(f"expected an AutoencoderKLFlux2 with square patches, but its patch_size is {patch} x {width}")
     channels, factor = config.latent_channels * patch**2, _halvings(config.block_out_channels) * patch
     return Layout(config.in_channels, channels, factor, patch)
 

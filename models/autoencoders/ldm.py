@@ -98,7 +98,7 @@ def _read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _select(stored: Weights) -> dict[str, torch.Tensor]:
-    """The autoencoder's weights without a common prefix; those of an EMA copy if there is one."""
+    """The autoencoder's weights without their common prefix, from the EMA copy if there is one."""
     prefixes = sorted(
         (key.removesuffix(FIRST) for key in stored if key.endswith(FIRST)),
         key=lambda prefix: (AVERAGES.isdisjoint(prefix.split(".")), len(prefix)),

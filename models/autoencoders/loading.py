@@ -1,6 +1,6 @@
 """Loading of autoencoders by name: an entry of AUTOENCODERS such as `none`, a folder, a hub id, or a file.
 
-Folders and the hub's repositories are in diffusers format, files in that of the latent diffusion code.
+Folders and the hub's repositories are in diffusers format, and files have the latent diffusion code's names.
 """
 
 import re

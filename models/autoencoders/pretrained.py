@@ -38,7 +38,7 @@ class PretrainedAutoencoder:
         network: an instance of one of diffusers' classes in KINDS; it is frozen and set to evaluation mode.
         identity: hub id, folder or file, recorded in checkpoints.
         scale_factor: overrides the latent mean and std of the autoencoder itself.
-        scaled: whether the autoencoder has a scale of its own.
+        scaled: whether the network's own scale applies; otherwise it must be measured.
     """
 
     is_pixel_space = False
@@ -172,7 +172,7 @@ class PretrainedAutoencoder:
             )
 
     def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """What the network makes of pixels [B, C, H, W] in [-1, 1]: posterior moments or latents, without a scale."""
+        """Posterior moments or latents, without a scale, of pixels [B, C, H, W] in [-1, 1]."""
         x = (pixels + 1) / 2 if self.kind.unit_range else pixels
         network: Any = self.network
         code = network.encode(x[:, :, None] if self.kind.has_frames else x, return_dict=False)[0]

@@ -29,7 +29,7 @@ def load_twin(name: str, autoencoder: Autoencoder, channels: int) -> Autoencoder
 
 
 def fit_twin(twin: Autoencoder, autoencoder: Autoencoder) -> None:
-    """Scale the twin's latents so that it decodes those of `autoencoder`, whatever scale the run gives them.
+    """Scale the twin's latents so that it decodes the run's latents, whatever their scale.
 
     Twins are trained on latents in the autoencoder's own scale: (z - m) / s decodes to the same image in the twin, whose own
     scale is m', s', as z does in the autoencoder. The run's latents are x = (z - mean) / std, so the twin decodes

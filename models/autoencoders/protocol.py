@@ -100,7 +100,7 @@ class Autoencoder(Encoder, Protocol):
     def restore_scale(self, stored: AutoencoderFacts) -> None:
         """Scale latents by the mean and std in `stored`, even if the autoencoder's configuration has changed since.
 
-        An autoencoder with a scale of its own may ignore it.
+        An autoencoder whose scale is fixed ignores it.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Statistics of latents, which scale the latents of an autoencoder without a scale of its own: measured, or from a file."""
+"""Mean and deviation of latents, measured or from a file, for autoencoders whose files do not record a scale."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
