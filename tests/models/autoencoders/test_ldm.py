@@ -107,6 +107,7 @@ def to_ldm(name, levels):
         ("mid_block.resnets.1.", "mid.block_2."),
         ("mid_block.attentions.0.", "mid.attn_1."),
         (".resnets.", ".block."),
+        (".attentions.", ".attn."),
         ("samplers.0.", "sample."),
         ("conv_shortcut", "nin_shortcut"),
         ("conv_norm_out", "norm_out"),
