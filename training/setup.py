@@ -67,7 +67,13 @@ from training.experiment import (
     run_folder,
     will_resume,
 )
-from training.network import check_classes, check_labels, choose_architecture, new_network
+from training.network import (
+    check_classes,
+    check_labels,
+    choose_architecture,
+    new_network,
+    warn_of_other_conventions,
+)
 from training.objectives.checks import settle_options
 from training.objectives.training_pairs import open_training_pairs
 from training.run import TrainingOptions, TrainingRun
@@ -174,6 +180,8 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     if weights and describes_network(weights) and not options[AutoencoderOptions].latent_statistics:
         inherit_scale(inputs.autoencoder, read_header(weights).autoencoder)
     network = new_network(architecture, training.seed, weights, inputs.autoencoder.describe(), prediction_of(path))
+    if weights is not None and processes.is_main and not training.fsdp:  # a sharded network may not fit on one device
+        warn_of_other_conventions(weights, network, header, inputs.held_out, inputs.autoencoder, machine)
     fitted = fit_encoder(encoder, options[EncoderOptions], network, inputs.dataset)
     header = replace(header, auxiliary=auxiliary, encoder=fitted.describe() if fitted else None)
 
