@@ -102,7 +102,8 @@ class PretrainedAutoencoder:
         if not stored.same_scale(self.describe()):
             self.source = "a checkpoint's record"
         mean, std = (stored.latents_mean, stored.latents_std) if stored.latents_std else ((0.0,), (1.0,))
-        self.statistics = stored.statistics if stored.latents_std else UNMEASURED
+        known = stored.statistics if stored.statistics != UNMEASURED else ""
+        self.statistics = known if stored.latents_std else UNMEASURED
         self.mean, self.std = (values.to(self.mean) for values in self._columns(mean, std))
 
     @torch.no_grad()
