@@ -14,7 +14,7 @@ from options import UsageError
 from runtime.messages import note
 from runtime.weights import check_finite, find_mismatch, match_names
 
-__all__ = ["check_weights", "load_weights", "suggest_flags"]
+__all__ = ["TYPICAL_LABEL_DROPOUT", "check_weights", "load_weights", "suggest_flags"]
 
 TYPICAL_LABEL_DROPOUT = 0.1  # LFM's networks with a null class
 

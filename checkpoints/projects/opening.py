@@ -19,7 +19,7 @@ from checkpoints.lfm_request import SCALE_FACTOR, published_facts, select_option
 from checkpoints.projects.project import Project
 from checkpoints.projects.registry import find_project, fitting_projects
 from checkpoints.recognition import latent_side
-from checkpoints.state_dicts import check_weights, load_weights
+from checkpoints.state_dicts import TYPICAL_LABEL_DROPOUT, check_weights, load_weights
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from models.dit_options import DiTOptions
@@ -206,13 +206,18 @@ def _network(
     rows = found.pop("label_rows", None)
     if wanted and wanted != model_type and "-" in wanted:
         raise UsageError(f"--model_type {asked} contradicts {path}, whose weights are those of a {model_type}")
-    values = published_options(asked or project.name) | found
     if rows is not None:
-        values["num_classes"] = max(1, rows - 1)
-    values |= stated
-    if model_type.startswith("DiT/") and "heads" not in values:
+        found |= {"num_classes": max(1, rows - 1), "label_dropout": TYPICAL_LABEL_DROPOUT}
+    values = (found or published_options(asked)) | stated  # without `found`, loading explains what is missing
+    if found and model_type.startswith("DiT/") and not values.get("heads"):
         raise UsageError(
-            f"{path}: nothing in these weights, which have the width {values.get('width')}, shows the number of attention "
-            "heads: add --heads"
+            f"{path}: nothing in these weights, which have the width {found['width']}, shows the number of attention heads: "
+            "add --heads"
         )
-    return model_type, make_options(DiTOptions, values)
+    options = make_options(DiTOptions, values)
+    if found and (lacking := project.lacks(options)):
+        raise UsageError(
+            f"{path} is no file of {project.name}, whose networks have no such {', '.join(f'--{name}' for name in lacking)}: "
+            "choose another --model_type, or leave it out"
+        )
+    return model_type, options
