@@ -16,10 +16,10 @@ from checkpoints.header import Header, PublishedForm
 from checkpoints.lfm import describe_unseen, open_lfm
 from checkpoints.lfm_files import PublishedFile, read_condition_stage, read_published
 from checkpoints.lfm_request import SCALE_FACTOR, published_facts, select_options
-from checkpoints.projects.project import Project
+from checkpoints.projects.project import Project, split_description
 from checkpoints.projects.registry import find_project, fitting_projects
 from checkpoints.recognition import latent_side
-from checkpoints.state_dicts import TYPICAL_LABEL_DROPOUT, check_weights, load_weights
+from checkpoints.state_dicts import check_weights, load_weights
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
 from models.dit_options import DiTOptions
@@ -197,18 +197,18 @@ def weights_for_project(
 def _network(
     project: Project, file: PublishedFile, weights: Weights, path: Path, given: Mapping[str, Any]
 ) -> tuple[str, DiTOptions]:
-    """The model type and options of the network with these weights, from names, shapes, flags and the run's arguments."""
+    """The model type and options of the network with these weights, from names, shapes, flags and the run's arguments.
+
+    If weights are missing, the flags alone decide, so that loading lists what is missing.
+    """
     names = {field.name for field in dataclasses.fields(DiTOptions)}
     found, asked = project.describe(weights, file.run), given.get("model_type", "")
     stated = {name: given[name] for name in names if name in given}
     wanted = NetworkOptions(asked).resolve() if asked else ""
-    model_type = found.pop("model_type", wanted)
-    rows = found.pop("label_rows", None)
+    model_type, values = split_description(found) if found else (wanted, published_options(asked))
     if wanted and wanted != model_type and "-" in wanted:
         raise UsageError(f"--model_type {asked} contradicts {path}, whose weights are those of a {model_type}")
-    if rows is not None:
-        found |= {"num_classes": max(1, rows - 1), "label_dropout": TYPICAL_LABEL_DROPOUT}
-    values = (found or published_options(asked)) | stated  # without `found`, loading explains what is missing
+    values |= stated
     if found and model_type.startswith("DiT/") and not values.get("heads"):
         raise UsageError(
             f"{path}: nothing in these weights, which have the width {found['width']}, shows the number of attention heads: "

@@ -10,12 +10,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.recognition import recognise
+import torch
+
+from checkpoints.recognition import latent_side, recognise
+from checkpoints.state_dicts import TYPICAL_LABEL_DROPOUT
 from models.dit_options import DiTOptions
 from models.family import Weights, own_options
+from models.registry import build_network
 from models.taps import TapOptions
+from options import UsageError
+from runtime.weights import find_mismatch
 
-__all__ = ["COMMON_PARTS", "Project"]
+__all__ = ["COMMON_PARTS", "Project", "split_description"]
 
 # Parts that stand first in all projects' files, under DiT's names.
 COMMON_PARTS = {name: name for name in ("pos_embed", "x_embedder", "t_embedder", "y_embedder")}
@@ -82,15 +88,21 @@ class Project:
         return [name for name, values in allowed.items() if values is not None and getattr(options, name) not in values]
 
     def fits(self, weights: Weights) -> bool:
-        """Whether names and shapes in a state dict are those of one of the project's networks."""
+        """Whether a state dict has the names and shapes of one of the project's networks."""
         weights = self.modernize(weights)
         if any(_part_of(name, self.parts) is None for name in weights):
             return False
-        found = self.describe(self.read(weights), {})
+        own = self.read(weights)
+        found = self.describe(own, {})
         if not found or found["num_in_channels"] != found["num_out_channels"]:
             return False
-        known = {field.name for field in dataclasses.fields(DiTOptions)}
-        return not self.lacks(DiTOptions(**{name: value for name, value in found.items() if name in known}))
+        model_type, values = split_description(found)
+        if model_type.startswith("DiT/"):
+            values.setdefault(
+                "heads", 1
+            )  # where nothing shows the number of heads, names and shapes do not depend on it
+        options = DiTOptions(**values)
+        return not self.lacks(options) and _has_network(own, model_type, options)
 
     def names(self, own: Iterable[str]) -> dict[str, str]:
         """The project's names, in its order, for DiT's names `own`, which are the values."""
@@ -101,6 +113,23 @@ class Project:
             for name in own
             if _starts_with(name, prefix)
         }
+
+
+def split_description(found: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The model type, and options of DiT, in what `Project.describe` returned. Label tables have a row for the null class."""
+    values = dict(found)
+    model_type, rows = values.pop("model_type"), values.pop("label_rows")
+    return model_type, values | {"num_classes": max(1, rows - 1), "label_dropout": TYPICAL_LABEL_DROPOUT}
+
+
+def _has_network(weights: Weights, model_type: str, options: DiTOptions) -> bool:
+    """Whether a network with these options has the names and shapes of `weights`."""
+    try:
+        with torch.device("meta"):
+            own = build_network(model_type, latent_side(weights) or 1, options).state_dict()
+    except (KeyError, UsageError):  # no such patch side, or options that do not fit each other
+        return False
+    return not any(find_mismatch(own, weights))
 
 
 def _renamed(name: str, parts: Mapping[str, str]) -> str:
