@@ -33,7 +33,7 @@ def recognise(weights: Weights) -> dict[str, Any]:
 
 
 def _dit(weights: Weights) -> dict[str, Any]:
-    """The entries that differ from a plain DiT's, besides channels and label rows. `heads` are absent if unknown."""
+    """The entries that differ from a plain DiT's, besides channels and label rows. `model_heads` are absent if unknown."""
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
     outputs = weights["final_layer.linear.weight"].shape[0] // patch**2
     block, blocks = "blocks.0.", 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
@@ -67,8 +67,8 @@ def _dit_size(weights: Weights, width: int, depth: int, patch: int) -> dict[str,
     for name, (known_width, known_depth, known_heads) in DIT_SIZES.items():
         if (known_width, known_depth) == (width, depth) and heads in (None, known_heads):
             return {"model_type": f"DiT-{name}/{patch}"}
-    known = {} if heads is None else {"heads": heads}
-    return {"model_type": f"DiT/{patch}", "width": width, "depth": depth, **known}
+    known = {} if heads is None else {"model_heads": heads}
+    return {"model_type": f"DiT/{patch}", "model_width": width, "model_depth": depth, **known}
 
 
 def _ddt_head(weights: Weights, width: int, depth: int) -> dict[str, Any]:

@@ -21,16 +21,20 @@ DIT_SIZES = {
     "1p0B": (1536, 24, 24),
     "1p6B": (1792, 28, 28),
 }
-OWN_SIZE: Mapping[str, str] = {"width": "width", "depth": "number of blocks", "heads": "number of attention heads"}
+OWN_SIZE: Mapping[str, str] = {
+    "model_width": "width",
+    "model_depth": "number of blocks",
+    "model_heads": "number of attention heads",
+}
 
 
 @dataclass(frozen=True)
 class DiTOptions(FlowMapOptions):
     """DiT."""
 
-    width: int | None = option(None, "width of the tokens of a DiT/<patch side>, which names no size", minimum=4)
-    depth: int | None = option(None, "number of blocks of a DiT/<patch side>", minimum=1)
-    heads: int | None = option(None, "attention heads of a DiT/<patch side>", minimum=1)
+    model_width: int | None = option(None, "width of the tokens of a DiT/<patch side>, which names no size", minimum=4)
+    model_depth: int | None = option(None, "number of blocks of a DiT/<patch side>", minimum=1)
+    model_heads: int | None = option(None, "attention heads of a DiT/<patch side>", minimum=1)
     norm: str = option(
         "layer",
         "norm of tokens: layer (layer norm), rms (RMSNorm), or rms_affine (RMSNorm with learned scales)",

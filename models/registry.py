@@ -25,10 +25,9 @@ __all__ = [
     "Architecture",
     "NetworkOptions",
     "build_network",
-    "guided_diffusion_by_default",
+    "complete_network",
     "network_groups",
     "options_from_header",
-    "published_by_default",
     "published_options",
 ]
 
@@ -62,9 +61,9 @@ PUBLISHED_TYPES: dict[str, dict[str, Any]] = {
 }
 # DiT-DH's sizes (RAE, arXiv:2510.11690, section 5): the blocks of both stages count, and the patch side is 1 by default.
 DITDH_SIZES: dict[str, dict[str, Any]] = {
-    "S": {"width": 384, "depth": 14, "heads": 6},
-    "B": {"width": 768, "depth": 14, "heads": 12},
-    "XL": {"width": 1152, "depth": 30, "heads": 16},
+    "S": {"model_width": 384, "model_depth": 14, "model_heads": 6},
+    "B": {"model_width": 768, "model_depth": 14, "model_heads": 12},
+    "XL": {"model_width": 1152, "model_depth": 30, "model_heads": 16},
 }
 
 
@@ -96,18 +95,15 @@ class NetworkOptions:
         return name
 
 
-def guided_diffusion_by_default(options: Options) -> Options:
-    """Add --use_origin_adm, the default of LFM's downstream scripts, unless --model_type names another network.
+def complete_network(options: Options, *, guided_diffusion: bool = False) -> Options:
+    """Add the options of another project's network, if --model_type names one and they were not given.
 
-    The options of another project's network are added as in `published_by_default`.
+    With `guided_diffusion`, --use_origin_adm is added unless --model_type names a network, as in LFM's downstream scripts.
     """
-    named = options.values["model_type"] != NetworkOptions.model_type
-    return published_by_default(options) if named else options.completed({"use_origin_adm": True})
-
-
-def published_by_default(options: Options) -> Options:
-    """Add the options of another project's network, if --model_type names one and they were not given."""
-    return options.completed(published_options(options.values["model_type"]))
+    model_type = options.values["model_type"]
+    if guided_diffusion and model_type == NetworkOptions.model_type:
+        return options.completed({"use_origin_adm": True})
+    return options.completed(published_options(model_type))
 
 
 def published_options(model_type: str) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def project_options(arguments: dict[str, Any]) -> DiTOptions:
     if widths := arguments.get("repa_dims"):
         values |= {"align_features": 0.5, "align_width": widths[0], "unused_projectors": tuple(widths[1:])}
         values |= {"align_hidden": arguments["projector_dim"], "tap_block": arguments["repa_depth"]}
-    return DiTOptions(**values | {"width": width, "depth": depth, "heads": heads})
+    return DiTOptions(**values | {"model_width": width, "model_depth": depth, "model_heads": heads})
 
 
 @torch.no_grad()

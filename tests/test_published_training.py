@@ -11,7 +11,7 @@ from checkpoints.projects.registry import PROJECTS
 from models.dit import DiTOptions
 from models.registry import build_network, published_options
 
-SIZES = {"width": 32, "depth": 3, "heads": 2}
+SIZES = {"model_width": 32, "model_depth": 3, "model_heads": 2}
 HEAD = {"ddt_blocks": 1, "ddt_width": 48, "ddt_heads": 2}
 
 

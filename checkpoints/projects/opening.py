@@ -209,10 +209,10 @@ def _network(
     if wanted and wanted != model_type and "-" in wanted:
         raise UsageError(f"--model_type {asked} contradicts {path}, whose weights are those of a {model_type}")
     values |= stated
-    if found and model_type.startswith("DiT/") and not values.get("heads"):
+    if found and model_type.startswith("DiT/") and not values.get("model_heads"):
         raise UsageError(
-            f"{path}: nothing in these weights, which have the width {found['width']}, shows the number of attention heads: "
-            "add --heads"
+            f"{path}: nothing in these weights, which have the width {found['model_width']}, shows the number of attention "
+            "heads: add --model_heads"
         )
     options = make_options(DiTOptions, values)
     if found and (lacking := project.lacks(options)):

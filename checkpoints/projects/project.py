@@ -26,7 +26,15 @@ __all__ = ["COMMON_PARTS", "Project", "split_description"]
 # Parts that stand first in all projects' files, under DiT's names.
 COMMON_PARTS = {name: name for name in ("pos_embed", "x_embedder", "t_embedder", "y_embedder")}
 # Options of which projects' files say nothing, besides the tap's, and that fit any project.
-SIZES = ("num_in_channels", "num_out_channels", "num_classes", "label_dropout", "width", "depth", "heads")
+SIZES = (
+    "num_in_channels",
+    "num_out_channels",
+    "num_classes",
+    "label_dropout",
+    "model_width",
+    "model_depth",
+    "model_heads",
+)
 TRAINING = ("use_grad_checkpointing", "log_variance_head")
 FREE = {*SIZES, *TRAINING, *(field.name for field in own_options(TapOptions))}
 
@@ -99,7 +107,7 @@ class Project:
         model_type, values = split_description(found)
         if model_type.startswith("DiT/"):
             values.setdefault(
-                "heads", 1
+                "model_heads", 1
             )  # where nothing shows the number of heads, names and shapes do not depend on it
         options = DiTOptions(**values)
         return not self.lacks(options) and _has_network(own, model_type, options)

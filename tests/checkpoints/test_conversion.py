@@ -47,7 +47,11 @@ def converted(case_of, weights_of, autoencoder_for, tmp_path):
         case = case_of(name)
         content = in_form(change(weights_of(case)), entry, prefix)
         torch.save(content, tmp_path / "in.pt")
-        given = {"pretrained_autoencoder_ckpt": autoencoder_for(case.arguments["num_in_channels"]), "heads": 4, **flags}
+        given = {
+            "pretrained_autoencoder_ckpt": autoencoder_for(case.arguments["num_in_channels"]),
+            "model_heads": 4,
+            **flags,
+        }
         from_published(tmp_path / "in.pt", tmp_path / "model.safetensors", given)
         to_published(tmp_path / "model.safetensors", tmp_path / "out.pt")
         return tmp_path / "model.safetensors", tmp_path / "out.pt", content
@@ -120,7 +124,7 @@ def test_the_command_converts_in_both_directions(case_of, weights_of, autoencode
 
 def test_an_autoencoder_on_the_hub_is_not_downloaded(case_of, weights_of, tmp_path, capsys):
     torch.save(weights_of(case_of("sit_learn_sigma")), tmp_path / "in.pt")
-    from_published(tmp_path / "in.pt", tmp_path / "model.safetensors", {"heads": 4})
+    from_published(tmp_path / "in.pt", tmp_path / "model.safetensors", {"model_heads": 4})
     facts = read_weights(tmp_path / "model.safetensors")[1].autoencoder
     assert (facts.id, facts.sha256, facts.scale_factor) == ("stabilityai/sd-vae-ft-mse", None, 0.18215)
     assert "is not downloaded" in capsys.readouterr().err

@@ -311,11 +311,13 @@ def test_published_norms_of_queries_and_keys():
 
 
 def test_a_size_of_its_own():
-    options = DiTOptions(width=48, depth=3, heads=2)
+    options = DiTOptions(model_width=48, model_depth=3, model_heads=2)
     network = build_network("DiT/4", 8, options)
     assert (len(network.blocks), network.blocks[0].attn.num_heads, network.patch_size) == (3, 2, 4)
     assert network.x_embedder.proj.weight.shape[0] == 48
-    with pytest.raises(UsageError, match=r"names no size: give --depth \(number of blocks\), --heads \(number of"):
-        build_network("DiT/4", 8, DiTOptions(width=48))
-    with pytest.raises(UsageError, match="--width, --depth, --heads have no effect on the size Mi"):
+    with pytest.raises(
+        UsageError, match=r"names no size: give --model_depth \(number of blocks\), --model_heads \(number of"
+    ):
+        build_network("DiT/4", 8, DiTOptions(model_width=48))
+    with pytest.raises(UsageError, match="--model_width, --model_depth, --model_heads have no effect on the size Mi"):
         build_network("DiT-Mi/4", 8, options)

@@ -1,5 +1,7 @@
 """Model types: names of other projects' networks stand for DiT with options, which flags may change."""
 
+from functools import partial
+
 import pytest
 
 from command_line import parse_options
@@ -7,9 +9,8 @@ from models.dit import DiTOptions
 from models.registry import (
     NETWORKS,
     NetworkOptions,
-    guided_diffusion_by_default,
+    complete_network,
     network_groups,
-    published_by_default,
     published_options,
 )
 from options import UsageError
@@ -42,19 +43,20 @@ def test_other_names_are_refused(name):
         NetworkOptions(name).resolve()
 
 
-def options_of(*flags, adjust=published_by_default):
+def options_of(*flags, guided=False):
+    adjust = partial(complete_network, guided_diffusion=guided)
     return parse_options("", [NetworkOptions, *network_groups()], [*map(str, flags)], adjust=adjust)[DiTOptions]
 
 
-@pytest.mark.parametrize("adjust", [published_by_default, guided_diffusion_by_default])
-def test_a_name_sets_the_options_that_were_not_given(adjust):
-    options = options_of("--model_type", "LightningDiT-B/1", "--mlp", "gelu", "--num_classes", 10, adjust=adjust)
+@pytest.mark.parametrize("guided", [False, True])
+def test_a_name_sets_the_options_that_were_not_given(guided):
+    options = options_of("--model_type", "LightningDiT-B/1", "--mlp", "gelu", "--num_classes", 10, guided=guided)
     assert (options.norm, options.mlp, options.rope, options.reversed_time) == ("rms_affine", "gelu", True, True)
     assert (options.label_dropout, options.num_classes, options.label_rows) == (0.1, 10, 11)
-    options = options_of("--model_type", "DiTDH-XL", adjust=adjust)
-    assert (options.width, options.depth, options.heads) == (1152, 30, 16)
+    options = options_of("--model_type", "DiTDH-XL", guided=guided)
+    assert (options.model_width, options.model_depth, options.model_heads) == (1152, 30, 16)
     assert (options.ddt_blocks, options.ddt_width, options.ddt_heads) == (2, 2048, 16)
-    assert options_of("--model_type", "DiT-XL/2", adjust=adjust) == DiTOptions()
+    assert options_of("--model_type", "DiT-XL/2", guided=guided) == DiTOptions()
 
 
 def test_plain_model_types_set_nothing():

@@ -21,7 +21,11 @@ from sampling.request import SamplerRequest, SourceOptions
 from training.network import load_fitting_weights, new_network
 
 NAMES = ["sit_learn_sigma", "repa_one_projector", "lightningdit_qknorm_patch2", "meanflow_sit", "ditdh"]
-HEADS = {"sit_learn_sigma": {"heads": 4}, "repa_one_projector": {"heads": 4}, "meanflow_sit": {"heads": 4}}
+HEADS = {
+    "sit_learn_sigma": {"model_heads": 4},
+    "repa_one_projector": {"model_heads": 4},
+    "meanflow_sit": {"model_heads": 4},
+}
 each_case = pytest.mark.parametrize("name", NAMES)
 
 
@@ -68,8 +72,10 @@ def test_a_file_needs_no_flag_but_the_autoencoder_and_heads_that_nothing_shows(n
 
 @pytest.mark.parametrize("name", ["sit_learn_sigma", "repa_one_projector", "meanflow_sit"])
 def test_the_number_of_heads_is_asked_for_where_nothing_shows_it(name, opened):
-    with pytest.raises(UsageError, match=r"0400000\.pt: .*width 64, shows the number of attention heads: add --heads"):
-        opened(name, heads=None)
+    with pytest.raises(
+        UsageError, match=r"0400000\.pt: .*width 64, shows the number of attention heads: add --model_heads"
+    ):
+        opened(name, model_heads=None)
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "ema."])

@@ -11,7 +11,7 @@ from checkpoints.projects.registry import PROJECTS, find_project, fitting_projec
 from models.dit import DiTOptions
 from models.registry import build_network, published_options
 
-SIZE = {"width": 48, "depth": 4, "heads": 3, "num_classes": 5, "label_dropout": 0.1}
+SIZE = {"model_width": 48, "model_depth": 4, "model_heads": 3, "num_classes": 5, "label_dropout": 0.1}
 LIGHTNING = {
     "norm": ("layer", "rms_affine"),
     "mlp": ("gelu", "swiglu"),
@@ -59,8 +59,8 @@ def test_every_combination_of_options_is_recognized(project):
         assert (found.pop("label_rows"), found.pop("model_type")) == (6, "DiT/2")
         expected = {name: getattr(options, name) for name in found}
         assert found == expected
-        shown = replace(DiTOptions(**{**SIZE, "heads": None}), **found)
-        hidden = {} if options.rope or options.qk_norm else {"heads": 3}
+        shown = replace(DiTOptions(**{**SIZE, "model_heads": None}), **found)
+        hidden = {} if options.rope or options.qk_norm else {"model_heads": 3}
         assert replace(shown, **hidden) == options
         plain = all(getattr(options, name) == values[0] for name, values in LIGHTNING.items())
         plain_besides_qk = all(getattr(options, name) == LIGHTNING[name][0] for name in LIGHTNING if name != "qk_norm")
