@@ -1,11 +1,11 @@
-"""Claim: the largest published networks load, convert, sample and decode an image within three times the weights' memory.
+"""Claim: the largest published networks load, convert, sample and decode an image within four times the weights' memory.
 
     python -m benchmarks.published_networks [--networks SiT-XL/2 LightningDiT-XL/1 DiTDH-XL] [--num_steps 2]
 
 Each network has random weights in its full size. Four processes per network write a file as its project does, convert it to
 this project's format, draw one image of 256 x 256 pixels from it, and convert it back, which must give the same file. The
 autoencoder has random weights too, and latents of the right shape. Peaks are resident memory minus the memory in use after
-imports. Needs 10 GB of disk, and 7 GB of memory for the largest.
+imports. Needs 10 GB of disk, and 12 GB of memory for the largest.
 
 Linux only, where ru_maxrss counts KiB.
 """
@@ -33,7 +33,7 @@ from models.registry import NetworkOptions, build_network, published_options
 
 IMAGE_SIZE, CLASSES, SEED = 256, 1000, 0
 BYTES = 4  # of a weight
-MAX_RATIO = 3.0
+MAX_RATIO = 4.0
 
 
 class Latents(NamedTuple):
@@ -128,7 +128,7 @@ def in_process(stage: str, folder: Path, name: str, steps: int) -> dict[str, flo
 
 
 def main() -> None:
-    """Print the table. Exit with code 1 if a stage uses more than three times the weights' memory."""
+    """Print the table. Exit with code 1 if a stage uses more than four times the weights' memory."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["SiT-XL/2", "LightningDiT-XL/1", "DiTDH-XL"])
     parser.add_argument("--num_steps", type=int, default=2, help="steps of Euler's method; default: 2")
