@@ -9,7 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import NamedTuple, Protocol
 
-__all__ = ["Comparison", "Side", "compare", "compare_apart", "markdown_table", "parse_no_options"]
+__all__ = ["Comparison", "Side", "compare", "compare_apart", "markdown_table", "parse_no_options", "processor_seconds"]
 
 TURN_SECONDS = 1.0
 
@@ -138,6 +138,13 @@ def _seconds(run: Callable[[], object]) -> float:
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
+
+
+def processor_seconds(run: Callable[[], object]) -> float:
+    """Processor time of a call on all threads, which other programs disturb less than the time on the clock."""
+    started = time.process_time()
+    run()
+    return time.process_time() - started
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

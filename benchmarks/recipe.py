@@ -123,7 +123,7 @@ def train(own: RecipeOptions, datadir: str, variant: Variant, seed: int) -> Path
     """Train a variant, or resume or reuse its run. Returns the run folder."""
     root, name = Path(own.keep).resolve(), f"{_slug(variant.training)}_{own.steps}_steps_seed{seed}"
     run = root / "latent_flow" / "fashion_mnist" / name
-    if not _is_finished(run, own.steps):
+    if not is_finished(run, own.steps):
         flags = ["--seed", str(seed), "--max_steps", str(own.steps), "--datadir", str(Path(datadir).resolve())]
         run_default(str(root), name, *flags, *variant.training)
     return run
@@ -248,7 +248,8 @@ def _slug(flags: Sequence[str]) -> str:
     return "_".join(word.removeprefix("--").replace("/", "-").replace(".", "p") for word in flags) or "default"
 
 
-def _is_finished(run: Path, steps: int) -> bool:
+def is_finished(run: Path, steps: int) -> bool:
+    """Whether a run folder holds a run of this many steps with its last validation."""
     if not (run / "metrics.jsonl").exists():
         return False
     validations = records_of(run, "validation")

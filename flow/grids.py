@@ -50,8 +50,8 @@ class TimeGridOptions:
 
     method: str = option(
         "dopri5",
-        "euler, midpoint, heun, rk3, rk4, ab2 (or multistep), ab3, ab4, dpm, stochastic, flow_map; adaptive: dopri5, "
-        "torchdiffeq_dopri5, dopri8, adaptive_heun, bosh3 (docs/sampling.md)",
+        "euler, midpoint, heun, rk3, rk4, ab2 (or multistep), ab3, ab4, dpm, stochastic, euler_maruyama, flow_map; adaptive: "
+        "dopri5, torchdiffeq_dopri5, dopri8, adaptive_heun, bosh3 (docs/sampling.md)",
         common=True,
     )
     num_steps: int = option(40, "number of intervals of the fixed-step solvers", minimum=0, common=True)
@@ -69,6 +69,19 @@ class TimeGridOptions:
     grid_location: float = option(0.0, "logit_normal grid: location; values above 0 give shorter steps near noise")
     grid_scale: float = option(1.0, "logit_normal grid: scale", minimum=1e-6)
     grid_rho: float = option(7.0, "edm grid: exponent; larger values give shorter steps near data", minimum=1e-6)
+    last_step: float = option(
+        0.0,
+        "uniform grid: length of the last interval, before the shift (SiT's SDE: 0.04); 0: as long as the others",
+        minimum=0,
+    )
+    end_time: float = option(
+        0.0, "uniform grid: time at which sampling ends, before the shift (RAE: 0.001); 0: data", minimum=0
+    )
+    fit_grid: bool = option(
+        True,
+        "fixed-step solvers: move grid points onto the ends of guidance intervals; off: leave the grid as it is, and guide "
+        "where an evaluation's time lies in the interval, as other projects do",
+    )
 
     @property
     def steps(self) -> int:
@@ -77,11 +90,11 @@ class TimeGridOptions:
 
 
 def time_grid(options: TimeGridOptions, breakpoints: Sequence[float] = (), dimensions: int = 0) -> list[float]:
-    """The `options.steps` + 1 times from 1 down to 0, with both ends exact.
+    """The `options.steps` + 1 times from 1 down to 0, or to `end_time`, with both ends exact.
 
     `time_shift` s maps any grid to t' = s t / (1 + (s - 1) t) (Esser et al. 2024, section 5.3.2). After that, the grid point
     nearest to each of the decreasing `breakpoints` moves onto it, and the steps between two of them stretch in proportion.
-    The number of steps stays the same. With too few steps to reach all breakpoints, no point moves.
+    The number of steps stays the same. With too few steps to reach all breakpoints, or without `fit_grid`, no point moves.
 
     Args:
         options: the grid.
@@ -89,18 +102,33 @@ def time_grid(options: TimeGridOptions, breakpoints: Sequence[float] = (), dimen
         dimensions: d, numbers per latent, for the shift `auto`; 0: it is then 1.
 
     Raises:
-        UsageError: fewer than one step, or a grid so uneven that times coincide.
+        UsageError: fewer than one step, a grid so uneven that times coincide, or `last_step` and `end_time` that do not fit.
     """
     if options.steps < 1:
         raise UsageError(f"--method {options.method} needs --num_steps of at least 1, but {options.steps} was given")
-    t = GRIDS[options.time_grid](torch.linspace(1, 0, options.steps + 1, dtype=torch.float64), options)
+    t = GRIDS[options.time_grid](_even_grid(options), options)
     t = shift_times(t, options.time_shift or dimension_shift(dimensions))
     if not (t.diff() < 0).all():
         raise UsageError(
             f"--time_grid {options.time_grid} has coinciding times at {options.steps} steps: "
             "choose a more even grid or fewer steps"
         )
-    return _stretch(t, breakpoints).tolist()
+    if options.fit_grid:
+        t = _stretch(t, [time for time in breakpoints if time > t[-1]])
+    return t.tolist()
+
+
+def _even_grid(options: TimeGridOptions) -> torch.Tensor:
+    """Evenly spaced times from 1 to `end_time`, except for a last interval of length `last_step` if there is one."""
+    end, last = options.end_time, options.last_step
+    if (end or last) and options.time_grid != "uniform":
+        raise UsageError(f"--last_step and --end_time need --time_grid uniform, but {options.time_grid} was given")
+    if end + last >= 1:
+        raise UsageError(f"--last_step {last:g} and --end_time {end:g}: expected a sum below 1, where sampling starts")
+    if not last:
+        return torch.linspace(1, end, options.steps + 1, dtype=torch.float64)
+    even = torch.linspace(1, end + last, options.steps, dtype=torch.float64)
+    return torch.cat([even, even.new_tensor([end])])
 
 
 def _stretch(t: torch.Tensor, breakpoints: Sequence[float]) -> torch.Tensor:
@@ -113,7 +141,7 @@ def _stretch(t: torch.Tensor, breakpoints: Sequence[float]) -> torch.Tensor:
         distance = (t[first : last + 1] - time).abs().round(decimals=9)
         fixed.append(first + int(distance.argmin()))  # of two equally near, the noisier
     stretched = t.clone()
-    ends = zip(pairwise([*fixed, steps]), pairwise([1.0, *breakpoints, 0.0]), strict=True)
+    ends = zip(pairwise([*fixed, steps]), pairwise([1.0, *breakpoints, float(t[-1])]), strict=True)
     for (first, last), (start, end) in ends:
         share = (t[first : last + 1] - t[last]) / (t[first] - t[last])
         stretched[first : last + 1] = share * start + (1 - share) * end

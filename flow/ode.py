@@ -38,6 +38,7 @@ SHORTEST_PIECE = 1e-6
 # Evaluations of a batch by an adaptive solver, between two breakpoints, after which it gives up. Tolerances near 1e-5 take
 # hundreds. The second number is for tolerances that float32 cannot reach, so that more evaluations improve nothing.
 MOST_EVALUATIONS, MOST_UNREACHABLE_EVALUATIONS = 100_000, 20_000
+NEWER = ("reinject_noise", "last_step", "end_time", "fit_grid")  # options that older versions lack
 FLOAT32_EPS = torch.finfo(torch.float32).eps
 # draw(step): standard normal noise like x, for solvers that add noise; each sample has a separate random stream.
 Draw = Callable[[int], torch.Tensor]
@@ -56,8 +57,10 @@ class SolverOptions(TimeGridOptions):
     churn_interval: tuple[float, ...] = option(
         (0.0, 1.0), "heun: times LOW HIGH between which churn applies", minimum=0
     )
-    diffusion: str = option("sigma", "stochastic: diffusion coefficient w(t) of the SDE", choices=DIFFUSIONS)
-    diffusion_norm: float = option(1.0, "stochastic: factor on w(t)", minimum=0)
+    diffusion: str = option(
+        "sigma", "stochastic, euler_maruyama: diffusion coefficient w(t) of the SDE", choices=DIFFUSIONS
+    )
+    diffusion_norm: float = option(1.0, "stochastic, euler_maruyama: factor on w(t)", minimum=0)
     reinject_noise: float = option(
         0.0,
         "flow_map: share of a step's noise that is fresh; 0: none, 1: all, as in multistep consistency sampling",
@@ -70,9 +73,11 @@ class SolverOptions(TimeGridOptions):
             raise UsageError(f"--churn_interval: expected two times LOW <= HIGH, but {self.churn_interval} was given")
 
     def to_json(self) -> dict[str, Any]:
-        """All options, without `reinject_noise` if it is 0, so that samples of older versions have equal settings."""
+        """All options, without newer ones that have no effect, so that samples of older versions have equal settings."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value or name != "reinject_noise"}
+        return {
+            name: value for name, value in values.items() if name not in NEWER or value != getattr(SolverOptions, name)
+        }
 
     def __repr__(self) -> str:
         # Training states, also of older versions, store this text with the score of best.safetensors.

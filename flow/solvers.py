@@ -23,7 +23,7 @@ from flow.ode import (
     restrict,
 )
 from flow.runge_kutta import TABLEAUS, runge_kutta
-from flow.stochastic import heun, reverse_sde
+from flow.stochastic import check_diffusion, euler_maruyama, heun, reverse_sde
 from flow.torchdiffeq_methods import torchdiffeq_solver
 from options import UsageError
 
@@ -49,12 +49,14 @@ class Method(NamedTuple):
         adaptive: whether its steps are adaptive.
         reversible: whether it can also integrate from data to noise.
         averages: whether it needs average velocities over its steps, which only flow maps predict.
+        stochastic: whether it always adds noise.
     """
 
     run: Solver
     adaptive: bool = False
     reversible: bool = True
     averages: bool = False
+    stochastic: bool = False
 
 
 SOLVERS: dict[str, Method] = {
@@ -65,7 +67,8 @@ SOLVERS: dict[str, Method] = {
     "ab4": Method(partial(adams_bashforth, 4)),
     "multistep": Method(partial(adams_bashforth, 2)),  # LFM's name for ab2
     "dpm": Method(dpm_solver, reversible=False),
-    "stochastic": Method(reverse_sde, reversible=False),
+    "stochastic": Method(reverse_sde, reversible=False, stochastic=True),
+    "euler_maruyama": Method(euler_maruyama, reversible=False, stochastic=True),
     "flow_map": Method(flow_map, reversible=False, averages=True),
     "dopri5": Method(dopri5, adaptive=True),
     "torchdiffeq_dopri5": Method(partial(torchdiffeq_solver, "dopri5"), adaptive=True),
@@ -107,7 +110,7 @@ def check_method(options: SolverOptions, backwards: bool = False) -> None:
 
     Raises:
         UsageError: an unknown method (the message lists the known ones), an option of another method, an invalid time grid (see
-            `time_grid`), or, if `backwards`, a method that cannot integrate from data to noise.
+            `time_grid`) or diffusion, or, if `backwards`, a method that cannot integrate from data to noise.
     """
     if options.method not in SOLVERS:
         raise UsageError(f"unknown --method {options.method!r}: expected one of {', '.join(SOLVERS)}")
@@ -118,13 +121,19 @@ def check_method(options: SolverOptions, backwards: bool = False) -> None:
         usable = ", ".join(name for name, method in SOLVERS.items() if method.reversible)
         name = "heun with churn" if options.churn else options.method
         raise UsageError(f"--method {name} cannot integrate from data to noise: choose one of {usable}")
+    if backwards and options.end_time:
+        raise UsageError(
+            f"--end_time {options.end_time:g}: integrating from data to noise starts at 0, so leave it out"
+        )
+    if options.method == "euler_maruyama":
+        check_diffusion(options)
     if not SOLVERS[options.method].adaptive:
         time_grid(options)  # raises UsageError for an invalid grid
 
 
 def adds_noise(options: SolverOptions) -> bool:
     """Whether the solver adds noise on the way, so that its samples depend on more than the initial state."""
-    return options.method == "stochastic" or options.churn > 0 or options.reinject_noise > 0
+    return SOLVERS[options.method].stochastic or options.churn > 0 or options.reinject_noise > 0
 
 
 def _missing_draw(step: int) -> torch.Tensor:
@@ -139,7 +148,8 @@ def solve(
 
     A velocity that jumps, such as one with a guidance interval, is integrated piece by piece: no step crosses a breakpoint,
     and adaptive step sizes and the history of multistep methods start afresh there. Fixed-step grids reach the breakpoints
-    (see `time_grid`). If there are too few steps for that, the solver starts afresh at every step.
+    (see `time_grid`). If there are too few steps for that, the solver starts afresh at every step. Without `fit_grid`, a
+    fixed-step solver ignores breakpoints.
 
     Args:
         velocity: velocity(t, x), where t is [] or [B]; `flow_map` calls velocity(t, x, until=s).
@@ -153,11 +163,12 @@ def solve(
     """
     check_method(options, backwards)
     method = SOLVERS[options.method]
-    breakpoints = breakpoints_of(velocity)
+    fits = method.adaptive or options.fit_grid
+    breakpoints = breakpoints_of(velocity) if fits else []
     times = [1.0, *breakpoints, 0.0] if method.adaptive else time_grid(options, breakpoints, x[0].numel())
     evaluations, taken = torch.zeros(len(x), dtype=torch.long, device=x.device), 0
     for piece in _split(times[::-1] if backwards else times, breakpoints):
-        part = restrict(velocity, piece[0], piece[-1])
+        part = restrict(velocity, piece[0], piece[-1]) if fits else velocity
         x, used = method.run(part, x, piece, options, partial(_draw_later, draw, taken))
         evaluations, taken = evaluations + used, taken + len(piece) - 1
     return Solution(x, evaluations)

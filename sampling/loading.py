@@ -1,7 +1,7 @@
 """Loading of a sampler: finds the checkpoint, builds its network, and rejects flags that contradict its header."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,24 @@ from flow.objectives import OBJECTIVES
 from flow.solvers import SOLVERS, SolverOptions, check_method, needs_float32, unreachable_tolerances
 from models.autoencoders.loading import AutoencoderOptions
 from models.autoencoders.protocol import AutoencoderFacts
+from models.registry import NetworkOptions, network_groups
 from options import UsageError, as_json
 from runtime.distributed import Processes
 from runtime.inference import for_sampling
 from runtime.messages import fact, note
 from runtime.precision import Machine, choose_machine, find_device
 from sampling.checks import check_average_velocity, check_guidance, check_network, warn_of_untrained
+from sampling.conventions import check_file
 from sampling.request import SamplerRequest, note_unused
 from sampling.sampler import Sampler
 
 __all__ = ["LoadedSampler", "load_sampler"]
 
 TYPICAL_ADAPTIVE_EVALUATIONS = 100  # network evaluations per batch; decides whether compiling pays off
-FIXED_STEP_FLAGS = ("grid_location", "grid_rho", "grid_scale", "num_steps", "step_size", "time_grid", "time_shift")
+FIXED_STEP_FLAGS = (
+    *("end_time", "fit_grid", "grid_location", "grid_rho", "grid_scale", "last_step"),
+    *("num_steps", "step_size", "time_grid", "time_shift"),
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,8 @@ def load_sampler(
     warn_of_untrained(model.header, request.solver, request.guidance)
     machine = _choose_machine(request, processes, batches, solver_counts=task is tasks[0])
     fact("machine", machine.describe())
+    if processes.is_main:
+        check_file(path, request, model, machine)
     sampler = _make_sampler(request, model, guide, machine)
     return LoadedSampler(sampler, path, model.header, _settings(request, model.header, guide, machine))
 
@@ -160,7 +167,7 @@ def _load_guide(request: SamplerRequest, model: LoadedModel, device: torch.devic
         return None
     if scale == 1:
         raise UsageError("--guide_checkpoint has no effect at --cfg_scale 1: give a scale above 1")
-    guide = load_model(name, device, _moved_autoencoder(request))
+    guide = _open_guide(name, request, device)
     check_average_velocity(guide.header.network, request.solver, f"--guide_checkpoint {name}")
     for entry in ("task", "latent_size", "latent_channels", "num_classes"):
         theirs, ours = getattr(guide.header, entry), getattr(model.header, entry)
@@ -175,6 +182,22 @@ def _load_guide(request: SamplerRequest, model: LoadedModel, device: torch.devic
             f"guided network's have {ours.latents_std}"
         )
     return guide
+
+
+def _open_guide(name: str, request: SamplerRequest, device: torch.device) -> LoadedModel:
+    """Open a guide of this project, or of another one whose files show their network; flags describe the guided one."""
+    if describes_network(name):
+        return load_model(name, device, _moved_autoencoder(request))
+    groups: tuple[type, ...] = (NetworkOptions, *network_groups())
+    network = {field.name for group in groups for field in fields(group)}
+    given = {flag: value for flag, value in request.given.items() if flag not in network}
+    try:
+        return open_published(Path(name), given, device)
+    except UsageError as error:
+        raise UsageError(
+            f"--guide_checkpoint {name}: {error}. If its network cannot be recognized, convert the file first, with python -m "
+            "checkpoints.convert"
+        ) from error
 
 
 def _choose_machine(request: SamplerRequest, processes: Processes, batches: float, solver_counts: bool) -> Machine:

@@ -46,6 +46,12 @@ class SourceOptions:
     guide_checkpoint: str = option(
         "", "checkpoint of a weaker network for autoguidance, which replaces classifier-free guidance"
     )
+    check_conventions: str = option(
+        "auto",
+        "at the start, check that velocities and latents have the direction and scale of this project: auto (files of other "
+        "projects), on, or off",
+        choices=("auto", "on", "off"),
+    )
     seed: int = option(42, "seed of the noise; the noise of sample i depends only on (seed, i)", minimum=0, common=True)
     generator: str = option(
         "determ-indiv",

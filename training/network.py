@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoints.files import describes_network, read_weights
+from checkpoints.files import describes_network, read_header, read_weights
+from checkpoints.header import Header
 from checkpoints.projects.opening import check_direction, read_start
 from datasets_prep.datasets import ImageDataset
 from datasets_prep.folder_layout.report import class_names
@@ -19,10 +20,19 @@ from models.family import FamilyOptions, Weights, own_options
 from models.registry import Architecture, build_network, network_groups
 from options import UsageError
 from runtime.messages import fact, note, warn
+from runtime.precision import Machine
 from runtime.randomness import seed_for
 from runtime.weights import check_finite, list_names, match_names
+from sampling.conventions import Subject, warn_of_conventions
 
-__all__ = ["check_classes", "check_labels", "choose_architecture", "load_fitting_weights", "new_network"]
+__all__ = [
+    "check_classes",
+    "check_labels",
+    "choose_architecture",
+    "load_fitting_weights",
+    "new_network",
+    "warn_of_other_conventions",
+]
 
 
 def choose_architecture(
@@ -189,6 +199,28 @@ def load_fitting_weights(network: nn.Module, weights: Weights) -> None:
     left_out = sorted({*own, *weights} - {*fitting})
     listed = f"; no match in name and shape: {list_names(left_out)}" if left_out else ""
     fact("init", f"loaded {len(fitting)} of {len(own)} weights{listed}")
+
+
+def warn_of_other_conventions(
+    path: Path, network: nn.Module, header: Header, held_out: ImageDataset, autoencoder: Autoencoder, machine: Machine
+) -> None:
+    """Warn if a network that starts from another project's file does not follow the conventions of this one.
+
+    Args:
+        path: the file of --init_from. A run's own checkpoint is not checked.
+        network: with the file's weights; moves to the machine's device.
+        header: the header of the run.
+        held_out: held-out images.
+        autoencoder: of the run's latents.
+        machine: device and precision.
+    """
+    ours = describes_network(path) and read_header(path).published_file is None
+    if ours or header.dense is not None or prediction_of(header.path) != "velocity":
+        return
+    was_training = network.training
+    subject = Subject.of(header, network.to(machine.device).eval(), autoencoder, machine)
+    warn_of_conventions(f"--init_from {path}", subject, held_out)
+    network.train(was_training)
 
 
 def _check_class_flag(options: FamilyOptions, given: Mapping[str, Any]) -> None:

@@ -64,7 +64,13 @@ from training.experiment import (
     run_folder,
     will_resume,
 )
-from training.network import check_classes, check_labels, choose_architecture, new_network
+from training.network import (
+    check_classes,
+    check_labels,
+    choose_architecture,
+    new_network,
+    warn_of_other_conventions,
+)
 from training.objectives.checks import settle_options
 from training.objectives.training_pairs import open_training_pairs
 from training.run import TrainingOptions, TrainingRun
@@ -168,6 +174,8 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     objective = add_auxiliary(OBJECTIVES[objective_name].build(path), architecture.options, auxiliary)
     weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
     network = new_network(architecture, training.seed, weights, header.autoencoder, prediction_of(path))
+    if weights is not None and processes.is_main and not training.fsdp:  # a sharded network may not fit on one device
+        warn_of_other_conventions(weights, network, header, inputs.held_out, inputs.autoencoder, machine)
     fitted = fit_encoder(encoder, options[EncoderOptions], network, inputs.dataset)
     header = replace(header, auxiliary=auxiliary, encoder=fitted.describe() if fitted else None)
 

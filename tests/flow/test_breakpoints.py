@@ -191,6 +191,19 @@ def test_every_step_draws_its_own_noise(settings):
     assert asked == list(expected)
 
 
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_without_a_fitted_grid_every_evaluation_decides_by_its_time(method):
+    seen = []
+
+    def network(t, x, condition):
+        seen.append((round(t[0].item(), 9), len(x)))
+        return 0 * x
+
+    solve(guided(interval=(0.25, 0.55), network=network), NOISE, SolverOptions(method, 4, fit_grid=False))
+    times = [1, 0.75, 0.5, 0.25] if method == "euler" else [1, 0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0]
+    assert seen == [(t, len(NOISE) * (2 if 0.25 <= t <= 0.55 else 1)) for t in times]
+
+
 def test_churn_is_spread_over_the_steps_of_all_pieces():
     """For zero velocity, churned x is scaled by the ratio of the data shares. An interval does not change it."""
     still = SolverOptions("heun", 20, churn=4.0)

@@ -8,7 +8,7 @@ import torch
 from flow.grids import GRIDS, time_grid
 from flow.ode import SolverOptions
 from flow.solvers import solve
-from options import UsageError, make_options
+from options import UsageError, as_json, make_options
 
 
 @pytest.mark.parametrize("name", GRIDS)
@@ -55,3 +55,45 @@ def test_the_automatic_shift_follows_the_latents():
     seen = []
     solve(lambda t, x: seen.append(t.item()) or 0 * x, torch.zeros(1, 16, 32, 32), auto)
     assert seen == pytest.approx(time_grid(SolverOptions("euler", 4, time_shift=2.0))[:-1])
+
+
+def test_a_last_step_of_its_own_length_and_an_end_before_data():
+    assert time_grid(SolverOptions("euler", 4, last_step=0.1)) == pytest.approx([1, 0.7, 0.4, 0.1, 0])
+    assert time_grid(SolverOptions("euler", 3, end_time=0.1)) == pytest.approx([1, 0.7, 0.4, 0.1])
+    assert time_grid(SolverOptions("euler", 3, last_step=0.3, end_time=0.1)) == pytest.approx([1, 0.7, 0.4, 0.1])
+    assert time_grid(SolverOptions("euler", 1, last_step=0.1)) == [1, 0]
+    shifted = time_grid(SolverOptions("euler", 3, end_time=0.1, time_shift=2.0))
+    assert shifted[-1] == pytest.approx(0.2 / 1.1)
+    reached = time_grid(SolverOptions("euler", 3, end_time=0.1), breakpoints=(0.5, 0.05))
+    assert (reached[0], reached[2], reached[-1]) == (1, 0.5, pytest.approx(0.1))
+
+
+def test_a_grid_that_is_left_as_it_is():
+    free = SolverOptions("euler", 4, fit_grid=False)
+    assert time_grid(free, breakpoints=(0.7, 0.3)) == time_grid(SolverOptions("euler", 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"time_grid": "edm", "end_time": 0.1},
+            "--last_step and --end_time need --time_grid uniform, but edm was given",
+        ),
+        ({"end_time": 0.7, "last_step": 0.4}, "--last_step 0.4 and --end_time 0.7: expected a sum below 1"),
+    ],
+)
+def test_ends_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(UsageError, match=message):
+        time_grid(SolverOptions("euler", 4, **options))
+
+
+def test_integration_from_data_starts_at_data():
+    with pytest.raises(UsageError, match="--end_time 0.001: integrating from data to noise starts at 0"):
+        solve(lambda t, x: x, torch.zeros(1, 1, 1, 1), SolverOptions("euler", 4, end_time=0.001), backwards=True)
+
+
+def test_settings_without_the_newer_options_are_those_of_older_samples():
+    newer = {"last_step": 0.04, "end_time": 0.001, "fit_grid": False}
+    assert not newer.keys() & as_json(SolverOptions()).keys()
+    assert newer.items() <= as_json(SolverOptions(**newer)).items()

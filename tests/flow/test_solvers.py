@@ -19,7 +19,12 @@ FIXED = {"euler": (1, 1), "midpoint": (2, 2), "heun": (2, 2), "rk3": (3, 3), "rk
 # (order, evaluations in addition to one per step)
 MULTISTEP = {"ab2": (2, 0), "ab3": (3, 2), "ab4": (4, 6), "multistep": (2, 0)}
 ADAPTIVE = ("dopri5", "torchdiffeq_dopri5", "dopri8", "adaptive_heun", "bosh3")
-OTHERS = ("dpm", "stochastic", "flow_map")  # tested in test_multistep.py, test_stochastic.py and test_few_steps.py
+OTHERS = (
+    "dpm",
+    "stochastic",
+    "euler_maruyama",
+    "flow_map",
+)  # tested in test_multistep.py, test_stochastic.py and test_few_steps.py
 NOISE = torch.randn(3, 2, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from flow.diffusions import DIFFUSIONS
-from flow.solvers import SolverOptions, solve
+from flow.solvers import SolverOptions, adds_noise, solve
 from flow.stochastic import _noise_decay
 from options import UsageError
 
@@ -82,6 +82,36 @@ def test_coarse_steps_are_less_biased_than_those_of_euler_and_maruyama(diffusion
     assert ours < 0.7 * theirs
 
 
+@pytest.mark.parametrize("diffusion", sorted(DIFFUSIONS.keys() - {"kl", "constant"}))
+def test_euler_and_maruyamas_method_has_weak_order_one(diffusion):
+    """`kl` is infinite at t = 1, and the score's factor 1 / t makes `constant` stiff near data."""
+    options = {"method": "euler_maruyama", "diffusion": diffusion, "last_step": 0.001}
+    (mean, coarse), (_, fine) = (moments(steps, **options) for steps in (500, 1000))
+    assert mean == pytest.approx(MEAN, abs=5e-3)
+    errors = [abs(variance - SPREAD**2) for variance in (coarse, fine)]
+    assert errors[1] < 3e-3
+    assert math.log2(errors[0] / errors[1]) == pytest.approx(1, abs=0.3)
+
+
+def test_euler_and_maruyamas_method_adds_noise_to_every_step_but_that_to_data():
+    def asked(**options):
+        steps = []
+        noise = torch.zeros(1, 1, 1, 1)
+        options = SolverOptions("euler_maruyama", 4, **options)
+        solve(gaussian_velocity, noise, options, draw=lambda step: steps.append(step) or noise)
+        return steps
+
+    assert asked() == [0, 1, 2]
+    assert asked(end_time=0.1) == [0, 1, 2, 3]
+
+
+def test_without_diffusion_euler_and_maruyamas_method_is_eulers():
+    noise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    still = SolverOptions("euler_maruyama", 10, diffusion_norm=0.0)
+    found = solve(gaussian_velocity, noise, still, draw=lambda step: torch.full_like(noise, 1e6)).x
+    torch.testing.assert_close(found, solve(gaussian_velocity, noise, SolverOptions("euler", 10)).x)
+
+
 def test_without_diffusion_the_sde_is_an_ode():
     """Its first step is Euler's. Its order is 2, up to a logarithm that lowers it to 1.5 at these steps."""
     noise = torch.randn(3, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -131,6 +161,7 @@ def test_churn_preserves_mean_and_variance_and_replaces_noise():
     [
         ({"method": "euler", "churn": 1.0}, "--churn requires --method heun, but --method euler was given"),
         ({"method": "stochastic"}, "--method stochastic cannot integrate from data to noise: choose one of euler"),
+        ({"method": "euler_maruyama"}, "--method euler_maruyama cannot integrate from data to noise"),
         ({"method": "dpm"}, "--method dpm cannot integrate from data to noise"),
         ({"method": "heun", "churn": 1.0}, "--method heun with churn cannot integrate from data to noise"),
     ],
@@ -140,6 +171,13 @@ def test_invalid_settings_are_refused(options, message):
         solve(gaussian_velocity, torch.zeros(1, 1, 1, 1), SolverOptions(**options), backwards=True)
 
 
-def test_noise_must_be_given():
+def test_an_infinite_diffusion_is_refused():
+    with pytest.raises(UsageError, match="--diffusion kl is infinite at t = 1, where --method euler_maruyama starts"):
+        solve(gaussian_velocity, torch.zeros(1, 1, 1, 1), SolverOptions("euler_maruyama", diffusion="kl"))
+
+
+@pytest.mark.parametrize("method", ["stochastic", "euler_maruyama"])
+def test_noise_must_be_given(method):
+    assert adds_noise(SolverOptions(method))
     with pytest.raises(ValueError, match="adds noise: pass solve"):
-        solve(gaussian_velocity, torch.zeros(1, 1, 1, 1), SolverOptions("stochastic", 2))
+        solve(gaussian_velocity, torch.zeros(1, 1, 1, 1), SolverOptions(method, 2))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from checkpoints.files import save_weights
+from checkpoints.files import load_model, save_weights
 from datasets_prep.datasets import DatasetFacts
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
@@ -15,6 +15,7 @@ from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError, as_json
 from runtime.precision import MachineOptions
+from sampling import loading
 from sampling.loading import load_sampler
 from sampling.request import SamplerRequest, SourceOptions, note_unused
 from tests.headers import header_of
@@ -89,3 +90,29 @@ def test_a_guide_of_latents_with_another_scale_is_refused(tmp_path):
     load("same")
     with pytest.raises(UsageError, match=r"--guide_checkpoint .*half.safetensors: .* standard deviations \(2.7"):
         load("half")
+
+
+def test_a_guide_may_be_another_projects_file_that_flags_of_the_guided_network_do_not_describe(
+    request_of, tmp_path, monkeypatch
+):
+    request, seen = request_of(dataset="folder", image_size=8, num_classes=2), []
+    guide = load_model(request.source.checkpoint)
+
+    def opened(path, given, device):
+        seen.append((path.name, dict(given)))
+        return guide
+
+    monkeypatch.setattr(loading, "open_published", opened)
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "guide.pt")
+    source = replace(request.source, guide_checkpoint=str(tmp_path / "guide.pt"))
+    loaded = load_sampler(replace(request, source=source, guidance=GuidanceOptions(cfg_scale=2.0)))
+    assert loaded.sampler.guide is not None
+    assert seen == [("guide.pt", {"dataset": "folder", "image_size": 8})]
+
+
+def test_a_guide_that_cannot_be_opened_is_named(request_of, tmp_path):
+    torch.save({"weights": torch.zeros(2)}, tmp_path / "guide.pt")
+    request = request_of(dataset="folder", image_size=8)
+    source = replace(request.source, guide_checkpoint=str(tmp_path / "guide.pt"))
+    with pytest.raises(UsageError, match=r"--guide_checkpoint .*guide\.pt: .*convert the file first"):
+        load_sampler(replace(request, source=source, guidance=GuidanceOptions(cfg_scale=2.0)))
