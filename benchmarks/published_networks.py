@@ -149,15 +149,14 @@ def main() -> None:
     rows, exceeds = [], False
     for name in options.networks:
         with tempfile.TemporaryDirectory() as folder:
-            found = {stage: in_process(stage, Path(folder), name, options.num_steps) for stage in STAGES}
-        millions = found["write"]["result"]
-        for stage, values in list(found.items())[1:]:
-            exceeds |= values["peak"] > MAX_RATIO * millions * 1e6 * BYTES
-            seconds = f"{values['seconds']:.0f} s" + (
-                f" ({values['result']:.0f} s after loading)" if values["result"] else ""
-            )
-            rows.append([name, f"{millions:.0f} M", stage, seconds, f"{values['peak'] / 1e9:.1f} GB"])
-            print(rows[-1], flush=True)
+            millions = in_process("write", Path(folder), name, options.num_steps)["result"]
+            for stage in list(STAGES)[1:]:
+                found = in_process(stage, Path(folder), name, options.num_steps)
+                exceeds |= found["peak"] > MAX_RATIO * millions * 1e6 * BYTES
+                loaded = f" ({found['result']:.0f} s after loading)" if found["result"] else ""
+                seconds = f"{found['seconds']:.0f} s{loaded}"
+                rows.append([name, f"{millions:.0f} M", stage, seconds, f"{found['peak'] / 1e9:.1f} GB"])
+                print(rows[-1], flush=True)
     print(f"\n{markdown_table(['network', 'weights', 'stage', 'time', 'peak memory'], rows)}")
     sys.exit(exceeds)
 

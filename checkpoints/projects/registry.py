@@ -30,11 +30,11 @@ def find_project(file: PublishedFile, path: object, model_type: str = "") -> Pro
     fitting = fitting_projects(file)
     if len(fitting) > 1:
         names = [project.name for project in fitting]
-        sizes = ", ".join(f"{name}-XL/2" for name in names)
+        size = fitting[0].describe(fitting[0].read(file.sampled), {})["model_type"].removeprefix("DiT")
         raise UsageError(
             f"{path}: these weights can be {', '.join(names)} or LFM's DiT, whose times run in different directions, and "
-            f"nothing in the file shows which: add --model_type, such as {sizes}, or DiT-XL/2 with --dataset and --image_size "
-            "for LFM's"
+            f"nothing in the file shows which: add --model_type {', '.join(name + size for name in names)}, or DiT{size} with "
+            "--dataset and --image_size for LFM's"
         )
     return fitting[0] if fitting else None
 

@@ -149,7 +149,8 @@ def test_a_file_that_several_projects_may_have_written_is_asked_about(opened, ca
         return {key: value for key, value in weights.items() if not key.startswith("projectors.")}
 
     with pytest.raises(
-        UsageError, match=r"can be SiT, REPA, LightningDiT or LFM's DiT.*--model_type, such as SiT-XL/2, REPA"
+        UsageError,
+        match=r"can be SiT, REPA, LightningDiT or LFM's DiT.*--model_type SiT/2, REPA/2, LightningDiT/2, or DiT/2 with",
     ):
         opened("repa_one_projector", plain)
     case = case_of("repa_one_projector")
