@@ -71,9 +71,9 @@ def test_the_benchmark_of_gpus_measures_encoding_and_scoring(monkeypatch):
 def test_every_recipe_has_a_run_of_its_own():
     texts = ["a: --time_location 0.5", "b: --time_location -0.5", "c: --time_location 5", "d: --rope", "default"]
     variants = [recipe.Variant.parse(text) for text in texts]
-    assert len({recipe._slug(variant.training) for variant in variants}) == len(texts)
+    assert len({recipe.slug(variant.training) for variant in variants}) == len(texts)
     same = recipe.Variant.parse("again: --rope | --num_steps 4")
-    assert recipe._slug(same.training) == recipe._slug(variants[3].training)  # sampling flags need no other run
+    assert recipe.slug(same.training) == recipe.slug(variants[3].training)  # sampling flags need no other run
     assert same.sampling == ("--num_steps", "4")
 
 

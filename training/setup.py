@@ -13,6 +13,7 @@ from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, ImageDataset, choose_flips
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
+from datasets_prep.latents import scale_by_statistics
 from datasets_prep.moments import mean_latents, open_moments
 from datasets_prep.pairs.pair_cache import PairCache
 from evaluation.checks import check_scoring
@@ -288,6 +289,7 @@ def _open_inputs(task: TrainingTask, options: Options, machine: Machine) -> _Inp
     show_data(dataset, held_out)
     held_out = held_out.head(HELD_OUT_IMAGES)
     autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels).to(machine.device)
+    scale_by_statistics(dataset, autoencoder)
     features = None
     if scored:
         dataset.check_images("--eval_samples")
