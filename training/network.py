@@ -10,7 +10,7 @@ from torch import nn
 
 from checkpoints.files import describes_network, read_header, read_weights
 from checkpoints.header import Header
-from checkpoints.lfm_files import read_sampled
+from checkpoints.projects.opening import check_direction, read_start
 from datasets_prep.datasets import ImageDataset
 from datasets_prep.folder_layout.report import class_names
 from flow.losses.options import prediction_of
@@ -165,9 +165,10 @@ def new_network(
     if start_from is None:
         return network
     if not describes_network(start_from):
-        load_fitting_weights(network, read_sampled(start_from))
+        load_fitting_weights(network, read_start(start_from, architecture.options))
         return network
     weights, header = read_weights(start_from)
+    check_direction(str(start_from), getattr(header.network, "reversed_time", False), architecture.options)
     load_fitting_weights(network, weights)
     if (learned := prediction_of(header.path)) != prediction:
         note(f"{start_from} learned to predict the {learned}, but this run starts to predict the {prediction} from it")

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints.files import load_model, save_weights
-from checkpoints.lfm import open_published
+from checkpoints.projects.opening import open_published
 from datasets_prep.image_dataset import DatasetFacts
 from evaluation.features.weights import read_weights_file
 from models.autoencoders import diffusers_files
