@@ -53,6 +53,7 @@ from training.auxiliary.setup import (
 from training.data import steps_per_epoch
 from training.experiment import (
     IMAGES,
+    MACHINE,
     RECONSTRUCTIONS,
     STATE_OF_IMAGES,
     STATE_OF_LABELS,
@@ -74,6 +75,7 @@ from training.network import (
 from training.objectives.checks import settle_options
 from training.objectives.training_pairs import open_training_pairs
 from training.run import TrainingOptions, TrainingRun
+from training.tracking.trackers import check_tracker
 from training.validation import Validation
 
 __all__ = ["prepare", "training_groups"]
@@ -125,6 +127,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     """
     data, experiment, training = options[DatasetOptions], options[ExperimentOptions], options[TrainingOptions]
     _check(training, options[SolverOptions], options[MachineOptions])
+    check_tracker(experiment.tracker)
     machine = choose_machine(options[MachineOptions], processes)
     with processes.main_first():  # only the main process downloads
         inputs = _open_inputs(task, options, machine.for_encoding)
@@ -306,7 +309,7 @@ def _configuration(
 ) -> Configuration:
     """The contents of config.json: all options, resolved, and other facts that the results depend on."""
     resolved: dict[str, Any] = {"precision": machine.precision, "compile": machine.compile}
-    resolved |= {"processes": processes.count, "threads": torch.get_num_threads()}
+    resolved |= {"processes": processes.count, "threads": torch.get_num_threads(), MACHINE: machine.describe_device()}
     state = dataset.fingerprint + getattr(dataset, "maps_fingerprint", "")
     images = {
         IMAGES: len(dataset),

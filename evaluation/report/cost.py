@@ -45,8 +45,9 @@ def _costs_of(run: RunRecord, watts: float) -> dict[str, str]:
     if is_number(batch) and is_number(processes):
         images = run.last_step * batch * processes
         found["Training images seen"] = f"{images:,}"
-        if is_number(options.get(IMAGES)) and options[IMAGES]:
-            found["Training images seen"] += f" ({images / options[IMAGES]:.3g} epochs of {options[IMAGES]:,})"
+        count = options.get(IMAGES)
+        if is_number(count) and count > 0:
+            found["Training images seen"] += f" ({images / count:.3g} epochs of {count:,})"
     sampling = 0.0
     results = {score.source: score.result for score in run.scores}.values()
     evaluations = [

@@ -104,7 +104,7 @@ def _panel(
     runs: Sequence[RunRecord], title: str, unit: str, metrics: dict[tuple[str, str], str], joined: bool = True
 ) -> Panel:
     """A panel of metrics, given as (kind, name) and the word that distinguishes their curves."""
-    found = []
+    found = list[Series]()
     for index, run in enumerate(runs):
         for (kind, name), word in metrics.items():
             label = ", ".join(filter(None, (run.name if len(runs) > 1 or not word else "", word)))

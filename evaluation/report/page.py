@@ -1,6 +1,6 @@
 """Writes the report: one HTML file that refers to nothing outside it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -50,7 +50,7 @@ def write_report(folders: Sequence[str | Path], options: ReportOptions) -> list[
 
 
 def _page(runs: Sequence[RunRecord], options: ReportOptions) -> str:
-    sections = {
+    sections: dict[str, Callable[[Sequence[RunRecord]], str]] = {
         "Overview": overview,
         "Curves": curves,
         "Samples during training": partial(grids, most=options.grids),

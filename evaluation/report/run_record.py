@@ -6,14 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from checkpoints.files import read_header
 from checkpoints.header import Header
 from options import UsageError
 from runtime.files import read_json
 
-__all__ = ["Checkpoint", "Grid", "RunRecord", "Score", "read_runs"]
+__all__ = ["Checkpoint", "Grid", "RunRecord", "Score", "is_number", "read_runs"]
 
 EVIDENCE = ("metrics.jsonl", "config.json", "samples", "*.safetensors")  # a run folder has at least one of them
 SCORES = ("value", "bits_per_dimension", "psnr_db")  # entries of a result without "scores"
@@ -120,7 +120,7 @@ class RunRecord:
         return list(found)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a value from a JSON file is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import training.metrics_log
+import training.tracking.trackers
 from runtime.attempts import FAILURES, Attempts
 from runtime.torch_files import read_torch_file
 from tests.training.test_loop import STEPS, new_run
@@ -53,11 +54,11 @@ FAULTS = {
         ["the sample grid failed (RuntimeError: expected a ball)"],
     ),
     "no TensorBoard": (
-        lambda patch, folder: patch.setattr(training.metrics_log, "SummaryWriter", refuse),
+        lambda patch, folder: patch.setattr(training.tracking.trackers, "SummaryWriter", refuse),
         ["TensorBoard's file is not written any more"],
     ),
     "TensorBoard": (
-        lambda patch, folder: patch.setattr(training.metrics_log.SummaryWriter, "add_scalar", refuse),
+        lambda patch, folder: patch.setattr(training.tracking.trackers.SummaryWriter, "add_scalar", refuse),
         ["TensorBoard's file is not written any more"],
     ),
     "metrics": (
