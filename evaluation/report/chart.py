@@ -11,6 +11,7 @@ __all__ = ["COLORS", "draw_chart", "format_number", "run_legend"]
 COLORS = 8  # of runs; later runs reuse them, so their tags and markers tell them apart
 WIDTH, HEIGHT = 400, 230
 LEFT, RIGHT, TOP, BOTTOM = 52, 22, 12, 34  # margins
+LINE = 12  # height of a line of text
 START = 0.05  # of the steps; much higher values in it are cut off, so that the rest can be read
 LOG_RATIO = 30  # positive values that differ by more than this factor get a logarithmic axis
 TABLE_POINTS = 12  # per series, evenly spaced
@@ -159,13 +160,18 @@ def _draw_series(series: Series, x: _Axis, y: _Axis) -> str:
 
 
 def _tags(drawn: Sequence[Series], x: _Axis, y: _Axis) -> Iterable[str]:
-    """The number of each run at the end of its last curve, moved apart where they would overlap."""
+    """The number of each run at the end of its last curve, moved where they would overlap."""
     last = {series.run: series.points[-1] for series in drawn}
-    previous = -math.inf
-    for run, point in sorted(last.items(), key=lambda item: y(item[1].value)):
-        previous = max(y(point.value), previous + 12)
-        place = min(x(point.step) + 6, WIDTH - RIGHT + 6)
-        yield f'<text class="tag t{run % COLORS}" x="{place}" y="{previous + 4:.1f}">{run + 1}</text>'
+    lefts = {run: x(point.step) + 6 for run, point in last.items()}
+    heights = {run: min(y(point.value), HEIGHT - BOTTOM - 4) for run, point in last.items()}
+    for direction in (-1, 1):  # first up from the axis, then down from the top
+        done: list[int] = []
+        for run in sorted(heights, key=lambda run: direction * heights[run]):
+            bounds = [heights[other] + direction * LINE for other in done if abs(lefts[other] - lefts[run]) < LINE]
+            heights[run] = min([heights[run], *bounds]) if direction < 0 else max([heights[run], TOP, *bounds])
+            done.append(run)
+    for run, height in heights.items():
+        yield f'<text class="tag t{run % COLORS}" x="{lefts[run]}" y="{height + 4:.1f}">{run + 1}</text>'
 
 
 def _legend(series: Sequence[Series], several_runs: bool) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-from evaluation.report.chart import format_number
 from evaluation.report.markup import card, duration, table
 from evaluation.report.run_record import RunRecord, is_number
 
@@ -64,7 +63,7 @@ def _costs_of(run: RunRecord, watts: float) -> dict[str, str]:
     if seconds is not None or times:
         energy = power * ((seconds or 0.0) + sampling) / JOULES_PER_WH
         found["Power, assumed" if not watts else "Power"] = f"{power:,.0f} W ({source})"
-        found["Energy, estimated"] = f"{energy / 1000:.3g} kWh" if energy >= 1000 else f"{format_number(energy)} Wh"
+        found["Energy, estimated"] = f"{energy / 1000:.3g} kWh" if energy >= 1000 else f"{energy:.3g} Wh"
     return found
 
 

@@ -83,9 +83,13 @@ def _checkpoint(result: dict[str, Any]) -> str:
 def _solver(solver: Any) -> str:
     if not isinstance(solver, dict):
         return ""
-    steps = f"step size {solver['step_size']}" if solver.get("step_size") else f"{solver.get('num_steps')} steps"
+    steps = f"step size {solver['step_size']}" if solver.get("step_size") else _steps(solver.get("num_steps"))
     shift = f", time shift {solver['time_shift']:g}" if solver.get("time_shift", 1.0) != 1.0 else ""
     return f"{solver.get('method')} with {steps} on a {solver.get('time_grid')} grid{shift}"
+
+
+def _steps(count: Any) -> str:
+    return "1 step" if count == 1 else f"{count} steps"
 
 
 def _guidance(guidance: Any) -> str:
@@ -102,4 +106,4 @@ def _reference(reference: Any) -> str:
     place = reference.get("dataset") or reference.get("folder") or reference.get("file") or reference.get("lmdb")
     name = " ".join(filter(None, (str(place or ""), str(reference.get("split") or ""))))
     images = reference.get("images")
-    return f"against {images:,} images {name}".rstrip() if isinstance(images, int) else f"against {name}"
+    return f"against {images:,} images of {name}" if isinstance(images, int) else f"against {name}"

@@ -74,6 +74,7 @@ thead th { color: var(--soft); font-weight: 600; }
 tbody th { font-weight: 600; }
 td { overflow-wrap: anywhere; }
 td[data-label="Score"], td[data-label="Samples"], td[data-label="Step"] { white-space: nowrap; }
+td[data-label="Metric"] { min-width: 12em; }
 pre { overflow: auto; max-height: 24em; font-size: 0.8rem; }
 img { max-width: 100%; height: auto; display: block; border-radius: 4px; background: #ffffff; }
 .wide { overflow-x: auto; }
