@@ -175,10 +175,10 @@ def _tags(drawn: Sequence[Series], x: _Axis, y: _Axis) -> Iterable[str]:
 
 
 def _legend(series: Sequence[Series], several_runs: bool) -> str:
-    """What lines and markers mean, if a run has several curves. `run_legend` names the runs."""
+    """What lines and markers mean, if runs may have several curves. `run_legend` names the runs."""
     kinds = {each.kind: each for each in reversed(series) if each.kind}
     items = []
-    for kind, each in reversed(kinds.items()) if len(kinds) > 1 else ():
+    for kind, each in reversed(kinds.items()):
         color = "soft" if several_runs else f"s{each.run % COLORS}"
         items.append(f"<li>{_key(color, each.joined, 0 if several_runs else each.run, each.marked)}{escape(kind)}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>' if items else ""
