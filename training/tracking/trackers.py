@@ -89,6 +89,7 @@ class WeightsAndBiases:
                 disable_git=True,
                 disable_code=True,
                 x_disable_meta=True,
+                x_save_requirements=False,
                 x_disable_stats=True,
                 x_disable_machine_info=True,
             ),
