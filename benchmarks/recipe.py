@@ -121,7 +121,7 @@ class Result(NamedTuple):
 
 def train(own: RecipeOptions, datadir: str, variant: Variant, seed: int) -> Path:
     """Train a variant, or resume or reuse its run. Returns the run folder."""
-    root, name = Path(own.keep).resolve(), f"{_slug(variant.training)}_{own.steps}_steps_seed{seed}"
+    root, name = Path(own.keep).resolve(), f"{slug(variant.training)}_{own.steps}_steps_seed{seed}"
     run = root / "latent_flow" / "fashion_mnist" / name
     if not is_finished(run, own.steps):
         flags = ["--seed", str(seed), "--max_steps", str(own.steps), "--datadir", str(Path(datadir).resolve())]
@@ -243,7 +243,7 @@ def _plus_minus(error: float | None) -> str:
     return "" if error is None else f" ± {error:.4f}"
 
 
-def _slug(flags: Sequence[str]) -> str:
+def slug(flags: Sequence[str]) -> str:
     """Name of a run: its flags, in characters that every file system takes. Minus signs of numbers stay."""
     return "_".join(word.removeprefix("--").replace("/", "-").replace(".", "p") for word in flags) or "default"
 

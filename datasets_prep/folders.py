@@ -14,14 +14,13 @@ from datasets_prep.folder_layout.label_files import UNLABELED
 from datasets_prep.folder_layout.labeling import Labeling, choose_labels, label_held_out
 from datasets_prep.folder_layout.layout import Layout, find_layout
 from datasets_prep.folder_layout.survey import Survey, survey_of
-from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, listed_classes
+from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, listed_classes, rows_of_split
 from datasets_prep.images import IMAGE_SUFFIXES, read_image
 from options import UsageError
 from runtime.messages import note
 
 __all__ = ["ClassFiles", "list_files", "list_split", "open_folder", "open_imagenet", "state_of_files"]
 
-HELD_OUT_EVERY = 20  # every twentieth image is held out if no folder holds validation images
 IMAGENET_TARS = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
 LMDB_ADVICE = "for an LMDB, pass another --dataset (docs/datasets.md)"
 NAMED_CLASSES = 10  # at most so many class names in an error message
@@ -120,11 +119,8 @@ def _files_of(
     else:
         rule = "every twentieth"
         paths, labels = _training(layout, labeling)
-        if len(paths) > 1:
-            every = min(HELD_OUT_EVERY, len(paths))
-            numbers = np.arange(len(paths))
-            chosen = numbers[(numbers % every == every - 1) == (split == "validation")]
-            paths, labels = [paths[number] for number in chosen], labels[chosen]
+        chosen = rows_of_split(len(paths), split)
+        paths, labels = [paths[number] for number in chosen], labels[chosen]
     survey = survey_of(layout, labeling, rule, remarks)
     return ClassFiles(paths, labels, labeling.classes, survey)
 

@@ -17,11 +17,13 @@ __all__ = [
     "crop_padding",
     "like_originals",
     "listed_classes",
+    "rows_of_split",
     "shown_side",
 ]
 
 Split = Literal["train", "validation"]
 
+HELD_OUT_EVERY = 20  # every twentieth image is held out if no files are named as held out
 LISTED_CLASSES = 100  # a checkpoint's header lists at most this many class names
 
 
@@ -51,7 +53,7 @@ class ImageDataset:
 
     `labels` int64 [N] are zeros without classes, and may be zeroed for an unconditional network. `stored_labels` int64 [N]
     always keep the files' labels. `survey` says how a folder is read; it is None for other datasets. `has_images` is False for
-    a dataset of latents.
+    latents without images.
     """
 
     has_images = True
@@ -103,9 +105,13 @@ class ImageDataset:
             self.split,
             self.stored_labels[kept],
             lambda index: self[int(kept[index])],
-            hashlib.sha256(self.fingerprint.encode() + kept.tobytes()).hexdigest(),
+            self.fingerprint_of_rows(kept),
             self.survey,
         )
+
+    def fingerprint_of_rows(self, kept: np.ndarray) -> str:
+        """The fingerprint of `subset(kept)`."""
+        return hashlib.sha256(self.fingerprint.encode() + kept.tobytes()).hexdigest()
 
     def head(self, count: int) -> "ImageDataset":
         """The first `count` images."""
@@ -117,6 +123,15 @@ class ImageDataset:
 def listed_classes(names: list[str]) -> tuple[str, ...]:
     """The class names that a checkpoint records: all, or none of more than LISTED_CLASSES."""
     return tuple(names) if len(names) <= LISTED_CLASSES else ()
+
+
+def rows_of_split(count: int, split: Split) -> np.ndarray:
+    """The rows int64 [n] of a split of `count` images of which every twentieth is held out. One image is in both splits."""
+    rows = np.arange(count)
+    if count < 2:
+        return rows
+    every = min(HELD_OUT_EVERY, count)
+    return rows[(rows % every == every - 1) == (split == "validation")]
 
 
 def shown_side(facts: DatasetFacts) -> int:

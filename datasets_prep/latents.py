@@ -10,10 +10,11 @@ Folders have no mirror images, because an image's latent does not determine its 
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -23,12 +24,21 @@ from datasets_prep.folder_layout.survey import Survey
 from datasets_prep.folders import list_split, state_of_files
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, listed_classes
 from datasets_prep.latent_cache import open_standalone_cache
-from models.autoencoders.kl import LOGVAR_RANGE
+from models.autoencoders.pretrained import LOGVAR_RANGE
 from models.autoencoders.protocol import Autoencoder
+from models.autoencoders.statistics import LatentStatistics
 from options import UsageError
 from runtime.files import UNREADABLE, read_json
+from runtime.messages import fact
 
-__all__ = ["LatentDataset", "StoredMoments", "open_latents"]
+__all__ = [
+    "READERS",
+    "LatentDataset",
+    "StoredMoments",
+    "open_latents",
+    "parse_array",
+    "scale_by_statistics",
+]
 
 LATENT_SUFFIXES = frozenset({".npy", ".npz"})
 CACHE_PATTERNS = ("manifest.json", "*/manifest.json", "latent_cache/*/manifest.json")
@@ -37,12 +47,11 @@ HEADER_LOCK = Lock()  # numpy parses headers as Python literals, which is not th
 
 
 class LatentDataset(ImageDataset):
-    """Stored latents [c, h, w] or [2 c, h, w] by index. Reading an image raises UsageError.
+    """Stored latents [c, h, w] or [2 c, h, w] by index. Without `image`, reading an image raises UsageError.
 
-    `autoencoder_sha256` is None if the files do not record their autoencoder.
+    `autoencoder_sha256` is None if the files do not record their autoencoder. `statistics` scale the latents; None if the
+    autoencoder's own scale does. `image` reads the image of an index, if the dataset also holds the images.
     """
-
-    has_images = False
 
     def __init__(
         self,
@@ -53,28 +62,63 @@ class LatentDataset(ImageDataset):
         fingerprint: str,
         autoencoder_sha256: str | None = None,
         survey: Survey | None = None,
+        statistics: LatentStatistics | None = None,
+        image: Callable[[int], torch.Tensor] | None = None,
     ) -> None:
-        super().__init__(facts, split, labels, self._refuse, fingerprint, survey)
+        super().__init__(facts, split, labels, image or self._refuse, fingerprint, survey)
         self.stored = stored
         self.autoencoder_sha256 = autoencoder_sha256
+        self.statistics = statistics
+        self.has_images = image is not None
+        self._image = image
 
     def head(self, count: int) -> "LatentDataset":
         """The first `count` latents."""
         labels = self.stored_labels[:count]
-        fingerprint = f"{self.fingerprint}[:{len(labels)}]"
         return LatentDataset(
-            self.facts, self.split, labels, self.stored, fingerprint, self.autoencoder_sha256, self.survey
+            self.facts,
+            self.split,
+            labels,
+            self.stored,
+            f"{self.fingerprint}[:{len(labels)}]",
+            self.autoencoder_sha256,
+            self.survey,
+            self.statistics,
+            self._image,
         )
 
-    def check_images(self, purpose: str) -> NoReturn:
-        """Raise UsageError: a dataset of latents has no images."""
-        raise UsageError(
-            f"{self.facts.name} holds latents but no images, which {purpose} needs. To score samples, write them with "
-            "--save_images and compare them with reference statistics of the images (pytorch_fid/fid_score.py)"
+    def subset(self, kept: np.ndarray) -> "LatentDataset":
+        """The latents with the indices `kept`, int64 [n]."""
+        if np.array_equal(kept, np.arange(len(self))):
+            return self
+        rows, image = torch.from_numpy(kept), self._image
+        return LatentDataset(
+            self.facts,
+            self.split,
+            self.stored_labels[kept],
+            lambda indices, mirrored: self.stored(rows[indices], mirrored),
+            self.fingerprint_of_rows(kept),
+            self.autoencoder_sha256,
+            self.survey,
+            self.statistics,
+            None if image is None else lambda index: image(int(kept[index])),
         )
 
-    def _refuse(self, index: int) -> NoReturn:
+    def check_images(self, purpose: str) -> None:
+        """Check that the dataset also has the images.
+
+        Raises:
+            UsageError: it holds latents only.
+        """
+        if not self.has_images:
+            raise UsageError(
+                f"{self.facts.name} holds latents but no images, which {purpose} needs. To score samples, write them with "
+                "--save_images and compare them with reference statistics of the images (pytorch_fid/fid_score.py)"
+            )
+
+    def _refuse(self, index: int) -> torch.Tensor:
         self.check_images("scoring")
+        raise AssertionError
 
 
 class StoredMoments:
@@ -93,6 +137,7 @@ class StoredMoments:
             raise UsageError(
                 f"{dataset.facts.name} holds latents, but --pretrained_autoencoder_ckpt none means pixel space: name the "
                 "autoencoder of the latents"
+                + (", or the folder of the images as --datadir" if dataset.has_images else "")
             )
         sha256 = autoencoder.describe().sha256
         if dataset.autoencoder_sha256 not in (None, sha256):
@@ -120,6 +165,30 @@ class StoredMoments:
         if stored.shape[1] == 2 * self._channels or not self._has_posterior:
             return stored
         return torch.cat([stored, torch.full_like(stored, LOGVAR_RANGE[0])], dim=1)
+
+
+def scale_by_statistics(dataset: ImageDataset, autoencoder: Autoencoder) -> None:
+    """Scale latents by the statistics that are stored with them: (z - mean) / std, times --scale_factor if it is given.
+
+    Without such statistics, the autoencoder keeps its own scale.
+
+    Raises:
+        UsageError: the statistics are of another number of channels.
+    """
+    statistics = dataset.statistics if isinstance(dataset, LatentDataset) else None
+    if statistics is None or autoencoder.is_pixel_space:
+        return
+    if len(statistics.mean) != autoencoder.latent_channels:
+        raise UsageError(
+            f"{statistics.path} holds statistics of {len(statistics.mean)} channels, but the latents of "
+            f"--pretrained_autoencoder_ckpt have {autoencoder.latent_channels}: name the autoencoder of these latents"
+        )
+    facts = autoencoder.describe()
+    std = tuple(value / (facts.scale_factor or 1.0) for value in statistics.std)
+    source = Path(statistics.path).name
+    autoencoder.restore_scale(replace(facts, latents_mean=statistics.mean, latents_std=std, statistics=source))
+    factor = f", times {facts.scale_factor:g}" if facts.scale_factor else ""
+    fact("latents", f"(z - mean) / std with the statistics in {statistics.path}{factor}")
 
 
 def open_latents(name: str, datadir: Path, split: Split, image_size: int) -> LatentDataset:
@@ -171,15 +240,19 @@ def _open_folder(name: str, datadir: Path, split: Split, image_size: int) -> Lat
 def _read_latent(path: Path) -> np.ndarray:
     """Read float32 [c, h, w] or [2 c, h, w]. A leading axis of length one is dropped."""
     try:
-        file = BytesIO(path.read_bytes())
-        with HEADER_LOCK:
-            array = _only_array(file).astype(np.float32)
+        array = parse_array(path.read_bytes())
     except UNREADABLE as error:
         raise UsageError(f"cannot read the latent {path}: {error}") from error
     array = array[0] if array.ndim == 4 and len(array) == 1 else array
     if array.ndim != 3 or not np.isfinite(array).all():
         raise UsageError(f"{path}: expected finite numbers [c, h, w] or [2 c, h, w], but found {array.shape}")
     return array
+
+
+def parse_array(data: bytes) -> np.ndarray:
+    """The only array, as float32, in the bytes of an .npy or .npz file. One of UNREADABLE is raised if it cannot be read."""
+    with HEADER_LOCK:
+        return _only_array(BytesIO(data)).astype(np.float32)
 
 
 def _only_array(file: BinaryIO) -> np.ndarray:

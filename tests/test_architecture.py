@@ -33,7 +33,7 @@ AT_THE_ROOT = [
 COMMANDS = {"checkpoints/convert.py", "datasets_prep/build_pairs.py", "training/posthoc_ema.py"}
 OWNERS = {
     "torchdiffeq": "flow/",
-    "diffusers": "models/autoencoders/kl.py",
+    "diffusers": "models/autoencoders/diffusers_files.py",
     "pytorch_fid": "evaluation/features/inception.py",
 }
 

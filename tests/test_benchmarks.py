@@ -3,7 +3,8 @@ import torch
 
 from benchmarks import gpu, recipe
 from benchmarks._timing import require_agreement
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
+from models.autoencoders.pretrained import PretrainedAutoencoder
 
 EXPECTED = {"loss": [2.0], "change": [3.0, -4.0]}
 TOLERANCES = {"loss": 0.01, "change": 0.05}
@@ -62,7 +63,7 @@ def test_a_batch_that_does_not_fit_is_halved():
 
 @pytest.mark.slow
 def test_the_benchmark_of_gpus_measures_encoding_and_scoring(monkeypatch):
-    small = KLAutoencoder(new_autoencoder_kl(3, (8, 8), 4, 32, {}), "small")
+    small = PretrainedAutoencoder(new_autoencoder_kl(3, (8, 8), 4, 32, {}), "small")
     monkeypatch.setattr(gpu, "new_autoencoder", lambda: small)
     text = gpu.run(CPU, ("autoencoder", "scoring"), 0.0)
     assert all(name in text for name in ("encoding, bf16", "decoding, fp32", "Inception features, 64, bf16"))
@@ -71,9 +72,9 @@ def test_the_benchmark_of_gpus_measures_encoding_and_scoring(monkeypatch):
 def test_every_recipe_has_a_run_of_its_own():
     texts = ["a: --time_location 0.5", "b: --time_location -0.5", "c: --time_location 5", "d: --rope", "default"]
     variants = [recipe.Variant.parse(text) for text in texts]
-    assert len({recipe._slug(variant.training) for variant in variants}) == len(texts)
+    assert len({recipe.slug(variant.training) for variant in variants}) == len(texts)
     same = recipe.Variant.parse("again: --rope | --num_steps 4")
-    assert recipe._slug(same.training) == recipe._slug(variants[3].training)  # sampling flags need no other run
+    assert recipe.slug(same.training) == recipe.slug(variants[3].training)  # sampling flags need no other run
     assert same.sampling == ("--num_steps", "4")
 
 

@@ -19,7 +19,7 @@ from flow.paths import PathOptions
 from flow.solvers import SOLVERS, SolverOptions
 from models.autoencoders.loading import AutoencoderOptions
 from models.conditions import ConditionOptions
-from models.registry import NETWORKS, NetworkOptions, build_network, guided_diffusion_by_default
+from models.registry import NETWORKS, NetworkOptions, build_network, complete_network
 from runtime.pictures import GridOptions
 from runtime.precision import MachineOptions
 from runtime.processes.launch import LaunchOptions
@@ -335,7 +335,7 @@ def test_own_downstream_experiments(task):
     name = {"inpaint": "fashion_mnist_inpainting", "semantic": "fashion_mnist_semantic"}[task]
     assert task_of("train", name) == task_of("test", name) == task
     train, test = parse_file("train", name), parse_file("test", name)
-    assert guided_diffusion_by_default(train)[NetworkOptions].resolve() == "DiT-Mi/2"
+    assert complete_network(train, guided_diffusion=True)[NetworkOptions].resolve() == "DiT-Mi/2"
     assert train[SolverOptions] == test[SolverOptions] == SolverOptions("heun", 8)
     wanted = test[ConditionedOptions]
     assert (wanted.n_sample, wanted.batch_size, wanted.compute_fid) == (2000, 500, True)
@@ -349,7 +349,7 @@ def test_own_downstream_experiments(task):
 @pytest.mark.parametrize("task", ["inpaint", "semantic"])
 def test_downstream_tasks_default_to_guided_diffusions_network(kind, task):
     def network(*flags):
-        return guided_diffusion_by_default(parse(kind, *flags, task=task))[NetworkOptions].resolve()
+        return complete_network(parse(kind, *flags, task=task), guided_diffusion=True)[NetworkOptions].resolve()
 
     assert network() == network("--use_origin_adm", "--model_type", "adm") == "origin_adm"
     assert network("--model_type", "DiT-B/2") == "DiT-B/2"

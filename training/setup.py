@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoints.experiments import find_checkpoint
+from checkpoints.files import describes_network, read_header
 from checkpoints.header import Header
 from datasets_prep.conditions import ConditionSource
 from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, ImageDataset, choose_flips
 from datasets_prep.folder_layout.report import show_data
 from datasets_prep.latent_cache import LatentCacheOptions
-from datasets_prep.moments import mean_latents, open_moments
+from datasets_prep.latents import scale_by_statistics
+from datasets_prep.moments import mean_latents, measure_scale, open_moments
 from datasets_prep.pairs.pair_cache import PairCache
 from evaluation.checks import check_scoring
 from evaluation.features.protocol import FeatureNetwork
@@ -27,7 +29,9 @@ from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions, check_method, needs_float32, unreachable_tolerances
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.autoencoders.preview import fit_twin, load_twin
 from models.autoencoders.protocol import Autoencoder
+from models.autoencoders.statistics import inherit_scale
 from models.conditions import ConditionOptions, DenseInput
 from models.registry import NETWORKS, Architecture, NetworkOptions, network_groups
 from options import Options, UsageError, as_json
@@ -105,7 +109,7 @@ def training_groups() -> tuple[type, ...]:
 
 
 class _Inputs(NamedTuple):
-    """The data of a run: both splits and their dense conditions, the autoencoder, and the feature network for scores."""
+    """The data of a run: both splits and their dense conditions, the autoencoder and its twin, and the feature network."""
 
     dataset: ImageDataset
     held_out: ImageDataset
@@ -113,6 +117,7 @@ class _Inputs(NamedTuple):
     condition: ConditionSource | None
     held_out_condition: ConditionSource | None
     features: FeatureNetwork | None
+    twin: Autoencoder | None
 
     def dense(self, dropout: float) -> DenseInput | None:
         """The dense condition in the network's input, if any."""
@@ -176,7 +181,9 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         check_exact_velocity(header, "--validate_excess: this run")
     objective = add_auxiliary(OBJECTIVES[objective_name].build(path), architecture.options, auxiliary)
     weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
-    network = new_network(architecture, training.seed, weights, header.autoencoder, prediction_of(path))
+    if weights and describes_network(weights) and not options[AutoencoderOptions].latent_statistics:
+        inherit_scale(inputs.autoencoder, read_header(weights).autoencoder)
+    network = new_network(architecture, training.seed, weights, inputs.autoencoder.describe(), prediction_of(path))
     if weights is not None and processes.is_main and not training.fsdp:  # a sharded network may not fit on one device
         warn_of_other_conventions(weights, network, header, inputs.held_out, inputs.autoencoder, machine)
     fitted = fit_encoder(encoder, options[EncoderOptions], network, inputs.dataset)
@@ -193,6 +200,10 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         for split in ((inputs.held_out,) if pairs else (inputs.dataset, inputs.held_out))
     )
     source = pairs or sources[0]
+    measure_scale(source, inputs.autoencoder, header.dataset.flips, processes)
+    header = replace(header, autoencoder=inputs.autoencoder.describe())
+    if inputs.twin:
+        fit_twin(inputs.twin, inputs.autoencoder)
     if contrastive_weight(path):
         means = mean_latents(source, inputs.autoencoder, header.num_classes, header.dataset.flips, machine.device)
         header = replace(header, contrast_means=tuple(float(f"{x:.6g}") for x in means.flatten().tolist()))
@@ -221,6 +232,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         processes=validating,
         conditioned=ConditionedImages(inputs.held_out, condition) if condition else None,
         exact=exact,
+        twin=inputs.twin,
     )
     run = TrainingRun(
         folder=folder,
@@ -291,6 +303,7 @@ def _open_inputs(task: TrainingTask, options: Options, machine: Machine) -> _Inp
     show_data(dataset, held_out)
     held_out = held_out.head(HELD_OUT_IMAGES)
     autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels).to(machine.device)
+    scale_by_statistics(dataset, autoencoder)
     features = None
     if scored:
         dataset.check_images("--eval_samples")
@@ -301,7 +314,10 @@ def _open_inputs(task: TrainingTask, options: Options, machine: Machine) -> _Inp
         task.condition(split, autoencoder, machine, own_options, seed) if task.condition else None
         for split, seed in ((dataset, options[TrainingOptions].seed), (held_out, seed_for("held-out conditions")))
     )
-    return _Inputs(dataset, held_out, autoencoder, condition, held_out_condition, features)
+    name, twin = options[ExperimentOptions].preview_autoencoder, None
+    if name:
+        twin = load_twin(name, autoencoder, dataset.facts.channels).to(machine.device)
+    return _Inputs(dataset, held_out, autoencoder, condition, held_out_condition, features, twin)
 
 
 def _configuration(

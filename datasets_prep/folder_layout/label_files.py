@@ -17,7 +17,15 @@ import numpy as np
 
 from runtime.files import UNREADABLE
 
-__all__ = ["LABEL_FILES", "UNLABELED", "FileLabels", "number_labels", "read_labels"]
+__all__ = [
+    "LABEL_FILES",
+    "UNLABELED",
+    "FileLabels",
+    "label_value",
+    "number_labels",
+    "number_values",
+    "read_labels",
+]
 
 LABEL_FILES = ("dataset.json", "metadata.jsonl", "metadata.csv")  # the first kind that labels any image is used
 NAME, LABEL = "file_name", "label"
@@ -55,7 +63,7 @@ def read_labels(files: Iterable[Path], images: Iterable[Path]) -> FileLabels:
         used = list[Path]()
         for file in sorted((f for f in files if f.name.lower() == kind), key=lambda f: (len(f.parts), f)):
             try:
-                listed = [(_image_path(file.parent, name), _label(value)) for name, value in _rows(file)]
+                listed = [(_image_path(file.parent, name), label_value(value)) for name, value in _rows(file)]
             except _FormatError as error:
                 ignored.append(f"{file} ({error})")
                 continue
@@ -88,17 +96,25 @@ def number_labels(labels: FileLabels, training: Sequence[Path]) -> tuple[dict[st
         The number of each image path (UNLABELED for no label or a class without training images), and the class names.
     """
     values = labels.values
-    present = {value for path in training if (value := values[str(path)]) is not None}
+    number_of, names = number_values(value for path in training if (value := values[str(path)]) is not None)
+    return {path: UNLABELED if v is None else number_of.get(v, UNLABELED) for path, v in values.items()}, names
+
+
+def number_values(values: Iterable[int | str]) -> tuple[dict[int | str, int], list[str]]:
+    """Number the labels of the training images as `number_labels` does.
+
+    Returns:
+        The number of each label, and the class names.
+    """
+    present = set(values)
     ids = {int(value): value for value in present if _is_id(value)}
     if len(ids) == len(present):
         names = [str(number) for number in range(max(ids, default=-1) + 1)]
         number_of = {value: int(value) for value in present}
-        number_of |= {kind(number): number for number in ids for kind in (int, str)}
-    else:
-        names = sorted({str(value) for value in present})
-        number_of_name = {name: number for number, name in enumerate(names)}
-        number_of = {value: number_of_name[str(value)] for value in present}
-    return {path: UNLABELED if v is None else number_of.get(v, UNLABELED) for path, v in values.items()}, names
+        return number_of | {kind(number): number for number in ids for kind in (int, str)}, names
+    names = sorted({str(value) for value in present})
+    number_of_name = {name: number for number, name in enumerate(names)}
+    return {value: number_of_name[str(value)] for value in present}, names
 
 
 def _is_id(value: int | str) -> bool:
@@ -133,7 +149,7 @@ def _rows(file: Path) -> Iterator[tuple[str, Any]]:
         yield str(row[NAME]), row[LABEL]
 
 
-def _label(value: Any) -> int | str | None:
+def label_value(value: Any) -> int | str | None:
     """A class id or name; None for no label.
 
     Raises:

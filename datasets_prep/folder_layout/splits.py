@@ -4,6 +4,7 @@ A folder may be a split if its name contains one word of TRAINING or HELD_OUT in
 (`train2017`, `test_set`, `seg_train`). Splits come in pairs of a training and a held-out folder with the same decoration.
 """
 
+import itertools
 import re
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import NamedTuple
 
 from datasets_prep.folder_layout.entries import FolderTree, Parts, holds_files, read_tree, subfolders
 
-__all__ = ["NamedSplits", "SplitFolders", "class_base", "find_splits", "name_splits", "suspicious_classes"]
+__all__ = [
+    "TRAINING",
+    "NamedSplits",
+    "SplitFolders",
+    "class_base",
+    "find_splits",
+    "name_splits",
+    "split_names",
+    "suspicious_classes",
+]
 
 TRAINING = ("train", "training")
 HELD_OUT = ("validation", "val", "valid", "dev", "test", "testing", "eval", "evaluation")  # in order of preference
@@ -76,6 +86,22 @@ def _pairs(names: list[str], digits: bool) -> list[NamedSplits]:
         NamedSplits([rank[-1] for rank in sorted(train)], [rank[-1] for rank in sorted(held_out)])
         for _, _, train, held_out in pairs
     ]
+
+
+def split_names(names: Iterable[str]) -> NamedSplits:
+    """Sort names of files by the word of a split in them: `train-00000-of-00002`, `val_0001`.
+
+    Names without such a word are training files if there are no others. Without training files, all files are training files.
+    Of several words for held-out files, the first in HELD_OUT counts.
+    """
+    by_word: dict[str, list[str]] = {}
+    for name in sorted(names):
+        tokens = [_undecorated(token) for token in TOKEN.findall(name.lower())]
+        word = next((token for token in tokens if token in (*TRAINING, *HELD_OUT)), "")
+        by_word.setdefault("train" if word in TRAINING else word, []).append(name)
+    train = by_word.get("train") or by_word.get("") or []
+    held_out = next((by_word[word] for word in HELD_OUT if word in by_word), [])
+    return NamedSplits(train, held_out) if train else NamedSplits(sorted(itertools.chain(*by_word.values())), [])
 
 
 def suspicious_classes(names: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from datasets_prep.unpack_imagenet import DEVKIT, TRAIN, VALIDATION
 from models.autoencoders.kl import new_autoencoder_kl
 from models.dit import DiTOptions
 from models.registry import build_network
+from tests.written_formats import write_edm, write_lightningdit, write_parquet, write_tars, zip_folder
 
 __all__ = ["SETUP", "write_materials"]
 
@@ -41,6 +42,7 @@ def write_materials(folder: Path) -> None:
     _write_idx(folder / "idx")
     _write_weights(folder)
     images = np.stack([_picture(seed) for seed in range(8)])
+    _write_formats(folder, images)
     np.savez(folder / "images.npz", arr_0=images)
     np.savez(folder / "reference.npz", arr_0=images, mu=np.zeros(3), sigma=np.eye(3))
     (folder / "labels.txt").write_text("0\n1\n0\n1\n")
@@ -49,6 +51,17 @@ def write_materials(folder: Path) -> None:
         "# a run\nDATASET=folder DATADIR=photos IMG_SIZE=8\nMODEL_TYPE=DiT-Mi/4 PRETRAINED_AUTOENCODER_CKPT=none\n"
         "Bs=4 MAX_STEPS=2 METHOD=euler STEPS=2 COMPILE=false SAVE_ROOT=new DEVICE=cpu PRECISION=fp32 GRID_SAMPLES=2\n"
     )
+
+
+def _write_formats(folder: Path, images: np.ndarray) -> None:
+    """The images in other projects' formats, and latents for the autoencoder of `_write_weights`."""
+    labels = [row % 2 for row in range(len(images))]
+    write_tars(folder / "tars", images, labels)
+    write_parquet(folder / "tables", images, labels)
+    moments = np.abs(np.random.default_rng(0).normal(size=(len(images), 4, 8, 8))).astype(np.float32)
+    write_edm(folder / "edm", moments, labels, images)
+    zip_folder(folder / "edm" / "images")
+    write_lightningdit(folder / "shards", torch.from_numpy(moments[:, :2]), labels, torch.from_numpy(moments[:, 2:]))
 
 
 def _picture(seed: int, side: int = SIDE) -> np.ndarray:

@@ -30,6 +30,8 @@ ORIGIN = "--use_origin_adm --nf 32 --ch_mult 1 2 --num_res_blocks 1 --attn_resol
 SAMPLES = f"--n_sample 4 --batch_size 2 --no-compile {SOLVER} {MACHINE}"
 PUBLISHED = f"--checkpoint published/model_5.pth --model_type DiT-Mi/4 {PIXELS} --dataset folder --image_size 8"
 FASHION = "--dataset fashion_mnist --datadir idx"
+PACKED = ("tars", "tables", "images.npz", "edm/images.zip")  # images in other projects' formats
+ENCODED = ("shards", "edm/vae-sd")  # latents
 LATENTS = "--pretrained_autoencoder_ckpt ae --model_type DiT-Mi/2"
 
 # By script: commands with the values that cases vary. A module is written with dots. Words without `--` that come first are
@@ -44,6 +46,11 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
         f"{PHOTOS} {PIXELS} {DIT} {STEPS} --save_root new --init_from published/model_5.pth",
         f"{FASHION} {PIXELS} {DIT} {STEPS} --save_root new --image_size 28",
         f"--dataset latent_imagenet_256 --datadir latents --image_size 16 {LATENTS} {STEPS} --save_root new",
+        *(
+            f"--dataset folder --datadir {name} --image_size 8 {PIXELS} {DIT} {STEPS} --save_root new"
+            for name in PACKED
+        ),
+        *(f"--dataset folder --datadir {name} --image_size 16 {LATENTS} {STEPS} --save_root new" for name in ENCODED),
         f"--dataset celeba_256 --datadir lmdb --image_size 8 {PIXELS} --model_type unet --nf 8 {STEPS} --save_root new",
         f"{PHOTOS} {PIXELS} {DIT} {STEPS} --save_root new --until_embedding interval --objective alpha_flow",
         "--args_file arguments.txt",
@@ -98,7 +105,10 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
         f"published/model_5.pth new.safetensors {DIT} {PIXELS} --dataset folder --image_size 8",
         "guide.safetensors new.pth",
     ),
-    "datasets_prep.build_latents": (f"{PHOTOS} --pretrained_autoencoder_ckpt ae {MACHINE}",),
+    "datasets_prep.build_latents": (
+        f"{PHOTOS} --pretrained_autoencoder_ckpt ae {MACHINE}",
+        f"{PHOTOS} --pretrained_autoencoder_ckpt ae {MACHINE} --format lightningdit --latent_shards_dir new",
+    ),
     "datasets_prep.build_pairs": (
         f"--exp run --save_root saved {PHOTOS} --pairs new --n_pairs 4 --batch_size 2 {SOLVER} {MACHINE}",
     ),
