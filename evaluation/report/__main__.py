@@ -21,6 +21,7 @@ from runtime.outputs import check_file
 def main() -> None:
     """Write the report, and first search for nearest training images if requested."""
     words = sys.argv[1:]
+    sys.argv[0] = "python -m evaluation.report"  # --help shows it instead of this file's name
     count = next((number for number, word in enumerate(words) if word.startswith("-")), len(words))
     folders, flags = words[:count], words[count:]
     if not folders and not help_flags(flags):

@@ -1,4 +1,4 @@
-"""A failed validation, sample grid or log file costs a run nothing: it warns once and ends with the same bits."""
+"""A failed validation, sample grid, report or log file costs a run nothing: it warns once and ends with the same bits."""
 
 import errno
 import os
@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 
+import training.checkpointing
 import training.metrics_log
 import training.tracking.trackers
 from runtime.attempts import FAILURES, Attempts
@@ -52,6 +53,10 @@ FAULTS = {
     "samples": (
         lambda patch, folder: patch.setattr(Validation, "preview", fail),
         ["the sample grid failed (RuntimeError: expected a ball)"],
+    ),
+    "report": (
+        lambda patch, folder: patch.setattr(training.checkpointing, "write_report", fail),
+        ["the report failed (RuntimeError: expected a ball)"],
     ),
     "no TensorBoard": (
         lambda patch, folder: patch.setattr(training.tracking.trackers, "SummaryWriter", refuse),
