@@ -112,10 +112,13 @@ def load_model(
     load_weights(network, weights_for_sampling(weights), str(path), architecture)
     stored = header.autoencoder
     source = replace(autoencoder or AutoencoderOptions(stored.id), scale_factor=stored.scale_factor)
-    unmeasured = stored.statistics == UNMEASURED
-    if source.latent_statistics and not unmeasured:
-        raise UsageError(f"the checkpoint {path} records the scale of its latents: omit --latent_statistics")
-    loaded = load_autoencoder(source, header.dataset.channels, None if unmeasured else stored)
+    recorded = None if stored.statistics == UNMEASURED else stored
+    loaded = load_autoencoder(source, header.dataset.channels, None if source.latent_statistics else recorded)
+    if recorded and source.latent_statistics and not loaded.describe().same_scale(recorded):
+        raise UsageError(
+            f"the checkpoint {path} records another scale of its latents than --latent_statistics {source.latent_statistics}: "
+            "omit the flag"
+        )
     found = loaded.describe().sha256 or ""
     if stored.sha256 not in (None, found):  # None if the checkpoint was converted without the autoencoder
         raise UsageError(

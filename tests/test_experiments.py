@@ -74,7 +74,7 @@ OWN = {  # parameters in millions of this repository's own experiments, for late
 WITHOUT_TRAINING = {"imnet_rae"}  # other projects' protocols of sampling alone
 BUNDLED = {"pretrained/fashion_mnist_autoencoder": 4, "pretrained/fashion_mnist_autoencoder_v2": 4}
 # All other autoencoders have factor 8.
-FACTORS = {"none": 1, **BUNDLED, "pretrained/vavae-imagenet256-f16d32-dinov2": 16}
+FACTORS = {"none": 1, **BUNDLED, "vavae-imagenet256-f16d32-dinov2.pt": 16}
 HALF_PRECISION = {"celeb512_adm", "celeb1024_adm"}
 
 
@@ -90,12 +90,12 @@ def parser_of(script):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     (_, groups), named = parse_options.call_args
     assert LaunchOptions in groups
-    return groups, named["ignored"]
+    return groups, {name: named[name] for name in ("ignored", "adjust") if name in named}
 
 
 def parse(kind, *flags, task="generate"):
-    groups, ignored = parser_of(f"{kind}_flow_latent{SCRIPTS[task]}.py")
-    return parse_options("", groups, [str(flag) for flag in flags], ignored=ignored)
+    groups, settings = parser_of(f"{kind}_flow_latent{SCRIPTS[task]}.py")
+    return parse_options("", groups, [str(flag) for flag in flags], **settings)
 
 
 def path_of(kind, name):
