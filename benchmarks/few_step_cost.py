@@ -3,9 +3,9 @@
     python -m benchmarks.few_step_cost [--network DiT-Mi/2] [--side 8] [--batch_size 128] [--rounds 9] [--precision fp32]
 
 Times `TrainingState.advance` of every objective against flow matching with the same network, in alternation, by the processor
-time of one thread, which other programs disturb little. A step that trains
-an interval of times is timed apart from a step that trains the velocity; their mean with the objective's --flow_share is
-what a run pays. Guided targets add two forward passes to either step.
+time of one thread, which other programs disturb little. A step that trains an interval of times is timed apart from a step that
+trains the velocity; their mean with the objective's --flow_share is what a run pays. Guided targets add two forward passes to
+either step.
 
 Memory is the peak of two interval steps in a process of its own, minus the memory in use before the network was built.
 """

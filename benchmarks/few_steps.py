@@ -55,7 +55,7 @@ class Method(NamedTuple):
     Args:
         flags: of training.
         cost: of a step, relative to a plain step.
-        inputs: of sampling.
+        sampling: flags of sampling.
     """
 
     flags: str
@@ -68,8 +68,8 @@ METHODS = {
     "mean_flow": Method(f"{DECOUPLED} {GUIDED}", 2.04),
     "improved_mean_flow": Method(f"{DECOUPLED} {GUIDED}", 2.57),
     "alpha_flow": Method(f"{DECOUPLED} {GUIDED}", 1.9),
-    "shortcut": Method(f"{DECOUPLED} {GUIDED}", 1.81),
-    "split_mean_flow": Method(f"{DECOUPLED} {GUIDED}", 1.9),
+    "shortcut": Method(f"{DECOUPLED} {GUIDED} --flow_share 0.5 --shortcut_steps 16", 2.09),
+    "split_mean_flow": Method(f"{DECOUPLED} {GUIDED} --adaptive_power 0 --flow_share 0.5", 2.07),
     "consistency": Method(DECOUPLED, 1.35, "--reinject_noise 1"),
     "reflow": Method("--time_sampling u_shaped", 1.0, "--method euler"),
 }

@@ -3,8 +3,8 @@
     python -m benchmarks.recipe_cost [--variants NAME ...] [--rounds 9] [--num_threads N]
 
 Prepares the default experiment and every variant of benchmarks.recipe as train_flow_latent.py would, and times their training
-steps in alternation with the default's, by processor time. The printed speed is the median over the rounds, with quartiles.
-The runs' folders are temporary.
+steps in alternation with the first variant's, by processor time. The printed speed is the median over the rounds, with
+quartiles. The runs' folders are temporary.
 """
 
 import argparse
@@ -71,9 +71,11 @@ def main() -> None:
     parser.add_argument(
         "--variants", nargs="+", default=list(VARIANTS), help="as in benchmarks.recipe; default: all names"
     )
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant; default: 9")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each variant, at least 2; default: 9")
     parser.add_argument("--num_threads", type=int, default=1, help="threads; default: 1")
     own = parser.parse_args()
+    if own.rounds < 2:
+        parser.error("--rounds: expected at least 2")
     baseline, *others = [Variant.parse(text) for text in own.variants]
     rows = []
     with tempfile.TemporaryDirectory() as folder:

@@ -166,8 +166,9 @@ def solve(
     fits = method.adaptive or options.fit_grid
     breakpoints = breakpoints_of(velocity) if fits else []
     times = [1.0, *breakpoints, 0.0] if method.adaptive else time_grid(options, breakpoints, x[0].numel())
+    inside = [time for time in breakpoints if time > times[-1]]  # --end_time may end the grid before a breakpoint
     evaluations, taken = torch.zeros(len(x), dtype=torch.long, device=x.device), 0
-    for piece in _split(times[::-1] if backwards else times, breakpoints):
+    for piece in _split(times[::-1] if backwards else times, inside):
         part = restrict(velocity, piece[0], piece[-1]) if fits else velocity
         x, used = method.run(part, x, piece, options, partial(_draw_later, draw, taken))
         evaluations, taken = evaluations + used, taken + len(piece) - 1

@@ -1,24 +1,26 @@
-"""Save sample grids as PNG files, and animated grids as GIF files."""
+"""Save sample grids as PNG files and read them back, and save animated grids as GIF files."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from options import option
-from runtime.files import atomic_path
+from options import UsageError, option
+from runtime.files import UNREADABLE, atomic_path
 
-__all__ = ["GridOptions", "Sheet", "save_animation", "save_sheet", "side_by_side"]
+__all__ = ["GridOptions", "Sheet", "read_sheet", "save_animation", "save_sheet", "side_by_side"]
 
 ROWS = 8
 MOST_COLUMNS = 10
 FRAME_MS, LAST_FRAME_MS = 120, 1500
 SMALLEST_TILE = 56  # pixels; smaller images are enlarged
+PADDING, WHITE = 2, 255  # around the images of a grid
 
 
 class Sheet(NamedTuple):
@@ -64,6 +66,29 @@ def save_sheet(images: torch.Tensor, path: str | Path, columns: int) -> None:
         _sheet(images, columns).save(temporary, format="PNG")
 
 
+def read_sheet(path: str | Path, side: int, channels: int) -> torch.Tensor:
+    """Read the images uint8 [N, channels, side, side] of a grid that `save_sheet` wrote. White ones at its end are left out.
+
+    Raises:
+        UsageError: the file is unreadable, or not a grid of images of this size.
+    """
+    try:
+        with Image.open(path) as picture:
+            pixels = np.array(picture.convert("RGB"))
+    except UNREADABLE as error:
+        raise UsageError(f"cannot read {path}: {error}") from error
+    scale, cell = _scale(side), side + PADDING
+    small = torch.from_numpy(pixels[::scale, ::scale]).permute(2, 0, 1)[:channels]
+    if small.shape[1:] == (side, side):  # a single image has no padding
+        return small[None]
+    if any(length % cell != PADDING for length in small.shape[1:]) or len(pixels) != small.shape[1] * scale:
+        raise UsageError(f"{path}: expected a grid of {side} x {side} images, as training and sampling save them")
+    tiles = small[:, PADDING:, PADDING:].unfold(1, side, cell).unfold(2, side, cell)  # [C, rows, columns, side, side]
+    images = tiles.permute(1, 2, 0, 3, 4).flatten(0, 1)
+    filled = (images != WHITE).flatten(1).any(1).nonzero()
+    return images[: int(filled.max()) + 1 if len(filled) else 0]
+
+
 def save_animation(frames: Sequence[torch.Tensor], path: str | Path, columns: int) -> None:
     """Save frames of images, uint8 [N, C, H, W] each, as a GIF that loops forever and pauses on its last frame."""
     first, *others = (_sheet(images, columns).convert("RGB") for images in frames)
@@ -73,6 +98,11 @@ def save_animation(frames: Sequence[torch.Tensor], path: str | Path, columns: in
 
 
 def _sheet(images: torch.Tensor, columns: int) -> Image.Image:
-    picture = to_pil_image(make_grid(images, nrow=columns, padding=2, pad_value=255))
-    scale = -(-SMALLEST_TILE // images.shape[-1])
+    picture = to_pil_image(make_grid(images, nrow=columns, padding=PADDING, pad_value=WHITE))
+    scale = _scale(images.shape[-1])
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def _scale(side: int) -> int:
+    """The factor by which images of this side are enlarged."""
+    return -(-SMALLEST_TILE // side)

@@ -148,11 +148,15 @@ class Machine:
 
     def describe(self) -> str:
         """Describe the device, precision and compilation in one line."""
+        way = "compiled (takes about a minute at the start)" if self.compile else "not compiled"
+        return f"{self.describe_device()}, {self.precision}, {way}"
+
+    def describe_device(self) -> str:
+        """The device, with the number of threads of a CPU or the name of a GPU."""
         count = torch.get_num_threads()
         threads = f", {count} thread{'s' if count > 1 else ''}" if self.device.type == "cpu" else ""
-        way = "compiled (takes about a minute at the start)" if self.compile else "not compiled"
         card = f", {torch.cuda.get_device_name(self.device)}" if self.device.type == "cuda" else ""
-        return f"{self.device}{card}{threads}, {self.precision}, {way}"
+        return f"{self.device}{card}{threads}"
 
     def compiled(self, network: nn.Module, always_alike: bool = False) -> nn.Module:
         """Swap CPU kernels into a network in place, and compile it if this machine compiles.

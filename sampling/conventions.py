@@ -29,16 +29,15 @@ from models.autoencoders.pixels import decode_images
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition
 from options import UsageError
-from runtime.messages import warn
+from runtime.messages import note, warn
 from runtime.precision import Machine
 from runtime.randomness import generator_for
 from sampling.request import SamplerRequest
 
 __all__ = ["Subject", "check_file", "find_fault", "warn_of_conventions"]
 
-TIME = (
-    0.7  # not 1/2, where both directions of time agree, and noisy enough for networks to differ from a multiple of x_t
-)
+# Not 1/2, where both directions of time agree, and noisy enough for networks to differ from a multiple of x_t.
+TIME = 0.7
 IMAGES, SAMPLES = 8, 4  # so that a network is evaluated for 16 images, or for 32 of its own samples
 SOLVER = SolverOptions("heun", 3)  # samples by coarser solvers have too small a scale
 # Stable Diffusion's scaled latents of ImageNet have 0.73, and a mean of 0.64 (root mean square over channels).
@@ -55,7 +54,7 @@ DIRECTIONS = {
     "time": "at the reversed time 1 - t",
     "both": "with the opposite sign at the reversed time 1 - t, by which SiT and LightningDiT differ from other projects",
 }
-ADVICE = "that the autoencoder and its --scale_factor or latent statistics are those of the network's training"
+ADVICE = "that the network was trained with this autoencoder and this --scale_factor or these latent statistics"
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class Subject:
 def check_file(path: Path, request: SamplerRequest, model: LoadedModel, machine: Machine) -> None:
     """Warn if the network in a file is read by wrong conventions, as far as --check_conventions asks for it.
 
-    Held-out images are read if --datadir was given, so that nothing is searched or downloaded for this check alone.
+    Held-out images are read if --datadir was given, so that no dataset is searched for this check alone.
 
     Args:
         path: the file.
@@ -101,7 +100,11 @@ def check_file(path: Path, request: SamplerRequest, model: LoadedModel, machine:
     """
     header, asked = model.header, request.source.check_conventions
     wanted = asked == "on" or (asked == "auto" and header.published_file is not None)
-    if not wanted or header.dense is not None:
+    if not wanted:
+        return
+    if header.dense is not None:
+        if asked == "on":
+            note("--check_conventions does not check networks for inpainting or label maps")
         return
     dataset = None
     if "datadir" in request.given:
@@ -126,7 +129,7 @@ def warn_of_conventions(source: str, subject: Subject, dataset: ImageDataset | N
 
 @torch.no_grad()
 def find_fault(subject: Subject, dataset: ImageDataset | None) -> str:
-    """What is wrong with the network or its latents, and what to do; "" if nothing is. See `warn_of_conventions`."""
+    """Describe a fault of the network or its latents, and what to do; "" if there is none. See `warn_of_conventions`."""
     with suppress(UsageError):  # unreadable images
         if dataset is not None and dataset.has_images:
             return _judge_images(subject, dataset)

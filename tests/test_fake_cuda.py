@@ -12,7 +12,7 @@ import evaluation.features.fashion
 import evaluation.features.inception
 import flow.multistep
 import flow.solvers
-import models.autoencoders.kl
+import models.autoencoders.pretrained
 import tasks.training_free_inpainting as free_inpainting
 import training.data
 from datasets_prep.conditions import MaskedImages, class_shares
@@ -290,7 +290,7 @@ def read_at_once(monkeypatch):
 
 
 def new_autoencoder(monkeypatch):
-    monkeypatch.setattr(models.autoencoders.kl, "weights_hash", lambda weights: "")
+    monkeypatch.setattr(models.autoencoders.pretrained, "weights_hash", lambda weights: "")
     with outside():
         network = new_autoencoder_kl(3, (8, 8), 4, 16, {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})
         autoencoder = PretrainedAutoencoder(network, "new")

@@ -1,4 +1,7 @@
-"""Validates, saves and draws sample grids: at intervals of epochs, steps or minutes, at the end, and on interruption."""
+"""Validates, saves and draws sample grids: at intervals of epochs, steps or minutes, at the end, and on interruption.
+
+At the end, it also writes the report.
+"""
 
 import math
 import re
@@ -12,9 +15,10 @@ import torch
 
 from checkpoints.files import save_weights
 from checkpoints.header import Header, PowerAverage
+from evaluation.report.page import ReportOptions, write_report
 from runtime.attempts import Attempts
 from runtime.files import move_aside
-from runtime.messages import show
+from runtime.messages import fact, show
 from runtime.pictures import save_sheet
 from runtime.processes.parallel import gather_state
 from runtime.processes.signals import StopSignals
@@ -29,6 +33,7 @@ from training.state_file import CONTENT, save_state
 __all__ = ["Checkpointer", "Requests", "remove_older", "set_checkpoints_aside"]
 
 LOSS = "loss"
+REPORT = "report.html"
 STEPS_BETWEEN_POLLS = 10  # with several processes, because each poll waits for all of them
 
 
@@ -120,6 +125,8 @@ class Checkpointer:
         self._guard.check(last=ended or requests.stop)
         if self._due(experiment.plot_every, ended):
             self._draw()
+        if ended and self._log:
+            self._write_report()
 
     def _attempt(self, work: str) -> AbstractContextManager[None]:
         """A block whose failure does not end the run, unless other processes would wait for this one inside it."""
@@ -155,6 +162,12 @@ class Checkpointer:
                 with self._guard.writing(picture):
                     save_sheet(sheet.images, self._run.folder / picture, sheet.columns)
                 self._guard.check(last=False)
+
+    def _write_report(self) -> None:
+        folder = self._run.folder
+        with self._attempts.attempt("the report", self._state.step):
+            write_report([folder], ReportOptions(output=str(folder / REPORT)))
+            fact("report", str(folder / REPORT))
 
     def _validate(self, ended: bool) -> None:
         run, state, values = self._run, self._state, dict[str, float]()

@@ -1,7 +1,8 @@
 """The run folder: its path, its configuration, and whether training there starts or resumes.
 
 <save_root>/latent_flow/<dataset>/<exp>/  config.json  model_<epoch>.safetensors  best.safetensors
-content.pth  content.previous.pth  metrics.jsonl  tensorboard/  samples/  posthoc_ema/  run.lock (during training)
+content.pth  content.previous.pth  metrics.jsonl  report.html  tensorboard/  samples/  posthoc_ema/
+run.lock (during training)
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,9 +24,11 @@ from runtime.outputs import check_folder
 from runtime.provenance import provenance
 from training.averages.snapshots import FOLDER as SNAPSHOT_FOLDER
 from training.state_file import has_state
+from training.tracking.trackers import TRACKERS
 
 __all__ = [
     "IMAGES",
+    "MACHINE",
     "RECONSTRUCTIONS",
     "STATE_OF_IMAGES",
     "STATE_OF_LABELS",
@@ -50,6 +53,7 @@ RECONSTRUCTIONS = "samples/reconstructions.json"
 IMAGES, STATE_OF_IMAGES = "number of training images", "state of the training images"
 STATE_OF_LABELS = "labels of the training images"
 STATE_OF_PAIRS = "state of the training pairs"  # a hash, in runs that train on pairs of noise and samples
+MACHINE = "machine"  # entry of config.json: the device that the run started on, for the record
 LAUNCH = "launch"  # entry of config.json: identifies the launch that started the run
 TAKES_OVER = "takes_over"  # entry of config.json: whether the run started from a content.pth of LFM's published code
 # Resume policies of entries of config.json that are not options. Copying the images may change their hash.
@@ -58,6 +62,7 @@ ENTRY_POLICIES: dict[str, OnResume] = {
     STATE_OF_IMAGES: "rounding",
     STATE_OF_LABELS: "on_request",
     STATE_OF_PAIRS: "on_request",
+    MACHINE: "freely",
     "processes": "rounding",
     "threads": "rounding",
 }
@@ -117,6 +122,12 @@ class ExperimentOptions:
         on_resume="freely",
     )
     log_every: int = option(50, "steps between lines of metrics.jsonl", minimum=1, on_resume="freely")
+    tracker: str = option(
+        "tensorboard",
+        "where to show the metrics, next to metrics.jsonl; wandb and trackio need their packages (docs/report.md)",
+        choices=TRACKERS,
+        on_resume="freely",
+    )
 
 
 @dataclass(frozen=True)

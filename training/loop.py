@@ -66,7 +66,7 @@ def train(run: TrainingRun, resume: bool) -> bool:
         fact("length", f"{last_step:,} steps of {global_batch} images, {last_step / per_epoch:.3g} epochs")
     parallel = state.network if run.is_sharded else replicate(state.network, processes)
     network = run.machine.compiled(parallel, always_alike=_calls_are_alike(run))
-    log = MetricsLog(run.folder, state.step) if processes.is_main else None
+    log = MetricsLog(run.folder, state.step, experiment.tracker) if processes.is_main else None
     clock = Clock(state)
     nan_guard = NanGuard(run, state, log, last_step)
     checkpointer = Checkpointer(run, state, log, clock, per_epoch, nan_guard, snapshot_every)

@@ -1,4 +1,4 @@
-"""Metrics of a run, written to metrics.jsonl and TensorBoard, and the run's clock."""
+"""Metrics of a run, written to metrics.jsonl and a tracker such as TensorBoard, and the run's clock."""
 
 import json
 import threading
@@ -8,28 +8,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from runtime.distributed import Processes
 from runtime.files import append_line, atomic_path
 from runtime.messages import warn
 from training.state import TrainingState
+from training.tracking.trackers import TRACKERS, Tracker
 
 __all__ = ["Clock", "MetricsLog"]
 
 
 class MetricsLog:
-    """Appends metrics to metrics.jsonl, one JSON object per line, and to TensorBoard.
+    """Appends metrics to metrics.jsonl, one JSON object per line, and shows them in a tracker.
 
-    Lines that cannot be written, for example on a full disk, are kept and written later. A failure of TensorBoard ends only
-    its own file.
+    Lines that cannot be written, for example on a full disk, are kept and written later. A failure of the tracker ends only
+    the tracking.
 
     Args:
         folder: the run folder.
         step: the step at which training starts or resumes. Later entries, written before an interruption, are removed.
+        tracker: key of training.tracking.trackers.TRACKERS.
     """
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, tracker: str = "tensorboard") -> None:
         self.path = folder / "metrics.jsonl"
         self._unwritten: list[str] = []
         if self.path.exists():
@@ -40,18 +40,19 @@ class MetricsLog:
             ]
             with atomic_path(self.path) as temporary:
                 temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        self._events: SummaryWriter | None = None
+        self._tracker: Tracker | None = None
+        self._title = TRACKERS[tracker].title
         self._excepthook, threading.excepthook = threading.excepthook, self._report_in_thread
-        with self._optional_events():
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        with self._optional_tracking():
+            self._tracker = TRACKERS[tracker](folder, step)
 
     def write(self, step: int, kind: str, values: dict[str, Any]) -> None:
         """Record `values` at a step. Their kind is "train", "validation", "skipped" or "spike"."""
         self._append(json.dumps({"step": step, "kind": kind, **values}))
-        with self._optional_events():
-            for name, value in values.items():
-                if self._events is not None and isinstance(value, int | float):
-                    self._events.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {f"{kind}/{name}": value for name, value in values.items() if isinstance(value, int | float)}
+        with self._optional_tracking():
+            if self._tracker is not None and numbers:
+                self._tracker.record(step, numbers)
 
     def past(self, kind: str, name: str) -> list[float]:
         """All recorded values of this kind and name."""
@@ -61,10 +62,10 @@ class MetricsLog:
         return [value for value in values if isinstance(value, int | float)]  # the file may have been edited
 
     def close(self) -> None:
-        """Flush and close the TensorBoard file."""
-        with self._optional_events():
-            if self._events is not None:
-                self._events.close()
+        """Close the tracker."""
+        with self._optional_tracking():
+            if self._tracker is not None:
+                self._tracker.close()
         threading.excepthook = self._excepthook
 
     def _report_in_thread(self, failure: threading.ExceptHookArgs) -> None:
@@ -82,12 +83,12 @@ class MetricsLog:
             self._unwritten.append(line)
 
     @contextmanager
-    def _optional_events(self) -> Iterator[None]:
+    def _optional_tracking(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # TensorBoard passes on all errors of its thread
-            self._events = None
-            warn(f"TensorBoard's file is not written any more ({error}); {self.path.name} holds the same values")
+            self._tracker = None
+            warn(f"{self._title} is not written any more ({error}); {self.path.name} holds the same values")
 
 
 class Clock:

@@ -59,6 +59,7 @@ from training.objectives.training_pairs import open_training_pairs
 from training.preparation.configuration import configuration_of
 from training.preparation.inputs import Inputs, keep_scale, open_inputs, show_reconstructions
 from training.run import TrainingOptions, TrainingRun
+from training.tracking.trackers import check_tracker
 from training.validation import Validation
 
 __all__ = ["prepare", "training_groups"]
@@ -95,6 +96,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     """
     data, experiment, training = options[DatasetOptions], options[ExperimentOptions], options[TrainingOptions]
     _check(training, options[SolverOptions], options[MachineOptions])
+    check_tracker(experiment.tracker)
     machine = choose_machine(options[MachineOptions], processes)
     with processes.main_first():  # only the main process downloads
         inputs = open_inputs(task, options, machine.for_encoding)

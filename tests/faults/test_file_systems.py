@@ -34,6 +34,7 @@ from training.nan_guard import NanGuard
 from training.optimizers import OptimizerOptions
 from training.resources import DiskUse, check_space
 from training.state import TrainingState
+from training.tracking import trackers
 
 
 def system_error(number):
@@ -219,7 +220,7 @@ def test_a_failure_of_tensorboard_costs_only_its_file(tmp_path, monkeypatch, cap
             if here == part:
                 raise system_error(errno.EIO)
 
-    monkeypatch.setattr(metrics_log, "SummaryWriter", Broken)
+    monkeypatch.setattr(trackers, "SummaryWriter", Broken)
     hook = threading.excepthook
     log = MetricsLog(tmp_path, 0)
     for step in (1, 2):

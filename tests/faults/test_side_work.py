@@ -1,4 +1,4 @@
-"""A failed validation, sample grid or log file costs a run nothing: it warns once and ends with the same bits."""
+"""A failed validation, sample grid, report or log file costs a run nothing: it warns once and ends with the same bits."""
 
 import errno
 import os
@@ -6,7 +6,9 @@ import os
 import pytest
 import torch
 
+import training.checkpointing
 import training.metrics_log
+import training.tracking.trackers
 from runtime.attempts import FAILURES, Attempts
 from runtime.torch_files import read_torch_file
 from tests.training.test_loop import STEPS, new_run
@@ -52,12 +54,16 @@ FAULTS = {
         lambda patch, folder: patch.setattr(Validation, "preview", fail),
         ["the sample grid failed (RuntimeError: expected a ball)"],
     ),
+    "report": (
+        lambda patch, folder: patch.setattr(training.checkpointing, "write_report", fail),
+        ["the report failed (RuntimeError: expected a ball)"],
+    ),
     "no TensorBoard": (
-        lambda patch, folder: patch.setattr(training.metrics_log, "SummaryWriter", refuse),
+        lambda patch, folder: patch.setattr(training.tracking.trackers, "SummaryWriter", refuse),
         ["TensorBoard's file is not written any more"],
     ),
     "TensorBoard": (
-        lambda patch, folder: patch.setattr(training.metrics_log.SummaryWriter, "add_scalar", refuse),
+        lambda patch, folder: patch.setattr(training.tracking.trackers.SummaryWriter, "add_scalar", refuse),
         ["TensorBoard's file is not written any more"],
     ),
     "metrics": (

@@ -289,3 +289,11 @@ def test_repaint_decides_once_per_step():
     solution = replace_known(velocity, NOISE, times, NOISE, hole, torch.zeros_like(NOISE).add)
     assert torch.equal(solution.x, solve(guided(), NOISE, SolverOptions("euler", 10)).x)
     assert velocity.evaluations(6).tolist() == [15] * 6
+
+
+@pytest.mark.parametrize("method", ["ab2", "dpm"])
+def test_a_breakpoint_after_the_end_of_the_grid_changes_nothing(method):
+    options = SolverOptions(method, 9, end_time=0.1)
+    found, expected = (solve(guided(interval=(low, HIGH)), NOISE, options) for low in (0.05, 0.0))
+    assert torch.equal(found.x, expected.x)
+    assert torch.equal(found.evaluations, expected.evaluations)

@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from runtime.pictures import GridOptions, save_sheet
+from options import UsageError
+from runtime.pictures import GridOptions, read_sheet, save_sheet
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,21 @@ def test_a_sheet_is_filled_row_by_row(tmp_path):
     tiles = [pixels[2 + 58 * (i // 3) :, 2 + 58 * (i % 3) :][:56, :56] for i in range(5)]
     assert [(tile.min(), tile.max()) for tile in tiles] == [(10 * i, 10 * i) for i in range(5)]
     assert pixels[0].tolist() == [255] * 176
+
+
+@pytest.mark.parametrize(
+    ("side", "channels", "count", "columns"), [(28, 1, 7, 3), (56, 3, 4, 4), (20, 3, 5, 8), (9, 1, 1, 1)]
+)
+def test_a_sheet_can_be_read_back(side, channels, count, columns, tmp_path):
+    images = torch.randint(0, 256, (count, channels, side, side), dtype=torch.uint8)
+    save_sheet(images, tmp_path / "sheet.png", columns)
+    assert torch.equal(read_sheet(tmp_path / "sheet.png", side, channels), images)
+
+
+def test_what_is_no_sheet_is_refused(tmp_path):
+    save_sheet(torch.zeros(4, 1, 28, 28, dtype=torch.uint8), tmp_path / "sheet.png", 2)
+    with pytest.raises(UsageError, match="expected a grid of 32 x 32 images"):
+        read_sheet(tmp_path / "sheet.png", 32, 1)
+    (tmp_path / "sheet.png").write_bytes(b"text")
+    with pytest.raises(UsageError, match="cannot read"):
+        read_sheet(tmp_path / "sheet.png", 28, 1)

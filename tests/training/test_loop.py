@@ -361,7 +361,7 @@ def test_training_state_is_saved_only_if_requested_or_needed(tmp_path):
 
 def test_the_memory_of_a_step_is_shown_on_gpus_only(tmp_path, monkeypatch, capsys):
     train(new_run(tmp_path / "cpu", max_steps=1), resume=False)
-    assert "memory" not in capsys.readouterr().out
+    assert "memory   " not in capsys.readouterr().out
     monkeypatch.setattr(training.resources, "free_memory", lambda device: (10**9, 2 * 10**9))
     train(new_run(tmp_path / "gpu", max_steps=1), resume=False)
     shown = capsys.readouterr()

@@ -7,6 +7,7 @@ from typing import Any
 from flow.flow_maps.alpha_flow import AlphaFlowOptions
 from flow.flow_maps.consistency import ConsistencyOptions
 from flow.flow_maps.options import ALWAYS, FewStepOptions
+from flow.flow_maps.split_mean_flow import SplitMeanFlowOptions
 from flow.losses.options import check_losses
 from flow.objectives import OBJECTIVES, objective_groups
 from flow.paths import PathOptions
@@ -61,6 +62,11 @@ def settle_options(
         note(
             f"alpha_flow divides differences of velocities by alpha, and --alpha_min {options.alpha_min:g} magnifies the "
             f"rounding of {machine.precision}: --precision fp32 or --alpha_min {COARSE_ALPHA:g} is more precise"
+        )
+    if isinstance(options, SplitMeanFlowOptions) and options.adaptive_power:
+        note(
+            "split_mean_flow compares the network with itself, and adaptive weights let these small errors outweigh the data: "
+            "--adaptive_power 0 is safer"
         )
     channels = network.num_out_channels
     check_losses(options, channels, global_batch, dense=architecture.dense is not None)

@@ -13,6 +13,7 @@ from runtime.distributed import Processes
 from runtime.precision import Machine
 from training.experiment import (
     IMAGES,
+    MACHINE,
     STATE_OF_IMAGES,
     STATE_OF_LABELS,
     STATE_OF_PAIRS,
@@ -27,7 +28,7 @@ def configuration_of(
 ) -> Configuration:
     """The contents of config.json: all options, resolved, and other facts that the results depend on."""
     resolved: dict[str, Any] = {"precision": machine.precision, "compile": machine.compile}
-    resolved |= {"processes": processes.count, "threads": torch.get_num_threads()}
+    resolved |= {"processes": processes.count, "threads": torch.get_num_threads(), MACHINE: machine.describe_device()}
     state = dataset.fingerprint + getattr(dataset, "maps_fingerprint", "")
     images = {
         IMAGES: len(dataset),

@@ -1,0 +1,1 @@
+"""Trackers: programs that plot a run's metrics, next to metrics.jsonl."""
