@@ -34,6 +34,8 @@ __all__ = [
     "warn_of_other_conventions",
 ]
 
+LEAST_SHARE = 0.5  # of a network's numbers that an initial checkpoint should hold
+
 
 def choose_architecture(
     model_type: str,
@@ -199,6 +201,12 @@ def load_fitting_weights(network: nn.Module, weights: Weights) -> None:
     left_out = sorted({*own, *weights} - {*fitting})
     listed = f"; no match in name and shape: {list_names(left_out)}" if left_out else ""
     fact("init", f"loaded {len(fitting)} of {len(own)} weights{listed}")
+    loaded, known = (sum(own[name].numel() for name in names) for names in (fitting, own))
+    if loaded < LEAST_SHARE * known:
+        warn(
+            f"--init_from: only {loaded / known:.0%} of the network's numbers come from this checkpoint, the rest starts at "
+            "random: check --model_type, --num_classes and the options of the network"
+        )
 
 
 def warn_of_other_conventions(

@@ -127,7 +127,6 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     check_labels(architecture.options, (inputs.dataset, inputs.held_out))
     check_classes(architecture.options, inputs.dataset, new=not resumes and not experiment.init_from)
     check_guidance(architecture.options.label_dropout, dense, options[GuidanceOptions].cfg_scale)
-    check_network(architecture.options, options[SolverOptions], options[GuidanceOptions])
     auxiliary = options[AuxiliaryOptions]
     path = settle_options(
         objective_name,
@@ -139,6 +138,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         fsdp=training.fsdp,
         auxiliary=uses_auxiliary(architecture.options, auxiliary),
     )
+    check_network(architecture.options, options[SolverOptions], options[GuidanceOptions])
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
     warn_of_untrained(header, options[SolverOptions], options[GuidanceOptions])
     if experiment.validate_excess:

@@ -13,7 +13,7 @@ from models.guided_unet import GuidedUNetOptions
 from models.registry import Architecture, build_network
 from options import UsageError
 from tests.headers import header_of
-from training.network import choose_architecture, new_network
+from training.network import choose_architecture, load_fitting_weights, new_network
 
 SMALL = {"nf": 32, "ch_mult": (1, 2), "num_res_blocks": 1}
 
@@ -79,3 +79,12 @@ def test_initial_weights_of_another_target_are_a_note(prediction, noted, tmp_pat
     assert (
         "learned to predict the velocity, but this run starts to predict the data" in capsys.readouterr().err
     ) == noted
+
+
+@pytest.mark.parametrize(("width", "warned"), [(32, True), (64, False)])
+def test_an_initial_checkpoint_of_another_size_is_a_warning(width, warned, capsys):
+    def network(hidden):
+        return build_network("DiT/2", 8, DiTOptions(model_width=hidden, model_depth=1, model_heads=2))
+
+    load_fitting_weights(network(64), network(width).state_dict())
+    assert ("the rest starts at random: check --model_type" in capsys.readouterr().err) == warned

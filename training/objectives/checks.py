@@ -155,9 +155,9 @@ def _has_variance(network: FamilyOptions) -> bool:
 
 def _refuse_untrained(name: str, network: FamilyOptions) -> None:
     """Raise UsageError: the network has weights that the objective does not train."""
-    part, trainer = "log_variance_head", "decoupled_mean_flow"
+    part, trainer = "log_variance_head", "choose --objective decoupled_mean_flow"
     if network.takes_guidance:
-        part, trainer = "guidance_embedding", "improved_mean_flow --largest_guidance 8"
-    raise UsageError(
-        f"--objective {name} does not train --{part} with these options: leave it out, or choose --objective {trainer}"
-    )
+        chosen = name == "improved_mean_flow"
+        part = "guidance_embedding"
+        trainer = "add --largest_guidance 8" if chosen else "choose --objective improved_mean_flow --largest_guidance 8"
+    raise UsageError(f"--objective {name} does not train --{part} with these options: leave it out, or {trainer}")
