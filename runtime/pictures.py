@@ -13,7 +13,7 @@ from torchvision.utils import make_grid
 from options import option
 from runtime.files import atomic_path
 
-__all__ = ["GridOptions", "Sheet", "save_animation", "save_sheet", "side_by_side"]
+__all__ = ["GridOptions", "Sheet", "draw_sheet", "save_animation", "save_sheet", "side_by_side"]
 
 ROWS = 8
 MOST_COLUMNS = 10
@@ -61,18 +61,19 @@ class GridOptions:
 def save_sheet(images: torch.Tensor, path: str | Path, columns: int) -> None:
     """Save images, uint8 [N, C, H, W], as one PNG, row by row."""
     with atomic_path(path) as temporary:
-        _sheet(images, columns).save(temporary, format="PNG")
+        draw_sheet(images, columns).save(temporary, format="PNG")
 
 
 def save_animation(frames: Sequence[torch.Tensor], path: str | Path, columns: int) -> None:
     """Save frames of images, uint8 [N, C, H, W] each, as a GIF that loops forever and pauses on its last frame."""
-    first, *others = (_sheet(images, columns).convert("RGB") for images in frames)
+    first, *others = (draw_sheet(images, columns).convert("RGB") for images in frames)
     durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
     with atomic_path(path) as temporary:
         first.save(temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
 
-def _sheet(images: torch.Tensor, columns: int) -> Image.Image:
+def draw_sheet(images: torch.Tensor, columns: int, tile: int = SMALLEST_TILE) -> Image.Image:
+    """Lay out images, uint8 [N, C, H, W], row by row. Images smaller than `tile` pixels are enlarged."""
     picture = to_pil_image(make_grid(images, nrow=columns, padding=2, pad_value=255))
-    scale = -(-SMALLEST_TILE // images.shape[-1])
+    scale = -(-tile // images.shape[-1])
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
