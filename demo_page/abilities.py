@@ -16,8 +16,8 @@ __all__ = ["HIGH_RESOLUTION", "TABS", "Abilities"]
 TABS = ("samples", "interpolation", "inpainting", "map")
 HIGH_RESOLUTION = 128  # pixels; from this side on, the page shows fewer samples at first
 ADAPTIVE = "dopri5"  # the only adaptive solver that is offered
-_FOR_HOLES = "This network was trained to fill holes, so it cannot sample without an image. Use the tab Inpainting."
-_FOR_MAPS = "This network was trained on label maps, so it needs one. Use the tab Label map."
+_FOR_HOLES = "This network was trained to fill holes, so it cannot sample without an image. Use the tab Inpaint."
+_FOR_MAPS = "This network was trained on label maps, so it needs one. Use the tab Map."
 _NO_MAPS = (
     "This network was not trained on label maps. Train one with `bash run.sh train_args/fashion_mnist_semantic.txt`, for "
     "example."

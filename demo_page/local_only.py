@@ -17,7 +17,10 @@ POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self' data: blob:; base-uri 'self'; "
     "form-action 'self'; frame-ancestors 'self'"
 )
-METADATA = re.compile(rb"<meta\s+(?:property|name)=\"(?:og|twitter):[^>]*>|<link[^>]*href=\"https?://[^>]*>")
+METADATA = re.compile(
+    rb"<meta\s+(?:property|name)=\"(?:og|twitter):[^>]*>|<link[^>]*href=\"https?://[^>]*>"
+    rb"|https://raw\.githubusercontent\.com/[^\"\\\s]*"  # example inputs in the description of the interface
+)
 
 
 class LocalOnly:

@@ -21,6 +21,7 @@ FONTS, CODE_FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  
 CSS = """
 .gradio-container { max-width: 1200px !important; }
 .sheet img { image-rendering: pixelated; object-fit: contain; }
+@media (max-width: 640px) { .tab-container button { padding: 0 9px !important; } }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 14px; font-size: 14px; }
 .legend span span { display: inline-block; width: 14px; height: 14px; margin-right: 5px; border: 1px solid #888; }
 """
@@ -64,9 +65,9 @@ def build_page(model: DemoModel) -> gr.Blocks:
             with gr.Column(scale=3, min_width=300), gr.Tabs():
                 tabs = {
                     "Samples": ("samples", _samples),
-                    "Interpolation": ("interpolation", _interpolation),
-                    "Inpainting": ("inpainting", _inpainting),
-                    "Label map": ("map", _label_map),
+                    "Interpolate": ("interpolation", _interpolation),
+                    "Inpaint": ("inpainting", _inpainting),
+                    "Map": ("map", _label_map),
                 }
                 for title, (name, fill) in tabs.items():
                     with gr.Tab(title):
@@ -115,9 +116,8 @@ def _controls(model: DemoModel, abilities: Abilities) -> list[Any]:
     steps = gr.Slider(1, model.limits.steps, abilities.steps, step=1, label="Steps")
     seed = gr.Number(0, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed")
     scale = gr.Slider(0, 8, start, step=0.1, label="Guidance scale", info="1: none", visible=guided)
-    with gr.Row(visible=guided):
-        low = gr.Slider(0, 1, 0.2, step=0.05, label="Guide from time", info="0: data", min_width=110)
-        high = gr.Slider(0, 1, 0.7, step=0.05, label="to time", info="1: noise", min_width=110)
+    low = gr.Slider(0, 1, 0.2, step=0.05, label="Guide from time", info="0: data", visible=guided)
+    high = gr.Slider(0, 1, 0.7, step=0.05, label="Guide to time", info="1: noise", visible=guided)
     if not guided:
         gr.Markdown("This network has no null class, so there is no classifier-free guidance.")
     with gr.Accordion("More", open=False):
@@ -287,5 +287,5 @@ def _result(label: str) -> tuple[Any, Any]:
 def _editor(label: str, brush: Any, sources: tuple[str, ...], value: Any = None) -> Any:
     return gr.ImageEditor(
         value, label=label, brush=brush, sources=sources, layers=False, transforms=(), format="png",
-        canvas_size=(448, 448), buttons=[],
+        canvas_size=(448, 448), height=540, buttons=[],
     )  # fmt: skip
