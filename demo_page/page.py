@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -20,6 +21,7 @@ __all__ = ["build_page", "serve"]
 FONTS, CODE_FONTS = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # the system's: nothing is downloaded
 CSS = """
 .gradio-container { max-width: 1200px !important; }
+.settings { order: 2; } /* on the right or, on a phone, below */
 .sheet img { image-rendering: pixelated; object-fit: contain; }
 @media (max-width: 640px) { .tab-container button { padding: 0 9px !important; } }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 14px; font-size: 14px; }
@@ -60,7 +62,7 @@ def build_page(model: DemoModel) -> gr.Blocks:
     with gr.Blocks(title="Latent flow", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown(f"# Latent flow\n{abilities.describe()}. File: `{model.path.name}`")
         with gr.Row():
-            with gr.Column(scale=1, min_width=280):
+            with gr.Column(scale=1, min_width=280, elem_classes="settings"):
                 page = _Page(model, abilities, _controls(model, abilities))
             with gr.Column(scale=3, min_width=300), gr.Tabs():
                 tabs = {
@@ -136,9 +138,9 @@ def _samples(page: _Page) -> None:
     count = gr.Slider(1, limits.samples, abilities.samples(limits.samples), step=1, label="Samples")
     live = gr.Checkbox(abilities.few_steps, label="Sample at every change")
     with gr.Row():
-        draw = gr.Button("Sample", variant="primary", min_width=100)
-        another = gr.Button("Next seed", min_width=100)
-        stop = gr.Button("Stop", min_width=80)
+        draw = gr.Button("Sample", variant="primary", min_width=90, size="md")
+        another = gr.Button("Next seed", min_width=90, size="md")
+        stop = gr.Button("Stop", min_width=80, size="md")
     picture, status = _result("Samples")
     frame = gr.Slider(0, 1, 1, step=1, label="From noise (left) to image (right)", interactive=True)
     shown = gr.Radio(["points on the path", "predicted images"], value="points on the path", show_label=False)
@@ -150,8 +152,8 @@ def _samples(page: _Page) -> None:
             moved = gr.Slider(maximum=last, value=last) if found else gr.skip()
             yield image, text, found, moved
 
-    def run_live(live: bool, *values: Any) -> Iterator[tuple[Any, ...]]:
-        yield from run(*values) if live else [(gr.skip(), gr.skip(), gr.skip(), gr.skip())]
+    def run_if(wanted: bool, live: bool, *values: Any) -> Iterator[tuple[Any, ...]]:
+        yield from run(*values) if live == wanted else [(gr.skip(), gr.skip(), gr.skip(), gr.skip())]
 
     def show(number: int, kind: str, found: SamplePaths | None) -> Any:
         if found is None:
@@ -165,10 +167,16 @@ def _samples(page: _Page) -> None:
     seed = page.controls[-1]
     event = draw.click(run, inputs, outputs, **ONE_AT_A_TIME)
     stepped = another.click(lambda seed: int(seed or 0) + 1, seed, seed, **AT_ONCE)
-    second = stepped.then(run, inputs, outputs, **ONE_AT_A_TIME)
+    second = stepped.then(partial(run_if, False), [live, *inputs], outputs, **ONE_AT_A_TIME)
     changes = [control.change for control in inputs]
     gr.on(
-        changes, run_live, [live, *inputs], outputs, trigger_mode="always_last", show_progress="hidden", **ONE_AT_A_TIME
+        changes,
+        partial(run_if, True),
+        [live, *inputs],
+        outputs,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        **ONE_AT_A_TIME,
     )
     stop.click(None, cancels=[event, second], **AT_ONCE)
     looks = [frame.input, shown.input]
@@ -182,7 +190,15 @@ def _interpolation(page: _Page) -> None:
         label = page.class_choice()
     count = gr.Slider(2, limits.samples, min(10, limits.samples), step=1, label="Samples on the way")
     draw = gr.Button("Interpolate", variant="primary")
-    single = gr.Image(label="Sample", format="png", height=260, elem_classes="sheet", interactive=False, buttons=[])
+    single = gr.Image(
+        alt_text="One sample",
+        show_label=False,
+        format="png",
+        height=260,
+        elem_classes="sheet",
+        interactive=False,
+        buttons=[],
+    )
     share = gr.Slider(0, 1, 0, step=1, label="From the seed on the left to the other one", interactive=True)
     picture, status = _result("All samples")
     images = gr.State(None, time_to_live=3600)
@@ -280,7 +296,9 @@ def _label_map(page: _Page) -> None:
 
 def _result(label: str) -> tuple[Any, Any]:
     """A picture, and below it a line about the work."""
-    picture = gr.Image(label=label, format="png", elem_classes="sheet", interactive=False, buttons=["download"])
+    picture = gr.Image(
+        alt_text=label, show_label=False, format="png", elem_classes="sheet", interactive=False, buttons=["download"]
+    )
     return picture, gr.Markdown()
 
 
