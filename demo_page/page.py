@@ -241,8 +241,8 @@ def _inpainting(page: _Page) -> None:
         "Image", gr.Brush(default_size=40, colors=[HOLE_COLOR], color_mode="fixed"), ("upload", "clipboard")
     )
     with gr.Row():
-        example = gr.Button("Draw an image", min_width=120, visible=free)
-        draw = gr.Button("Fill", variant="primary", min_width=120)
+        example = gr.Button("Draw an image", size="md", min_width=120, visible=free)
+        draw = gr.Button("Fill", size="md", variant="primary", min_width=120)
     picture, status = _result("Filled images")
 
     def start(label: int | None, *values: Any) -> Any:
