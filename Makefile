@@ -8,7 +8,7 @@
 #   bench-long  the measurements in docs/lab-notes/sampling.md, docs/reproduction.md and docs/reliability.md. Takes hours.
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
-quick := precision attention layers exact_velocity training_step step_cost published_step data memory scaling scoring busy_machine sampling
+quick := precision attention layers exact_velocity training_step step_cost published_step published_networks data memory scaling scoring busy_machine sampling
 long := solver_orders optimizers recipe recipe_cost few_steps few_step_cost training_precision fd_against_nfe guidance soak
 gpu := gpu
 

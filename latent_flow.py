@@ -21,8 +21,8 @@ from torch.nn import functional
 
 from checkpoints.files import LoadedModel, describes_network, load_model
 from checkpoints.header import Header
-from checkpoints.lfm import open_published
 from checkpoints.lfm_request import described_by
+from checkpoints.projects.opening import open_published
 from flow.guidance import GuidanceOptions, VelocityNetwork
 from flow.objectives import OBJECTIVES
 from flow.solvers import SolverOptions, check_method, needs_float32, solve
@@ -52,12 +52,13 @@ def load(
     """Load a checkpoint.
 
     Args:
-        file: a `model_<epoch>.safetensors` or `best.safetensors`, or a .pth of LFM's published code.
+        file: a `model_<epoch>.safetensors` or `best.safetensors`, or a file of LFM's published code or another project's
+            (docs/published.md).
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         precision: precision of the network's matrix products: "fp32", "bf16", "fp16" or "auto" (bf16 where it is faster).
         compile: compile the network at its first use; this takes a minute and pays off for thousands of samples.
         autoencoder: folder or hub id of the autoencoder, if it has moved since training.
-        flags: the test script's flags for an LFM checkpoint, which does not describe its network, such as
+        flags: the test script's flags for another project's checkpoint, which does not describe its network, such as
             `dataset="celeba_256", image_size=256, model_type="DiT-L/2"`.
 
     Raises:

@@ -9,7 +9,7 @@ import torch
 
 from datasets_prep.cached_moments import LatentCache
 from datasets_prep.latent_cache import SHARD_BYTES
-from models.autoencoders.kl import KLAutoencoder
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from models.autoencoders.protocol import Autoencoder
 
 __all__ = ["MOMENT_SHAPE", "ORIENTATIONS", "new_autoencoder", "new_network", "open_random_cache", "write_random_cache"]
@@ -32,7 +32,7 @@ def new_network() -> diffusers.AutoencoderKL:
 def new_autoencoder() -> Autoencoder:
     """Stable Diffusion's autoencoder with random weights from a fixed seed."""
     torch.manual_seed(0)
-    return KLAutoencoder(new_network(), "random weights")
+    return PretrainedAutoencoder(new_network(), "random weights")
 
 
 def write_random_cache(folder: Path, size: int) -> int:

@@ -29,8 +29,9 @@ from benchmarks.training_step import CASES, OurStep, peak
 from datasets_prep.cached_moments import LatentCache
 from datasets_prep.datasets import DatasetOptions, ImageDataset, open_dataset
 from datasets_prep.latent_cache import build_latent_cache
-from models.autoencoders.kl import PIXELS_PER_CHUNK, encode_moments
+from models.autoencoders.kl import encode_moments
 from models.autoencoders.pixels import images_to_pixels
+from models.autoencoders.pretrained import PIXELS_PER_CHUNK
 from models.autoencoders.protocol import Autoencoder
 from runtime.precision import Machine, keep_freed_memory
 

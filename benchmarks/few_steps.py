@@ -64,13 +64,13 @@ class Method(NamedTuple):
 
 
 METHODS = {
-    "decoupled_mean_flow": Method(f"{DECOUPLED} --log_variance_head {GUIDED}", 2.2),
-    "mean_flow": Method(f"{DECOUPLED} {GUIDED}", 1.9),
-    "improved_mean_flow": Method(f"{DECOUPLED} {GUIDED}", 2.4),
-    "alpha_flow": Method(f"{DECOUPLED} {GUIDED}", 1.8),
-    "shortcut": Method(f"{DECOUPLED} {GUIDED}", 1.8),
-    "split_mean_flow": Method(f"{DECOUPLED} {GUIDED}", 1.8),
-    "consistency": Method(DECOUPLED, 1.25, "--reinject_noise 1"),
+    "decoupled_mean_flow": Method(f"{DECOUPLED} --log_variance_head {GUIDED}", 2.43),
+    "mean_flow": Method(f"{DECOUPLED} {GUIDED}", 2.04),
+    "improved_mean_flow": Method(f"{DECOUPLED} {GUIDED}", 2.57),
+    "alpha_flow": Method(f"{DECOUPLED} {GUIDED}", 1.9),
+    "shortcut": Method(f"{DECOUPLED} {GUIDED}", 1.81),
+    "split_mean_flow": Method(f"{DECOUPLED} {GUIDED}", 1.9),
+    "consistency": Method(DECOUPLED, 1.35, "--reinject_noise 1"),
     "reflow": Method("--time_sampling u_shaped", 1.0, "--method euler"),
 }
 

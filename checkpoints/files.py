@@ -18,7 +18,7 @@ from torch import nn
 from checkpoints.header import FORMAT, Header
 from checkpoints.state_dicts import load_weights
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
-from models.autoencoders.protocol import Autoencoder
+from models.autoencoders.protocol import UNMEASURED, Autoencoder
 from models.registry import build_network
 from models.taps import weights_for_sampling
 from options import UsageError
@@ -112,14 +112,24 @@ def load_model(
     load_weights(network, weights_for_sampling(weights), str(path), architecture)
     stored = header.autoencoder
     source = replace(autoencoder or AutoencoderOptions(stored.id), scale_factor=stored.scale_factor)
-    loaded = load_autoencoder(source, header.dataset.channels)
+    recorded = None if stored.statistics == UNMEASURED else stored
+    loaded = load_autoencoder(source, header.dataset.channels, None if source.latent_statistics else recorded)
+    if recorded and source.latent_statistics and not loaded.describe().same_scale(recorded):
+        raise UsageError(
+            f"the checkpoint {path} records another scale of its latents than --latent_statistics {source.latent_statistics}: "
+            "omit the flag"
+        )
     found = loaded.describe().sha256 or ""
     if stored.sha256 not in (None, found):  # None if the checkpoint was converted without the autoencoder
         raise UsageError(
             f"the checkpoint {path} was trained with the autoencoder {stored.id} (SHA-256 {stored.sha256[:12]}), "
             f"but {source.pretrained_autoencoder_ckpt} has other weights ({found[:12]})"
         )
-    loaded.restore_scale(stored)
+    if loaded.describe().statistics == UNMEASURED:
+        raise UsageError(
+            f"the checkpoint {path} does not record the scale of its latents, and the autoencoder {stored.id} has none: pass "
+            f"--pretrained_autoencoder_ckpt {stored.id} with --latent_statistics FILE (mean and std per channel)"
+        )
     return LoadedModel(network.eval().requires_grad_(False).to(device), loaded.to(device), header)
 
 

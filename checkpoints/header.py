@@ -25,7 +25,7 @@ from models.family import FamilyOptions
 from models.registry import NETWORKS, Architecture, options_from_header
 from options import UsageError, as_json, make_options
 
-__all__ = ["FORMAT", "Header", "PowerAverage"]
+__all__ = ["FORMAT", "Header", "PowerAverage", "PublishedForm"]
 
 FORMAT = "latent-flow-1"
 DERIVED = ("format", "latent_channels", "num_classes")  # for other readers; derived from the remaining entries
@@ -42,6 +42,21 @@ class PowerAverage:
 
     sigma_rel: float
     updates: int
+
+
+@dataclass(frozen=True)
+class PublishedForm:
+    """The form of the file that a checkpoint was converted from, in which conversion back writes it.
+
+    Args:
+        project: key of checkpoints.projects.registry.PROJECTS.
+        entry: entry of the file that held the weights; "": the file itself.
+        prefix: what all names started with, such as "module.".
+    """
+
+    project: str
+    entry: str = ""
+    prefix: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +82,8 @@ class Header:
         ended: whether training ran to its end.
         average: the power average that the weights are; None: they are the run's EMA.
         git, versions: commit, and versions of Python and libraries.
-        published_file: name of the LFM checkpoint that this one was converted from.
+        published_file: name of LFM's or another project's checkpoint that this one was converted from.
+        published_form: form of that file; None for LFM's.
         weights_sha256: hash of the weights, set by `save_weights`.
     """
 
@@ -94,6 +110,7 @@ class Header:
     git: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     published_file: str | None = None
+    published_form: PublishedForm | None = None
     weights_sha256: str | None = None
 
     @classmethod
@@ -117,7 +134,7 @@ class Header:
             values["path"] = make_options(objective.options, values.get("path", {}))
             values["contrast_means"] = tuple(values.get("contrast_means", ()))
             values["auxiliary"] = make_options(AuxiliaryOptions, values.get("auxiliary", {}))
-            for name, kind in {"dense": DenseInput, "average": PowerAverage}.items():
+            for name, kind in {"dense": DenseInput, "average": PowerAverage, "published_form": PublishedForm}.items():
                 values[name] = None if values.get(name) is None else kind(**values[name])
             if values.get("encoder") is not None:
                 values["encoder"] = AutoencoderFacts.from_json(values["encoder"])

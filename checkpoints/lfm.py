@@ -15,7 +15,6 @@ from checkpoints.lfm_files import (
     PublishedFile,
     condition_stage_path,
     read_condition_stage,
-    read_published,
 )
 from checkpoints.lfm_request import NetworkRequest, request_network
 from checkpoints.state_dicts import TYPICAL_LABEL_DROPOUT, load_weights
@@ -29,18 +28,20 @@ from models.taps import without_heads
 from options import UsageError
 from runtime.messages import fact, note
 from runtime.torch_files import weights_hash
+from runtime.weights import list_names
 
-__all__ = ["build_published", "open_published", "refuse_training_state", "weights_for_lfm"]
+__all__ = ["build_published", "describe_unseen", "open_lfm", "refuse_training_state", "weights_for_lfm"]
 
 FACTOR, LATENT_CHANNELS = 8, 4  # stabilityai/sd-vae-ft-mse, LFM's autoencoder
 
 
-def open_published(
-    path: Path, given: Mapping[str, Any], device: torch.device | str, downstream: bool = False
+def open_lfm(
+    file: PublishedFile, path: Path, given: Mapping[str, Any], device: torch.device | str, downstream: bool = False
 ) -> LoadedModel:
     """Open an LFM checkpoint, as `load_model` opens a checkpoint of this project.
 
     Args:
+        file: contents of the file.
         path: `model_<epoch>.pth` or `content.pth`.
         given: values of the flags that the user gave, by name.
         device: device of the network and the autoencoder.
@@ -49,7 +50,6 @@ def open_published(
     Raises:
         UsageError: the file is unreadable, or its weights do not fit the requested network.
     """
-    file = read_published(path)
     refuse_training_state(file, path)
     request = request_network(given, file.arguments, downstream)
     autoencoder = load_autoencoder(request.autoencoder, request.dataset.channels)
@@ -61,12 +61,19 @@ def refuse_training_state(file: PublishedFile, path: str | Path) -> None:
     """Check that a file is LFM's.
 
     Raises:
-        UsageError: the file is a training state of this project.
+        UsageError: the file is a training state of this project, or another project's.
     """
     if file.ours:
         raise UsageError(
             f"{path} is a training state for resuming a run: "
             "pass a model_<epoch>.safetensors or best.safetensors from the same folder"
+        )
+    if len(file.entries) > 1:
+        raise UsageError(
+            f"{path} holds another project's training state, with weights in its entries {list_names(file.entries)}. Its "
+            "network may define times or outputs differently: choose the project's network with --model_type "
+            "(docs/published.md), start from its weights with --init_from or, if they follow this project's convention, save "
+            "one entry alone and pass that file"
         )
 
 
@@ -94,7 +101,7 @@ def build_published(
         model_type=architecture.model_type,
         network=architecture.options,
         latent_size=architecture.latent_size,
-        autoencoder=autoencoder.describe() if autoencoder else _describe_unseen(request.autoencoder),
+        autoencoder=autoencoder.describe() if autoencoder else describe_unseen(request.autoencoder),
         dataset=request.dataset,
         task=_task(architecture.dense),
         dense=architecture.dense,
@@ -191,7 +198,7 @@ def _task(dense: DenseInput | None) -> str:
     return "inpaint" if dense.classes is None else "semantic"
 
 
-def _describe_unseen(autoencoder: AutoencoderOptions) -> AutoencoderFacts:
+def describe_unseen(autoencoder: AutoencoderOptions) -> AutoencoderFacts:
     """The facts that `Autoencoder.describe` returns for LFM's autoencoder, without the hash."""
     assert autoencoder.scale_factor is not None
     return AutoencoderFacts(

@@ -13,6 +13,7 @@ import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ import torch
 from options import UsageError
 from runtime.messages import note
 from runtime.torch_files import Unread, read_tensors
-from runtime.weights import list_names, split_averages
+from runtime.weights import common_wrappers, list_names, split_averages
 
 __all__ = [
     "ALLOWED_CLASSES",
@@ -54,6 +55,10 @@ class PublishedFile(NamedTuple):
         epoch: epoch of the weights; for content.pth, the next epoch to train.
         step: number of completed training steps.
         ours: whether this is a training state (content.pth) of this project instead.
+        entries: entries of another project's container that hold state dicts; empty for a plain state dict.
+        entry: the one whose weights these are.
+        prefix: what all names in the file start with because of wrappers, such as "module."; removed from `weights`.
+        run: arguments of another project's run.
     """
 
     weights: dict[str, torch.Tensor]
@@ -63,6 +68,10 @@ class PublishedFile(NamedTuple):
     epoch: int | None = None
     step: int | None = None
     ours: bool = False
+    entries: tuple[str, ...] = ()
+    entry: str = ""
+    prefix: str = ""
+    run: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def sampled(self) -> dict[str, torch.Tensor]:
@@ -70,27 +79,28 @@ class PublishedFile(NamedTuple):
         return self.weights | self.averages
 
 
-def read_published(path: str | Path, device: torch.device | str = "cpu", foreign: bool = False) -> PublishedFile:
-    """Read any LFM checkpoint, or a training state (content.pth) of this project; see `parse_published` for `foreign`.
+def read_published(path: str | Path, device: torch.device | str = "cpu") -> PublishedFile:
+    """Read any LFM checkpoint, a training state (content.pth) of this project, or a state dict of another project.
 
     Raises:
         UsageError: the file is unreadable, contains code, or is neither.
     """
-    file = parse_published(read_tensors(path, device, ALLOWED_CLASSES), path, foreign)
+    file = parse_published(read_tensors(path, device, ALLOWED_CLASSES), path)
     match = re.fullmatch(r"(?:cond_stage_)?model_(\d+)", Path(path).stem)
     return file._replace(epoch=int(match[1])) if match and file.epoch is None else file
 
 
-def parse_published(content: Any, path: str | Path, foreign: bool = False) -> PublishedFile:
+def parse_published(content: Any, path: str | Path) -> PublishedFile:
     """Split an object that `read_tensors` returned into weights, EMA weights, optimizer states and arguments.
+
+    Other projects' training states hold raw weights and EMA weights in two entries; the result has the EMA weights alone.
 
     Args:
         content: the object.
         path: path of the file, for messages.
-        foreign: also accept other projects' training states, which hold raw weights and EMA weights in two entries.
 
     Raises:
-        UsageError: the object is neither a state dict nor a content.pth.
+        UsageError: the object is neither a state dict nor a training state.
     """
     if not isinstance(content, dict):
         raise UsageError(
@@ -100,7 +110,7 @@ def parse_published(content: Any, path: str | Path, foreign: bool = False) -> Pu
         weights, averages = (_weights(part, path)[0] for part in (content["network"], content["ema"]["weights"]))
         return PublishedFile(weights, averages, {}, {}, step=content.get("step"), ours=True)
     if not is_published_content(content):
-        return PublishedFile(*_unpack(content, path, foreign), {}, {})
+        return _unpack(content, path)
     weights, averages = _weights(content["model_dict"], path)
     states = _states(weights, content.get("optimizer") or {}, path)
     arguments = content.get("args")
@@ -140,7 +150,7 @@ def newest_condition_stage(folder: Path) -> dict[str, torch.Tensor]:
 
 def read_sampled(path: str | Path) -> dict[str, torch.Tensor]:
     """Read the weights to start from, including an LFM checkpoint's label-map embedding if there is one."""
-    return read_published(path, foreign=True).sampled | read_condition_stage(path)
+    return read_published(path).sampled | read_condition_stage(path)
 
 
 def _plain_arguments(arguments: Any) -> dict[str, Any]:
@@ -149,25 +159,34 @@ def _plain_arguments(arguments: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if not isinstance(value, Unread)}
 
 
-def _unpack(
-    content: Mapping[Any, Any], path: str | Path, foreign: bool
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The weights and EMA weights in a state dict, or in a container such as {"model": ..., "ema": ..., "step": ...}."""
-    inside = {str(name): value for name, value in content.items() if _is_state_dict(value)}
-    if len(inside) < 2 or _is_state_dict(content):
-        return _weights(next(iter(inside.values()), content), path)
-    averaged = [name for name in inside if "ema" in re.split("[^a-z]", name.lower())]
-    if len(averaged) != 1:
-        return _weights(content, path)
-    if not foreign:
-        raise UsageError(
-            f"{path} holds another project's training state, with weights in its entries {list_names(inside)}. Its network may "
-            "define times or outputs differently: start from its weights with --init_from or, if they follow this project's "
-            "convention, save one entry alone and pass that file"
-        )
-    raw, averages = _weights(inside.pop(averaged[0]), path)
-    note(f"{path}: the weights in its entry {averaged[0]} are used, not those in {list_names(inside)}")
-    return averages or raw, {}
+def _unpack(content: Mapping[Any, Any], path: str | Path) -> PublishedFile:
+    """The weights in a state dict, or in a container such as {"model": ..., "ema": ..., "step": ...}."""
+    entry, inside = "", {str(name): value for name, value in content.items() if _is_state_dict(value)}
+    if _is_state_dict(content):
+        inside = {}
+    elif len(inside) == 1:
+        entry = next(iter(inside))
+    elif inside:
+        averaged = [name for name in inside if "ema" in re.split("[^a-z]", name.lower())]
+        if len(averaged) != 1:
+            return PublishedFile(*_weights(content, path), {}, {})  # raises
+        entry = averaged[0]
+        others = [name for name in inside if name != entry]
+        note(f"{path}: the weights in its entry {entry} are used, not those in {list_names(others)}")
+    held = inside.get(entry, content)
+    weights, averages = _weights(held, path)
+    if len(inside) > 1:
+        weights, averages = averages or weights, {}
+    return PublishedFile(
+        weights,
+        averages,
+        {},
+        {},
+        entries=tuple(inside),
+        entry=entry,
+        prefix=common_wrappers(held),
+        run=_plain_arguments(content.get("args")),
+    )
 
 
 def _is_state_dict(content: Any) -> bool:

@@ -10,7 +10,7 @@ from models.family import FamilyOptions
 from models.registry import NETWORKS, NetworkOptions, network_groups
 from options import UsageError, make_options
 
-__all__ = ["NetworkRequest", "described_by", "published_facts", "request_network"]
+__all__ = ["SCALE_FACTOR", "NetworkRequest", "described_by", "published_facts", "request_network", "select_options"]
 
 T = TypeVar("T")
 
@@ -57,18 +57,18 @@ def request_network(
             wrong defaults, a good network would silently produce bad samples.)
     """
     values = {**_own_arguments(arguments or {}), **given}
-    if downstream and _select(NetworkOptions, values).model_type == NetworkOptions.model_type:
+    if downstream and select_options(NetworkOptions, values).model_type == NetworkOptions.model_type:
         values = {"use_origin_adm": True} | values
     if missing := [f"--{name}" for name in ("dataset", "image_size") if name not in values]:
         raise UsageError(
             "this file does not describe its network and data: if it is LFM's, pass "
             f"{' and '.join(missing)} (docs/checkpoints.md)"
         )
-    model_type = _select(NetworkOptions, values).resolve()
-    autoencoder = _select(AutoencoderOptions, values)
+    model_type = select_options(NetworkOptions, values).resolve()
+    autoencoder = select_options(AutoencoderOptions, values)
     return NetworkRequest(
         model_type=model_type,
-        options=_select(NETWORKS[model_type].options, values),
+        options=select_options(NETWORKS[model_type].options, values),
         in_channels=values.get("num_in_channels"),
         out_channels=values.get("num_out_channels"),
         autoencoder=replace(autoencoder, scale_factor=autoencoder.scale_factor or SCALE_FACTOR),
@@ -95,7 +95,7 @@ def _own_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in named.items() if name in described_by() and value is not None}
 
 
-def _select(group: type[T], values: Mapping[str, Any]) -> T:
+def select_options(group: type[T], values: Mapping[str, Any]) -> T:
     """An instance of an option dataclass, with the fields found in `values`; other fields keep their defaults."""
     names = [field.name for field in fields(group)]  # type: ignore[arg-type]
     return make_options(group, {name: values[name] for name in names if name in values})

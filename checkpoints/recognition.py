@@ -4,15 +4,18 @@ Networks are always built from their options, because a state dict does not dete
 number of heads, dropout, or the order of queries, keys and values.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
 
-from models.dit import DIT_SIZES
+from models.dit_options import DIT_SIZES, DiTOptions
 from models.family import Weights
 from models.registry import ORIGIN_ADM
 
-__all__ = ["recognise"]
+__all__ = ["latent_side", "recognise"]
+
+PUBLISHED_DDT_BLOCKS = 2  # of all DDT heads in RAE's files
 
 
 def recognise(weights: Weights) -> dict[str, Any]:
@@ -30,17 +33,67 @@ def recognise(weights: Weights) -> dict[str, Any]:
 
 
 def _dit(weights: Weights) -> dict[str, Any]:
+    """The entries that differ from a plain DiT's, besides channels and label rows. `model_heads` are absent if unknown."""
     width, channels, patch, _ = weights["x_embedder.proj.weight"].shape
-    depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
-    sizes = {(hidden, blocks): name for name, (hidden, blocks, _) in DIT_SIZES.items()}
-    return {
-        "model_type": f"DiT-{sizes[width, depth]}/{patch}",
-        "num_in_channels": channels,
-        "num_out_channels": weights["final_layer.linear.weight"].shape[0] // patch**2,
-        "label_rows": weights["y_embedder.embedding_table.weight"].shape[0],
-        **({"until_embedding": "interval"} if "r_embedder.mlp.0.weight" in weights else {}),
-        **({"guidance_embedding": True} if "guidance_embedder.mlp.0.weight" in weights else {}),
+    outputs = weights["final_layer.linear.weight"].shape[0] // patch**2
+    block, blocks = "blocks.0.", 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks."))
+    parts, rotated = weights.get(f"{block}adaLN_modulation.1.weight"), "feat_rope.freqs_cos" in weights
+    optional = {
+        "until_embedding": "interval" if "r_embedder.mlp.0.weight" in weights else "none",
+        "guidance_embedding": "guidance_embedder.mlp.0.weight" in weights,
+        "norm": "rms_affine" if f"{block}norm1.weight" in weights else "layer",
+        "mlp": "swiglu" if f"{block}mlp.w12.weight" in weights else "gelu",
+        "qk_norm": f"{block}attn.q_norm.weight" in weights,
+        "rope": rotated,
+        "pos_embed": "pos_embed" in weights,
+        "adaln_shift": parts is None or parts.shape[0] != 4 * width,
+        "time_embedding": "fourier" if "t_embedder.W" in weights else "sinusoids",
+        "learn_sigma": outputs == 2 * channels,
     }
+    plain = DiTOptions()
+    return {
+        **_dit_size(weights, width, blocks, patch),
+        "num_in_channels": channels,
+        "num_out_channels": channels if optional["learn_sigma"] else outputs,
+        "label_rows": weights["y_embedder.embedding_table.weight"].shape[0],
+        **{name: value for name, value in optional.items() if value != getattr(plain, name)},
+        **_ddt_head(weights, width, blocks),
+    }
+
+
+def _dit_size(weights: Weights, width: int, depth: int, patch: int) -> dict[str, Any]:
+    """The model type of a DiT, and its own size if it has no name. Only norms and rotations show the number of heads."""
+    heads = _heads(weights, "blocks.0.", "feat_rope", width)
+    for name, (known_width, known_depth, known_heads) in DIT_SIZES.items():
+        if (known_width, known_depth) == (width, depth) and heads in (None, known_heads):
+            return {"model_type": f"DiT-{name}/{patch}"}
+    known = {} if heads is None else {"model_heads": heads}
+    return {"model_type": f"DiT/{patch}", "model_width": width, "model_depth": depth, **known}
+
+
+def _ddt_head(weights: Weights, width: int, depth: int) -> dict[str, Any]:
+    """The DDT head's size; nothing without one. Blocks of the same width as the others do not show: 2 are assumed."""
+    tokens = weights.get("second_stage.x_embedder.proj.weight")
+    if tokens is None or "second_stage.pos_embed" in weights:
+        return {}
+    head_width = tokens.shape[0]
+    widths = [weights[f"blocks.{number}.attn.proj.weight"].shape[0] for number in range(depth)]
+    first = depth - PUBLISHED_DDT_BLOCKS if head_width == width else widths.index(head_width)
+    heads = _heads(weights, f"blocks.{first}.", "second_stage.feat_rope", head_width)
+    return {"ddt_blocks": depth - first, "ddt_width": head_width, **({} if heads is None else {"ddt_heads": heads})}
+
+
+def _heads(weights: Weights, block: str, rope: str, width: int) -> int | None:
+    """Attention heads of the block, whose names start with `block`, from the width of one; None if nothing shows it."""
+    shown = (weights.get(f"{rope}.freqs_cos"), weights.get(f"{block}attn.q_norm.weight"))
+    return next((width // table.shape[-1] for table in shown if table is not None), None)
+
+
+def latent_side(weights: Weights) -> int | None:
+    """Side of the latents that a DiT's tables of positions are made for; None without tables."""
+    patch = weights["x_embedder.proj.weight"].shape[-1]
+    tables = (weights.get(name) for name in ("pos_embed", "feat_rope.freqs_cos"))
+    return next((patch * math.isqrt(table.shape[-2]) for table in tables if table is not None), None)
 
 
 def _edm_unet(weights: Weights) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from options import UsageError
 from runtime.messages import note
 from runtime.weights import check_finite, find_mismatch, match_names
 
-__all__ = ["load_weights", "suggest_flags"]
+__all__ = ["TYPICAL_LABEL_DROPOUT", "check_weights", "load_weights", "suggest_flags"]
 
 TYPICAL_LABEL_DROPOUT = 0.1  # LFM's networks with a null class
 
@@ -37,16 +37,23 @@ def load_weights(network: nn.Module, weights: Weights, where: str, architecture:
     """
     own = network.state_dict()
     weights = match_names(weights, own)
-    fitted = NETWORKS[architecture.model_type].fit_grid(own, weights)
-    mismatch = find_mismatch(own, fitted)
-    if any(mismatch):
-        raise UsageError(
-            f"{where} does not fit this {architecture.model_type}; {mismatch}{_advice(fitted, architecture)}"
-        )
+    fitted = _fit(own, weights, where, architecture)
     if fitted is not weights:
         note(f"{where}: position table recomputed, because the file has one for another latent size")
     check_finite(weights, where, own)
     network.load_state_dict(fitted)
+
+
+def check_weights(weights: Weights, where: str, architecture: Architecture) -> None:
+    """Check that a network of this architecture can load a state dict with its own names; no network is built.
+
+    Raises:
+        UsageError: names or shapes differ, or values are not finite.
+    """
+    with torch.device("meta"):
+        own = build_network(*architecture).state_dict()
+    _fit(own, weights, where, architecture)
+    check_finite(weights, where)
 
 
 def suggest_flags(weights: Weights, architecture: Architecture) -> dict[str, Any]:
@@ -63,6 +70,17 @@ def suggest_flags(weights: Weights, architecture: Architecture) -> dict[str, Any
         if _fits(weights, current | fewer):
             changes = fewer
     return changes
+
+
+def _fit(own: Weights, weights: Weights, where: str, architecture: Architecture) -> Weights:
+    """`weights` with the position tables of the network with the state dict `own`; else an error that lists mismatches."""
+    fitted = NETWORKS[architecture.model_type].fit_grid(own, weights)
+    mismatch = find_mismatch(own, fitted)
+    if any(mismatch):
+        raise UsageError(
+            f"{where} does not fit this {architecture.model_type}; {mismatch}{_advice(fitted, architecture)}"
+        )
+    return fitted
 
 
 def _label_flags(rows: int, current: Mapping[str, Any]) -> dict[str, Any]:

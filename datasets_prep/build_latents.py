@@ -14,8 +14,9 @@ from datasets_prep.folder_layout.report import show_data
 from datasets_prep.formats.latent_shards import write_latent_shards
 from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, open_latent_cache
 from datasets_prep.latents import LatentDataset
-from datasets_prep.moments import choose_cache_folder
+from datasets_prep.moments import choose_cache_folder, measure_scale
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.autoencoders.protocol import UNMEASURED
 from options import Options, UsageError, option
 from runtime.distributed import Processes
 from runtime.messages import show
@@ -61,6 +62,8 @@ def main(options: Options, processes: Processes) -> None:
             choose_cache_folder(dataset, autoencoder, data, caches) if processes.is_main else Path()
         )
         build_latent_cache(folder, dataset, autoencoder, machine, processes, caches.num_workers)
+        if dataset is train and autoencoder.describe().statistics == UNMEASURED:
+            measure_scale(open_latent_cache(folder, dataset, autoencoder), autoencoder, dataset.facts.flips, processes)
         show(f"{folder}: {len(dataset)} {dataset.split} images of {data.dataset}")
         if written.format == "lightningdit" and processes.is_main:
             shards = Path(written.latent_shards_dir or data.derived / "lightningdit") / dataset.split

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from models.autoencoders.statistics import LatentStatistics
 from options import UsageError
 from runtime.files import UNREADABLE, atomic_path, read_json, write_json
 from runtime.messages import note
@@ -36,6 +37,10 @@ __all__ = [
 ]
 
 LABELS = "labels.npy"
+MANIFEST, STATISTICS = (
+    "manifest.json",
+    "latent_statistics",
+)  # the file, and its entry {mean, std}, one number per channel
 ADVISABLE = hasattr(mmap, "MADV_WILLNEED")  # not on Windows
 
 
@@ -57,6 +62,19 @@ class LatentCache:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def statistics(self) -> LatentStatistics | None:
+        """The latents' statistics in the manifest; None if they have not been measured."""
+        stored = read_json(self.folder / MANIFEST).get(STATISTICS)
+        return LatentStatistics(tuple(stored["mean"]), tuple(stored["std"])) if stored else None
+
+    def keep_statistics(self, statistics: LatentStatistics) -> None:
+        """Add the latents' statistics to the manifest; a note says if that fails."""
+        path = self.folder / MANIFEST
+        try:
+            write_json(path, {**read_json(path), STATISTICS: statistics._asdict()})
+        except OSError as error:  # the cache may be on a read-only disk
+            note(f"the latent cache {self.folder} cannot keep the latents' statistics: {error}")
 
     def moments(self, indices: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
         """Read the float16 moments [B, 2 c, h, w] of images `indices` [B], or of their mirror images where `mirrored` [B].

@@ -10,7 +10,7 @@ Folders have no mirror images, because an image's latent does not determine its 
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from threading import Lock
@@ -24,8 +24,9 @@ from datasets_prep.folder_layout.survey import Survey
 from datasets_prep.folders import list_split, state_of_files
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, listed_classes
 from datasets_prep.latent_cache import open_standalone_cache
-from models.autoencoders.kl import LOGVAR_RANGE
+from models.autoencoders.pretrained import LOGVAR_RANGE
 from models.autoencoders.protocol import Autoencoder
+from models.autoencoders.statistics import LatentStatistics
 from options import UsageError
 from runtime.files import UNREADABLE, read_json
 from runtime.messages import fact
@@ -33,7 +34,6 @@ from runtime.messages import fact
 __all__ = [
     "READERS",
     "LatentDataset",
-    "LatentStatistics",
     "StoredMoments",
     "open_latents",
     "parse_array",
@@ -44,15 +44,6 @@ LATENT_SUFFIXES = frozenset({".npy", ".npz"})
 CACHE_PATTERNS = ("manifest.json", "*/manifest.json", "latent_cache/*/manifest.json")
 READERS = 8  # threads
 HEADER_LOCK = Lock()  # numpy parses headers as Python literals, which is not thread-safe in CPython 3.11 (gh-106905)
-
-
-@dataclass(frozen=True)
-class LatentStatistics:
-    """The mean and standard deviation of each channel of stored latents, and the file that holds them."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    path: Path
 
 
 class LatentDataset(ImageDataset):
@@ -194,7 +185,8 @@ def scale_by_statistics(dataset: ImageDataset, autoencoder: Autoencoder) -> None
         )
     facts = autoencoder.describe()
     std = tuple(value / (facts.scale_factor or 1.0) for value in statistics.std)
-    autoencoder.restore_scale(replace(facts, latents_mean=statistics.mean, latents_std=std))
+    source = Path(statistics.path).name
+    autoencoder.restore_scale(replace(facts, latents_mean=statistics.mean, latents_std=std, statistics=source))
     factor = f", times {facts.scale_factor:g}" if facts.scale_factor else ""
     fact("latents", f"(z - mean) / std with the statistics in {statistics.path}{factor}")
 

@@ -1,29 +1,32 @@
 """Posterior moments for training: from the latent cache, from precomputed latents, or encoded from images at every step."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from datasets_prep.cached_moments import has_mirror_images, is_finished
+from datasets_prep.cached_moments import LatentCache, has_mirror_images, is_finished
 from datasets_prep.datasets import DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, cache_folder, open_latent_cache
 from datasets_prep.latents import LatentDataset, StoredMoments
 from flow.losses.contrast import means_of_others
-from models.autoencoders.protocol import Autoencoder, Encoder
+from models.autoencoders.protocol import MEASURED, UNMEASURED, Autoencoder, Encoder
+from models.autoencoders.statistics import LatentStatistics, measure_statistics
 from options import UsageError
 from runtime.distributed import Processes
-from runtime.messages import note
+from runtime.messages import fact, note
 from runtime.outputs import write_error
 from runtime.precision import Machine
 
-__all__ = ["MomentSource", "choose_cache_folder", "mean_latents", "open_encoded", "open_moments"]
+__all__ = ["MomentSource", "choose_cache_folder", "mean_latents", "measure_scale", "open_encoded", "open_moments"]
 
 IMAGES_OF_MEANS = 10_000  # the error of a mean is then 1 % of a standard deviation
 IMAGES_PER_READ = 250
+LISTED_CHANNELS = 8
 
 
 class MomentSource(Protocol):
@@ -159,12 +162,55 @@ def mean_latents(
 
     At most IMAGES_OF_MEANS evenly spaced images count. If `flips`, every other one is mirrored.
     """
+    parts = ((autoencoder.sample(moments.to(device)), labels) for moments, labels in _spread(source, flips))
+    return means_of_others(parts, classes)
+
+
+def measure_scale(
+    source: MomentSource,
+    autoencoder: Autoencoder,
+    flips: bool,
+    processes: Processes = Processes(),  # noqa: B008
+) -> None:
+    """Scale the autoencoder's latents by their statistics over `source`, unless their scale is known.
+
+    At most IMAGES_OF_MEANS evenly spaced images count. If `flips`, every other one is mirrored. A latent cache keeps the
+    statistics, so they are measured once. All processes must call this.
+    """
+    if (facts := autoencoder.describe()).statistics != UNMEASURED:
+        return
+    found = processes.from_main(
+        _statistics(source, autoencoder, flips) if processes.is_main else LatentStatistics((), ())
+    )
+    mean, std = found.mean, found.std
+    autoencoder.restore_scale(replace(facts, latents_mean=mean, latents_std=std, statistics=MEASURED))
+    fact("latents", f"measured mean {_listed(mean)} and standard deviation {_listed(std)} of the channels")
+
+
+def _statistics(source: MomentSource, autoencoder: Autoencoder, flips: bool) -> LatentStatistics:
+    cache = source if isinstance(source, LatentCache) else None
+    if cache and (stored := cache.statistics()):
+        return stored
+    measured = measure_statistics((moments for moments, _ in _spread(source, flips)), autoencoder.has_posterior)
+    if not all(measured.std):
+        raise UsageError(
+            f"the latents of the autoencoder {autoencoder.describe().id} have a constant channel, so they cannot be scaled by "
+            "their measured deviation: pass --scale_factor or --latent_statistics FILE"
+        )
+    if cache:
+        cache.keep_statistics(measured)
+    return measured
+
+
+def _spread(source: MomentSource, flips: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Moments and labels of at most IMAGES_OF_MEANS evenly spaced images; if `flips`, every other one is mirrored."""
     indices = torch.arange(0, len(source), -(-len(source) // IMAGES_OF_MEANS))
     mirrored = (torch.arange(len(indices)) % 2 == 1) & flips
+    for rows in torch.arange(len(indices)).split(IMAGES_PER_READ):
+        yield source.moments(indices[rows], mirrored[rows]), source.labels[indices[rows]]
 
-    def parts() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for rows in torch.arange(len(indices)).split(IMAGES_PER_READ):
-            moments = source.moments(indices[rows], mirrored[rows])
-            yield autoencoder.sample(moments.to(device)), source.labels[indices[rows]]
 
-    return means_of_others(parts(), classes)
+def _listed(values: Sequence[float]) -> str:
+    """The first numbers, and how many there are in all."""
+    listed = " ".join(f"{value:.4g}" for value in values[:LISTED_CHANNELS])
+    return listed if len(values) <= LISTED_CHANNELS else f"{listed} ... ({len(values)} numbers)"

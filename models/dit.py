@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.conditions import Condition
 from models.dit_blocks import BlockInputs, Conditioning, DiTBlock, FinalLayer, Modulation, zero_final_layer
-from models.dit_options import DiTOptions
+from models.dit_options import DIT_SIZES, DiTOptions
 from models.embeddings import ContextTokens, LabelEmbedding, TimeEmbedding, batch_times
 from models.flow_maps import LogVariance, VelocityWithVariance, guidance_share
 from models.positions import PositionTables, sincos_table
@@ -41,15 +41,6 @@ from options import UsageError
 
 __all__ = ["DIT_SIZES", "DiT", "DiTOptions", "build_dit", "hidden_matrices"]
 
-# Hidden width, depth, heads. Ti and Mi are not in the paper; they suit small images and small machines.
-DIT_SIZES = {
-    "Mi": (128, 6, 4),
-    "Ti": (192, 8, 4),
-    "S": (384, 12, 6),
-    "B": (768, 12, 12),
-    "L": (1024, 24, 16),
-    "XL": (1152, 28, 16),
-}
 TIME_FREQUENCIES = {"sinusoids": 128, "fourier": 256}  # numbers of frequencies in DiT, and in RAE (arXiv:2510.11690)
 
 
@@ -81,7 +72,8 @@ class DiT(nn.Module):
         self.options = options
         self.patch_size, self.first_patch = patch_size, first_patch
         self.size, self.grid = size, size // first_patch
-        self.pos_embed = nn.Parameter(sincos_table(self.grid, self.grid, hidden_size), requires_grad=False)
+        table = sincos_table(self.grid, self.grid, hidden_size) if options.pos_embed else None
+        self.pos_embed = None if table is None else nn.Parameter(table, requires_grad=False)
         self._tables = PositionTables(self.grid)
         self.x_embedder = PatchEmbed(first_patch, options.num_in_channels, hidden_size)
         self.t_embedder = _time_embedding(hidden_size, options)
@@ -94,7 +86,7 @@ class DiT(nn.Module):
             if options.context_tokens
             else None
         )
-        self.shared_adaLN = Modulation(hidden_size, 6) if options.shared_adaln else None
+        self.shared_adaLN = Modulation(hidden_size, options.modulation_parts) if options.shared_adaln else None
         self.second_start, self.until_start = options.first_stage(depth), options.until_start(depth)
         self.second_stage, head_width, head_heads = new_second_stage(size, patch_size, hidden_size, num_heads, options)
         head_shares = options.shared_adaln and not options.ddt_blocks
@@ -107,7 +99,8 @@ class DiT(nn.Module):
             for count, width, heads, shared in stages
             for number in range(count)
         )
-        self.final_layer = FinalLayer(head_width, patch_size**2 * options.num_out_channels, options)
+        outputs = patch_size**2 * options.num_out_channels * (2 if options.learn_sigma else 1)
+        self.final_layer = FinalLayer(head_width, outputs, options)
         self._initialize()
         self._add_heads(hidden_size, head_width)  # after the other weights, which are the same with and without heads
 
@@ -125,6 +118,7 @@ class DiT(nn.Module):
     ) -> torch.Tensor | VelocityWithVariance | TappedVelocity:
         """Velocity [B, C, h, w] at times t ([B] or 0-d, in [0, 1]) and points x [B, C', h, w].
 
+        With --reversed_time, the network embeds 1 - t, and its output is negated. With --learn_sigma, half of it is unused.
         Without labels, every sample uses the last row of the label table, which is the null class if there is one. The random
         numbers `routing` [B, h, w] decide which tokens skip the options' `route_blocks` (the number at a patch's first position
         counts); without them, no token does.
@@ -151,8 +145,9 @@ class DiT(nn.Module):
         if until is not None and self.until_start < len(self.blocks):
             last = self._conditioning(end, end, guidance, condition.labels)
         inputs, tap = self._transform(self._first_inputs(first, x, condition.labels), first, last, x, routing)
-        patches = self.final_layer(self._image_tokens(inputs, x, self.patch_size), inputs.embedding)  # [B, L, p p C]
+        patches = self.final_layer(self._image_tokens(inputs, x, self.patch_size), inputs.embedding)  # [B, L, p p C']
         velocity = self._unpatchify(patches, x, self.patch_size)
+        velocity = -velocity if self.options.reversed_time else velocity
         result: torch.Tensor | VelocityWithVariance = velocity
         if log_variance:
             result = VelocityWithVariance(velocity, self.log_variance_head(start, end))  # type: ignore[misc]
@@ -162,7 +157,7 @@ class DiT(nn.Module):
         self, t: torch.Tensor, until: torch.Tensor, guidance: torch.Tensor | None, labels: torch.Tensor | None
     ) -> Conditioning:
         """What blocks get from times t [B] and `until` [B], guidance scales and labels."""
-        time = self.t_embedder(t)
+        time = self.t_embedder(1 - t if self.options.reversed_time else t)
         if self.r_embedder is not None:
             time = time + self.r_embedder(t - until)
         if self.guidance_embedder is not None:
@@ -176,7 +171,9 @@ class DiT(nn.Module):
     def _first_inputs(self, given: Conditioning, x: torch.Tensor, labels: torch.Tensor | None) -> BlockInputs:
         """The first block's inputs."""
         rows, columns = _grid_of(x, self.first_patch)
-        tokens = self.x_embedder(x) + self._positions(rows, columns)  # [B, L, D]
+        tokens = self.x_embedder(x)  # [B, L, D]
+        if self.pos_embed is not None:
+            tokens = tokens + self._tables.table(self.pos_embed, rows, columns)
         if self.context is not None:
             tokens = torch.cat([self.context(given.time, labels).to(tokens.dtype), tokens], dim=1)
         rotation = None if self.feat_rope is None else self.feat_rope(rows, columns, self.options.context_tokens)
@@ -240,18 +237,14 @@ class DiT(nn.Module):
             tokens, values = block(*inputs)
         return inputs._replace(tokens=tokens, first_values=inputs.first_values if values is None else values)
 
-    def _positions(self, rows: int, columns: int) -> torch.Tensor:
-        """The first blocks' position table [1, rows x columns, D]."""
-        return self._tables.table(self.pos_embed, rows, columns)
-
     def _image_tokens(self, inputs: BlockInputs, x: torch.Tensor, patch: int) -> torch.Tensor:
         """The tokens [B, L, D] of patches of this side, without context tokens."""
         return inputs.tokens if self.context is None else inputs.tokens[:, -math.prod(_grid_of(x, patch)) :]
 
     def _unpatchify(self, patches: torch.Tensor, x: torch.Tensor, patch: int) -> torch.Tensor:
-        """Assemble latents [B, C, h, w] with the sides of x from patches [B, L, p p C] of side `patch`."""
+        """Assemble latents [B, C, h, w] with the sides of x from patches [B, L, p p C'] of side `patch`, where C' >= C."""
         rows, columns = _grid_of(x, patch)
-        patches = patches.view(len(patches), rows, columns, patch, patch, -1)
+        patches = patches.view(len(patches), rows, columns, patch, patch, -1)[..., : self.options.num_out_channels]
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(len(patches), -1, rows * patch, columns * patch)
 
     def _add_heads(self, width: int, second_width: int) -> None:
@@ -324,5 +317,5 @@ def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
 
 
 def build_dit(name: str, patch: int, size: int, options: DiTOptions) -> DiT:
-    """DiT-{name}/{patch} for latents of side `size`."""
-    return DiT(size, patch, *DIT_SIZES[name], options)
+    """DiT-{name}/{patch} for latents of side `size`; DiT/{patch}, of the size in the options, if `name` is ""."""
+    return DiT(size, patch, *options.size_of(name), options)

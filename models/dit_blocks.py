@@ -21,7 +21,7 @@ class BlockInputs(NamedTuple):
         embedding: of time and label, one for all tokens [B, D] or one per token [B, L, D].
         rotation: rotations of queries and keys, with --rope.
         first_values: the first block's values [B, heads, L, D / heads], with --value_residual and after that block.
-        shared: the modulation [B, 6 D] that all blocks share, with --shared_adaln.
+        shared: the modulation [B, 6 D] that all blocks share, with --shared_adaln; [B, 4 D] without shifts.
     """
 
     tokens: torch.Tensor
@@ -75,14 +75,15 @@ class DiTBlock(nn.Module):
         self, hidden_size: int, num_heads: int, options: DiTOptions, *, first: bool = True, shared: bool = False
     ) -> None:
         super().__init__()
-        self.keeps_values = options.value_residual
+        self.keeps_values, self.shifts = options.value_residual, options.adaln_shift
         self.norm1 = NORMS[options.norm](hidden_size)
         self.norm2 = NORMS[options.norm](hidden_size)
         qk_norm = QK_NORMS[options.norm] if options.qk_norm else None
         self.attn = SelfAttention(hidden_size, num_heads, qk_norm, mixes_values=options.value_residual and not first)
         self.mlp = MLPS[options.mlp](hidden_size)
-        self.adaLN_modulation = None if shared else Modulation(hidden_size, 6)
-        self.adaLN_offset = nn.Parameter(torch.zeros(6 * hidden_size)) if shared else None
+        parts = options.modulation_parts
+        self.adaLN_modulation = None if shared else Modulation(hidden_size, parts)
+        self.adaLN_offset = nn.Parameter(torch.zeros(parts * hidden_size)) if shared else None
 
     def forward(
         self,
@@ -99,7 +100,11 @@ class DiTBlock(nn.Module):
         """
         own = self.adaLN_modulation
         modulation = shared + self.adaLN_offset if own is None else own(embedding)  # type: ignore[operator]
-        shift1, scale1, gate1, shift2, scale2, gate2 = _parts(modulation, 6)
+        shift1 = shift2 = None
+        if self.shifts:
+            shift1, scale1, gate1, shift2, scale2, gate2 = _parts(modulation, 6)
+        else:
+            scale1, gate1, scale2, gate2 = _parts(modulation, 4)
         attended, values = self.attn(_modulate(self.norm1(tokens), shift1, scale1), rotation, first_values)
         tokens = tokens + gate1 * attended
         # A copy, because FSDP2 warns about blocks that return views.
@@ -138,5 +143,6 @@ def _parts(modulation: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     return per_token.chunk(count, dim=-1)
 
 
-def _modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return x * (1 + scale) + shift
+def _modulate(x: torch.Tensor, shift: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
+    scaled = x * (1 + scale)
+    return scaled if shift is None else scaled + shift

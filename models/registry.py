@@ -21,12 +21,14 @@ __all__ = [
     "IGNORED_NETWORK_FLAGS",
     "NETWORKS",
     "ORIGIN_ADM",
+    "PUBLISHED_TYPES",
     "Architecture",
     "NetworkOptions",
     "build_network",
-    "guided_diffusion_by_default",
+    "complete_network",
     "network_groups",
     "options_from_header",
+    "published_options",
 ]
 
 # Network flags of LFM's published code that have no effect, with the reason.
@@ -39,13 +41,42 @@ IGNORED_NETWORK_FLAGS = {
 ORIGIN_ADM = "origin_adm"  # the model type that --use_origin_adm selects
 
 DIT_TYPES = "DiT-{Mi,Ti,S,B,L,XL}/{1,2,4,8}"
+PATCHES = (1, 2, 4, 8)
+
+# Networks that other projects publish (docs/published.md): a DiT with these options, and any size and patch side of DiT.
+_LIGHTNING = {"norm": "rms_affine", "mlp": "swiglu", "rope": True}
+PUBLISHED_TYPES: dict[str, dict[str, Any]] = {
+    "SiT": {"label_dropout": 0.1, "learn_sigma": True, "reversed_time": True},
+    "REPA": {"label_dropout": 0.1},
+    "LightningDiT": {"label_dropout": 0.1, "reversed_time": True, **_LIGHTNING},
+    "MeanFlow": {"label_dropout": 0.1, "until_embedding": "interval"},
+    "DiTDH": {
+        "label_dropout": 0.1,
+        "time_embedding": "fourier",
+        "ddt_blocks": 2,
+        "ddt_width": 2048,
+        "ddt_heads": 16,
+        **_LIGHTNING,
+    },
+}
+# DiT-DH's sizes (RAE, arXiv:2510.11690, section 5): the blocks of both stages count, and the patch side is 1 by default.
+DITDH_SIZES: dict[str, dict[str, Any]] = {
+    "S": {"model_width": 384, "model_depth": 14, "model_heads": 6},
+    "B": {"model_width": 768, "model_depth": 14, "model_heads": 12},
+    "XL": {"model_width": 1152, "model_depth": 30, "model_heads": 16},
+}
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
     """Network."""
 
-    model_type: str = option("adm", f"{DIT_TYPES}, adm, ddpm++, ncsn++, or unet (small, for pixels)", common=True)
+    model_type: str = option(
+        "adm",
+        f"{DIT_TYPES}, adm, ddpm++, ncsn++, or unet (small, for pixels); {', '.join(PUBLISHED_TYPES)} instead of DiT for the "
+        "networks of other projects (docs/published.md)",
+        common=True,
+    )
     use_origin_adm: bool = option(False, "use guided-diffusion's U-Net; takes precedence over --model_type")
 
     def resolve(self) -> str:
@@ -54,20 +85,47 @@ class NetworkOptions:
         Raises:
             UsageError: an unknown model type.
         """
-        name = ORIGIN_ADM if self.use_origin_adm else self.model_type
+        name = ORIGIN_ADM if self.use_origin_adm else _as_dit(self.model_type)
         if name not in NETWORKS:
             for known in NETWORKS:
                 if known.lower() == name.lower():
                     raise UsageError(f"unknown --model_type {name!r}: did you mean {known}?")
-            others = [known for known in NETWORKS if not known.startswith("DiT-")]
+            others = [*(f"{kind}-..." for kind in PUBLISHED_TYPES), *(known for known in NETWORKS if "/" not in known)]
             raise UsageError(f"unknown --model_type {name!r}: expected one of {', '.join([DIT_TYPES, *others])}")
         return name
 
 
-def guided_diffusion_by_default(options: Options) -> Options:
-    """Add --use_origin_adm, the default of LFM's downstream scripts, unless --model_type names another network."""
-    named = options.values["model_type"] != NetworkOptions.model_type
-    return options if named else options.completed({"use_origin_adm": True})
+def complete_network(options: Options, *, guided_diffusion: bool = False) -> Options:
+    """Add the options of another project's network, if --model_type names one and they were not given.
+
+    With `guided_diffusion`, --use_origin_adm is added unless --model_type names a network, as in LFM's downstream scripts.
+    """
+    model_type = options.values["model_type"]
+    if guided_diffusion and model_type == NetworkOptions.model_type:
+        return options.completed({"use_origin_adm": True})
+    return options.completed(published_options(model_type))
+
+
+def published_options(model_type: str) -> dict[str, Any]:
+    """The options of DiT that a model type such as SiT-XL/2 stands for; none for other model types."""
+    kind, size, _ = _parse(model_type)
+    sizes = DITDH_SIZES.get(size, {}) if kind == "DiTDH" else {}
+    return PUBLISHED_TYPES.get(kind, {}) | sizes
+
+
+def _as_dit(model_type: str) -> str:
+    """The DiT that a network of another project is, such as DiT-XL/2 for SiT-XL/2; other names are unchanged."""
+    kind, size, patch = _parse(model_type)
+    if kind == "DiTDH" and size in {"", *DITDH_SIZES}:
+        return f"DiT/{patch or 1}"
+    return f"DiT-{size}/{patch}".replace("-/", "/") if kind in PUBLISHED_TYPES and kind != "DiTDH" else model_type
+
+
+def _parse(model_type: str) -> tuple[str, str, str]:
+    """Kind, size and patch side in a name such as SiT-XL/2; empty if absent."""
+    name, _, patch = model_type.partition("/")
+    kind, _, size = name.partition("-")
+    return kind, size, patch
 
 
 class Architecture(NamedTuple):
@@ -91,7 +149,11 @@ NETWORKS: dict[str, Family] = {
     **{
         f"DiT-{name}/{patch}": Family(DiTOptions, partial(build_dit, name, patch), hidden_matrices, with_own_positions)
         for name in DIT_SIZES
-        for patch in (1, 2, 4, 8)
+        for patch in PATCHES
+    },
+    **{
+        f"DiT/{patch}": Family(DiTOptions, partial(build_dit, "", patch), hidden_matrices, with_own_positions)
+        for patch in PATCHES
     },
     **{kind: Family(EdmUNetOptions, partial(_edm_unet, kind)) for kind in STYLES},
     ORIGIN_ADM: Family(GuidedUNetOptions, GuidedUNet),

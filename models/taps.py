@@ -128,6 +128,11 @@ class TapOptions(ClassOptions):
         "mlp", "projector of --align_features: mlp as in REPA, conv as in iREPA", choices=PROJECTORS
     )
     align_hidden: int = option(2048, "hidden width of the mlp projector", minimum=1)
+    unused_projectors: tuple[int, ...] = option(
+        (),
+        "feature widths of further mlp projectors that stay as they are, as in REPA's files for several encoders",
+        minimum=1,
+    )
     align_width: int = option(0, "width of the encoder's features", minimum=0, shown="the encoder's")
     route_blocks: tuple[int, ...] = option(
         (), "TREAD: in training, a share --route_rate of the tokens skips the blocks I + 1 to J", minimum=0
@@ -158,11 +163,11 @@ class TapOptions(ClassOptions):
 
     def for_sampling(self) -> Self:
         """The options of the network without projectors."""
-        return replace(self, align_latents=0.0, align_features=0.0)
+        return replace(self, align_latents=0.0, align_features=0.0, unused_projectors=())
 
 
 def new_projectors(options: TapOptions, width: int, patch_values: int) -> nn.ModuleDict:
-    """The projectors that the options ask for, by the name of their field in `Tapped`.
+    """The projectors that the options ask for, by the name of their field in `Tapped`, and unused ones.
 
     Args:
         options: the tap's options.
@@ -175,6 +180,10 @@ def new_projectors(options: TapOptions, width: int, patch_values: int) -> nn.Mod
     if options.align_features:
         project = PROJECTORS[options.align_projector]
         projectors["features"] = project(width, options.align_hidden, max(1, options.align_width))
+    if options.unused_projectors:
+        hidden = options.align_hidden
+        unused = (MlpProjector((width, hidden, hidden, features)) for features in options.unused_projectors)
+        projectors["unused"] = nn.ModuleList(unused).requires_grad_(False)
     return projectors
 
 

@@ -39,7 +39,9 @@ OTHER_FILES = (
     ((b"{", b"["), "it is a JSON file: expected weights in safetensors or torch.save format"),
 )  # fmt: skip
 # Packages whose objects lie next to the weights in many projects' files: scores, paths, configurations.
-PASSIVE_PACKAGES = frozenset(("collections", "datetime", "numpy", "omegaconf", "pathlib", "typing"))
+PASSIVE_PACKAGES = frozenset(
+    ("collections", "datetime", "lightning", "numpy", "omegaconf", "pathlib", "pytorch_lightning", "typing")
+)
 MOST_STAND_INS = 50
 
 

@@ -8,7 +8,16 @@ import torch
 
 from options import UsageError
 
-__all__ = ["Mismatch", "check_finite", "count_bad", "find_mismatch", "list_names", "match_names", "split_averages"]
+__all__ = [
+    "Mismatch",
+    "check_finite",
+    "common_wrappers",
+    "count_bad",
+    "find_mismatch",
+    "list_names",
+    "match_names",
+    "split_averages",
+]
 
 Weights = Mapping[str, torch.Tensor]
 
@@ -76,6 +85,14 @@ def split_averages(weights: Weights, where: object) -> tuple[dict[str, torch.Ten
     if not raw.keys() & averages.keys():  # as in model.x and ema.x
         raw = {cut: raw[name] for name, cut in _cut_prefix(raw, averages).items()}
     return raw, averages
+
+
+def common_wrappers(names: Iterable[str]) -> str:
+    """The wrappers' components that all names start with, such as "module."; "" if names have others too."""
+    names = list(names)
+    prefixes = {"".join(f"{part}." for part in takewhile(WRAPPERS.__contains__, name.split("."))) for name in names}
+    prefix = prefixes.pop() if len(prefixes) == 1 else ""
+    return prefix if all(prefix + _without_wrappers(name) == name for name in names) else ""
 
 
 def match_names(weights: Weights, own: Weights) -> Weights:

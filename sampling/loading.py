@@ -10,7 +10,7 @@ import torch
 from checkpoints.experiments import experiment_folder, find_checkpoint, newest_model
 from checkpoints.files import LoadedModel, describes_network, load_model
 from checkpoints.header import Header
-from checkpoints.lfm import open_published
+from checkpoints.projects.opening import open_published
 from checkpoints.tasks import GENERATE, TASKS, Task
 from datasets_prep.datasets import DatasetOptions, ImageDataset, Split, open_dataset
 from flow.guidance import GuidanceOptions, VelocityNetwork
@@ -140,7 +140,7 @@ def _checkpoint_path(request: SamplerRequest, task: Task) -> Path:
 
 
 def _load_model(path: Path, request: SamplerRequest, device: torch.device, task: Task) -> LoadedModel:
-    """Load a checkpoint whose header agrees with the flags, or an LFM checkpoint, which the flags describe."""
+    """Load a checkpoint whose header agrees with the flags, or another project's, which the flags describe."""
     if not describes_network(path):
         return open_published(path, request.given, device, downstream=task is not GENERATE)
     model = load_model(path, device, _moved_autoencoder(request))

@@ -2,10 +2,11 @@
 """Check networks against golden cases: `python tests/golden_check.py FILE...`.
 
 Each network is built from its case's header and filled with weights by tests/golden/fill_weights.py. For each file, prints
-the largest absolute errors of the velocity, guided velocity and dopri5 sample.
+the largest absolute errors of the velocity, guided velocity and samples, and of the average velocity if there is one. Cases are
+LFM's networks, and those of other projects (checkpoints/projects), whose names and order are checked too.
 
 Exit codes:
-- 0: all errors are within 1e-5, 2e-5 and 1e-3, respectively.
+- 0: all errors are within 1e-5 (velocities), 2e-5 (guided ones, or more for large scales) and 1e-3 (samples).
 - 1: an error is larger, or a state dict has different names, shapes or order.
 - 2: a file is not a golden case.
 """
@@ -14,6 +15,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +26,33 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from checkpoints.projects.registry import PROJECTS  # noqa: E402
 from flow.guidance import GuidanceOptions, GuidedVelocity  # noqa: E402
 from flow.solvers import SolverOptions, solve  # noqa: E402
 from models.conditions import Condition  # noqa: E402
 from models.dit import DiT, DiTOptions  # noqa: E402
-from models.registry import NETWORKS, NetworkOptions, build_network  # noqa: E402
+from models.registry import NETWORKS, NetworkOptions, build_network, published_options  # noqa: E402
 from options import UsageError  # noqa: E402
 
-LIMITS = {"velocity": 1e-5, "velocity_cfg": 2e-5, "sample_dopri5": 1e-3}
+LIMITS = {
+    "velocity": 1e-5,
+    "velocity_cfg": 2e-5,
+    "average_velocity": 1e-5,
+    "sample_dopri5": 1e-3,
+    "sample_1": 1e-3,
+    "sample_2": 1e-3,
+}
+GUIDED_LIMIT = 5e-6  # per unit of 2 scale - 1, where that is above LIMITS
 GOOD, DIFFERS, NOT_A_CASE = 0, 1, 2  # exit codes
+# Other projects' names of options: our name, and our value for theirs.
+SPELLINGS: dict[str, tuple[str, Callable[[Any], Any]]] = {
+    "use_qknorm": ("qk_norm", bool),
+    "use_swiglu": ("mlp", {True: "swiglu", False: "gelu"}.__getitem__),
+    "use_rope": ("rope", bool),
+    "use_rmsnorm": ("norm", {True: "rms_affine", False: "layer"}.__getitem__),
+    "wo_shift": ("adaln_shift", lambda value: not value),
+    "use_pos_embed": ("pos_embed", bool),
+}
 
 
 class GoldenCase(NamedTuple):
@@ -82,14 +102,18 @@ def build_case(case: GoldenCase) -> nn.Module:
         ValueError: the state dict differs from LFM's in names, shapes or order.
     """
     arguments = case.arguments
-    side = arguments["image_size"] // arguments["f"]
-    if arguments["model_type"] == "DiT":
+    side, kind = arguments["image_size"] // arguments["f"], arguments["model_type"]
+    if kind in PROJECTS:
+        network: nn.Module = build_network(f"DiT/{arguments['patch_size']}", side, project_options(arguments))
+    elif kind == "DiT":
         sizes = [arguments[name] for name in ("patch_size", "hidden_size", "depth", "num_heads")]
-        network: nn.Module = DiT(side, *sizes, _options(DiTOptions, arguments))
+        network = DiT(side, *sizes, _options(DiTOptions, arguments))
     else:
-        name = NetworkOptions(arguments["model_type"], arguments.get("use_origin_adm", False)).resolve()
+        name = NetworkOptions(kind, arguments.get("use_origin_adm", False)).resolve()
         network = build_network(name, side, _options(NETWORKS[name].options, arguments))
-    found = [(name, list(value.shape)) for name, value in network.state_dict().items()]
+    own = network.state_dict()
+    names = PROJECTS[kind].names(own) if kind in PROJECTS else {name: name for name in own}
+    found = [(name, list(own[mine].shape)) for name, mine in names.items()]
     if found != case.weights:
         ours, theirs = next(
             ((a, b) for a, b in zip(found, case.weights, strict=False) if a != b), (found[-1], case.weights[-1])
@@ -98,10 +122,27 @@ def build_case(case: GoldenCase) -> nn.Module:
             f"expected a state dict of {len(case.weights)} entries, but found {len(found)}; first difference: "
             f"expected {theirs}, but found {ours}"
         )
-    for name, value in network.state_dict().items():
+    for name, mine in names.items():
         if name not in case.constant_weights:
-            value.copy_(torch.from_numpy(_fill_weight(name, tuple(value.shape))))
+            own[mine].copy_(torch.from_numpy(_fill_weight(name, tuple(own[mine].shape))))
     return network.eval()
+
+
+def project_options(arguments: dict[str, Any]) -> DiTOptions:
+    """The options of DiT for the arguments of a case of another project, under that project's names."""
+    kind = arguments["model_type"]
+    given = {field.name: arguments[field.name] for field in dataclasses.fields(DiTOptions) if field.name in arguments}
+    width, depth, heads = (arguments[name] for name in ("hidden_size", "depth", "num_heads"))
+    values = published_options(kind) | {"learn_sigma": False} | given
+    values |= {ours: value(arguments[name]) for name, (ours, value) in SPELLINGS.items() if name in arguments}
+    if kind == "DiTDH":
+        (width, head_width), (depth, head_depth), (heads, head_heads) = width, depth, heads
+        values |= {"ddt_blocks": head_depth, "ddt_width": head_width, "ddt_heads": head_heads}
+        depth += head_depth
+    if widths := arguments.get("repa_dims"):
+        values |= {"align_features": 0.5, "align_width": widths[0], "unused_projectors": tuple(widths[1:])}
+        values |= {"align_hidden": arguments["projector_dim"], "tap_block": arguments["repa_depth"]}
+    return DiTOptions(**values | {"model_width": width, "model_depth": depth, "model_heads": heads})
 
 
 @torch.no_grad()
@@ -118,7 +159,18 @@ def check_case(path: str | Path, device: torch.device | str = "cpu") -> dict[str
     if "out.sample_dopri5" in tensors:
         plain = GuidedVelocity(network, condition, condition, GuidanceOptions())
         results["sample_dopri5"] = solve(plain, tensors["in.x"], SolverOptions(method="torchdiffeq_dopri5")).x
+    if "out.average_velocity" in tensors:
+        results["average_velocity"] = network(tensors["in.t"], tensors["in.x"], condition, until=tensors["in.r"])
+        plain = GuidedVelocity(network, condition, condition, GuidanceOptions())
+        for steps in (1, 2):
+            results[f"sample_{steps}"] = solve(plain, tensors["in.x"], SolverOptions("flow_map", num_steps=steps)).x
     return {name: _error(value, tensors[f"out.{name}"]) for name, value in results.items()}
+
+
+def limit(name: str, cfg_scale: float | None) -> float:
+    """The largest allowed error of an output. Guidance with a large scale amplifies rounding errors."""
+    amplified = GUIDED_LIMIT * (2 * cfg_scale - 1) if name == "velocity_cfg" and cfg_scale is not None else 0.0
+    return max(LIMITS[name], amplified)
 
 
 def main(paths: list[str]) -> int:
@@ -141,7 +193,8 @@ def _check_file(path: str) -> tuple[int, str]:
         return NOT_A_CASE, str(error)
     except (KeyError, ValueError, RuntimeError) as error:
         return DIFFERS, f"{type(error).__name__}: {error}"
-    good = all(error <= LIMITS[name] for name, error in errors.items())
+    scale = read_case(path).cfg_scale
+    good = all(error <= limit(name, scale) for name, error in errors.items())
     return GOOD if good else DIFFERS, ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
 
 

@@ -35,7 +35,7 @@ COMMANDS = {"checkpoints/convert.py", "datasets_prep/build_pairs.py", "training/
 OWNERS = {
     "gradio": "demo_page/page.py",
     "torchdiffeq": "flow/",
-    "diffusers": "models/autoencoders/kl.py",
+    "diffusers": "models/autoencoders/diffusers_files.py",
     "pytorch_fid": "evaluation/features/inception.py",
 }
 

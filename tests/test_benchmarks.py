@@ -3,7 +3,8 @@ import torch
 
 from benchmarks import gpu, recipe
 from benchmarks._timing import require_agreement
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
+from models.autoencoders.pretrained import PretrainedAutoencoder
 
 EXPECTED = {"loss": [2.0], "change": [3.0, -4.0]}
 TOLERANCES = {"loss": 0.01, "change": 0.05}
@@ -62,7 +63,7 @@ def test_a_batch_that_does_not_fit_is_halved():
 
 @pytest.mark.slow
 def test_the_benchmark_of_gpus_measures_encoding_and_scoring(monkeypatch):
-    small = KLAutoencoder(new_autoencoder_kl(3, (8, 8), 4, 32, {}), "small")
+    small = PretrainedAutoencoder(new_autoencoder_kl(3, (8, 8), 4, 32, {}), "small")
     monkeypatch.setattr(gpu, "new_autoencoder", lambda: small)
     text = gpu.run(CPU, ("autoencoder", "scoring"), 0.0)
     assert all(name in text for name in ("encoding, bf16", "decoding, fp32", "Inception features, 64, bf16"))

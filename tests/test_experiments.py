@@ -19,7 +19,7 @@ from flow.paths import PathOptions
 from flow.solvers import SOLVERS, SolverOptions
 from models.autoencoders.loading import AutoencoderOptions
 from models.conditions import ConditionOptions
-from models.registry import NETWORKS, NetworkOptions, build_network, guided_diffusion_by_default
+from models.registry import NETWORKS, NetworkOptions, build_network, complete_network
 from runtime.pictures import GridOptions
 from runtime.precision import MachineOptions
 from runtime.processes.launch import LaunchOptions
@@ -74,7 +74,7 @@ OWN = {  # parameters in millions of this repository's own experiments, for late
 WITHOUT_TRAINING = {"imnet_rae"}  # other projects' protocols of sampling alone
 BUNDLED = {"pretrained/fashion_mnist_autoencoder": 4, "pretrained/fashion_mnist_autoencoder_v2": 4}
 # All other autoencoders have factor 8.
-FACTORS = {"none": 1, **BUNDLED, "pretrained/vavae-imagenet256-f16d32-dinov2": 16}
+FACTORS = {"none": 1, **BUNDLED, "vavae-imagenet256-f16d32-dinov2.pt": 16}
 HALF_PRECISION = {"celeb512_adm", "celeb1024_adm"}
 
 
@@ -90,12 +90,12 @@ def parser_of(script):
         runpy.run_path(str(ROOT / script), run_name="__main__")
     (_, groups), named = parse_options.call_args
     assert LaunchOptions in groups
-    return groups, named["ignored"]
+    return groups, {name: named[name] for name in ("ignored", "adjust") if name in named}
 
 
 def parse(kind, *flags, task="generate"):
-    groups, ignored = parser_of(f"{kind}_flow_latent{SCRIPTS[task]}.py")
-    return parse_options("", groups, [str(flag) for flag in flags], ignored=ignored)
+    groups, settings = parser_of(f"{kind}_flow_latent{SCRIPTS[task]}.py")
+    return parse_options("", groups, [str(flag) for flag in flags], **settings)
 
 
 def path_of(kind, name):
@@ -335,7 +335,7 @@ def test_own_downstream_experiments(task):
     name = {"inpaint": "fashion_mnist_inpainting", "semantic": "fashion_mnist_semantic"}[task]
     assert task_of("train", name) == task_of("test", name) == task
     train, test = parse_file("train", name), parse_file("test", name)
-    assert guided_diffusion_by_default(train)[NetworkOptions].resolve() == "DiT-Mi/2"
+    assert complete_network(train, guided_diffusion=True)[NetworkOptions].resolve() == "DiT-Mi/2"
     assert train[SolverOptions] == test[SolverOptions] == SolverOptions("heun", 8)
     wanted = test[ConditionedOptions]
     assert (wanted.n_sample, wanted.batch_size, wanted.compute_fid) == (2000, 500, True)
@@ -349,7 +349,7 @@ def test_own_downstream_experiments(task):
 @pytest.mark.parametrize("task", ["inpaint", "semantic"])
 def test_downstream_tasks_default_to_guided_diffusions_network(kind, task):
     def network(*flags):
-        return guided_diffusion_by_default(parse(kind, *flags, task=task))[NetworkOptions].resolve()
+        return complete_network(parse(kind, *flags, task=task), guided_diffusion=True)[NetworkOptions].resolve()
 
     assert network() == network("--use_origin_adm", "--model_type", "adm") == "origin_adm"
     assert network("--model_type", "DiT-B/2") == "DiT-B/2"

@@ -28,8 +28,9 @@ from flow.objectives import FlowMatching, Times
 from flow.paths import PathOptions
 from flow.repaint import replace_known
 from flow.solvers import SOLVERS, SolverOptions, solve
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace, decode_images
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from models.conditions import Condition, DenseInput
 from models.dit import DIT_SIZES, DiTOptions, build_dit, hidden_matrices
 from models.family import Family
@@ -292,7 +293,7 @@ def new_autoencoder(monkeypatch):
     monkeypatch.setattr(models.autoencoders.kl, "weights_hash", lambda weights: "")
     with outside():
         network = new_autoencoder_kl(3, (8, 8), 4, 16, {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})
-        autoencoder = KLAutoencoder(network, "new")
+        autoencoder = PretrainedAutoencoder(network, "new")
     return autoencoder.to(CUDA)
 
 

@@ -15,8 +15,11 @@ import torch
 from torch import nn
 
 from datasets_prep.datasets import DatasetFacts, ImageDataset
-from models.autoencoders.kl import KLAutoencoder, load_kl, new_autoencoder_kl
+from models.autoencoders.diffusers_files import load_network
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.pixels import images_to_pixels
+from models.autoencoders.pretrained import PretrainedAutoencoder
+from models.autoencoders.statistics import measure_statistics
 from models.autoencoders.training_loss import AutoencoderLossOptions, LossStreams, autoencoder_losses
 from options import UsageError, option
 from runtime.files import replace_folder, write_json
@@ -127,23 +130,16 @@ def train_autoencoder(dataset: ImageDataset, options: AutoencoderTrainingOptions
 
 
 def posterior_statistics(network: nn.Module, dataset: ImageDataset, machine: Machine) -> dict[str, list[float]]:
-    """Compute the mean and standard deviation of posterior *samples* per channel, as latents_mean and latents_std.
+    """Compute the mean and standard deviation of posterior samples per channel, as latents_mean and latents_std."""
+    autoencoder = PretrainedAutoencoder(network, "unsaved", scale_factor=1.0).to(machine.device)
 
-    The variance of samples is the variance of the posterior means plus the mean of the posterior variances. A channel that
-    the autoencoder does not use (mean 0, variance 1) is therefore not amplified.
-    """
-    autoencoder = KLAutoencoder(network, "unsaved", scale_factor=1.0).to(machine.device)
-    count, total, square, variance = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
-    for start in progress_bar(range(0, len(dataset), 512), desc="latent statistics", unit="batch"):
-        images = torch.stack([dataset[i] for i in range(start, min(start + 512, len(dataset)))])
-        mean, logvar = autoencoder.encode(images.to(machine.device)).cpu().double().chunk(2, dim=1)
-        count += mean.shape[0] * mean.shape[2] * mean.shape[3]
-        total = total + mean.sum((0, 2, 3))
-        square = square + mean.square().sum((0, 2, 3))
-        variance = variance + logvar.exp().sum((0, 2, 3))
-    center = total / count
-    spread = (square / count - center.square() + variance / count).sqrt()
-    return {"latents_mean": center.tolist(), "latents_std": spread.tolist()}
+    def parts() -> Iterator[torch.Tensor]:
+        for start in progress_bar(range(0, len(dataset), 512), desc="latent statistics", unit="batch"):
+            images = torch.stack([dataset[i] for i in range(start, min(start + 512, len(dataset)))])
+            yield autoencoder.encode(images.to(machine.device))
+
+    found = measure_statistics(parts(), has_posterior=True)
+    return {"latents_mean": list(found.mean), "latents_std": list(found.std)}
 
 
 def snapshot_folder(options: AutoencoderTrainingOptions) -> Path:
@@ -159,8 +155,7 @@ def _initial_network(channels: int, image_size: int, options: AutoencoderTrainin
     if options.initial_weights is not None:
         if not Path(options.initial_weights).is_dir():
             raise UsageError(f"--initial_weights {options.initial_weights}: expected the folder of an autoencoder")
-        loaded = load_kl(Path(options.initial_weights), options.initial_weights, scale_factor=1.0)
-        weights = loaded.network.state_dict()
+        weights = load_network(Path(options.initial_weights), options.initial_weights).state_dict()
         mismatch = find_mismatch(network.state_dict(), weights)
         if any(mismatch):
             raise UsageError(

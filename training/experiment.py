@@ -111,6 +111,11 @@ class ExperimentOptions:
         minimum=0,
         on_resume="freely",
     )
+    preview_autoencoder: str = option(
+        "",
+        "draw sample grids with this autoencoder, a small twin of the run's such as madebyollin/taesd; default: the run's own",
+        on_resume="freely",
+    )
     log_every: int = option(50, "steps between lines of metrics.jsonl", minimum=1, on_resume="freely")
 
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from checkpoints.files import describes_network, read_header, read_weights
 from checkpoints.header import Header
-from checkpoints.lfm_files import read_sampled
+from checkpoints.projects.opening import check_direction, read_start
 from datasets_prep.datasets import ImageDataset
 from datasets_prep.folder_layout.report import class_names
 from flow.losses.options import prediction_of
-from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
+from models.autoencoders.protocol import UNMEASURED, Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
 from models.family import FamilyOptions, Weights, own_options
 from models.registry import Architecture, build_network, network_groups
@@ -165,9 +165,10 @@ def new_network(
     if start_from is None:
         return network
     if not describes_network(start_from):
-        load_fitting_weights(network, read_sampled(start_from))
+        load_fitting_weights(network, read_start(start_from, architecture.options))
         return network
     weights, header = read_weights(start_from)
+    check_direction(str(start_from), getattr(header.network, "reversed_time", False), architecture.options)
     load_fitting_weights(network, weights)
     if (learned := prediction_of(header.path)) != prediction:
         note(f"{start_from} learned to predict the {learned}, but this run starts to predict the {prediction} from it")
@@ -205,6 +206,8 @@ def warn_of_other_conventions(
 ) -> None:
     """Warn if a network that starts from another project's file does not follow the conventions of this one.
 
+    Nothing is checked while the scale of the latents is unmeasured.
+
     Args:
         path: the file of --init_from. A run's own checkpoint is not checked.
         network: with the file's weights; moves to the machine's device.
@@ -214,7 +217,8 @@ def warn_of_other_conventions(
         machine: device and precision.
     """
     ours = describes_network(path) and read_header(path).published_file is None
-    if ours or header.dense is not None or prediction_of(header.path) != "velocity":
+    unmeasured = autoencoder.describe().statistics == UNMEASURED
+    if ours or unmeasured or header.dense is not None or prediction_of(header.path) != "velocity":
         return
     was_training = network.training
     subject = Subject.of(header, network.to(machine.device).eval(), autoencoder, machine)

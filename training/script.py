@@ -8,7 +8,7 @@ from pathlib import Path
 from checkpoints.tasks import GENERATE, Task
 from datasets_prep.datasets import DatasetOptions
 from exits import INTERRUPTED
-from models.registry import IGNORED_NETWORK_FLAGS, guided_diffusion_by_default
+from models.registry import IGNORED_NETWORK_FLAGS, complete_network
 from options import Options, UsageError
 from runtime.distributed import Processes, may_restart_several_machines
 from runtime.messages import fact, note, show
@@ -46,7 +46,7 @@ def run_training_script(task: TrainingTask, description: str) -> None:
         groups,
         ignored=IGNORED_FLAGS,
         task=task.task.name,
-        adjust=(lambda options: options) if task.task is GENERATE else guided_diffusion_by_default,
+        adjust=partial(complete_network, guided_diffusion=task.task is not GENERATE),
     )
 
 

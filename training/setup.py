@@ -1,25 +1,15 @@
 """Construction of a `TrainingRun` from the options: data, autoencoder, network, objective and validation."""
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
 
 from checkpoints.experiments import find_checkpoint
+from checkpoints.files import describes_network, read_header
 from checkpoints.header import Header
-from datasets_prep.conditions import ConditionSource
-from datasets_prep.datasets import HELD_OUT_IMAGES, DatasetOptions, FlipOptions, ImageDataset, choose_flips
-from datasets_prep.folder_layout.report import show_data
+from datasets_prep.datasets import DatasetOptions, FlipOptions
 from datasets_prep.latent_cache import LatentCacheOptions
-from datasets_prep.latents import scale_by_statistics
-from datasets_prep.moments import mean_latents, open_moments
-from datasets_prep.pairs.pair_cache import PairCache
-from evaluation.checks import check_scoring
-from evaluation.features.protocol import FeatureNetwork
-from evaluation.features.registry import FeatureOptions, choose_features
-from evaluation.reconstruction import draw_reconstructions
+from datasets_prep.moments import mean_latents, measure_scale, open_moments
+from evaluation.features.registry import FeatureOptions
 from evaluation.trained_flow import ExactPoints, check_exact_velocity
 from flow.auxiliary.losses import AuxiliaryOptions
 from flow.guidance import GuidanceOptions
@@ -27,18 +17,17 @@ from flow.losses.options import contrastive_weight, prediction_of
 from flow.objectives import OBJECTIVES, ObjectiveOptions, objective_groups
 from flow.paths import PathOptions
 from flow.solvers import SolverOptions, check_method, needs_float32, unreachable_tolerances
-from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
-from models.autoencoders.protocol import Autoencoder
-from models.conditions import ConditionOptions, DenseInput
+from models.autoencoders.loading import AutoencoderOptions
+from models.autoencoders.preview import fit_twin
+from models.autoencoders.statistics import inherit_scale
+from models.conditions import ConditionOptions
 from models.registry import NETWORKS, Architecture, NetworkOptions, network_groups
 from options import Options, UsageError, as_json
 from runtime.distributed import Processes
-from runtime.files import write_json
-from runtime.messages import fact, note, warn
+from runtime.messages import fact, note
 from runtime.pictures import GridOptions
 from runtime.precision import Machine, MachineOptions, choose_machine
 from runtime.provenance import provenance
-from runtime.randomness import seed_for
 from sampling.checks import check_guidance, check_network, warn_of_untrained
 from tasks.conditioned_images import ConditionedImages
 from tasks.task import GENERATION, TrainingTask
@@ -53,15 +42,8 @@ from training.auxiliary.setup import (
 )
 from training.data import steps_per_epoch
 from training.experiment import (
-    IMAGES,
-    RECONSTRUCTIONS,
-    STATE_OF_IMAGES,
-    STATE_OF_LABELS,
-    STATE_OF_PAIRS,
-    Configuration,
     ExperimentOptions,
     open_experiment,
-    recorded_autoencoder,
     run_folder,
     will_resume,
 )
@@ -74,6 +56,8 @@ from training.network import (
 )
 from training.objectives.checks import settle_options
 from training.objectives.training_pairs import open_training_pairs
+from training.preparation.configuration import configuration_of
+from training.preparation.inputs import Inputs, keep_scale, open_inputs, show_reconstructions
 from training.run import TrainingOptions, TrainingRun
 from training.validation import Validation
 
@@ -103,21 +87,6 @@ def training_groups() -> tuple[type, ...]:
     )
 
 
-class _Inputs(NamedTuple):
-    """The data of a run: both splits and their dense conditions, the autoencoder, and the feature network for scores."""
-
-    dataset: ImageDataset
-    held_out: ImageDataset
-    autoencoder: Autoencoder
-    condition: ConditionSource | None
-    held_out_condition: ConditionSource | None
-    features: FeatureNetwork | None
-
-    def dense(self, dropout: float) -> DenseInput | None:
-        """The dense condition in the network's input, if any."""
-        return None if self.condition is None else replace(self.condition.dense, dropout=dropout)
-
-
 def prepare(options: Options, processes: Processes, task: TrainingTask = GENERATION) -> tuple[TrainingRun, bool]:
     """Prepare a run of a task; returns it, and whether it resumes an existing run.
 
@@ -128,7 +97,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     _check(training, options[SolverOptions], options[MachineOptions])
     machine = choose_machine(options[MachineOptions], processes)
     with processes.main_first():  # only the main process downloads
-        inputs = _open_inputs(task, options, machine.for_encoding)
+        inputs = open_inputs(task, options, machine.for_encoding)
     model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
     chosen, objective_options = options[NETWORKS[model_type].options], options[OBJECTIVES[objective_name].options]
     pairs = open_training_pairs(
@@ -146,7 +115,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     folder = run_folder(experiment, data.dataset, task.task)
     resumes = will_resume(folder, experiment)
     if resumes:
-        _keep_scale(inputs.autoencoder, folder)
+        keep_scale(inputs.autoencoder, folder)
     dense = inputs.dense(options[ConditionOptions].condition_dropout if task.condition else 0.0)
     given = options.given
     check_auxiliary(chosen, options[AuxiliaryOptions], options[EncoderOptions], given)
@@ -174,23 +143,29 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         check_exact_velocity(header, "--validate_excess: this run")
     objective = add_auxiliary(OBJECTIVES[objective_name].build(path), architecture.options, auxiliary)
     weights = find_checkpoint(experiment.init_from, folder) if experiment.init_from and not resumes else None
-    network = new_network(architecture, training.seed, weights, header.autoencoder, prediction_of(path))
+    if weights and describes_network(weights) and not options[AutoencoderOptions].latent_statistics:
+        inherit_scale(inputs.autoencoder, read_header(weights).autoencoder)
+    network = new_network(architecture, training.seed, weights, inputs.autoencoder.describe(), prediction_of(path))
     if weights is not None and processes.is_main and not training.fsdp:  # a sharded network may not fit on one device
         warn_of_other_conventions(weights, network, header, inputs.held_out, inputs.autoencoder, machine)
     fitted = fit_encoder(encoder, options[EncoderOptions], network, inputs.dataset)
     header = replace(header, auxiliary=auxiliary, encoder=fitted.describe() if fitted else None)
 
     processes.barrier()  # --overwrite may move files aside that other processes still read
-    configuration = _configuration(options, machine, processes, inputs.dataset, pairs)
+    configuration = configuration_of(options, machine, processes, inputs.dataset, pairs)
     resume = processes.from_main(open_experiment(folder, configuration, experiment) if processes.is_main else False)
     if processes.is_main and not resume:
-        _show_reconstructions(inputs.autoencoder, inputs.held_out, machine, folder)
+        show_reconstructions(inputs.autoencoder, inputs.held_out, machine, folder)
     caches, spare = options[LatentCacheOptions], Path(experiment.save_root) / "latent_cache"
     *sources, held_out = (
         open_moments(split, inputs.autoencoder, data, caches, machine.for_encoding, processes, spare)
         for split in ((inputs.held_out,) if pairs else (inputs.dataset, inputs.held_out))
     )
     source = pairs or sources[0]
+    measure_scale(source, inputs.autoencoder, header.dataset.flips, processes)
+    header = replace(header, autoencoder=inputs.autoencoder.describe())
+    if inputs.twin:
+        fit_twin(inputs.twin, inputs.autoencoder)
     if contrastive_weight(path):
         means = mean_latents(source, inputs.autoencoder, header.num_classes, header.dataset.flips, machine.device)
         header = replace(header, contrast_means=tuple(float(f"{x:.6g}") for x in means.flatten().tolist()))
@@ -219,6 +194,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         processes=validating,
         conditioned=ConditionedImages(inputs.held_out, condition) if condition else None,
         exact=exact,
+        twin=inputs.twin,
     )
     run = TrainingRun(
         folder=folder,
@@ -240,7 +216,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
 
 def _header(
     architecture: Architecture,
-    inputs: _Inputs,
+    inputs: Inputs,
     task: TrainingTask,
     objective: str,
     path: PathOptions,
@@ -278,71 +254,3 @@ def _check(training: TrainingOptions, solver: SolverOptions, machine: MachineOpt
         raise UsageError(
             "--fsdp does not support --precision fp16, because processes do not share its loss scale: use --precision bf16"
         )
-
-
-def _open_inputs(task: TrainingTask, options: Options, machine: Machine) -> _Inputs:
-    """Open the data and load the autoencoder and the feature network; the samples can be scored."""
-    data, scored = options[DatasetOptions], options[ExperimentOptions].eval_samples
-    dataset, held_out = (
-        choose_flips(task.open(data, split), options[FlipOptions]) for split in ("train", "validation")
-    )
-    show_data(dataset, held_out)
-    held_out = held_out.head(HELD_OUT_IMAGES)
-    autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels).to(machine.device)
-    scale_by_statistics(dataset, autoencoder)
-    features = None
-    if scored:
-        dataset.check_images("--eval_samples")
-        features = choose_features(options[FeatureOptions], data.dataset, machine)
-        check_scoring(features, ("fid",), scored, len(dataset), dataset.facts)
-    own_options = options[task.condition_options] if task.condition_options else None
-    condition, held_out_condition = (
-        task.condition(split, autoencoder, machine, own_options, seed) if task.condition else None
-        for split, seed in ((dataset, options[TrainingOptions].seed), (held_out, seed_for("held-out conditions")))
-    )
-    return _Inputs(dataset, held_out, autoencoder, condition, held_out_condition, features)
-
-
-def _configuration(
-    options: Options, machine: Machine, processes: Processes, dataset: ImageDataset, pairs: PairCache | None = None
-) -> Configuration:
-    """The contents of config.json: all options, resolved, and other facts that the results depend on."""
-    resolved: dict[str, Any] = {"precision": machine.precision, "compile": machine.compile}
-    resolved |= {"processes": processes.count, "threads": torch.get_num_threads()}
-    state = dataset.fingerprint + getattr(dataset, "maps_fingerprint", "")
-    images = {
-        IMAGES: len(dataset),
-        STATE_OF_IMAGES: hashlib.sha256(state.encode()).hexdigest()[:12],
-        STATE_OF_LABELS: hashlib.sha256(dataset.labels.numpy().tobytes()).hexdigest()[:12],
-        **({STATE_OF_PAIRS: pairs.fingerprint} if pairs else {}),
-    }
-    policies = options.policies()
-    if options[PathOptions].coupling != "independent":
-        policies["processes"] = "on_request"  # because noise is exchanged within each process's batch
-    return Configuration({**options.values, **resolved, **images}, policies, options.defaults())
-
-
-def _keep_scale(autoencoder: Autoencoder, folder: Path) -> None:
-    """Scale latents as the run in `folder` has done so far, even if the autoencoder's configuration is read otherwise now."""
-    recorded = recorded_autoencoder(folder)
-    if recorded is None:
-        return
-    found = autoencoder.describe()
-    if recorded.sha256 in (None, found.sha256):
-        autoencoder.restore_scale(recorded)
-    else:
-        warn(
-            f"the run in {folder} was begun with the autoencoder {recorded.id} (SHA-256 {str(recorded.sha256)[:12]}), but "
-            f"{found.id} now has other weights ({str(found.sha256)[:12]}): its latents differ from those learned so far"
-        )
-
-
-def _show_reconstructions(autoencoder: Autoencoder, held_out: ImageDataset, machine: Machine, folder: Path) -> None:
-    """Save a picture of held-out images above their reconstructions, and the PSNR of the autoencoder, in a run folder."""
-    if autoencoder.is_pixel_space or not held_out.has_images:
-        return
-    record = folder / RECONSTRUCTIONS
-    picture = record.with_suffix(".png")
-    ratio = draw_reconstructions(autoencoder, held_out, machine.device, picture)
-    write_json(record, {"psnr_db": ratio, "autoencoder": autoencoder.describe()})
-    fact("autoencoder", f"PSNR {ratio:.2f} dB on held-out images; reconstructions: {picture}")

@@ -59,6 +59,7 @@ class Validation:
         processes: share the work.
         precise: draw samples in float32.
         exact: points with the exact velocity, to measure the excess loss; None: it is not measured.
+        twin: decodes the samples of a grid instead of `autoencoder`; None: `autoencoder` does.
     """
 
     header: Header
@@ -78,6 +79,7 @@ class Validation:
     conditioned: ConditionedImages | None = None
     precise: bool = False
     exact: ExactPoints | None = None
+    twin: Autoencoder | None = None
 
     @property
     def criterion(self) -> str:
@@ -122,17 +124,18 @@ class Validation:
         if self.conditioned is not None:
             count = min(self.grid.grid_samples or PREVIEWED, len(self.conditioned.images))
         tally = FiniteTally(count)
-        samples = first_images(count_finite(self._draw(network, count), tally), count, self.processes)
+        drawn = self._draw(network, count, self.twin)
+        samples = first_images(count_finite(drawn, tally), count, self.processes)
         finite_or_warn(tally.gather(self.processes), "sample grid")
         if self.conditioned is None or not self.processes.is_main:
             return Sheet(samples, columns)
         indices = torch.arange(count)
         return side_by_side([self.conditioned.originals(indices), self.conditioned.shown(indices), samples])
 
-    def _draw(self, network: nn.Module, count: int) -> Iterator[GeneratedBatch]:
+    def _draw(self, network: nn.Module, count: int, twin: Autoencoder | None = None) -> Iterator[GeneratedBatch]:
         sampler = Sampler(
             network=VelocityNetwork(network, self.objective.velocity),
-            autoencoder=self.autoencoder,
+            autoencoder=twin or self.autoencoder,
             facts=self.dataset.facts,
             latent_shape=self.header.latent_shape,
             num_classes=self.header.num_classes,

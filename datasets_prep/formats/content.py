@@ -14,7 +14,8 @@ from datasets_prep.folder_layout.label_files import number_values
 from datasets_prep.folder_layout.survey import Survey
 from datasets_prep.formats.shards import Shards
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, listed_classes, rows_of_split
-from datasets_prep.latents import LatentDataset, LatentStatistics
+from datasets_prep.latents import LatentDataset
+from models.autoencoders.statistics import LatentStatistics
 from options import UsageError
 
 __all__ = ["Content", "as_dataset"]

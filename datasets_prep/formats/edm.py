@@ -26,7 +26,7 @@ from datasets_prep.formats.shards import Shards
 from datasets_prep.image_dataset import ImageDataset, Split
 from datasets_prep.images import IMAGE_SUFFIXES, decode_image
 from datasets_prep.latents import READERS, parse_array
-from models.autoencoders.kl import LOGVAR_RANGE
+from models.autoencoders.pretrained import LOGVAR_RANGE
 from options import UsageError
 from runtime.files import UNREADABLE
 

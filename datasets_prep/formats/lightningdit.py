@@ -16,10 +16,9 @@ from safetensors import SafetensorError, safe_open
 from datasets_prep.formats.content import Content, as_dataset
 from datasets_prep.formats.shards import Shards, find_shards, fingerprint_of
 from datasets_prep.image_dataset import ImageDataset, Split
-from datasets_prep.latents import LatentStatistics
+from models.autoencoders.statistics import LatentStatistics, read_statistics
 from options import UsageError
 from runtime.files import UNREADABLE
-from runtime.torch_files import read_torch_file
 
 __all__ = ["LABELS", "LATENTS", "MIRRORED", "SHARD", "STATISTICS", "find_latent_shards", "open_latent_shards"]
 
@@ -94,7 +93,7 @@ def _read_content(paths: list[Path], root: Path, training: Content | None = None
     """The contents of a split. Held-out latents without statistics of their own are scaled by those of `training`."""
     rows = _Rows(paths)
     file = paths[0].parent / STATISTICS
-    statistics = _read_statistics(file, rows.channels) if training is None else training.statistics
+    statistics = _statistics(file, rows.channels) if training is None else training.statistics
     return Content(
         labels=rows.labels(),
         fingerprint=fingerprint_of([*paths, *([file] if training is None else [])], root),
@@ -106,7 +105,7 @@ def _read_content(paths: list[Path], root: Path, training: Content | None = None
     )
 
 
-def _read_statistics(path: Path, channels: int) -> LatentStatistics:
+def _statistics(path: Path, channels: int) -> LatentStatistics:
     """Read the mean and standard deviation of each channel.
 
     Raises:
@@ -117,16 +116,7 @@ def _read_statistics(path: Path, channels: int) -> LatentStatistics:
             f"expected {path} with the latents' mean and std [1, {channels}, 1, 1], but there is none: copy it from where the "
             "shards are from, because a network's latents are (z - mean) / std"
         )
-    stored = read_torch_file(path)
-    values = [stored.get(key) for key in ("mean", "std")] if isinstance(stored, dict) else [None, None]
-    lists = [value.double().flatten().tolist() if isinstance(value, torch.Tensor) else [] for value in values]
-    if [len(each) for each in lists] != [channels] * 2 or not (np.isfinite(lists).all() and min(lists[1]) > 0):
-        found = [list(value.shape) if isinstance(value, torch.Tensor) else "nothing" for value in values]
-        raise UsageError(
-            f"{path}: expected a finite mean and a positive std, each [1, {channels}, 1, 1] as the latents have {channels} "
-            f"channels, but found mean {found[0]} and std {found[1]}; copy the file that belongs to the shards"
-        )
-    return LatentStatistics(tuple(lists[0]), tuple(lists[1]), path)
+    return read_statistics(path, channels)
 
 
 def _open_shard(path: Path) -> Any:

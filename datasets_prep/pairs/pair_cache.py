@@ -25,7 +25,7 @@ from runtime.locks import locked
 from runtime.outputs import warn_of_space
 from runtime.progress import progress_bar
 
-__all__ = ["PairCache", "build_pair_cache", "open_pairs", "pair_identity"]
+__all__ = ["PairCache", "build_pair_cache", "open_pairs", "pair_identity", "teachers_autoencoder"]
 
 PAIRS_PER_SHARD = 1000  # what an interrupted build loses at most, in each process
 SPLIT = "pairs"
@@ -143,6 +143,13 @@ def _draw_shards(folder: Path, count: int, draw: DrawPairs, precision: str, proc
                 save_shard(path, rows[:, None].numpy(), precision)
             progress.update(len(indices))
     return len(starts)
+
+
+def teachers_autoencoder(folder: Path) -> AutoencoderFacts | None:
+    """The autoencoder whose latents the pairs in `folder` are; None if it holds no pairs."""
+    path = folder / "manifest.json"
+    stored = read_json(path).get("autoencoder") if path.exists() else None
+    return AutoencoderFacts.from_json(stored) if stored else None
 
 
 def open_pairs(folder: Path, autoencoder: AutoencoderFacts, shape: Sequence[int], classes: int) -> PairCache:

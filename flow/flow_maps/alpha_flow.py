@@ -76,7 +76,7 @@ class AlphaFlow(FlowMap[AlphaFlowOptions]):
     def losses(self, output: Any, target: torch.Tensor, point: MapPoint) -> torch.Tensor:
         """Adaptively weighted squared errors [B], where errors count by alpha."""
         difference = output.to(target.dtype) - target
-        power, constant = self.options.adaptive_power, self.options.adaptive_constant
+        power, constant = self.options.power(1.0), self.options.adaptive_constant
         if point.fraction is None:
             return adaptive_loss(difference, power, constant)
         return point.fraction * adaptive_loss(difference / point.expand(point.fraction), power, constant)

@@ -52,4 +52,4 @@ class MeanFlow(FlowMap[Chosen]):
     def losses(self, output: Any, target: torch.Tensor, point: MapPoint) -> torch.Tensor:
         """Adaptively weighted squared errors [B]."""
         difference = output.to(target.dtype) - target
-        return adaptive_loss(difference, self.options.adaptive_power, self.options.adaptive_constant)
+        return adaptive_loss(difference, self.options.power(1.0), self.options.adaptive_constant)

@@ -69,8 +69,11 @@ class IntervalOptions(FewStepOptions):
         shown="the objective's",
     )
     interval_scale: float = option(1.0, "scale of these logit-normal times", minimum=0)
-    adaptive_power: float = option(
-        1.0, "p in the loss |error|^2 / (|error|^2 + c)^p, where the denominator has no gradient; 0: none", minimum=0
+    adaptive_power: float | None = option(
+        None,
+        "p in the loss |error|^2 / (|error|^2 + c)^p, where the denominator has no gradient; 0: none",
+        minimum=0,
+        shown="the objective's",
     )
     adaptive_constant: float = option(0.01, "c in the adaptive loss", minimum=1e-12)
 
@@ -79,6 +82,10 @@ class IntervalOptions(FewStepOptions):
         if len(self.interval_locations) not in (0, 2):
             given = " ".join(map(str, self.interval_locations))
             raise UsageError(f"--interval_locations: expected two numbers, but {given} was given")
+
+    def power(self, default: float) -> float:
+        """The adaptive loss's p: the option, or else the objective's `default`."""
+        return default if self.adaptive_power is None else self.adaptive_power
 
 
 def guides_targets(options: PathOptions) -> bool:

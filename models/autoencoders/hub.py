@@ -14,7 +14,7 @@ from options import UsageError
 
 __all__ = ["UnreachableHubError", "check_hub", "is_unreachable", "unreachable"]
 
-CONFIG = "config.json"
+CONFIGS = ("config.json", "vae/config.json")  # an autoencoder's own, and the one of a pipeline's autoencoder
 PAUSES_S = (1, 2)  # before the second and the third request
 LONG_WAIT_S = 5  # after which a failed request is not repeated
 
@@ -23,7 +23,7 @@ class UnreachableHubError(UsageError):
     """The hub cannot be reached, and its local cache lacks the files."""
 
 
-def check_hub(name: str, files: Sequence[str] = (CONFIG,)) -> None:
+def check_hub(name: str, files: Sequence[str] = CONFIGS) -> None:
     """Check that the hub answers, unless its cache holds one of the `files` of the model `name`.
 
     A refusal, such as for a wrong name, counts as an answer.

@@ -12,7 +12,10 @@ from typing import Any, Protocol, Self
 
 import torch
 
-__all__ = ["Autoencoder", "AutoencoderFacts", "Encoder"]
+__all__ = ["MEASURED", "UNMEASURED", "Autoencoder", "AutoencoderFacts", "Encoder"]
+
+# `AutoencoderFacts.statistics` of a measured scale, and until it is measured.
+MEASURED, UNMEASURED = "measured", "unmeasured"
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,9 @@ class AutoencoderFacts:
         id: hub id or folder; "none" for pixel space.
         sha256: hash of the weights; "none" for pixel space; None in a checkpoint that was converted without the autoencoder.
         scale_factor: the user's --scale_factor, if given.
-        latents_mean, latents_std: per channel; latents are (z - mean) / std. Empty in pixel space.
+        latents_mean, latents_std: per channel; latents are (z - mean) / std. Empty in pixel space, and while unmeasured.
+        statistics: where these numbers come from, if neither from the autoencoder's own files nor from --scale_factor: a
+            file's name, MEASURED, or UNMEASURED if they will be measured.
     """
 
     id: str
@@ -31,6 +36,7 @@ class AutoencoderFacts:
     scale_factor: float | None = None
     latents_mean: tuple[float, ...] = ()
     latents_std: tuple[float, ...] = ()
+    statistics: str = ""
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Self:
@@ -47,10 +53,10 @@ class AutoencoderFacts:
     def to_json(self) -> dict[str, Any]:
         """The entries for headers and results; pixel space has no scale entries."""
         facts: dict[str, Any] = {"id": self.id, "sha256": self.sha256}
-        if not self.latents_std:
-            return facts
-        scale = {"latents_mean": list(self.latents_mean), "latents_std": list(self.latents_std)}
-        return {**facts, "scale_factor": self.scale_factor, **scale}
+        if self.latents_std:
+            facts["scale_factor"] = self.scale_factor
+            facts |= {"latents_mean": list(self.latents_mean), "latents_std": list(self.latents_std)}
+        return facts | ({"statistics": self.statistics} if self.statistics else {})
 
 
 class Encoder(Protocol):
@@ -92,7 +98,10 @@ class Autoencoder(Encoder, Protocol):
         ...
 
     def restore_scale(self, stored: AutoencoderFacts) -> None:
-        """Scale latents by the mean and std in `stored`, even if the autoencoder's configuration has changed since."""
+        """Scale latents by the mean and std in `stored`, even if the autoencoder's configuration has changed since.
+
+        An autoencoder whose scale is fixed ignores it.
+        """
         ...
 
     def sample(self, moments: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:

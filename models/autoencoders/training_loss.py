@@ -16,7 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from models.autoencoders.kl import LOGVAR_RANGE, decode_pixels, encode_moments
+from models.autoencoders.kl import decode_pixels, encode_moments
+from models.autoencoders.pretrained import LOGVAR_RANGE
 from options import option
 from runtime.randomness import generator_for
 

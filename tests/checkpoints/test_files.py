@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from checkpoints.files import load_model, read_weights, save_weights
 from datasets_prep.image_dataset import DatasetFacts
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from models.conditions import Condition
 from models.dit import DiTOptions
 from models.registry import build_network
@@ -126,7 +127,7 @@ def test_a_moved_autoencoder_is_named_and_a_different_one_refused(tmp_path):
     with pytest.raises(UsageError, match=f"{tmp_path}/ae"):
         load_model(tmp_path / "m")
     moved = AutoencoderOptions(str(tmp_path / "moved"))
-    assert isinstance(load_model(tmp_path / "m", autoencoder=moved).autoencoder, KLAutoencoder)
+    assert isinstance(load_model(tmp_path / "m", autoencoder=moved).autoencoder, PretrainedAutoencoder)
     other = save_tiny_autoencoder(tmp_path / "other", seed=1)
     hashes = [load_autoencoder(source, 1).sha256[:12] for source in (moved, other)]
     with pytest.raises(UsageError, match=rf"{tmp_path}/ae .*{hashes[0]}.*{tmp_path}/other .*{hashes[1]}"):

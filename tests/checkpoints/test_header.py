@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from checkpoints.header import FORMAT, Header, PowerAverage
+from checkpoints.header import FORMAT, Header, PowerAverage, PublishedForm
 from datasets_prep.image_dataset import DatasetFacts
 from flow.auxiliary.losses import AuxiliaryOptions
 from flow.losses.options import FlowMatchingOptions
@@ -49,6 +49,7 @@ FULL = Header(
     git="0123456789ab-dirty",
     versions={"python": "3.11.0", "torch": "2.7"},
     published_file="model_475.pth",
+    published_form=PublishedForm("REPA", "ema", "module."),
     weights_sha256="cd" * 32,
 )
 # Written by a version that had one task and one objective, and no conditions.

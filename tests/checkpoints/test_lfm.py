@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from checkpoints.files import load_model, read_weights, save_weights
-from checkpoints.lfm import open_published
 from checkpoints.lfm_files import read_condition_stage, read_published, read_sampled
+from checkpoints.projects.opening import open_published
 from checkpoints.tasks import GENERATE, INPAINT, SEMANTIC
 from command_line import parse_options
 from datasets_prep.masks import MaskSetOptions

@@ -8,8 +8,9 @@ from torch.nn import functional
 from datasets_prep.conditions import LabelMaps, MaskedImages, class_shares
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset
 from datasets_prep.label_maps.segmented_dataset import NO_CLASS, MapClasses, SegmentedDataset
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from runtime.precision import Machine
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
@@ -53,7 +54,7 @@ def test_unlabeled_pixels_count_for_no_class():
 def autoencoder():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return KLAutoencoder(new_autoencoder_kl(3, (8, 8, 8), 2, SIDE, {}), "tiny")  # factor 4
+        return PretrainedAutoencoder(new_autoencoder_kl(3, (8, 8, 8), 2, SIDE, {}), "tiny")  # factor 4
 
 
 def dataset_of(images):

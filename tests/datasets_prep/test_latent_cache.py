@@ -10,8 +10,9 @@ import torch
 from datasets_prep import cached_moments, latent_cache
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.latent_cache import build_latent_cache, cache_folder, open_latent_cache
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.pixels import decode_images
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.precision import Machine
@@ -27,7 +28,7 @@ COUNT, SHARD = (
 def tiny_autoencoder(seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return KLAutoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), f"tiny-{seed}")
+        return PretrainedAutoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), f"tiny-{seed}")
 
 
 def tiny_dataset(flips=False, count=COUNT, image_size=8, fingerprint="f"):
@@ -65,7 +66,7 @@ def all_images(dataset):
 def stop_after(monkeypatch, images):
     """Interrupt the encoder after `images` images. Returns the batches that it encoded."""
     seen = []
-    encode = KLAutoencoder.encode
+    encode = PretrainedAutoencoder.encode
 
     def limited(self, batch):
         if sum(seen) >= images:
@@ -73,7 +74,7 @@ def stop_after(monkeypatch, images):
         seen.append(len(batch))
         return encode(self, batch)
 
-    monkeypatch.setattr(KLAutoencoder, "encode", limited)
+    monkeypatch.setattr(PretrainedAutoencoder, "encode", limited)
     return seen
 
 
@@ -273,7 +274,7 @@ def noted_precision(folder):
 
 
 def test_the_next_batch_is_read_during_encoding(tmp_path, autoencoder, monkeypatch):
-    dataset, encode, ahead = tiny_dataset(count=SHARD), KLAutoencoder.encode, []
+    dataset, encode, ahead = tiny_dataset(count=SHARD), PretrainedAutoencoder.encode, []
     read = [threading.Event() for _ in range(SHARD)]
 
     def noted(index):
@@ -285,15 +286,15 @@ def test_the_next_batch_is_read_during_encoding(tmp_path, autoencoder, monkeypat
         ahead.append(following >= SHARD or read[following].wait(60))
         return encode(self, batch)
 
-    monkeypatch.setattr(KLAutoencoder, "encode", waiting)
+    monkeypatch.setattr(PretrainedAutoencoder, "encode", waiting)
     watched = ImageDataset(dataset.facts, "train", dataset.stored_labels, noted, "f")
     build(tmp_path / "cache", watched, autoencoder)
     assert ahead == [True, True, True]
 
 
 def test_values_beyond_float16_are_never_cached(tmp_path, autoencoder, monkeypatch):
-    encode = KLAutoencoder.encode
-    monkeypatch.setattr(KLAutoencoder, "encode", lambda self, batch: encode(self, batch) + 1e6)
+    encode = PretrainedAutoencoder.encode
+    monkeypatch.setattr(PretrainedAutoencoder, "encode", lambda self, batch: encode(self, batch) + 1e6)
     with pytest.raises(UsageError, match=r"float16 cannot hold for some of the images 0 to \d+ \(in fp32\)"):
         build(tmp_path / "cache", tiny_dataset(), autoencoder)
     assert not list((tmp_path / "cache").glob("*.npy"))

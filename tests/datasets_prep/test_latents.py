@@ -13,9 +13,10 @@ from datasets_prep import build_latents
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import open_moments
-from models.autoencoders.kl import LOGVAR_RANGE, KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pretrained import LOGVAR_RANGE, PretrainedAutoencoder
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.precision import Machine
@@ -222,7 +223,7 @@ def test_caches_that_do_not_match_are_refused(cached, autoencoder):
         open_split(cached / "latents", size=32)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        other = KLAutoencoder(new_autoencoder_kl(3, (8, 8), 2, 16, {}), "other")
+        other = PretrainedAutoencoder(new_autoencoder_kl(3, (8, 8), 2, 16, {}), "other")
     with pytest.raises(UsageError, match=f"from the autoencoder {autoencoder.sha256}, but .* {other.sha256}"):
         moments_of(open_split(cached / "latents"), other)
     train = next((cached / "latents").glob("*_train_*"))

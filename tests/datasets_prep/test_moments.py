@@ -7,8 +7,9 @@ from datasets_prep.cached_moments import LatentCache
 from datasets_prep.datasets import DatasetFacts, DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import EncodedImages, open_moments
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace, images_to_pixels
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from runtime.precision import Machine
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
@@ -20,7 +21,7 @@ INDICES, MIRRORED = torch.tensor([10, 3, 3, 0]), torch.tensor([True, False, True
 def autoencoder():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return KLAutoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), "tiny")
+        return PretrainedAutoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), "tiny")
 
 
 def dataset(flips=True):

@@ -26,8 +26,9 @@ from evaluation.wasserstein_bound import BoundOptions, measure_bound
 from flow.flow_maps.consistency import ConsistencyOptions
 from flow.flow_maps.mean_flow import MeanFlowOptions
 from flow.losses.options import FlowMatchingOptions
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError
@@ -103,7 +104,7 @@ def test_mirror_images_are_components_if_training_uses_them() -> None:
 
 def test_the_posterior_s_spread_is_that_of_its_samples() -> None:
     torch.manual_seed(0)
-    autoencoder = KLAutoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), "toy", scale_factor=0.5)
+    autoencoder = PretrainedAutoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), "toy", scale_factor=0.5)
     moments = autoencoder.encode(torch.randint(256, (1, 1, 8, 8), dtype=torch.uint8))
     mean, std = posterior(autoencoder, moments)
     samples = autoencoder.sample(moments.expand(20_000, -1, -1, -1), torch.randn(20_000, 2, 4, 4))

@@ -9,9 +9,10 @@ from PIL import Image
 from datasets_prep.datasets import DatasetFacts, DatasetOptions, ImageDataset, open_dataset
 from evaluation import reconstruction
 from evaluation.reconstruction import draw_reconstructions, measure_reconstruction
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from tests.fake_features import FakeFeatures
 
 
@@ -49,7 +50,9 @@ def test_psnr_is_computed_on_pixels_in_minus_one_to_one():
 
 def test_a_color_autoencoder_is_evaluated_on_gray_images():
     network = new_autoencoder_kl(3, (8, 8), 2, 32, {})
-    ratio, statistics = measure_reconstruction(KLAutoencoder(network, "toy"), padded_dataset(), Rows(), "cpu", 4)
+    ratio, statistics = measure_reconstruction(
+        PretrainedAutoencoder(network, "toy"), padded_dataset(), Rows(), "cpu", 4
+    )
     assert math.isfinite(ratio)
     assert statistics.count == 9
 

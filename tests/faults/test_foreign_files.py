@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.files import describes_network, load_model, read_weights
-from checkpoints.lfm import open_published
 from checkpoints.lfm_files import read_published, read_sampled
+from checkpoints.projects.opening import open_published
 from evaluation.features.weights import read_weights_file
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder

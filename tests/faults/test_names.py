@@ -24,7 +24,7 @@ from datasets_prep import cifar10, idx
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from evaluation import pairs as paired
 from evaluation.features import inception, weights
-from models.autoencoders import kl
+from models.autoencoders import diffusers_files
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, is_hub_id, load_autoencoder
 from options import UsageError
@@ -131,7 +131,7 @@ def test_a_misspelled_folder_is_suspected(tmp_path, monkeypatch):
 
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(kl, "check_hub", lambda name: None)
+    monkeypatch.setattr(diffusers_files, "check_hub", lambda name: None)
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", absent)
     with pytest.raises(UsageError, match="no such repository.*the folder here exists, but does not contain absent"):
         load_autoencoder(AutoencoderOptions(pretrained_autoencoder_ckpt="here/absent"), 3)

@@ -18,8 +18,9 @@ from benchmarks._gpu_timing import moved, release, seconds_of, wait
 from benchmarks.gpu import Ours
 from benchmarks.training_step import CASES, DECAY, OBJECTIVE, RATE, Case, new_batch, new_network
 from exits import explain
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from models.conditions import Condition
 from models.dit import DiTOptions
 from options import Options
@@ -270,7 +271,7 @@ def test_the_loader_is_faster_than_training(tmp_path, device, on_gpu, report):
     """Batches of a latent cache, with posterior samples on the device, against a step of DiT-S/2."""
     count = latents.write_random_cache(tmp_path, 1 << 27 if on_gpu else 1 << 20)
     cache = latents.open_random_cache(tmp_path, count)
-    autoencoder = KLAutoencoder(new_autoencoder_kl(3, (8, 8, 8, 8), 4, 256, {}), "random").to(device)
+    autoencoder = PretrainedAutoencoder(new_autoencoder_kl(3, (8, 8, 8, 8), 4, 256, {}), "random").to(device)
     size, steps = (256, 60) if on_gpu else (16, 4)
 
     def load(first, last):

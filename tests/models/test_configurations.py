@@ -168,10 +168,10 @@ def test_positions_are_rebuilt_for_another_grid(capsys):
             torch.testing.assert_close(small(t, x), large(t, x))
         assert capsys.readouterr().err.count("position table recomputed for 6 x 6 patches") == 1  # reported once
         # A token's position encodes its row and column, so each row of a wider grid starts with the square grid's row.
-        wide = small._positions(4, 6)
+        wide = small._tables.table(small.pos_embed, 4, 6)
         square = small.pos_embed.view(4, 4, -1)
         assert torch.equal(wide.view(4, 6, -1)[:, :4], square)
-        assert torch.equal(small._positions(6, 4).view(6, 4, -1)[:4], square)
+        assert torch.equal(small._tables.table(small.pos_embed, 6, 4).view(6, 4, -1)[:4], square)
 
 
 def test_attention_of_a_single_token_is_its_value():

@@ -1,15 +1,16 @@
 """Options of DiT: what each computes, and that every network with them trains, samples and runs on other grids."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.conditions import Condition
 from models.dit import DiT, DiTOptions, hidden_matrices
 from models.positions import with_own_positions
+from models.registry import build_network
 from options import UsageError
 from runtime.cpu.kernels import attention, with_cpu_kernels
 
@@ -27,6 +28,7 @@ VARIANTS = {
         **LIGHTNING, "fine_blocks": 2, "class_tokens": 2, "value_residual": True, "shared_adaln": True,
     },
     "ddt": {"ddt_blocks": 2},
+    "published": {"rope": True, "pos_embed": False, "adaln_shift": False, "learn_sigma": True, "reversed_time": True},
     "ddt_with_all": {
         **LIGHTNING, "ddt_blocks": 2, "ddt_width": 48, "time_tokens": 2, "value_residual": True, "shared_adaln": True,
     },
@@ -235,6 +237,8 @@ def test_position_tables_of_another_grid_are_replaced():
         ({"ddt_blocks": 1, "ddt_heads": 3}, "a width of 32 cannot be divided among 3 attention heads"),
         ({"ddt_blocks": 1, "ddt_heads": 16, "rope": True}, "--rope needs .* multiple of 4, but theirs is 2"),
         ({"adaln_labels": False}, "--no-adaln_labels needs --class_tokens"),
+        ({"pos_embed": False}, "--no-pos_embed needs --rope"),
+        ({"pos_embed": False, "rope": True, "fine_blocks": 1}, "--no-pos_embed needs --rope and no --fine_blocks"),
         ({"size": 6, "fine_blocks": 1}, "latents of side 6 cannot be divided into patches of side 4"),
     ],
 )
@@ -243,44 +247,77 @@ def test_options_that_contradict_each_other_are_refused(options, message):
         build(**options)
 
 
-# The published names of DiT-DH, where they are not ours.
-RENAMED = {
-    "s_embedder": "x_embedder",
-    "x_embedder": "second_stage.x_embedder",
-    "s_projector": "second_stage.projector",
-    "enc_feat_rope": "feat_rope",
-    "dec_feat_rope": "second_stage.feat_rope",
-}
-
-
-def of_case(arguments):
-    """The network of a golden case of LightningDiT or DiT-DH, and the sign of its time direction."""
-    common = {"num_classes": 10, "label_dropout": 0.1, "norm": "rms_affine", "mlp": "swiglu", "rope": True}
-    common |= {name: arguments[name] for name in ("num_in_channels", "num_out_channels")}
-    side, sizes = arguments["image_size"] // arguments["f"], ("hidden_size", "depth", "num_heads")
-    if arguments["model_type"] == "LightningDiT":
-        options = DiTOptions(**common, qk_norm=arguments["use_qknorm"])
-        return DiT(side, arguments["patch_size"], *(arguments[name] for name in sizes), options), -1
-    (width, head_width), (depth, head_depth), (heads, head_heads) = (arguments[name] for name in sizes)
-    head = {"ddt_blocks": head_depth, "ddt_width": head_width, "ddt_heads": head_heads}
-    options = DiTOptions(**common, **head, time_embedding="fourier")
-    return DiT(side, arguments["patch_size"], width, depth + head_depth, heads, options), 1
-
-
-@pytest.mark.parametrize("name", ["lightningdit_qknorm_patch2", "ditdh"])
 @torch.no_grad()
-def test_published_networks_are_combinations_of_options(name, golden):
-    case = golden.read_case(Path(__file__).parents[1] / "golden" / "published" / f"{name}.safetensors")
-    network, sign = of_case(case.arguments)
-    own, names = network.state_dict(), []
-    for published, shape in case.weights:
-        first, _, rest = published.partition(".")
-        names.append(".".join(part for part in (RENAMED.get(first, first) if sign > 0 else first, rest) if part))
-        assert list(own[names[-1]].shape) == shape
-        if published not in case.constant_weights:
-            own[names[-1]].copy_(torch.from_numpy(golden._fill_weight(published, tuple(shape))))
-    assert set(names) == set(own)
-    assert sign > 0 or names == list(own)  # LightningDiT's order too
-    t = case.tensors["in.t"] if sign > 0 else 1 - case.tensors["in.t"]
-    velocity = sign * network.eval()(t, case.tensors["in.x"], Condition(case.tensors["in.y"].long()))
-    assert (velocity - case.tensors["out.velocity"]).abs().max() < 1e-5
+def test_a_modulation_without_shifts_equals_one_whose_shifts_are_zero():
+    for shared in (False, True):
+        plain, other = random_dit(shared_adaln=shared), random_dit(shared_adaln=shared, adaln_shift=False)
+        weights = other.state_dict()
+        for name, value in plain.state_dict().items():
+            if value.shape == weights[name].shape:
+                weights[name].copy_(value)
+            elif value.shape[0] == 6 * WIDTH:  # shift, scale and gate of attention, then of the MLP
+                value.view(2, 3, -1)[:, 0] = 0
+                weights[name].copy_(value.view(2, 3, -1)[:, 1:].reshape(weights[name].shape))
+        assert {name for name in weights if weights[name].shape[0] == 4 * WIDTH}
+        torch.testing.assert_close(other(*inputs()), plain(*inputs()), rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_network_of_reversed_time_is_the_negative_at_the_other_time():
+    plain, reverse = random_dit(), random_dit(reversed_time=True)
+    t, x, condition = inputs()
+    assert torch.equal(reverse(t, x, condition), -plain(1 - t, x, condition))
+    plain, reverse = (random_dit(until_embedding="interval", reversed_time=value) for value in (False, True))
+    for network in (plain, reverse):
+        network.r_embedder.mlp[2].weight.normal_(generator=torch.Generator().manual_seed(5))
+    average = reverse(t, x, condition, until=t - 0.1)
+    expected = -plain(1 - t, x, condition, until=1 - t - 0.1)  # the interval has the same length
+    torch.testing.assert_close(average, expected, atol=1e-5, rtol=1e-4)
+    assert not torch.equal(average, reverse(t, x, condition))
+
+
+@torch.no_grad()
+def test_the_first_half_of_the_channels_is_the_velocity_of_a_network_that_learns_sigma():
+    network, plain = random_dit(learn_sigma=True), random_dit()
+    kept = [8 * position + channel for position in range(4) for channel in range(4)]  # patch positions, then channels
+    same_weights(plain.final_layer.linear, nn.Linear(WIDTH, 16))
+    weights = network.state_dict()
+    assert weights["final_layer.linear.weight"].shape == (32, WIDTH)
+    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
+        weights[name] = weights[name][kept]
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(network(*inputs()), plain(*inputs()), rtol=0, atol=1e-6)
+    assert network(*inputs()).is_contiguous()
+
+
+@torch.no_grad()
+def test_a_network_without_a_position_table_is_one_whose_table_is_zero(capsys):
+    network, plain = random_dit(rope=True, pos_embed=False), random_dit(rope=True)
+    same_weights(plain, network)
+    plain.pos_embed.zero_()
+    assert torch.equal(network(*inputs()), plain(*inputs()))
+    network(*inputs(16, 16))
+    assert "pos_embed" not in network.state_dict()
+    assert capsys.readouterr().err == ""
+
+
+def test_published_norms_of_queries_and_keys():
+    """LightningDiT's: RMSNorm with weight if its tokens have that, else layer norm with weight and bias."""
+    for norm, names, eps in (("layer", {"weight", "bias"}, 1e-5), ("rms_affine", {"weight"}, 1e-6)):
+        attention = build(norm=norm, qk_norm=True).blocks[0].attn
+        assert {*attention.q_norm.state_dict()} == {*attention.k_norm.state_dict()} == names
+        assert attention.q_norm.eps == eps
+        assert build(norm=norm, qk_norm=True).blocks[0].norm1.eps == 1e-6
+
+
+def test_a_size_of_its_own():
+    options = DiTOptions(model_width=48, model_depth=3, model_heads=2)
+    network = build_network("DiT/4", 8, options)
+    assert (len(network.blocks), network.blocks[0].attn.num_heads, network.patch_size) == (3, 2, 4)
+    assert network.x_embedder.proj.weight.shape[0] == 48
+    with pytest.raises(
+        UsageError, match=r"names no size: give --model_depth \(number of blocks\), --model_heads \(number of"
+    ):
+        build_network("DiT/4", 8, DiTOptions(model_width=48))
+    with pytest.raises(UsageError, match="--model_width, --model_depth, --model_heads have no effect on the size Mi"):
+        build_network("DiT-Mi/4", 8, options)

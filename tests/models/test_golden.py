@@ -1,4 +1,4 @@
-"""All of LFM's networks: names, shapes, order and outputs of the golden cases, and published parameter counts."""
+"""All networks of LFM and other projects: names, shapes, order and outputs of the golden cases, and parameter counts."""
 
 from pathlib import Path
 
@@ -10,20 +10,23 @@ from safetensors.torch import save_file
 from models.dit import DiTOptions
 from models.edm_unet import EdmUNetOptions
 from models.guided_unet import GuidedUNetOptions
-from models.registry import NETWORKS, build_network
+from models.registry import NETWORKS, NetworkOptions, build_network, published_options
 
 TESTS = Path(__file__).parents[1]
 CASES = sorted((TESTS / "golden").glob("*.safetensors"))
+OTHER_PROJECTS = sorted((TESTS / "golden" / "published").glob("*.safetensors"))
 
 
 def test_there_are_cases():
     assert len(CASES) == 13
+    assert len(OTHER_PROJECTS) == 5
 
 
-@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
-def test_names_and_outputs_equal_lfms(path, golden):
+@pytest.mark.parametrize("path", [*CASES, *OTHER_PROJECTS], ids=lambda path: path.stem)
+def test_names_and_outputs_equal_the_published_ones(path, golden):
+    scale = golden.read_case(path).cfg_scale
     for name, error in golden.check_case(path).items():
-        assert error <= golden.LIMITS[name], name
+        assert error <= golden.limit(name, scale), name
 
 
 UNET = {"nf": 256, "ch_mult": (1, 2, 3, 4)}
@@ -45,6 +48,26 @@ PUBLISHED_MILLIONS = {
     ),
     "inpainting_kl": ("origin_adm", GuidedUNetOptions(**UNET, attn_resolutions=(16, 8), num_in_channels=9), 32, 356.1),
 }
+
+
+MILLIONS_OF_OTHER_PROJECTS = {
+    "SiT-XL/2": 675,
+    "SiT-B/4": 131,
+    "REPA-XL/2": 675,
+    "LightningDiT-XL/1": 676,
+    "MeanFlow-XL/2": 676,
+    "DiTDH-XL": 839,
+}
+
+
+@pytest.mark.parametrize("model_type", MILLIONS_OF_OTHER_PROJECTS)
+def test_other_projects_networks_have_the_published_size(model_type):
+    channels = {"LightningDiT": 32, "DiTDH": 768}.get(model_type.split("-")[0], 4)
+    own = published_options(model_type) | {"num_in_channels": channels, "num_out_channels": channels}
+    with torch.device("meta"):
+        network = build_network(NetworkOptions(model_type).resolve(), 16, DiTOptions(**own, num_classes=1000))
+    found = sum(parameter.numel() for parameter in network.parameters()) / 1e6
+    assert found == pytest.approx(MILLIONS_OF_OTHER_PROJECTS[model_type], abs=1)
 
 
 @pytest.mark.parametrize("experiment", PUBLISHED_MILLIONS)

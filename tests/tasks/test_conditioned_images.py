@@ -10,8 +10,9 @@ from datasets_prep.conditions import MaskedImages
 from datasets_prep.image_dataset import DatasetFacts, ImageDataset
 from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from runtime.precision import Machine
 from sampling.sampler import Sampler, generate
 from tasks.conditioned_images import ConditionedImages
@@ -57,7 +58,7 @@ def test_more_samples_than_images_start_again_at_the_first_image():
 def test_conditions_do_not_depend_on_the_batch():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        space = KLAutoencoder(new_autoencoder_kl(3, (8, 8), 3, 8, {}), "tiny")
+        space = PretrainedAutoencoder(new_autoencoder_kl(3, (8, 8), 3, 8, {}), "tiny")
     conditioned = ConditionedImages(DATASET, MaskedImages(DATASET, space, mask, MACHINE))
     seen = []
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from datasets_prep.datasets import DatasetFacts, ImageDataset
-from models.autoencoders.kl import KLAutoencoder, decode_pixels, encode_moments, new_autoencoder_kl
+from models.autoencoders.kl import decode_pixels, encode_moments, new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pixels import images_to_pixels
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from options import DivergedError, UsageError
 from runtime.precision import Machine
 from training import autoencoder as module
@@ -45,7 +46,7 @@ def tiny_network(channels=1):
 def test_training_learns_to_reconstruct():
     images = blobs(128)
     settings = dataclasses.replace(TINY, max_steps=250, lr=1e-2, ema_decay=0.9)
-    autoencoder = KLAutoencoder(train_autoencoder(dataset_of(images), settings, CPU), "x")
+    autoencoder = PretrainedAutoencoder(train_autoencoder(dataset_of(images), settings, CPU), "x")
     restored = autoencoder.decode(autoencoder.sample(autoencoder.encode(images)))
     pixels = images_to_pixels(images)
     error = (restored - pixels).square().mean()
@@ -93,7 +94,7 @@ def test_latent_statistics_include_the_posteriors_variance():
     with torch.no_grad():
         network.quant_conv.bias.copy_(torch.tensor([0.7, -0.3, -1.0, 0.5]))
     statistics = posterior_statistics(network, dataset_of(images), CPU)
-    autoencoder = KLAutoencoder(network, "x", scale_factor=1.0)
+    autoencoder = PretrainedAutoencoder(network, "x", scale_factor=1.0)
     moments = autoencoder.encode(images)
     mean = moments[:, :2]
     noise = torch.randn(20, *mean.shape, generator=torch.Generator().manual_seed(0))
@@ -150,7 +151,7 @@ def test_gray_images_are_repeated_for_a_color_autoencoder(image_channels):
     dataset = dataset_of(blobs(32))
     network = train_autoencoder(dataset, dataclasses.replace(TINY, image_channels=image_channels), CPU)
     assert network.config.in_channels == network.config.out_channels == (image_channels or 1)
-    autoencoder = KLAutoencoder(network, "x")
+    autoencoder = PretrainedAutoencoder(network, "x")
     assert autoencoder.decode(autoencoder.sample(autoencoder.encode(blobs(2)))).shape[1] == (image_channels or 1)
     assert len(posterior_statistics(network, dataset, CPU)["latents_mean"]) == 2
 
@@ -193,7 +194,7 @@ def test_muon_trains_the_kernels_between_hidden_layers():
 def test_muon_trains_convolutions():
     images = blobs(128)
     settings = dataclasses.replace(TINY, max_steps=60, lr=1e-2, ema_decay=0.5, optimizer="muon", muon_lr=0.02)
-    autoencoder = KLAutoencoder(train_autoencoder(dataset_of(images), settings, CPU), "x")
+    autoencoder = PretrainedAutoencoder(train_autoencoder(dataset_of(images), settings, CPU), "x")
     restored = autoencoder.decode(autoencoder.sample(autoencoder.encode(images)))
     pixels = images_to_pixels(images)
     assert (restored - pixels).square().mean() < (pixels - pixels.mean(0)).square().mean() / 4

@@ -14,8 +14,9 @@ from flow.losses.options import FlowMatchingOptions
 from flow.losses.terms import TrainingDraws
 from flow.objectives import OBJECTIVES, FlowMatching, Times
 from flow.paths import PathOptions
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from models.conditions import Condition, DenseInput
 from options import UsageError
 from runtime.distributed import Processes
@@ -95,7 +96,7 @@ def test_processes_share_out_one_processs_batch(sampling):
 def test_posterior_samples_do_not_depend_on_the_number_of_processes():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        autoencoder = KLAutoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), "tiny")
+        autoencoder = PretrainedAutoencoder(new_autoencoder_kl(1, (8, 8), 2, 8, {}), "tiny")
     settings = {"source": Numbered(channels=4), "autoencoder": autoencoder}
     (whole,) = draw(0, 1, **settings)
     (first,), (second,) = (draw(0, 1, **settings, processes=Processes(r, 2), batch_size=3) for r in (0, 1))

@@ -169,7 +169,7 @@ def test_policies_on_resume():
         "save_content save_content_every save_content_every_steps save_content_every_minutes save_ckpt_every keep_last "
         "posthoc_ema_every"
     )
-    shown = "plot_every eval_every eval_samples validate_excess log_every grid_samples grid_columns"
+    shown = "plot_every eval_every eval_samples validate_excess log_every grid_samples grid_columns preview_autoencoder"
     sampling = "method num_steps step_size time_grid time_shift grid_location grid_scale grid_rho atol rtol churn "
     sampling += "churn_noise churn_interval diffusion diffusion_norm cfg_scale cfg_interval cfg_channels "
     sampling += "internal_guidance internal_guidance_interval embedded_guidance reinject_noise"

@@ -7,7 +7,8 @@ from datasets_prep.datasets import DatasetFacts, ImageDataset
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.precision import Machine
-from training.setup import _configuration, prepare, training_groups
+from training.preparation.configuration import configuration_of
+from training.setup import prepare, training_groups
 
 
 @pytest.mark.parametrize(
@@ -27,5 +28,5 @@ def test_pairings_within_a_processs_batch_resume_in_as_many_processes():
     dataset = ImageDataset(DatasetFacts("tiny", 4, 1, None, False, ()), "train", np.zeros(4, int), [].__getitem__, "f")
     for flags, policy in (([], None), (["--coupling", "optimal_transport"], "on_request")):
         options = parse_options("", training_groups(), flags)
-        configuration = _configuration(options, Machine(torch.device("cpu"), "fp32"), Processes(0, 2), dataset)
+        configuration = configuration_of(options, Machine(torch.device("cpu"), "fp32"), Processes(0, 2), dataset)
         assert configuration.policies.get("processes") == policy

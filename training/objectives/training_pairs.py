@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from datasets_prep.pairs.pair_cache import PairCache, open_pairs
+from datasets_prep.pairs.pair_cache import PairCache, open_pairs, teachers_autoencoder
 from flow.flow_maps.reflow import ReflowOptions
 from flow.paths import PathOptions
 from models.autoencoders.protocol import Autoencoder
+from models.autoencoders.statistics import inherit_scale
 from options import UsageError
 
 __all__ = ["open_training_pairs"]
@@ -37,6 +38,8 @@ def open_training_pairs(
         raise UsageError("--objective reflow: pairs have no masks or label maps, so the network must not take any")
     if options.coupling != "independent":
         raise UsageError(f"--coupling {options.coupling} would exchange the noise of pairs: leave it out with reflow")
+    if teachers := teachers_autoencoder(Path(options.pairs)):
+        inherit_scale(autoencoder, teachers)
     side = image_size // autoencoder.factor
     shape = autoencoder.latent_channels, side, side
     return open_pairs(Path(options.pairs), autoencoder.describe(), shape, classes)

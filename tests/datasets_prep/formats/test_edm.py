@@ -10,8 +10,9 @@ import torch
 
 from datasets_prep.datasets import DatasetOptions, open_dataset
 from datasets_prep.latents import StoredMoments
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from options import UsageError
 from tests.written_formats import random_images, write_edm, zip_folder
 
@@ -26,7 +27,7 @@ TRAIN = [row for row in range(COUNT) if row % 20 != 19]
 def autoencoder():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return KLAutoencoder(new_autoencoder_kl(3, (8, 8), 2, 16, {}), "ae", 0.5)
+        return PretrainedAutoencoder(new_autoencoder_kl(3, (8, 8), 2, 16, {}), "ae", 0.5)
 
 
 def open_split(folder, split="train"):

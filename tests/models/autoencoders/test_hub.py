@@ -1,8 +1,9 @@
+import diffusers
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from models.autoencoders import hub, kl
+from models.autoencoders import diffusers_files, hub
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from options import UsageError
 
@@ -22,7 +23,7 @@ def requests(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "get_hf_file_metadata", fail)
     monkeypatch.setattr(hub, "try_to_load_from_cache", lambda name, file: None)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(kl.diffusers.AutoencoderKL, "load_config", lambda *_, **__: pytest.fail("asked diffusers"))
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda *_, **__: pytest.fail("asked diffusers"))
     return asked
 
 
@@ -79,7 +80,7 @@ def test_cached_configuration_without_weights_and_hub(requests, monkeypatch):
         except LocalEntryNotFoundError:
             raise OSError("no file named config.json") from None
 
-    monkeypatch.setattr(kl, "check_hub", lambda name: None)
-    monkeypatch.setattr(kl.diffusers.AutoencoderKL, "load_config", absent)
+    monkeypatch.setattr(diffusers_files, "check_hub", lambda name: None)
+    monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", absent)
     with pytest.raises(UsageError, match=r"cannot be reached \(no route to host\)"):
         load_autoencoder(OWN, 3)

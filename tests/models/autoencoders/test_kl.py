@@ -7,10 +7,12 @@ from sklearn.datasets import load_digits
 from torch.nn import functional
 from tqdm import tqdm
 
-from models.autoencoders import kl as module
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders import diffusers_files
+from models.autoencoders import pretrained as module
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pixels import PixelSpace, images_to_pixels, pixels_to_images
+from models.autoencoders.pretrained import PretrainedAutoencoder
 from options import UsageError
 from runtime.torch_files import weights_hash
 
@@ -83,7 +85,7 @@ def test_moments_and_decoding_equal_diffusers(saved):
 
 
 def test_samples_have_the_posteriors_mean_and_variance():
-    autoencoder = KLAutoencoder(tiny_network(**STATISTICS), "x")
+    autoencoder = PretrainedAutoencoder(tiny_network(**STATISTICS), "x")
     mean = torch.tensor([3.0, -2.0]).view(1, 2, 1, 1)
     logvar = torch.tensor([-2.0, 1.0]).view(1, 2, 1, 1)
     moments = torch.cat([mean, logvar], dim=1).expand(200_000, -1, -1, -1)
@@ -107,7 +109,7 @@ def test_samples_have_the_posteriors_mean_and_variance():
     ],
 )
 def test_scale_rules(statistics, scale_factor, mean, std):
-    autoencoder = KLAutoencoder(tiny_network(**statistics), "x", scale_factor)
+    autoencoder = PretrainedAutoencoder(tiny_network(**statistics), "x", scale_factor)
     torch.testing.assert_close(autoencoder.mean.flatten(), torch.tensor(mean, dtype=torch.float32))
     torch.testing.assert_close(autoencoder.std.flatten(), torch.tensor(std, dtype=torch.float32))
     described = autoencoder.describe()
@@ -121,12 +123,12 @@ def test_log_variance_is_clamped():
     with torch.no_grad():
         network.quant_conv.weight.zero_()
         network.quant_conv.bias.copy_(torch.tensor([1.0, 2.0, 1e9, -1e9]))
-    moments = KLAutoencoder(network, "x").encode(random_images(1))
+    moments = PretrainedAutoencoder(network, "x").encode(random_images(1))
     assert [channel.unique().tolist() for channel in moments[0]] == [[1.0], [2.0], [20.0], [-30.0]]
 
 
 def test_chunking_does_not_change_results(monkeypatch):
-    autoencoder = KLAutoencoder(tiny_network(), "x")
+    autoencoder = PretrainedAutoencoder(tiny_network(), "x")
     images = random_images(7)
     whole = autoencoder.encode(images)
     pixels = autoencoder.decode(autoencoder.sample(whole))
@@ -160,19 +162,19 @@ def test_moments_in_bfloat16_are_close_to_those_in_float32():
 
 
 def test_gray_images_are_repeated_for_a_color_autoencoder():
-    autoencoder = KLAutoencoder(tiny_network(channels=3), "x")
+    autoencoder = PretrainedAutoencoder(tiny_network(channels=3), "x")
     grey = random_images(2, channels=1)
     assert torch.equal(autoencoder.encode(grey), autoencoder.encode(grey.repeat(1, 3, 1, 1)))
 
 
 def test_wrong_channels():
-    autoencoder = KLAutoencoder(tiny_network(channels=1), "grey/ae")
+    autoencoder = PretrainedAutoencoder(tiny_network(channels=1), "grey/ae")
     with pytest.raises(UsageError, match="grey/ae expects 1-channel images, but the dataset has 3-channel images"):
         autoencoder.encode(random_images(1, channels=3))
 
 
 def test_wrong_size():
-    autoencoder = KLAutoencoder(tiny_network(), "some/ae")
+    autoencoder = PretrainedAutoencoder(tiny_network(), "some/ae")
     with pytest.raises(
         UsageError,
         match=r"multiple of 2 for the autoencoder some/ae, but the images have 7 x 7 pixels \(--image_size\)",
@@ -181,7 +183,7 @@ def test_wrong_size():
 
 
 def test_a_saved_autoencoder_round_trips_bit_for_bit(saved):
-    original = KLAutoencoder(tiny_network(**STATISTICS), str(saved))
+    original = PretrainedAutoencoder(tiny_network(**STATISTICS), str(saved))
     loaded = load(saved)
     assert loaded.describe() == original.describe()
     images = random_images(2)
@@ -246,7 +248,7 @@ def test_a_failed_download_hints_at_a_local_folder(monkeypatch):
     def unreachable(*arguments, **settings):
         raise OSError("We couldn't connect\nto the hub")
 
-    monkeypatch.setattr(module, "check_hub", lambda name: None)
+    monkeypatch.setattr(diffusers_files, "check_hub", lambda name: None)
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", unreachable)
     with pytest.raises(UsageError) as raised:
         load("owner/name")
@@ -262,7 +264,7 @@ def test_download_may_show_its_progress(monkeypatch):
             pass
         return tiny_network(), {"missing_keys": [], "unexpected_keys": [], "mismatched_keys": []}
 
-    monkeypatch.setattr(module, "check_hub", lambda name: None)
+    monkeypatch.setattr(diffusers_files, "check_hub", lambda name: None)
     monkeypatch.setattr(diffusers.AutoencoderKL, "load_config", lambda *arguments, **settings: {})
     monkeypatch.setattr(diffusers.AutoencoderKL, "from_pretrained", download)
     assert load("owner/name").identity == "owner/name"

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from flow.lipschitz import jacobian_norm
-from models.autoencoders.kl import KLAutoencoder, new_autoencoder_kl
+from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.lipschitz import convolution_norm, decoder_bound
 from models.autoencoders.pixels import PixelSpace
+from models.autoencoders.pretrained import PretrainedAutoencoder
 
 
 def with_attention() -> nn.Module:
@@ -35,7 +36,7 @@ def test_a_convolution_s_norm_is_bounded_closely(shape: tuple[int, int, int, int
 @pytest.mark.parametrize("network", [lambda: new_autoencoder_kl(1, (8, 16), 2, 16, {}), with_attention])
 def test_no_jacobian_exceeds_the_certified_constant(network) -> None:
     torch.manual_seed(0)
-    autoencoder = KLAutoencoder(network(), "toy", scale_factor=0.5)
+    autoencoder = PretrainedAutoencoder(network(), "toy", scale_factor=0.5)
     # Small latents, where normalizations have their steepest slopes, and large ones.
     x = torch.randn(6, 2, 4, 4) * torch.tensor([1e-3, 1e-2, 0.1, 1, 3, 10]).view(-1, 1, 1, 1)
     norms = jacobian_norm(autoencoder.decode, x, torch.randn_like(x), steps=8)
@@ -47,7 +48,9 @@ def test_no_jacobian_exceeds_the_certified_constant(network) -> None:
 def test_the_scale_of_latents_counts() -> None:
     torch.manual_seed(0)
     network = new_autoencoder_kl(1, (8, 16), 2, 16, {})
-    once, twice = (KLAutoencoder(network, "toy", scale_factor=factor).lipschitz_bound(4) for factor in (1.0, 0.5))
+    once, twice = (
+        PretrainedAutoencoder(network, "toy", scale_factor=factor).lipschitz_bound(4) for factor in (1.0, 0.5)
+    )
     assert twice == pytest.approx(2 * once)
 
 

@@ -8,6 +8,7 @@ import torch
 
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.autoencoders.protocol import UNMEASURED
 from options import UsageError
 
 MEAN, STD = [0.5, -1.0], [2.0, 0.25]
@@ -77,14 +78,19 @@ def test_one_number_serves_all_channels(tmp_path):
     assert torch.equal(latents, torch.full((1, 2, 2, 2), 0.25))
 
 
+def test_without_any_entry_the_scale_is_to_be_measured(tmp_path):
+    facts = save(tmp_path / "ae", STATISTICS, latents_mean=None, scaling_factor=None).describe()
+    assert (facts.latents_std, facts.statistics) == ((), UNMEASURED)
+
+
 @pytest.mark.parametrize(
     "edits",
     [
         {"latents_mean": [0.0, 0.0, 0.0]},
         {"latents_std": [1.0, 0.0]},
         {"latents_std": [1.0, float("nan")]},
+        {"latents_mean": 0.5},
         {"latents_mean": None, "scaling_factor": 0},
-        {"latents_mean": None, "scaling_factor": None},
     ],
 )
 def test_an_unusable_scale_is_refused(edits, tmp_path):

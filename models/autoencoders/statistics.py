@@ -1,0 +1,69 @@
+"""Mean and deviation of latents, measured or from a file, for autoencoders whose files do not record a scale."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from models.autoencoders.protocol import UNMEASURED, Autoencoder, AutoencoderFacts
+from options import UsageError
+from runtime.torch_files import read_tensors
+
+__all__ = ["LatentStatistics", "inherit_scale", "measure_statistics", "read_statistics"]
+
+
+class LatentStatistics(NamedTuple):
+    """Mean and standard deviation per channel of an encoder's z, without a scale, and the file that they come from."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    path: str = ""
+
+
+def measure_statistics(parts: Iterable[torch.Tensor], has_posterior: bool) -> LatentStatistics:
+    """Measure the mean and standard deviation of posterior *samples* per channel.
+
+    The variance of samples is the variance of the posterior means plus the mean of the posterior variances. A channel that
+    the autoencoder does not use (mean 0, variance 1) is therefore not amplified.
+
+    Args:
+        parts: posterior moments [B, 2 c, h, w], or latents [B, c, h, w] without a posterior.
+        has_posterior: which of them.
+    """
+    count, total, square, variance = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
+    for part in parts:
+        z = part.cpu().double()
+        mean, logvar = z.chunk(2, dim=1) if has_posterior else (z, None)
+        count += mean.shape[0] * mean.shape[2] * mean.shape[3]
+        total = total + mean.sum((0, 2, 3))
+        square = square + mean.square().sum((0, 2, 3))
+        variance = variance + (0.0 if logvar is None else logvar.exp().sum((0, 2, 3)))
+    center = total / count
+    spread = (square / count - center.square() + variance / count).sqrt()
+    return LatentStatistics(tuple(center.tolist()), tuple(spread.tolist()))
+
+
+def inherit_scale(autoencoder: Autoencoder, recorded: AutoencoderFacts) -> None:
+    """Take over the scale in another record of the same autoencoder, unless the scale is known already."""
+    facts = autoencoder.describe()
+    if facts.statistics == UNMEASURED and recorded.sha256 == facts.sha256 and recorded.latents_std:
+        autoencoder.restore_scale(recorded)
+
+
+def read_statistics(path: str | Path, channels: int) -> LatentStatistics:
+    """Read {mean, std} [1, c, 1, 1] from a torch.save or safetensors file, as in LightningDiT's latents_stats.pt.
+
+    Raises:
+        UsageError: the file is unreadable or has something else.
+    """
+    content = read_tensors(path)
+    entries = [content.get(key) for key in ("mean", "std")] if isinstance(content, Mapping) else [None]
+    tensors = [each.double().flatten() for each in entries if isinstance(each, torch.Tensor)]
+    finite = all(bool(each.isfinite().all()) for each in tensors)
+    if [len(each) for each in tensors] != [channels] * 2 or not finite or not bool((tensors[1] > 0).all()):
+        raise UsageError(
+            f"{path}: expected a finite mean and a positive std, each [1, {channels}, 1, 1] as the latents have {channels} "
+            f"channels; found {[list(each.shape) for each in entries if isinstance(each, torch.Tensor)] or 'none'}"
+        )
+    return LatentStatistics(tuple(tensors[0].tolist()), tuple(tensors[1].tolist()), str(path))

@@ -1,0 +1,1 @@
+"""Parts of the construction of a training run."""
