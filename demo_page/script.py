@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -16,8 +16,7 @@ from datasets_prep.datasets import DatasetOptions
 from demo_page.drawing import DemoModel
 from demo_page.settings import Limits
 from latent_flow import load
-from models.autoencoders.loading import AutoencoderOptions
-from options import Options, UsageError, option
+from options import UsageError, option
 from runtime.messages import fact, note
 from runtime.precision import MachineOptions
 from sampling.request import checkpoint_groups
@@ -25,6 +24,7 @@ from sampling.request import checkpoint_groups
 __all__ = ["DemoOptions", "default_checkpoint", "load_demo", "run_demo"]
 
 INSTALL = 'pip install -e ".[demo]" -c constraints-demo.txt'
+AUTOENCODER = "pretrained_autoencoder_ckpt"
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ def run_demo(description: str, words: Sequence[str]) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise UsageError(f"the demo needs Gradio, which is not installed: {INSTALL}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
-    model = load_demo(Path(file) if file else default_checkpoint(), options)
+    settings = options[DemoOptions]
+    path = Path(file) if file else default_checkpoint()
+    model = load_demo(path, settings, options[MachineOptions], options.given)
     from demo_page.page import build_page, serve
 
-    settings = options[DemoOptions]
     blocks = build_page(model)
     address = serve(blocks, settings.host, settings.port, settings.max_waiting)
     fact("page", f"{address} (Ctrl-C ends it)")
@@ -82,24 +83,26 @@ def default_checkpoint() -> Path:
     return path
 
 
-def load_demo(path: Path, options: Options) -> DemoModel:
+def load_demo(path: Path, page: DemoOptions, machine: MachineOptions, given: Mapping[str, Any]) -> DemoModel:
     """Load a checkpoint for the page.
+
+    Args:
+        path: the checkpoint.
+        page: the limits.
+        machine: the device and the precision.
+        given: the flags that the user gave, by name. The ones that describe a network, its data and its autoencoder matter.
 
     Raises:
         UsageError: see `latent_flow.load`.
     """
-    given = options.given
-    described = described_by() - {"pretrained_autoencoder_ckpt"}
-    flags: dict[str, Any] = {name: value for name, value in given.items() if name in described}
-    machine, page = options[MachineOptions], options[DemoOptions]
-    autoencoder = options[AutoencoderOptions].pretrained_autoencoder_ckpt
+    described = described_by() - {AUTOENCODER}
     flow = load(
         path,
         device=machine.device,
         precision=machine.precision,
         compile=bool(machine.compile),
-        autoencoder=autoencoder if "pretrained_autoencoder_ckpt" in given else None,
-        **flags,
+        autoencoder=given.get(AUTOENCODER),
+        **{name: value for name, value in given.items() if name in described},
     )
     limits = Limits(page.max_samples, page.max_steps, page.max_seconds)
     model = DemoModel(flow, path, limits, ThreadPoolExecutor(1))

@@ -44,7 +44,8 @@ def test_flags_that_describe_a_file_are_passed_on(monkeypatch, tmp_path):
     monkeypatch.setattr(script.DemoModel, "describe", lambda model: "", raising=False)
     groups = (DemoOptions, MachineOptions, DatasetOptions, *checkpoint_groups())
     words = "--dataset celeba_256 --image_size 256 --model_type DiT-L/2 --device cpu --max_steps 7".split()
-    model = load_demo(tmp_path / "m.pth", parse_options("", groups, words))
+    options = parse_options("", groups, words)
+    model = load_demo(tmp_path / "m.pth", options[DemoOptions], options[MachineOptions], options.given)
     described = {"dataset": "celeba_256", "image_size": 256, "model_type": "DiT-L/2"}
     assert seen == {**described, "device": "cpu", "precision": "auto", "compile": False, "autoencoder": None}
     assert model.limits.steps == 7
