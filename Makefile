@@ -4,6 +4,7 @@
 #               `bash run.sh` trains, memory needs 13 GB, and data needs 8 GB of disk.
 #   bench-gpu   the same on a GPU: training, sampling, encoding and scoring. The goal is ten minutes.
 #   test-gpu    tests on a GPU. The goal is ten minutes. LFM_GPU_TEST_DEVICE=cpu checks the tests themselves.
+#   test-demo   the demo page in Chromium. Needs the packages and the browser that docs/demo.md names.
 #   bench-long  the measurements in docs/lab-notes/sampling.md, docs/reproduction.md and docs/reliability.md. Takes hours.
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
@@ -11,7 +12,7 @@ quick := precision attention layers exact_velocity training_step step_cost publi
 long := solver_orders optimizers recipe recipe_cost few_steps few_step_cost training_precision fd_against_nfe guidance soak
 gpu := gpu
 
-.PHONY: test test-slow test-gpu lint bench bench-gpu bench-long
+.PHONY: test test-slow test-gpu test-demo lint bench bench-gpu bench-long
 
 test:
 	$(python) -m pytest
@@ -21,6 +22,9 @@ test-slow:
 
 test-gpu:
 	$(python) -m pytest -m gpu tests/gpu
+
+test-demo:
+	$(python) -m pytest -m browser tests/demo_page
 
 lint:
 	$(python) -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy

@@ -147,7 +147,7 @@ class Flow:
                 f"expected at least one sample, and as many labels, noise latents or maps if given, but got {number} samples "
                 f"and {given or 'nothing else'}"
             )
-        sampler = self._sampler(solver, guidance, seed)
+        sampler = self.sampler(solver, guidance, seed)
         warn_of_untrained(self.header, solver, guidance)
         indices = range(number)
         ids = balanced_labels(indices, sampler.num_classes) if labels is None else self._checked(labels)
@@ -175,7 +175,7 @@ class Flow:
         solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
         check_method(solver, backwards=True)
         latents = self.encode(images)
-        sampler = self._sampler(solver, guidance, seed=0)
+        sampler = self.sampler(solver, guidance, seed=0)
         warn_of_untrained(self.header, solver, guidance)
         ids = self._null(len(latents)) if labels is None else self._checked(labels)
         noise = solve(sampler.velocity(ids), latents, solver, backwards=True).x
@@ -210,7 +210,7 @@ class Flow:
                 the network has no average velocity.
         """
         (options,) = _split(guidance, GuidanceOptions)
-        sampler, end = self._sampler(SolverOptions(), options, seed=0), {}
+        sampler, end = self.sampler(SolverOptions(), options, seed=0), {}
         if until is not None:
             check_network(self.header.network, SolverOptions("flow_map"), options)
             end = {"until": until.to(self.device)}
@@ -237,9 +237,14 @@ class Flow:
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Decode latents [N, c, h, w] to images, uint8 [N, C, H, W] on the CPU, without the padding that the dataset adds."""
-        return self._sampler(SolverOptions(), GuidanceOptions(), seed=0).decode(latents.to(self.device))
+        return self.sampler(SolverOptions(), GuidanceOptions(), seed=0).decode(latents.to(self.device))
 
-    def _sampler(self, solver: SolverOptions, guidance: GuidanceOptions, seed: int) -> Sampler:
+    def sampler(self, solver: SolverOptions, guidance: GuidanceOptions, seed: int) -> Sampler:
+        """The network with a solver, guidance and a seed, which draws noise, integrates and decodes step by step.
+
+        Raises:
+            UsageError: the network lacks what the solver or guidance needs.
+        """
         header = self.header
         check_guidance(header.network.label_dropout, header.dense, guidance.cfg_scale)
         check_network(header.network, solver, guidance)

@@ -14,7 +14,7 @@ from torchvision.utils import make_grid
 from options import UsageError, option
 from runtime.files import UNREADABLE, atomic_path
 
-__all__ = ["GridOptions", "Sheet", "read_sheet", "save_animation", "save_sheet", "side_by_side"]
+__all__ = ["GridOptions", "Sheet", "draw_sheet", "read_sheet", "save_animation", "save_sheet", "side_by_side"]
 
 ROWS = 8
 MOST_COLUMNS = 10
@@ -63,7 +63,7 @@ class GridOptions:
 def save_sheet(images: torch.Tensor, path: str | Path, columns: int) -> None:
     """Save images, uint8 [N, C, H, W], as one PNG, row by row."""
     with atomic_path(path) as temporary:
-        _sheet(images, columns).save(temporary, format="PNG")
+        drawdraw_sheet(images, columns).save(temporary, format="PNG")
 
 
 def read_sheet(path: str | Path, side: int, channels: int) -> torch.Tensor:
@@ -91,18 +91,19 @@ def read_sheet(path: str | Path, side: int, channels: int) -> torch.Tensor:
 
 def save_animation(frames: Sequence[torch.Tensor], path: str | Path, columns: int) -> None:
     """Save frames of images, uint8 [N, C, H, W] each, as a GIF that loops forever and pauses on its last frame."""
-    first, *others = (_sheet(images, columns).convert("RGB") for images in frames)
+    first, *others = (drawdraw_sheet(images, columns).convert("RGB") for images in frames)
     durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
     with atomic_path(path) as temporary:
         first.save(temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
 
 
-def _sheet(images: torch.Tensor, columns: int) -> Image.Image:
+def draw_sheet(images: torch.Tensor, columns: int, tile: int = SMALLEST_TILE) -> Image.Image:
+    """Lay out images, uint8 [N, C, H, W], row by row. Images smaller than `tile` pixels are enlarged."""
     picture = to_pil_image(make_grid(images, nrow=columns, padding=PADDING, pad_value=WHITE))
-    scale = _scale(images.shape[-1])
+    scale = _scale(images.shape[-1], tile)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def _scale(side: int) -> int:
-    """The factor by which images of this side are enlarged."""
-    return -(-SMALLEST_TILE // side)
+def _scale(side: int, tile: int = SMALLEST_TILE) -> int:
+    """The factor by which images of this side are enlarged to at least `tile` pixels."""
+    return -(-tile // side)

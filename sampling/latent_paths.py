@@ -204,6 +204,11 @@ class Recorder:
         part._rows, part._seen = self._rows, self._seen
         return part
 
+    @property
+    def evaluations(self) -> int:
+        """The number of evaluations recorded for every sample."""
+        return min(map(len, self._seen))
+
     def nearest(self, row: int, times: list[float]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """One sample's recorded point and predicted data at the evaluation nearest to each of `times`."""
         seen = self._seen[row]

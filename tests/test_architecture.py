@@ -25,6 +25,7 @@ LEVELS = {
     "tasks": 9,
     "training": 10,
     "latent_flow": 11,
+    "demo_page": 12,
 }
 AT_THE_ROOT = [
     ROOT / f"{name}.py" for name in ("streams", "option_names", "options", "exits", "command_line", "latent_flow")
@@ -32,6 +33,7 @@ AT_THE_ROOT = [
 # Modules in a library folder that count as scripts, because they are run with `python -m`.
 COMMANDS = {"checkpoints/convert.py", "datasets_prep/build_pairs.py", "training/posthoc_ema.py"}
 OWNERS = {
+    "gradio": "demo_page/page.py",
     "torchdiffeq": "flow/",
     "diffusers": "models/autoencoders/diffusers_files.py",
     "pytorch_fid": "evaluation/features/inception.py",
