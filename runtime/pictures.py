@@ -63,7 +63,7 @@ class GridOptions:
 def save_sheet(images: torch.Tensor, path: str | Path, columns: int) -> None:
     """Save images, uint8 [N, C, H, W], as one PNG, row by row."""
     with atomic_path(path) as temporary:
-        drawdraw_sheet(images, columns).save(temporary, format="PNG")
+        draw_sheet(images, columns).save(temporary, format="PNG")
 
 
 def read_sheet(path: str | Path, side: int, channels: int) -> torch.Tensor:
@@ -91,7 +91,7 @@ def read_sheet(path: str | Path, side: int, channels: int) -> torch.Tensor:
 
 def save_animation(frames: Sequence[torch.Tensor], path: str | Path, columns: int) -> None:
     """Save frames of images, uint8 [N, C, H, W] each, as a GIF that loops forever and pauses on its last frame."""
-    first, *others = (drawdraw_sheet(images, columns).convert("RGB") for images in frames)
+    first, *others = (draw_sheet(images, columns).convert("RGB") for images in frames)
     durations = [FRAME_MS] * len(others) + [LAST_FRAME_MS]
     with atomic_path(path) as temporary:
         first.save(temporary, format="GIF", save_all=True, append_images=others, duration=durations, loop=0)
