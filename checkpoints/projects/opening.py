@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.files import LoadedModel
+from checkpoints.files import LoadedModel, check_scale
 from checkpoints.header import Header, PublishedForm
 from checkpoints.lfm import describe_unseen, open_lfm
 from checkpoints.lfm_files import PublishedFile, read_condition_stage, read_published
@@ -56,13 +56,18 @@ def open_published(
         downstream: see `checkpoints.lfm_request.request_network`.
 
     Raises:
-        UsageError: the file is unreadable, its weights do not fit the requested network, or flags must tell more.
+        UsageError: the file is unreadable, its weights do not fit the requested network, the flags do not determine the
+            network, or the scale of the latents is unknown.
     """
     file = read_published(path)
     project = project_of(file, path, given)
+    source = select_options(AutoencoderOptions, given)
     if project is None:
-        return open_lfm(file, path, given, device, downstream)
-    autoencoder = load_autoencoder(select_options(AutoencoderOptions, given), channels_of(given))
+        model = open_lfm(file, path, given, device, downstream)
+        check_scale(path, model.autoencoder, source.latent_statistics)
+        return model
+    autoencoder = load_autoencoder(source, channels_of(given))
+    check_scale(path, autoencoder, source.latent_statistics)
     weights, header = read_project(project, file, path, given, autoencoder)
     architecture = header.architecture.for_sampling()
     network = build_network(*architecture)

@@ -175,6 +175,23 @@ def test_flags_that_contradict_the_file_are_refused(name, flags, message, opened
         opened(name, **flags)
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("", "the autoencoder .* has none"), ("measured", "--latent_statistics measured needs the training images")],
+)
+def test_a_file_without_the_scale_of_its_latents_is_refused(source, reason, opened, monkeypatch):
+    if not source:  # latent diffusion files have no scale
+        monkeypatch.setattr("models.autoencoders.pretrained.own_scale", lambda *arguments: None)
+    with pytest.raises(UsageError, match=f"0400000.pt does not record the scale of its latents, and {reason}"):
+        opened("lightningdit_qknorm_patch2", latent_statistics=source)
+
+
+def test_statistics_of_a_file_scale_the_latents(opened, tmp_path):
+    torch.save({"mean": torch.zeros(8), "std": torch.full((8,), 3.0)}, tmp_path / "stats.pt")
+    model = opened("lightningdit_qknorm_patch2", latent_statistics=str(tmp_path / "stats.pt"))
+    assert model.header.autoencoder.latents_std == (3.0,) * 8
+
+
 def test_another_image_size_and_dataset_are_allowed(opened, capsys):
     model = opened("ditdh", image_size=24, dataset="folder")
     assert (model.header.latent_size, model.header.dataset.name) == (12, "folder")
