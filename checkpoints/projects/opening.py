@@ -13,7 +13,7 @@ import torch
 
 from checkpoints.files import LoadedModel, check_scale
 from checkpoints.header import Header, PublishedForm
-from checkpoints.lfm import describe_unseen, open_lfm
+from checkpoints.lfm import describe_unseen, open_lfm, refuse_own_state
 from checkpoints.lfm_files import PublishedFile, read_condition_stage, read_published
 from checkpoints.lfm_request import SCALE_FACTOR, published_facts, select_options
 from checkpoints.projects.project import Project, split_description
@@ -60,6 +60,7 @@ def open_published(
             network, or the scale of the latents is unknown.
     """
     file = read_published(path)
+    refuse_own_state(file, path)
     project = project_of(file, path, given)
     source = select_options(AutoencoderOptions, given)
     if project is None:

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+from checkpoints.conversion import from_published
 from checkpoints.projects.opening import open_published, read_start
 from checkpoints.projects.registry import PROJECTS
 from flow.guidance import GuidanceOptions, GuidedVelocity
@@ -253,6 +254,19 @@ def test_a_start_from_names_that_several_projects_have_takes_the_runs_direction(
     torch.save(plain, tmp_path / "model.pt")
     for reverses in (False, True):
         assert read_start(tmp_path / "model.pt", DiTOptions(reversed_time=reverses)).keys() == plain.keys()
+
+
+@pytest.mark.parametrize("model_type", ["SiT-Mi/4", "REPA-Mi/4"])
+def test_no_model_type_opens_a_training_state_of_this_project(model_type, autoencoder_for, tmp_path):
+    weights = build_network("DiT-Mi/4", 8, DiTOptions(label_dropout=0.1)).state_dict()
+    path = tmp_path / "content.pth"
+    save_content(path, {"network": weights, "ema": {"weights": weights}, "step": 1})
+    given = {"model_type": model_type, "pretrained_autoencoder_ckpt": autoencoder_for(4)}
+    message = r"content\.pth is a training state for resuming a run"
+    with pytest.raises(UsageError, match=message):
+        open_published(path, given, "cpu")
+    with pytest.raises(UsageError, match=message):
+        from_published(path, tmp_path / "model.safetensors", given)
 
 
 def test_a_training_state_of_this_project_is_no_file_of_another(tmp_path):
