@@ -165,7 +165,22 @@ def test_a_file_that_several_projects_may_have_written_is_asked_about(opened, ca
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("sit_learn_sigma", {"model_type": "SiT-XL/2"}, r"--model_type SiT-XL/2 contradicts .*of a DiT/2"),
+        (
+            "sit_learn_sigma",
+            {"model_type": "SiT-XL/4"},
+            r"--model_type SiT-XL/4 contradicts .*: expected patch side 4, width 1152",
+        ),
+        (
+            "ditdh",
+            {"model_type": "DiTDH-S"},
+            r"expected width 384, depth 14, heads 6, but found width 64, depth 5, heads 4",
+        ),
+        ("ditdh", {"model_type": "DiTDH/2"}, r"DiTDH/2 contradicts .*expected patch side 2, but found patch side 1;"),
+        (
+            "lightningdit_qknorm_patch2",
+            {"model_type": "LightningDiT/1"},
+            r"expected patch side 1, but found patch side 2",
+        ),
         ("sit_learn_sigma", {"model_type": "REPA/2"}, r"is no file of REPA, whose networks have no such --learn_sigma"),
         ("ditdh", {"image_size": 15}, r"--image_size 15 is not a multiple of 2"),
         ("ditdh", {"pretrained_autoencoder_ckpt": "none"}, r"needs latents of 24 channels, but .* none have 3: give"),
@@ -191,6 +206,10 @@ def test_statistics_of_a_file_scale_the_latents(opened, tmp_path):
     torch.save({"mean": torch.zeros(8), "std": torch.full((8,), 3.0)}, tmp_path / "stats.pt")
     model = opened("lightningdit_qknorm_patch2", latent_statistics=str(tmp_path / "stats.pt"))
     assert model.header.autoencoder.latents_std == (3.0,) * 8
+
+
+def test_a_model_type_without_patch_side_fits_any(opened, case_of, golden):
+    assert_golden(opened("ditdh", model_type="DiTDH").network, case_of("ditdh"), golden)
 
 
 def test_another_image_size_and_dataset_are_allowed(opened, capsys):
