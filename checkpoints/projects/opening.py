@@ -208,7 +208,8 @@ def _network(
     If weights are missing, the flags alone decide, so that loading lists what is missing.
     """
     names = {field.name for field in dataclasses.fields(DiTOptions)}
-    found, asked = project.describe(weights, file.run), given.get("model_type", "")
+    arguments = {**file.run, **project.named_arguments(file.sampled)}
+    found, asked = project.describe(weights, arguments), given.get("model_type", "")
     stated = {name: given[name] for name in names if name in given}
     wanted = NetworkOptions(asked).resolve() if asked else ""
     model_type, values = split_description(found) if found else (wanted, published_options(asked))

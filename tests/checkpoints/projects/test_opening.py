@@ -231,7 +231,8 @@ def old_repa(weights, first=1):
 def test_repas_old_names_are_read(opened, case_of, golden):
     model = opened("repa_one_projector", old_repa)
     assert_golden(model.network, case_of("repa_one_projector"), golden)
-    assert model.header.published_form.project == "REPA"
+    assert (model.header.published_form.project, model.header.network.tap_block) == ("REPA", 1)
+    assert opened("repa_one_projector", lambda weights: old_repa(weights, 2)).header.network.tap_block == 2
 
 
 def test_the_runs_arguments_tell_repas_block(opened):
