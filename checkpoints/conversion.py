@@ -6,7 +6,7 @@ from typing import Any
 
 from checkpoints.files import read_weights, save_weights
 from checkpoints.header import PublishedForm
-from checkpoints.lfm import build_published, refuse_training_state, weights_for_lfm
+from checkpoints.lfm import build_published, refuse_own_state, refuse_training_state, weights_for_lfm
 from checkpoints.lfm_files import PREFIX, STAGE_WEIGHT, condition_stage_path, read_published
 from checkpoints.lfm_request import request_network, select_options
 from checkpoints.projects.opening import channels_of, project_of, read_project, weights_for_project
@@ -36,6 +36,7 @@ def from_published(source: Path, target: Path, given: Mapping[str, Any]) -> None
     """
     _check_suffix(target, (".safetensors",), f"{source} does not describe its network")
     file = read_published(source)
+    refuse_own_state(file, source)
     project = project_of(file, source, given)
     if project is not None:
         autoencoder = _autoencoder(select_options(AutoencoderOptions, given), channels_of(given), target)

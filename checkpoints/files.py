@@ -18,7 +18,7 @@ from torch import nn
 from checkpoints.header import FORMAT, Header
 from checkpoints.state_dicts import load_weights
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
-from models.autoencoders.protocol import UNMEASURED, Autoencoder
+from models.autoencoders.protocol import MEASURED, UNMEASURED, Autoencoder
 from models.registry import build_network
 from models.taps import weights_for_sampling
 from options import UsageError
@@ -27,6 +27,7 @@ from runtime.torch_files import explain_failure, is_torch_file, weights_hash
 
 __all__ = [
     "LoadedModel",
+    "check_scale",
     "describes_network",
     "load_model",
     "read_header",
@@ -125,12 +126,31 @@ def load_model(
             f"the checkpoint {path} was trained with the autoencoder {stored.id} (SHA-256 {stored.sha256[:12]}), "
             f"but {source.pretrained_autoencoder_ckpt} has other weights ({found[:12]})"
         )
-    if loaded.describe().statistics == UNMEASURED:
-        raise UsageError(
-            f"the checkpoint {path} does not record the scale of its latents, and the autoencoder {stored.id} has none: pass "
-            f"--pretrained_autoencoder_ckpt {stored.id} with --latent_statistics FILE (mean and std per channel)"
-        )
+    check_scale(path, loaded, source.latent_statistics)
     return LoadedModel(network.eval().requires_grad_(False).to(device), loaded.to(device), header)
+
+
+def check_scale(path: str | Path, autoencoder: Autoencoder, statistics: str = "") -> None:
+    """Check that the scale of the latents is known, because samples with another scale are wrong.
+
+    Args:
+        path: the checkpoint, for the message.
+        autoencoder: the checkpoint's autoencoder.
+        statistics: the user's --latent_statistics.
+
+    Raises:
+        UsageError: neither the checkpoint nor the autoencoder nor the user gives the scale.
+    """
+    facts = autoencoder.describe()
+    if facts.statistics != UNMEASURED:
+        return
+    reason = f"the autoencoder {facts.id} has none"
+    if statistics == MEASURED:
+        reason = "--latent_statistics measured needs the training images"
+    raise UsageError(
+        f"the checkpoint {path} does not record the scale of its latents, and {reason}: pass "
+        f"--pretrained_autoencoder_ckpt {facts.id} with --latent_statistics FILE (mean and std per channel)"
+    )
 
 
 def _separate(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

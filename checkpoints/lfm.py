@@ -30,7 +30,14 @@ from runtime.messages import fact, note
 from runtime.torch_files import weights_hash
 from runtime.weights import list_names
 
-__all__ = ["build_published", "describe_unseen", "open_lfm", "refuse_training_state", "weights_for_lfm"]
+__all__ = [
+    "build_published",
+    "describe_unseen",
+    "open_lfm",
+    "refuse_own_state",
+    "refuse_training_state",
+    "weights_for_lfm",
+]
 
 FACTOR, LATENT_CHANNELS = 8, 4  # stabilityai/sd-vae-ft-mse, LFM's autoencoder
 
@@ -57,17 +64,26 @@ def open_lfm(
     return LoadedModel(network.eval().requires_grad_(False).to(device), autoencoder.to(device), header)
 
 
-def refuse_training_state(file: PublishedFile, path: str | Path) -> None:
-    """Check that a file is LFM's.
+def refuse_own_state(file: PublishedFile, path: str | Path) -> None:
+    """Check that a file is LFM's or another project's.
 
     Raises:
-        UsageError: the file is a training state of this project, or another project's.
+        UsageError: the file is a training state of this project.
     """
     if file.ours:
         raise UsageError(
             f"{path} is a training state for resuming a run: "
             "pass a model_<epoch>.safetensors or best.safetensors from the same folder"
         )
+
+
+def refuse_training_state(file: PublishedFile, path: str | Path) -> None:
+    """Check that a file is LFM's.
+
+    Raises:
+        UsageError: the file is a training state of this project, or another project's.
+    """
+    refuse_own_state(file, path)
     if len(file.entries) > 1:
         raise UsageError(
             f"{path} holds another project's training state, with weights in its entries {list_names(file.entries)}. Its "

@@ -87,11 +87,12 @@ class NetworkOptions:
         """
         name = ORIGIN_ADM if self.use_origin_adm else _as_dit(self.model_type)
         if name not in NETWORKS:
-            for known in NETWORKS:
-                if known.lower() == name.lower():
-                    raise UsageError(f"unknown --model_type {name!r}: did you mean {known}?")
+            typed = self.model_type
+            for known in [*NETWORKS, *_published_names()]:
+                if known.lower() == typed.lower():
+                    raise UsageError(f"unknown --model_type {typed!r}: did you mean {known}?")
             others = [*(f"{kind}-..." for kind in PUBLISHED_TYPES), *(known for known in NETWORKS if "/" not in known)]
-            raise UsageError(f"unknown --model_type {name!r}: expected one of {', '.join([DIT_TYPES, *others])}")
+            raise UsageError(f"unknown --model_type {typed!r}: expected one of {', '.join([DIT_TYPES, *others])}")
         return name
 
 
@@ -119,6 +120,13 @@ def _as_dit(model_type: str) -> str:
     if kind == "DiTDH" and size in {"", *DITDH_SIZES}:
         return f"DiT/{patch or 1}"
     return f"DiT-{size}/{patch}".replace("-/", "/") if kind in PUBLISHED_TYPES and kind != "DiTDH" else model_type
+
+
+def _published_names() -> list[str]:
+    """All model types of other projects' networks, such as SiT-XL/2."""
+    sizes = {kind: DITDH_SIZES if kind == "DiTDH" else DIT_SIZES for kind in PUBLISHED_TYPES}
+    names = [name for kind in sizes for name in (kind, *(f"{kind}-{size}" for size in sizes[kind]))]
+    return [name for name in names if name.startswith("DiTDH")] + [f"{name}/{p}" for name in names for p in PATCHES]
 
 
 def _parse(model_type: str) -> tuple[str, str, str]:

@@ -4,16 +4,16 @@ Flags, names and shapes determine the network. checkpoints/lfm.py opens LFM's.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoints.files import LoadedModel
+from checkpoints.files import LoadedModel, check_scale
 from checkpoints.header import Header, PublishedForm
-from checkpoints.lfm import describe_unseen, open_lfm
+from checkpoints.lfm import describe_unseen, open_lfm, refuse_own_state
 from checkpoints.lfm_files import PublishedFile, read_condition_stage, read_published
 from checkpoints.lfm_request import SCALE_FACTOR, published_facts, select_options
 from checkpoints.projects.project import Project, split_description
@@ -22,7 +22,7 @@ from checkpoints.recognition import latent_side
 from checkpoints.state_dicts import check_weights, load_weights
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder
-from models.dit_options import DiTOptions
+from models.dit_options import DIT_SIZES, DiTOptions
 from models.family import FamilyOptions, Weights
 from models.registry import NetworkOptions, build_network, published_options
 from models.taps import weights_for_sampling
@@ -56,13 +56,19 @@ def open_published(
         downstream: see `checkpoints.lfm_request.request_network`.
 
     Raises:
-        UsageError: the file is unreadable, its weights do not fit the requested network, or flags must tell more.
+        UsageError: the file is unreadable, its weights do not fit the requested network, the flags do not determine the
+            network, or the scale of the latents is unknown.
     """
     file = read_published(path)
+    refuse_own_state(file, path)
     project = project_of(file, path, given)
+    source = select_options(AutoencoderOptions, given)
     if project is None:
-        return open_lfm(file, path, given, device, downstream)
-    autoencoder = load_autoencoder(select_options(AutoencoderOptions, given), channels_of(given))
+        model = open_lfm(file, path, given, device, downstream)
+        check_scale(path, model.autoencoder, source.latent_statistics)
+        return model
+    autoencoder = load_autoencoder(source, channels_of(given))
+    check_scale(path, autoencoder, source.latent_statistics)
     weights, header = read_project(project, file, path, given, autoencoder)
     architecture = header.architecture.for_sampling()
     network = build_network(*architecture)
@@ -202,12 +208,20 @@ def _network(
     If weights are missing, the flags alone decide, so that loading lists what is missing.
     """
     names = {field.name for field in dataclasses.fields(DiTOptions)}
-    found, asked = project.describe(weights, file.run), given.get("model_type", "")
+    arguments = {**file.run, **project.named_arguments(file.sampled)}
+    found, asked = project.describe(weights, arguments), given.get("model_type", "")
     stated = {name: given[name] for name in names if name in given}
     wanted = NetworkOptions(asked).resolve() if asked else ""
     model_type, values = split_description(found) if found else (wanted, published_options(asked))
-    if wanted and wanted != model_type and "-" in wanted:
-        raise UsageError(f"--model_type {asked} contradicts {path}, whose weights are those of a {model_type}")
+    if found and asked:
+        expected, shown = _sizes(wanted, published_options(asked)), _sizes(model_type, values)
+        if "/" not in asked:
+            del expected["patch side"]  # a default, such as DiTDH-XL's
+        if differing := [name for name in expected if name in shown and expected[name] != shown[name]]:
+            raise UsageError(
+                f"--model_type {asked} contradicts the weights in {path}: expected "
+                f"{_list_sizes(expected, differing)}, but found {_list_sizes(shown, differing)}; correct it, or leave it out"
+            )
     values |= stated
     if found and model_type.startswith("DiT/") and not values.get("model_heads"):
         raise UsageError(
@@ -221,3 +235,16 @@ def _network(
             "choose another --model_type, or leave it out"
         )
     return model_type, options
+
+
+def _sizes(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The patch side of a DiT, and its width, depth and heads where its name or the options `values` contain them."""
+    name, _, patch = model_type.partition("/")
+    named = DIT_SIZES.get(name.partition("-")[2])
+    sizes = named or [values.get(option) for option in ("model_width", "model_depth", "model_heads")]
+    known = {"patch side": int(patch)} | dict(zip(("width", "depth", "heads"), sizes, strict=True))
+    return {name: size for name, size in known.items() if size is not None}
+
+
+def _list_sizes(sizes: Mapping[str, Any], names: Iterable[str]) -> str:
+    return ", ".join(f"{name} {sizes[name]}" for name in names)

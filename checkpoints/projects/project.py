@@ -59,6 +59,7 @@ class Project:
         entry: entry of its files that holds the weights to sample with; "": the file itself.
         describe_training: takes (weights under DiT's names, the run's arguments), returns options of weights for training.
         modernize: gives a state dict of an older version the current names.
+        named_arguments: takes a state dict of the project, returns the run's arguments that its names show.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Project:
     entry: str = "ema"
     describe_training: Callable[[Weights, Mapping[str, Any]], dict[str, Any]] = _no_options
     modernize: Callable[[Weights], Weights] = _unchanged
+    named_arguments: Callable[[Weights], dict[str, Any]] = lambda weights: {}
 
     def read(self, weights: Weights) -> dict[str, Any]:
         """A state dict of the project under DiT's names. Names that belong to no part stay as they are."""

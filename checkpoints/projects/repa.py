@@ -22,7 +22,7 @@ ENCODER_DEPTH, WEIGHT = 8, 0.5  # of other sizes, and of the loss
 
 
 def _projectors(weights: Weights, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of REPA's projectors, whose block only the run's arguments show."""
+    """The options of REPA's projectors, whose block only the run's arguments and older names show."""
     shapes = {name: value.shape for name, value in weights.items() if name.startswith("projectors.")}
     widths = [shapes[f"{prefix}.4.weight"][0] for prefix in PROJECTORS if f"{prefix}.4.weight" in shapes]
     if not widths:
@@ -38,12 +38,19 @@ def _projectors(weights: Weights, arguments: Mapping[str, Any]) -> dict[str, Any
     }
 
 
+def _named_arguments(weights: Weights) -> dict[str, Any]:
+    """`encoder_depth`, which is the number of blocks before `decoder_blocks` in older files; {} for current ones."""
+    if not any(name.startswith(OLD_BLOCKS) for name in weights):
+        return {}
+    numbers = [int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, weights) if match]
+    return {"encoder_depth": 1 + max(numbers, default=-1)}
+
+
 def _current_names(weights: Weights) -> Weights:
     """Number `decoder_blocks` after `blocks`."""
-    if not any(name.startswith(OLD_BLOCKS) for name in weights):
+    first = _named_arguments(weights).get("encoder_depth")
+    if first is None:
         return weights
-    numbers = [int(match[1]) for match in map(re.compile(r"blocks\.(\d+)\.").match, weights) if match]
-    first = 1 + max(numbers, default=-1)
 
     def current(name: str) -> str:
         if not name.startswith(OLD_BLOCKS):
@@ -65,4 +72,5 @@ REPA = Project(
     options={"qk_norm": (False, True)},
     describe_training=_projectors,
     modernize=_current_names,
+    named_arguments=_named_arguments,
 )

@@ -19,7 +19,7 @@ OTHER_PROJECTS = sorted((TESTS / "golden" / "published").glob("*.safetensors"))
 
 def test_there_are_cases():
     assert len(CASES) == 13
-    assert len(OTHER_PROJECTS) == 5
+    assert len(OTHER_PROJECTS) == 7
 
 
 @pytest.mark.parametrize("path", [*CASES, *OTHER_PROJECTS], ids=lambda path: path.stem)

@@ -43,6 +43,28 @@ def test_other_names_are_refused(name):
         NetworkOptions(name).resolve()
 
 
+def test_messages_name_the_typed_model_type():
+    with pytest.raises(UsageError, match="unknown --model_type 'SiT-XXL/2': expected"):
+        NetworkOptions("SiT-XXL/2").resolve()
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("sit-xl/2", "SiT-XL/2"),
+        ("lightningdit-1P0b/1", "LightningDiT-1p0B/1"),
+        ("ditdh-s", "DiTDH-S"),
+        ("repa/2", "REPA/2"),
+        ("SiT-xl/2", "SiT-XL/2"),
+        ("dit-xl/2", "DiT-XL/2"),
+        ("ADM", "adm"),
+    ],
+)
+def test_other_cases_of_letters_get_a_suggestion(typed, meant):
+    with pytest.raises(UsageError, match=f"unknown --model_type '{typed}': did you mean {meant}\\?"):
+        NetworkOptions(typed).resolve()
+
+
 def options_of(*flags, guided=False):
     adjust = partial(complete_network, guided_diffusion=guided)
     return parse_options("", [NetworkOptions, *network_groups()], [*map(str, flags)], adjust=adjust)[DiTOptions]

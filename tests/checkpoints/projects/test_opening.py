@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+from checkpoints.conversion import from_published
 from checkpoints.projects.opening import open_published, read_start
 from checkpoints.projects.registry import PROJECTS
 from flow.guidance import GuidanceOptions, GuidedVelocity
@@ -164,7 +165,22 @@ def test_a_file_that_several_projects_may_have_written_is_asked_about(opened, ca
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("sit_learn_sigma", {"model_type": "SiT-XL/2"}, r"--model_type SiT-XL/2 contradicts .*of a DiT/2"),
+        (
+            "sit_learn_sigma",
+            {"model_type": "SiT-XL/4"},
+            r"--model_type SiT-XL/4 contradicts .*: expected patch side 4, width 1152",
+        ),
+        (
+            "ditdh",
+            {"model_type": "DiTDH-S"},
+            r"expected width 384, depth 14, heads 6, but found width 64, depth 5, heads 4",
+        ),
+        ("ditdh", {"model_type": "DiTDH/2"}, r"DiTDH/2 contradicts .*expected patch side 2, but found patch side 1;"),
+        (
+            "lightningdit_qknorm_patch2",
+            {"model_type": "LightningDiT/1"},
+            r"expected patch side 1, but found patch side 2",
+        ),
         ("sit_learn_sigma", {"model_type": "REPA/2"}, r"is no file of REPA, whose networks have no such --learn_sigma"),
         ("ditdh", {"image_size": 15}, r"--image_size 15 is not a multiple of 2"),
         ("ditdh", {"pretrained_autoencoder_ckpt": "none"}, r"needs latents of 24 channels, but .* none have 3: give"),
@@ -173,6 +189,27 @@ def test_a_file_that_several_projects_may_have_written_is_asked_about(opened, ca
 def test_flags_that_contradict_the_file_are_refused(name, flags, message, opened):
     with pytest.raises(UsageError, match=message):
         opened(name, **flags)
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [("", "the autoencoder .* has none"), ("measured", "--latent_statistics measured needs the training images")],
+)
+def test_a_file_without_the_scale_of_its_latents_is_refused(source, reason, opened, monkeypatch):
+    if not source:  # latent diffusion files have no scale
+        monkeypatch.setattr("models.autoencoders.pretrained.own_scale", lambda *arguments: None)
+    with pytest.raises(UsageError, match=f"0400000.pt does not record the scale of its latents, and {reason}"):
+        opened("lightningdit_qknorm_patch2", latent_statistics=source)
+
+
+def test_statistics_of_a_file_scale_the_latents(opened, tmp_path):
+    torch.save({"mean": torch.zeros(8), "std": torch.full((8,), 3.0)}, tmp_path / "stats.pt")
+    model = opened("lightningdit_qknorm_patch2", latent_statistics=str(tmp_path / "stats.pt"))
+    assert model.header.autoencoder.latents_std == (3.0,) * 8
+
+
+def test_a_model_type_without_patch_side_fits_any(opened, case_of, golden):
+    assert_golden(opened("ditdh", model_type="DiTDH").network, case_of("ditdh"), golden)
 
 
 def test_another_image_size_and_dataset_are_allowed(opened, capsys):
@@ -194,7 +231,8 @@ def old_repa(weights, first=1):
 def test_repas_old_names_are_read(opened, case_of, golden):
     model = opened("repa_one_projector", old_repa)
     assert_golden(model.network, case_of("repa_one_projector"), golden)
-    assert model.header.published_form.project == "REPA"
+    assert (model.header.published_form.project, model.header.network.tap_block) == ("REPA", 1)
+    assert opened("repa_one_projector", lambda weights: old_repa(weights, 2)).header.network.tap_block == 2
 
 
 def test_the_runs_arguments_tell_repas_block(opened):
@@ -236,6 +274,19 @@ def test_a_start_from_names_that_several_projects_have_takes_the_runs_direction(
     torch.save(plain, tmp_path / "model.pt")
     for reverses in (False, True):
         assert read_start(tmp_path / "model.pt", DiTOptions(reversed_time=reverses)).keys() == plain.keys()
+
+
+@pytest.mark.parametrize("model_type", ["SiT-Mi/4", "REPA-Mi/4"])
+def test_no_model_type_opens_a_training_state_of_this_project(model_type, autoencoder_for, tmp_path):
+    weights = build_network("DiT-Mi/4", 8, DiTOptions(label_dropout=0.1)).state_dict()
+    path = tmp_path / "content.pth"
+    save_content(path, {"network": weights, "ema": {"weights": weights}, "step": 1})
+    given = {"model_type": model_type, "pretrained_autoencoder_ckpt": autoencoder_for(4)}
+    message = r"content\.pth is a training state for resuming a run"
+    with pytest.raises(UsageError, match=message):
+        open_published(path, given, "cpu")
+    with pytest.raises(UsageError, match=message):
+        from_published(path, tmp_path / "model.safetensors", given)
 
 
 def test_a_training_state_of_this_project_is_no_file_of_another(tmp_path):
