@@ -189,15 +189,16 @@ def measure_scale(
 
 def _statistics(source: MomentSource, autoencoder: Autoencoder, flips: bool) -> LatentStatistics:
     cache = source if isinstance(source, LatentCache) else None
-    if cache and (stored := cache.statistics()):
-        return stored
-    measured = measure_statistics((moments for moments, _ in _spread(source, flips)), autoencoder.has_posterior)
-    if not all(measured.std):
+    stored = cache.statistics() if cache else None
+    measured = stored or measure_statistics(
+        (moments for moments, _ in _spread(source, flips)), autoencoder.has_posterior
+    )
+    if not all(std > 0 for std in measured.std):
         raise UsageError(
             f"the latents of the autoencoder {autoencoder.describe().id} have a constant channel, so they cannot be scaled by "
             "their measured deviation: pass --scale_factor or --latent_statistics FILE"
         )
-    if cache:
+    if cache and not stored:
         cache.keep_statistics(measured)
     return measured
 

@@ -12,6 +12,8 @@ from runtime.torch_files import read_tensors
 
 __all__ = ["LatentStatistics", "inherit_scale", "measure_statistics", "read_statistics"]
 
+NEGLIGIBLE = 1e-12  # variance, relative to the mean square if that is above 1; far above double's rounding errors
+
 
 class LatentStatistics(NamedTuple):
     """Mean and standard deviation per channel of an encoder's z, without a scale, and the file that they come from."""
@@ -25,7 +27,7 @@ def measure_statistics(parts: Iterable[torch.Tensor], has_posterior: bool) -> La
     """Measure the mean and standard deviation of posterior *samples* per channel.
 
     The variance of samples is the variance of the posterior means plus the mean of the posterior variances. A channel that
-    the autoencoder does not use (mean 0, variance 1) is therefore not amplified.
+    the autoencoder does not use (mean 0, variance 1) is therefore not amplified. A constant channel has the deviation 0.
 
     Args:
         parts: posterior moments [B, 2 c, h, w], or latents [B, c, h, w] without a posterior.
@@ -40,8 +42,10 @@ def measure_statistics(parts: Iterable[torch.Tensor], has_posterior: bool) -> La
         square = square + mean.square().sum((0, 2, 3))
         variance = variance + (0.0 if logvar is None else logvar.exp().sum((0, 2, 3)))
     center = total / count
-    spread = (square / count - center.square() + variance / count).sqrt()
-    return LatentStatistics(tuple(center.tolist()), tuple(spread.tolist()))
+    spread = square / count - center.square() + variance / count
+    # The difference of a constant channel's squares is rounding error of either sign.
+    spread = spread.where(spread > NEGLIGIBLE * (square / count).clamp_min(1), 0.0)
+    return LatentStatistics(tuple(center.tolist()), tuple(spread.sqrt().tolist()))
 
 
 def inherit_scale(autoencoder: Autoencoder, recorded: AutoencoderFacts) -> None:

@@ -34,6 +34,17 @@ def test_the_posteriors_variance_counts():
     assert std == pytest.approx(expected.tolist(), rel=1e-9)
 
 
+@pytest.mark.parametrize("has_posterior", [False, True])
+def test_a_constant_channel_has_no_deviation(has_posterior):
+    """The mean square of a constant is above or below the squared mean, by rounding."""
+    varied = draws(30)[:, :1]
+    for value in (0.0, 0.1, -0.3, 0.7, 1.1, 1.7, 9.9, 123.4, -1e4):
+        z = torch.cat([varied, torch.full_like(varied, value)], dim=1)
+        moments = torch.cat([z, torch.full_like(z, -30.0)], dim=1) if has_posterior else z
+        std = measure_statistics(moments.split(7), has_posterior).std
+        assert std == pytest.approx((varied.std().item(), 0), rel=1e-3, abs=0), value
+
+
 @pytest.fixture
 def folder(tmp_path):
     new_autoencoder_kl(1, (8, 8), 2, 8, {"scaling_factor": 0.5}).save_pretrained(tmp_path / "ae")
