@@ -68,6 +68,17 @@ def test_a_file_of_statistics_replaces_the_scale(folder, tmp_path, save):
     torch.testing.assert_close(autoencoder.sample(moments), (z - MEAN.view(shape)) / STD.view(shape))
 
 
+def test_a_factor_multiplies_a_files_statistics(folder, tmp_path):
+    """LightningDiT's latents are (z - mean) / std times its latent_multiplier."""
+    torch.save({"mean": MEAN, "std": STD}, tmp_path / "latents_stats.pt")
+    autoencoder = load(folder, latent_statistics=str(tmp_path / "latents_stats.pt"), scale_factor=0.25)
+    z = draws(1).float()
+    expected = (z - MEAN.view(1, 2, 1, 1)) / STD.view(1, 2, 1, 1) * 0.25
+    torch.testing.assert_close(autoencoder.sample(torch.cat([z, z], dim=1)), expected)
+    facts = autoencoder.describe()
+    assert (facts.scale_factor, facts.latents_std, facts.statistics) == (0.25, (8.0, 2.0), "latents_stats.pt")
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
@@ -85,7 +96,7 @@ def test_other_files_are_refused(folder, tmp_path, content, found):
 
 
 def test_contradicting_flags_are_refused(folder):
-    with pytest.raises(UsageError, match="both set the scale"):
+    with pytest.raises(UsageError, match="--latent_statistics measured and --scale_factor both set the scale"):
         load(folder, latent_statistics="measured", scale_factor=0.5)
     with pytest.raises(UsageError, match="the latents of none have a fixed scale"):
         load("none", latent_statistics="measured")
