@@ -45,7 +45,7 @@ def from_published(source: Path, target: Path, given: Mapping[str, Any]) -> None
     refuse_training_state(file, source)
     request = request_network(given, file.arguments)
     autoencoder = _autoencoder(request.autoencoder, request.dataset.channels, target)
-    if autoencoder is not None and "scale_factor" not in given:
+    if autoencoder is not None and {"scale_factor", "latent_statistics"}.isdisjoint(given):
         scale = request.autoencoder.scale_factor
         note(f"assuming that latents are scaled by {scale}, as in LFM's checkpoints; otherwise, set --scale_factor")
     network, header = build_published(file, source, request, autoencoder)

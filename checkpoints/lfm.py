@@ -21,6 +21,7 @@ from checkpoints.state_dicts import TYPICAL_LABEL_DROPOUT, load_weights
 from flow.losses.options import prediction_of
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
+from models.autoencoders.statistics import read_chosen_scale
 from models.conditions import DenseInput
 from models.family import Weights, options_beyond_lfm
 from models.registry import Architecture, build_network
@@ -156,7 +157,7 @@ def weights_for_lfm(weights: Weights, header: Header, source: str | Path) -> dic
         note("LFM's code does not correct the velocities of contrastive flow matching where guidance acts: guide less")
     if len(plain := without_heads(weights)) < len(weights):
         note("the written file lacks the auxiliary heads, which LFM's networks do not have")
-    if header.autoencoder.latents_std and header.autoencoder.scale_factor is None:
+    if header.autoencoder.latents_std and (header.autoencoder.scale_factor is None or header.autoencoder.statistics):
         note(
             "these latents are normalized with the autoencoder's statistics, which LFM's --scale_factor cannot express"
         )
@@ -215,12 +216,14 @@ def _task(dense: DenseInput | None) -> str:
 
 
 def describe_unseen(autoencoder: AutoencoderOptions) -> AutoencoderFacts:
-    """The facts that `Autoencoder.describe` returns for LFM's autoencoder, without the hash."""
-    assert autoencoder.scale_factor is not None
-    return AutoencoderFacts(
-        id=autoencoder.pretrained_autoencoder_ckpt,
-        sha256=None,
-        scale_factor=autoencoder.scale_factor,
-        latents_mean=(0.0,) * LATENT_CHANNELS,
-        latents_std=(1 / autoencoder.scale_factor,) * LATENT_CHANNELS,
-    )
+    """The facts that `Autoencoder.describe` returns for LFM's autoencoder, without the hash.
+
+    Raises:
+        UsageError: the file of statistics does not fit.
+    """
+    name, factor = autoencoder.pretrained_autoencoder_ckpt, autoencoder.scale_factor
+    if autoencoder.latent_statistics:
+        mean, std, path = read_chosen_scale(autoencoder.latent_statistics, LATENT_CHANNELS, factor)
+        return AutoencoderFacts(name, None, factor, mean, std, Path(path).name)
+    assert factor is not None
+    return AutoencoderFacts(name, None, factor, (0.0,) * LATENT_CHANNELS, (1 / factor,) * LATENT_CHANNELS)

@@ -66,12 +66,13 @@ def request_network(
         )
     model_type = select_options(NetworkOptions, values).resolve()
     autoencoder = select_options(AutoencoderOptions, values)
+    factor = given.get("scale_factor") if autoencoder.latent_statistics else autoencoder.scale_factor or SCALE_FACTOR
     return NetworkRequest(
         model_type=model_type,
         options=select_options(NETWORKS[model_type].options, values),
         in_channels=values.get("num_in_channels"),
         out_channels=values.get("num_out_channels"),
-        autoencoder=replace(autoencoder, scale_factor=autoencoder.scale_factor or SCALE_FACTOR),
+        autoencoder=replace(autoencoder, scale_factor=factor),
         dataset=published_facts(values["dataset"], values["image_size"]),
     )
 

@@ -37,10 +37,8 @@ __all__ = [
 ]
 
 LABELS = "labels.npy"
-MANIFEST, STATISTICS = (
-    "manifest.json",
-    "latent_statistics",
-)  # the file, and its entry {mean, std}, one number per channel
+# The manifest's file name, and its entry {mean, std} with one number per channel.
+MANIFEST, STATISTICS = "manifest.json", "latent_statistics"
 ADVISABLE = hasattr(mmap, "MADV_WILLNEED")  # not on Windows
 
 

@@ -26,7 +26,7 @@ from datasets_prep.image_dataset import DatasetFacts, ImageDataset, Split, liste
 from datasets_prep.latent_cache import open_standalone_cache
 from models.autoencoders.pretrained import LOGVAR_RANGE
 from models.autoencoders.protocol import Autoencoder
-from models.autoencoders.statistics import LatentStatistics
+from models.autoencoders.statistics import LatentStatistics, describe_scale
 from options import UsageError
 from runtime.files import UNREADABLE, read_json
 from runtime.messages import fact
@@ -167,13 +167,18 @@ class StoredMoments:
         return torch.cat([stored, torch.full_like(stored, LOGVAR_RANGE[0])], dim=1)
 
 
-def scale_by_statistics(dataset: ImageDataset, autoencoder: Autoencoder) -> None:
+def scale_by_statistics(dataset: ImageDataset, autoencoder: Autoencoder, given: str = "") -> None:
     """Scale latents by the statistics that are stored with them: (z - mean) / std, times --scale_factor if it is given.
 
     Without such statistics, the autoencoder keeps its own scale.
 
+    Args:
+        dataset: may hold latents and their statistics.
+        autoencoder: encoded the latents.
+        given: the user's --latent_statistics, which have set the autoencoder's scale; "": none.
+
     Raises:
-        UsageError: the statistics are of another number of channels.
+        UsageError: the statistics are of another number of channels, or differ from the given ones.
     """
     statistics = dataset.statistics if isinstance(dataset, LatentDataset) else None
     if statistics is None or autoencoder.is_pixel_space:
@@ -186,7 +191,14 @@ def scale_by_statistics(dataset: ImageDataset, autoencoder: Autoencoder) -> None
     facts = autoencoder.describe()
     std = tuple(value / (facts.scale_factor or 1.0) for value in statistics.std)
     source = Path(statistics.path).name
-    autoencoder.restore_scale(replace(facts, latents_mean=statistics.mean, latents_std=std, statistics=source))
+    stored = replace(facts, latents_mean=statistics.mean, latents_std=std, statistics=source)
+    if given and not stored.same_scale(facts):
+        asked = f" ({describe_scale(facts.latents_mean, facts.latents_std)})" if facts.latents_std else ""
+        raise UsageError(
+            f"--latent_statistics {given}{asked} contradicts {statistics.path}, which is stored with the latents of "
+            f"{dataset.facts.name} ({describe_scale(statistics.mean, std)}): omit the flag, or replace that file"
+        )
+    autoencoder.restore_scale(stored)
     factor = f", times {facts.scale_factor:g}" if facts.scale_factor else ""
     fact("latents", f"(z - mean) / std with the statistics in {statistics.path}{factor}")
 

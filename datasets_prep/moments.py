@@ -1,7 +1,7 @@
 """Posterior moments for training: from the latent cache, from precomputed latents, or encoded from images at every step."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from datasets_prep.latent_cache import LatentCacheOptions, build_latent_cache, c
 from datasets_prep.latents import LatentDataset, StoredMoments
 from flow.losses.contrast import means_of_others
 from models.autoencoders.protocol import MEASURED, UNMEASURED, Autoencoder, Encoder
-from models.autoencoders.statistics import LatentStatistics, measure_statistics
+from models.autoencoders.statistics import LatentStatistics, describe_scale, measure_statistics
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.messages import fact, note
@@ -26,7 +26,6 @@ __all__ = ["MomentSource", "choose_cache_folder", "mean_latents", "measure_scale
 
 IMAGES_OF_MEANS = 10_000  # the error of a mean is then 1 % of a standard deviation
 IMAGES_PER_READ = 250
-LISTED_CHANNELS = 8
 
 
 class MomentSource(Protocol):
@@ -184,20 +183,21 @@ def measure_scale(
     )
     mean, std = found.mean, found.std
     autoencoder.restore_scale(replace(facts, latents_mean=mean, latents_std=std, statistics=MEASURED))
-    fact("latents", f"measured mean {_listed(mean)} and standard deviation {_listed(std)} of the channels")
+    fact("latents", f"measured {describe_scale(mean, std)} of the channels")
 
 
 def _statistics(source: MomentSource, autoencoder: Autoencoder, flips: bool) -> LatentStatistics:
     cache = source if isinstance(source, LatentCache) else None
-    if cache and (stored := cache.statistics()):
-        return stored
-    measured = measure_statistics((moments for moments, _ in _spread(source, flips)), autoencoder.has_posterior)
-    if not all(measured.std):
+    stored = cache.statistics() if cache else None
+    measured = stored or measure_statistics(
+        (moments for moments, _ in _spread(source, flips)), autoencoder.has_posterior
+    )
+    if not all(std > 0 for std in measured.std):
         raise UsageError(
             f"the latents of the autoencoder {autoencoder.describe().id} have a constant channel, so they cannot be scaled by "
             "their measured deviation: pass --scale_factor or --latent_statistics FILE"
         )
-    if cache:
+    if cache and not stored:
         cache.keep_statistics(measured)
     return measured
 
@@ -208,9 +208,3 @@ def _spread(source: MomentSource, flips: bool) -> Iterator[tuple[torch.Tensor, t
     mirrored = (torch.arange(len(indices)) % 2 == 1) & flips
     for rows in torch.arange(len(indices)).split(IMAGES_PER_READ):
         yield source.moments(indices[rows], mirrored[rows]), source.labels[indices[rows]]
-
-
-def _listed(values: Sequence[float]) -> str:
-    """The first numbers, and how many there are in all."""
-    listed = " ".join(f"{value:.4g}" for value in values[:LISTED_CHANNELS])
-    return listed if len(values) <= LISTED_CHANNELS else f"{listed} ... ({len(values)} numbers)"

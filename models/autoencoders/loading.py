@@ -15,7 +15,7 @@ from models.autoencoders.pixels import PixelSpace
 from models.autoencoders.pretrained import PretrainedAutoencoder
 from models.autoencoders.protocol import MEASURED, UNMEASURED, Autoencoder, AutoencoderFacts
 from models.autoencoders.scale import has_superseded_scale
-from models.autoencoders.statistics import read_statistics
+from models.autoencoders.statistics import read_chosen_scale
 from options import UsageError, option
 from runtime.messages import fact, note
 
@@ -36,13 +36,15 @@ class AutoencoderOptions:
     )
     scale_factor: float | None = option(
         None,
-        "factor on the latents; default: the scale in the autoencoder's configuration (Stable Diffusion: 0.18215)",
+        "factor on the latents; default: the scale in the autoencoder's configuration (Stable Diffusion: 0.18215). With a "
+        "file of statistics, (z - mean) / std is multiplied by it",
         minimum=1e-6,
     )
     latent_statistics: str = option(
         "",
         "mean and deviation of the latents' channels: `measured` over the training images, or a file such as "
-        "latents_stats.pt; default: the autoencoder's own scale, or measured if it has none",
+        "latents_stats.pt, which may be combined with --scale_factor; default: the autoencoder's own scale, or measured if "
+        "it has none",
     )
     f: int | None = option(None, "downsampling factor from images to latents; default: the autoencoder's own factor")
 
@@ -86,22 +88,21 @@ def load_autoencoder(
 
 
 def _choose_statistics(autoencoder: Autoencoder, options: AutoencoderOptions) -> None:
-    """Replace the autoencoder's own scale as --latent_statistics says.
+    """Replace the autoencoder's own scale as --latent_statistics says. A file's statistics apply times --scale_factor.
 
     Raises:
-        UsageError: --scale_factor is given too, the file does not fit, or the autoencoder has no other scale than its own.
+        UsageError: statistics are to be measured in spite of --scale_factor, the file does not fit, or the autoencoder has no
+            other scale than its own.
     """
     source = options.latent_statistics
-    if options.scale_factor is not None:
-        raise UsageError("--latent_statistics and --scale_factor both set the scale of the latents: omit one")
     facts = replace(autoencoder.describe(), latents_mean=(), latents_std=(), statistics=UNMEASURED)
     if source != MEASURED:
-        if not Path(source).is_file():
-            raise UsageError(
-                f"--latent_statistics {source}: no such file; expected `measured`, or a file such as latents_stats.pt"
-            )
-        mean, std, _ = read_statistics(source, autoencoder.latent_channels)
-        facts = replace(facts, latents_mean=mean, latents_std=std, statistics=Path(source).name)
+        mean, std, path = read_chosen_scale(source, autoencoder.latent_channels, options.scale_factor)
+        facts = replace(facts, latents_mean=mean, latents_std=std, statistics=Path(path).name)
+    elif options.scale_factor is not None:
+        raise UsageError(
+            f"--latent_statistics {MEASURED} and --scale_factor both set the scale of the latents: omit one"
+        )
     autoencoder.restore_scale(facts)
     if autoencoder.describe().statistics != facts.statistics:
         raise UsageError(

@@ -1,16 +1,27 @@
 """Mean and deviation of latents, measured or from a file, for autoencoders whose files do not record a scale."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from models.autoencoders.protocol import UNMEASURED, Autoencoder, AutoencoderFacts
+from models.autoencoders.protocol import MEASURED, UNMEASURED, Autoencoder, AutoencoderFacts
 from options import UsageError
 from runtime.torch_files import read_tensors
 
-__all__ = ["LatentStatistics", "inherit_scale", "measure_statistics", "read_statistics"]
+__all__ = [
+    "LatentStatistics",
+    "describe_scale",
+    "inherit_scale",
+    "measure_statistics",
+    "read_chosen_scale",
+    "read_statistics",
+]
+
+LISTED_CHANNELS = 8
+
+NEGLIGIBLE = 1e-12  # variance, relative to the mean square if that is above 1; far above double's rounding errors
 
 
 class LatentStatistics(NamedTuple):
@@ -25,7 +36,7 @@ def measure_statistics(parts: Iterable[torch.Tensor], has_posterior: bool) -> La
     """Measure the mean and standard deviation of posterior *samples* per channel.
 
     The variance of samples is the variance of the posterior means plus the mean of the posterior variances. A channel that
-    the autoencoder does not use (mean 0, variance 1) is therefore not amplified.
+    the autoencoder does not use (mean 0, variance 1) is therefore not amplified. A constant channel has the deviation 0.
 
     Args:
         parts: posterior moments [B, 2 c, h, w], or latents [B, c, h, w] without a posterior.
@@ -40,8 +51,10 @@ def measure_statistics(parts: Iterable[torch.Tensor], has_posterior: bool) -> La
         square = square + mean.square().sum((0, 2, 3))
         variance = variance + (0.0 if logvar is None else logvar.exp().sum((0, 2, 3)))
     center = total / count
-    spread = (square / count - center.square() + variance / count).sqrt()
-    return LatentStatistics(tuple(center.tolist()), tuple(spread.tolist()))
+    spread = square / count - center.square() + variance / count
+    # The difference of a constant channel's squares is rounding error of either sign.
+    spread = spread.where(spread > NEGLIGIBLE * (square / count).clamp_min(1), 0.0)
+    return LatentStatistics(tuple(center.tolist()), tuple(spread.sqrt().tolist()))
 
 
 def inherit_scale(autoencoder: Autoencoder, recorded: AutoencoderFacts) -> None:
@@ -67,3 +80,30 @@ def read_statistics(path: str | Path, channels: int) -> LatentStatistics:
             f"channels; found {[list(each.shape) for each in entries if isinstance(each, torch.Tensor)] or 'none'}"
         )
     return LatentStatistics(tuple(tensors[0].tolist()), tuple(tensors[1].tolist()), str(path))
+
+
+def read_chosen_scale(file: str, channels: int, factor: float | None = None) -> LatentStatistics:
+    """Read the scale that the flags `--latent_statistics FILE` and `--scale_factor` set: (z - mean) / std times the factor.
+
+    Returns:
+        The statistics, whose deviations are divided by the factor.
+
+    Raises:
+        UsageError: there is no such file, or it has something else.
+    """
+    if not Path(file).is_file():
+        raise UsageError(
+            f"--latent_statistics {file}: no such file; expected `{MEASURED}`, or a file such as latents_stats.pt"
+        )
+    found = read_statistics(file, channels)
+    return found._replace(std=tuple(value / (factor or 1.0) for value in found.std))
+
+
+def describe_scale(mean: Sequence[float], std: Sequence[float]) -> str:
+    """The first channels' means and deviations, for messages, and how many there are in all."""
+    return f"mean {_listed(mean)} and standard deviation {_listed(std)}" if std else "no scale"
+
+
+def _listed(values: Sequence[float]) -> str:
+    listed = " ".join(f"{value:.4g}" for value in values[:LISTED_CHANNELS])
+    return listed if len(values) <= LISTED_CHANNELS else f"{listed} ... ({len(values)} numbers)"

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from checkpoints.files import load_model, read_weights, save_weights
+from checkpoints.lfm import describe_unseen
 from checkpoints.lfm_files import read_condition_stage, read_published, read_sampled
 from checkpoints.projects.opening import open_published
 from checkpoints.tasks import GENERATE, INPAINT, SEMANTIC
@@ -524,3 +525,11 @@ def test_training_starts_from_lfms_network_and_its_stage(golden, tmp_path):
     sampled = read_sampled(tmp_path / "model_175.pth")
     assert torch.equal(sampled["channel_mapper.weight"], stage)
     assert all(torch.equal(sampled[name], value) for name, value in weights.items())
+
+
+def test_an_autoencoder_that_is_not_loaded_has_the_scale_of_the_flags(tmp_path):
+    torch.save({"mean": torch.ones(4), "std": torch.full((4,), 2.0)}, tmp_path / "stats.pt")
+    facts = describe_unseen(AutoencoderOptions("owner/name", 0.5))
+    assert (facts.latents_mean, facts.latents_std, facts.statistics) == ((0.0,) * 4, (2.0,) * 4, "")
+    facts = describe_unseen(AutoencoderOptions("owner/name", 0.5, str(tmp_path / "stats.pt")))
+    assert (facts.latents_mean, facts.latents_std, facts.statistics) == ((1.0,) * 4, (4.0,) * 4, "stats.pt")

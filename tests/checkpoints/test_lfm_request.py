@@ -58,3 +58,11 @@ def test_lfms_spellings_and_lists():
 def test_downstream_tasks_default_to_guided_diffusions_network(given, arguments, expected):
     assert request_network(DATA | given, arguments, downstream=True).model_type == expected
     assert request_network(DATA, downstream=False).model_type == "adm"
+
+
+def test_statistics_replace_lfms_factor():
+    """Otherwise the file's or LFM's factor would multiply them."""
+    arguments, given = {"scale_factor": 0.18215}, DATA | {"latent_statistics": "stats.pt"}
+    assert request_network(given).autoencoder.scale_factor is None
+    assert request_network(given, arguments).autoencoder.scale_factor is None
+    assert request_network(given | {"scale_factor": 0.5}, arguments).autoencoder.scale_factor == 0.5

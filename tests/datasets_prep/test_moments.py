@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -6,10 +8,13 @@ from datasets_prep import latent_cache
 from datasets_prep.cached_moments import LatentCache
 from datasets_prep.datasets import DatasetFacts, DatasetOptions, ImageDataset
 from datasets_prep.latent_cache import LatentCacheOptions
-from datasets_prep.moments import EncodedImages, open_moments
+from datasets_prep.moments import EncodedImages, measure_scale, open_moments
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.pixels import PixelSpace, images_to_pixels
 from models.autoencoders.pretrained import PretrainedAutoencoder
+from models.autoencoders.protocol import UNMEASURED
+from models.autoencoders.statistics import LatentStatistics
+from options import UsageError
 from runtime.precision import Machine
 
 MACHINE = Machine(torch.device("cpu"), "fp32")
@@ -64,6 +69,24 @@ def test_pixel_space_needs_no_cache(tmp_path):
     expected[MIRRORED] = expected[MIRRORED].flip(3)
     assert torch.equal(source.moments(INDICES, MIRRORED), expected)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("value", [0.1, -0.3, 1.7, 123.4])
+def test_a_constant_channel_cannot_be_scaled_and_its_statistics_are_not_kept(tmp_path, autoencoder, monkeypatch, value):
+    def encode(images):
+        z = images[:, :, ::2, ::2].float() / 255
+        z = torch.cat([z, torch.full_like(z, value)], dim=1)
+        return torch.cat([z, torch.full_like(z, -30.0)], dim=1)
+
+    monkeypatch.setattr(autoencoder, "encode", encode)
+    monkeypatch.setattr(autoencoder, "statistics", UNMEASURED)
+    source = open_moments(dataset(), autoencoder, DatasetOptions(datadir=str(tmp_path)), LatentCacheOptions(), MACHINE)
+    with pytest.raises(UsageError, match="tiny have a constant channel"):
+        measure_scale(source, autoencoder, flips=True)
+    assert source.statistics() is None
+    source.keep_statistics(LatentStatistics((0.5, value), (0.3, math.nan)))  # as an earlier version did
+    with pytest.raises(UsageError, match="tiny have a constant channel"):
+        measure_scale(source, autoencoder, flips=True)
 
 
 def test_images_are_read_in_order_by_several_workers(tmp_path):

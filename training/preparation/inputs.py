@@ -57,7 +57,7 @@ def open_inputs(task: TrainingTask, options: Options, machine: Machine) -> Input
     show_data(dataset, held_out)
     held_out = held_out.head(HELD_OUT_IMAGES)
     autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels).to(machine.device)
-    scale_by_statistics(dataset, autoencoder)
+    scale_by_statistics(dataset, autoencoder, options[AutoencoderOptions].latent_statistics)
     features = None
     if scored:
         dataset.check_images("--eval_samples")

@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 from datasets_prep.datasets import DatasetOptions, FlipOptions, choose_flips, open_dataset
 from datasets_prep.latents import StoredMoments, scale_by_statistics
 from models.autoencoders.kl import new_autoencoder_kl
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pretrained import PretrainedAutoencoder
 from options import UsageError
 from tests.written_formats import write_lightningdit
@@ -65,6 +66,28 @@ def test_latents_are_scaled_by_their_statistics(folder, factor, capsys):
     again.restore_scale(network.describe())  # what a checkpoint's header does
     torch.testing.assert_close(again.sample(train.stored(ROWS, UPRIGHT).repeat(1, 2, 1, 1)), found[ROWS])
     assert f"with the statistics in {folder / 'train' / 'latents_stats.pt'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("factor", [None, 0.18215])
+def test_other_statistics_than_the_shards_are_refused(folder, factor):
+    new_autoencoder_kl(3, (8, 8), 2, 16, {}).save_pretrained(folder / "ae")
+    own = folder / "train" / "latents_stats.pt"
+
+    def scale(given, factor):
+        options = AutoencoderOptions(str(folder / "ae"), factor, given)
+        network = load_autoencoder(options, 3)
+        scale_by_statistics(open_split(folder), network, given)
+        return network.describe()
+
+    expected = scale("", factor)
+    assert scale(str(own), factor) == expected
+    torch.save({"mean": torch.full((2,), 7.0), "std": torch.full((2,), 9.0)}, folder / "mine.pt")
+    with pytest.raises(
+        UsageError, match=r"mine.pt \(mean 7 7 and .*\) contradicts .*train/latents_stats.pt.* \(mean [23]"
+    ):
+        scale(str(folder / "mine.pt"), factor)
+    with pytest.raises(UsageError, match=r"--latent_statistics measured contradicts .*latents_stats.pt"):
+        scale("measured", None)
 
 
 def test_other_datasets_keep_the_autoencoders_scale(folder):

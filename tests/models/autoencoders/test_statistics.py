@@ -34,6 +34,17 @@ def test_the_posteriors_variance_counts():
     assert std == pytest.approx(expected.tolist(), rel=1e-9)
 
 
+@pytest.mark.parametrize("has_posterior", [False, True])
+def test_a_constant_channel_has_no_deviation(has_posterior):
+    """The mean square of a constant is above or below the squared mean, by rounding."""
+    varied = draws(30)[:, :1]
+    for value in (0.0, 0.1, -0.3, 0.7, 1.1, 1.7, 9.9, 123.4, -1e4):
+        z = torch.cat([varied, torch.full_like(varied, value)], dim=1)
+        moments = torch.cat([z, torch.full_like(z, -30.0)], dim=1) if has_posterior else z
+        std = measure_statistics(moments.split(7), has_posterior).std
+        assert std == pytest.approx((varied.std().item(), 0), rel=1e-3, abs=0), value
+
+
 @pytest.fixture
 def folder(tmp_path):
     new_autoencoder_kl(1, (8, 8), 2, 8, {"scaling_factor": 0.5}).save_pretrained(tmp_path / "ae")
@@ -57,6 +68,17 @@ def test_a_file_of_statistics_replaces_the_scale(folder, tmp_path, save):
     torch.testing.assert_close(autoencoder.sample(moments), (z - MEAN.view(shape)) / STD.view(shape))
 
 
+def test_a_factor_multiplies_a_files_statistics(folder, tmp_path):
+    """LightningDiT's latents are (z - mean) / std times its latent_multiplier."""
+    torch.save({"mean": MEAN, "std": STD}, tmp_path / "latents_stats.pt")
+    autoencoder = load(folder, latent_statistics=str(tmp_path / "latents_stats.pt"), scale_factor=0.25)
+    z = draws(1).float()
+    expected = (z - MEAN.view(1, 2, 1, 1)) / STD.view(1, 2, 1, 1) * 0.25
+    torch.testing.assert_close(autoencoder.sample(torch.cat([z, z], dim=1)), expected)
+    facts = autoencoder.describe()
+    assert (facts.scale_factor, facts.latents_std, facts.statistics) == (0.25, (8.0, 2.0), "latents_stats.pt")
+
+
 @pytest.mark.parametrize(
     ("content", "found"),
     [
@@ -74,7 +96,7 @@ def test_other_files_are_refused(folder, tmp_path, content, found):
 
 
 def test_contradicting_flags_are_refused(folder):
-    with pytest.raises(UsageError, match="both set the scale"):
+    with pytest.raises(UsageError, match="--latent_statistics measured and --scale_factor both set the scale"):
         load(folder, latent_statistics="measured", scale_factor=0.5)
     with pytest.raises(UsageError, match="the latents of none have a fixed scale"):
         load("none", latent_statistics="measured")
