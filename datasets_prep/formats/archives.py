@@ -17,6 +17,7 @@ __all__ = ["Archive", "content_offset", "open_archive"]
 
 LOCAL_HEADER = 30  # bytes before the name, whose length and that of the extra field are in the last four
 RAW_DEFLATE = -15
+SAMPLED_FILES = 100  # at least; their bytes are part of a folder's fingerprint
 
 
 class Archive(Protocol):
@@ -37,7 +38,11 @@ class Archive(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes with the files."""
+        """A hash of the files' names and sizes and some of their bytes. Arrays often have equal sizes.
+
+        Raises:
+            UsageError: a file cannot be read.
+        """
         ...
 
 
@@ -76,8 +81,12 @@ class _Folder:
             raise UsageError(f"cannot read {self.path / name}: {error.strerror or error}") from error
 
     def fingerprint(self) -> str:
-        state = "\n".join(f"{name} {size}" for name, size in sorted(self._sizes.items()))
-        return hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()
+        names = sorted(self._sizes)
+        state = "\n".join(f"{name} {self._sizes[name]}" for name in names)
+        digest = hashlib.sha256(state.encode(errors="surrogateescape"))
+        for name in names[:: max(1, len(names) // SAMPLED_FILES)]:
+            digest.update(self.read(name))
+        return digest.hexdigest()
 
 
 class _Zip:

@@ -93,6 +93,20 @@ def test_labels_of_images_are_found_by_number(tmp_path):
     assert open_split(tmp_path).labels.tolist() == [LABELS[row] for row in TRAIN]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_fingerprints_follow_the_bytes(tmp_path, shared):
+    def write(moments, labels):
+        write_edm(tmp_path / "data", moments, labels)
+        if shared:
+            (tmp_path / "data" / "vae-sd" / "dataset.json").rename(tmp_path / "data" / "dataset.json")
+        return open_split(tmp_path / "data").fingerprint
+
+    first = write(MOMENTS, LABELS)
+    assert write(MOMENTS, LABELS) == first
+    assert write(2 * MOMENTS, LABELS) != first
+    assert write(MOMENTS, LABELS[::-1]) != first
+
+
 def test_wrong_files_are_named(tmp_path):
     write_edm(tmp_path, MOMENTS, LABELS)
     file, array = tmp_path / "vae-sd" / "dataset.json", tmp_path / "vae-sd" / "00000" / "img-mean-std-00000003.npy"
