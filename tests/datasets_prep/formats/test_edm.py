@@ -139,6 +139,15 @@ def test_wrong_files_are_named(tmp_path):
         open_split(tmp_path).stored(torch.tensor([3]), torch.tensor([False]))
 
 
+@pytest.mark.parametrize(("compression", "method"), [(zipfile.ZIP_BZIP2, "BZIP2"), (zipfile.ZIP_LZMA, "LZMA")])
+def test_other_compression_is_refused(tmp_path, compression, method):
+    write_edm(tmp_path, None, LABELS, IMAGES)
+    packed = zip_folder(tmp_path / "images", compression)
+    message = rf"\.png of .*images\.zip is compressed with {method}, but expected stored or deflated files: pack"
+    with pytest.raises(UsageError, match=message):
+        open_split(packed)
+
+
 def test_damaged_zip_files_are_named(tmp_path):
     write_edm(tmp_path, None, LABELS, IMAGES)
     packed = zip_folder(tmp_path / "images")
