@@ -17,6 +17,7 @@ from datasets_prep.latents import LatentDataset
 from datasets_prep.moments import choose_cache_folder, measure_scale
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import UNMEASURED
+from models.autoencoders.statistics import LatentStatistics
 from options import Options, UsageError, option
 from runtime.distributed import Processes
 from runtime.messages import show
@@ -57,6 +58,7 @@ def main(options: Options, processes: Processes) -> None:
     if autoencoder.is_pixel_space:
         raise UsageError("--pretrained_autoencoder_ckpt none means pixel space, without latents: name an autoencoder")
     autoencoder = autoencoder.to(machine.device)
+    statistics: LatentStatistics | None = None  # of the training latents
     for dataset in (train, held_out):
         folder = processes.from_main(
             choose_cache_folder(dataset, autoencoder, data, caches) if processes.is_main else Path()
@@ -68,7 +70,8 @@ def main(options: Options, processes: Processes) -> None:
         if written.format == "lightningdit" and processes.is_main:
             shards = Path(written.latent_shards_dir or data.derived / "lightningdit") / dataset.split
             source = open_latent_cache(folder, dataset, autoencoder)
-            write_latent_shards(shards, source, autoencoder, dataset.split, dataset.facts.flips)
+            flips = dataset.facts.flips
+            statistics = write_latent_shards(shards, source, autoencoder, dataset.split, flips, statistics)
             show(f"{shards}: LightningDiT's latents of {len(dataset)} {dataset.split} images")
 
 

@@ -17,6 +17,9 @@ __all__ = ["Archive", "content_offset", "open_archive"]
 
 LOCAL_HEADER = 30  # bytes before the name, whose length and that of the extra field are in the last four
 RAW_DEFLATE = -15
+METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflated"}
+OTHER_METHODS = {9: "Deflate64", zipfile.ZIP_BZIP2: "BZIP2", zipfile.ZIP_LZMA: "LZMA", 93: "Zstandard"}
+SAMPLED_FILES = 100  # at least; their bytes are part of a folder's fingerprint
 
 
 class Archive(Protocol):
@@ -37,7 +40,11 @@ class Archive(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash that changes with the files."""
+        """A hash of the files' names and sizes and some of their bytes. Arrays often have equal sizes.
+
+        Raises:
+            UsageError: a file cannot be read.
+        """
         ...
 
 
@@ -45,7 +52,7 @@ def open_archive(path: Path) -> Archive:
     """Open a folder or a zip file, and list its files.
 
     Raises:
-        UsageError: the zip file is damaged.
+        UsageError: the zip file is damaged, or compressed by another method than Deflate.
     """
     return _Folder(path) if path.is_dir() else _Zip(path)
 
@@ -76,8 +83,12 @@ class _Folder:
             raise UsageError(f"cannot read {self.path / name}: {error.strerror or error}") from error
 
     def fingerprint(self) -> str:
-        state = "\n".join(f"{name} {size}" for name, size in sorted(self._sizes.items()))
-        return hashlib.sha256(state.encode(errors="surrogateescape")).hexdigest()
+        names = sorted(self._sizes)
+        state = "\n".join(f"{name} {self._sizes[name]}" for name in names)
+        digest = hashlib.sha256(state.encode(errors="surrogateescape"))
+        for name in names[:: max(1, len(names) // SAMPLED_FILES)]:
+            digest.update(self.read(name))
+        return digest.hexdigest()
 
 
 class _Zip:
@@ -89,6 +100,13 @@ class _Zip:
             self._entries = {e.filename: e for e in entries if not any(map(is_junk, e.filename.split("/")))}
         except UNREADABLE as error:
             raise UsageError(f"cannot read the zip file {path}: {error}; download or pack it again") from error
+        for name, entry in self._entries.items():
+            if entry.compress_type not in METHODS:
+                method = OTHER_METHODS.get(entry.compress_type, f"method {entry.compress_type}")
+                raise UsageError(
+                    f"{name} of {path} is compressed with {method}, but expected {' or '.join(METHODS.values())} files: "
+                    "pack the zip file again"
+                )
         self._bytes = FileBytes([path])
 
     def names(self) -> frozenset[str]:

@@ -7,6 +7,7 @@ with `dataset.json`: {"labels": [["00000/img-mean-std-00000000.npy", 3], ...]}. 
 With both, training uses the latents, and scores use the images. There are no latents of mirror images.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -72,7 +73,8 @@ def open_edm_folders(name: str, shards: Shards, split: Split, image_size: int) -
     if not first:
         raise UsageError(f"{archives[0].path}: expected images or {ARRAY.pattern}, but found neither")
     labels, source = _read_labels(archives, first, shards.root)
-    content = Content(labels=labels, fingerprint="".join(each.fingerprint() for each in archives), source=source)
+    state = "\n".join([*(each.fingerprint() for each in archives), json.dumps(labels)])
+    content = Content(labels, hashlib.sha256(state.encode()).hexdigest(), source)
     if first[0].endswith(".npy"):
         paired = _images_of(archives[1], first, archives[0].path) if len(archives) > 1 else None
         content = _with_latents(content, archives[0], first, archives[-1], paired)

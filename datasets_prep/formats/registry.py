@@ -1,10 +1,12 @@
 """Other projects' formats, recognized by a directory's contents, so that `--dataset folder --datadir DIR` reads them."""
 
+import os
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets_prep.folder_layout.entries import holds_files
+from datasets_prep.folder_layout.entries import is_junk
 from datasets_prep.formats.edm import find_edm_folders, open_edm_folders
 from datasets_prep.formats.lightningdit import find_latent_shards, open_latent_shards
 from datasets_prep.formats.npz import find_batches, open_batches
@@ -15,6 +17,9 @@ from datasets_prep.image_dataset import ImageDataset, Split
 from datasets_prep.images import IMAGE_SUFFIXES
 
 __all__ = ["FORMATS", "Format", "recognizing"]
+
+PROBED_FOLDERS = 10_000
+SUFFIXES = tuple(IMAGE_SUFFIXES)
 
 Open = Callable[[str, Path, Split, int], ImageDataset]
 
@@ -55,8 +60,20 @@ def recognizing(open_other: Open, *, latents: bool = False) -> Open:
         for each in FORMATS.values():
             if (latents and not each.latents) or (shards := each.find(datadir)) is None:
                 continue
-            if each.with_images or datadir.is_file() or not holds_files(datadir, IMAGE_SUFFIXES):
+            if each.with_images or datadir.is_file() or not _holds_images(datadir):
                 return each.open(name, shards, split, image_size)
         return open_other(name, datadir, split, image_size)
 
     return open_any
+
+
+def _holds_images(folder: Path) -> bool:
+    """Whether one of the first PROBED_FOLDERS folders in `folder`, depth first, holds an image.
+
+    Depth first, an image is usually found in the first class folder, even of thousands.
+    """
+    for _, folders, files in islice(os.walk(folder), PROBED_FOLDERS):
+        folders[:] = [name for name in folders if not is_junk(name)]
+        if any(name.lower().endswith(SUFFIXES) and not is_junk(name) for name in files):
+            return True
+    return False

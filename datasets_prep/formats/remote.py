@@ -9,6 +9,8 @@ fsspec reads the files, and needs a package for each kind of store: s3fs, gcsfs,
 """
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -23,6 +25,9 @@ __all__ = ["is_url", "open_remote"]
 
 MARK = "://"
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "abfs": "adlfs"}
+# Entries of a listing that change with a file, the best first. The size does not: tar files are padded to blocks.
+VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_modified", "mtime")
+LISTERS = 8  # threads
 
 
 def is_url(datadir: str) -> bool:
@@ -52,8 +57,8 @@ def open_remote(name: str, url: str, split: Split, image_size: int, folder: Path
     shards = Shards(Path(above), list(map(Path, train)), list(map(Path, held_out)), unused)
 
     def read(paths: list[str]) -> Content:
-        sizes = {path: found[path] for path in paths}
-        fingerprint = hashlib.sha256(repr(sorted(sizes.items())).encode()).hexdigest()
+        versions = {path: found[path] for path in paths}
+        fingerprint = hashlib.sha256(repr(sorted(versions.items())).encode()).hexdigest()
         return read_tars(_RemoteFiles(system, paths), fingerprint, folder)
 
     training = read(train)
@@ -100,8 +105,8 @@ def _connect(url: str) -> tuple[Any, str]:
         raise UsageError(f"--datadir {url}: {error}; expected a URL such as s3://bucket/folder") from error
 
 
-def _list_tars(system: Any, root: str, url: str) -> dict[str, int]:
-    """The sizes of the tar files by path.
+def _list_tars(system: Any, root: str, url: str) -> dict[str, str]:
+    """The sizes and versions of the tar files by path.
 
     Raises:
         UsageError: there are none.
@@ -113,9 +118,20 @@ def _list_tars(system: Any, root: str, url: str) -> dict[str, int]:
         for pattern in patterns:
             details = system.glob(pattern, detail=True)
             if details:
-                return {path: int(entry["size"] or 0) for path, entry in sorted(details.items())}
+                with ThreadPoolExecutor(LISTERS) as listers:
+                    versions = listers.map(partial(_version_of, system), sorted(details.items()))
+                    return dict(zip(sorted(details), versions, strict=True))
     except Exception as error:  # each store has its own errors
         raise UsageError(f"cannot list {url}: {error}; check the URL, the connection and your rights") from error
     raise UsageError(
         f"no tar files at {url}: expected a folder with WebDataset's .tar files, one of them, or a pattern such as *.tar"
     )
+
+
+def _version_of(system: Any, listed: tuple[str, dict[str, Any]]) -> str:
+    """The size of a listed file with the store's version of it, which changes when the file is replaced."""
+    path, entry = listed
+    if not any(entry.get(key) for key in VERSIONS):
+        entry = system.info(path)  # web servers list names alone
+    version = next((entry[key] for key in VERSIONS if entry.get(key)), None)
+    return f"{entry['size']} {version or system.checksum(path)}"

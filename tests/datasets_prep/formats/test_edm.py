@@ -93,6 +93,20 @@ def test_labels_of_images_are_found_by_number(tmp_path):
     assert open_split(tmp_path).labels.tolist() == [LABELS[row] for row in TRAIN]
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_fingerprints_follow_the_bytes(tmp_path, shared):
+    def write(moments, labels):
+        write_edm(tmp_path / "data", moments, labels)
+        if shared:
+            (tmp_path / "data" / "vae-sd" / "dataset.json").rename(tmp_path / "data" / "dataset.json")
+        return open_split(tmp_path / "data").fingerprint
+
+    first = write(MOMENTS, LABELS)
+    assert write(MOMENTS, LABELS) == first
+    assert write(2 * MOMENTS, LABELS) != first
+    assert write(MOMENTS, LABELS[::-1]) != first
+
+
 def test_wrong_files_are_named(tmp_path):
     write_edm(tmp_path, MOMENTS, LABELS)
     file, array = tmp_path / "vae-sd" / "dataset.json", tmp_path / "vae-sd" / "00000" / "img-mean-std-00000003.npy"
@@ -123,6 +137,15 @@ def test_wrong_files_are_named(tmp_path):
     array.write_bytes(array.read_bytes()[:-9])
     with pytest.raises(UsageError, match="cannot read the latent 00000/img-mean-std-00000003"):
         open_split(tmp_path).stored(torch.tensor([3]), torch.tensor([False]))
+
+
+@pytest.mark.parametrize(("compression", "method"), [(zipfile.ZIP_BZIP2, "BZIP2"), (zipfile.ZIP_LZMA, "LZMA")])
+def test_other_compression_is_refused(tmp_path, compression, method):
+    write_edm(tmp_path, None, LABELS, IMAGES)
+    packed = zip_folder(tmp_path / "images", compression)
+    message = rf"\.png of .*images\.zip is compressed with {method}, but expected stored or deflated files: pack"
+    with pytest.raises(UsageError, match=message):
+        open_split(packed)
 
 
 def test_damaged_zip_files_are_named(tmp_path):

@@ -68,6 +68,10 @@ def test_written_latents_are_read_back(data, monkeypatch):
     statistics = torch.load(folder / "train" / "latents_stats.pt", weights_only=True)
     torch.testing.assert_close(statistics["mean"], latents.mean((0, 2, 3), keepdim=True))
     torch.testing.assert_close(statistics["std"], latents.std((0, 2, 3), keepdim=True, correction=0))
+    held_out = torch.load(folder / "validation" / "latents_stats.pt", weights_only=True)
+    assert {name: value.tolist() for name, value in held_out.items()} == {
+        name: value.tolist() for name, value in statistics.items()
+    }
     assert (
         len(open_dataset(DatasetOptions("folder", str(data / "images"), 16), "train")) == 23
     )  # the folder is not read
@@ -76,17 +80,34 @@ def test_written_latents_are_read_back(data, monkeypatch):
     assert torch.equal(again["latents"], stored[1]["latents"])
 
 
-def test_without_a_posterior_latents_are_the_code_itself(tmp_path):
+@pytest.fixture
+def codes(tmp_path):
+    """Cached latents [23, 12, 8, 8] of an autoencoder without a posterior."""
     np.savez(tmp_path / "images.npz", IMAGES)
     dataset = open_dataset(DatasetOptions("folder", str(tmp_path / "images.npz"), 16), "train")
     autoencoder, folder = PlainAutoencoder(3), tmp_path / "cache"
     build_latent_cache(folder, dataset, autoencoder, Machine(torch.device("cpu"), "fp32"))
-    source = open_latent_cache(folder, dataset, autoencoder)
+    return open_latent_cache(folder, dataset, autoencoder), autoencoder
+
+
+def test_without_a_posterior_latents_are_the_code_itself(codes, tmp_path):
+    source, autoencoder = codes
     latent_shards.write_latent_shards(tmp_path / "out", source, autoencoder, "train", flips=False)
     stored = load_file(tmp_path / "out" / "latents_rank00_shard000.safetensors")
     expected = source.moments(torch.arange(len(source)), torch.zeros(len(source)).bool())
     assert torch.equal(stored["latents"], expected.float())
     assert torch.equal(stored["latents_flip"], stored["latents"])
+
+
+def test_shards_of_large_latents_have_fewer_images(codes, tmp_path, monkeypatch):
+    source, autoencoder = codes
+    image_bytes = 2 * 4 * source.moments(torch.tensor([0]), torch.tensor([False])).numel()
+    monkeypatch.setattr(latent_shards, "BYTES_PER_SHARD", 10 * image_bytes - 1, raising=False)
+    latent_shards.write_latent_shards(tmp_path / "out", source, autoencoder, "train", flips=True)
+    stored = [load_file(path)["latents"] for path in sorted((tmp_path / "out").glob("*.safetensors"))]
+    assert [len(latents) for latents in stored] == [9, 9, 5]
+    expected = source.moments(torch.arange(len(source)), torch.zeros(len(source)).bool())
+    assert torch.equal(torch.cat(stored), expected.float())
 
 
 def test_other_files_are_never_replaced(data):

@@ -123,6 +123,17 @@ def test_images_beside_an_archive_are_read_as_before(tmp_path):
     assert (len(dataset), dataset.facts.class_names) == (24, ("a", "b"))
 
 
+@pytest.mark.parametrize("base", ["", "train", "images/train"])
+def test_images_in_many_class_folders_win_over_an_archive(tmp_path, base):
+    """Most of the class folders are empty, so that the test is fast."""
+    for number in range(1100):
+        (tmp_path / base / f"{number:04d}").mkdir(parents=True)
+    for row in range(4):
+        (tmp_path / base / f"{row * 300:04d}" / "a.png").write_bytes(encode(IMAGES[row]))
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(4), sigma=np.eye(4))
+    assert open_split(tmp_path).facts.class_names == ("0000", "0300", "0600", "0900")
+
+
 def test_a_single_file_keeps_its_caches_next_to_it(tmp_path):
     write_zip(tmp_path, IMAGES, LABELS)
     data = DatasetOptions("folder", str(tmp_path / "images.zip"), SIDE)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from datasets_prep.datasets import DatasetOptions, open_dataset
-from datasets_prep.formats import remote, webdataset
+from datasets_prep.formats import webdataset
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import open_moments
 from models.autoencoders.pixels import PixelSpace
@@ -80,6 +80,33 @@ def test_only_the_bytes_of_an_image_are_read(store, monkeypatch):
     assert open_split().fingerprint == dataset.fingerprint  # from the index
 
 
+def test_a_replaced_file_of_equal_size_is_read_again(store, tmp_path):
+    before, labels = open_split(), [2 - label for label in LABELS[:24]]
+    write_tars(tmp_path / "new", IMAGES[:24][::-1], labels, "train", shards=3)
+    for path in (tmp_path / "new").iterdir():
+        assert path.stat().st_size == store.size(f"/train-bucket/data/{path.name}")
+        store.pipe(f"/train-bucket/data/{path.name}", path.read_bytes())
+    after = open_split()
+    assert before.labels.tolist() == LABELS[:24]
+    assert after.labels.tolist() == labels
+    np.testing.assert_array_equal(after[0].permute(1, 2, 0).numpy(), IMAGES[23])
+    assert after.fingerprint != before.fingerprint
+
+
+@pytest.mark.parametrize("key", ["ETag", "LastModified", "mtime"])
+def test_the_stores_version_is_preferred_to_a_checksum(store, monkeypatch, key):
+    version, listed = {"version": "1"}, type(store).glob
+
+    def glob(self, pattern, **settings):
+        return {path: entry | {key: version["version"]} for path, entry in listed(self, pattern, **settings).items()}
+
+    monkeypatch.setattr(type(store), "glob", glob)
+    monkeypatch.setattr(type(store), "checksum", None)
+    first, same = open_split().fingerprint, open_split().fingerprint
+    version["version"] = "2"
+    assert first == same != open_split().fingerprint
+
+
 def test_files_may_be_named_by_a_pattern_or_alone(store):
     assert len(open_split(f"{URL}/train-*.tar")) == 23  # every twentieth is held out
     assert len(open_split(f"{URL}/val-000000.tar")) == 5
@@ -115,4 +142,3 @@ def test_truncated_files_and_lost_connections_are_named(store, monkeypatch):
     monkeypatch.setattr(type(store), "cat_file", lost)
     with pytest.raises(UsageError, match="cannot read .*train-000000.tar: reset; check the connection"):
         dataset[0]
-    assert remote.is_url(URL)
