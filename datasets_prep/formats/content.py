@@ -26,7 +26,7 @@ ReadLatents = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Content:
-    """What the files of one split hold. At least one of `image` and `latents` is given.
+    """The labels of one split, and functions that read its images, its latents or both.
 
     Args:
         labels: a class id, a class name or None (no label) for each row.
@@ -34,11 +34,11 @@ class Content:
         source: where the labels are from, such as "from .cls files".
         image: reads the image of a row as uint8 [3, size, size].
         latents: reads stored latents or moments [B, C, h, w] of rows [B], or of their mirror images [B].
-        flips: whether mirror images can be had.
+        flips: whether mirror images are available.
         class_names: by label, if the files name the classes.
         statistics: of latents, if the files hold them.
-        left_out: what is not read and why.
-        warnings: what the user should look at.
+        left_out: reports of parts that are not read, with reasons.
+        warnings: for the user.
     """
 
     labels: Sequence[int | str | None]

@@ -90,7 +90,7 @@ class _Rows:
 
 
 def _read_content(paths: list[Path], root: Path, training: Content | None = None) -> Content:
-    """The contents of a split. Held-out latents without statistics of their own are scaled by those of `training`."""
+    """Read a split. If `training` is given, its statistics scale the latents."""
     rows = _Rows(paths)
     file = paths[0].parent / STATISTICS
     statistics = _statistics(file, rows.channels) if training is None else training.statistics

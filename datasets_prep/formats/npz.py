@@ -1,6 +1,7 @@
 """ADM's reference batches (Dhariwal & Nichol 2021): .npz files with images uint8 [N, H, W, 3] in `arr_0`, labels in `arr_1`.
 
-An uncompressed array is memory-mapped. Files that hold only statistics (`mu`, `sigma`) are for scoring.
+The arrays may be named `images` and `labels` instead. An uncompressed array is memory-mapped. Files that hold only statistics
+(`mu`, `sigma`) are for scoring.
 """
 
 import zipfile
@@ -45,7 +46,7 @@ def _is_batch(path: Path) -> bool:
     """Whether an .npz file holds the arrays of a batch, or cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as content:
-            return IMAGE_ARRAYS[0] in content.files or set(STATISTICS) <= set(content.files)
+            return any(name in content.files for name in IMAGE_ARRAYS) or set(STATISTICS) <= set(content.files)
     except UNREADABLE:
         return True
 
@@ -61,7 +62,8 @@ def _read_content(paths: list[Path], root: Path) -> Content:
         pixels = np.asarray(read[number][0][row - int(starts[number])])
         return crop_array(np.repeat(pixels, 3, axis=2) if pixels.shape[2] == 1 else pixels, size)
 
-    source = f"from the array {LABEL_ARRAYS[0]}" if labelled else f"in an array {LABEL_ARRAYS[0]}"
+    names = " or ".join(LABEL_ARRAYS)
+    source = f"from the array {names}" if labelled else f"in an array {names}"
     return Content(labels, fingerprint_of(paths, root), source, image=image)
 
 

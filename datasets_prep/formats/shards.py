@@ -47,7 +47,7 @@ class Shards:
         return f"from {examples(named)}"
 
     def left_out(self) -> tuple[str, ...]:
-        """What is not read, for the report."""
+        """The files of other splits, which are not read, for the report."""
         unused = [str(path.relative_to(self.root)) for path in self.unused]
         return (f"files of other splits: {len(unused):,} ({examples(unused)})",) if unused else ()
 

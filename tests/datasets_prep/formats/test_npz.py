@@ -22,7 +22,7 @@ def test_batches_without_labels(tmp_path, save):
     assert (len(train), len(held_out), train.labels.unique().tolist()) == (22, 22, [0])
     np.testing.assert_array_equal(train[19].permute(1, 2, 0).numpy(), IMAGES[19])
     np.testing.assert_array_equal(held_out[0].permute(1, 2, 0).numpy(), IMAGES[21])
-    assert train.survey.no_classes == "there are none in an array arr_1"
+    assert train.survey.no_classes == "there are none in an array arr_1 or labels"
 
 
 def test_one_file_can_be_named_and_gray_images_get_three_channels(tmp_path):
@@ -30,6 +30,14 @@ def test_one_file_can_be_named_and_gray_images_get_three_channels(tmp_path):
     dataset = open_split(tmp_path / "a.npz")
     assert dataset[1].shape == (3, 16, 16)
     assert dataset.labels.tolist() == [row % 2 for row in range(22) if row != 19]
+
+
+def test_arrays_may_be_named_images_and_labels(tmp_path):
+    np.savez(tmp_path / "a.npz", images=IMAGES, labels=np.arange(22) % 2)
+    dataset = open_split(tmp_path)
+    np.testing.assert_array_equal(dataset[1].permute(1, 2, 0).numpy(), IMAGES[1])
+    assert dataset.labels.tolist() == [row % 2 for row in range(22) if row != 19]
+    assert dataset.survey.source == "from the array arr_1 or labels"
 
 
 def test_wrong_files_are_named(tmp_path):
