@@ -102,7 +102,8 @@ def load_model(
     Args:
         path: a `model_*.safetensors` file.
         device: device of both.
-        autoencoder: where to load the autoencoder from if it has moved since training; its weights must be the same.
+        autoencoder: where to load the autoencoder from if it has moved since training; its weights must be the same. Its
+            statistics apply only if the checkpoint does not record a scale.
 
     Raises:
         UsageError: the checkpoint is unreadable, or the autoencoder is not the one used in training.
@@ -114,12 +115,7 @@ def load_model(
     stored = header.autoencoder
     source = replace(autoencoder or AutoencoderOptions(stored.id), scale_factor=stored.scale_factor)
     recorded = None if stored.statistics == UNMEASURED else stored
-    loaded = load_autoencoder(source, header.dataset.channels, None if source.latent_statistics else recorded)
-    if recorded and source.latent_statistics and not loaded.describe().same_scale(recorded):
-        raise UsageError(
-            f"the checkpoint {path} records another scale of its latents than --latent_statistics {source.latent_statistics}: "
-            "omit the flag"
-        )
+    loaded = load_autoencoder(source, header.dataset.channels, recorded)
     found = loaded.describe().sha256 or ""
     if stored.sha256 not in (None, found):  # None if the checkpoint was converted without the autoencoder
         raise UsageError(

@@ -18,7 +18,8 @@ from flow.losses.contrast import correct
 from flow.objectives import OBJECTIVES
 from flow.solvers import SOLVERS, SolverOptions, check_method, needs_float32, unreachable_tolerances
 from models.autoencoders.loading import AutoencoderOptions
-from models.autoencoders.protocol import AutoencoderFacts
+from models.autoencoders.protocol import MEASURED, UNMEASURED, AutoencoderFacts
+from models.autoencoders.statistics import describe_scale, read_chosen_scale
 from models.registry import NetworkOptions, network_groups
 from options import UsageError, as_json
 from runtime.distributed import Processes
@@ -282,9 +283,37 @@ def _refuse_contradictions(request: SamplerRequest, header: Header, path: Path, 
                 f"--{name} {value} contradicts the checkpoint {path}, which has {stored[name]}: "
                 "leave the flag out, or choose another checkpoint"
             )
+    _refuse_other_statistics(request, header, path)
+
+
+def _refuse_other_statistics(request: SamplerRequest, header: Header, path: Path) -> None:
+    """Check that --latent_statistics, if given, is the scale in the header; a header without a scale allows any.
+
+    Raises:
+        UsageError: it is another scale; the message names both.
+    """
+    chosen, facts = request.given.get("latent_statistics"), header.autoencoder
+    if not chosen or facts.statistics == UNMEASURED:
+        return
+    asked = ""
+    if chosen == MEASURED:
+        agrees = facts.statistics == MEASURED
+    else:
+        mean, std, _ = read_chosen_scale(chosen, header.latent_channels, facts.scale_factor)
+        agrees = replace(facts, latents_mean=mean, latents_std=std).same_scale(facts)
+        asked = f" ({describe_scale(mean, std)})"
+    if not agrees:
+        origin = facts.statistics or ("" if facts.scale_factor is None else f"--scale_factor {facts.scale_factor:g}")
+        raise UsageError(
+            f"--latent_statistics {chosen}{asked} contradicts the checkpoint {path}, whose latents have "
+            f"{describe_scale(facts.latents_mean, facts.latents_std)} ({origin or 'the scale of the autoencoder'}): leave the "
+            "flag out, or choose another checkpoint"
+        )
 
 
 def _scale_factor(autoencoder: AutoencoderFacts) -> float | None:
-    """The scale factor that is equivalent to an autoencoder's latent means and deviations; None if there is none."""
+    """The factor on the statistics of a file, or else the one that is equivalent to the scale; None if there is none."""
+    if autoencoder.statistics and autoencoder.scale_factor is not None:
+        return autoencoder.scale_factor
     means, stds = autoencoder.latents_mean, autoencoder.latents_std
     return round(1 / stds[0], 6) if not any(means) and len(set(stds)) == 1 else None

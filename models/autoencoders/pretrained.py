@@ -54,6 +54,7 @@ class PretrainedAutoencoder:
             self.network.to(memory_format=torch.channels_last)
         self.identity = identity
         self.scale_factor = scale_factor
+        self._scaled = scaled
         self.image_channels, self.latent_channels, self.factor = self.layout[:3]
         self.has_posterior = self.kind.has_posterior
         self.moment_channels = (2 if self.has_posterior else 1) * self.latent_channels
@@ -61,10 +62,17 @@ class PretrainedAutoencoder:
         if scale_factor is not None:
             scale: Scale | None = Scale((0.0,), (1 / scale_factor,), f"--scale_factor {scale_factor:g}")
         else:
-            scale = own_scale(network, self.kind.scale, self.latent_channels, identity) if scaled else None
+            scale = self.own_scale()
         self.source, self.statistics = (scale.source, "") if scale else ("", UNMEASURED)
         self.mean, self.std = self._columns((0.0,), (1.0,)) if scale is None else self._columns(scale.mean, scale.std)
-        self.own_mean, self.own_std = self.mean, self.std
+
+    def own_scale(self) -> Scale | None:
+        """The scale in the autoencoder's own files, even if another one is used; None if they have none.
+
+        Raises:
+            UsageError: it is unusable.
+        """
+        return own_scale(self.network, self.kind.scale, self.latent_channels, self.identity) if self._scaled else None
 
     def describe(self) -> AutoencoderFacts:
         """Hub id, folder or file, hash of the weights, and scale of the latents."""

@@ -16,7 +16,7 @@ def load_twin(name: str, autoencoder: Autoencoder, channels: int) -> Autoencoder
     """Load the twin `name` of an autoencoder; `channels` is the number of image channels.
 
     Raises:
-        UsageError: it cannot be loaded, or its latents have another shape.
+        UsageError: it cannot be loaded, its latents have another shape, or the autoencoder has no scale of its own.
     """
     twin = load_autoencoder(AutoencoderOptions(name), channels)
     shapes = [(each.latent_channels, each.factor) for each in (twin, autoencoder)]
@@ -24,6 +24,12 @@ def load_twin(name: str, autoencoder: Autoencoder, channels: int) -> Autoencoder
         raise UsageError(
             f"--preview_autoencoder {name} decodes {shapes[0][0]} channels by the factor {shapes[0][1]}, but this run's "
             f"latents have {shapes[1][0]} channels and the factor {shapes[1][1]}: choose a twin of the run's autoencoder"
+        )
+    if isinstance(autoencoder, PretrainedAutoencoder) and autoencoder.own_scale() is None:
+        raise UsageError(
+            f"--preview_autoencoder {name} needs latents in the own scale of the run's autoencoder {autoencoder.identity}, "
+            "but its files record none: omit --preview_autoencoder, or use the autoencoder in diffusers format, whose "
+            "config.json has a scaling_factor"
         )
     return twin
 
@@ -36,10 +42,9 @@ def fit_twin(twin: Autoencoder, autoencoder: Autoencoder) -> None:
 
         (x std + mean - m) / s s' + m' = x (std s' / s) + (mean - m) s' / s + m'.
     """
-    mean, std = _numbers(autoencoder.describe())
-    own_mean, own_std = (mean, std)
-    if isinstance(autoencoder, PretrainedAutoencoder):
-        own_mean, own_std = (each.flatten().cpu() for each in (autoencoder.own_mean, autoencoder.own_std))
+    mean, std = own_mean, own_std = _numbers(autoencoder.describe())
+    if isinstance(autoencoder, PretrainedAutoencoder) and (own := autoencoder.own_scale()):
+        own_mean, own_std = torch.tensor(own.mean), torch.tensor(own.std)
     facts = twin.describe()
     twin_mean, twin_std = _numbers(facts)
     fitted_mean, fitted_std = (mean - own_mean) * twin_std / own_std + twin_mean, std * twin_std / own_std

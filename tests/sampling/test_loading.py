@@ -11,6 +11,7 @@ from flow.guidance import GuidanceOptions
 from flow.solvers import SolverOptions
 from models.autoencoders.kl import new_autoencoder_kl
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.autoencoders.protocol import AutoencoderFacts
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError, as_json
@@ -49,6 +50,53 @@ def test_flags_that_agree_with_the_header_are_accepted(request_of):
 def test_a_flag_that_contradicts_the_header_names_both_values(request_of, flag, value, stored):
     with pytest.raises(UsageError, match=rf"--{flag} {value} contradicts .*model_1\.safetensors, which has {stored}:"):
         load_sampler(request_of(**{flag: value}))
+
+
+@pytest.fixture
+def scaled(tmp_path):
+    """`scaled(facts, flag=value, ...)` loads a sampler of a checkpoint with this scale of its latents."""
+    torch.manual_seed(0)
+    new_autoencoder_kl(3, (8, 16), 3, 8, {"scaling_factor": 0.5}).save_pretrained(tmp_path / "ae")
+    sha256 = load_autoencoder(AutoencoderOptions(str(tmp_path / "ae")), 3).describe().sha256
+    weights = build_network("DiT-Mi/4", 8, NETWORK).state_dict()
+
+    def load(scale_factor, mean, std, statistics, /, **given):
+        facts = AutoencoderFacts(str(tmp_path / "ae"), sha256, scale_factor, mean, std, statistics)
+        data, path = DatasetFacts("folder", 16, 3, None, True, ("cat", "dog")), tmp_path / "scaled.safetensors"
+        save_weights(path, weights, header_of(NETWORK, "DiT-Mi/4", 8, dataset=data, autoencoder=facts))
+        machine = MachineOptions(device="cpu", precision="fp32", compile=False)
+        options = AutoencoderOptions(
+            **{key: value for key, value in given.items() if key in vars(AutoencoderOptions())}
+        )
+        return load_sampler(
+            SamplerRequest(
+                SourceOptions(str(path)), SolverOptions("euler", 2), machine=machine, autoencoder=options, given=given
+            )
+        )
+
+    return load
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_statistics_are_compared_with_the_header(scaled, tmp_path, moved):
+    torch.save({"mean": torch.full((3,), 0.5), "std": torch.full((3,), 2.0)}, tmp_path / "mine.pt")
+    mine = {"latent_statistics": str(tmp_path / "mine.pt")}
+    more = {"pretrained_autoencoder_ckpt": str(tmp_path / "ae")} if moved else {}
+    own, file = (None, (0.0,) * 3, (2.0,) * 3, ""), (None, (0.5,) * 3, (2.0,) * 3, "latents_stats.pt")
+    with pytest.raises(
+        UsageError,
+        match=r"mine.pt \(mean 0.5 .* 2 2 2\) contradicts .*scaled.safetensors, whose latents have mean 0 0 0 ",
+    ):
+        scaled(*own, **mine, **more)
+    with pytest.raises(UsageError, match=r"measured contradicts .* mean 0.5 0.5 0.5 .* \(latents_stats.pt\)"):
+        scaled(*file, latent_statistics="measured", **more)
+    scaled(*file[:3], "measured", latent_statistics="measured", **more)
+    scaled(*file, **mine, **more)
+    times_half = (0.5, (0.5,) * 3, (4.0,) * 3, "latents_stats.pt")  # training combined the file with --scale_factor 0.5
+    scaled(*times_half, **mine, **more)
+    scaled(*times_half, **mine, scale_factor=0.5, **more)
+    with pytest.raises(UsageError, match=r"--scale_factor 0.25 contradicts .* which has 0.5"):
+        scaled(*times_half, **mine, scale_factor=0.25, **more)
 
 
 def test_a_changed_solver_and_guidance_are_recorded(request_of):
