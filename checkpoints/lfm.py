@@ -20,7 +20,7 @@ from checkpoints.lfm_request import NetworkRequest, request_network
 from checkpoints.state_dicts import TYPICAL_LABEL_DROPOUT, load_weights
 from flow.losses.options import prediction_of
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
-from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
+from models.autoencoders.protocol import UNMEASURED, Autoencoder, AutoencoderFacts
 from models.conditions import DenseInput
 from models.family import Weights, options_beyond_lfm
 from models.registry import Architecture, build_network
@@ -214,13 +214,9 @@ def _task(dense: DenseInput | None) -> str:
     return "inpaint" if dense.classes is None else "semantic"
 
 
-def describe_unseen(autoencoder: AutoencoderOptions) -> AutoencoderFacts:
-    """The facts that `Autoencoder.describe` returns for LFM's autoencoder, without the hash."""
-    assert autoencoder.scale_factor is not None
-    return AutoencoderFacts(
-        id=autoencoder.pretrained_autoencoder_ckpt,
-        sha256=None,
-        scale_factor=autoencoder.scale_factor,
-        latents_mean=(0.0,) * LATENT_CHANNELS,
-        latents_std=(1 / autoencoder.scale_factor,) * LATENT_CHANNELS,
-    )
+def describe_unseen(autoencoder: AutoencoderOptions, channels: int = LATENT_CHANNELS) -> AutoencoderFacts:
+    """The facts that `Autoencoder.describe` returns, without the hash, and without the scale if no scale factor is given."""
+    name, scale = autoencoder.pretrained_autoencoder_ckpt, autoencoder.scale_factor
+    if scale is None:
+        return AutoencoderFacts(name, None, statistics=UNMEASURED)
+    return AutoencoderFacts(name, None, scale, (0.0,) * channels, (1 / scale,) * channels)
