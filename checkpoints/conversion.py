@@ -45,7 +45,7 @@ def from_published(source: Path, target: Path, given: Mapping[str, Any]) -> None
     refuse_training_state(file, source)
     request = request_network(given, file.arguments)
     autoencoder = _autoencoder(request.autoencoder, request.dataset.channels, target)
-    if autoencoder is not None and {"scale_factor", "latent_statistics"}.isdisjoint(given):
+    if {"scale_factor", "latent_statistics"}.isdisjoint(given):
         scale = request.autoencoder.scale_factor
         note(f"assuming that latents are scaled by {scale}, as in LFM's checkpoints; otherwise, set --scale_factor")
     network, header = build_published(file, source, request, autoencoder)
@@ -85,11 +85,20 @@ def to_published(source: Path, target: Path, project: str = "", *, module_prefix
 
 
 def _autoencoder(options: AutoencoderOptions, channels: int, target: Path) -> Autoencoder | None:
-    """The autoencoder for images with these channels; None for one on the hub, which is not downloaded."""
+    """The autoencoder for images with these channels; None for one on the hub, which is not downloaded.
+
+    Raises:
+        UsageError: it cannot be loaded, or --latent_statistics is given for one on the hub.
+    """
     name = options.pretrained_autoencoder_ckpt
     if not is_hub_id(name):
         return load_autoencoder(options, channels)
-    note(f"the autoencoder {name} is not downloaded, so {target} records its id and scale but no hash")
+    if options.latent_statistics:
+        raise UsageError(
+            f"--latent_statistics needs the autoencoder {name}, which conversion does not download: give it as "
+            "--pretrained_autoencoder_ckpt FOLDER"
+        )
+    note(f"the autoencoder {name} is not downloaded, so {target} records its id but no hash")
     return None
 
 

@@ -20,7 +20,7 @@ from checkpoints.lfm_request import NetworkRequest, request_network
 from checkpoints.state_dicts import TYPICAL_LABEL_DROPOUT, load_weights
 from flow.losses.options import prediction_of
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
-from models.autoencoders.protocol import Autoencoder, AutoencoderFacts
+from models.autoencoders.protocol import UNMEASURED, Autoencoder, AutoencoderFacts
 from models.autoencoders.statistics import read_chosen_scale
 from models.conditions import DenseInput
 from models.family import Weights, options_beyond_lfm
@@ -215,15 +215,16 @@ def _task(dense: DenseInput | None) -> str:
     return "inpaint" if dense.classes is None else "semantic"
 
 
-def describe_unseen(autoencoder: AutoencoderOptions) -> AutoencoderFacts:
-    """The facts that `Autoencoder.describe` returns for LFM's autoencoder, without the hash.
+def describe_unseen(autoencoder: AutoencoderOptions, channels: int = LATENT_CHANNELS) -> AutoencoderFacts:
+    """The facts that `Autoencoder.describe` returns, without the hash, and without a scale if no option gives one.
 
     Raises:
         UsageError: the file of statistics does not fit.
     """
     name, factor = autoencoder.pretrained_autoencoder_ckpt, autoencoder.scale_factor
     if autoencoder.latent_statistics:
-        mean, std, path = read_chosen_scale(autoencoder.latent_statistics, LATENT_CHANNELS, factor)
+        mean, std, path = read_chosen_scale(autoencoder.latent_statistics, channels, factor)
         return AutoencoderFacts(name, None, factor, mean, std, Path(path).name)
-    assert factor is not None
-    return AutoencoderFacts(name, None, factor, (0.0,) * LATENT_CHANNELS, (1 / factor,) * LATENT_CHANNELS)
+    if factor is None:
+        return AutoencoderFacts(name, None, statistics=UNMEASURED)
+    return AutoencoderFacts(name, None, factor, (0.0,) * channels, (1 / factor,) * channels)

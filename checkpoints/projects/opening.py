@@ -42,6 +42,7 @@ __all__ = [
 
 DATASET = "imagenet_256"  # of the published networks
 FACTOR, SD_CHANNELS = 8, 4  # Stable Diffusion's autoencoder
+STABLE_DIFFUSION = ("stabilityai/sd-vae-ft-mse", "stabilityai/sd-vae-ft-ema")
 
 
 def open_published(
@@ -101,23 +102,33 @@ def read_project(
         file: contents of the file.
         path: path of the file.
         given: values of the flags that the user gave, by name.
-        autoencoder: None if it is not available; it is then assumed to be Stable Diffusion's.
+        autoencoder: None if it was not downloaded; only Stable Diffusion's is then known.
 
     Raises:
-        UsageError: the weights are not a network of the project, contradict the flags, or do not fit the autoencoder.
+        UsageError: the weights are not a network of the project, contradict the flags, or do not fit the autoencoder; or the
+            factor of the autoencoder is unknown.
     """
     weights = project.read(file.sampled)
     model_type, options = _network(project, file, weights, path, given)
     source, channels = select_options(AutoencoderOptions, given), options.num_out_channels
-    if autoencoder is None:
-        source = replace(source, scale_factor=source.scale_factor or SCALE_FACTOR)
-    found = autoencoder.latent_channels if autoencoder else SD_CHANNELS
+    name = source.pretrained_autoencoder_ckpt
+    if autoencoder:
+        found, factor = autoencoder.latent_channels, autoencoder.factor
+    elif name in STABLE_DIFFUSION:
+        found, factor = SD_CHANNELS, FACTOR
+    elif source.f:
+        found, factor = channels, source.f
+    else:
+        raise UsageError(
+            f"the factor of the autoencoder {name} is unknown, because it was not downloaded: add --f FACTOR"
+        )
     if found != channels:
         raise UsageError(
-            f"{path} needs latents of {channels} channels, but those of the autoencoder {source.pretrained_autoencoder_ckpt} "
-            f"have {found}: give the autoencoder that the network was trained with, as --pretrained_autoencoder_ckpt FOLDER"
+            f"{path} needs latents of {channels} channels, but the latents of the autoencoder {name} have {found}: give the "
+            "autoencoder that the network was trained with, as --pretrained_autoencoder_ckpt FOLDER"
         )
-    factor = autoencoder.factor if autoencoder else source.f or FACTOR
+    if autoencoder is None:
+        source = _with_known_scale(source)
     facts = published_facts(
         given.get("dataset", DATASET), given.get("image_size") or factor * (latent_side(weights) or 1)
     )
@@ -128,7 +139,7 @@ def read_project(
         model_type=model_type,
         network=options,
         latent_size=size,
-        autoencoder=autoencoder.describe() if autoencoder else describe_unseen(source),
+        autoencoder=autoencoder.describe() if autoencoder else describe_unseen(source, channels),
         dataset=facts,
         published_file=path.name,
         published_form=PublishedForm(project.name, file.entry, file.prefix),
@@ -235,6 +246,21 @@ def _network(
             "choose another --model_type, or leave it out"
         )
     return model_type, options
+
+
+def _with_known_scale(source: AutoencoderOptions) -> AutoencoderOptions:
+    """The options of an autoencoder that was not downloaded, with Stable Diffusion's scale factor if it is one of its own."""
+    name = source.pretrained_autoencoder_ckpt
+    if source.scale_factor is not None:
+        return source
+    if name in STABLE_DIFFUSION:
+        note(f"assuming that latents are scaled by {SCALE_FACTOR}, as {name} does; otherwise, set --scale_factor")
+        return replace(source, scale_factor=SCALE_FACTOR)
+    note(
+        f"the scale of the autoencoder {name} is unknown, because it was not downloaded; sampling will use its own scale; "
+        "for another one, set --scale_factor"
+    )
+    return source
 
 
 def _sizes(model_type: str, values: Mapping[str, Any]) -> dict[str, Any]:

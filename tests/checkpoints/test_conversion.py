@@ -9,6 +9,8 @@ import torch
 from checkpoints.conversion import FORMATS, from_published, to_published
 from checkpoints.files import load_model, read_weights, save_weights
 from checkpoints.header import PublishedForm
+from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
+from models.autoencoders.protocol import UNMEASURED, AutoencoderFacts
 from models.conditions import Condition, DenseInput
 from models.dit import DiTOptions
 from models.registry import build_network
@@ -127,10 +129,44 @@ def test_an_autoencoder_on_the_hub_is_not_downloaded(case_of, weights_of, tmp_pa
     from_published(tmp_path / "in.pt", tmp_path / "model.safetensors", {"model_heads": 4})
     facts = read_weights(tmp_path / "model.safetensors")[1].autoencoder
     assert (facts.id, facts.sha256, facts.scale_factor) == ("stabilityai/sd-vae-ft-mse", None, 0.18215)
-    assert "is not downloaded" in capsys.readouterr().err
+    notes = capsys.readouterr().err
+    assert "is not downloaded" in notes
+    assert "assuming that latents are scaled by 0.18215" in notes
     torch.save(weights_of(case_of("ditdh")), tmp_path / "in.pt")
-    with pytest.raises(UsageError, match="needs latents of 24 channels, but .* have 4: give"):
+    with pytest.raises(
+        UsageError, match="needs latents of 24 channels, but the latents of .*sd-vae-ft-mse have 4: give"
+    ):
         from_published(tmp_path / "in.pt", tmp_path / "model.safetensors", {})
+
+
+@pytest.mark.parametrize(("name", "channels"), [("sit_learn_sigma", 4), ("ditdh", 24)])
+def test_nothing_is_assumed_about_an_unknown_autoencoder_on_the_hub(
+    name, channels, case_of, weights_of, tmp_path, capsys
+):
+    source, target = tmp_path / "in.pt", tmp_path / "model.safetensors"
+    torch.save(weights_of(case_of(name)), source)
+    given = {"model_heads": 4, "pretrained_autoencoder_ckpt": "owner/unknown-vae"}
+    with pytest.raises(UsageError, match=r"owner/unknown-vae is unknown, because it was not downloaded: add --f"):
+        from_published(source, target, given)
+    with pytest.raises(UsageError, match=r"--latent_statistics needs the autoencoder owner/unknown-vae"):
+        from_published(source, target, {**given, "f": 16, "latent_statistics": "stats.pt"})
+    capsys.readouterr()
+    from_published(source, target, {**given, "f": 16})
+    header = read_weights(target)[1]
+    assert header.autoencoder == AutoencoderFacts("owner/unknown-vae", None, statistics=UNMEASURED)
+    assert (header.latent_size, header.dataset.image_size) == (8, 128)
+    assert "the scale of the autoencoder owner/unknown-vae is unknown" in capsys.readouterr().err
+    from_published(source, target, {**given, "f": 16, "scale_factor": 0.5})
+    assert read_weights(target)[1].autoencoder.latents_std == (2.0,) * channels
+
+
+def test_a_checkpoint_with_an_unseen_autoencoder_takes_its_scale(case_of, weights_of, autoencoder_for, tmp_path):
+    torch.save(weights_of(case_of("sit_learn_sigma")), tmp_path / "in.pt")
+    given = {"model_heads": 4, "pretrained_autoencoder_ckpt": "owner/unknown-vae", "f": 2}
+    from_published(tmp_path / "in.pt", tmp_path / "model.safetensors", given)
+    folder = autoencoder_for(4)
+    loaded = load_model(tmp_path / "model.safetensors", autoencoder=AutoencoderOptions(folder)).autoencoder
+    assert loaded.describe() == load_autoencoder(AutoencoderOptions(folder), 3).describe()
 
 
 PLAIN = {"num_classes": 3, "label_dropout": 0.1}
