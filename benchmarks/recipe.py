@@ -6,7 +6,8 @@ Every variant is trained with the same seeds, so that all see the same images, n
 --variants lists, or "NAME: TRAINING FLAGS | SAMPLING FLAGS", where the bar and the flags after it may be missing. The first
 variant is the baseline. Each run reports its validation loss by quarter of t, its speed, and the FD of --samples images without
 guidance and at every guidance scale of --scales; the scale with the lowest mean FD counts, because a better network often
-needs another one. Differences to the baseline are means over the seeds with standard errors.
+needs another one. Differences to the baseline are means over the seeds with standard errors; with one seed, the errors of FD
+are for the number of samples alone.
 
 The plot is written to OUTPUT.png. Runs, sample features and results are stored in --keep, so that an interrupted benchmark
 resumes, and variants, seeds and scales can be added. Sampling is in the precision that --precision chooses.
@@ -112,11 +113,13 @@ class Result(NamedTuple):
         losses: validation loss, and its parts by quarter of t.
         rate: training images per second.
         distances: FD by guidance scale.
+        errors: standard errors of FD for the finite number of samples.
     """
 
     losses: dict[str, float]
     rate: float
     distances: dict[float, float]
+    errors: dict[float, float]
 
 
 def train(own: RecipeOptions, datadir: str, variant: Variant, seed: int) -> Path:
@@ -137,13 +140,13 @@ def measure(request: BenchmarkRequest[RecipeOptions], variant: Variant, seed: in
     bench = Bench(
         request_benchmark("", RecipeOptions, "--checkpoint", checkpoint, *variant.sampling), f"{own.keep}/features"
     )
-    distances = {}
+    distances, errors = {}, {}
     for scale in (1.0, *own.scales):
-        loaded = varied(bench.loaded, scale=scale)
-        distances[scale] = bench.distance(bench.sample(loaded, own.samples).features)
+        samples = bench.sample(varied(bench.loaded, scale=scale), own.samples)
+        distances[scale], errors[scale] = bench.distance(samples.features), bench.error_of_difference(samples)
     last = records_of(run, "validation")[-1]
     rates = [entry["images_per_s"] for entry in records_of(run, "train")]
-    return Result({name: last[name] for name in ("loss", *QUARTERS)}, statistics.median(rates), distances)
+    return Result({name: last[name] for name in ("loss", *QUARTERS)}, statistics.median(rates), distances, errors)
 
 
 def best_scale(results: Sequence[Result]) -> float:
@@ -155,7 +158,10 @@ def best_scale(results: Sequence[Result]) -> float:
 
 
 def summarize(variant: Variant, results: Sequence[Result], baseline: Sequence[Result]) -> dict[str, Any]:
-    """A row of the results: means over the seeds, and paired differences to the baseline with standard errors."""
+    """A row of the results: means over the seeds, and paired differences to the baseline with standard errors.
+
+    With one seed, the errors of FD are for the finite number of samples alone.
+    """
     scale, reference = best_scale(results), best_scale(baseline)
     values: dict[str, tuple[Callable[[Result], float], Callable[[Result], float]]] = {
         "unguided": (lambda result: result.distances[1.0],) * 2,
@@ -174,6 +180,10 @@ def summarize(variant: Variant, results: Sequence[Result], baseline: Sequence[Re
             "error": _error(differences),
         }
         row[name]["spread"] = _error(ours)
+    if len(results) == 1:
+        for name, ours, theirs in (("unguided", 1.0, 1.0), ("guided", scale, reference)):
+            own, other = results[0].errors[ours], baseline[0].errors[theirs]
+            row[name] |= {"error": math.hypot(own, other), "spread": own}
     rates = [result.rate / other.rate for result, other in zip(results, baseline, strict=True)]
     row["rate"] = {"mean": statistics.mean(result.rate for result in results), "relative": statistics.median(rates)}
     return row

@@ -146,7 +146,8 @@ def weights_for_lfm(weights: Weights, header: Header, source: str | Path) -> dic
     if beyond := options_beyond_lfm(header.network):
         raise UsageError(
             f"{source} has a network with {' '.join(f'--{name}' for name in beyond)}, which LFM's networks do not have: LFM's "
-            "code could not load it, or would draw wrong samples"
+            "code could not load it, or would draw wrong samples. For another project's format, add --project (SiT, REPA, "
+            "LightningDiT, MeanFlow or DiTDH)"
         )
     if (predicted := prediction_of(header.path)) != "velocity":
         raise UsageError(

@@ -80,7 +80,8 @@ def test_every_recipe_has_a_run_of_its_own():
 
 def result(loss, unguided, guided):
     losses = dict.fromkeys(("loss", *recipe.QUARTERS), loss)
-    return recipe.Result(losses, 100 * loss, {1.0: unguided, 2.0: guided, 4.0: guided + 1})
+    distances = {1.0: unguided, 2.0: guided, 4.0: guided + 1}
+    return recipe.Result(losses, 100 * loss, distances, dict.fromkeys(distances, 0.3))
 
 
 def test_recipes_are_compared_seed_by_seed_at_their_own_best_scale():
@@ -92,3 +93,6 @@ def test_recipes_are_compared_seed_by_seed_at_their_own_best_scale():
     assert (row["unguided"]["mean"], row["unguided"]["difference"], row["unguided"]["error"]) == (2.5, -1.5, 0.5)
     assert row["guided"]["difference"] == 0.5
     assert row["rate"]["relative"] == pytest.approx((0.5 + 0.75) / 2)
+    alone = recipe.summarize(recipe.Variant("other"), other[:1], baseline[:1])
+    assert alone["guided"]["error"] == pytest.approx(0.3 * 2**0.5)  # both sides have a finite number of samples
+    assert alone["loss"]["error"] is None
