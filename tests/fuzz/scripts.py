@@ -109,6 +109,7 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
         f"{PHOTOS} --pretrained_autoencoder_ckpt ae {MACHINE}",
         f"{PHOTOS} --pretrained_autoencoder_ckpt ae {MACHINE} --format lightningdit --latent_shards_dir new",
     ),
+    "evaluation.report.__main__": ("saved/latent_flow/folder/run --output new.html",),
     "datasets_prep.build_pairs": (
         f"--exp run --save_root saved {PHOTOS} --pairs new --n_pairs 4 --batch_size 2 {SOLVER} {MACHINE}",
     ),

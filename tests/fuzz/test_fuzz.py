@@ -15,7 +15,8 @@ from tests.fuzz.cases import Case, draw_case, read_cases, takes_long
 from tests.fuzz.scripts import ROOT, SCRIPTS, declared_options
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="cases run in forked processes, with Linux's limits")
-NOT_SCRIPTS = {"runtime/processes/launch.py"}  # names __main__ for another reason
+# The first names __main__ for another reason, and the second serves a page until it is stopped.
+NOT_SCRIPTS = {"runtime/processes/launch.py", "demo.py"}
 ELSEWHERE = ("benchmarks", "docs", "tests")
 SHORT, LONG = 60, 1500  # cases
 
