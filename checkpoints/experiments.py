@@ -44,7 +44,8 @@ def newest_model(folder: Path, epoch: int | None = None) -> Path:
         found |= {int(match[1]): path for path in paths if (match := re.fullmatch(r"model_(\d+)", path.stem))}
     if not found or (epoch is not None and epoch not in found):
         wanted = f"model_{'<epoch>' if epoch is None else epoch}"
-        present = f"found: {', '.join(p.name for p in sorted(found.values())) or 'no checkpoints'}"
+        names = [path.name for path in (*sorted(found.values()), folder / "best.safetensors") if path.is_file()]
+        present = f"found: {', '.join(names) or 'no checkpoints'}"
         raise UsageError(
             f"no {wanted}.safetensors or {wanted}.pth in {folder} ({present if folder.is_dir() else 'no such folder'}); "
             "train first with run.sh, or pass a file with --checkpoint"

@@ -242,8 +242,8 @@ def _network(
     options = make_options(DiTOptions, values)
     if found and (lacking := project.lacks(options)):
         raise UsageError(
-            f"{path} is no file of {project.name}, whose networks have no such {', '.join(f'--{name}' for name in lacking)}: "
-            "choose another --model_type, or leave it out"
+            f"{path} is no file of {project.name} with these options, because its networks have another value of "
+            f"{', '.join(f'--{name}' for name in lacking)}: leave the options out, or choose another --model_type"
         )
     return model_type, options
 

@@ -55,3 +55,11 @@ def test_plain_names(name, tmp_path):
 def test_names_that_are_not_plain_folder_names_are_refused(name, tmp_path):
     with pytest.raises(UsageError, match=r"--exp .*expected a plain name"):
         experiment_folder(str(tmp_path), "mnist", name)
+
+
+def test_the_best_checkpoint_alone_is_named(tmp_path):
+    (tmp_path / "best.safetensors").touch()
+    with pytest.raises(
+        UsageError, match=r"found: best.safetensors\); train first .*, or pass a file with --checkpoint"
+    ):
+        newest_model(tmp_path)

@@ -181,7 +181,7 @@ def test_a_file_that_several_projects_may_have_written_is_asked_about(opened, ca
             {"model_type": "LightningDiT/1"},
             r"expected patch side 1, but found patch side 2",
         ),
-        ("sit_learn_sigma", {"model_type": "REPA/2"}, r"is no file of REPA, whose networks have no such --learn_sigma"),
+        ("sit_learn_sigma", {"model_type": "REPA/2"}, r"is no file of REPA .* another value of --learn_sigma"),
         ("ditdh", {"image_size": 15}, r"--image_size 15 is not a multiple of 2"),
         ("ditdh", {"pretrained_autoencoder_ckpt": "none"}, r"needs latents of 24 channels, but .* none have 3: give"),
     ],
