@@ -7,7 +7,7 @@ time of one thread, which other programs disturb little. A step that trains an i
 trains the velocity; their mean with the objective's --flow_share is what a run pays. Guided targets add two forward passes to
 either step.
 
-Memory is the peak of two interval steps in a process of its own, minus the memory in use before the network was built.
+Memory is the peak of two interval steps in a separate process, minus the memory in use before the network was built.
 """
 
 import argparse
@@ -111,7 +111,7 @@ def advance(step: Step, own: argparse.Namespace) -> Callable[[], object]:
 
 
 def peak_of(step: Step, own: argparse.Namespace) -> float:
-    """Peak memory of two steps in a process of its own, in bytes."""
+    """Peak memory of two steps in a separate process, in bytes."""
     flags = ["--network", own.network, "--side", str(own.side), "--batch_size", str(own.batch_size)]
     row = json.dumps([step.objective, step.interval, step.guided])
     command = [sys.executable, "-m", "benchmarks.few_step_cost", *flags, "--precision", own.precision, "--row", row]

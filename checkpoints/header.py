@@ -46,7 +46,7 @@ class PowerAverage:
 
 @dataclass(frozen=True)
 class PublishedForm:
-    """The form of the file that a checkpoint was converted from, in which conversion back writes it.
+    """The form of the file that a checkpoint was converted from. Conversion back writes this form.
 
     Args:
         project: key of checkpoints.projects.registry.PROJECTS.

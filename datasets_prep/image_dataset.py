@@ -126,7 +126,7 @@ def listed_classes(names: list[str]) -> tuple[str, ...]:
 
 
 def rows_of_split(count: int, split: Split) -> np.ndarray:
-    """The rows int64 [n] of a split of `count` images of which every twentieth is held out. One image is in both splits."""
+    """The rows int64 [n] of a split. Every twentieth of the `count` images is held out; a single image is in both splits."""
     rows = np.arange(count)
     if count < 2:
         return rows

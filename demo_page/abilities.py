@@ -1,4 +1,4 @@
-"""What the page offers for a checkpoint: classes, solvers and tabs, and why a tab or control is missing."""
+"""The classes, solvers and tabs that the page offers for a checkpoint, and explanations of missing tabs and controls."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,7 +34,7 @@ WITHOUT_BACKGROUND = ("coco",)
 
 @dataclass(frozen=True)
 class Abilities:
-    """What the page offers for the network that `header` describes."""
+    """The page's offer for the network that `header` describes."""
 
     header: Header
 

@@ -70,7 +70,7 @@ class DemoModel:
 
     @property
     def abilities(self) -> Abilities:
-        """What the network can do."""
+        """The abilities of the network."""
         return Abilities(self.flow.header)
 
     def sample(self, labels: Sequence[int], count: int, settings: Settings) -> Iterator[Drawing]:

@@ -53,7 +53,7 @@ def painted_image(painting: Mapping[str, Any] | None, facts: DatasetFacts) -> to
         facts: facts about the dataset.
 
     Raises:
-        UsageError: there is no picture.
+        UsageError: no picture was given.
     """
     pixels = None if painting is None else painting.get("background")
     if pixels is None or not pixels.size or not pixels[..., 3].any():

@@ -14,7 +14,7 @@ TOLERANCE = 1e-3  # of adaptive solvers
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for: the numbers of samples and steps, and its time in seconds."""
+    """Limits of one request: the numbers of samples and steps, and the time in seconds."""
 
     samples: int
     steps: int

@@ -249,7 +249,7 @@ def _network(
 
 
 def _with_known_scale(source: AutoencoderOptions) -> AutoencoderOptions:
-    """The options of an autoencoder that was not downloaded, with Stable Diffusion's scale factor if it is one of its own."""
+    """The options of an autoencoder that was not downloaded; one of Stable Diffusion's own gets its scale factor."""
     name = source.pretrained_autoencoder_ckpt
     if source.scale_factor is not None:
         return source

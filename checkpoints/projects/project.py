@@ -23,9 +23,9 @@ from runtime.weights import find_mismatch
 
 __all__ = ["COMMON_PARTS", "Project", "split_description"]
 
-# Parts that stand first in all projects' files, under DiT's names.
+# The first parts of all projects' files, under DiT's names.
 COMMON_PARTS = {name: name for name in ("pos_embed", "x_embedder", "t_embedder", "y_embedder")}
-# Options of which projects' files say nothing, besides the tap's, and that fit any project.
+# Options, besides the tap's, that fit any project because the files do not record them.
 SIZES = (
     "num_in_channels",
     "num_out_channels",
@@ -54,7 +54,7 @@ class Project:
     Args:
         name: key of PROJECTS and of models.registry.PUBLISHED_TYPES.
         parts: parts of the state dict in the project's order, and DiT's prefix for each.
-        options: allowed values of the options in which its networks may differ from a plain DiT; None: any.
+        options: by option that may differ from a plain DiT, the allowed values; None: any value.
         reversed_time: whether its networks get the time 1 - t and predict data - noise.
         entry: entry of its files that holds the weights to sample with; "": the file itself.
         describe_training: takes (weights under DiT's names, the run's arguments), returns options of weights for training.
@@ -72,7 +72,7 @@ class Project:
     named_arguments: Callable[[Weights], dict[str, Any]] = lambda weights: {}
 
     def read(self, weights: Weights) -> dict[str, Any]:
-        """A state dict of the project under DiT's names. Names that belong to no part stay as they are."""
+        """A state dict of the project under DiT's names. Names outside all parts stay unchanged."""
         return {_renamed(name, self.parts): value for name, value in self.modernize(weights).items()}
 
     def describe(self, weights: Weights, arguments: Mapping[str, Any]) -> dict[str, Any]:

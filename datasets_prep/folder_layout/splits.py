@@ -91,7 +91,7 @@ def _pairs(names: list[str], digits: bool) -> list[NamedSplits]:
 def split_names(names: Iterable[str]) -> NamedSplits:
     """Sort names of files by the word of a split in them: `train-00000-of-00002`, `val_0001`.
 
-    Names without such a word are training files if there are no others. Without training files, all files are training files.
+    If no name says "train", files without such a word are training files. If none are left, all files are training files.
     Of several words for held-out files, the first in HELD_OUT counts.
     """
     by_word: dict[str, list[str]] = {}

@@ -15,7 +15,7 @@ from runtime.files import UNREADABLE
 
 __all__ = ["Archive", "content_offset", "open_archive"]
 
-LOCAL_HEADER = 30  # bytes before the name, whose length and that of the extra field are in the last four
+LOCAL_HEADER = 30  # bytes before the name; the last four are the lengths of the name and of the extra field
 RAW_DEFLATE = -15
 METHODS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflated"}
 OTHER_METHODS = {9: "Deflate64", zipfile.ZIP_BZIP2: "BZIP2", zipfile.ZIP_LZMA: "LZMA", 93: "Zstandard"}

@@ -65,7 +65,7 @@ def as_dataset(name: str, shards: Shards, split: Split, size: int, train: Conten
         own: the contents of this split's files; `train` itself if some of its rows are held out.
 
     Raises:
-        UsageError: there are no rows, or a held-out image is of no training class.
+        UsageError: the split is empty, or a held-out image has a class that no training image has.
     """
     if not len(own.labels):
         raise UsageError(f"{shards.root} has no {split} images")
@@ -107,7 +107,7 @@ def _read_latents(read: ReadLatents, rows: torch.Tensor, indices: torch.Tensor, 
 
 
 def _number_labels(train: Content, own: Content) -> tuple[np.ndarray, list[str], str]:
-    """Labels int64 [N], class names by label, and the reason if there are no classes.
+    """Labels int64 [N], class names by label, and, without classes, an explanation.
 
     Raises:
         UsageError: a held-out image is of no training class.

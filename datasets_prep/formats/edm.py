@@ -4,7 +4,7 @@ A folder holds `images/` (`<5 digits>/img<8 digits>.png`), `vae-sd/` (`<5 digits
 with `dataset.json`: {"labels": [["00000/img-mean-std-00000000.npy", 3], ...]}. Each may be a zip file instead (`images.zip`,
 `vae-sd.zip`). An array holds the mean and the standard deviation of a posterior, [2 c, h, w], unscaled.
 
-With both, training uses the latents, and scores use the images. There are no latents of mirror images.
+If a folder holds both, training uses the latents, and scores use the images. Mirror images have no latents.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ PROBED = 20  # folders that are searched for arrays
 
 
 def find_edm_folders(datadir: Path) -> Shards | None:
-    """The folder or zip file of the latents below `datadir`, then that of the images if there are any; None without latents.
+    """Find the folder or zip file of latents below `datadir`, and images next to it; None if there are no latents.
 
     A zip file of images alone is found too. Folders of images alone are read as any other folder.
     """

@@ -46,7 +46,7 @@ def open_remote(name: str, url: str, split: Split, image_size: int, folder: Path
         folder: keeps the index.
 
     Raises:
-        UsageError: a package is missing, there are no tar files, or one is damaged.
+        UsageError: a package is missing, the place holds no tar file, or a tar file is damaged.
     """
     system, root = _connect(url)
     found = _list_tars(system, root, url)

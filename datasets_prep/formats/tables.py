@@ -1,8 +1,8 @@
 """Hugging Face datasets in Parquet files (`train-00000-of-00002.parquet`) or in Arrow files, as `save_to_disk` writes them.
 
 An image is a struct {bytes, path} or bytes, in a column named as in IMAGE_COLUMNS. A class id or name is in a column of
-LABEL_COLUMNS. The names of classes come from the files' metadata. Arrow files are memory-mapped; of Parquet files, whole row
-groups are read, of which the last few stay in memory.
+LABEL_COLUMNS. The names of classes come from the files' metadata. Arrow files are memory-mapped. Parquet
+files are read by row group, and the last few row groups stay in memory.
 
 pyarrow reads the files: pip install pyarrow.
 """
@@ -35,7 +35,7 @@ LARGE_GROUP = 1 << 30  # bytes
 
 
 class _Columns(NamedTuple):
-    """The column of the images, and that of the labels; None if there is none."""
+    """The image column, and the label column or None."""
 
     image: str
     label: str | None
@@ -114,7 +114,7 @@ def _reader_of(tables: list[_Table], column: str) -> Callable[[int, int], torch.
 
 @contextmanager
 def _as_damaged(path: Path) -> Iterator[None]:
-    """Report the errors of pyarrow, most of which are subclasses of Python's, as a damaged file."""
+    """Report errors of pyarrow as a damaged file. Most of them are subclasses of Python's errors."""
     try:
         yield
     except UNREADABLE as error:

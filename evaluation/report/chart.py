@@ -175,7 +175,7 @@ def _tags(drawn: Sequence[Series], x: _Axis, y: _Axis) -> Iterable[str]:
 
 
 def _legend(series: Sequence[Series], several_runs: bool) -> str:
-    """What lines and markers mean, if runs may have several curves. `run_legend` names the runs."""
+    """Explains lines and markers, if runs may have several curves. `run_legend` names the runs."""
     kinds = {each.kind: each for each in reversed(series) if each.kind}
     items = []
     for kind, each in reversed(kinds.items()):
@@ -202,7 +202,7 @@ def _key(color: str, line: bool, marker: int, marked: bool) -> str:
 
 
 def _describe(panel: Panel, drawn: Sequence[Series], log: bool) -> str:
-    """What the chart shows, in words."""
+    """Describes the chart in words."""
     texts = []
     for series in drawn:
         first, last = series.points[0], series.points[-1]

@@ -1,6 +1,6 @@
 """Searches the training images nearest to a run's samples, to see whether the model copies them.
 
-The samples are those of the last sample grid. Distances are root mean squared differences of pixels, from 0 to 255. The
+The samples come from the last sample grid. Distances are root mean squared differences of pixels, from 0 to 255. The
 distances of held-out images, which the model has not seen, show what to expect without copying. Meehan et al. 2020,
 arXiv:2004.05675, compare the same two.
 """

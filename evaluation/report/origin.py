@@ -65,7 +65,7 @@ def checkpoints(runs: Sequence[RunRecord]) -> str:
 
 
 def problems(runs: Sequence[RunRecord]) -> str:
-    """What could not be read."""
+    """A list of unreadable files."""
     found = [f"<li>{escape(text)}</li>" for run in runs for text in dict.fromkeys(run.problems)]
     return card(f"<ul>{''.join(found)}</ul>") if found else ""
 
