@@ -1,7 +1,7 @@
 """The parts of the page that show what a run learned: overview, curves, sample grids and other pictures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from evaluation.report.chart import draw_chart, format_number, run_legend
@@ -79,28 +79,19 @@ def grids(runs: Sequence[RunRecord], most: int) -> str:
 
 def reconstructions(runs: Sequence[RunRecord]) -> str:
     """Held-out images above their reconstructions by the autoencoder."""
-    cards = []
-    for index, run in enumerate(runs):
-        path = run.folder / "samples" / "reconstructions.png"
-        if not path.exists():
-            continue
-        facts = _facts(run, "reconstructions.json")
+
+    def note(facts: Mapping[str, Any]) -> str:
         ratio = facts.get("psnr_db")
         text = f"PSNR {ratio:.2f} dB over the images shown. " if isinstance(ratio, float) else ""
-        if picture := embed_picture(path, f"Held-out images above their reconstructions, {run.name}", run):
-            note = f'<p class="soft">{text}Above: held-out images. Below: encoded and decoded.</p>'
-            cards.append(run_card(index, run, f'{note}<div class="wide">{picture}</div>', len(runs) > 1))
-    return "".join(cards)
+        return f"{text}Above: held-out images. Below: encoded and decoded."
+
+    return _pictures(runs, "reconstructions", "Held-out images above their reconstructions", note)
 
 
 def nearest(runs: Sequence[RunRecord]) -> str:
     """Samples next to their nearest training images, if they have been searched for."""
-    cards = []
-    for index, run in enumerate(runs):
-        path = run.folder / "samples" / "nearest.png"
-        if not path.exists():
-            continue
-        facts = _facts(run, "nearest.json")
+
+    def note(facts: Mapping[str, Any]) -> str:
         described = ""
         if {"samples", "held_out"} <= facts.keys():
             described = (
@@ -108,13 +99,26 @@ def nearest(runs: Sequence[RunRecord]) -> str:
                 f"{format_number(facts['samples'])} for samples, {format_number(facts['held_out'])} for held-out images "
                 f"({facts.get('distance', '')}; samples from step {facts.get('step', 0):,}). "
             )
-        if picture := embed_picture(path, f"Samples of {run.name}, each above its three nearest training images", run):
-            note = f'<p class="soft">{described}First row: samples. Below each: its three nearest training images. '
-            content = f'{note}{SMALL_DISTANCE}</p><div class="wide">{picture}</div>'
+        return f"{described}First row: samples. Below each: its three nearest training images. {SMALL_DISTANCE}"
+
+    found = _pictures(runs, "nearest", "Samples, each above its three nearest training images", note)
+    return found or card(
+        "<p class='soft'>Not computed. Add <code>--nearest 16</code> to the command of this report.</p>"
+    )
+
+
+def _pictures(runs: Sequence[RunRecord], name: str, text: str, note: Callable[[Mapping[str, Any]], str]) -> str:
+    """The picture samples/NAME.png of each run that has it, with a note from the facts in NAME.json."""
+    cards = []
+    for index, run in enumerate(runs):
+        path = run.folder / "samples" / f"{name}.png"
+        if not path.exists():
+            continue
+        facts = _facts(run, f"{name}.json")
+        if picture := embed_picture(path, f"{text}, {run.name}", run):
+            content = f'<p class="soft">{note(facts)}</p><div class="wide">{picture}</div>'
             cards.append(run_card(index, run, content, len(runs) > 1))
-    if cards:
-        return "".join(cards)
-    return card("<p class='soft'>Not computed. Add <code>--nearest 16</code> to the command of this report.</p>")
+    return "".join(cards)
 
 
 def score_text(score: Score) -> str:
