@@ -52,6 +52,8 @@ def train(run: TrainingRun, resume: bool) -> bool:
     if processes.is_main:
         show_memory(run)
     state = _initial_state(run, resume, per_epoch, last_step)
+    if options.minutes and state is not None:
+        last_step = steps_in_minutes(run, state)
     snapshot_every = snapshot_interval(options.posthoc_ema_every, last_step)
     if state is None or state.step >= last_step or 0 < options.max_minutes * 60 <= state.seconds:
         advice = "add --resume and raise --max_steps, --num_epoch or --max_minutes"

@@ -44,6 +44,14 @@ class TrainingOptions(OptimizerOptions):
     max_steps: int = option(
         0, "optimizer steps; 0: num_epoch sets the length", minimum=0, on_resume="on_request", common=True
     )
+    minutes: float = option(
+        0.0,
+        "as many steps as fit into this time from the start of the command, data's autoencoder and caches included; measured "
+        "once, and kept on resume; instead of --max_steps and --num_epoch; 0: off",
+        minimum=0,
+        on_resume="on_request",
+        common=True,
+    )
     max_minutes: float = option(
         0.0, "end the run after this many minutes (not reproducible); 0: no limit", minimum=0, on_resume="freely"
     )

@@ -23,6 +23,7 @@ from training.experiment import (
     run_folder,
 )
 from training.loop import train
+from training.preparation.own_autoencoder import Unfinished
 from training.setup import prepare, training_groups
 
 __all__ = ["IGNORED_FLAGS", "run_training", "run_training_script"]
@@ -59,16 +60,23 @@ def run_training(task: TrainingTask, options: Options, processes: Processes) -> 
     if processes.is_main:
         check_run_folder(folder)
     with orderly_exit(), only_run_in(folder, processes):
-        run, resume = prepare(options, processes, task)
+        try:
+            run, resume = prepare(options, processes, task)
+        except Unfinished:
+            return _interrupted()
         parameters = sum(p.numel() for p in run.network.parameters())
         fact("model", f"{run.header.model_type}, {parameters / 1e6:.1f} M parameters")
         fact("run folder", str(run.folder))
         complete = train(run, resume)
     if not complete:
-        show("interrupted; to resume, run the same command again, without --overwrite")
-        return INTERRUPTED
+        return _interrupted()
     show(f"complete; sample with:\n  {_sampling_command(options, task.task)}")
     return 0
+
+
+def _interrupted() -> int:
+    show("interrupted; to resume, run the same command again, without --overwrite")
+    return INTERRUPTED
 
 
 def _sampling_command(options: Options, task: Task) -> str:

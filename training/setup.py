@@ -57,7 +57,8 @@ from training.network import (
 from training.objectives.checks import settle_options
 from training.objectives.training_pairs import open_training_pairs
 from training.preparation.configuration import configuration_of
-from training.preparation.inputs import Inputs, keep_scale, open_inputs, show_reconstructions
+from training.preparation.inputs import Inputs, keep_scale, open_inputs, open_splits, show_reconstructions
+from training.preparation.own_autoencoder import OwnAutoencoderOptions, resolve_own
 from training.run import TrainingOptions, TrainingRun
 from training.tracking.trackers import check_tracker
 from training.validation import Validation
@@ -73,6 +74,7 @@ def training_groups() -> tuple[type, ...]:
         FlipOptions,
         LatentCacheOptions,
         AutoencoderOptions,
+        OwnAutoencoderOptions,
         NetworkOptions,
         *network_groups(),
         ObjectiveOptions,
@@ -93,13 +95,17 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
 
     Raises:
         UsageError: the options contradict each other, the data or the existing run.
+        Unfinished: the training of the data's own autoencoder was interrupted.
     """
     data, experiment, training = options[DatasetOptions], options[ExperimentOptions], options[TrainingOptions]
     _check(training, options[SolverOptions], options[MachineOptions])
     check_tracker(experiment.tracker)
     machine = choose_machine(options[MachineOptions], processes)
     with processes.main_first():  # only the main process downloads
-        inputs = open_inputs(task, options, machine.for_encoding)
+        splits = open_splits(task, options)
+    encoder_options = resolve_own(options, *splits, machine, processes)
+    with processes.main_first():
+        inputs = open_inputs(task, options, splits, encoder_options, machine.for_encoding)
     model_type, objective_name = options[NetworkOptions].resolve(), options[ObjectiveOptions].objective
     chosen, objective_options = options[NETWORKS[model_type].options], options[OBJECTIVES[objective_name].options]
     pairs = open_training_pairs(

@@ -41,7 +41,9 @@ UNREAD_PICTURES = frozenset((
     ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jfif", ".jpe", ".pnm", ".pbm", ".tga", ".exr", ".hdr", ".psd", ".svg",
     ".dng", ".cr2", ".cr3", ".nef", ".arw", ".dcm", ".ico", ".apng",
 ))  # fmt: skip
-DERIVED = frozenset(("latent_cache", "statistics", "lightningdit"))  # folders that this project writes into --datadir
+DERIVED = frozenset(  # folders that this project writes into --datadir
+    ("autoencoders", "latent_cache", "statistics", "lightningdit")
+)
 EXAMPLES = 3  # named in a message
 PROBED_ENTRIES = 1000
 

@@ -19,9 +19,10 @@ from models.autoencoders.statistics import read_chosen_scale
 from options import UsageError, option
 from runtime.messages import fact, note
 
-__all__ = ["AUTOENCODERS", "AutoencoderOptions", "is_hub_id", "load_autoencoder", "load_pretrained"]
+__all__ = ["AUTOENCODERS", "OWN", "AutoencoderOptions", "is_hub_id", "load_autoencoder", "load_pretrained"]
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # relative folders are also searched for here
+OWN = "own"  # the data's own autoencoder, which training scripts train and replace by its folder
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -31,7 +32,8 @@ class AutoencoderOptions:
 
     pretrained_autoencoder_ckpt: str = option(
         "stabilityai/sd-vae-ft-mse",
-        "autoencoder: a hub id or folder in diffusers format, a latent diffusion file, or none for pixel space",
+        "autoencoder: a hub id or folder in diffusers format, a latent diffusion file, none for pixel space, or own: training "
+        "first trains a small one on the images, and keeps it with them (docs/own_images.md)",
         common=True,
     )
     scale_factor: float | None = option(
@@ -53,8 +55,15 @@ def _pixel_space(options: AutoencoderOptions, channels: int) -> Autoencoder:
     return PixelSpace(channels)
 
 
+def _refuse_own(options: AutoencoderOptions, channels: int) -> Autoencoder:
+    raise UsageError(
+        f"--pretrained_autoencoder_ckpt {OWN} is for training scripts, which print the folder of the data's own autoencoder: "
+        "pass that folder"
+    )
+
+
 # Registered autoencoders: name to loader(options, image channels).
-AUTOENCODERS: dict[str, Callable[[AutoencoderOptions, int], Autoencoder]] = {"none": _pixel_space}
+AUTOENCODERS: dict[str, Callable[[AutoencoderOptions, int], Autoencoder]] = {"none": _pixel_space, OWN: _refuse_own}
 
 
 def load_autoencoder(

@@ -29,7 +29,7 @@ from training.experiment import (
 )
 from training.run import TrainingOptions
 
-__all__ = ["Inputs", "keep_scale", "open_inputs", "show_reconstructions"]
+__all__ = ["Inputs", "keep_scale", "open_inputs", "open_splits", "show_reconstructions"]
 
 
 class Inputs(NamedTuple):
@@ -48,16 +48,28 @@ class Inputs(NamedTuple):
         return None if self.condition is None else replace(self.condition.dense, dropout=dropout)
 
 
-def open_inputs(task: TrainingTask, options: Options, machine: Machine) -> Inputs:
-    """Open the data and load the autoencoder and the feature network; the samples can be scored."""
-    data, scored = options[DatasetOptions], options[ExperimentOptions].eval_samples
+def open_splits(task: TrainingTask, options: Options) -> tuple[ImageDataset, ImageDataset]:
+    """Open the training images and the held-out images that training uses, and print what they are."""
     dataset, held_out = (
-        choose_flips(task.open(data, split), options[FlipOptions]) for split in ("train", "validation")
+        choose_flips(task.open(options[DatasetOptions], split), options[FlipOptions])
+        for split in ("train", "validation")
     )
     show_data(dataset, held_out)
-    held_out = held_out.head(HELD_OUT_IMAGES)
-    autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels).to(machine.device)
-    scale_by_statistics(dataset, autoencoder, options[AutoencoderOptions].latent_statistics)
+    return dataset, held_out.head(HELD_OUT_IMAGES)
+
+
+def open_inputs(
+    task: TrainingTask,
+    options: Options,
+    splits: tuple[ImageDataset, ImageDataset],
+    encoder: AutoencoderOptions,
+    machine: Machine,
+) -> Inputs:
+    """Load the autoencoder that `encoder` names, and the feature network; the samples can be scored."""
+    data, scored = options[DatasetOptions], options[ExperimentOptions].eval_samples
+    dataset, held_out = splits
+    autoencoder = load_autoencoder(encoder, dataset.facts.channels).to(machine.device)
+    scale_by_statistics(dataset, autoencoder, encoder.latent_statistics)
     features = None
     if scored:
         dataset.check_images("--eval_samples")

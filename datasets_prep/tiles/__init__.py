@@ -1,0 +1,1 @@
+"""Cutting of a few large pictures into many small training images."""
