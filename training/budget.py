@@ -10,11 +10,46 @@ from typing import Any, Protocol
 from options import UsageError
 from runtime.distributed import Processes
 from runtime.files import read_json, write_json
+from runtime.messages import note
 
-__all__ = ["BUDGET", "Restorable", "recorded_steps", "steps_within", "undone"]
+__all__ = ["BUDGET", "Forecast", "Restorable", "recorded_steps", "since_start", "steps_within", "undone"]
 
+STARTED = time.monotonic()  # when this module was imported, which a script does first
 BUDGET = "budget.json"  # in the run folder: minutes, and the number of steps that fit into them
 WARMUP_STEPS, TIMED_STEPS = 2, 10
+FIRST_MINUTE = 60.0  # seconds
+
+
+def since_start() -> float:
+    """Seconds since the script was started, without the first imports."""
+    return time.monotonic() - STARTED
+
+
+class Forecast:
+    """Prints once, after the first minute of training, how long the rest takes.
+
+    Args:
+        step: the step at which training starts or resumes.
+        last_step: the run's last step.
+    """
+
+    def __init__(self, step: int, last_step: int) -> None:
+        self._first, self._last_step = step, last_step
+        self._started = time.monotonic()
+        self._printed = False
+
+    def print_once(self, step: int, images_per_step: int) -> None:
+        """Print the speed up to `step` and the remaining time, if a minute is over and neither has been printed."""
+        elapsed = time.monotonic() - self._started
+        if self._printed or elapsed < FIRST_MINUTE:
+            return
+        self._printed = True
+        per_step = elapsed / (step - self._first)
+        hours = (self._last_step - step) * per_step / 3600
+        left = f"{hours:.1f} hours" if hours >= 1.5 else f"{60 * hours:.0f} minutes"
+        note(
+            f"{images_per_step / per_step:,.0f} images/s; the remaining {self._last_step - step:,} steps take about {left}"
+        )
 
 
 class Restorable(Protocol):

@@ -141,12 +141,14 @@ class StepStreams:
 def steps_per_epoch(count: int, batch_size: int) -> int:
     """Number of whole global batches in `count` images. As in LFM's published code, an epoch skips the remaining images.
 
+    If the images do not fill one batch, an epoch is one batch that contains each of them once or more.
+
     Raises:
-        UsageError: the images do not fill one batch.
+        UsageError: there are no images.
     """
-    if count < batch_size:
-        raise UsageError(f"the dataset has {count} images, fewer than one batch of {batch_size}: lower --batch_size")
-    return count // batch_size
+    if count < 1:
+        raise UsageError("the dataset has no images")
+    return max(1, count // batch_size)
 
 
 def epoch_indices(seed: int, epoch: int, count: int) -> torch.Tensor:
@@ -315,7 +317,9 @@ def image_order(seed: int, count: int, global_batch: int, flips: bool) -> Choose
         epoch, position = divmod(step, per_epoch)
         if epoch not in order_of:
             order_of.clear()
-            order_of[epoch] = epoch_indices(seed, epoch, count)
+            passes = -(-global_batch // count)  # 1, unless the images do not fill a batch
+            parts = [epoch_indices(seed, passes * epoch + number, count) for number in range(passes)]
+            order_of[epoch] = torch.cat(parts)
         chosen = order_of[epoch][position * global_batch : (position + 1) * global_batch]
         mirrored = torch.rand(global_batch, generator=generator_for(seed, "flip", step)) < (0.5 if flips else 0)
         return chosen, mirrored

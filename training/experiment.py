@@ -303,7 +303,11 @@ def has_ended(folder: Path, last_step: int) -> bool:
         return False
     newest = newest_model(folder)
     header = read_weights(newest)[1]
-    if header.ended and (header.step or 0) < last_step and not header.training.get("max_minutes"):
+    if (
+        header.ended
+        and (header.step or 0) < last_step
+        and not any(map(header.training.get, ("minutes", "max_minutes")))
+    ):
         raise UsageError(
             f"{folder} ended at step {header.step} without a content.pth to resume from: use --init_from {newest} "
             "with another --exp, or --overwrite to start over (the old run is moved aside)"

@@ -6,6 +6,7 @@ from contextlib import closing, nullcontext
 from functools import partial
 
 import torch
+from torch import nn
 
 from flow.auxiliary.objective import auxiliary_names
 from flow.objectives import OBJECTIVES
@@ -17,6 +18,15 @@ from runtime.progress import progress_bar
 from runtime.randomness import seed_for
 from runtime.weights import list_names
 from training.averages.snapshots import remove_later, show_snapshots, snapshot_interval
+from training.budget import (
+    TIMED_STEPS,
+    WARMUP_STEPS,
+    Forecast,
+    recorded_steps,
+    since_start,
+    steps_within,
+    undone,
+)
 from training.checkpointing import Checkpointer, set_checkpoints_aside
 from training.data import Batch, batches, steps_per_epoch
 from training.experiment import has_ended
@@ -30,6 +40,7 @@ from training.state_file import CONTENT, has_state
 
 __all__ = ["train"]
 
+OTHER_WORK = 0.06  # of the time of a run with --minutes, for validation, grids and saving
 STOPPING = "stopping after the current step and any validation or sample grid in progress; the run is then saved"
 
 
@@ -53,10 +64,10 @@ def train(run: TrainingRun, resume: bool) -> bool:
         show_memory(run)
     state = _initial_state(run, resume, per_epoch, last_step)
     if options.minutes and state is not None:
-        last_step = steps_in_minutes(run, state)
+        last_step = _steps_in_minutes(run, state)
     snapshot_every = snapshot_interval(options.posthoc_ema_every, last_step)
     if state is None or state.step >= last_step or 0 < options.max_minutes * 60 <= state.seconds:
-        advice = "add --resume and raise --max_steps, --num_epoch or --max_minutes"
+        advice = "add --resume and raise --max_steps, --num_epoch, --minutes or --max_minutes"
         if state is None:
             advice = f"start another --exp with --init_from, because there is no {CONTENT}"
         note(f"the run has already ended; to train further, {advice}")
@@ -66,10 +77,9 @@ def train(run: TrainingRun, resume: bool) -> bool:
         if options.posthoc_ema:
             show_snapshots(run.folder, options.posthoc_ema, snapshot_every)
         fact("length", f"{last_step:,} steps of {global_batch} images, {last_step / per_epoch:.3g} epochs")
-    parallel = state.network if run.is_sharded else replicate(state.network, processes)
-    network = run.machine.compiled(parallel, always_alike=_calls_are_alike(run))
+    network = _called(run, state)
     log = MetricsLog(run.folder, state.step, experiment.tracker) if processes.is_main else None
-    clock = Clock(state)
+    clock, forecast = Clock(state), Forecast(state.step, last_step)
     nan_guard = NanGuard(run, state, log, last_step)
     checkpointer = Checkpointer(run, state, log, clock, per_epoch, nan_guard, snapshot_every)
 
@@ -92,6 +102,7 @@ def train(run: TrainingRun, resume: bool) -> bool:
                 bar.set_postfix(loss=shown, img_s=f"{values['images_per_s']:.0f}", refresh=False)
                 if log:
                     log.write(state.step, "train", values)
+                    forecast.print_once(state.step, global_batch)
                 if "loss" in values:
                     nan_guard.report_loss(values["loss"])
             if ended or state.step % experiment.log_every == 0:
@@ -105,6 +116,34 @@ def train(run: TrainingRun, resume: bool) -> bool:
     if ended and state.step < last_step:
         note(f"--max_minutes ended the run at step {state.step} of {last_step}, so it is not reproducible")
     return ended or state.step >= last_step
+
+
+def _called(run: TrainingRun, state: TrainingState) -> nn.Module:
+    """The state's network as steps call it: replicated and compiled."""
+    parallel = state.network if run.is_sharded else replicate(state.network, run.processes)
+    return run.machine.compiled(parallel, always_alike=_calls_are_alike(run))
+
+
+def _steps_in_minutes(run: TrainingRun, state: TrainingState) -> int:
+    """The number of steps that fit into --minutes, from the record in the run folder, or measured now and recorded."""
+    options = run.training
+
+    def count() -> int:
+        network, first = _called(run, state), state.step
+        timed = _batches(run, first, first + WARMUP_STEPS + TIMED_STEPS)
+        rate = options.rate_at(first, first + 1)
+
+        def run_step() -> None:
+            state.advance(network, run.objective, next(timed), rate, options.grad_clip, options.grad_accumulation)
+            state.sums[0].item()  # waits for the device
+
+        with undone(state, run.processes):
+            left = (options.minutes * 60 - (state.seconds or since_start())) * (1 - OTHER_WORK)
+            return first + steps_within(left, run_step)
+
+    steps = recorded_steps(run.folder, options.minutes, count, run.processes)
+    fact("budget", f"{steps:,} steps end {options.minutes:g} minutes after the start of the first command")
+    return steps
 
 
 def _calls_are_alike(run: TrainingRun) -> bool:

@@ -99,6 +99,12 @@ class TrainingOptions(OptimizerOptions):
         for name in ("lr", "muon_lr", "weight_decay"):
             if math.isinf(getattr(self, name)):
                 raise UsageError(f"--{name}: expected a finite number, but {getattr(self, name)} was given")
+        if self.minutes and self.fsdp:
+            raise UsageError(
+                "--minutes times steps that are then undone, which --fsdp does not support: use --max_steps"
+            )
+        if self.minutes and self.max_steps:
+            raise UsageError("--minutes and --max_steps both set the length of the run: omit one")
         if self.posthoc_ema and len(set(self.posthoc_ema)) != max(2, len(self.posthoc_ema)):
             widths = " ".join(map(str, self.posthoc_ema))
             raise UsageError(

@@ -23,7 +23,7 @@ from training.experiment import (
     run_folder,
 )
 from training.loop import train
-from training.preparation.own_autoencoder import Unfinished
+from training.preparation.own_autoencoder import UnfinishedError
 from training.setup import prepare, training_groups
 
 __all__ = ["IGNORED_FLAGS", "run_training", "run_training_script"]
@@ -62,7 +62,7 @@ def run_training(task: TrainingTask, options: Options, processes: Processes) -> 
     with orderly_exit(), only_run_in(folder, processes):
         try:
             run, resume = prepare(options, processes, task)
-        except Unfinished:
+        except UnfinishedError:
             return _interrupted()
         parameters = sum(p.numel() for p in run.network.parameters())
         fact("model", f"{run.header.model_type}, {parameters / 1e6:.1f} M parameters")

@@ -1,5 +1,6 @@
 """Construction of a `TrainingRun` from the options: data, autoencoder, network, objective and validation."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
 
     Raises:
         UsageError: the options contradict each other, the data or the existing run.
-        Unfinished: the training of the data's own autoencoder was interrupted.
+        UnfinishedError: the training of the data's own autoencoder was interrupted.
     """
     data, experiment, training = options[DatasetOptions], options[ExperimentOptions], options[TrainingOptions]
     _check(training, options[SolverOptions], options[MachineOptions])
@@ -112,8 +113,9 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         objective_options, inputs.autoencoder, data.image_size, chosen.classes, dense=inputs.condition is not None
     )
     per_epoch = steps_per_epoch(len(pairs or inputs.dataset), training.batch_size * processes.count)
-    steps = training.last_step(per_epoch)
-    training.note_long_warmup(steps)
+    steps = math.inf if training.minutes else training.last_step(per_epoch)
+    if not training.minutes:
+        training.note_long_warmup(int(steps))
     machine = machine.settled(steps * training.grad_accumulation, processes, whole=not training.fsdp)
     fact("machine", machine.describe())
     precise = needs_float32(options[SolverOptions]) and options[MachineOptions].precision == "auto"

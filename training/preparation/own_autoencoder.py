@@ -23,14 +23,15 @@ from training.autoencoder.run import autoencoder_options, train_autoencoder
 from training.experiment import ExperimentOptions
 from training.run import TrainingOptions
 
-__all__ = ["OwnAutoencoderOptions", "Unfinished", "resolve_own", "own_folder"]
+__all__ = ["OwnAutoencoderOptions", "UnfinishedError", "own_folder", "resolve_own"]
 
 FOLDER = "autoencoders"  # below the folder of the data's caches, where images are not searched
 SHARE = 0.3  # of --minutes
 DEFAULT_MINUTES = 10.0
+DEPTHS = {4: (1, 2), 8: (1, 2, 2), 16: (1, 2, 2, 2)}  # residual blocks of each level, by factor
 
 
-class Unfinished(Exception):
+class UnfinishedError(Exception):
     """The training of the autoencoder was interrupted, and saved."""
 
 
@@ -40,12 +41,17 @@ class OwnAutoencoderOptions:
 
     autoencoder_minutes: float = option(
         0.0,
-        f"time to train it, if the data has none yet; 0: {SHARE:.0%} of --minutes, or {DEFAULT_MINUTES:g}".replace("%", " %"),
+        f"time to train it, if the data has none yet; 0: {SHARE:.0%} of --minutes, or {DEFAULT_MINUTES:g}".replace(
+            "%", " %"
+        ),
         minimum=0,
         on_resume="freely",
     )
     autoencoder_steps: int = option(
-        0, "optimizer steps to train it, instead of a time; 0: autoencoder_minutes applies", minimum=0, on_resume="freely"
+        0,
+        "optimizer steps to train it, instead of a time; 0: autoencoder_minutes applies",
+        minimum=0,
+        on_resume="freely",
     )
     autoencoder_factor: int = option(4, "its downsampling factor: 4, 8 or 16")
     autoencoder_channels: int = option(4, "channels of its latents", minimum=1)
@@ -67,7 +73,7 @@ def resolve_own(
 
     Raises:
         UsageError: the options contradict the images, or the folder holds something else.
-        Unfinished: the training was interrupted.
+        UnfinishedError: the training was interrupted.
     """
     chosen = options[AutoencoderOptions]
     if chosen.pretrained_autoencoder_ckpt != OWN:
@@ -83,7 +89,7 @@ def resolve_own(
         training,
         factor=own.autoencoder_factor,
         latent_channels=own.autoencoder_channels,
-        batch_size=max(1, min(training.batch_size, len(dataset) // processes.count)),
+        depths=DEPTHS[own.autoencoder_factor],
         augment=("flip", "crop", "color"),
         tracker=options[ExperimentOptions].tracker,
     )
@@ -92,7 +98,7 @@ def resolve_own(
     else:
         fact("autoencoder", f"training one for this data first, in {folder}")
         if not train_autoencoder(dataset, held_out, training, machine, processes).complete:
-            raise Unfinished
+            raise UnfinishedError
     return replace(chosen, pretrained_autoencoder_ckpt=str(folder))
 
 
