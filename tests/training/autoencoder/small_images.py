@@ -47,3 +47,9 @@ def stop_after(step, monkeypatch):
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(AutoencoderState, "advance", stopping)
+
+
+PARALLEL = {  # runs that two processes repeat
+    "kl": {"max_steps": 4, "equivariance": 0.5, "augment": ("flip", "crop", "color")},
+    "dc": {"max_steps": 4, "architecture": "dc", "optimizer": "muon", "widths": (8, 8)},
+}
