@@ -66,7 +66,7 @@ EXPERIMENTS = {
 }
 OWN = {  # parameters in millions of this repository's own experiments, for latents of four channels
     "fashion_mnist_dit": 1.9, "fashion_mnist_inpainting": 1.9, "fashion_mnist_semantic": 1.9,
-    "fashion_mnist_pixel_unet": 1.3, "mnist_latent_dit": 129.5, "folder_dit": 129.7,
+    "fashion_mnist_pixel_unet": 1.3, "mnist_latent_dit": 129.5, "folder_dit": 129.7, "folder_small": 5.5,
     "imnet_dit_modern": 677.9, "celeb256_dit_modern": 459.2,
     "fashion_mnist_few_steps": 1.9, "imnet_few_steps": 130.5,
     "imnet_sit": 675.1, "imnet_repa": 681.7, "imnet_lightningdit": 675.3, "imnet_meanflow": 676.7,  # other projects' recipes

@@ -491,7 +491,6 @@ TRAINING_MISTAKES = {
     "size for the patches": (["--image_size", "40"], "latents of side 10 cannot be divided into patches of side 4"),
     "size for the autoencoder": (["--image_size", "30", "--model_type", "DiT-Mi/1"], "multiple of 4 .*but it is 30"),
     "label out of range": (["--num_classes", "5"], "labels up to 9, out of range for --num_classes 5"),
-    "batch too large": (["--batch_size", "301"], "has 300 images, fewer than one batch of 301: lower --batch_size"),
     "unknown key": (["--args_file", "{tmp}/typo.txt"], r"typo\.txt, line 2: unknown key IMAGE_SIZ "),
     "missing arguments file": (["--args_file", "{tmp}/absent.txt"], r"cannot read the arguments file .*absent\.txt"),
     "unknown method": (["--method", "eular"], "unknown --method 'eular': expected one of euler, midpoint"),

@@ -113,6 +113,8 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         objective_options, inputs.autoencoder, data.image_size, chosen.classes, dense=inputs.condition is not None
     )
     per_epoch = steps_per_epoch(len(pairs or inputs.dataset), training.batch_size * processes.count)
+    if 0 < len(pairs or inputs.dataset) < training.batch_size * processes.count:
+        note("the images do not fill one batch, so each batch contains them more than once")
     steps = math.inf if training.minutes else training.last_step(per_epoch)
     if not training.minutes:
         training.note_long_warmup(int(steps))

@@ -44,6 +44,7 @@ UNREAD_PICTURES = frozenset((
 DERIVED = frozenset(  # folders that this project writes into --datadir
     ("autoencoders", "latent_cache", "statistics", "lightningdit")
 )
+RUN_ENDING = ".training"  # of a run's folder in DERIVED, whose pictures are not images of the data
 EXAMPLES = 3  # named in a message
 PROBED_ENTRIES = 1000
 
@@ -202,6 +203,8 @@ def _read_folder(tree: FolderTree, place: _Place, suffixes: Collection[str]) -> 
     own = place.parts[:1] and place.parts[0] in DERIVED
     for entry, kind in _entries(place.path, tree.left_out, within):
         empty = False
+        if own and entry.name.endswith(RUN_ENDING):
+            continue
         if kind == "folder":
             yield _Place(entry.path, (*place.parts, entry.name), f"{place.real.rstrip(os.sep)}{os.sep}{entry.name}")
         elif kind == "linked folder":

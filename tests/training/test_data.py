@@ -164,9 +164,19 @@ def test_another_seed_changes_every_draw():
     assert not torch.equal(one.draws.t, other.draws.t)
 
 
-def test_a_dataset_smaller_than_a_batch_is_refused():
-    with pytest.raises(UsageError, match="has 23 images, fewer than one batch of 24: lower --batch_size"):
-        draw(0, 1, processes=Processes(0, 2), batch_size=12)
+def test_a_dataset_smaller_than_a_batch_is_repeated():
+    """A batch of 2 x 30 from 23 images contains each image at least twice, in an order that differs between steps."""
+    parts = [draw(0, 2, processes=Processes(rank, 2), batch_size=30) for rank in range(2)]
+    first, second = ([number for part in parts for number in images_of(part[step])] for step in range(2))
+    counts = [first.count(number) for number in range(COUNT)]
+    assert len(first) == 60
+    assert set(counts) == {2, 3}
+    assert first != second
+
+
+def test_a_dataset_without_images_is_refused():
+    with pytest.raises(UsageError, match="no images"):
+        steps_per_epoch(0, 12)
 
 
 def test_errors_of_the_reader_are_raised():
