@@ -5,7 +5,8 @@ The modules are found by walking imports, and copied with one change: `from mode
 """
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 __all__ = ["code_files", "imported_modules", "relative_imports"]
@@ -20,7 +21,8 @@ Licensed under Apache-2.0 (LICENSE in this folder). README.md, one folder above,
 '''
 
 
-def code_files(first: str = FIRST) -> dict[str, str]:
+@cache
+def code_files(first: str = FIRST) -> Mapping[str, str]:
     """Source code by path within the package, for the module `first` and all modules that it imports."""
     sources: dict[str, str] = {}
     waiting = [first]
