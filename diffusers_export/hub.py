@@ -62,14 +62,15 @@ def find_exported(name: str | Path) -> tuple[Path, Path | None] | None:
     """The checkpoint and the autoencoder's folder (None: pixel space) in an exported folder; None for other names.
 
     Args:
-        name: a folder that contains model_index.json, or the hub id of one. Of a repository on the hub, no code is downloaded.
+        name: a folder that contains model_index.json, or the hub id of one, as text. Of a repository on the hub, no code is
+            downloaded.
 
     Raises:
         UsageError: the folder was not exported by this project, or the hub cannot be reached or has no such repository.
     """
     folder = Path(name)
-    if not folder.exists() and is_hub_id(str(name)) and not str(name).endswith(FILE_SUFFIXES):
-        folder = _download(str(name))
+    if isinstance(name, str) and not folder.exists() and is_hub_id(name) and not name.endswith(FILE_SUFFIXES):
+        folder = _download(name)
     elif not (folder / INDEX).is_file():
         return None
     weights, vae = folder / NETWORK / WEIGHTS, folder / VAE

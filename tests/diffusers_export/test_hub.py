@@ -2,6 +2,7 @@
 
 import json
 from fnmatch import fnmatch
+from pathlib import Path
 
 import httpx2
 import huggingface_hub
@@ -62,6 +63,13 @@ def test_a_refusal_names_the_way_out(places, hub, monkeypatch):
 def test_a_missing_repository_is_named(hub):
     with pytest.raises(UsageError, match="cannot load me/missing from the hub .* check the name"):
         latent_flow.load("me/missing")
+
+
+def test_a_missing_file_is_not_looked_up(hub):
+    for name in (Path("me/flow"), "me/flow.safetensors"):
+        with pytest.raises(UsageError, match="cannot read the checkpoint"):
+            latent_flow.load(name)
+    assert hub.asked == []
 
 
 def test_the_command_exports_and_sends(places, hub, call, tmp_path):

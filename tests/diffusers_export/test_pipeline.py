@@ -142,6 +142,13 @@ def test_a_bad_request_is_explained(pipe, settings, message):
         pipe(**settings)
 
 
+def test_the_network_can_run_in_bfloat16(pipe):
+    exact, rounded = (pipe(labels=[0, 1], output_type="latent", precision=name).images for name in ("fp32", "bf16"))
+    assert rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).abs().max() < 0.5
+    assert torch.equal(pipe(labels=[0, 1], output_type="latent").images, exact)
+
+
 def test_half_precision_weights_are_refused(places):
     pipe = DiffusionPipeline.from_pretrained(places.exported / "pixels", trust_remote_code=True).to(torch.bfloat16)
     with pytest.raises(ValueError, match="sampling needs float32"):
