@@ -9,8 +9,7 @@ Time t runs from 0 (data) to 1 (noise), and the velocity is d x_t / dt. Samples 
 labels, solver and precision. See docs/python.md.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from checkpoints.files import LoadedModel, describes_network, load_model
 from checkpoints.header import Header
 from checkpoints.lfm_request import described_by
 from checkpoints.projects.opening import open_published
+from diffusers_export.hub import find_exported
 from flow.guidance import GuidanceOptions, VelocityNetwork
 from flow.objectives import OBJECTIVES
 from flow.solvers import SolverOptions, check_method, needs_float32, solve
@@ -36,6 +36,7 @@ from runtime.inference import compile_for_batches
 from runtime.precision import Machine, MachineOptions, choose_machine
 from sampling.checks import check_guidance, check_network, warn_of_untrained
 from sampling.sampler import Sampler, balanced_labels
+from sampling.settings import class_ids, split_settings
 
 __all__ = ["Flow", "load"]
 
@@ -53,7 +54,8 @@ def load(
 
     Args:
         file: a `model_<epoch>.safetensors` or `best.safetensors`, or a file of LFM's published code or another project's
-            (docs/published.md).
+            (docs/published.md); or a folder of `python -m checkpoints.export`, or its id on the
+                hub (docs/export.md).
         device: "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N".
         precision: precision of the network's matrix products: "fp32", "bf16", "fp16" or "auto" (bf16 where it is faster).
         compile: compile the network at its first use; this takes a minute and pays off for thousands of samples.
@@ -66,6 +68,9 @@ def load(
             were given for a checkpoint of this project.
     """
     machine = choose_machine(make_options(MachineOptions, {"device": device, "precision": precision}))
+    if (exported := find_exported(file)) is not None:
+        file, vae = exported
+        autoencoder = autoencoder or (None if vae is None else str(vae))
     moved = {} if autoencoder is None else {"pretrained_autoencoder_ckpt": autoencoder}
     if not describes_network(file):
         if unknown := sorted(set(flags) - described_by()):
@@ -107,7 +112,7 @@ class Flow:
 
     def sample(
         self,
-        labels: Sequence[int] | torch.Tensor | None = None,
+        labels: Sequence[int | str] | torch.Tensor | None = None,
         *,
         count: int | None = None,
         seed: int = 42,
@@ -120,7 +125,8 @@ class Flow:
         """Sample images, uint8 [N, C, H, W] on the CPU. Sample i depends only on `seed`, i and its label.
 
         Args:
-            labels: class ids [N], where K (the number of classes) is the null class; None cycles through the classes.
+            labels: class ids [N], where K (the number of classes) is the null class, or names of classes; None cycles through
+                the classes.
             count: number of samples N; None: the number of labels, noise latents or maps given, else 8.
             seed: seed of the noise.
             steps: number of intervals of fixed-step solvers, also called num_steps.
@@ -134,7 +140,9 @@ class Flow:
                 range, the number or shape of labels, noise or maps does not fit, or more than a few samples are not finite. A
                 few cause a warning.
         """
-        solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
+        solver, guidance = split_settings(
+            {"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions
+        )
         check_method(solver)
         given = {
             name: len(item)
@@ -150,7 +158,7 @@ class Flow:
         sampler = self.sampler(solver, guidance, seed)
         warn_of_untrained(self.header, solver, guidance)
         indices = range(number)
-        ids = balanced_labels(indices, sampler.num_classes) if labels is None else self._checked(labels)
+        ids = balanced_labels(indices, sampler.num_classes) if labels is None else class_ids(labels, self.header)
         start = sampler.noise(indices) if noise is None else self._latents("noise", noise)
         velocity = sampler.velocity(ids, self._map(dense))
         return sampler.decode(solve(velocity, start, solver, draw=sampler.draw(indices)).x)
@@ -158,7 +166,7 @@ class Flow:
     def invert(
         self,
         images: torch.Tensor,
-        labels: Sequence[int] | torch.Tensor | None = None,
+        labels: Sequence[int | str] | torch.Tensor | None = None,
         *,
         steps: int = 40,
         method: str = "heun",
@@ -172,12 +180,14 @@ class Flow:
             UsageError: the method cannot run from data to noise, labels are missing for a network without a null class, or
                 the noise of more than a few images is not finite.
         """
-        solver, guidance = _split({"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions)
+        solver, guidance = split_settings(
+            {"method": method, "num_steps": steps, **options}, SolverOptions, GuidanceOptions
+        )
         check_method(solver, backwards=True)
         latents = self.encode(images)
         sampler = self.sampler(solver, guidance, seed=0)
         warn_of_untrained(self.header, solver, guidance)
-        ids = self._null(len(latents)) if labels is None else self._checked(labels)
+        ids = self._null(len(latents)) if labels is None else class_ids(labels, self.header)
         noise = solve(sampler.velocity(ids), latents, solver, backwards=True).x
         require_finite(noise, "inverted images")
         return noise
@@ -187,7 +197,7 @@ class Flow:
         self,
         t: torch.Tensor,
         x: torch.Tensor,
-        labels: Sequence[int] | torch.Tensor | None = None,
+        labels: Sequence[int | str] | torch.Tensor | None = None,
         dense: torch.Tensor | None = None,
         *,
         until: torch.Tensor | None = None,
@@ -209,12 +219,12 @@ class Flow:
             UsageError: an option is unknown, x has the wrong shape, labels are missing for a network without a null class, or
                 the network has no average velocity.
         """
-        (options,) = _split(guidance, GuidanceOptions)
+        (options,) = split_settings(guidance, GuidanceOptions)
         sampler, end = self.sampler(SolverOptions(), options, seed=0), {}
         if until is not None:
             check_network(self.header.network, SolverOptions("flow_map"), options)
             end = {"until": until.to(self.device)}
-        ids = self._null(len(x)) if labels is None else self._checked(labels)
+        ids = self._null(len(x)) if labels is None else class_ids(labels, self.header)
         return sampler.velocity(ids, self._map(dense))(t.to(self.device), self._latents("x", x), **end)
 
     def encode(self, images: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
@@ -264,16 +274,6 @@ class Flow:
             drops_dense=header.drops_dense,
         )
 
-    def _checked(self, labels: Sequence[int] | torch.Tensor) -> torch.Tensor:
-        try:
-            ids = torch.as_tensor(labels if isinstance(labels, torch.Tensor) else [*labels]).long().cpu()
-        except (TypeError, ValueError) as error:
-            raise UsageError(f"expected integer class ids, but got {labels!r}") from error
-        largest = self.header.num_classes - (0 if self.header.drops_labels else 1)
-        if ids.ndim != 1 or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) <= largest):
-            raise UsageError(f"expected class ids [N] in 0..{largest}, but got {ids.tolist()}")
-        return ids
-
     def _null(self, count: int) -> torch.Tensor:
         classes = self.header.num_classes
         if classes > 1 and not self.header.drops_labels:
@@ -293,16 +293,3 @@ class Flow:
             needed = "needs" if dense is None else "does not take"
             raise UsageError(f"this network {needed} dense maps [N, K, h, w]")
         return None if dense is None else dense.to(self.device)
-
-
-def _split(values: Mapping[str, Any], *groups: type) -> list[Any]:
-    """Create an instance of each dataclass from the values for its fields.
-
-    Raises:
-        UsageError: a name is not an option of any dataclass, or a value is invalid.
-    """
-    names = {group: [field.name for field in dataclasses.fields(group)] for group in groups}
-    if unknown := sorted(set(values) - {name for known in names.values() for name in known}):
-        known = ", ".join(name for fields in names.values() for name in fields)
-        raise UsageError(f"unknown keyword {', '.join(unknown)}: expected an argument of the method or one of {known}")
-    return [make_options(group, {name: values[name] for name in names[group] if name in values}) for group in groups]

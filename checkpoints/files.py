@@ -23,7 +23,8 @@ from models.registry import build_network
 from models.taps import weights_for_sampling
 from options import UsageError
 from runtime.files import atomic_path
-from runtime.torch_files import explain_failure, is_torch_file, weights_hash
+from runtime.torch_files import explain_failure, is_torch_file
+from runtime.weights import weights_hash
 
 __all__ = [
     "LoadedModel",

@@ -28,8 +28,7 @@ from models.registry import Architecture, build_network
 from models.taps import without_heads
 from options import UsageError
 from runtime.messages import fact, note
-from runtime.torch_files import weights_hash
-from runtime.weights import list_names
+from runtime.weights import list_names, weights_hash
 
 __all__ = [
     "build_published",

@@ -3,12 +3,13 @@
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
 
-from datasets_prep.folder_layout.survey import Survey
+if TYPE_CHECKING:
+    from datasets_prep.folder_layout.survey import Survey
 
 __all__ = [
     "DatasetFacts",
@@ -65,7 +66,7 @@ class ImageDataset:
         labels: np.ndarray,
         read: Callable[[int], torch.Tensor],
         fingerprint: str,
-        survey: Survey | None = None,
+        survey: "Survey | None" = None,
     ) -> None:
         self.facts = facts
         self.split = split

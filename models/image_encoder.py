@@ -18,8 +18,8 @@ from torch.nn.functional import interpolate
 from models.autoencoders.hub import UnreachableHubError, check_hub
 from models.autoencoders.protocol import AutoencoderFacts
 from options import UsageError
-from runtime.torch_files import read_tensors, weights_hash
-from runtime.weights import check_finite
+from runtime.torch_files import read_tensors
+from runtime.weights import check_finite, weights_hash
 
 __all__ = ["ImageEncoder", "load_encoder"]
 

@@ -3,7 +3,6 @@
 A file's format is recognized by its content, because suffixes are unreliable.
 """
 
-import hashlib
 import re
 import zipfile
 from collections.abc import Mapping
@@ -25,7 +24,6 @@ __all__ = [
     "read_tensors",
     "read_torch_file",
     "save_content",
-    "weights_hash",
 ]
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"  # first bytes of torch.save files since version 1.6, and of older ones
@@ -135,15 +133,6 @@ def save_content(path: str | Path, content: Mapping[str, Any], previous: Path | 
     # Given a path instead of an open file, torch.save would hide the type of an OSError.
     with atomic_path(path, previous=previous) as temporary, temporary.open("wb") as file:
         torch.save(dict(content), file)
-
-
-def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of the names and values in a state dict."""
-    digest = hashlib.sha256()
-    for name in sorted(weights):
-        digest.update(name.encode())
-        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _load(path: str | Path, device: torch.device | str, allowed: list[Any], mmap: bool) -> Any:

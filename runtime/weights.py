@@ -1,5 +1,6 @@
 """State dicts read from files: names without the prefixes of wrappers, comparison with a network's own, finite values."""
 
+import hashlib
 from collections.abc import Container, Iterable, Mapping
 from itertools import takewhile
 from typing import NamedTuple
@@ -17,6 +18,7 @@ __all__ = [
     "list_names",
     "match_names",
     "split_averages",
+    "weights_hash",
 ]
 
 Weights = Mapping[str, torch.Tensor]
@@ -141,6 +143,15 @@ def list_names(names: Iterable[str]) -> str:
     names = list(names)
     more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
     return ", ".join(names[:LISTED_NAMES]) + more
+
+
+def weights_hash(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of the names and values in a state dict."""
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _without_wrappers(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from datasets_prep.datasets import DatasetFacts, like_originals
+from datasets_prep.image_dataset import DatasetFacts, like_originals
 from flow.guidance import GuidanceOptions, GuidedVelocity, Network, VelocityCorrection, VelocityNetwork
 from flow.ode import Draw
 from flow.solvers import SolverOptions, solve

@@ -10,7 +10,7 @@ from PIL import Image
 
 from checkpoints.experiments import newest_model
 from checkpoints.files import read_header, read_weights
-from runtime.torch_files import weights_hash
+from runtime.weights import weights_hash
 from training.autoencoder.state import AutoencoderState
 
 pytestmark = pytest.mark.usefixtures("process_restored")

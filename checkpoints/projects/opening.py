@@ -28,7 +28,7 @@ from models.registry import NetworkOptions, build_network, published_options
 from models.taps import weights_for_sampling
 from options import UsageError, make_options
 from runtime.messages import fact, note
-from runtime.torch_files import weights_hash
+from runtime.weights import weights_hash
 
 __all__ = [
     "channels_of",

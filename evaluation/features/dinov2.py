@@ -14,7 +14,7 @@ from torch.nn.functional import interpolate
 from evaluation.features.protocol import PRECISIONS
 from evaluation.features.weights import download_weights, read_weights_file
 from options import UsageError
-from runtime.torch_files import weights_hash
+from runtime.weights import weights_hash
 
 __all__ = ["DinoFeatures"]
 

@@ -8,7 +8,7 @@ import torch
 from evaluation.features.classifier import SIDE, load_classifier
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError
-from runtime.torch_files import weights_hash
+from runtime.weights import weights_hash
 
 __all__ = ["FASHION_WEIGHTS", "FashionFeatures"]
 

@@ -16,7 +16,7 @@ from torchvision.models.inception import BasicConv2d, Inception3, InceptionAux, 
 from evaluation.features.protocol import PRECISIONS
 from evaluation.features.weights import download_weights, read_weights_file
 from options import UsageError
-from runtime.torch_files import weights_hash
+from runtime.weights import weights_hash
 
 __all__ = ["INCEPTION_DIMS", "InceptionFeatures"]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from collections.abc import Iterator, Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -19,7 +20,7 @@ from options import UsageError
 from runtime.messages import note
 from runtime.weights import Mismatch, check_finite
 
-__all__ = ["CONFIG", "PIPELINE_PART", "load_network", "new_network", "refuse_mismatch"]
+__all__ = ["CONFIG", "PIPELINE_PART", "load_network", "new_network", "refuse_mismatch", "save_network"]
 
 CONFIG = "config.json"
 PIPELINE_PART = "vae"  # the autoencoder's folder in a pipeline's
@@ -66,6 +67,17 @@ def load_network(folder: Path | None, name: str) -> Any:
     refuse_mismatch(mismatch, name, f"the {class_name} in its config.json")
     check_finite(network.state_dict(), f"the autoencoder {name}")
     return network
+
+
+def save_network(network: Any, folder: Path) -> None:
+    """Write an autoencoder in diffusers format: safetensors weights, and a config.json without paths of this machine."""
+    copied = type(network).from_config(dict(network.config))
+    copied.load_state_dict(network.state_dict())  # in torch's standard memory format, as safetensors requires
+    copied.save_pretrained(folder, safe_serialization=True)
+    file = folder / CONFIG
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config.pop("_name_or_path", None)
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def refuse_mismatch(mismatch: Mismatch, name: str, what: str) -> None:

@@ -15,6 +15,7 @@ from options import UsageError
 __all__ = ["UnreachableHubError", "check_hub", "is_unreachable", "unreachable"]
 
 CONFIGS = ("config.json", "vae/config.json")  # an autoencoder's own, and the one of a pipeline's autoencoder
+AUTOENCODER = "load the autoencoder"  # what cannot be done without the hub
 PAUSES_S = (1, 2)  # before the second and the third request
 LONG_WAIT_S = 5  # after which a failed request is not repeated
 
@@ -23,7 +24,7 @@ class UnreachableHubError(UsageError):
     """The hub cannot be reached, and its local cache lacks the files."""
 
 
-def check_hub(name: str, files: Sequence[str] = CONFIGS) -> None:
+def check_hub(name: str, files: Sequence[str] = CONFIGS, task: str = AUTOENCODER) -> None:
     """Check that the hub answers, unless its cache holds one of the `files` of the model `name`.
 
     A refusal, such as for a wrong name, counts as an answer.
@@ -42,7 +43,7 @@ def check_hub(name: str, files: Sequence[str] = CONFIGS) -> None:
         except Exception as error:  # the HTTP library depends on the version of huggingface_hub
             waited = time.monotonic() - started > LONG_WAIT_S
             if pause is None or waited or isinstance(error, OfflineModeIsEnabled):
-                raise unreachable(name, error) from error
+                raise unreachable(name, error, task) from error
             time.sleep(pause)
         else:
             return
@@ -53,19 +54,19 @@ def is_unreachable(error: BaseException) -> bool:
     return any(isinstance(each, LocalEntryNotFoundError | OfflineModeIsEnabled) for each in _causes(error))
 
 
-def unreachable(name: str, error: BaseException) -> UnreachableHubError:
-    """The error for the model `name`, which is neither in the cache nor can be downloaded."""
+def unreachable(name: str, error: BaseException, task: str = AUTOENCODER) -> UnreachableHubError:
+    """The error for the model `name`, which is neither in the cache nor can be downloaded. It cannot do the `task`."""
     cache, folder = constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}"
     where = f"its files are not in the hub's cache {cache}"
     advice = f"Pass a local folder in diffusers format, or copy {folder} from another machine's cache into this one (HF_HOME)"
     if constants.HF_HUB_OFFLINE:
         return UnreachableHubError(
-            f"cannot load the autoencoder {name}: HF_HUB_OFFLINE is set, and {where}. Unset it to download them. {advice}"
+            f"cannot {task} {name}: HF_HUB_OFFLINE is set, and {where}. Unset it to download them. {advice}"
         )
     *_, root = _causes(error)
     reason = next(iter(str(root).strip().splitlines()), type(root).__name__)
     return UnreachableHubError(
-        f"cannot load the autoencoder {name}: {constants.ENDPOINT} cannot be reached ({reason}), and {where}. {advice}; "
+        f"cannot {task} {name}: {constants.ENDPOINT} cannot be reached ({reason}), and {where}. {advice}; "
         "then HF_HUB_OFFLINE=1 avoids further requests. HF_ENDPOINT names a mirror"
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from models.autoencoders.diffusers_files import CONFIG, PIPELINE_PART, load_network
+from models.autoencoders.diffusers_files import CONFIG, PIPELINE_PART, load_network, save_network
 from models.autoencoders.hub import UnreachableHubError
 from models.autoencoders.ldm import load_ldm
 from models.autoencoders.pixels import PixelSpace
@@ -19,7 +19,15 @@ from models.autoencoders.statistics import read_chosen_scale
 from options import UsageError, option
 from runtime.messages import fact, note
 
-__all__ = ["AUTOENCODERS", "OWN", "AutoencoderOptions", "is_hub_id", "load_autoencoder", "load_pretrained"]
+__all__ = [
+    "AUTOENCODERS",
+    "OWN",
+    "AutoencoderOptions",
+    "is_hub_id",
+    "load_autoencoder",
+    "load_pretrained",
+    "save_autoencoder",
+]
 
 REPOSITORY = Path(__file__).resolve().parents[2]  # relative folders are also searched for here
 OWN = "own"  # the data's own autoencoder, which training scripts train and replace by its folder
@@ -155,6 +163,26 @@ def load_pretrained(name: str, scale_factor: float | None = None) -> PretrainedA
             "and latents_std only; set scaling_factor to 1.0 in its config.json, so that diffusers does the same"
         )
     return PretrainedAutoencoder(network, name, scale_factor)
+
+
+def save_autoencoder(autoencoder: Autoencoder, folder: Path) -> str:
+    """Write an autoencoder's weights and configuration in diffusers format.
+
+    Returns:
+        The name of diffusers' class; "" for pixel space, for which nothing is written.
+
+    Raises:
+        UsageError: it is an extension's, which diffusers does not know.
+    """
+    if autoencoder.is_pixel_space:
+        return ""
+    if not isinstance(autoencoder, PretrainedAutoencoder):
+        raise UsageError(
+            f"the autoencoder {autoencoder.describe().id} is registered by one of your files, and has no class in diffusers: "
+            "expected one in diffusers format, a latent diffusion file, or none"
+        )
+    save_network(autoencoder.network, folder)
+    return autoencoder.class_name
 
 
 def _local_folder(name: str) -> Path | None:

@@ -20,7 +20,7 @@ from models.autoencoders.pixels import images_to_pixels
 from models.autoencoders.protocol import UNMEASURED, AutoencoderFacts
 from models.autoencoders.scale import Scale, own_scale
 from options import UsageError
-from runtime.torch_files import weights_hash
+from runtime.weights import weights_hash
 
 __all__ = ["LOGVAR_RANGE", "PretrainedAutoencoder"]
 

@@ -18,7 +18,7 @@ from models.conditions import Condition
 from models.dit import DiTOptions
 from models.registry import build_network
 from options import UsageError
-from runtime.torch_files import weights_hash
+from runtime.weights import weights_hash
 from tests.headers import header_of
 
 WEIGHTS = {

@@ -16,8 +16,8 @@ from runtime.distributed import Processes
 from runtime.messages import fact
 from runtime.outputs import check_folder
 from runtime.precision import Machine
-from runtime.torch_files import read_torch_file, weights_hash
-from runtime.weights import check_finite
+from runtime.torch_files import read_torch_file
+from runtime.weights import check_finite, weights_hash
 from training.autoencoder.data import RememberedImages, padding
 from training.autoencoder.losses import AutoencoderLoss, LossStep, make_loss
 from training.autoencoder.networks import initial_network

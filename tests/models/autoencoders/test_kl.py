@@ -14,7 +14,7 @@ from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.pixels import PixelSpace, images_to_pixels, pixels_to_images
 from models.autoencoders.pretrained import PretrainedAutoencoder
 from options import UsageError
-from runtime.torch_files import weights_hash
+from runtime.weights import weights_hash
 
 STATISTICS = {"latents_mean": [0.5, -1.0], "latents_std": [2.0, 0.25]}
 
