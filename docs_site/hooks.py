@@ -1,5 +1,6 @@
 """MkDocs calls these functions while it builds the site."""
 
+import re
 from typing import Any
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -13,6 +14,9 @@ from docs_site.repository_pages import RepositoryPages
 
 API = api_pages()
 REPOSITORY = RepositoryPages(API)
+SEARCHED_LAST = ("api/", "repository/", "lab-notes/")
+CODE = re.compile(r"(?<=<code>)[^<]*--[^<]*(?=</code>)")
+FLAG = re.compile(r"--[\w-]+")
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -37,7 +41,14 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Adapt the links and the Markdown of a page."""
+    """Adapt the links and the Markdown of a page. Searches show guides before modules, files and lab notes."""
+    if page.file.src_uri.startswith(SEARCHED_LAST):
+        page.meta["search"] = {"boost": 0.2}
     if page.file.generated_by is None:
         markdown = REPOSITORY.adapt(markdown, f"docs/{page.file.src_uri}")
     return as_python_markdown(markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Keep browsers from breaking a line within a flag."""
+    return CODE.sub(lambda code: FLAG.sub(r'<span class="flag">\g<0></span>', code[0]), html)

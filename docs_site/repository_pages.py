@@ -1,7 +1,7 @@
 """Pages for files outside docs/ that documents link to, so that the links work on the site as they do on GitHub.
 
-A Markdown file becomes a page, and the README the first page. A module of the library has its API page. Other files are shown as
-code, and folders as lists. Code that names a module or an arguments file, such as `flow/paths.py`, becomes a link.
+A Markdown file becomes a page, and the README the first page. A module of the library has its API page. Other files are shown
+as code, and folders as lists. Code that names a module or an arguments file, such as `flow/paths.py`, becomes a link.
 """
 
 import json
