@@ -5,6 +5,7 @@
 #   bench-gpu   the same on a GPU: training, sampling, encoding and scoring. The goal is ten minutes.
 #   test-gpu    tests on a GPU. The goal is ten minutes. LFM_GPU_TEST_DEVICE=cpu checks the tests themselves.
 #   test-demo   the demo page in Chromium. Needs the packages and the browser that docs/demo.md names.
+#   docs        the documentation site, in site/. Open site/index.html; no server is needed.
 #   bench-long  the measurements in docs/lab-notes/sampling.md, docs/reproduction.md and docs/reliability.md. Takes hours.
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
@@ -12,7 +13,7 @@ quick := precision attention layers exact_velocity training_step step_cost publi
 long := solver_orders optimizers recipe recipe_cost few_steps few_step_cost training_precision fd_against_nfe guidance soak
 gpu := gpu
 
-.PHONY: test test-slow test-gpu test-demo lint bench bench-gpu bench-long
+.PHONY: test test-slow test-gpu test-demo lint docs bench bench-gpu bench-long
 
 test:
 	$(python) -m pytest
@@ -28,6 +29,9 @@ test-demo:
 
 lint:
 	$(python) -m ruff check . && "$$python" -m ruff format --check . && "$$python" -m mypy
+
+docs:
+	$(python) && NO_MKDOCS_2_WARNING=1 "$$python" -m mkdocs build --strict
 
 bench-gpu:
 	$(python) -m benchmarks.$(gpu)
