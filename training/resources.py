@@ -57,7 +57,10 @@ class DiskUse:
 def predict_use(
     state: TrainingState, experiment: ExperimentOptions, per_epoch: int, last_step: int, snapshot_every: int = 1
 ) -> DiskUse:
-    """Predict the disk use of a run of `last_step` steps. The checkpoints include best.safetensors."""
+    """Predict the disk use of a run of `last_step` steps. The checkpoints include best.safetensors.
+
+    The time of an epoch is not known, so --save_ckpt_every_minutes counts as one checkpoint in every epoch, the most.
+    """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in state.ema.weights.values())
     optimizer_state = sum(
         parameter.numel() * parameter.element_size() * (1 if isinstance(optimizer, Muon) else 2)
@@ -65,7 +68,8 @@ def predict_use(
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
-    regular, remainder = divmod(last_step, per_epoch * experiment.save_ckpt_every)
+    epochs = 1 if experiment.save_ckpt_every_minutes else experiment.save_ckpt_every
+    regular, remainder = divmod(last_step, per_epoch * epochs)
     numbered = regular + (1 if remainder else 0)
     numbered = min(numbered, experiment.keep_last or numbered)
     tracked = len(state.power_averages)

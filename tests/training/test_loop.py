@@ -301,6 +301,35 @@ def test_num_epoch_applies_without_max_steps(tmp_path):
     assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == 10
 
 
+def test_minutes_between_grids_validations_and_checkpoints_change_no_weights(reference_run, tmp_path):
+    """Minutes so few that they are over after every step, and so many that they never are: the epochs then do not count."""
+    found = {}
+    for minutes in (1e-9, 1e9):
+        folder = tmp_path / f"{minutes}"
+        names = ("plot_every_minutes", "eval_every_minutes", "save_ckpt_every_minutes")
+        assert train(new_run(folder, experiment=dict.fromkeys(names, minutes)), resume=False)
+        validated = {entry["step"]: entry["loss"] for entry in metrics_of(folder) if entry["kind"] == "validation"}
+        assert read_weights(folder / "best.safetensors")[1].step == min(validated, key=validated.__getitem__)
+        checkpoints = {path.name for path in folder.glob("model_*.safetensors")}
+        found[minutes] = (list(validated), len(list((folder / "samples").iterdir())), len(checkpoints))
+        same = state_of(folder)
+        best = same.pop("best")
+        assert best == min(validated.values())
+        assert same == {name: value for name, value in state_of(reference_run).items() if name != "best"}
+        last = (folder / "model_3.safetensors").read_bytes()
+        assert last == (reference_run / "model_3.safetensors").read_bytes()
+    assert found == {1e-9: (list(range(1, STEPS + 1)), STEPS, 3), 1e9: ([STEPS], 1, 1)}
+
+
+def test_a_run_may_resume_with_another_rhythm(reference_run, tmp_path):
+    often = {"eval_every_minutes": 1e-9, "plot_every_minutes": 1e-9}
+    folder = tmp_path / "run"
+    assert not train(new_run(folder, event=(7, send_signal(signal.SIGINT)), experiment=often), resume=False)
+    assert train(new_run(folder), resume=True)
+    last = (folder / "model_3.safetensors").read_bytes()
+    assert last == (reference_run / "model_3.safetensors").read_bytes()
+
+
 def test_max_minutes_ends_the_run_with_a_note(tmp_path, capsys):
     assert train(new_run(tmp_path / "run", max_minutes=1e-9), resume=False)
     assert "--max_minutes ended the run at step 1 of 14, so it is not reproducible" in capsys.readouterr().err

@@ -104,6 +104,16 @@ def test_interrupted_run_of_two_resumes_bit_for_bit(folder, name):
     runs.assert_same_run(folder / f"{name}, interrupted", folder / name)
 
 
+def test_processes_follow_the_clock_of_any_of_them(folder):
+    """Processes ask each other for what is due every tenth step."""
+    run = folder / "by the clock"
+    validated = [entry["step"] for entry in runs.metrics_of(run) if entry["kind"] == "validation"]
+    assert validated == [10, runs.STEPS]
+    assert {path.name for path in (run / "samples").iterdir()} == {"step_0000010.png", "step_0000014.png"}
+    weights, same = (read_weights(folder / name / "model_3.safetensors")[0] for name in ("by the clock", "replicated"))
+    assert greatest_difference(weights, same) == 0
+
+
 def test_run_of_two_shared_out_goes_on_alone(folder):
     content = read_torch_file(folder / "begun sharded" / "content.pth")
     assert content["step"] == 10  # processes check each other for signals every tenth step

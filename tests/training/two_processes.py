@@ -54,6 +54,14 @@ def interrupted(folder, **settings):
     assert train(runs.new_run(folder, lr=RATE, **AVERAGES, **settings), resume=True)
 
 
+def by_the_clock(folder, processes):
+    """Only the second process's clock asks for validations, grids and checkpoints; both must take part in them."""
+    minutes = 1e-9 if processes.rank else 1e9
+    names = ("eval_every_minutes", "plot_every_minutes", "save_ckpt_every_minutes")
+    run = runs.new_run(folder / "by the clock", processes=processes, lr=RATE, experiment=dict.fromkeys(names, minutes))
+    assert train(run, resume=False)
+
+
 def training(folder, processes):
     for name, settings in {
         "first step": {"max_steps": 1},
@@ -246,6 +254,7 @@ def main(folder):
             few_step_objectives(processes)
             samples(folder / "samples", processes)
             training(folder, processes)
+            by_the_clock(folder, processes)
         print("all is well")
 
 
