@@ -281,7 +281,9 @@ def test_each_work_has_its_own_clock(tmp_path, monkeypatch, option, work):
     now = iter(range(1000))
     monkeypatch.setattr("training.metrics_log.time.monotonic", lambda: float(next(now)))
     steps = []
-    monkeypatch.setattr(f"training.checkpointing.Checkpointer.{work}", lambda self, *args: steps.append(self._state.step))
+    monkeypatch.setattr(
+        f"training.checkpointing.Checkpointer.{work}", lambda self, *args: steps.append(self._state.step)
+    )
     often = {"eval_every": 1000, "plot_every": 1000, "save_content_every_steps": 1, option: 0.25}
     train(new_run(tmp_path / "run", experiment=often), resume=False)
     assert steps[-1] == 14

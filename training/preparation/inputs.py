@@ -16,6 +16,7 @@ from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.preview import load_twin
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import DenseInput
+from models.family import FamilyOptions
 from options import Options
 from runtime.files import write_json
 from runtime.messages import fact, warn
@@ -27,6 +28,7 @@ from training.experiment import (
     ExperimentOptions,
     recorded_autoencoder,
 )
+from training.preparation.augmentation import settle_flips
 from training.run import TrainingOptions
 
 __all__ = ["Inputs", "keep_scale", "open_inputs", "show_reconstructions"]
@@ -51,9 +53,8 @@ class Inputs(NamedTuple):
 def open_inputs(task: TrainingTask, options: Options, machine: Machine) -> Inputs:
     """Open the data and load the autoencoder and the feature network; the samples can be scored."""
     data, scored = options[DatasetOptions], options[ExperimentOptions].eval_samples
-    dataset, held_out = (
-        choose_flips(task.open(data, split), options[FlipOptions]) for split in ("train", "validation")
-    )
+    flips = settle_flips(options[FamilyOptions], options[FlipOptions])
+    dataset, held_out = (choose_flips(task.open(data, split), flips) for split in ("train", "validation"))
     show_data(dataset, held_out)
     held_out = held_out.head(HELD_OUT_IMAGES)
     autoencoder = load_autoencoder(options[AutoencoderOptions], dataset.facts.channels).to(machine.device)
