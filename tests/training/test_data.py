@@ -445,9 +445,7 @@ def test_without_a_chance_of_variants_the_data_are_the_same_bits():
 def test_processes_share_out_variants_and_every_start_draws_the_same():
     whole = draw(0, 6, source=numbered_variants(0.5))
     assert all(map(same, draw(3, 6, source=numbered_variants(0.5)), whole[3:]))
-    shares = [
-        draw(0, 6, source=numbered_variants(0.5), processes=Processes(rank, 2), batch_size=3) for rank in (0, 1)
-    ]
+    shares = [draw(0, 6, source=numbered_variants(0.5), processes=Processes(rank, 2), batch_size=3) for rank in (0, 1)]
     for step, batch in enumerate(whole):
         assert same(concatenate([share[step] for share in shares]), batch)
 

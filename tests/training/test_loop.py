@@ -13,6 +13,7 @@ import training.loop
 import training.resources
 from checkpoints.files import read_weights
 from checkpoints.header import Header
+from datasets_prep.augmentation.variants import AugmentedMoments, VariantRecipe, variants_of
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.moments import EncodedImages
 from flow.guidance import GuidanceOptions
@@ -221,6 +222,31 @@ def test_a_run_with_optional_parts_of_dit_resumes_bit_for_bit(tmp_path, monkeypa
     assert not train(new_run(tmp_path / "stopped", (3, send_signal(signal.SIGTERM))), resume=False)
     assert train(new_run(tmp_path / "stopped"), resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def new_augmented_run(folder, event=None, **settings):
+    """A run that also trains on variants of the images, whose network takes their parameters."""
+    run = new_run(folder, event, **settings)
+    recipe = VariantRecipe(("flip", "crop"), 2, mirrored=False)
+    variants = EncodedImages(variants_of(stripes(), recipe), PixelSpace(1).encode, MACHINE, 1)
+    options = replace(NETWORK, augment=recipe.kinds)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = DiT(4, 2, 16, 1, 2, options)
+    header = replace(run.header, network=options)
+    return replace(run, network=network, header=header, source=AugmentedMoments(run.source, variants, recipe, 0.5))
+
+
+def test_a_run_with_augmentation_resumes_bit_for_bit(reference_run, tmp_path):
+    assert train(new_augmented_run(tmp_path / "whole"), resume=False)
+    assert not train(new_augmented_run(tmp_path / "stopped", (7, send_signal(signal.SIGTERM))), resume=False)
+    assert train(new_augmented_run(tmp_path / "stopped"), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    averages = [
+        read_torch_file(folder / "content.pth")["ema"]["weights"] for folder in (tmp_path / "whole", reference_run)
+    ]
+    assert averages[0].pop("augment_embedder.weight").abs().max() > 0
+    assert averages[0].keys() == averages[1].keys()
 
 
 def test_a_crashed_run_resumes_from_its_last_training_state(reference_run, tmp_path):

@@ -83,6 +83,12 @@ def test_contrasts_cross_the_border_between_processes(folder):
     assert_same_gradients(alone, folder / "first step, contrasted")
 
 
+def test_processes_share_out_variants(folder):
+    alone = folder / "alone, first step, augmented"
+    assert train(runs.new_augmented_run(alone, lr=RATE, max_steps=1), resume=False)
+    assert_same_gradients(alone, folder / "first step, augmented")
+
+
 @pytest.mark.slow
 def test_compiled_gradients_equal_one_eager_processs(tmp_path):
     launch(tmp_path, "compiled")

@@ -69,9 +69,11 @@ def training(folder, processes):
         "first step, sharded": {"max_steps": 1, "fsdp": True, "grad_accumulation": 2},
         "replicated": {},
         "sharded": {"fsdp": True},
+        "first step, augmented": {"max_steps": 1},
         "first step, contrasted": {"max_steps": 1, "path": runs.CONTRASTED},
     }.items():
-        assert train(runs.new_run(folder / name, processes=processes, lr=RATE, **AVERAGES, **settings), resume=False)
+        new_run = runs.new_augmented_run if name == "first step, augmented" else runs.new_run
+        assert train(new_run(folder / name, processes=processes, lr=RATE, **AVERAGES, **settings), resume=False)
     for name in ("replicated", "sharded"):
         interrupted(folder / f"{name}, interrupted", processes=processes, fsdp=name == "sharded")
     # "begun alone" was started in one process and is resumed in two. "begun sharded" is resumed by test_parallel.py.
@@ -108,6 +110,10 @@ def every_family(processes):
     variants = [("DiT-Mi/2", options) for options in small_networks.DIT_VARIANTS]
     for model_type, options in [*small_networks.SMALL.items(), *variants]:
         compare_steps(processes, model_type, options, OBJECTIVE, batch)
+    parameters = torch.rand(4, 3) * torch.tensor([[0.0], [0.0], [1.0], [1.0]])  # the first process has none but zeros
+    augmented = batch._replace(condition=batch.condition._replace(augmentation=parameters))
+    options = dataclasses.replace(small_networks.SMALL["DiT-Mi/2"], augment=("color",))
+    compare_steps(processes, "DiT-Mi/2", options, OBJECTIVE, augmented)
 
 
 def auxiliary_losses(processes):

@@ -119,7 +119,7 @@ def open_variants(
     recipe = VariantRecipe(kinds, copies, mirrored=dataset.facts.flips)
     variants = variants_of(dataset, recipe)
     fact(
-        "augmentation",
+        "augment",
         f"{' '.join(kinds)}; variants of each image: {copies}, drawn with probability {training.augment_probability:g}",
     )
     moments = encoded(variants, autoencoder, subfolder=recipe.name)

@@ -63,7 +63,9 @@ def test_what_can_be_augmented_is_accepted():
 def test_a_network_without_the_input_is_refused():
     check_network_takes_augmentation("DiT-Mi/2", EVERY, build_network("DiT-Mi/2", 8, EVERY))
     check_network_takes_augmentation("own", DiTOptions(), nn.Linear(1, 1))
-    with pytest.raises(UsageError, match="own takes no parameters of augmentation, so its samples would look augmented"):
+    with pytest.raises(
+        UsageError, match="own takes no parameters of augmentation, so its samples would look augmented"
+    ):
         check_network_takes_augmentation("own", EVERY, nn.Linear(1, 1))
 
 
