@@ -156,7 +156,9 @@ def weights_for_lfm(weights: Weights, header: Header, source: str | Path) -> dic
     if header.contrast_means:
         note("LFM's code does not correct the velocities of contrastive flow matching where guidance acts: guide less")
     if len(plain := without_heads(weights)) < len(weights):
-        note("the written file lacks the auxiliary heads, which LFM's networks do not have")
+        note(
+            "the written file lacks the auxiliary heads and inputs that serve only training, which LFM's networks do not have"
+        )
     if header.autoencoder.latents_std and (header.autoencoder.scale_factor is None or header.autoencoder.statistics):
         note(
             "these latents are normalized with the autoencoder's statistics, which LFM's --scale_factor cannot express"

@@ -1,5 +1,11 @@
-"""Conditions of velocity networks: labels, dense maps, their null conditions, and a wrapper that takes a dense map as input."""
+"""Conditions of velocity networks: labels, dense maps, parameters of augmentation, and null conditions.
 
+`DenseConditioned` wraps a network that takes a dense map as input. `AugmentationEmbedding` is the part of a network that takes
+the parameters of augmentation (Karras et al. 2022, arXiv:2206.00364, section 5 and appendix F.2): the network learns how
+training images were changed, and samples under zeros, the parameters of unchanged images.
+"""
+
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,18 +14,39 @@ from torch import nn
 
 from options import option
 
-__all__ = ["Condition", "ConditionOptions", "DenseConditioned", "DenseInput", "drop_labels", "null_condition"]
+__all__ = [
+    "AUGMENTATIONS",
+    "AugmentationEmbedding",
+    "Condition",
+    "ConditionOptions",
+    "DenseConditioned",
+    "DenseInput",
+    "add_augmentation",
+    "count_parameters",
+    "drop_labels",
+    "new_augmentation_embedding",
+    "null_condition",
+]
+
+# The parameters of each kind of augmentation, in [-1, 1]; all are 0 in an unchanged image (datasets_prep/augmentation/).
+AUGMENTATIONS: Mapping[str, tuple[str, ...]] = {
+    "flip": ("mirrored",),
+    "crop": ("zoom", "shift_x", "shift_y"),
+    "color": ("brightness", "contrast", "saturation"),
+}
 
 
 class Condition(NamedTuple):
     """Condition of a velocity network; `Condition()` is empty.
 
     `labels`: class ids [B], where id K (the number of classes) is the null class. `dense`: a map [B, K, h, w] with the
-    latents' height and width; the null condition is a map of zeros.
+    latents' height and width; the null condition is a map of zeros. `augmentation`: parameters [B, P] of the augmentation of
+    training images; None stands for zeros.
     """
 
     labels: torch.Tensor | None = None
     dense: torch.Tensor | None = None
+    augmentation: torch.Tensor | None = None
 
 
 def drop_labels(labels: torch.Tensor, uniform: torch.Tensor, probability: float, num_classes: int) -> torch.Tensor:
@@ -44,6 +71,43 @@ def null_condition(
     """
     null_labels = torch.full_like(labels, num_classes) if label_dropout else labels
     return Condition(null_labels, torch.zeros_like(dense) if dense is not None and dense_dropout else dense)
+
+
+def count_parameters(kinds: Sequence[str]) -> int:
+    """The number P of parameters of these kinds of augmentation."""
+    return sum(len(AUGMENTATIONS[kind]) for kind in kinds)
+
+
+class AugmentationEmbedding(nn.Linear):
+    """Map the parameters of augmentation [B, P] to a term [B, D] of a network's embedding.
+
+    The weights start at zero and there is no bias, so a new network's velocity does not depend on the parameters, and a trained
+    network's velocity under zeros is that of the network without this layer.
+    """
+
+    def __init__(self, parameters: int, width: int) -> None:
+        super().__init__(parameters, width, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Set the weights to zero, without random numbers."""
+        nn.init.zeros_(self.weight)
+
+
+def new_augmentation_embedding(kinds: Sequence[str], width: int) -> AugmentationEmbedding | None:
+    """The layer for these kinds of augmentation; None if there are none.
+
+    A network names it `augment_embedder`, and creates it after its other weights are initialized.
+    """
+    return AugmentationEmbedding(count_parameters(kinds), width) if kinds else None
+
+
+def add_augmentation(
+    embedding: torch.Tensor, embedder: AugmentationEmbedding | None, condition: Condition
+) -> torch.Tensor:
+    """Add the term of the parameters of augmentation to an embedding [B, D], if the network and the condition have them."""
+    if embedder is None or condition.augmentation is None:
+        return embedding
+    return embedding + embedder(condition.augmentation)
 
 
 @dataclass(frozen=True)

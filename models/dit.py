@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from models.conditions import Condition
+from models.conditions import Condition, add_augmentation, new_augmentation_embedding
 from models.dit_blocks import BlockInputs, Conditioning, DiTBlock, FinalLayer, Modulation, zero_final_layer
 from models.dit_options import DIT_SIZES, DiTOptions
 from models.embeddings import ContextTokens, LabelEmbedding, TimeEmbedding, batch_times
@@ -103,6 +103,7 @@ class DiT(nn.Module):
         self.final_layer = FinalLayer(head_width, outputs, options)
         self._initialize()
         self._add_heads(hidden_size, head_width)  # after the other weights, which are the same with and without heads
+        self.augment_embedder = new_augmentation_embedding(options.augmentations, hidden_size)
 
     def forward(
         self,
@@ -141,9 +142,9 @@ class DiT(nn.Module):
         self.options.check_inputs(until, guidance, log_variance)
         start = batch_times(t, x)  # [B]
         end = start if until is None else batch_times(until, x)
-        first = last = self._conditioning(start, end, guidance, condition.labels)
+        first = last = self._conditioning(start, end, guidance, condition)
         if until is not None and self.until_start < len(self.blocks):
-            last = self._conditioning(end, end, guidance, condition.labels)
+            last = self._conditioning(end, end, guidance, condition)
         inputs, tap = self._transform(self._first_inputs(first, x, condition.labels), first, last, x, routing)
         patches = self.final_layer(self._image_tokens(inputs, x, self.patch_size), inputs.embedding)  # [B, L, p p C']
         velocity = self._unpatchify(patches, x, self.patch_size)
@@ -154,15 +155,16 @@ class DiT(nn.Module):
         return TappedVelocity(result, self._read_tap(tap, x)) if tapped else result
 
     def _conditioning(
-        self, t: torch.Tensor, until: torch.Tensor, guidance: torch.Tensor | None, labels: torch.Tensor | None
+        self, t: torch.Tensor, until: torch.Tensor, guidance: torch.Tensor | None, condition: Condition
     ) -> Conditioning:
-        """What blocks get from times t [B] and `until` [B], guidance scales and labels."""
+        """What blocks get from times t [B] and `until` [B], guidance scales, labels and parameters of augmentation."""
         time = self.t_embedder(1 - t if self.options.reversed_time else t)
         if self.r_embedder is not None:
             time = time + self.r_embedder(t - until)
         if self.guidance_embedder is not None:
             time = time + self.guidance_embedder(guidance_share(guidance, t))
-        embedding = time if self.y_embedder is None else time + self.y_embedder(labels)
+        time = add_augmentation(time, self.augment_embedder, condition)
+        embedding = time if self.y_embedder is None else time + self.y_embedder(condition.labels)
         embedding = embedding.expand(len(t), -1)
         if self.options.ddt_blocks:
             embedding = functional.silu(embedding)  # before each modulation's own, as in RAE's published weights

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from models.conditions import Condition
+from models.conditions import Condition, add_augmentation, new_augmentation_embedding
 from models.edm_layers import SQRT_HALF, STYLES, Block, Convolution, Norm
 from models.embeddings import TimeFeatures, batch_times
 from models.family import FamilyOptions, check_sides
@@ -105,6 +105,7 @@ class EdmUNet(nn.Module):
             self.out_norm = Norm(width * options.ch_mult[0], self.style.eps)
             self.out_conv = Convolution(width * options.ch_mult[0], options.num_out_channels, 3)
         self._initialize()
+        self.augment_embedder = new_augmentation_embedding(options.augmentations, embedding)
         self.to(memory_format=torch.channels_last)  # faster on CPUs, and in low precision on GPUs
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
@@ -116,7 +117,7 @@ class EdmUNet(nn.Module):
             UsageError: h or w is not a multiple of 2^(levels - 1).
         """
         check_sides(x.shape[2], x.shape[3], len(self.options.ch_mult), "--ch_mult")
-        embedding = self._embed(batch_times(t, x), condition.labels)
+        embedding = self._embed(batch_times(t, x), condition)
         skips: list[torch.Tensor] = []
         pyramid = x
         for name, module in self.enc.items():
@@ -192,19 +193,21 @@ class EdmUNet(nn.Module):
             modules[f"{size}x{size}_aux_conv"] = Convolution(channels, options.num_out_channels, 3)
         return modules
 
-    def _embed(self, t: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def _embed(self, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        labels = condition.labels
         if self.kind == "adm":
             embedding = self.time_features(t)
             embedding = self.map_layer1(functional.silu(self.map_layer0(embedding)))
             if self.map_label is not None and labels is not None:
                 embedding = embedding + self.map_label(self._one_hot(labels).to(embedding))
-            return functional.silu(embedding)
+            return functional.silu(add_augmentation(embedding, self.augment_embedder, condition))
         embedding = (self.map_noise or self.time_features)(t)
         if self.map_label is not None:
             classes = self.options.label_dim
             hot = embedding.new_zeros(len(t), classes) if labels is None else self._one_hot(labels).to(embedding)
             embedding = embedding + self.map_label(hot * math.sqrt(classes))
-        return functional.silu(self.map_layer1(functional.silu(self.map_layer0(embedding))))
+        embedding = self.map_layer1(functional.silu(self.map_layer0(embedding)))
+        return functional.silu(add_augmentation(embedding, self.augment_embedder, condition))
 
     def _one_hot(self, labels: torch.Tensor) -> torch.Tensor:
         """One-hot rows [B, K] for labels [B]; the null class K is a row of zeros."""

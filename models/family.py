@@ -1,12 +1,13 @@
 """Families of velocity networks: options, constructors, and the facts that training and loading need."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import Field, dataclass, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import nn
 
+from models.conditions import AUGMENTATIONS
 from models.embeddings import TIME_EMBEDDINGS
 from options import UsageError, option
 
@@ -49,6 +50,13 @@ class FamilyOptions:
     time_scale_factor: float = option(
         1.0, "multiplies the time, which lies in [0, 1], before its features", minimum=1e-3, maximum=1e6
     )
+    augment: tuple[str, ...] = option(
+        (),
+        "also train on changed images, whose changes the network gets as a condition, so that samples do not show them: flip, "
+        "crop, color, or several (docs/training.md)",
+        choices=AUGMENTATIONS,
+        common=True,
+    )
 
     @property
     def classes(self) -> int:
@@ -70,9 +78,14 @@ class FamilyOptions:
         """Whether the network takes a guidance scale as an input."""
         return False
 
+    @property
+    def augmentations(self) -> tuple[str, ...]:
+        """The kinds of augmentation in `augment`, each once, in the order of their parameters."""
+        return tuple(kind for kind in AUGMENTATIONS if kind in self.augment)
+
     def for_sampling(self) -> Self:
         """The options of the network without weights that serve only training."""
-        return self
+        return replace(self, augment=())
 
     def unmatched(self, size: int) -> dict[str, str]:
         """Options that ask for something that a network for latents of side `size` does not have: name to explanation."""

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from models.conditions import Condition
+from models.conditions import Condition, add_augmentation, new_augmentation_embedding
 from models.edm_unet import UNetOptions
 from models.embeddings import TimeFeatures, batch_times
 from models.family import ClassOptions, check_sides
@@ -86,6 +86,7 @@ class GuidedUNet(nn.Module):
                 self.output_blocks.append(entry)
         last = nn.Conv2d(channels, options.num_out_channels, 3, padding=1)
         self.out = nn.Sequential(Norm(channels), nn.SiLU(), _zeroed(last))
+        self.augment_embedder = new_augmentation_embedding(options.augmentations, embedding)
         self.to(memory_format=torch.channels_last)  # faster on CPUs, and in low precision on GPUs
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
@@ -100,6 +101,7 @@ class GuidedUNet(nn.Module):
         embedding = self.time_embed(self.time_features(batch_times(t, x)))
         if self.options.label_rows:
             embedding = embedding + self._embed_labels(condition.labels)
+        embedding = add_augmentation(embedding, self.augment_embedder, condition)
         skips = []
         for entry in self.input_blocks:
             x = self._run(entry, x, embedding)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from models.conditions import Condition
+from models.conditions import Condition, add_augmentation, new_augmentation_embedding
 from models.embeddings import LabelEmbedding, TimeEmbedding, batch_times
 from models.family import ClassOptions, check_sides
 from models.transformer_layers import SelfAttention
@@ -72,6 +72,7 @@ class PlainUNet(nn.Module):
             width = outputs
         last = nn.Conv2d(width, options.num_out_channels, 3, padding=1)
         self.output = nn.Sequential(GroupNorm(GROUPS, width), nn.SiLU(), last)
+        self.augment_embedder = new_augmentation_embedding(options.augmentations, EMBEDDING)
         self.to(memory_format=torch.channels_last)  # 20% faster on CPUs
 
     def forward(self, t: torch.Tensor, x: torch.Tensor, condition: Condition = Condition()) -> torch.Tensor:  # noqa: B008
@@ -87,6 +88,7 @@ class PlainUNet(nn.Module):
         embedding = self.time(batch_times(t, x))  # [B, E]
         if self.labels is not None:
             embedding = embedding + self.labels(condition.labels)
+        embedding = add_augmentation(embedding, self.augment_embedder, condition)
         x, skips = self.input(x), []
         for block, down in zip(self.encoder, self.down, strict=True):
             x = self._run(block, x, embedding)

@@ -34,7 +34,7 @@ __all__ = [
 
 LATENT_LAYERS = 5  # of SRA 2's MLP, whose paper found two layers worse
 # Prefixes of names in a state dict: what only training uses, and the auxiliary head.
-TRAINING_PREFIXES, HEAD_PREFIX = ("projectors.", "log_variance_head."), "auxiliary_head."
+TRAINING_PREFIXES, HEAD_PREFIX = ("projectors.", "log_variance_head.", "augment_embedder."), "auxiliary_head."
 
 
 class Tapped(NamedTuple):
@@ -163,7 +163,7 @@ class TapOptions(ClassOptions):
 
     def for_sampling(self) -> Self:
         """The options of the network without projectors."""
-        return replace(self, align_latents=0.0, align_features=0.0, unused_projectors=())
+        return replace(super().for_sampling(), align_latents=0.0, align_features=0.0, unused_projectors=())
 
 
 def new_projectors(options: TapOptions, width: int, patch_values: int) -> nn.ModuleDict:

@@ -36,17 +36,32 @@ STEPS_BETWEEN_POLLS = 10  # with several processes, because each poll waits for 
 
 
 class Requests(NamedTuple):
-    """Requests made by at least one process.
+    """Requests made by at least one process, because of a signal or by its clock.
 
     Args:
         stop: stop, because of a signal.
         out_of_time: end the run, because of --max_minutes.
         save: save the training state, because of --save_content_every_minutes.
+        validate: validate, because of --eval_every_minutes.
+        checkpoint: write a checkpoint model_<epoch>, because of --save_ckpt_every_minutes.
+        draw: draw a sample grid, because of --plot_every_minutes.
     """
 
-    stop: bool
-    out_of_time: bool
-    save: bool
+    stop: bool = False
+    out_of_time: bool = False
+    save: bool = False
+    validate: bool = False
+    checkpoint: bool = False
+    draw: bool = False
+
+
+# The option with the minutes between two times of each periodic work.
+MINUTES = {
+    "save": "save_content_every_minutes",
+    "validate": "eval_every_minutes",
+    "checkpoint": "save_ckpt_every_minutes",
+    "draw": "plot_every_minutes",
+}
 
 
 class Checkpointer:
@@ -87,10 +102,10 @@ class Checkpointer:
         """The requests of all processes. Several processes exchange them only every STEPS_BETWEEN_POLLS steps."""
         processes, options = self._run.processes, self._run.experiment
         if processes.count > 1 and self._state.step % STEPS_BETWEEN_POLLS:
-            return Requests(False, False, False)
+            return Requests()
         out_of_time = 0 < self._run.training.max_minutes * 60 <= self._clock.total()
-        save = 0 < options.save_content_every_minutes * 60 <= self._clock.since_saving()
-        return Requests(*processes.any_each(stop.requested, out_of_time, save))
+        due = {work: 0 < getattr(options, name) * 60 <= self._clock.since(work) for work, name in MINUTES.items()}
+        return Requests(*processes.any_each(*Requests(stop.requested, out_of_time, **due)))
 
     def after_step(self, ended: bool, requests: Requests) -> None:
         """Validate, save and draw a sample grid, each if it is due.
@@ -99,18 +114,21 @@ class Checkpointer:
             UsageError: the run ends, and weights or training state could not be written.
         """
         experiment, state = self._run.experiment, self._state
-        evaluated, saved = self._due(experiment.eval_every, ended), self._due(experiment.save_ckpt_every, ended)
+        evaluated = self._due("validate", experiment.eval_every, ended, requests.validate)
+        saved = self._due("checkpoint", experiment.save_ckpt_every, ended, requests.checkpoint)
         state_saved = self._training_state_due(ended, requests)
         snapshot = bool(state.power_averages) and (ended or state.step % self._snapshot_every == 0)
         if evaluated or saved or state_saved or snapshot:
             self._nan_guard.check_weights()
         if evaluated:
             self._validate(ended)
+            self._clock.finished("validate")
         if saved:
             self._save_model(f"model_{-(-state.step // self._per_epoch)}", ended)
             if self._log and experiment.keep_last:
                 with self._guard.writing("model_*.safetensors"):
                     remove_older(self._run.folder, experiment.keep_last)
+            self._clock.finished("checkpoint")
         if snapshot:
             self._save_snapshots(ended)
         if state_saved:
@@ -118,10 +136,11 @@ class Checkpointer:
             if self._log:
                 with self._guard.writing(CONTENT):
                     save_state(self._run.folder, content)
-            self._clock.saved()
+            self._clock.finished("save")
         self._guard.check(last=ended or requests.stop)
-        if self._due(experiment.plot_every, ended):
+        if self._due("draw", experiment.plot_every, ended, requests.draw):
             self._draw()
+            self._clock.finished("draw")
         if ended and self._log:
             self._write_report()
 
@@ -129,10 +148,17 @@ class Checkpointer:
         """A block whose failure does not end the run, unless other processes would wait for this one inside it."""
         return self._attempts.attempt(work, self._state.step) if self._run.processes.count == 1 else nullcontext()
 
-    def _due(self, every: int, ended: bool) -> bool:
-        """Whether a multiple of `every` epochs is complete, or the run has ended."""
+    def _due(self, work: str, every: int, ended: bool, requested: bool) -> bool:
+        """Whether periodic work is due: it was requested, `every` epochs are complete, or the run has ended.
+
+        If an option gives the minutes between two times of this work, its epochs do not count.
+        """
+        return ended or requested or (not getattr(self._run.experiment, MINUTES[work]) and self._is_epoch(every))
+
+    def _is_epoch(self, every: int) -> bool:
+        """Whether a multiple of `every` epochs is complete."""
         epoch, position = divmod(self._state.step, self._per_epoch)
-        return ended or (position == 0 and epoch % every == 0)
+        return position == 0 and epoch % every == 0
 
     def _training_state_due(self, ended: bool, requests: Requests) -> bool:
         """Whether to save the training state now.
@@ -144,7 +170,7 @@ class Checkpointer:
         every_steps = options.save_content_every_steps
         if requests.stop or not options.save_content:
             return requests.stop
-        regular = step % every_steps == 0 if every_steps else self._due(options.save_content_every, ended)
+        regular = step % every_steps == 0 if every_steps else ended or self._is_epoch(options.save_content_every)
         due = regular or requests.save or self._save_postponed
         if not due or ended:
             return ended

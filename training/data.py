@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from datasets_prep.augmentation.variants import AugmentedMoments
 from datasets_prep.conditions import ConditionSource
 from datasets_prep.moments import MomentSource
 from datasets_prep.pairs.pair_cache import PairCache
@@ -184,7 +185,8 @@ def batches(
     """Yield this process's batches of the steps first_step .. last_step - 1. A thread reads the data one step ahead.
 
     Args:
-        source: posterior moments by image index, or pairs of noise and samples.
+        source: posterior moments by image index, or pairs of noise and samples. `AugmentedMoments` also give the condition
+            the parameters of augmentation.
         autoencoder: samples the posterior and scales the latents.
         objective: draws its times from the step's random streams.
         batch_size: images per process.
@@ -212,13 +214,18 @@ def batches(
     def reader(step: int) -> Callable[[], _Read]:
         draws = range(step * global_batch + share.start, step * global_batch + share.stop)
         chosen, mirrored = choose(step)
+        if isinstance(source, AugmentedMoments):
+            chosen = source.choose_variants(chosen, seed, step)
         rows, others = _rows_with_others(source.labels[chosen], share) if contrast else (None, None)
         own = share if rows is None else rows
         return partial(_read, source, condition, features, chosen[own], mirrored[own], draws, rows, others, pin)
 
-    for step, (moments, labels, raw, encoded, rows, others) in read_ahead(reader, first_step, last_step, device):
+    for step, (moments, labels, raw, encoded, rows, others, augmentation) in read_ahead(
+        reader, first_step, last_step, device
+    ):
         moments, labels = moments.to(device, non_blocking=True), labels[:batch_size].to(device, non_blocking=True)
         own = share if rows is None else rows.to(device, non_blocking=True)
+        augmentation = None if augmentation is None else augmentation.to(device, non_blocking=True)
         shape = autoencoder.latent_channels, *moments.shape[2:]
         streams = StepStreams(seed, step, global_batch, shape, device, last_step)
         dropout = streams.uniform("dropout")[share]  # for labels and maps, so that guidance moves away from both
@@ -243,9 +250,10 @@ def batches(
             draws = replace_draws(draws, other_velocity=velocities, contrast=contrast * kept)
         if guided:
             null = null_condition(labels, dense, label_dropout, condition_dropout, num_classes)
+            null = null._replace(augmentation=augmentation)
             draws = replace_draws(draws, kept=dropout >= max(label_dropout, condition_dropout), null=null)
         labels = drop_labels(labels, dropout, label_dropout, num_classes)
-        yield Batch(data[:batch_size], noise[:batch_size], draws, Condition(labels, dense))
+        yield Batch(data[:batch_size], noise[:batch_size], draws, Condition(labels, dense, augmentation))
 
 
 def _rows_with_others(labels: torch.Tensor, share: slice) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,6 +283,7 @@ class _Read(NamedTuple):
         features: an image encoder's features of the own samples [B, ...].
         rows: rows of the global batch [M]; None: the own ones.
         others: see `_rows_with_others`; None without contrastive flow matching.
+        augmentation: parameters of the own samples' augmentation [B, P]; None without augmentation.
     """
 
     moments: torch.Tensor
@@ -283,6 +292,7 @@ class _Read(NamedTuple):
     features: torch.Tensor | None
     rows: torch.Tensor | None
     others: torch.Tensor | None
+    augmentation: torch.Tensor | None
 
 
 def _read(
@@ -299,7 +309,8 @@ def _read(
     own, own_mirrored = chosen[: len(draws)], mirrored[: len(draws)]
     raw = None if condition is None else condition.read(own, own_mirrored, draws)
     encoded = None if features is None else features.moments(own, own_mirrored)
-    read = _Read(source.moments(chosen, mirrored), source.labels[chosen], raw, encoded, rows, others)
+    augmentation = source.parameters(own) if isinstance(source, AugmentedMoments) else None
+    read = _Read(source.moments(chosen, mirrored), source.labels[chosen], raw, encoded, rows, others, augmentation)
     if not pin:
         return read
     return _Read(*(x if x is None or x.device.type != "cpu" else x.pin_memory() for x in read))  # type: ignore[arg-type]

@@ -103,9 +103,18 @@ class ExperimentOptions:
         0, "number of newest checkpoints model_<epoch> to keep; 0: all", minimum=0, on_resume="freely", common=True
     )
     save_ckpt_every: int = option(25, "epochs between checkpoints model_<epoch>", minimum=1, on_resume="freely")
+    save_ckpt_every_minutes: float = option(
+        0.0, "minutes between checkpoints model_<epoch>; 0: save_ckpt_every applies", minimum=0, on_resume="freely"
+    )
     plot_every: int = option(5, "epochs between sample grids", minimum=1, on_resume="freely")
+    plot_every_minutes: float = option(
+        0.0, "minutes between sample grids; 0: plot_every applies", minimum=0, on_resume="freely"
+    )
     eval_every: int = option(
         5, "epochs between validations on held-out images", minimum=1, on_resume="freely", common=True
+    )
+    eval_every_minutes: float = option(
+        0.0, "minutes between validations; 0: eval_every applies", minimum=0, on_resume="freely"
     )
     eval_samples: int = option(
         0, "samples to score at every validation; 0: validation loss only", minimum=0, on_resume="freely", common=True

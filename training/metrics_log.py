@@ -97,20 +97,21 @@ class Clock:
     def __init__(self, state: Progress) -> None:
         self._state = state
         self._offset = state.seconds
-        self._started = self._lap = self._saved = time.monotonic()
+        self._started = self._lap = time.monotonic()
+        self._finished: dict[str, float] = {}
         self._lap_step = state.step
 
     def total(self) -> float:
         """Seconds of training so far."""
         return self._offset + time.monotonic() - self._started
 
-    def since_saving(self) -> float:
-        """Seconds since the last call of `saved`, or since the start."""
-        return time.monotonic() - self._saved
+    def since(self, work: str) -> float:
+        """Seconds since the last call of `finished(work)`, or since the start."""
+        return time.monotonic() - self._finished.get(work, self._started)
 
-    def saved(self) -> None:
-        """Record that the training state has just been saved."""
-        self._saved = time.monotonic()
+    def finished(self, work: str) -> None:
+        """Record that periodic work, such as a validation, has just been finished."""
+        self._finished[work] = time.monotonic()
 
     def lap(self, images_per_step: int, processes: Processes) -> dict[str, float]:
         """Read means over the steps since the last call from the device, average them over processes, and reset the sums.

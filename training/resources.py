@@ -57,9 +57,13 @@ class DiskUse:
 def predict_use(
     state: TrainingState, experiment: ExperimentOptions, per_epoch: int, last_step: int, snapshot_every: int = 1
 ) -> DiskUse:
-    """Predict the disk use of a run of `last_step` steps. The checkpoints include best.safetensors."""
+    """Predict the disk use of a run of `last_step` steps. The checkpoints include best.safetensors.
+
+    The time of an epoch is not known, so --save_ckpt_every_minutes counts as one checkpoint in every epoch, the most.
+    """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in state.ema.weights.values())
-    regular, remainder = divmod(last_step, per_epoch * experiment.save_ckpt_every)
+    epochs = 1 if experiment.save_ckpt_every_minutes else experiment.save_ckpt_every
+    regular, remainder = divmod(last_step, per_epoch * epochs)
     numbered = regular + (1 if remainder else 0)
     numbered = min(numbered, experiment.keep_last or numbered)
     tracked = len(state.power_averages)

@@ -66,6 +66,10 @@ class TrainingOptions(OptimizerOptions):
         0, "steps of linear learning-rate warmup", minimum=0, on_resume="on_request", common=True
     )
     grad_clip: float = option(0.0, "maximum gradient norm; 0: no clipping", minimum=0, on_resume="on_request")
+    augment_copies: int = option(8, "variants of each image for --augment, encoded once and cached", minimum=1)
+    augment_probability: float = option(
+        0.5, "probability of training on a variant in place of the image, with --augment", minimum=0, maximum=1
+    )
     use_ema: bool = option(
         True, "use the exponential moving average (EMA) of the weights in samples, validation and checkpoints"
     )

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from checkpoints.experiments import find_checkpoint
@@ -9,7 +10,7 @@ from checkpoints.files import describes_network, read_header
 from checkpoints.header import Header
 from datasets_prep.datasets import DatasetOptions, FlipOptions
 from datasets_prep.latent_cache import LatentCacheOptions
-from datasets_prep.moments import mean_latents, measure_scale, open_moments
+from datasets_prep.moments import mean_latents, measure_scale, open_encoded, open_moments
 from evaluation.features.registry import FeatureOptions
 from evaluation.trained_flow import ExactPoints, check_exact_velocity
 from flow.auxiliary.losses import AuxiliaryOptions
@@ -57,6 +58,7 @@ from training.network import (
 )
 from training.objectives.checks import settle_options
 from training.objectives.training_pairs import open_training_pairs
+from training.preparation.augmentation import check_augmentation, check_network_takes_augmentation, open_variants
 from training.preparation.configuration import configuration_of
 from training.preparation.inputs import Inputs, keep_scale, open_inputs, open_splits, show_reconstructions
 from training.preparation.own_autoencoder import OwnAutoencoderOptions, resolve_own
@@ -112,6 +114,8 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     pairs = open_training_pairs(
         objective_options, inputs.autoencoder, data.image_size, chosen.classes, dense=inputs.condition is not None
     )
+    is_dense = inputs.condition is not None
+    check_augmentation(chosen, options.given, inputs.dataset, dense=is_dense, pairs=pairs is not None)
     per_epoch = steps_per_epoch(len(pairs or inputs.dataset), training.batch_size * processes.count)
     if 0 < len(pairs or inputs.dataset) < training.batch_size * processes.count:
         note("the images do not fill one batch, so each batch contains them more than once")
@@ -158,6 +162,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     if weights and describes_network(weights) and not options[AutoencoderOptions].latent_statistics:
         inherit_scale(inputs.autoencoder, read_header(weights).autoencoder)
     network = new_network(architecture, training.seed, weights, inputs.autoencoder.describe(), prediction_of(path))
+    check_network_takes_augmentation(model_type, architecture.options, network)
     if weights is not None and processes.is_main and not training.fsdp:  # a sharded network may not fit on one device
         warn_of_other_conventions(weights, network, header, inputs.held_out, inputs.autoencoder, machine)
     fitted = fit_encoder(encoder, options[EncoderOptions], network, inputs.dataset)
@@ -182,6 +187,12 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         means = mean_latents(source, inputs.autoencoder, header.num_classes, header.dataset.flips, machine.device)
         header = replace(header, contrast_means=tuple(float(f"{x:.6g}") for x in means.flatten().tolist()))
     features = open_features(fitted, inputs.dataset, data, caches, machine.for_encoding, processes, spare)
+    encoded = partial(
+        open_encoded, data=data, cache=caches, machine=machine.for_encoding, processes=processes, spare=spare
+    )
+    augmented, features = open_variants(
+        architecture.options, training, inputs.dataset, source, inputs.autoencoder, features, fitted, encoded
+    )
     condition = inputs.held_out_condition
     # A sharded network needs all processes for every evaluation, so each process evaluates all points and samples.
     validating = Processes() if training.fsdp else processes
@@ -211,7 +222,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     run = TrainingRun(
         folder=folder,
         network=network,
-        source=source,
+        source=augmented,
         autoencoder=inputs.autoencoder,
         header=header,
         objective=objective,

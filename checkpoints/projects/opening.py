@@ -207,7 +207,7 @@ def weights_for_project(
         own = build_network(*header.architecture).state_dict()
     names = project.names(own)
     if left := sorted({*own} - {*names.values()}):
-        note(f"the written file lacks {len(left)} weights of auxiliary heads, such as {left[0]}")
+        note(f"the written file lacks {len(left)} weights of auxiliary heads or for training only, such as {left[0]}")
     return {name: weights[mine] for name, mine in names.items()}
 
 

@@ -35,7 +35,7 @@ SIZES = (
     "model_depth",
     "model_heads",
 )
-TRAINING = ("use_grad_checkpointing", "log_variance_head")
+TRAINING = ("use_grad_checkpointing", "log_variance_head", "augment")
 FREE = {*SIZES, *TRAINING, *(field.name for field in own_options(TapOptions))}
 
 

@@ -273,6 +273,24 @@ def test_the_clock_begins_anew_with_every_saving(tmp_path, monkeypatch):
     assert saved[-1] == 14
 
 
+@pytest.mark.parametrize(
+    ("option", "work"), [("eval_every_minutes", "_validate"), ("plot_every_minutes", "_draw")], ids=["validate", "draw"]
+)
+def test_each_work_has_its_own_clock(tmp_path, monkeypatch, option, work):
+    """Saving at every step does not delay a validation or a grid, whose minutes count from the last one's end."""
+    now = iter(range(1000))
+    monkeypatch.setattr("training.metrics_log.time.monotonic", lambda: float(next(now)))
+    steps = []
+    monkeypatch.setattr(
+        f"training.checkpointing.Checkpointer.{work}", lambda self, *args: steps.append(self._state.step)
+    )
+    often = {"eval_every": 1000, "plot_every": 1000, "save_content_every_steps": 1, option: 0.25}
+    train(new_run(tmp_path / "run", experiment=often), resume=False)
+    assert steps[-1] == 14
+    assert len(steps) > 2
+    assert min(later - earlier for earlier, later in pairwise(steps[:-1])) > 1
+
+
 def test_older_checkpoints_are_removed(reference_run, tmp_path):
     assert train(new_run(tmp_path / "run", experiment={**OFTEN, "keep_last": 2}), resume=False)
     names = {path.name for path in (tmp_path / "run").glob("*.safetensors")}

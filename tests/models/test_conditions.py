@@ -212,5 +212,5 @@ def test_the_null_condition_drops_what_training_drops():
     assert both.labels.tolist() == [3, 3]
     assert both.dense.count_nonzero() == 0
     neither = null_condition(labels, maps, 0.0, 0.0, num_classes=3)
-    assert neither == (labels, maps)
+    assert neither == (labels, maps, None)
     assert null_condition(labels, None, 0.1, 0.0, num_classes=3).dense is None

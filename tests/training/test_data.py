@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import training.data
+from datasets_prep.augmentation.variants import AugmentedMoments, VariantRecipe
 from datasets_prep.moments import mean_latents
 from flow.auxiliary.objective import WithAuxiliary
 from flow.losses.contrast import Correction
@@ -408,3 +409,66 @@ def test_the_correction_recovers_the_velocity_from_the_minimum_of_the_contrastiv
         assert (corrected - velocity).abs().max() < 0.06
         if label < classes and classes == 2:
             assert (target - velocity).abs().max() > 0.5
+
+
+RECIPE = VariantRecipe(("flip", "crop"), 3, mirrored=False)
+
+
+def numbered_variants(probability, images=None):
+    """A source whose variant k of image i has the number 100 + 3 i + k."""
+    variants = Numbered(count=3 * COUNT)
+    moments = variants.moments
+    variants.moments = lambda indices, mirrored: moments(indices + 100, mirrored)
+    return AugmentedMoments(images or Numbered(), variants, RECIPE, probability)
+
+
+def test_variants_bring_their_parameters():
+    table = RECIPE.parameters(COUNT)
+    numbers, plain = [], draw(0, 6, flips=True)
+    for batch, other in zip(draw(0, 6, source=numbered_variants(0.5), flips=True), plain, strict=True):
+        for number, image, parameters in zip(
+            images_of(batch), images_of(other), batch.condition.augmentation, strict=True
+        ):
+            numbers.append(number)
+            if number < 100:
+                assert number == image
+                assert parameters.count_nonzero() == 0
+            else:
+                assert (number - 100) // 3 == image
+                assert torch.equal(parameters, table[number - 100])
+        assert torch.equal(batch.condition.labels, other.condition.labels)
+        assert torch.equal(batch.noise, other.noise)
+        assert torch.equal(batch.draws.t, other.draws.t)
+        is_variant = torch.tensor(images_of(batch)) >= 100
+        mirrored = batch.data[:, 0, 0, 1] > 0
+        assert torch.equal(mirrored, (other.data[:, 0, 0, 1] > 0) & ~is_variant)
+    assert 8 < sum(number >= 100 for number in numbers) < 28
+
+
+def test_without_a_chance_of_variants_the_data_are_the_same_bits():
+    for batch, plain in zip(draw(0, 6, source=numbered_variants(0.0)), draw(0, 6), strict=True):
+        assert batch.condition.augmentation.count_nonzero() == 0
+        assert plain.condition.augmentation is None
+        assert same(batch._replace(condition=batch.condition._replace(augmentation=None)), plain)
+
+
+def test_processes_share_out_variants_and_every_start_draws_the_same():
+    whole = draw(0, 6, source=numbered_variants(0.5))
+    assert all(map(same, draw(3, 6, source=numbered_variants(0.5)), whole[3:]))
+    shares = [draw(0, 6, source=numbered_variants(0.5), processes=Processes(rank, 2), batch_size=3) for rank in (0, 1)]
+    for step, batch in enumerate(whole):
+        assert same(concatenate([share[step] for share in shares]), batch)
+
+
+def test_contrasts_and_null_conditions_know_the_augmentation():
+    """Other samples of a contrast may be variants, whose parameters the network does not get."""
+    path = FlowMatchingOptions(contrastive_weight=0.1)
+    (batch,) = draw(0, 1, source=numbered_variants(1.0), path=path)
+    assert batch.condition.augmentation.shape == (6, 4)
+    assert min(images_of(batch)) >= 100
+    options = OBJECTIVES["mean_flow"].options(target_omega=0.5)
+    objective = OBJECTIVES["mean_flow"].build(options)
+    settings = {"num_classes": CLASSES, "label_dropout": 0.2, "device": torch.device("cpu"), "batch_size": 6}
+    (batch,) = draw_batches(numbered_variants(1.0), PixelSpace(1), 0, 1, objective=objective, path=options, **settings)
+    assert torch.equal(batch.draws.null.augmentation, batch.condition.augmentation)
+    assert batch.draws.null.labels.tolist() == [CLASSES] * 6

@@ -166,10 +166,13 @@ def names_of(policy):
 def test_policies_on_resume():
     """Listed in full, since a wrong policy would prevent a run from resuming or change it silently."""
     saving = (
-        "save_content save_content_every save_content_every_steps save_content_every_minutes save_ckpt_every keep_last "
-        "posthoc_ema_every"
+        "save_content save_content_every save_content_every_steps save_content_every_minutes save_ckpt_every "
+        "save_ckpt_every_minutes keep_last posthoc_ema_every"
     )
-    shown = "plot_every eval_every eval_samples validate_excess log_every tracker grid_samples grid_columns preview_autoencoder"
+    shown = (
+        "plot_every plot_every_minutes eval_every eval_every_minutes eval_samples validate_excess log_every tracker "
+    )
+    shown += "grid_samples grid_columns preview_autoencoder"
     sampling = "method num_steps step_size time_grid time_shift grid_location grid_scale grid_rho atol rtol churn "
     sampling += "churn_noise churn_interval diffusion diffusion_norm cfg_scale cfg_interval cfg_channels "
     sampling += (

@@ -13,6 +13,7 @@ import training.loop
 import training.resources
 from checkpoints.files import read_weights
 from checkpoints.header import Header
+from datasets_prep.augmentation.variants import AugmentedMoments, VariantRecipe, variants_of
 from datasets_prep.datasets import DatasetFacts, ImageDataset
 from datasets_prep.moments import EncodedImages
 from flow.guidance import GuidanceOptions
@@ -223,6 +224,31 @@ def test_a_run_with_optional_parts_of_dit_resumes_bit_for_bit(tmp_path, monkeypa
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+def new_augmented_run(folder, event=None, **settings):
+    """A run that also trains on variants of the images, whose network takes their parameters."""
+    run = new_run(folder, event, **settings)
+    recipe = VariantRecipe(("flip", "crop"), 2, mirrored=False)
+    variants = EncodedImages(variants_of(stripes(), recipe), PixelSpace(1).encode, MACHINE, 1)
+    options = replace(NETWORK, augment=recipe.kinds)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = DiT(4, 2, 16, 1, 2, options)
+    header = replace(run.header, network=options)
+    return replace(run, network=network, header=header, source=AugmentedMoments(run.source, variants, recipe, 0.5))
+
+
+def test_a_run_with_augmentation_resumes_bit_for_bit(reference_run, tmp_path):
+    assert train(new_augmented_run(tmp_path / "whole"), resume=False)
+    assert not train(new_augmented_run(tmp_path / "stopped", (7, send_signal(signal.SIGTERM))), resume=False)
+    assert train(new_augmented_run(tmp_path / "stopped"), resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+    averages = [
+        read_torch_file(folder / "content.pth")["ema"]["weights"] for folder in (tmp_path / "whole", reference_run)
+    ]
+    assert averages[0].pop("augment_embedder.weight").abs().max() > 0
+    assert averages[0].keys() == averages[1].keys()
+
+
 def test_a_crashed_run_resumes_from_its_last_training_state(reference_run, tmp_path):
     def crash():
         raise RuntimeError("power cut")
@@ -299,6 +325,35 @@ def test_the_loss_decreases(tmp_path):
 def test_num_epoch_applies_without_max_steps(tmp_path):
     assert train(new_run(tmp_path / "run", max_steps=0, num_epoch=2), resume=False)
     assert read_torch_file(tmp_path / "run" / "content.pth")["step"] == 10
+
+
+def test_minutes_between_grids_validations_and_checkpoints_change_no_weights(reference_run, tmp_path):
+    """Minutes so few that they are over after every step, and so many that they never are: the epochs then do not count."""
+    found = {}
+    for minutes in (1e-9, 1e9):
+        folder = tmp_path / f"{minutes}"
+        names = ("plot_every_minutes", "eval_every_minutes", "save_ckpt_every_minutes")
+        assert train(new_run(folder, experiment=dict.fromkeys(names, minutes)), resume=False)
+        validated = {entry["step"]: entry["loss"] for entry in metrics_of(folder) if entry["kind"] == "validation"}
+        assert read_weights(folder / "best.safetensors")[1].step == min(validated, key=validated.__getitem__)
+        checkpoints = {path.name for path in folder.glob("model_*.safetensors")}
+        found[minutes] = (list(validated), len(list((folder / "samples").iterdir())), len(checkpoints))
+        same = state_of(folder)
+        best = same.pop("best")
+        assert best == min(validated.values())
+        assert same == {name: value for name, value in state_of(reference_run).items() if name != "best"}
+        last = (folder / "model_3.safetensors").read_bytes()
+        assert last == (reference_run / "model_3.safetensors").read_bytes()
+    assert found == {1e-9: (list(range(1, STEPS + 1)), STEPS, 3), 1e9: ([STEPS], 1, 1)}
+
+
+def test_a_run_may_resume_with_another_rhythm(reference_run, tmp_path):
+    often = {"eval_every_minutes": 1e-9, "plot_every_minutes": 1e-9}
+    folder = tmp_path / "run"
+    assert not train(new_run(folder, event=(7, send_signal(signal.SIGINT)), experiment=often), resume=False)
+    assert train(new_run(folder), resume=True)
+    last = (folder / "model_3.safetensors").read_bytes()
+    assert last == (reference_run / "model_3.safetensors").read_bytes()
 
 
 def test_max_minutes_ends_the_run_with_a_note(tmp_path, capsys):

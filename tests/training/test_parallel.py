@@ -83,6 +83,12 @@ def test_contrasts_cross_the_border_between_processes(folder):
     assert_same_gradients(alone, folder / "first step, contrasted")
 
 
+def test_processes_share_out_variants(folder):
+    alone = folder / "alone, first step, augmented"
+    assert train(runs.new_augmented_run(alone, lr=RATE, max_steps=1), resume=False)
+    assert_same_gradients(alone, folder / "first step, augmented")
+
+
 @pytest.mark.slow
 def test_compiled_gradients_equal_one_eager_processs(tmp_path):
     launch(tmp_path, "compiled")
@@ -102,6 +108,16 @@ def test_runs_equal_one_processs_up_to_rounding(folder, name):
 @pytest.mark.parametrize("name", ["replicated", "sharded"])
 def test_interrupted_run_of_two_resumes_bit_for_bit(folder, name):
     runs.assert_same_run(folder / f"{name}, interrupted", folder / name)
+
+
+def test_processes_follow_the_clock_of_any_of_them(folder):
+    """Processes ask each other for what is due every tenth step."""
+    run = folder / "by the clock"
+    validated = [entry["step"] for entry in runs.metrics_of(run) if entry["kind"] == "validation"]
+    assert validated == [10, runs.STEPS]
+    assert {path.name for path in (run / "samples").iterdir()} == {"step_0000010.png", "step_0000014.png"}
+    weights, same = (read_weights(folder / name / "model_3.safetensors")[0] for name in ("by the clock", "replicated"))
+    assert greatest_difference(weights, same) == 0
 
 
 def test_run_of_two_shared_out_goes_on_alone(folder):

@@ -54,6 +54,14 @@ def interrupted(folder, **settings):
     assert train(runs.new_run(folder, lr=RATE, **AVERAGES, **settings), resume=True)
 
 
+def by_the_clock(folder, processes):
+    """Only the second process's clock asks for validations, grids and checkpoints; both must take part in them."""
+    minutes = 1e-9 if processes.rank else 1e9
+    names = ("eval_every_minutes", "plot_every_minutes", "save_ckpt_every_minutes")
+    run = runs.new_run(folder / "by the clock", processes=processes, lr=RATE, experiment=dict.fromkeys(names, minutes))
+    assert train(run, resume=False)
+
+
 def training(folder, processes):
     for name, settings in {
         "first step": {"max_steps": 1},
@@ -61,9 +69,11 @@ def training(folder, processes):
         "first step, sharded": {"max_steps": 1, "fsdp": True, "grad_accumulation": 2},
         "replicated": {},
         "sharded": {"fsdp": True},
+        "first step, augmented": {"max_steps": 1},
         "first step, contrasted": {"max_steps": 1, "path": runs.CONTRASTED},
     }.items():
-        assert train(runs.new_run(folder / name, processes=processes, lr=RATE, **AVERAGES, **settings), resume=False)
+        new_run = runs.new_augmented_run if name == "first step, augmented" else runs.new_run
+        assert train(new_run(folder / name, processes=processes, lr=RATE, **AVERAGES, **settings), resume=False)
     for name in ("replicated", "sharded"):
         interrupted(folder / f"{name}, interrupted", processes=processes, fsdp=name == "sharded")
     # "begun alone" was started in one process and is resumed in two. "begun sharded" is resumed by test_parallel.py.
@@ -100,6 +110,10 @@ def every_family(processes):
     variants = [("DiT-Mi/2", options) for options in small_networks.DIT_VARIANTS]
     for model_type, options in [*small_networks.SMALL.items(), *variants]:
         compare_steps(processes, model_type, options, OBJECTIVE, batch)
+    parameters = torch.rand(4, 3) * torch.tensor([[0.0], [0.0], [1.0], [1.0]])  # the first process has none but zeros
+    augmented = batch._replace(condition=batch.condition._replace(augmentation=parameters))
+    options = dataclasses.replace(small_networks.SMALL["DiT-Mi/2"], augment=("color",))
+    compare_steps(processes, "DiT-Mi/2", options, OBJECTIVE, augmented)
 
 
 def auxiliary_losses(processes):
@@ -246,6 +260,7 @@ def main(folder):
             few_step_objectives(processes)
             samples(folder / "samples", processes)
             training(folder, processes)
+            by_the_clock(folder, processes)
         print("all is well")
 
 

@@ -60,7 +60,7 @@ class Saver:
         options, processes = self._run.training, self._run.processes
         if processes.count > 1 and self._state.step % STEPS_BETWEEN_POLLS:
             return Due(False, False, False)
-        save = options.save_minutes * 60 <= self._clock.since_saving()
+        save = options.save_minutes * 60 <= self._clock.since("save")
         validate = 0 < options.validate_minutes * 60 <= time.monotonic() - self._validated
         return Due(*processes.any_each(stop.requested, save, validate))
 
@@ -114,7 +114,7 @@ class Saver:
         if self._log:
             with self._writes.writing(CONTENT):
                 save_state(self._run.folder, content)
-        self._clock.saved()
+        self._clock.finished("save")
 
     def _save_newest(self) -> None:
         """Save the EMA network, with the held-out images' statistics, because the training images' take longer."""

@@ -1,0 +1,1 @@
+"""Augmentation of training images: the changes, and variants of images as a data set."""
