@@ -10,7 +10,7 @@
 SHELL := /usr/bin/env bash
 python := python=$$(bash setup.sh requirements-dev.txt) && "$$python"
 quick := precision attention layers exact_velocity training_step step_cost published_step published_networks data memory scaling scoring busy_machine sampling
-long := solver_orders optimizers recipe recipe_cost few_steps few_step_cost training_precision fd_against_nfe guidance soak
+long := autoencoder_speed solver_orders optimizers recipe recipe_cost few_steps few_step_cost training_precision fd_against_nfe guidance soak
 gpu := gpu
 
 .PHONY: test test-slow test-gpu test-demo lint docs bench bench-gpu bench-long
