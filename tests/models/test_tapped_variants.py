@@ -140,7 +140,7 @@ def test_routed_blocks_see_each_samples_kept_tokens_with_their_positions_and_fir
     t, x, condition = inputs()
     found = network(t, x, condition, routing=NUMBERS)
     numbers = NUMBERS[:, ::2, ::2].flatten(1)
-    conditioning = network._conditioning(t, t, None, condition.labels)
+    conditioning = network._conditioning(t, t, None, condition)
     everything = network._first_inputs(conditioning, x, condition.labels)
     for sample in range(2):
         tokens, embedding = everything.tokens[sample, None], everything.embedding[sample, None]
