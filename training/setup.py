@@ -23,6 +23,7 @@ from models.autoencoders.loading import AutoencoderOptions
 from models.autoencoders.preview import fit_twin
 from models.autoencoders.statistics import inherit_scale
 from models.conditions import ConditionOptions
+from models.family import FamilyOptions
 from models.registry import NETWORKS, Architecture, NetworkOptions, network_groups
 from options import Options, UsageError, as_json
 from runtime.distributed import Processes
@@ -58,7 +59,12 @@ from training.network import (
 )
 from training.objectives.checks import settle_options
 from training.objectives.training_pairs import open_training_pairs
-from training.preparation.augmentation import check_augmentation, check_network_takes_augmentation, open_variants
+from training.preparation.augmentation import (
+    check_augmentation,
+    check_network_takes_augmentation,
+    open_variants,
+    settle_flips,
+)
 from training.preparation.configuration import configuration_of
 from training.preparation.inputs import Inputs, keep_scale, open_inputs, open_splits, show_reconstructions
 from training.preparation.own_autoencoder import OwnAutoencoderOptions, resolve_own
@@ -105,7 +111,8 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
     check_tracker(experiment.tracker)
     machine = choose_machine(options[MachineOptions], processes)
     with processes.main_first():  # only the main process downloads
-        splits = open_splits(task, options)
+        flips = settle_flips(options[FamilyOptions], options[FlipOptions])
+        splits = open_splits(task, data, flips)
     encoder_options = resolve_own(options, *splits, machine, processes)
     with processes.main_first():
         inputs = open_inputs(task, options, splits, encoder_options, machine.for_encoding)

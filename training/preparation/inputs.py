@@ -16,7 +16,6 @@ from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.preview import load_twin
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import DenseInput
-from models.family import FamilyOptions
 from options import Options
 from runtime.files import write_json
 from runtime.messages import fact, warn
@@ -28,7 +27,6 @@ from training.experiment import (
     ExperimentOptions,
     recorded_autoencoder,
 )
-from training.preparation.augmentation import settle_flips
 from training.run import TrainingOptions
 
 __all__ = ["Inputs", "keep_scale", "open_inputs", "open_splits", "show_reconstructions"]
@@ -50,12 +48,9 @@ class Inputs(NamedTuple):
         return None if self.condition is None else replace(self.condition.dense, dropout=dropout)
 
 
-def open_splits(task: TrainingTask, options: Options) -> tuple[ImageDataset, ImageDataset]:
+def open_splits(task: TrainingTask, data: DatasetOptions, flips: FlipOptions) -> tuple[ImageDataset, ImageDataset]:
     """Open the training images and the held-out images that training uses, and print what they are."""
-    flips = settle_flips(options[FamilyOptions], options[FlipOptions])
-    dataset, held_out = (
-        choose_flips(task.open(options[DatasetOptions], split), flips) for split in ("train", "validation")
-    )
+    dataset, held_out = (choose_flips(task.open(data, split), flips) for split in ("train", "validation"))
     show_data(dataset, held_out)
     return dataset, held_out.head(HELD_OUT_IMAGES)
 

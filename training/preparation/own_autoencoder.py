@@ -83,7 +83,7 @@ def resolve_own(
         raise UsageError(
             f"--autoencoder_factor {own.autoencoder_factor}: expected one of {', '.join(map(str, FACTORS))}"
         )
-    folder = own_folder(options)
+    folder = own_folder(options[DatasetOptions], own, options[ExperimentOptions].save_root)
     training = autoencoder_options("dc", output=str(folder), **_length(own, options[TrainingOptions].minutes, folder))
     training = replace(
         training,
@@ -102,15 +102,14 @@ def resolve_own(
     return replace(chosen, pretrained_autoencoder_ckpt=str(folder))
 
 
-def own_folder(options: Options) -> Path:
-    """The folder of the data's own autoencoder; below --save_root if the data's folder cannot be written."""
-    data, own = options[DatasetOptions], options[OwnAutoencoderOptions]
+def own_folder(data: DatasetOptions, own: OwnAutoencoderOptions, save_root: str) -> Path:
+    """The folder of the data's own autoencoder; below `save_root` if the data's folder cannot be written."""
     name = f"{data.image_size}_f{own.autoencoder_factor}c{own.autoencoder_channels}"
     folder = data.derived / FOLDER / name
     if has_weights(folder) or write_error(folder.parent) is None:
         return folder
     digest = hashlib.sha256(str(data.derived.resolve()).encode(errors="surrogateescape")).hexdigest()[:8]
-    other = Path(options[ExperimentOptions].save_root) / FOLDER / digest / name
+    other = Path(save_root) / FOLDER / digest / name
     note(f"cannot write into {data.derived}, so the autoencoder is in {other}")
     return other
 

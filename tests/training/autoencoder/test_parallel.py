@@ -26,7 +26,7 @@ def test_two_processes_equal_one(tmp_path):
         for weights in ("network", "ema"):
             first, second = (content[weights].get("weights", content[weights]) for content in (one, two))
             for key, value in first.items():
-                torch.testing.assert_close(second[key], value, atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(second[key], value, atol=1e-4, rtol=1e-3)
         found = (tmp_path / f"{name}.training" / "result.json").read_text()
         assert f'"psnr_db": {alone.validation["psnr_db"]:.3f}'[:-2] in found
 
