@@ -26,7 +26,7 @@ from training.run import TrainingOptions
 __all__ = ["OwnAutoencoderOptions", "UnfinishedError", "own_folder", "resolve_own"]
 
 FOLDER = "autoencoders"  # below the folder of the data's caches, where images are not searched
-SHARE = 0.3  # of --minutes
+SHARE = 0.2  # of --minutes
 DEFAULT_MINUTES = 10.0
 DEPTHS = {4: (1, 2), 8: (1, 2, 2), 16: (1, 2, 2, 2)}  # residual blocks of each level, by factor
 
