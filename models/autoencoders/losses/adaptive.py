@@ -1,12 +1,14 @@
-"""The adaptive weight of a loss: its gradient gets the norm of the reconstruction's (Esser et al. 2021, arXiv:2012.09841, eq. 7).
+"""The adaptive weight of a loss, with which its gradient has the norm of the reconstruction's.
 
-For a loss L next to the reconstruction loss R, and the weights W of one layer,
+It is equation 7 of VQGAN (Esser et al. 2021, arXiv:2012.09841). For a loss L next to the reconstruction loss R, and the weights W of one layer,
 
     weight = |grad_W R| / (|grad_W L| + 1e-6),   at most LARGEST_WEIGHT,
 
 without a gradient of its own. VQGAN takes the decoder's last layer for its adversarial loss, and VA-VAE (Yao et al. 2025,
 arXiv:2501.01423, section 3) the encoder's last convolution for its alignment.
 """
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,6 +44,8 @@ def adaptive_weight(
 
 
 def last_convolution(*parts: nn.Module | None) -> nn.Parameter:
-    """The kernel of the last convolution among parts of a network, which are in the order of their application."""
-    layers = [layer for part in parts if part is not None for layer in part.modules() if isinstance(layer, nn.Conv2d)]
+    """The kernel of the last convolution among parts of a network, given in the order of their application."""
+    layers: list[Any] = [
+        layer for part in parts if part is not None for layer in part.modules() if isinstance(layer, nn.Conv2d)
+    ]
     return layers[-1].weight
