@@ -1,6 +1,7 @@
 """The adaptive weight of a loss, with which its gradient has the norm of the reconstruction's.
 
-It is equation 7 of VQGAN (Esser et al. 2021, arXiv:2012.09841). For a loss L next to the reconstruction loss R, and the weights W of one layer,
+It is equation 7 of VQGAN (Esser et al. 2021, arXiv:2012.09841). For a loss L next to the reconstruction loss R, and the weights
+W of one layer,
 
     weight = |grad_W R| / (|grad_W L| + 1e-6),   at most LARGEST_WEIGHT,
 
