@@ -16,7 +16,7 @@ from torch import nn
 
 from runtime.distributed import Processes
 
-__all__ = ["LARGEST_WEIGHT", "adaptive_weight", "last_convolution"]
+__all__ = ["LARGEST_WEIGHT", "adaptive_weight", "gradient_only", "last_convolution"]
 
 EPSILON = 1e-6
 LARGEST_WEIGHT = 1e4  # of a loss whose gradient vanishes
@@ -42,6 +42,14 @@ def adaptive_weight(
     gradients = [torch.autograd.grad(each, weights, retain_graph=True)[0] for each in (reconstruction, loss)]
     reference, own = processes.mean(torch.stack(gradients).float()).flatten(1).norm(dim=1)
     return (reference / (own + EPSILON)).clamp(max=LARGEST_WEIGHT)
+
+
+def gradient_only(loss: torch.Tensor) -> torch.Tensor:
+    """Zero, 0-d, with the gradient of `loss`.
+
+    An adaptive weight changes from step to step, so the values of losses before and after it could not be compared.
+    """
+    return loss - loss.detach()
 
 
 def last_convolution(*parts: nn.Module | None) -> nn.Parameter:

@@ -17,7 +17,7 @@ from torch.nn import functional
 from options import UsageError, option
 from runtime.randomness import seed_for
 
-__all__ = ["AdversarialOptions", "PatchDiscriminator", "fooling_loss", "hinge_loss", "new_discriminator"]
+__all__ = ["AdversarialOptions", "PatchDiscriminator", "hinge_loss", "new_discriminator"]
 
 CHANNELS_PER_GROUP = 16  # of the normalization
 MOST_WIDENING = 8  # the widest layer has this many times --discriminator_width channels
@@ -95,9 +95,3 @@ def new_discriminator(channels: int, options: AdversarialOptions, seed: int) -> 
 def hinge_loss(real: torch.Tensor, generated: torch.Tensor) -> torch.Tensor:
     """The discriminator's loss, 0-d, for the scores of images and of reconstructions."""
     return (functional.relu(1 - real).mean() + functional.relu(1 + generated).mean()) / 2
-
-
-def fooling_loss(discriminator: nn.Module, decoded: torch.Tensor) -> torch.Tensor:
-    """The autoencoder's loss, 0-d, for reconstructions [B, C, H, W]. The discriminator gets no gradient."""
-    weights = {name: value.detach() for name, value in discriminator.named_parameters()}
-    return -torch.func.functional_call(discriminator, weights, (decoded,)).mean()

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from models.autoencoders.kl import decode_pixels, encode_moments, new_autoencoder_kl
-from models.autoencoders.losses.adaptive import LARGEST_WEIGHT, adaptive_weight, last_convolution
+from models.autoencoders.losses.adaptive import LARGEST_WEIGHT, adaptive_weight, gradient_only, last_convolution
 
 
 def test_the_weight_of_an_example_computed_by_hand():
@@ -52,3 +52,11 @@ def test_the_last_convolutions_are_those_next_to_images_and_latents():
     decoded = decode_pixels(network, encode_moments(network, torch.zeros(1, 3, 8, 8))[:, :2])
     weight = adaptive_weight(decoded.square().mean(), decoded.mean(), last_convolution(network.decoder))
     assert 0 < weight < LARGEST_WEIGHT
+
+
+def test_a_gradient_without_its_value():
+    weights = nn.Parameter(torch.tensor([3.0, 4.0]))
+    loss = gradient_only(weights.square().sum())
+    assert loss == 0
+    loss.backward()
+    assert weights.grad.tolist() == [6.0, 8.0]
