@@ -29,7 +29,7 @@ from benchmarks.training_step import CASES, OurStep, peak
 from datasets_prep.cached_moments import LatentCache
 from datasets_prep.datasets import DatasetOptions, ImageDataset, open_dataset
 from datasets_prep.latent_cache import build_latent_cache
-from models.autoencoders.kl import encode_moments
+from models.autoencoders.coding import encode_pixels
 from models.autoencoders.pixels import images_to_pixels
 from models.autoencoders.pretrained import PIXELS_PER_CHUNK
 from models.autoencoders.protocol import Autoencoder
@@ -139,7 +139,7 @@ def encode(autoencoder: Autoencoder, pixels: torch.Tensor) -> None:
     with MACHINE.autocast():
         for chunk in pixels.split(PIXELS_PER_CHUNK // SIDE**2):
             for _ in range(2):
-                encode_moments(autoencoder.network, chunk)
+                encode_pixels(autoencoder.network, chunk)
 
 
 def _seconds_of_reading(dataset: ImageDataset) -> float:

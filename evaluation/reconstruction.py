@@ -11,11 +11,19 @@ score to expect from perfect samples.
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from command_line import parse_options
-from datasets_prep.datasets import DatasetOptions, ImageDataset, crop_padding, like_originals, open_dataset
+from datasets_prep.datasets import (
+    DatasetFacts,
+    DatasetOptions,
+    ImageDataset,
+    crop_padding,
+    like_originals,
+    open_dataset,
+)
 from evaluation.features.protocol import FeatureNetwork, describe_features
 from evaluation.features.registry import FeatureOptions, choose_features
 from evaluation.metrics import check_counts, psnr
@@ -35,7 +43,15 @@ from runtime.outputs import check_file
 from runtime.pictures import save_sheet
 from runtime.precision import DeviceOptions, Machine, choose_device
 
-__all__ = ["PICTURED", "ReconstructionOptions", "draw_reconstructions", "measure_reconstruction", "reconstruct"]
+__all__ = [
+    "PICTURED",
+    "Compared",
+    "ReconstructionOptions",
+    "compare_images",
+    "draw_reconstructions",
+    "measure_reconstruction",
+    "reconstruct",
+]
 
 PICTURED = 16  # images
 
@@ -58,6 +74,20 @@ def reconstruct(autoencoder: Autoencoder, images: torch.Tensor) -> torch.Tensor:
     decoded, finite = decode_images(autoencoder, autoencoder.sample(autoencoder.encode(images)))
     require_finite(finite, "reconstructions of a batch")
     return decoded
+
+
+class Compared(NamedTuple):
+    """Images and their reconstructions uint8 [B, C, H, W] without padding, and the sum of squared errors of the pixels."""
+
+    original: torch.Tensor
+    decoded: torch.Tensor
+    squared_error: float
+
+
+def compare_images(autoencoder: Autoencoder, images: torch.Tensor, facts: DatasetFacts) -> Compared:
+    """Reconstruct images uint8 [B, C, H, W] of a dataset with these facts, and compare them without padding."""
+    original, decoded = crop_padding(images, facts), like_originals(reconstruct(autoencoder, images), facts)
+    return Compared(original, decoded, _squared_error(decoded, original))
 
 
 def measure_reconstruction(
@@ -84,12 +114,10 @@ def measure_reconstruction(
     gatherer, error, count = Gatherer(features, needs), 0.0, 0
     padded = ImageSource(dataset.facts.name, len(dataset), dataset.__getitem__, {})
     for batch, _ in image_batches(padded, batch_size):
-        images = batch.to(device)
-        decoded = like_originals(reconstruct(autoencoder, images), dataset.facts)
-        original = crop_padding(images, dataset.facts)
-        error += _squared_error(decoded, original)
-        count += original.numel()
-        gatherer.update(decoded)
+        compared = compare_images(autoencoder, batch.to(device), dataset.facts)
+        error += compared.squared_error
+        count += compared.original.numel()
+        gatherer.update(compared.decoded)
     return psnr(error / count), gatherer.summary()
 
 
@@ -103,10 +131,9 @@ def draw_reconstructions(
     """
     count = min(PICTURED, len(dataset))
     images = torch.stack([dataset[number * len(dataset) // count] for number in range(count)]).to(device)
-    original = crop_padding(images, dataset.facts)
-    decoded = like_originals(reconstruct(autoencoder, images), dataset.facts)
-    save_sheet(torch.cat([original, decoded]).cpu(), path, count)
-    return psnr(_squared_error(decoded, original) / original.numel())
+    compared = compare_images(autoencoder, images, dataset.facts)
+    save_sheet(torch.cat([compared.original, compared.decoded]).cpu(), path, count)
+    return psnr(compared.squared_error / compared.original.numel())
 
 
 def main() -> None:

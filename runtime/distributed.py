@@ -87,6 +87,10 @@ class Processes:
         """Whether `flag` is true in any process."""
         return bool(self.sum(torch.tensor(float(flag))) > 0)
 
+    def any_each(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is true in any process."""
+        return (self.sum(torch.tensor(flags, dtype=torch.float)) > 0).tolist()
+
     def gather(self, value: T) -> list[T]:
         """Gather the values of all processes, by rank, in the main process; the others get an empty list."""
         if self.count == 1:

@@ -286,7 +286,7 @@ def read_at_once(monkeypatch):
                 found = reader(step)()
             yield step, found
 
-    monkeypatch.setattr(training.data, "_read_ahead", read)
+    monkeypatch.setattr(training.data, "read_ahead", read)
 
 
 def new_autoencoder(monkeypatch):

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 from checkpoints.files import save_weights
 from checkpoints.header import Header, PowerAverage
 from evaluation.report.page import ReportOptions, write_report
@@ -92,8 +90,7 @@ class Checkpointer:
             return Requests(False, False, False)
         out_of_time = 0 < self._run.training.max_minutes * 60 <= self._clock.total()
         save = 0 < options.save_content_every_minutes * 60 <= self._clock.since_saving()
-        own = torch.tensor([stop.requested, out_of_time, save], dtype=torch.float)
-        return Requests(*(processes.sum(own) > 0).tolist())
+        return Requests(*processes.any_each(stop.requested, out_of_time, save))
 
     def after_step(self, ended: bool, requests: Requests) -> None:
         """Validate, save and draw a sample grid, each if it is due.

@@ -29,7 +29,17 @@ from runtime.distributed import Processes
 from runtime.precision import use_device
 from runtime.randomness import generator_for
 
-__all__ = ["Batch", "StepStreams", "batches", "epoch_indices", "first_images", "select_rows", "steps_per_epoch"]
+__all__ = [
+    "Batch",
+    "StepStreams",
+    "batches",
+    "epoch_indices",
+    "first_images",
+    "image_order",
+    "read_ahead",
+    "select_rows",
+    "steps_per_epoch",
+]
 
 T = TypeVar("T")
 Columns = TypeVar("Columns", bound=tuple)
@@ -146,7 +156,7 @@ def epoch_indices(seed: int, epoch: int, count: int) -> torch.Tensor:
 
 def first_images(seed: int, step: int, count: int, batch_size: int, wanted: int) -> list[int]:
     """Indices of the first `wanted` images in a step's global batch of `batch_size` images."""
-    chosen, _ = _order(seed, count, batch_size, flips=False)(step)
+    chosen, _ = image_order(seed, count, batch_size, flips=False)(step)
     return chosen[:wanted].tolist()
 
 
@@ -192,7 +202,7 @@ def batches(
     """
     global_batch = batch_size * processes.count
     share = slice(processes.rank * batch_size, (processes.rank + 1) * batch_size)
-    choose = _order(seed, len(source), global_batch, flips)
+    choose = image_order(seed, len(source), global_batch, flips)
     couple, contrast, guided = COUPLINGS[path.coupling], contrastive_weight(path), guides_targets(path)
 
     pin = device.type != "cpu"  # so that the host does not wait for copies to the device
@@ -204,7 +214,7 @@ def batches(
         own = share if rows is None else rows
         return partial(_read, source, condition, features, chosen[own], mirrored[own], draws, rows, others, pin)
 
-    for step, (moments, labels, raw, encoded, rows, others) in _read_ahead(reader, first_step, last_step, device):
+    for step, (moments, labels, raw, encoded, rows, others) in read_ahead(reader, first_step, last_step, device):
         moments, labels = moments.to(device, non_blocking=True), labels[:batch_size].to(device, non_blocking=True)
         own = share if rows is None else rows.to(device, non_blocking=True)
         shape = autoencoder.latent_channels, *moments.shape[2:]
@@ -296,7 +306,7 @@ def _read(
 Choose = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
-def _order(seed: int, count: int, global_batch: int, flips: bool) -> Choose:
+def image_order(seed: int, count: int, global_batch: int, flips: bool) -> Choose:
     """Return a function from a step to the images of its global batch, and whether each is mirrored."""
     per_epoch = steps_per_epoch(count, global_batch)
     order_of: dict[int, torch.Tensor] = {}
@@ -313,7 +323,7 @@ def _order(seed: int, count: int, global_batch: int, flips: bool) -> Choose:
     return choose
 
 
-def _read_ahead(
+def read_ahead(
     reader: Callable[[int], Callable[[], T]], first: int, last: int, device: torch.device
 ) -> Iterator[tuple[int, T]]:
     """Yield the steps first .. last - 1 with the result of `reader(step)()`, read in a thread during the previous step.

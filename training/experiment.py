@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from checkpoints.experiments import experiment_folder, newest_model
 from checkpoints.files import read_header, read_weights
@@ -130,6 +130,16 @@ class ExperimentOptions:
     )
 
 
+class Restart(Protocol):
+    """Options that say whether an existing run may resume with changes, or is moved aside."""
+
+    @property
+    def resume(self) -> bool: ...
+
+    @property
+    def overwrite(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Configuration:
     """A run's options and other facts, as config.json records them.
@@ -179,8 +189,8 @@ def only_run_in(folder: Path, processes: Processes) -> Iterator[None]:
         yield
 
 
-def open_experiment(folder: Path, configuration: Configuration, options: ExperimentOptions) -> bool:
-    """Prepare the run folder and write config.json; returns whether training resumes.
+def open_experiment(folder: Path, configuration: Configuration, options: Restart, name: str = "--exp") -> bool:
+    """Prepare the run folder and write config.json; returns whether training resumes. The option `name` names the run.
 
     Raises:
         UsageError: the folder holds a run with other options (the message names them), or a content.pth of LFM's published
@@ -206,11 +216,11 @@ def open_experiment(folder: Path, configuration: Configuration, options: Experim
     refused = {name: pair for name, pair in changed.items() if policies.get(name) not in allowed}
     if refused:
         flags = {name: name if " " in name else f"--{name}" for name in refused}
-        listed = ", ".join(f"{flags[name]} was {old}, now {new}" for name, (old, new) in sorted(refused.items()))
-        on_request = all(policies.get(name) == "on_request" for name in refused)
+        listed = ", ".join(f"{flags[key]} was {old}, now {new}" for key, (old, new) in sorted(refused.items()))
+        on_request = all(policies.get(key) == "on_request" for key in refused)
         with_resume = "--resume to resume with this change, " if on_request else ""
         raise UsageError(
-            f"{folder} holds a run with other options: {listed}. Choose {with_resume}another --exp, "
+            f"{folder} holds a run with other options: {listed}. Choose {with_resume}another {name}, "
             "or --overwrite to start over (the old run is moved aside)"
         )
     if changed:

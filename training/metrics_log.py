@@ -11,7 +11,7 @@ from typing import Any
 from runtime.distributed import Processes
 from runtime.files import append_line, atomic_path
 from runtime.messages import warn
-from training.state import TrainingState
+from training.state import Progress
 from training.tracking.trackers import TRACKERS, Tracker
 
 __all__ = ["Clock", "MetricsLog"]
@@ -94,7 +94,7 @@ class MetricsLog:
 class Clock:
     """Elapsed time and throughput of a run, including the time before it resumed."""
 
-    def __init__(self, state: TrainingState) -> None:
+    def __init__(self, state: Progress) -> None:
         self._state = state
         self._offset = state.seconds
         self._started = self._lap = self._saved = time.monotonic()

@@ -3,18 +3,22 @@
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
+from pathlib import Path
+from typing import Protocol
 
+import torch
 from torch import nn
 
 from options import DivergedError
+from runtime.distributed import Processes
 from runtime.messages import warn
+from runtime.precision import Machine
 from runtime.processes.parallel import local_shard
 from runtime.weights import count_bad, list_names
 from training.data import first_images
+from training.ema import Average
 from training.metrics_log import MetricsLog
-from training.run import TrainingRun
-from training.state import TrainingState
 from training.state_file import CONTENT
 
 __all__ = ["LossHistory", "NanGuard", "check_loss", "check_trained"]
@@ -51,6 +55,45 @@ def check_loss(loss: float, step: int) -> None:
         )
 
 
+class GuardedOptions(Protocol):
+    """The options of a guarded run."""
+
+    @property
+    def seed(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def max_bad_steps(self) -> int: ...
+    def rate_at(self, step: int, last_step: int) -> float: ...
+
+
+class GuardedRun(Protocol):
+    """What the guard needs of a run: see `training.run.TrainingRun`."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def training(self) -> GuardedOptions: ...
+    @property
+    def source(self) -> Sized: ...
+    @property
+    def machine(self) -> Machine: ...
+    @property
+    def processes(self) -> Processes: ...
+
+
+class GuardedState(Protocol):
+    """What the guard needs of a state: see `training.state.TrainingState`."""
+
+    step: int
+    network: nn.Module
+    consecutive_skips: torch.Tensor
+
+    @property
+    def ema(self) -> Average: ...
+    def take_skipped(self) -> list[int]: ...
+
+
 class LossHistory:
     """Mean losses of recent log intervals, which detect spikes.
 
@@ -78,7 +121,7 @@ class NanGuard:
         last_step: the run's last step.
     """
 
-    def __init__(self, run: TrainingRun, state: TrainingState, log: MetricsLog | None, last_step: int) -> None:
+    def __init__(self, run: GuardedRun, state: GuardedState, log: MetricsLog | None, last_step: int) -> None:
         self._run = run
         self._state = state
         self._log = log

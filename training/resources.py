@@ -1,6 +1,6 @@
 """The disk space that a run needs and the memory of its steps, checked before it starts, and tolerance of failed writes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from training.optimizers import Muon, muon_matrices
 from training.run import TrainingRun
 from training.state import TrainingState
 
-__all__ = ["DiskUse", "WriteGuard", "check_space", "estimate_memory", "predict_use", "show_memory"]
+__all__ = ["DiskUse", "WriteGuard", "check_space", "estimate_memory", "optimizer_bytes", "predict_use", "show_memory"]
 
 
 @dataclass(frozen=True)
@@ -59,23 +59,29 @@ def predict_use(
 ) -> DiskUse:
     """Predict the disk use of a run of `last_step` steps. The checkpoints include best.safetensors."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in state.ema.weights.values())
-    optimizer_state = sum(
-        parameter.numel() * parameter.element_size() * (1 if isinstance(optimizer, Muon) else 2)
-        for optimizer in state.optimizers
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    )
     regular, remainder = divmod(last_step, per_epoch * experiment.save_ckpt_every)
     numbered = regular + (1 if remainder else 0)
     numbered = min(numbered, experiment.keep_last or numbered)
     tracked = len(state.power_averages)
-    content = (2 + tracked) * weights + optimizer_state
+    content = (2 + tracked) * weights + optimizer_bytes(state.optimizers)
     snapshots = tracked * -(-last_step // snapshot_every)
     return DiskUse(weights, content, numbered + 1, 2 if experiment.save_content else 0, weights // 2, snapshots)
 
 
-def check_space(folder: Path, use: DiskUse) -> str:
+def optimizer_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
+    """Bytes of the optimizers' states, of which Muon has one per weight and AdamW has two."""
+    return sum(
+        parameter.numel() * parameter.element_size() * (1 if isinstance(optimizer, Muon) else 2)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    )
+
+
+def check_space(folder: Path, use: DiskUse, flag: str = "--save_root") -> str:
     """Compare a run's disk use with the free space. Prints a warning if the complete run does not fit.
+
+    The option `flag` names the folder.
 
     Returns:
         A description of both.
@@ -89,7 +95,7 @@ def check_space(folder: Path, use: DiskUse) -> str:
     if free < use.one_saving:
         raise UsageError(
             f"{folder}: a checkpoint and a content.pth need {with_unit(use.one_saving)}, but only {with_unit(free)} is "
-            "free: free some space or choose another --save_root"
+            f"free: free some space or choose another {flag}"
         )
     if use.total > free:
         warn(

@@ -26,7 +26,7 @@ from training.optimizers import load_optimizer_state
 from training.state import POSTHOC_EMA, TrainingState
 from training.state_file import read_newest
 
-__all__ = ["resume_run"]
+__all__ = ["of_training_state", "resume_run"]
 
 ENTRIES = frozenset(("step", "seconds", "best", "best_of", "sums", "network", "ema", "optimizers"))
 ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -60,7 +60,7 @@ def resume_run(
         if not is_published_content(content) and not (isinstance(content, dict) and content.keys() >= ENTRIES):
             raise UsageError(f"{file} is not a training state: expected the entries {', '.join(sorted(ENTRIES))}")
         if not is_published_content(content) and not sharded:
-            with _of_training_state(file):
+            with of_training_state(file):
                 averages = (content["ema"], *content.get(POSTHOC_EMA, {}).values())
                 for part in (content["network"], *(average["weights"] for average in averages)):
                     check_finite(part, file, state.network.state_dict())
@@ -74,13 +74,13 @@ def resume_run(
                 "from the file's weights with --init_from"
             )
         return _restore_published(state, parse_published(content, path), path, per_epoch, header)
-    with _of_training_state(path):
+    with of_training_state(path):
         state.restore(content, processes)
     return path.name
 
 
 @contextmanager
-def _of_training_state(path: Path) -> Iterator[None]:
+def of_training_state(path: Path) -> Iterator[None]:
     """Explain errors of a block that reads the entries of a training state, which a damaged file may lack.
 
     Raises:

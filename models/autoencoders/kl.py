@@ -1,26 +1,11 @@
-"""Parts of diffusers' AutoencoderKL for its training, and new ones."""
+"""New networks of diffusers' class AutoencoderKL."""
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import nn
-
 from models.autoencoders.diffusers_files import new_network
 
-__all__ = ["decode_pixels", "encode_moments", "new_autoencoder_kl"]
-
-
-def encode_moments(network: nn.Module, pixels: torch.Tensor) -> torch.Tensor:
-    """Posterior moments [B, 2 c, h, w] from an AutoencoderKL for pixels in [-1, 1]."""
-    hidden = network.encoder(pixels)  # type: ignore[operator]
-    return network.quant_conv(hidden) if network.quant_conv is not None else hidden  # type: ignore[operator]
-
-
-def decode_pixels(network: nn.Module, z: torch.Tensor) -> torch.Tensor:
-    """Pixels, about in [-1, 1], that an AutoencoderKL decodes from unscaled latents z."""
-    hidden = network.post_quant_conv(z) if network.post_quant_conv is not None else z  # type: ignore[operator]
-    return network.decoder(hidden)  # type: ignore[operator]
+__all__ = ["new_autoencoder_kl"]
 
 
 def new_autoencoder_kl(

@@ -8,12 +8,12 @@ in channels-last format, because it makes convolutions faster on CPUs. Compared 
 of float32 sums.
 """
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from models.autoencoders.coding import decode_latents, encode_pixels
 from models.autoencoders.kinds import KINDS
 from models.autoencoders.lipschitz import decoder_bound
 from models.autoencoders.pixels import images_to_pixels
@@ -129,7 +129,7 @@ class PretrainedAutoencoder:
         self._check_shape(images)
         chunks = images.split(_chunk(images.shape[2] * images.shape[3], images.device))
         pixels = (images_to_pixels(chunk).contiguous(memory_format=torch.channels_last) for chunk in chunks)
-        code = torch.cat([self._encode_pixels(part) for part in pixels]).float().contiguous()
+        code = torch.cat([encode_pixels(self.network, part) for part in pixels]).float().contiguous()
         if not self.has_posterior:
             return code
         mean, logvar = code.chunk(2, dim=1)
@@ -150,7 +150,7 @@ class PretrainedAutoencoder:
         """Decode scaled latents [B, c, h, w] to pixels [B, C, H, W], about in [-1, 1], in chunks to limit memory."""
         chunk = _chunk(latents.shape[2] * latents.shape[3] * self.factor**2, latents.device)
         z = (latents.float() * self.std + self.mean).contiguous(memory_format=torch.channels_last)
-        return torch.cat([self._decode_latents(part) for part in z.split(chunk)])
+        return torch.cat([decode_latents(self.network, part) for part in z.split(chunk)])
 
     def lipschitz_bound(self, side: int) -> float | None:
         """A certified Lipschitz constant of `decode` for latents with sides `side`; None if a layer is unknown."""
@@ -179,26 +179,6 @@ class PretrainedAutoencoder:
                 f"the image size must be {self.layout.side} for the autoencoder {self.identity}, "
                 f"but the images have {width} x {height} pixels (--image_size)"
             )
-
-    def _encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Posterior moments or latents, without a scale, of pixels [B, C, H, W] in [-1, 1]."""
-        x = (pixels + 1) / 2 if self.kind.unit_range else pixels
-        network: Any = self.network
-        code = network.encode(x[:, :, None] if self.kind.has_frames else x, return_dict=False)[0]
-        code = code.parameters if self.has_posterior else code
-        code = code[:, :, 0] if self.kind.has_frames else code
-        return functional.pixel_unshuffle(code, self.layout.patch) if self.layout.patch > 1 else code
-
-    def _decode_latents(self, z: torch.Tensor) -> torch.Tensor:
-        """The network's pixels, about in [-1, 1], for z without a scale."""
-        network: Any = self.network
-        if self.layout.patch > 1:
-            z = functional.pixel_shuffle(z, self.layout.patch).contiguous(memory_format=torch.channels_last)
-        decoded = network.decode(z[:, :, None] if self.kind.has_frames else z, return_dict=False, **self.kind.decoding)[
-            0
-        ]
-        pixels = decoded[:, :, 0] if self.kind.has_frames else decoded
-        return 2 * pixels - 1 if self.kind.unit_range else pixels
 
 
 def _chunk(pixels: int, device: torch.device) -> int:

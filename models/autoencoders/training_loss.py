@@ -1,11 +1,12 @@
-"""The loss of a KL autoencoder: squared error of the decoded posterior sample, KL divergence, and optional terms.
+"""The loss of an autoencoder: squared error of the decoded latent, KL divergence, and optional terms.
 
 For an image x with posterior mean m and standard deviation s, z = m + s n with n ~ N(0, 1), and the decoder D, the loss is
 
     mean (D(z) - x)^2 + kl_weight KL,
 
 where KL is the Kullback-Leibler divergence of the posterior from the standard normal (Kingma & Welling 2014; Rombach et al.
-2022). The options change the decoder's input or add terms. With their defaults they draw no random numbers and cost nothing.
+2022). Without a posterior, z is the code, and there is no divergence. The options change the decoder's input or add terms. With
+their defaults they draw no random numbers and cost nothing. `training.autoencoder.losses` adds the terms up.
 """
 
 import math
@@ -13,21 +14,24 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional
 
-from models.autoencoders.kl import decode_pixels, encode_moments
+from models.autoencoders.coding import Coder
 from models.autoencoders.pretrained import LOGVAR_RANGE
 from options import option
-from runtime.randomness import generator_for
+from runtime.randomness import StepDraws
 
 __all__ = [
     "AutoencoderLossOptions",
-    "AutoencoderLosses",
-    "LossStreams",
+    "Reconstruction",
+    "absolute_error",
     "add_latent_noise",
-    "autoencoder_losses",
+    "divergence",
+    "edge_error",
+    "imbalance",
+    "reconstruct",
     "rotate_and_reduce",
+    "squared_error",
 ]
 
 
@@ -59,81 +63,99 @@ class AutoencoderLossOptions:
     )
 
 
-class LossStreams(NamedTuple):
-    """Random generators, one per purpose, so that no option changes the random numbers of another."""
-
-    posterior: torch.Generator
-    latent_noise: torch.Generator
-    equivariance: torch.Generator
-
-    @classmethod
-    def from_seed(cls, seed: int, device: torch.device | str) -> "LossStreams":
-        """Streams of `seed`; those of tensors are on `device`."""
-        return cls(
-            generator_for(seed, "posterior", device=device),
-            generator_for(seed, "latent noise", device=device),
-            generator_for(seed, "equivariance"),
-        )
-
-
-class AutoencoderLosses(NamedTuple):
-    """The loss to minimize, and two of its parts: mean squared error, and mean KL divergence per image. All are 0-d."""
-
-    total: torch.Tensor
-    error: torch.Tensor
-    divergence: torch.Tensor
-
-
-def autoencoder_losses(
-    network: nn.Module, pixels: torch.Tensor, border: int, options: AutoencoderLossOptions, streams: LossStreams
-) -> AutoencoderLosses:
-    """Encode a batch, decode a sample of its posterior, and compare.
+class Reconstruction(NamedTuple):
+    """A batch, encoded and decoded.
 
     Args:
-        network: an AutoencoderKL.
+        target: the pixels [B, C, H, W] to reconstruct, without padding; transformed as the latents are.
+        decoded: the decoder's pixels, alike.
+        mean: posterior mean, or the code without a posterior [B, c, h, w].
+        logvar: log-variance of the posterior [B, c, h, w]; None without one.
+        z: posterior sample, or the code, before noise and transforms [B, c, h, w].
+    """
+
+    target: torch.Tensor
+    decoded: torch.Tensor
+    mean: torch.Tensor
+    logvar: torch.Tensor | None
+    z: torch.Tensor
+
+
+def reconstruct(
+    coder: Coder, pixels: torch.Tensor, border: int, options: AutoencoderLossOptions, draws: StepDraws
+) -> Reconstruction:
+    """Encode a batch, and decode a sample of its posterior.
+
+    Args:
+        coder: the network.
         pixels: [B, C, H, W], about in [-1, 1].
         border: width of the images' padding in pixels, which is not compared.
-        options: weights and probabilities.
-        streams: random generators.
+        options: noise and probabilities.
+        draws: the step's random numbers.
     """
-    mean, logvar = encode_moments(network, pixels).float().chunk(2, dim=1)  # [B, c, h, w]
-    logvar = logvar.clamp(*LOGVAR_RANGE)
-    noise = torch.randn(mean.shape, generator=streams.posterior, device=mean.device)
-    z = mean + (0.5 * logvar).exp() * noise
-    divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
-    penalty = _distance_from_standard(z) if options.standardize_weight else None
+    code = coder.encode(pixels).float()
+    mean, logvar = code.chunk(2, dim=1) if coder.has_posterior else (code, None)  # [B, c, h, w]
+    z = mean
+    if logvar is not None:
+        logvar = logvar.clamp(*LOGVAR_RANGE)
+        z = mean + (0.5 * logvar).exp() * draws.normal("posterior", mean.shape[1:])
+    seen = z
     if options.latent_noise:
-        z = add_latent_noise(z, options.latent_noise, streams.latent_noise)
-    if options.equivariance and torch.rand((), generator=streams.equivariance) < options.equivariance:
-        z, pixels, border = rotate_and_reduce(z, pixels, border, streams.equivariance)
-    decoded = decode_pixels(network, z).float()
+        seen = add_latent_noise(seen, options.latent_noise, draws)
+    if options.equivariance:
+        generator = draws.shared("equivariance")
+        if torch.rand((), generator=generator) < options.equivariance:
+            seen, pixels, border = rotate_and_reduce(seen, pixels, border, generator)
+    decoded = coder.decode(seen).float()
     height, width = pixels.shape[2] - border, pixels.shape[3] - border
     inside = (slice(None), slice(None), slice(border, height), slice(border, width))
-    error = functional.mse_loss(decoded[inside], pixels[inside])
-    total = error + options.kl_weight * divergence
-    if options.l1_weight or options.edge_weight:
-        total = total + _absolute_errors(decoded[inside] - pixels[inside], options)
-    if penalty is not None:
-        total = total + options.standardize_weight * penalty
-    return AutoencoderLosses(total, error, divergence)
+    return Reconstruction(pixels[inside], decoded[inside], mean, logvar, z)
 
 
-def _absolute_errors(difference: torch.Tensor, options: AutoencoderLossOptions) -> torch.Tensor:
-    """The weighted terms of the images' difference [B, C, H, W] that are not squared, which sharpen edges."""
-    edges = torch.stack([difference.diff(dim=axis).abs().mean() for axis in (2, 3)]).mean()
-    return options.l1_weight * difference.abs().mean() + options.edge_weight * edges
+def squared_error(found: Reconstruction) -> torch.Tensor:
+    """The mean squared error of pixels, 0-d."""
+    return functional.mse_loss(found.decoded, found.target)
 
 
-def add_latent_noise(z: torch.Tensor, tau: float, generator: torch.Generator) -> torch.Tensor:
+def absolute_error(found: Reconstruction) -> torch.Tensor:
+    """The mean absolute error of pixels, 0-d."""
+    return (found.decoded - found.target).abs().mean()
+
+
+def edge_error(found: Reconstruction) -> torch.Tensor:
+    """The mean absolute error of the differences between neighboring pixels, 0-d. It sharpens edges."""
+    difference = found.decoded - found.target
+    return torch.stack([difference.diff(dim=axis).abs().mean() for axis in (2, 3)]).mean()
+
+
+def divergence(found: Reconstruction) -> torch.Tensor:
+    """The mean KL divergence of an image's posterior from the standard normal in nats, 0-d.
+
+    Raises:
+        ValueError: there is no posterior.
+    """
+    if found.logvar is None:
+        raise ValueError("the autoencoder has no posterior")
+    mean, logvar = found.mean, found.logvar
+    return 0.5 * (mean.square() + logvar.exp() - 1 - logvar).sum((1, 2, 3)).mean()
+
+
+def imbalance(found: Reconstruction) -> torch.Tensor:
+    """Sum over latent channels of mean^2 + (mean square - 1)^2, 0-d."""
+    square = found.z.square().mean((0, 2, 3))
+    return (found.z.mean((0, 2, 3)).square() + (square - 1).square()).sum()
+
+
+def add_latent_noise(z: torch.Tensor, tau: float, draws: StepDraws) -> torch.Tensor:
     """Add noise to latents [B, c, h, w], so that the decoder learns to forgive a sampler's errors.
 
     The noise of an image has the standard deviation sigma d_c in channel c. sigma = |N(0, tau^2)| as in representation
     autoencoders (arXiv:2510.11690), and d_c is the channel's standard deviation in the batch. It gets no
     gradient, so a larger scale of the latents does not make the noise smaller in proportion.
     """
-    sigma = tau * torch.randn((len(z), 1, 1, 1), generator=generator, device=z.device).abs()
+    sigma = tau * draws.normal("level of latent noise", (1, 1, 1)).abs()
     deviation = z.detach().std((0, 2, 3), keepdim=True, correction=0)
-    return z + sigma * deviation * torch.randn(z.shape, generator=generator, device=z.device)
+    return z + sigma * deviation * draws.normal("latent noise", z.shape[1:])
 
 
 def rotate_and_reduce(
@@ -165,9 +187,3 @@ def _resize(tensor: torch.Tensor, sides: tuple[int, int]) -> torch.Tensor:
     if tensor.shape[2:] == sides:
         return tensor
     return functional.interpolate(tensor, size=sides, mode="bilinear", align_corners=False)
-
-
-def _distance_from_standard(z: torch.Tensor) -> torch.Tensor:
-    """Sum over channels of mean^2 + (mean square - 1)^2."""
-    square = z.square().mean((0, 2, 3))
-    return (z.mean((0, 2, 3)).square() + (square - 1).square()).sum()

@@ -30,11 +30,14 @@ __all__ = [
 ]
 
 
-def replicate(network: nn.Module, processes: Processes) -> nn.Module:
-    """Wrap a network so that its gradients are averaged over all processes; with one process, return it unchanged."""
+def replicate(network: nn.Module, processes: Processes, partly_used: bool = False) -> nn.Module:
+    """Wrap a network so that its gradients are averaged over all processes; with one process, return it unchanged.
+
+    `partly_used` says that some steps may leave parameters without a gradient, which costs a walk through each step's graph.
+    """
     if processes.count == 1:
         return network
-    return DistributedDataParallel(network, gradient_as_bucket_view=True)
+    return DistributedDataParallel(network, gradient_as_bucket_view=True, find_unused_parameters=partly_used)
 
 
 def shard(network: nn.Module, device: torch.device, processes: Processes) -> None:

@@ -268,7 +268,7 @@ def test_uniform_and_normal_numbers_of_a_purpose_are_independent():
 def test_the_reading_thread_uses_the_runs_gpu(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread())))
-    found = training.data._read_ahead(lambda step: lambda: step, 0, 3, torch.device("cuda:1"))
+    found = training.data.read_ahead(lambda step: lambda: step, 0, 3, torch.device("cuda:1"))
     assert [value for _, value in found] == [0, 1, 2]
     ((device, thread),) = chosen
     assert device.index == 1

@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from models.autoencoders.coding import encode_pixels
 from models.autoencoders.loading import AutoencoderOptions, load_autoencoder
 from models.autoencoders.protocol import UNMEASURED
 from options import UsageError
@@ -44,7 +45,7 @@ def test_the_golden_case_agrees(golden, tmp_path):
     images = ((tensors["in.pixels"] + 1) * 127.5).round().byte()
     assert autoencoder.encode(images).shape == tensors["out.moments"].shape
     with torch.no_grad():
-        moments = autoencoder._encode_pixels(tensors["in.pixels"])  # not rounded to images
+        moments = encode_pixels(autoencoder.network, tensors["in.pixels"])  # not rounded to images
     torch.testing.assert_close(moments, tensors["out.moments"], atol=1e-4, rtol=0)
     decoded = autoencoder.decode(tensors["out.moments"].chunk(2, dim=1)[0])
     torch.testing.assert_close(decoded, tensors["out.decoded_mean"], atol=1e-4, rtol=0)
