@@ -36,7 +36,7 @@ class AdversarialOptions:
         500, "steps for which the discriminator trains before --adversarial_start", minimum=0
     )
     discriminator_lr: float = option(
-        2e-4, "learning rate of the discriminator; follows the schedule of --lr", minimum=0
+        2e-4, "learning rate of the discriminator; follows the schedule of --lr", minimum=0, on_resume="on_request"
     )
     discriminator_width: int = option(64, "channels of the discriminator's first layer, a multiple of 16", minimum=16)
     discriminator_layers: int = option(
