@@ -11,9 +11,10 @@ from models.autoencoders.losses.adaptive import adaptive_weight, gradient_only, 
 from models.autoencoders.losses.adversarial import AdversarialOptions, hinge_loss, new_discriminator
 from options import UsageError
 from runtime.distributed import Processes
+from runtime.messages import warn
 from training.autoencoder.terms.protocol import LossInputs, LossSetup, Term, TermValue, TrainedModule, call_fixed
 
-__all__ = ["make_adversarial"]
+__all__ = ["make_adversarial", "warn_of_late_start"]
 
 BETAS = (0.5, 0.999)  # of Adam (Isola et al. 2017, section 3.3)
 
@@ -92,3 +93,12 @@ def make_adversarial(setup: LossSetup) -> Term | None:
     last_layer = last_convolution(network.decoder)
     trained = TrainedModule(module, optimizer)
     return AdversarialTerm(options, trained, module.smallest, last_layer, setup.processes)
+
+
+def warn_of_late_start(options: AdversarialOptions, last_step: int) -> None:
+    """Warn if the run ends before its adversarial loss starts."""
+    if options.adversarial_weight and options.adversarial_start >= last_step:
+        warn(
+            f"the run has {last_step:,} steps, so the adversarial loss never starts: lower --adversarial_start "
+            f"{options.adversarial_start}, or train longer"
+        )
