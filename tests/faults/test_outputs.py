@@ -204,7 +204,7 @@ SCRIPTS = {
 def test_every_script_refuses_its_output_before_the_work(script, image_folders, blocked, call, monkeypatch):
     for target in (
         "evaluation.comparison.compare",
-        "training.autoencoder.train_autoencoder",
+        "training.autoencoder.run.prepare",
         "training.script.prepare",
     ):
         monkeypatch.setattr(target, lambda *_, **__: pytest.fail("the work has begun"))

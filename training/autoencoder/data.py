@@ -27,9 +27,10 @@ class PixelBatch(NamedTuple):
 
 
 class RememberedImages:
-    """A dataset's images by index. The first REMEMBERED_BYTES of those that were read stay in memory."""
+    """A dataset's images uint8 [C, H, W] by index. The first REMEMBERED_BYTES of those that were read stay in memory."""
 
     def __init__(self, dataset: ImageDataset) -> None:
+        self.facts = dataset.facts
         self._dataset = dataset
         self._kept: dict[int, torch.Tensor] = {}
         self._room = REMEMBERED_BYTES
@@ -37,11 +38,7 @@ class RememberedImages:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def read(self, indices: list[int]) -> torch.Tensor:
-        """The images uint8 [N, C, H, W]."""
-        return torch.stack([self._image(index) for index in indices])
-
-    def _image(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> torch.Tensor:
         if index in self._kept:
             return self._kept[index]
         image = self._dataset[index]
@@ -72,7 +69,7 @@ def padding(facts: DatasetFacts) -> int:
 
 
 def pixel_batches(
-    dataset: ImageDataset,
+    images: RememberedImages,
     *,
     channels: int,
     augmentations: tuple[str, ...],
@@ -93,14 +90,18 @@ def pixel_batches(
     """
     count = batch_size * processes.count
     rows = slice(processes.rank * batch_size, (processes.rank + 1) * batch_size)
-    names = (*augmentations, "flip") if dataset.facts.flips else augmentations
-    choose, images = image_order(seed, len(dataset), count, flips=False), RememberedImages(dataset)
+    names = (*augmentations, "flip") if images.facts.flips else augmentations
+    choose = image_order(seed, len(images), count, flips=False)
 
     def reader(step: int) -> Callable[[], torch.Tensor]:
-        return partial(images.read, choose(step)[0][rows].tolist())
+        return partial(_stack, images, choose(step)[0][rows].tolist())
 
     for step, read in read_ahead(reader, first_step, last_step, device):
         draws = StepDraws(seed, step, rows, count, device)
         pixels = images_to_pixels(read.to(device, non_blocking=True)).expand(-1, channels, -1, -1)
         pixels = augment(pixels, names, draws)
         yield PixelBatch(pixels.contiguous(memory_format=torch.channels_last), draws)
+
+
+def _stack(images: RememberedImages, indices: list[int]) -> torch.Tensor:
+    return torch.stack([images[index] for index in indices])

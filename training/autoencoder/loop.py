@@ -108,7 +108,7 @@ def train(run: AutoencoderRun, state: AutoencoderState, last_step: int) -> dict[
 
 def _batches(run: AutoencoderRun, first_step: int, last_step: int) -> Iterator[PixelBatch]:
     return pixel_batches(
-        run.source,
+        run.images,
         channels=run.coder.layout.image_channels,
         augmentations=run.training.augment,
         batch_size=run.training.batch_size,

@@ -4,12 +4,11 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from datasets_prep.datasets import ImageDataset
 from models.autoencoders.pretrained import PretrainedAutoencoder
 from models.autoencoders.statistics import measure_statistics
 from options import UsageError, as_json
@@ -25,6 +24,13 @@ __all__ = ["check_output", "check_statistics", "has_weights", "posterior_statist
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 IMAGES_PER_PART = 512
 HIDDEN = ("resume", "overwrite")  # options that do not describe an autoencoder
+
+
+class Images(Protocol):
+    """Images uint8 [C, H, W] by index, such as a dataset."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> torch.Tensor: ...
 
 
 def has_weights(folder: str | Path) -> bool:
@@ -50,7 +56,7 @@ def rounded(network: nn.Module, options: AutoencoderTrainingOptions) -> nn.Modul
 
 
 def posterior_statistics(
-    network: nn.Module, dataset: ImageDataset, machine: Machine, shown: bool = True
+    network: nn.Module, dataset: Images, machine: Machine, shown: bool = True
 ) -> dict[str, list[float]]:
     """Compute the mean and standard deviation of posterior samples per channel, as latents_mean and latents_std."""
     autoencoder = PretrainedAutoencoder(network, "unsaved", scale_factor=1.0).to(machine.device)

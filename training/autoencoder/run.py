@@ -111,7 +111,7 @@ def train_autoencoder(
 def _finish(run: AutoencoderRun, state: AutoencoderState, validation: dict[str, float]) -> None:
     """Save the finished autoencoder, with the statistics of all training images' latents."""
     network = rounded(state.ema.network, run.training)
-    statistics = posterior_statistics(network, run.source, run.machine)
+    statistics = posterior_statistics(network, run.images, run.machine)
     check_statistics(statistics)
     save_autoencoder(network, run.training.output, statistics, run.training, steps=state.step, validation=validation)
     write_json(run.folder / RESULT, {"steps": state.step, "seconds": state.seconds, "validation": validation})

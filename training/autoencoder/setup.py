@@ -19,7 +19,7 @@ from runtime.outputs import check_folder
 from runtime.precision import Machine
 from runtime.torch_files import read_torch_file, weights_hash
 from runtime.weights import check_finite
-from training.autoencoder.data import padding
+from training.autoencoder.data import RememberedImages, padding
 from training.autoencoder.losses import AutoencoderLoss, LossStep, make_loss
 from training.autoencoder.networks import initial_network
 from training.autoencoder.options import AutoencoderTrainingOptions
@@ -44,6 +44,7 @@ class AutoencoderRun:
     folder: Path
     training: AutoencoderTrainingOptions
     source: ImageDataset
+    images: RememberedImages
     network: Any
     coder: Coder
     loss: AutoencoderLoss
@@ -92,7 +93,17 @@ def prepare(
     measured = HeldOut(held_out, images, channels, loss, machine, processes)
     step = LossStep(coder, loss, machine)
     return AutoencoderRun(
-        options.run_folder, options, dataset, network, coder, loss, step, measured, machine, processes
+        options.run_folder,
+        options,
+        dataset,
+        RememberedImages(dataset),
+        network,
+        coder,
+        loss,
+        step,
+        measured,
+        machine,
+        processes,
     )
 
 
