@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.autoencoders.kl import decode_pixels, encode_moments, new_autoencoder_kl
+from models.autoencoders.architectures import Shape, new_autoencoder
 from models.autoencoders.losses.adaptive import LARGEST_WEIGHT, adaptive_weight, gradient_only, last_convolution
 
 
@@ -44,12 +44,18 @@ def test_gradients_are_averaged_over_processes_before_their_norms():
     assert adaptive_weight(weights[0], weights[0], weights, Opposed()) == LARGEST_WEIGHT
 
 
-def test_the_last_convolutions_are_those_next_to_images_and_latents():
-    network = new_autoencoder_kl(3, (8, 16), 2, 8, {})
-    assert last_convolution(network.decoder) is network.decoder.conv_out.weight
-    assert last_convolution(network.encoder, network.quant_conv) is network.quant_conv.weight
+@pytest.mark.parametrize("architecture", ["kl", "dc"])
+def test_the_last_convolutions_are_those_next_to_images_and_latents(architecture):
+    shape = Shape(
+        3, 16, 2, 4, (8, 16, 16) if architecture == "kl" else (8, 16), (1, 1, 1) if architecture == "kl" else (1, 1)
+    )
+    network = new_autoencoder(architecture, shape)
+    last = network.decoder.conv_out
+    assert last_convolution(network.decoder) is (last if architecture == "kl" else last.conv).weight  # before a shuffle
     assert last_convolution(network.encoder, None) is network.encoder.conv_out.weight
-    decoded = decode_pixels(network, encode_moments(network, torch.zeros(1, 3, 8, 8))[:, :2])
+    extra = getattr(network, "quant_conv", None)
+    assert last_convolution(network.encoder, extra) is (network.encoder.conv_out if extra is None else extra).weight
+    decoded = network.decode(torch.ones(1, 2, 4, 4)).sample
     weight = adaptive_weight(decoded.square().mean(), decoded.mean(), last_convolution(network.decoder))
     assert 0 < weight < LARGEST_WEIGHT
 

@@ -6,20 +6,19 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from datasets_prep.datasets import DatasetFacts, ImageDataset
 from models.autoencoders.coding import Coder
 from models.autoencoders.kl import new_autoencoder_kl
 from runtime.distributed import Processes
 from runtime.precision import Machine
 from runtime.processes.parallel import replicate
 from runtime.randomness import StepDraws
+from tests.training.autoencoder.small_images import CPU, blobs
 from training.autoencoder.data import PixelBatch
 from training.autoencoder.losses import LossStep, make_loss
 from training.autoencoder.run import autoencoder_options
 from training.autoencoder.state import AutoencoderState
 from training.autoencoder.terms.protocol import LossSetup
 
-CPU = Machine(torch.device("cpu"), "fp32")
 SIDE, BATCH = 16, 4
 ADVERSARIAL = {
     "adversarial_weight": 0.5,
@@ -39,21 +38,6 @@ def aligned(folder):
             torch.manual_seed(0)
             save_file(timm.create_model("test_vit").state_dict(), path)
     return {"align_weight": 0.1, "align_encoder": "test_vit", "align_encoder_weights": str(path)}
-
-
-def images(count=64, side=SIDE):
-    """Bright spots at random positions on black: uint8 [count, 1, side, side]."""
-    generator = torch.Generator().manual_seed(0)
-    center = torch.rand(count, 2, 1, 1, generator=generator) * side
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    distance = (x - center[:, 0]) ** 2 + (y - center[:, 1]) ** 2
-    return (255 * (-distance / 6).exp()).round().byte()[:, None]
-
-
-def dataset(count=64):
-    stored = images(count)
-    facts = DatasetFacts("folder", SIDE, 1, None, False, ())
-    return ImageDataset(facts, "train", torch.zeros(count).numpy(), stored.__getitem__, "fingerprint")
 
 
 class SmallRun:
@@ -77,7 +61,7 @@ class SmallRun:
         count = BATCH * 2
         share = count // self._processes.count
         rows = slice(self._processes.rank * share, (self._processes.rank + 1) * share)
-        pixels = images()[number * count : (number + 1) * count][rows].float() / 127.5 - 1
+        pixels = blobs(64, SIDE)[number * count : (number + 1) * count][rows].float() / 127.5 - 1
         return PixelBatch(pixels, StepDraws(0, number, rows, count))
 
     def evaluate(self, number: int) -> Any:
