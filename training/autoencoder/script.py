@@ -1,10 +1,9 @@
 """The script train_autoencoder.py: command line, data, and the next command."""
 
-from datasets_prep.datasets import DatasetOptions, FlipOptions, choose_flips, open_dataset
+from datasets_prep.datasets import DatasetOptions, FlipOptions, Split, choose_flips, open_dataset
 from datasets_prep.folder_layout.report import show_data
 from exits import INTERRUPTED
 from models.autoencoders.architectures import ARCHITECTURES
-from options import Options
 from runtime.distributed import Processes
 from runtime.messages import show
 from runtime.precision import MachineOptions, choose_machine
@@ -15,30 +14,41 @@ from training.autoencoder.run import train_autoencoder
 
 __all__ = ["run_autoencoder", "run_autoencoder_script"]
 
+SPLITS: tuple[Split, ...] = ("train", "validation")
+
 
 def run_autoencoder_script(description: str) -> None:
     """Run the script: parse the command line, start the processes, train and exit."""
-    groups = (AutoencoderTrainingOptions, DatasetOptions, FlipOptions, MachineOptions)
     run_script(
-        run_autoencoder,
+        lambda options, processes: run_autoencoder(
+            options[AutoencoderTrainingOptions],
+            options[DatasetOptions],
+            options[FlipOptions],
+            options[MachineOptions],
+            processes,
+            options.describe("the config.json of the run lists all"),
+        ),
         description,
-        groups,
+        (AutoencoderTrainingOptions, DatasetOptions, FlipOptions, MachineOptions),
         adjust=lambda options: options.completed(ARCHITECTURES[options.values["architecture"]].defaults),
     )
 
 
-def run_autoencoder(options: Options, processes: Processes) -> int:
-    """Train an autoencoder and print the next command; returns the exit code."""
-    settings = options[AutoencoderTrainingOptions]
+def run_autoencoder(
+    settings: AutoencoderTrainingOptions,
+    data: DatasetOptions,
+    flips: FlipOptions,
+    wanted: MachineOptions,
+    processes: Processes,
+    described: str,
+) -> int:
+    """Print `described`, the changed options; train an autoencoder, and print the next command; returns the exit code."""
     if processes.is_main:
         check_output(settings.output)
-    show(options.describe(f"{settings.run_folder}/config.json lists all"))
-    machine = choose_machine(options[MachineOptions], processes)
+    show(described)
+    machine = choose_machine(wanted, processes)
     with processes.main_first():  # only the main process downloads
-        train, held_out = (
-            choose_flips(open_dataset(options[DatasetOptions], split), options[FlipOptions])
-            for split in ("train", "validation")
-        )
+        train, held_out = (choose_flips(open_dataset(data, split), flips) for split in SPLITS)
     show_data(train, held_out)
     result = train_autoencoder(train, held_out, settings, machine, processes)
     if not result.complete:
