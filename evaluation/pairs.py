@@ -16,6 +16,7 @@ from sklearn.svm import LinearSVC
 from evaluation.features.weights import download_weights, read_weights_file
 from evaluation.metrics import psnr
 from evaluation.sources import ImageSource
+from models.autoencoders.losses.perceptual import BACKBONES, build_lpips
 from models.autoencoders.pixels import images_to_pixels
 from options import UsageError
 from runtime.distributed import Processes
@@ -24,9 +25,8 @@ __all__ = ["SMALLEST_FOR_LPIPS", "SSIM_WINDOW", "PixelScores", "discriminative_s
 
 MAX_LISTED_NAMES = 10  # in an error message
 SSIM_WINDOW = 7  # pixels; scikit-image's default
-SMALLEST_FOR_LPIPS = 31  # pixels; below this, nothing is left after AlexNet's second pooling
+SMALLEST_FOR_LPIPS = BACKBONES["alex"].smallest
 ROUNDING_ERROR = 1 / 12  # mean squared error of rounding to 8 bits; gives identical images a finite PSNR, 58.9 dB
-ALEXNET_URL = "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth"
 
 # Maps two batches of pixels [B, 3, H, W] to distances [B, ...].
 Perceptual = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -115,25 +115,16 @@ def load_lpips(weights_file: str | None, device: torch.device | str) -> Perceptu
     Raises:
         UsageError: the package lpips is not installed, or the weights are missing, invalid or cannot be downloaded.
     """
-    try:
-        import lpips
-    except ImportError as error:
-        raise UsageError("--lpips needs the package lpips: pip install lpips") from error
-    weights = (
-        download_weights(ALEXNET_URL, "AlexNet", "--lpips_weights", check_hash=True)
-        if weights_file is None
-        else read_weights_file(weights_file)
+
+    def read_weights() -> dict[str, torch.Tensor]:
+        if weights_file is not None:
+            return read_weights_file(weights_file)
+        return download_weights(BACKBONES["alex"].url, "AlexNet", "--lpips_weights", check_hash=True)
+
+    network = build_lpips(
+        "alex", "--lpips" if weights_file is None else f"--lpips_weights {weights_file}", read_weights
     )
-    network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-    layers = {name.partition(".")[2]: parameter for name, parameter in network.net.named_parameters()}
-    try:
-        for name, parameter in layers.items():  # lpips renames AlexNet's "features.0.weight" to "slice1.0.weight"
-            parameter.data.copy_(weights[f"features.{name}"])
-    except (KeyError, RuntimeError) as error:
-        raise UsageError(
-            f"--lpips_weights {weights_file}: expected torchvision's state dict of AlexNet ({error})"
-        ) from error
-    network = network.eval().requires_grad_(False).to(device)
+    network = network.to(device)
 
     @torch.inference_mode()
     def distances(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,9 @@ import torch
 from torch.nn import functional
 
 from models.autoencoders.coding import Coder
+from models.autoencoders.losses.adversarial import AdversarialOptions
+from models.autoencoders.losses.alignment import AlignmentOptions
+from models.autoencoders.losses.perceptual import PerceptualOptions
 from models.autoencoders.pretrained import LOGVAR_RANGE
 from options import option
 from runtime.randomness import StepDraws
@@ -36,12 +39,11 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class AutoencoderLossOptions:
+class AutoencoderLossOptions(PerceptualOptions, AdversarialOptions, AlignmentOptions):
     """Autoencoder's loss."""
 
-    kl_weight: float = option(
-        1e-6, "weight of the KL divergence per image; the mean squared error has weight 1", minimum=0
-    )
+    kl_weight: float = option(1e-6, "weight of the KL divergence per image", minimum=0)
+    l2_weight: float = option(1.0, "weight of the mean squared error", minimum=0)
     l1_weight: float = option(0.0, "weight of the mean absolute error", minimum=0)
     edge_weight: float = option(
         0.0, "weight of the mean absolute error of the differences between neighboring pixels", minimum=0

@@ -4,15 +4,16 @@ A term may bring modules of its own, such as a discriminator, each with its own 
 network's. One backward pass computes all gradients, so a term that trains a module adds the module's own loss to its value,
 and keeps the two losses apart: `call_fixed` gives no gradient to the module, and `detach()` none to the network. A term may
 also add only one of them, depending on the step, which alternates: weights without a gradient are not updated.
+
+The reconstruction's terms come first, because the terms with an adaptive weight compare their gradient with the sum so far.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from models.autoencoders.coding import Coder
 from models.autoencoders.training_loss import (
@@ -27,82 +28,12 @@ from models.autoencoders.training_loss import (
 from runtime.precision import Machine
 from runtime.randomness import StepDraws
 from training.autoencoder.options import AutoencoderTrainingOptions
+from training.autoencoder.terms.adversarial import make_adversarial
+from training.autoencoder.terms.alignment import make_alignment
+from training.autoencoder.terms.perceptual import make_perceptual
+from training.autoencoder.terms.protocol import LossInputs, LossSetup, Term, TermValue, TrainedModule
 
-__all__ = [
-    "TERMS",
-    "AutoencoderLoss",
-    "LossInputs",
-    "LossStep",
-    "Losses",
-    "Term",
-    "TermValue",
-    "TrainedModule",
-    "WeightedTerm",
-    "call_fixed",
-    "make_loss",
-]
-
-
-class TrainedModule(NamedTuple):
-    """A module that a term trains.
-
-    Args:
-        module: the module, on the machine's device.
-        optimizer: its optimizer, whose parameter groups have an entry "relative_lr", a factor of the learning rate.
-        grad_clip: maximum gradient norm; 0: no clipping.
-    """
-
-    module: nn.Module
-    optimizer: torch.optim.Optimizer
-    grad_clip: float = 0.0
-
-
-class LossInputs(NamedTuple):
-    """What a term of the loss may use.
-
-    Args:
-        coder: the network, whose weights are `coder.network`.
-        found: the batch, encoded and decoded.
-        pixels: the batch [B, C, H, W] before transforms and with its padding.
-        draws: the step's random numbers.
-        step: number of the step, from 0.
-        total: the sum of the terms before this one, 0-d, with its graph.
-        held_out: whether the loss of held-out images is measured, without gradients.
-    """
-
-    coder: Coder
-    found: Reconstruction
-    pixels: torch.Tensor
-    draws: StepDraws
-    step: int
-    total: torch.Tensor
-    held_out: bool
-
-
-class TermValue(NamedTuple):
-    """What a term adds to the loss, 0-d, with its weight; and the values to log, 0-d each, one for each of its names."""
-
-    loss: torch.Tensor
-    logged: tuple[torch.Tensor, ...]
-
-
-class Term(Protocol):
-    """A term of the loss.
-
-    Attributes:
-        names: names of its logged values.
-        modules: modules that it trains, by name.
-    """
-
-    @property
-    def names(self) -> tuple[str, ...]: ...  # noqa: D102
-
-    @property
-    def modules(self) -> Mapping[str, TrainedModule]: ...  # noqa: D102
-
-    def __call__(self, inputs: LossInputs) -> TermValue:
-        """Compute the term; the mean over this process's batch."""
-        ...
+__all__ = ["TERMS", "AutoencoderLoss", "LossStep", "Losses", "WeightedTerm", "make_loss"]
 
 
 @dataclass(frozen=True)
@@ -161,41 +92,45 @@ class AutoencoderLoss:
         return Losses(total, torch.stack(logged))
 
 
-Maker = Callable[[AutoencoderTrainingOptions, Coder, Machine], Term | None]
+Maker = Callable[[LossSetup], Term | None]
 
 
 def _plain(name: str, option: str, measure: Callable[[Reconstruction], torch.Tensor]) -> Maker:
     """A maker of a term whose weight is an option; without weight, there is no term."""
 
-    def make(options: AutoencoderTrainingOptions, coder: Coder, machine: Machine) -> Term | None:
-        weight = getattr(options, option)
+    def make(setup: LossSetup) -> Term | None:
+        weight = getattr(setup.options, option)
         return WeightedTerm(name, weight, measure) if weight else None
 
     return make
 
 
-def _squared(options: AutoencoderTrainingOptions, coder: Coder, machine: Machine) -> Term:
-    return WeightedTerm("squared_error", 1.0, squared_error)
+def _squared(setup: LossSetup) -> Term:
+    """The squared error, which is logged even without weight."""
+    return WeightedTerm("squared_error", setup.options.l2_weight, squared_error)
 
 
-def _divergence(options: AutoencoderTrainingOptions, coder: Coder, machine: Machine) -> Term | None:
-    return WeightedTerm("kl", options.kl_weight, divergence) if coder.has_posterior else None
+def _divergence(setup: LossSetup) -> Term | None:
+    return WeightedTerm("kl", setup.options.kl_weight, divergence) if setup.coder.has_posterior else None
 
 
-# Registered terms: name to maker(options, coder, machine), which returns None if the options do not ask for the term.
+# Registered terms: name to a maker, which returns None if the options do not ask for the term.
 TERMS: dict[str, Maker] = {
     "squared_error": _squared,
-    "kl": _divergence,
     "absolute_error": _plain("absolute_error", "l1_weight", absolute_error),
     "edge_error": _plain("edge_error", "edge_weight", edge_error),
+    "perceptual": make_perceptual,
+    "alignment": make_alignment,
+    "adversarial": make_adversarial,
+    "kl": _divergence,
     "imbalance": _plain("imbalance", "standardize_weight", imbalance),
 }
 
 
-def make_loss(options: AutoencoderTrainingOptions, coder: Coder, machine: Machine, border: int) -> AutoencoderLoss:
-    """The loss that the options ask for."""
-    made = (make(options, coder, machine) for make in TERMS.values())
-    return AutoencoderLoss(tuple(term for term in made if term is not None), options, border)
+def make_loss(setup: LossSetup) -> AutoencoderLoss:
+    """The loss that the options ask for. Raises the errors of the terms' makers."""
+    made = (make(setup) for make in TERMS.values())
+    return AutoencoderLoss(tuple(term for term in made if term is not None), setup.options, setup.border)
 
 
 class LossStep(nn.Module):
@@ -212,9 +147,3 @@ class LossStep(nn.Module):
         coder, loss, machine = self._parts
         with machine.autocast():
             return loss(coder, pixels, draws, step)
-
-
-def call_fixed(module: nn.Module, *inputs: Any) -> Any:
-    """Call a module so that gradients reach its inputs, but not its parameters."""
-    fixed = {name: value.detach() for name, value in (*module.named_parameters(), *module.named_buffers())}
-    return functional_call(module, fixed, inputs)

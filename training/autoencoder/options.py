@@ -8,6 +8,7 @@ from models.autoencoders.architectures import ArchitectureOptions
 from models.autoencoders.training_loss import AutoencoderLossOptions
 from options import UsageError, option
 from training.autoencoder.augmentation import AUGMENTATIONS
+from training.auxiliary.setup import EncoderOptions
 from training.schedules import SCHEDULES, learning_rate
 from training.tracking.trackers import TRACKERS
 
@@ -17,7 +18,7 @@ WARMUP_STEPS = 100
 
 
 @dataclass(frozen=True)
-class AutoencoderTrainingOptions(AutoencoderLossOptions, ArchitectureOptions):
+class AutoencoderTrainingOptions(AutoencoderLossOptions, EncoderOptions, ArchitectureOptions):
     """Autoencoder training."""
 
     output: str = option(
@@ -97,8 +98,21 @@ class AutoencoderTrainingOptions(AutoencoderLossOptions, ArchitectureOptions):
         Raises:
             UsageError: they contradict each other, or a rate is infinite.
         """
-        for name in ("lr", "muon_lr"):
+        for name in ("lr", "muon_lr", "discriminator_lr"):
             if math.isinf(getattr(self, name)):
                 raise UsageError(f"--{name}: expected a finite number, but {getattr(self, name)} was given")
         if self.freeze_encoder and self.initial_weights is None:
             raise UsageError("--freeze_encoder needs --initial_weights: a random encoder loses the images' details")
+        self._check_losses()
+
+    def _check_losses(self) -> None:
+        """Check the options of the losses."""
+        if not (self.l2_weight or self.l1_weight or self.lpips_weight):
+            raise UsageError(
+                "--l2_weight 0 leaves no loss of the reconstructed images: add --l1_weight 1 or --lpips_weight 1"
+            )
+        if bool(self.align_weight) != bool(self.align_encoder):
+            have, lack = ("align_weight", "align_encoder") if self.align_weight else ("align_encoder", "align_weight")
+            raise UsageError(f"--{have} needs --{lack} as well")
+        if self.align_weight and self.freeze_encoder:
+            raise UsageError("--align_weight trains the encoder, which --freeze_encoder keeps as it is: leave one out")

@@ -24,6 +24,7 @@ from training.autoencoder.output import check_statistics, has_weights, posterior
 from training.autoencoder.saving import NEWEST
 from training.autoencoder.setup import AutoencoderRun, check_paths, configuration_of, initial_state, prepare
 from training.autoencoder.state import AutoencoderState
+from training.autoencoder.terms.adversarial import warn_of_late_start
 from training.budget import BUDGET
 from training.experiment import begun_by_this_launch, only_run_in, open_experiment
 
@@ -96,6 +97,7 @@ def train_autoencoder(
         fact("run folder", str(folder))
         state = initial_state(run, resume)
         last_step = choose_last_step(run, state, started)
+        warn_of_late_start(options, last_step)
         fact("length", f"{last_step:,} steps of {options.batch_size * processes.count} images")
         validation = train(run, state, last_step)
         if validation is None:

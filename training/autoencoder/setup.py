@@ -3,17 +3,18 @@
 import dataclasses
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from datasets_prep.datasets import ImageDataset
 from models.autoencoders.coding import Coder, Decoding, Encoding
 from options import UsageError, as_json, resume_policy
 from runtime.distributed import Processes
-from runtime.messages import fact
+from runtime.messages import fact, note
 from runtime.outputs import check_folder
 from runtime.precision import Machine
 from runtime.torch_files import read_torch_file
@@ -24,6 +25,7 @@ from training.autoencoder.networks import initial_network
 from training.autoencoder.options import AutoencoderTrainingOptions
 from training.autoencoder.output import check_output
 from training.autoencoder.state import ENTRIES, AutoencoderState
+from training.autoencoder.terms.protocol import LossSetup
 from training.autoencoder.validation import VALIDATED, HeldOut, spread_images
 from training.data import steps_per_epoch
 from training.experiment import IMAGES, MACHINE, STATE_OF_IMAGES, Configuration
@@ -84,8 +86,9 @@ def prepare(
     network.to(machine.device)
     if all(weights.dim() < 5 for weights in network.parameters()):  # without convolutions of videos
         network.to(memory_format=torch.channels_last)
-    coder = Coder(network, machine.compiled(Encoding(network)), machine.compiled(Decoding(network)))
-    loss = make_loss(options, coder, machine, padding(dataset.facts))
+    coder, border = _coder_of(network, options, machine), padding(dataset.facts)
+    side = dataset.facts.image_size - 2 * border
+    loss = make_loss(LossSetup(options, coder, machine, side, border, processes))
     images, channels = spread_images(held_out, VALIDATED), coder.layout.image_channels
     measured = HeldOut(held_out, images, channels, loss, machine, processes)
     step = LossStep(coder, loss, machine)
@@ -102,6 +105,20 @@ def prepare(
         machine,
         processes,
     )
+
+
+def _coder_of(network: nn.Module, options: AutoencoderTrainingOptions, machine: Machine) -> Coder:
+    """The network's encoder and decoder, compiled if the machine compiles and the loss allows it.
+
+    An adaptive weight needs gradients of single layers, for which a compiled part would compute all of its gradients.
+    """
+    eager = replace(machine, compile=False)
+    of_encoder, of_decoder = bool(options.align_weight), bool(options.align_weight or options.adversarial_weight)
+    if machine.compile and of_decoder:
+        note(f"the {'network' if of_encoder else 'decoder'} is not compiled, because a loss has an adaptive weight")
+    encode = (eager if of_encoder else machine).compiled(Encoding(network))
+    decode = (eager if of_decoder else machine).compiled(Decoding(network))
+    return Coder(network, encode, decode)
 
 
 def configuration_of(run: AutoencoderRun) -> Configuration:

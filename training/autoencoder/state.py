@@ -9,9 +9,9 @@ from torch import nn
 from runtime.distributed import Processes
 from runtime.precision import Machine
 from training.autoencoder.data import PixelBatch
-from training.autoencoder.losses import TrainedModule
 from training.autoencoder.networks import make_optimizers
 from training.autoencoder.options import AutoencoderTrainingOptions
+from training.autoencoder.terms.protocol import TrainedModule
 from training.ema import Ema
 from training.optimizers import load_optimizer_state
 from training.state import Progress, take_step

@@ -38,7 +38,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class EncoderOptions:
-    """Image encoder of --align_features."""
+    """Image encoder, to whose features training aligns the network's or the latents."""
 
     align_encoder: str = option(
         "",

@@ -10,8 +10,9 @@ from runtime.randomness import StepDraws
 from runtime.torch_files import read_torch_file
 from tests.training.autoencoder.small_images import CPU, TINY, blobs, stop_after, train
 from training.autoencoder import losses as module
-from training.autoencoder.losses import TermValue, TrainedModule, call_fixed, make_loss
+from training.autoencoder.losses import make_loss
 from training.autoencoder.run import autoencoder_options
+from training.autoencoder.terms.protocol import LossSetup, TermValue, TrainedModule, call_fixed
 
 OPTIONAL = {  # option: a value that switches it on
     "l1_weight": 0.5,
@@ -33,7 +34,7 @@ def draws(step=0):
 
 def loss_of(network, border=0, **options):
     coder = Coder(network)
-    loss = make_loss(autoencoder_options(**TINY | options), coder, CPU, border)
+    loss = make_loss(LossSetup(autoencoder_options(**TINY | options), coder, CPU, 8 - 2 * border, border))
     return loss(coder, images_to_pixels(blobs(5)), draws(), 0)
 
 
@@ -64,6 +65,15 @@ def test_every_option_changes_the_gradient_and_is_off_at_zero(name, value):
     assert all(map(torch.equal, plain, off))
     assert not all(map(torch.equal, plain, on))
     assert all(gradient.isfinite().all() for gradient in on)
+
+
+def test_the_squared_error_is_logged_without_its_weight():
+    network = tiny_network()
+    both, alone = (loss_of(network, kl_weight=0.0, l1_weight=1.0, l2_weight=weight) for weight in (1.0, 0.0))
+    assert torch.equal(both.logged, alone.logged)
+    error, absolute, _ = alone.logged
+    torch.testing.assert_close(alone.total, absolute)
+    torch.testing.assert_close(both.total, absolute + error)
 
 
 class Critic:
@@ -102,7 +112,7 @@ def test_a_term_with_a_module_of_its_own_keeps_the_gradients_apart():
 
 @pytest.mark.parametrize("begins", [0, 2])
 def test_a_trained_module_is_saved_and_resumes_exactly(begins, tmp_path, monkeypatch):
-    monkeypatch.setitem(module.TERMS, "critic", lambda options, coder, machine: Critic(begins))
+    monkeypatch.setitem(module.TERMS, "critic", lambda setup: Critic(begins))
     whole = train(tmp_path / "whole", max_steps=5)
     assert {"fooled", "told"} <= whole.validation.keys()
     with monkeypatch.context() as patched:
