@@ -6,7 +6,8 @@ import torch
 
 from options import UsageError
 from runtime.distributed import Processes
-from training.budget import recorded_steps, steps_within, undone
+from training import budget
+from training.budget import Forecast, recorded_steps, steps_within, undone
 
 
 def test_the_steps_that_fit_are_counted_after_warmup():
@@ -51,3 +52,18 @@ def test_the_number_is_recorded_for_its_minutes(tmp_path):
     (tmp_path / "budget.json").write_text('{"minutes": 3.0}')
     with pytest.raises(UsageError, match="delete it to measure"):
         recorded_steps(tmp_path, 3.0, lambda: 9, Processes())
+
+
+def test_the_forecast_is_printed_once_after_the_first_minute(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
+    forecast = Forecast(step=1000, last_step=4600)
+    now[0] += 30
+    forecast.print_once(1030, 64)
+    assert "images/s" not in "".join(capsys.readouterr())
+    now[0] += 30
+    forecast.print_once(1060, 64)  # a step per second
+    forecast.print_once(1061, 64)
+    printed = "".join(capsys.readouterr())
+    assert printed.count("images/s") == 1
+    assert "64 images/s; the remaining 3,540 steps take about 59 minutes" in printed
