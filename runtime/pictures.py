@@ -51,6 +51,11 @@ class GridOptions:
         minimum=1,
     )
 
+    show_neighbours: bool = option(
+        False,
+        "also draw each sample of the newest grid to the left of its nearest training image, in samples/neighbours.png",
+    )
+
     def columns(self, num_classes: int) -> int:
         """Samples per row; by default one column per class, since the labels of samples cycle through the classes."""
         return self.grid_columns or (min(MOST_COLUMNS, num_classes) if num_classes > 1 else ROWS)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from checkpoints.experiments import newest_model
 from checkpoints.files import read_header, read_weights
+from runtime.pictures import read_sheet
 from runtime.weights import weights_hash
 from training.autoencoder.state import AutoencoderState
 
@@ -160,6 +161,20 @@ def test_minutes_choose_the_number_of_steps_once(images, call, monkeypatch):
     code, out, err = call(SCRIPT, limited)
     assert code == 0, err
     assert "the run has already ended" in out + err
+
+
+def test_samples_are_shown_next_to_their_nearest_training_images(images, call):
+    plain, shown = flags(images), flags(images, "--show_neighbours")
+    assert call(SCRIPT, plain)[0] == 0
+    first = read_weights(newest_model(run_folder(images)))[0]
+    shutil.rmtree(run_folder(images))
+    code, _, err = call(SCRIPT, shown)
+    assert code == 0, err
+    assert weights_hash(read_weights(newest_model(run_folder(images)))[0]) == weights_hash(first)
+    pairs = read_sheet(run_folder(images) / "samples" / "neighbours.png", 16, 3)
+    samples = read_sheet(run_folder(images) / "samples" / "step_0000002.png", 16, 3)
+    assert len(pairs) == 2 * len(samples)
+    assert (pairs[0::2] == samples).all()
 
 
 def test_minutes_and_max_steps_exclude_each_other(images, call):

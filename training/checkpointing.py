@@ -11,8 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from checkpoints.files import save_weights
 from checkpoints.header import Header, PowerAverage
+from evaluation.report.nearest import pair_with_nearest
 from evaluation.report.page import ReportOptions, write_report
 from runtime.attempts import Attempts
 from runtime.files import move_aside
@@ -32,6 +35,7 @@ __all__ = ["Checkpointer", "Requests", "remove_older", "set_checkpoints_aside"]
 
 LOSS = "loss"
 REPORT = "report.html"
+NEIGHBOURS = "samples/neighbours.png"
 STEPS_BETWEEN_POLLS = 10  # with several processes, because each poll waits for all of them
 
 
@@ -184,7 +188,15 @@ class Checkpointer:
                 picture = f"samples/step_{self._state.step:07d}.png"
                 with self._guard.writing(picture):
                     save_sheet(sheet.images, self._run.folder / picture, sheet.columns)
+                if self._run.validation.grid.show_neighbours:
+                    self._draw_neighbours(sheet.images)
                 self._guard.check(last=False)
+
+    def _draw_neighbours(self, samples: torch.Tensor) -> None:
+        header, dataset = self._run.header, self._run.validation.dataset
+        pairs = pair_with_nearest(samples, dataset, header.dataset.flips)
+        with self._guard.writing(NEIGHBOURS):
+            save_sheet(pairs.images, self._run.folder / NEIGHBOURS, pairs.columns)
 
     def _write_report(self) -> None:
         folder = self._run.folder

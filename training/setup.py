@@ -160,6 +160,12 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
         auxiliary=uses_auxiliary(architecture.options, auxiliary),
     )
     check_network(architecture.options, options[SolverOptions], options[GuidanceOptions])
+    if options[GridOptions].show_neighbours:
+        inputs.dataset.check_images("--show_neighbours")
+        if dense is not None:
+            raise UsageError(
+                "--show_neighbours: grids of this task show images next to the samples already: omit the flag"
+            )
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
     warn_of_untrained(header, options[SolverOptions], options[GuidanceOptions])
     if experiment.validate_excess:

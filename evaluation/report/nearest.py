@@ -3,12 +3,17 @@
 The samples come from the last sample grid. Distances are root mean squared differences of pixels, from 0 to 255. The
 distances of held-out images, which the model has not seen, show what to expect without copying. Meehan et al. 2020,
 arXiv:2004.05675, compare the same two.
+
+A sample counts as memorized if its nearest training image is less than a third as far away as its second nearest, so that it is
+close to one image in particular (the ratio criterion of Yoon et al. 2023, "Diffusion probabilistic models generalize when they
+fail to memorize"). A training image with an exact copy cannot be counted.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from checkpoints.header import Header
@@ -20,13 +25,17 @@ from evaluation.sources import dataset_source, image_batches
 from options import UsageError, make_options, option
 from runtime.files import write_json
 from runtime.messages import fact
-from runtime.pictures import read_sheet, save_sheet
+from runtime.pictures import Sheet, read_sheet, save_sheet, side_by_side
 
-__all__ = ["NearestOptions", "Neighbors", "find_nearest", "nearest_images"]
+__all__ = ["NearestOptions", "Neighbors", "find_nearest", "memorized", "nearest_images", "pair_with_nearest"]
 
 NEIGHBORS = 3  # per sample
 NUMBERS_PER_BATCH = 2**24  # pixels of training images that are compared at once
 LARGEST_BATCH = 500
+MEMORIZED = 1 / 3  # of the distance to the second nearest image
+SEARCHED = (
+    10_000  # training images, evenly spaced, whose distances to the samples of each grid of training are computed
+)
 
 
 @dataclass(frozen=True)
@@ -76,12 +85,35 @@ def find_nearest(folder: Path, options: NearestOptions) -> None:
         "training_images": len(train),
         "samples": own.median().item(),
         "held_out": other.median().item(),
+        "memorized": memorized(found.distances[: len(samples)]),
+        "memorized_held_out": memorized(found.distances[len(samples) :]),
         "distances": found.distances[: len(samples)].tolist(),
     }
     write_json(folder / "samples" / "nearest.json", result)
     fact(
         "nearest", f"median distance {result['samples']:.1f} for samples, {result['held_out']:.1f} for held-out images"
     )
+
+
+def memorized(distances: torch.Tensor) -> list[float]:
+    """The share of memorized samples and its standard error (binomial), from `Neighbors.distances` [Q, k], k >= 2.
+
+    With fewer than two training images, nothing can be said: an empty list.
+    """
+    if distances.shape[1] < 2:
+        return []
+    share = (distances[:, 0] < MEMORIZED * distances[:, 1]).double().mean().item()
+    return [share, (share * (1 - share) / len(distances)) ** 0.5]
+
+
+def pair_with_nearest(samples: torch.Tensor, dataset: ImageDataset, flips: bool) -> Sheet:
+    """Draw each of the samples uint8 [N, C, H, W] to the left of its nearest training image.
+
+    Of a larger dataset, SEARCHED images are compared.
+    """
+    searched = min(len(dataset), SEARCHED)
+    part = dataset.subset(np.arange(searched) * len(dataset) // searched)
+    return side_by_side([samples, nearest_images(samples, part, flips, count=1).images[:, 0]])
 
 
 def nearest_images(queries: torch.Tensor, dataset: ImageDataset, flips: bool, count: int = NEIGHBORS) -> Neighbors:

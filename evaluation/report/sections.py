@@ -99,6 +99,14 @@ def nearest(runs: Sequence[RunRecord]) -> str:
                 f"{format_number(facts['samples'])} for samples, {format_number(facts['held_out'])} for held-out images "
                 f"({facts.get('distance', '')}; samples from step {facts.get('step', 0):,}). "
             )
+        if facts.get("memorized"):
+            share, error = facts["memorized"]
+            other = facts["memorized_held_out"][0]
+            described += (
+                f"Memorized: {share:.0%} ± {error:.0%} of the samples, {other:.0%} of the held-out images. A memorized one is "
+                "less than a third as far from its nearest training image as from its second nearest, so it is close to one "
+                "image in particular. A model that copies nothing has about the share of the held-out images. "
+            )
         return f"{described}First row: samples. Below each: its three nearest training images. {SMALL_DISTANCE}"
 
     found = _pictures(runs, "nearest", "Samples, each above its three nearest training images", note)

@@ -4,7 +4,7 @@ import torch
 
 import evaluation.report.nearest
 from datasets_prep.datasets import DatasetFacts, ImageDataset
-from evaluation.report.nearest import NearestOptions, find_nearest, nearest_images
+from evaluation.report.nearest import NearestOptions, find_nearest, memorized, nearest_images, pair_with_nearest
 from evaluation.report.page import ReportOptions, write_report
 from options import UsageError
 from runtime.files import read_json
@@ -51,6 +51,7 @@ def test_the_samples_of_the_last_grid_are_compared(run_folder, monkeypatch, tmp_
         for sample in samples.float()
     ]
     assert [row[0] for row in result["distances"]] == pytest.approx(expected, rel=1e-5)
+    assert result["memorized_held_out"][0] in (0.0, 1.0)
     assert (result["held_out"], result["step"], result["training_images"]) == (0.0, 14, 40)
     shown = read_sheet(run_folder / "samples" / "nearest.png", 4, 1)
     assert torch.equal(shown[:6], samples)
@@ -65,3 +66,32 @@ def test_a_run_without_grids_is_refused(run_folder):
         path.unlink()
     with pytest.raises(UsageError, match="has no sample grid"):
         find_nearest(run_folder, NearestOptions(nearest=4))
+
+
+def memorized_share(queries, images):
+    return memorized(nearest_images(queries, dataset_of(images), flips=False).distances)[0]
+
+
+def test_copies_are_memorized_and_independent_images_are_not():
+    train, held_out = random_images(60), random_images(60, seed=1)
+    noisy = (train[:20].int() + 1).clamp(max=255).byte()
+    assert memorized_share(train[:20], train) == 1
+    assert memorized_share(noisy, train) == 1
+    assert memorized_share(held_out, train) == 0
+    assert memorized_share(noisy, held_out) == 0  # the splits must not be swapped
+
+
+def test_the_standard_error_is_the_binomials():
+    distances = torch.tensor([[1.0, 9.0], [8.0, 9.0], [8.0, 9.0], [8.0, 9.0]])
+    assert memorized(distances) == pytest.approx([0.25, (0.25 * 0.75 / 4) ** 0.5])
+    assert memorized(distances[:, :1]) == []
+
+
+def test_each_sample_is_drawn_to_the_left_of_its_nearest_image(monkeypatch):
+    monkeypatch.setattr(evaluation.report.nearest, "SEARCHED", 20)
+    images = random_images(40)
+    sheet = pair_with_nearest(images[[6, 12, 7]], dataset_of(images), flips=False)
+    assert sheet.columns % 2 == 0
+    assert torch.equal(sheet.images[0::2], images[[6, 12, 7]])
+    assert torch.equal(sheet.images[1:4:2], images[[6, 12]])
+    assert not torch.equal(sheet.images[5], images[7])  # not among the twenty that are searched
