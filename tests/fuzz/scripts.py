@@ -105,6 +105,8 @@ SCRIPTS: dict[str, tuple[str, ...]] = {
         f"published/model_5.pth new.safetensors {DIT} {PIXELS} --dataset folder --image_size 8",
         "guide.safetensors new.pth",
     ),
+    "checkpoints.export": ("guide.safetensors new --method euler --num_steps 2",),
+    "datasets_prep.tiles.__main__": ("--source pictures --output new --tile_size 4 --scales 4 8",),
     "datasets_prep.build_latents": (
         f"{PHOTOS} --pretrained_autoencoder_ckpt ae {MACHINE}",
         f"{PHOTOS} --pretrained_autoencoder_ckpt ae {MACHINE} --format lightningdit --latent_shards_dir new",
