@@ -4,9 +4,7 @@ A step's random numbers are drawn for the global batch, and each process uses it
 the same data as one process, and a resumed run on the same data as an uninterrupted one. No random state is saved.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,21 +23,16 @@ from flow.objectives import Draws, Objective
 from flow.paths import PathOptions, straight_velocity
 from models.autoencoders.protocol import Autoencoder
 from models.conditions import Condition, drop_labels, null_condition
-from options import UsageError
 from runtime.distributed import Processes
-from runtime.precision import use_device
 from runtime.randomness import generator_for
+from training.reading.ahead import read_ahead
+from training.reading.order import image_order
 
 __all__ = [
     "Batch",
     "StepStreams",
     "batches",
-    "epoch_indices",
-    "first_images",
-    "image_order",
-    "read_ahead",
     "select_rows",
-    "steps_per_epoch",
 ]
 
 T = TypeVar("T")
@@ -137,30 +130,6 @@ class StepStreams:
 
     def _randn(self, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(self._shape, generator=generator, device=self._device)
-
-
-def steps_per_epoch(count: int, batch_size: int) -> int:
-    """Number of whole global batches in `count` images. As in LFM's published code, an epoch skips the remaining images.
-
-    If the images do not fill one batch, an epoch is one batch that contains each of them once or more.
-
-    Raises:
-        UsageError: there are no images.
-    """
-    if count < 1:
-        raise UsageError("the dataset has no images")
-    return max(1, count // batch_size)
-
-
-def epoch_indices(seed: int, epoch: int, count: int) -> torch.Tensor:
-    """The random order of the images in an epoch, a permutation [count]."""
-    return torch.randperm(count, generator=generator_for(seed, "order", epoch))
-
-
-def first_images(seed: int, step: int, count: int, batch_size: int, wanted: int) -> list[int]:
-    """Indices of the first `wanted` images in a step's global batch of `batch_size` images."""
-    chosen, _ = image_order(seed, count, batch_size, flips=False)(step)
-    return chosen[:wanted].tolist()
 
 
 def batches(
@@ -314,42 +283,3 @@ def _read(
     if not pin:
         return read
     return _Read(*(x if x is None or x.device.type != "cpu" else x.pin_memory() for x in read))  # type: ignore[arg-type]
-
-
-Choose = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
-
-
-def image_order(seed: int, count: int, global_batch: int, flips: bool) -> Choose:
-    """Return a function from a step to the images of its global batch, and whether each is mirrored."""
-    per_epoch = steps_per_epoch(count, global_batch)
-    order_of: dict[int, torch.Tensor] = {}
-
-    def choose(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        epoch, position = divmod(step, per_epoch)
-        if epoch not in order_of:
-            order_of.clear()
-            passes = -(-global_batch // count)  # 1, unless the images do not fill a batch
-            parts = [epoch_indices(seed, passes * epoch + number, count) for number in range(passes)]
-            order_of[epoch] = torch.cat(parts)
-        chosen = order_of[epoch][position * global_batch : (position + 1) * global_batch]
-        mirrored = torch.rand(global_batch, generator=generator_for(seed, "flip", step)) < (0.5 if flips else 0)
-        return chosen, mirrored
-
-    return choose
-
-
-def read_ahead(
-    reader: Callable[[int], Callable[[], T]], first: int, last: int, device: torch.device
-) -> Iterator[tuple[int, T]]:
-    """Yield the steps first .. last - 1 with the result of `reader(step)()`, read in a thread during the previous step.
-
-    With a latent cache, the thread only reads. Without one, it encodes images and so runs torch's parallel loops, which get a
-    second set of OpenMP threads. Once there are more threads than processors, all of them sleep at the end of every loop,
-    which also slows down the training step.
-    """
-    with ThreadPoolExecutor(1, initializer=use_device, initargs=(device,)) as thread:
-        upcoming: deque[Future[T]] = deque()
-        for step in range(first, last):
-            for ahead in range(step + len(upcoming), min(step + 2, last)):
-                upcoming.append(thread.submit(reader(ahead)))
-            yield step, upcoming.popleft().result()

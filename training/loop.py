@@ -28,10 +28,11 @@ from training.budget import (
     undone,
 )
 from training.checkpointing import Checkpointer, set_checkpoints_aside
-from training.data import Batch, batches, steps_per_epoch
+from training.data import Batch, batches
 from training.experiment import has_ended
 from training.metrics_log import Clock, MetricsLog
 from training.nan_guard import NanGuard
+from training.reading.order import steps_per_epoch
 from training.resources import check_space, predict_use, show_memory
 from training.resume import resume_run
 from training.run import TrainingRun

@@ -16,9 +16,9 @@ from runtime.messages import warn
 from runtime.precision import Machine
 from runtime.processes.parallel import local_shard
 from runtime.weights import count_bad, list_names
-from training.data import first_images
 from training.ema import Average
 from training.metrics_log import MetricsLog
+from training.reading.order import first_images
 from training.state_file import CONTENT
 
 __all__ = ["LossHistory", "NanGuard", "check_loss", "check_trained"]

@@ -43,7 +43,6 @@ from training.auxiliary.setup import (
     open_features,
     uses_auxiliary,
 )
-from training.data import steps_per_epoch
 from training.experiment import (
     ExperimentOptions,
     open_experiment,
@@ -68,6 +67,7 @@ from training.preparation.augmentation import (
 from training.preparation.configuration import configuration_of
 from training.preparation.inputs import Inputs, keep_scale, open_inputs, open_splits, show_reconstructions
 from training.preparation.own_autoencoder import OwnAutoencoderOptions, resolve_own
+from training.reading.order import steps_per_epoch
 from training.run import TrainingOptions, TrainingRun
 from training.tracking.trackers import check_tracker
 from training.validation import Validation

@@ -10,9 +10,9 @@ from exits import explain
 from options import DivergedError
 from runtime.torch_files import read_torch_file
 from tests.training.test_loop import BATCH, COUNT, STEPS, assert_same_run, metrics_of, new_run, send_signal
-from training.data import epoch_indices
 from training.loop import train
 from training.nan_guard import LossHistory
+from training.reading.order import epoch_indices
 
 
 class Poisoned:

@@ -6,7 +6,6 @@ import threading
 import pytest
 import torch
 
-import training.data
 from datasets_prep.augmentation.variants import AugmentedMoments, VariantRecipe
 from datasets_prep.moments import mean_latents
 from flow.auxiliary.objective import WithAuxiliary
@@ -23,7 +22,9 @@ from options import UsageError
 from runtime.distributed import Processes
 from runtime.randomness import generator_for
 from tests.drawn_batches import draw_batches
-from training.data import Batch, StepStreams, epoch_indices, steps_per_epoch
+from training.data import Batch, StepStreams
+from training.reading.ahead import read_ahead
+from training.reading.order import epoch_indices, steps_per_epoch
 
 COUNT, CLASSES = 23, 5
 
@@ -279,7 +280,7 @@ def test_uniform_and_normal_numbers_of_a_purpose_are_independent():
 def test_the_reading_thread_uses_the_runs_gpu(monkeypatch):
     chosen = []
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread())))
-    found = training.data.read_ahead(lambda step: lambda: step, 0, 3, torch.device("cuda:1"))
+    found = read_ahead(lambda step: lambda: step, 0, 3, torch.device("cuda:1"))
     assert [value for _, value in found] == [0, 1, 2]
     ((device, thread),) = chosen
     assert device.index == 1

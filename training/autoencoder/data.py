@@ -12,7 +12,8 @@ from options import UsageError
 from runtime.distributed import Processes
 from runtime.randomness import StepDraws
 from training.autoencoder.augmentation import augment
-from training.data import image_order, read_ahead
+from training.reading.ahead import read_ahead
+from training.reading.order import image_order
 
 __all__ = ["PixelBatch", "RememberedImages", "choose_channels", "padding", "pixel_batches"]
 

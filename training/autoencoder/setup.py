@@ -27,8 +27,8 @@ from training.autoencoder.output import check_output
 from training.autoencoder.state import ENTRIES, AutoencoderState
 from training.autoencoder.terms.protocol import LossSetup
 from training.autoencoder.validation import VALIDATED, HeldOut, spread_images
-from training.data import steps_per_epoch
 from training.experiment import IMAGES, MACHINE, STATE_OF_IMAGES, Configuration
+from training.reading.order import steps_per_epoch
 from training.resources import DiskUse, check_space, optimizer_bytes
 from training.resume import of_training_state
 from training.state_file import CONTENT, has_state, read_newest

@@ -1,0 +1,1 @@
+"""Reading of training images: in which order, and in a thread."""
