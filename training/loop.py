@@ -64,8 +64,9 @@ def train(run: TrainingRun, resume: bool) -> bool:
     if processes.is_main:
         show_memory(run)
     state = _initial_state(run, resume, per_epoch, last_step)
+    network = _called(run, state) if state is not None else run.network
     if options.minutes and state is not None:
-        last_step = _steps_in_minutes(run, state)
+        last_step = _steps_in_minutes(run, state, network)
     snapshot_every = snapshot_interval(options.posthoc_ema_every, last_step)
     if state is None or state.step >= last_step or 0 < options.max_minutes * 60 <= state.seconds:
         advice = "add --resume and raise --max_steps, --num_epoch, --minutes or --max_minutes"
@@ -78,7 +79,6 @@ def train(run: TrainingRun, resume: bool) -> bool:
         if options.posthoc_ema:
             show_snapshots(run.folder, options.posthoc_ema, snapshot_every)
         fact("length", f"{last_step:,} steps of {global_batch} images, {last_step / per_epoch:.3g} epochs")
-    network = _called(run, state)
     log = MetricsLog(run.folder, state.step, experiment.tracker) if processes.is_main else None
     clock, forecast = Clock(state), Forecast(state.step, last_step)
     nan_guard = NanGuard(run, state, log, last_step)
@@ -125,12 +125,12 @@ def _called(run: TrainingRun, state: TrainingState) -> nn.Module:
     return run.machine.compiled(parallel, always_alike=_calls_are_alike(run))
 
 
-def _steps_in_minutes(run: TrainingRun, state: TrainingState) -> int:
+def _steps_in_minutes(run: TrainingRun, state: TrainingState, network: nn.Module) -> int:
     """The number of steps that fit into --minutes, from the record in the run folder, or measured now and recorded."""
     options = run.training
 
     def count() -> int:
-        network, first = _called(run, state), state.step
+        first = state.step
         timed = _batches(run, first, first + WARMUP_STEPS + TIMED_STEPS)
         rate = options.rate_at(first, first + 1)
 
@@ -176,7 +176,8 @@ def _initial_state(run: TrainingRun, resume: bool, per_epoch: int, last_step: in
     state = TrainingState(run.network, run.machine, decay, options, move, matrices, options.posthoc_ema, names)
     if restore:
         source = resume_run(state, run.folder / CONTENT, per_epoch, run.header, run.processes)
-        fact("start", f"resuming at step {state.step} of {last_step} from {source}")
+        of_all = "" if options.minutes else f" of {last_step}"
+        fact("start", f"resuming at step {state.step}{of_all} from {source}")
         if run.processes.is_main:
             remove_later(run.folder, state.step)
     return state

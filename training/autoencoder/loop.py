@@ -7,7 +7,6 @@ from contextlib import closing, nullcontext
 
 from evaluation.metrics import psnr
 from runtime.messages import fact
-from runtime.processes.parallel import replicate
 from runtime.processes.signals import StopSignals
 from runtime.progress import progress_bar
 from training.autoencoder.data import PixelBatch, pixel_batches
@@ -37,11 +36,10 @@ def choose_last_step(run: AutoencoderRun, state: AutoencoderState, started: floa
 
     def count() -> int:
         rate = options.rate_at(state.step, state.step + 1)
-        loss_step = replicate(run.loss_step, processes, partly_used=bool(run.loss.modules))
         batches = _batches(run, state.step, state.step + WARMUP_STEPS + TIMED_STEPS)
 
         def run_step() -> None:
-            state.advance(loss_step, next(batches), rate)
+            state.advance(run.loss_step, next(batches), rate)
             state.sums[0].item()  # waits for the device
 
         first = state.step
@@ -75,7 +73,6 @@ def train(run: AutoencoderRun, state: AutoencoderState, last_step: int) -> dict[
     clock = Clock(state)
     guard = NanGuard(run, state, log, last_step)
     saver = Saver(run, state, log, clock, guard)
-    loss_step = replicate(run.loss_step, processes, partly_used=bool(run.loss.modules))
     images_per_step = options.batch_size * processes.count
     ended = state.step >= last_step
     bar = progress_bar(total=last_step, initial=state.step, desc="autoencoder", unit="step")
@@ -83,7 +80,7 @@ def train(run: AutoencoderRun, state: AutoencoderState, last_step: int) -> dict[
     with bar, closing(log) if log else nullcontext(), stop:
         for batch in _batches(run, state.step, last_step):
             rate = options.rate_at(state.step, last_step)
-            state.advance(loss_step, batch, rate)
+            state.advance(run.loss_step, batch, rate)
             bar.update()
 
             due = saver.poll(stop)

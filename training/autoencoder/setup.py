@@ -17,6 +17,7 @@ from runtime.distributed import Processes
 from runtime.messages import fact, note
 from runtime.outputs import check_folder
 from runtime.precision import Machine
+from runtime.processes.parallel import replicate
 from runtime.torch_files import read_torch_file
 from runtime.weights import check_finite, weights_hash
 from training.autoencoder.data import RememberedImages, padding
@@ -48,7 +49,7 @@ class AutoencoderRun:
     network: Any
     coder: Coder
     loss: AutoencoderLoss
-    loss_step: LossStep
+    loss_step: nn.Module
     held_out: HeldOut
     machine: Machine
     processes: Processes
@@ -91,7 +92,7 @@ def prepare(
     loss = make_loss(LossSetup(options, coder, machine, side, border, processes))
     images, channels = spread_images(held_out, VALIDATED), coder.layout.image_channels
     measured = HeldOut(held_out, images, channels, loss, machine, processes)
-    step = LossStep(coder, loss, machine)
+    step = replicate(LossStep(coder, loss, machine), processes, partly_used=bool(loss.modules))
     return AutoencoderRun(
         options.run_folder,
         options,
