@@ -12,6 +12,7 @@ from checkpoints.files import load_model, read_weights, save_weights
 from models.autoencoders.kl import new_autoencoder_kl
 from models.conditions import Condition
 from options import UsageError
+from sampling.settings import split_settings
 
 TRAIN, TEST = "train_flow_latent.py", "test_flow_latent.py"
 FEW = ["--method", "flow_map", "--num_steps", 2]
@@ -100,7 +101,7 @@ def test_a_step_follows_the_average_velocity(decoupled, place, call):
     found = result(call, place, decoupled[0], *settings, name="two")
     assert (found["nfe"], found["network_evaluations"]) == (2, 2)
     flow = latent_flow.load(decoupled[0], precision="fp32")
-    sampler = flow.sampler(*latent_flow._split({}, latent_flow.SolverOptions, latent_flow.GuidanceOptions), seed=42)
+    sampler = flow.sampler(*split_settings({}, latent_flow.SolverOptions, latent_flow.GuidanceOptions), seed=42)
     x, condition = sampler.noise(range(4)), Condition(torch.arange(4))
     for t, s in ((1.0, 0.25), (0.25, 0.0)):
         x = x - (t - s) * model.network(torch.full((4,), t), x, condition, until=torch.full((4,), s))

@@ -535,7 +535,7 @@ def test_training_mistakes(mistake, place, call, tmp_path):
 
 def test_after_a_failed_start_the_same_name_can_be_used(place, call):
     """The failed starts in the test above leave nothing that would need --overwrite."""
-    call(TRAIN, [*train_flags(place, "mistake"), "--batch_size", "301"])
+    call(TRAIN, [*train_flags(place, "mistake"), "--num_classes", "5"])
     code, _, err = call(TRAIN, [*train_flags(place, "mistake", steps=1)])
     assert code == 0, err
 

@@ -172,7 +172,7 @@ def test_policies_on_resume():
     shown = (
         "plot_every plot_every_minutes eval_every eval_every_minutes eval_samples validate_excess log_every tracker "
     )
-    shown += "grid_samples grid_columns preview_autoencoder"
+    shown += "grid_samples grid_columns show_neighbours preview_autoencoder autoencoder_minutes autoencoder_steps"
     sampling = "method num_steps step_size time_grid time_shift grid_location grid_scale grid_rho atol rtol churn "
     sampling += "churn_noise churn_interval diffusion diffusion_norm cfg_scale cfg_interval cfg_channels "
     sampling += (
@@ -185,6 +185,6 @@ def test_policies_on_resume():
     assert names_of("freely") == set(" ".join([saving, shown, sampling, paths, scores, launch, others]).split())
     assert names_of("rounding") == {"grad_accumulation", "fsdp", "num_threads", "compile"}
     assert names_of("on_request") == set(
-        "max_steps num_epoch lr muon_lr lr_schedule no_lr_decay warmup_steps grad_clip precision auxiliary_until "
+        "max_steps num_epoch minutes lr muon_lr lr_schedule no_lr_decay warmup_steps grad_clip precision auxiliary_until "
         "align_encoder_weights pairs".split()
     )
