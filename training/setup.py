@@ -12,6 +12,7 @@ from datasets_prep.datasets import DatasetOptions, FlipOptions
 from datasets_prep.latent_cache import LatentCacheOptions
 from datasets_prep.moments import mean_latents, measure_scale, open_encoded, open_moments
 from evaluation.features.registry import FeatureOptions
+from evaluation.report.nearest import note_searched
 from evaluation.trained_flow import ExactPoints, check_exact_velocity
 from flow.auxiliary.losses import AuxiliaryOptions
 from flow.guidance import GuidanceOptions
@@ -166,6 +167,7 @@ def prepare(options: Options, processes: Processes, task: TrainingTask = GENERAT
             raise UsageError(
                 "--show_neighbours: grids of this task show images next to the samples already: omit the flag"
             )
+        note_searched(inputs.dataset)
     header = _header(architecture, inputs, task, objective_name, path, training, machine)
     warn_of_untrained(header, options[SolverOptions], options[GuidanceOptions])
     if experiment.validate_excess:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from checkpoints.header import Header
 from datasets_prep.datasets import DatasetOptions, ImageDataset, crop_padding, open_dataset
@@ -24,18 +25,25 @@ from evaluation.report.run_record import RunRecord, read_runs
 from evaluation.sources import dataset_source, image_batches
 from options import UsageError, make_options, option
 from runtime.files import write_json
-from runtime.messages import fact
+from runtime.messages import fact, note
 from runtime.pictures import Sheet, read_sheet, save_sheet, side_by_side
 
-__all__ = ["NearestOptions", "Neighbors", "find_nearest", "memorized", "nearest_images", "pair_with_nearest"]
+__all__ = [
+    "NearestOptions",
+    "Neighbors",
+    "find_nearest",
+    "memorized",
+    "nearest_images",
+    "note_searched",
+    "pair_with_nearest",
+]
 
 NEIGHBORS = 3  # per sample
 NUMBERS_PER_BATCH = 2**24  # pixels of training images that are compared at once
 LARGEST_BATCH = 500
 MEMORIZED = 1 / 3  # of the distance to the second nearest image
-SEARCHED = (
-    10_000  # training images, evenly spaced, whose distances to the samples of each grid of training are computed
-)
+SEARCHED = 10_000  # training images, evenly spaced, that training compares with the samples of each grid
+REDUCED = 32  # side in pixels to which training reduces images before it compares them
 
 
 @dataclass(frozen=True)
@@ -106,30 +114,41 @@ def memorized(distances: torch.Tensor) -> list[float]:
     return [share, (share * (1 - share) / len(distances)) ** 0.5]
 
 
+def note_searched(dataset: ImageDataset) -> None:
+    """Print that `pair_with_nearest` compares only a part of a large dataset."""
+    if len(dataset) > SEARCHED:
+        note(
+            f"--show_neighbours compares samples with {SEARCHED:,} of the {len(dataset):,} training images, evenly spaced"
+        )
+
+
 def pair_with_nearest(samples: torch.Tensor, dataset: ImageDataset, flips: bool) -> Sheet:
     """Draw each of the samples uint8 [N, C, H, W] to the left of its nearest training image.
 
-    Of a larger dataset, SEARCHED images are compared.
+    At most SEARCHED images are compared, with pixels averaged down to REDUCED x REDUCED.
     """
     searched = min(len(dataset), SEARCHED)
     part = dataset.subset(np.arange(searched) * len(dataset) // searched)
-    return side_by_side([samples, nearest_images(samples, part, flips, count=1).images[:, 0]])
+    return side_by_side([samples, nearest_images(samples, part, flips, count=1, side=REDUCED).images[:, 0]])
 
 
-def nearest_images(queries: torch.Tensor, dataset: ImageDataset, flips: bool, count: int = NEIGHBORS) -> Neighbors:
+def nearest_images(
+    queries: torch.Tensor, dataset: ImageDataset, flips: bool, count: int = NEIGHBORS, side: int | None = None
+) -> Neighbors:
     """Search the `count` images of `dataset` nearest to each of the queries uint8 [Q, C, H, W].
 
-    With `flips`, mirror images count too, and are returned as they match.
+    With `flips`, mirror images count too, and are returned as they match. With `side`, larger images are compared after
+    their pixels have been averaged down to side x side; the returned images keep their size.
     """
     count = min(count, len(dataset))
-    flat = queries.flatten(1).float()
+    flat = _rows(queries, side)
     best = torch.full((len(queries), count), torch.inf)
     keys = torch.zeros(len(queries), count, dtype=torch.long)  # twice the index, plus one for a mirror image
     source = dataset_source(dataset)
-    for batch, indices in image_batches(source, max(1, min(LARGEST_BATCH, NUMBERS_PER_BATCH // flat.shape[1]))):
-        distances, numbers = _distances(flat, batch), 2 * torch.tensor(list(indices))
+    for batch, indices in image_batches(source, max(1, min(LARGEST_BATCH, NUMBERS_PER_BATCH // queries[0].numel()))):
+        distances, numbers = _distances(flat, _rows(batch, side)), 2 * torch.tensor(list(indices))
         if flips:
-            mirrored = _distances(flat, batch.flip(3))
+            mirrored = _distances(flat, _rows(batch.flip(3), side))
             numbers = numbers + (mirrored < distances)
             distances = torch.minimum(distances, mirrored)
         numbers = numbers.expand_as(distances)
@@ -139,9 +158,14 @@ def nearest_images(queries: torch.Tensor, dataset: ImageDataset, flips: bool, co
     return Neighbors(best, images.unflatten(0, keys.shape))
 
 
-def _distances(flat: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+def _rows(images: torch.Tensor, side: int | None) -> torch.Tensor:
+    """Images uint8 [N, C, H, W] as rows float [N, D], reduced to at most side x side pixels each."""
+    pixels = images.float()
+    return (functional.adaptive_avg_pool2d(pixels, side) if side and side < pixels.shape[3] else pixels).flatten(1)
+
+
+def _distances(flat: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Root mean squared differences [Q, B]. Differences are formed first, so that copies have the distance 0."""
-    others = images.flatten(1).float()
     return torch.cdist(flat, others, compute_mode="donot_use_mm_for_euclid_dist") / flat.shape[1] ** 0.5
 
 

@@ -101,11 +101,12 @@ def nearest(runs: Sequence[RunRecord]) -> str:
             )
         if facts.get("memorized"):
             share, error = facts["memorized"]
-            other = facts["memorized_held_out"][0]
+            other, other_error = facts["memorized_held_out"]
             described += (
-                f"Memorized: {share:.0%} ± {error:.0%} of the samples, {other:.0%} of the held-out images. A memorized one is "
-                "less than a third as far from its nearest training image as from its second nearest, so it is close to one "
-                "image in particular. A model that copies nothing has about the share of the held-out images. "
+                f"Memorized: {share:.0%} ± {error:.0%} of the samples, {other:.0%} ± {other_error:.0%} of the held-out "
+                "images. A memorized one is less than a third as far from its nearest training image as from its second "
+                "nearest, so it is close to one image in particular. A model that copies nothing has about the share of the "
+                "held-out images. "
             )
         return f"{described}First row: samples. Below each: its three nearest training images. {SMALL_DISTANCE}"
 

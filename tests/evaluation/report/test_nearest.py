@@ -4,7 +4,14 @@ import torch
 
 import evaluation.report.nearest
 from datasets_prep.datasets import DatasetFacts, ImageDataset
-from evaluation.report.nearest import NearestOptions, find_nearest, memorized, nearest_images, pair_with_nearest
+from evaluation.report.nearest import (
+    NearestOptions,
+    find_nearest,
+    memorized,
+    nearest_images,
+    note_searched,
+    pair_with_nearest,
+)
 from evaluation.report.page import ReportOptions, write_report
 from options import UsageError
 from runtime.files import read_json
@@ -81,6 +88,18 @@ def test_copies_are_memorized_and_independent_images_are_not():
     assert memorized_share(noisy, held_out) == 0  # the splits must not be swapped
 
 
+def test_samples_are_compared_with_the_training_split(run_folder, monkeypatch):
+    samples = read_sheet(run_folder / "samples" / "step_0000014.png", 4, 1)[:6]
+    splits = {"train": torch.cat([samples, random_images(40)]), "validation": random_images(30, seed=1)}
+    monkeypatch.setattr(evaluation.report.nearest, "open_dataset", lambda options, split: dataset_of(splits[split]))
+    find_nearest(run_folder, NearestOptions(nearest=6))
+    result = read_json(run_folder / "samples" / "nearest.json")
+    assert result["training_images"] == 46
+    assert result["samples"] == 0.0
+    assert result["held_out"] > 10
+    assert result["memorized_held_out"] == [0.0, 0.0]
+
+
 def test_the_standard_error_is_the_binomials():
     distances = torch.tensor([[1.0, 9.0], [8.0, 9.0], [8.0, 9.0], [8.0, 9.0]])
     assert memorized(distances) == pytest.approx([0.25, (0.25 * 0.75 / 4) ** 0.5])
@@ -95,3 +114,23 @@ def test_each_sample_is_drawn_to_the_left_of_its_nearest_image(monkeypatch):
     assert torch.equal(sheet.images[0::2], images[[6, 12, 7]])
     assert torch.equal(sheet.images[1:4:2], images[[6, 12]])
     assert not torch.equal(sheet.images[5], images[7])  # not among the twenty that are searched
+
+
+def test_reduced_images_find_the_same_copies_at_their_own_size():
+    images = torch.randint(0, 256, (40, 3, 12, 12), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    queries = torch.stack([images[7], images[11].flip(2)])
+    found = nearest_images(queries, dataset_of(images), flips=True, count=2, side=4)
+    assert found.distances[:, 0].tolist() == [0.0, 0.0]
+    assert torch.equal(found.images[:, 0], queries)
+    blocks = images.float().unflatten(3, (4, 3)).unflatten(2, (4, 3)).mean(dim=(3, 5))
+    both = torch.stack([blocks, blocks.flip(3)])
+    expected = (both - blocks[7]).flatten(2).square().mean(2).sqrt().amin(0).sort().values[1]
+    torch.testing.assert_close(found.distances[0, 1], expected)
+
+
+def test_a_part_of_the_images_is_announced(monkeypatch, capsys):
+    monkeypatch.setattr(evaluation.report.nearest, "SEARCHED", 20)
+    note_searched(dataset_of(random_images(20)))
+    assert capsys.readouterr().err == ""
+    note_searched(dataset_of(random_images(40)))
+    assert "20 of the 40 training images" in " ".join(capsys.readouterr().err.split())
