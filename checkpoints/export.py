@@ -66,7 +66,7 @@ def main() -> None:
         options[GuidanceOptions],
         given=options.given,
         license_name=own.license,
-        command=shlex.join(["python", "-m", "checkpoints.export", checkpoint.name, folder.name, *flags]),
+        command=shlex.join(["python", "-m", "checkpoints.export", checkpoint.name, folder.name, *map(_public, flags)]),
     )
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     fact("folder", f"{folder}, {size / 1e6:.1f} MB, weights {str(result.header.weights_sha256)[:12]}")
@@ -76,6 +76,11 @@ def main() -> None:
     show(
         f'load it with DiffusionPipeline.from_pretrained("{name}", trust_remote_code=True) or latent_flow.load("{name}")'
     )
+
+
+def _public(word: str) -> str:
+    """A word of the command for the model card: an absolute path is cut to its name."""
+    return Path(word).name if Path(word).is_absolute() else word
 
 
 def _split_paths(arguments: list[str]) -> tuple[list[Path], list[str]]:

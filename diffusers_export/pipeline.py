@@ -80,7 +80,7 @@ class LatentFlowPipeline(DiffusionPipeline):
 
     def save_pretrained(self, save_directory: str | Path, **settings: Any) -> None:
         """Refuse: copy the folder instead, because diffusers would leave out the code."""
-        raise NotImplementedError(
+        raise RuntimeError(
             f"{type(self).__name__} does not write folders: copy the folder {self.config._name_or_path}, or export the "
             "checkpoint again"
         )

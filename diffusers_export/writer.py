@@ -27,7 +27,7 @@ from diffusers_export.package import ROOT, code_files
 from flow.guidance import GuidanceOptions
 from flow.objectives import OBJECTIVES
 from flow.solvers import SolverOptions, check_method
-from models.autoencoders.loading import AutoencoderOptions, save_autoencoder
+from models.autoencoders.loading import AUTOENCODERS, AutoencoderOptions, is_hub_id, save_autoencoder
 from models.autoencoders.protocol import UNMEASURED
 from options import UsageError, as_json
 from runtime.provenance import provenance
@@ -85,7 +85,7 @@ def export(
     check_target(folder)
     check_method(solver)
     model, weights = _open(checkpoint, given)
-    header = _with_known_autoencoder(model)
+    header = _without_local_path(_with_known_autoencoder(model))
     _check(model, checkpoint, solver, guidance)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
@@ -112,6 +112,14 @@ def _open(checkpoint: Path, given: Mapping[str, Any]) -> tuple[LoadedModel, Mapp
     name = given.get("pretrained_autoencoder_ckpt")
     model = load_model(checkpoint, "cpu", AutoencoderOptions(name) if name else None)
     return model, read_weights(checkpoint)[0]
+
+
+def _without_local_path(header: Header) -> Header:
+    """The header, in which a local autoencoder is named by its folder alone: the export may be published."""
+    name = header.autoencoder.id
+    if name in AUTOENCODERS or is_hub_id(name):
+        return header
+    return replace(header, autoencoder=replace(header.autoencoder, id=Path(name).name))
 
 
 def _with_known_autoencoder(model: LoadedModel) -> Header:

@@ -1,5 +1,5 @@
-"""Hooks, theme and extensions with which MkDocs builds the documentation site (mkdocs.yml, `make docs`).
+"""Hooks, theme and extensions of the documentation site, which MkDocs builds (mkdocs.yml, `make docs`).
 
-The same files are read on GitHub and on the site. What GitHub has and MkDocs lacks is added here: files outside docs/ that
-documents link to, GitHub's anchors, and a few rules of its Markdown.
+GitHub and the site show the same files. This package adds the features that MkDocs lacks: pages for linked files outside docs/,
+GitHub's anchors, and a few rules of its Markdown.
 """

@@ -1,4 +1,4 @@
-"""Pages for files outside docs/ that documents link to, so that the links work on the site as they do on GitHub.
+"""Pages for linked files outside docs/. The same links then work on the site and on GitHub.
 
 A Markdown file becomes a page, and the README the first page. A module of the library has its API page. Other files are shown
 as code, and folders as lists. Code that names a module or an arguments file, such as `flow/paths.py`, becomes a link.
@@ -32,7 +32,7 @@ class RepositoryPages:
         self._api = api
 
     def address(self, file: str) -> str | None:
-        """The page, relative to docs/, of a file or folder given relative to the repository; None if there is no such file."""
+        """Return the page of `file`, relative to docs/, or None if the repository has no such file or folder."""
         path = ROOT / file
         if not path.exists():
             return None

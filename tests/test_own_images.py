@@ -88,7 +88,7 @@ def run_folder(images):
 
 
 def autoencoder_of(images):
-    return images / "autoencoders" / "16_f4c4"
+    return images / "autoencoders" / "folder_16_f4c4"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_one_command_trains_an_autoencoder_and_a_network(write, others, tmp_path
     assert header.autoencoder.id == str(autoencoder_of(folder))
     assert header.num_classes == (2 if others else 1)
     assert (run_folder(folder) / "samples" / "step_0000002.png").exists()
-    assert list((folder / "autoencoders" / "16_f4c4.training" / "samples").iterdir())
+    assert list((folder / "autoencoders" / "folder_16_f4c4.training" / "samples").iterdir())
 
 
 def test_a_second_run_finds_the_autoencoder_and_the_same_images(images, call):
@@ -184,6 +184,28 @@ def test_minutes_and_max_steps_exclude_each_other(images, call):
 
 
 def test_sampling_refuses_the_name_own(images, call):
-    code, _, err = call("test_flow_latent.py", ["--pretrained_autoencoder_ckpt", "own", "--checkpoint", "missing.pth"])
+    assert call(SCRIPT, flags(images))[0] == 0
+    source = ["--checkpoint", newest_model(run_folder(images)), "--n_sample", "2", "--batch_size", "2"]
+    code, _, err = call("test_flow_latent.py", [*source, "--pretrained_autoencoder_ckpt", "own"])
     assert code == 2
-    assert err
+    assert "own is for training scripts" in err
+
+
+def test_changed_images_are_reported_and_flags_without_effect_too(images, call):
+    assert call(SCRIPT, flags(images))[0] == 0
+    Image.fromarray(picture(99, 40)).save(images / "IMG_99.JPG")
+    shutil.rmtree(images / "latent_cache")
+    code, out, err = call(SCRIPT, flags(images, "--exp", "other"))
+    assert code == 0, err
+    assert "19 then, 20 now" in out + err
+    assert "--autoencoder_steps: no effect" in out + err
+
+
+def test_the_advice_to_train_again_works(images, call):
+    assert call(SCRIPT, flags(images))[0] == 0
+    weights = autoencoder_of(images) / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    shutil.rmtree(images / "autoencoders")
+    code, _, err = call(SCRIPT, [*flags(images), "--exp", "other", "--autoencoder_steps", "5"])
+    assert code == 0, err
+    assert weights.read_bytes() != before

@@ -23,6 +23,7 @@ from runtime.messages import note, warn
 from runtime.outputs import check_folder
 from runtime.provenance import provenance
 from training.averages.snapshots import FOLDER as SNAPSHOT_FOLDER
+from training.budget import BUDGET
 from training.state_file import has_state
 from training.tracking.trackers import TRACKERS
 
@@ -277,6 +278,7 @@ def _start(config_path: Path, current: Mapping[str, Any], takes_over: bool, resu
             f"{config_path.parent} holds a content.pth that no run of this project wrote: choose --resume to resume from it "
             "(LFM's files work), another --exp, or --overwrite to start over (the old folder is moved aside)"
         )
+    (config_path.parent / BUDGET).unlink(missing_ok=True)  # of a start that failed, perhaps with other options
     write_json(config_path, {"options": current, **provenance(), TAKES_OVER: takes_over, LAUNCH: launch_id()})
     return takes_over
 

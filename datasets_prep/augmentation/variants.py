@@ -1,6 +1,6 @@
 """Variants of a dataset's images, and a source of training data that draws images and variants.
 
-Each image has K variants. They form a dataset of their own, so they are encoded and cached like other images. The source
+Each image has K variants. They form a separate dataset, which is encoded and cached like other images. The source
 numbers the N images and their variants together: variant k of image i has the index N + K i + k.
 """
 
@@ -94,7 +94,7 @@ class WithVariants:
 
 
 class AugmentedMoments(WithVariants):
-    """A source of training data in which variants take the place of some images.
+    """A source of training data that replaces some images by their variants.
 
     Args:
         images, variants: as for `WithVariants`.

@@ -50,7 +50,7 @@ def curves(runs: Sequence[RunRecord]) -> str:
 
 
 def grids(runs: Sequence[RunRecord], most: int) -> str:
-    """Sample grids, of which a slider selects the step.
+    """Sample grids. A slider selects the step.
 
     Args:
         runs: the runs.

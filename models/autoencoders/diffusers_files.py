@@ -128,7 +128,7 @@ def _load_weights(
     mismatch = _mismatch(found)
     if any(mismatch) and folder is not None:
         mismatch = min(mismatch, load_unwrapped(network, folder, files), key=lambda each: sum(map(len, each)))
-    return network.float(), mismatch  # diffusers leaves files of several precisions as they are
+    return network.float(), mismatch  # because diffusers keeps the files' mixed precisions
 
 
 def _choose_class(found: str, name: str) -> str:

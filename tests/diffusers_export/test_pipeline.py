@@ -177,7 +177,7 @@ def test_other_code_gets_another_name(pipe, latent_copy):
 
 
 def test_saving_from_diffusers_is_refused(pipe, tmp_path):
-    with pytest.raises(NotImplementedError, match="copy the folder"):
+    with pytest.raises(RuntimeError, match="copy the folder"):
         pipe.save_pretrained(tmp_path)
 
 

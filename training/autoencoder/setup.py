@@ -35,7 +35,7 @@ from training.resume import of_training_state
 from training.state_file import CONTENT, has_state, read_newest
 from training.tracking.trackers import check_tracker
 
-__all__ = ["AutoencoderRun", "check_paths", "configuration_of", "initial_state", "prepare"]
+__all__ = ["AutoencoderRun", "check_paths", "configuration_of", "initial_state", "prepare", "state_of_images"]
 
 
 @dataclass
@@ -122,6 +122,11 @@ def _coder_of(network: nn.Module, options: AutoencoderTrainingOptions, machine: 
     return Coder(network, encode, decode)
 
 
+def state_of_images(dataset: ImageDataset) -> str:
+    """A hash that changes with the images; of a folder, also with their modification times."""
+    return hashlib.sha256(dataset.fingerprint.encode()).hexdigest()[:12]
+
+
 def configuration_of(run: AutoencoderRun) -> Configuration:
     """The contents of config.json: all options, resolved, and other facts that the results depend on."""
     facts, kind = run.source.facts, AutoencoderTrainingOptions
@@ -136,7 +141,7 @@ def configuration_of(run: AutoencoderRun) -> Configuration:
         "mirror images": facts.flips,
         "initial weights": initial,
         IMAGES: len(run.source),
-        STATE_OF_IMAGES: hashlib.sha256(run.source.fingerprint.encode()).hexdigest()[:12],
+        STATE_OF_IMAGES: state_of_images(run.source),
     }
     fields = dataclasses.fields(kind)
     policies = {field.name: resume_policy(kind, field) for field in fields}

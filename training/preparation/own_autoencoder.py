@@ -1,7 +1,7 @@
 """The data's own autoencoder: `--pretrained_autoencoder_ckpt own` trains a small one, and keeps it with the data.
 
-It lies in the folder of the data's caches, as autoencoders/<image size>_f<factor>c<channels>. Later runs on the same data find
-it there. An interrupted training of it resumes with the next run.
+It lies in the folder of the data's caches, as autoencoders/<dataset>_<image size>_f<factor>c<channels>. Later runs on the same
+data find it there, with a warning if the images have changed. An interrupted training of it resumes with the next run.
 """
 
 import hashlib
@@ -14,13 +14,14 @@ from models.autoencoders.loading import OWN, AutoencoderOptions
 from options import Options, UsageError, option
 from runtime.distributed import Processes
 from runtime.files import read_json
-from runtime.messages import fact, note
+from runtime.messages import fact, note, warn
 from runtime.outputs import write_error
 from runtime.precision import Machine
 from training.autoencoder.options import AutoencoderTrainingOptions
 from training.autoencoder.output import has_weights
 from training.autoencoder.run import autoencoder_options, train_autoencoder
-from training.experiment import ExperimentOptions
+from training.autoencoder.setup import state_of_images
+from training.experiment import IMAGES, STATE_OF_IMAGES, ExperimentOptions
 from training.run import TrainingOptions
 
 __all__ = ["OwnAutoencoderOptions", "UnfinishedError", "own_folder", "resolve_own"]
@@ -28,6 +29,7 @@ __all__ = ["OwnAutoencoderOptions", "UnfinishedError", "own_folder", "resolve_ow
 FOLDER = "autoencoders"  # below the folder of the data's caches, where images are not searched
 SHARE = 0.2  # of --minutes
 DEFAULT_MINUTES = 10.0
+LENGTHS = {"autoencoder_minutes", "autoencoder_steps"}
 DEPTHS = {4: (1, 2), 8: (1, 2, 2), 16: (1, 2, 2, 2)}  # residual blocks of each level, by factor
 
 
@@ -85,16 +87,21 @@ def resolve_own(
         )
     folder = own_folder(options[DatasetOptions], own, options[ExperimentOptions].save_root)
     training = autoencoder_options("dc", output=str(folder), **_length(own, options[TrainingOptions].minutes, folder))
+    experiment = options[ExperimentOptions]
     training = replace(
         training,
+        resume=experiment.resume,
+        overwrite=experiment.overwrite,
         factor=own.autoencoder_factor,
         latent_channels=own.autoencoder_channels,
         depths=DEPTHS[own.autoencoder_factor],
         augment=("flip", "crop", "color"),
-        tracker=options[ExperimentOptions].tracker,
+        tracker=experiment.tracker,
     )
     if has_weights(folder):
-        fact("autoencoder", f"found {folder}, trained on this data before; to train it again, remove the folder")
+        _describe_found(folder, training.run_folder, dataset)
+        if unused := sorted(options.given.keys() & LENGTHS):
+            note(f"--{' and --'.join(unused)}: no effect, because the data has an autoencoder already")
     else:
         fact("autoencoder", f"training one for this data first, in {folder}")
         if not train_autoencoder(dataset, held_out, training, machine, processes).complete:
@@ -104,7 +111,7 @@ def resolve_own(
 
 def own_folder(data: DatasetOptions, own: OwnAutoencoderOptions, save_root: str) -> Path:
     """The folder of the data's own autoencoder; below `save_root` if the data's folder cannot be written."""
-    name = f"{data.image_size}_f{own.autoencoder_factor}c{own.autoencoder_channels}"
+    name = f"{data.dataset}_{data.image_size}_f{own.autoencoder_factor}c{own.autoencoder_channels}"
     folder = data.derived / FOLDER / name
     if has_weights(folder) or write_error(folder.parent) is None:
         return folder
@@ -112,6 +119,20 @@ def own_folder(data: DatasetOptions, own: OwnAutoencoderOptions, save_root: str)
     other = Path(save_root) / FOLDER / digest / name
     note(f"cannot write into {data.derived}, so the autoencoder is in {other}")
     return other
+
+
+def _describe_found(folder: Path, run_folder: Path, dataset: ImageDataset) -> None:
+    """Print that the data has an autoencoder, and warn if it was trained on other images."""
+    again = f"to train it again, remove {folder} and {run_folder}"
+    fact("autoencoder", f"found {folder}, trained on this data before; {again}")
+    config = run_folder / "config.json"
+    recorded = read_json(config).get("options", {}) if config.exists() else {}
+    before, now = recorded.get(STATE_OF_IMAGES), state_of_images(dataset)
+    if before not in (None, now):
+        warn(
+            f"the images have changed, or been copied, since {folder} was trained: {recorded.get(IMAGES)} then, "
+            f"{len(dataset)} now. It is used nevertheless; {again}"
+        )
 
 
 def _length(own: OwnAutoencoderOptions, minutes: float, folder: Path) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""Losses of autoencoder training that need networks of their own: perceptual, adversarial and alignment."""
+"""Losses of autoencoder training that need another network: perceptual, adversarial and alignment."""

@@ -1,11 +1,11 @@
-"""The adaptive weight of a loss, with which its gradient has the norm of the reconstruction's.
+"""The adaptive weight of a loss. The weighted loss and the reconstruction loss have gradients of the same norm.
 
 It is equation 7 of VQGAN (Esser et al. 2021, arXiv:2012.09841). For a loss L next to the reconstruction loss R, and the weights
 W of one layer,
 
-    weight = |grad_W R| / (|grad_W L| + 1e-6),   at most LARGEST_WEIGHT,
+    weight = |grad_W R| / (|grad_W L| + 1e-6),   at most LARGEST_WEIGHT.
 
-without a gradient of its own. VQGAN takes the decoder's last layer for its adversarial loss, and VA-VAE (Yao et al. 2025,
+The weight itself gets no gradient. VQGAN takes the decoder's last layer for its adversarial loss, and VA-VAE (Yao et al. 2025,
 arXiv:2501.01423, section 3) the encoder's last convolution for its alignment.
 """
 
